@@ -1,0 +1,91 @@
+"""Configuration: one flat frozen dataclass a script; the command line is made from it.
+
+Each field of the dataclass is one option: its name (with dashes) is the flag, its type the parser, its default the default, and the
+comment that stands behind it in the source is the help text. An unknown option or a value of the wrong type is an error.
+Left out on purpose: configuration files, nesting, environment variables, registries.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import re
+import typing
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """What a user gave us cannot be used. The message says where (file and line), what was got, what was wanted, and what to do."""
+
+
+def field_comments(cls) -> dict[str, str]:
+    """The comment behind each field of a dataclass, read from its source: documentation is written once."""
+    found = re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(cls), re.MULTILINE)
+    return dict(found)
+
+
+def usage(cls, program: str) -> str:
+    """The help text: one line an option, with its default."""
+    comments = field_comments(cls)
+    lines = [f"usage: {program} [--option value ...]", "", inspect.getdoc(cls) or "", "", "options:"]
+    for f in dataclasses.fields(cls):
+        default = "required" if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING else f"default {f.default!r}"
+        lines.append(f"  --{f.name.replace('_', '-'):<18} {comments.get(f.name, '')}  [{default}]")
+    return "\n".join(lines)
+
+
+def convert(text: str, kind: type, flag: str):
+    """One word of the command line as the field's type: str, int, float, bool, or a comma-separated tuple of one of them."""
+    if typing.get_origin(kind) is tuple:
+        return tuple(convert(word, typing.get_args(kind)[0], flag) for word in text.split(",") if word)
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise InputError(f"{flag}: got {text!r}, wanted true or false")
+        return text.lower() in ("true", "1", "yes")
+    try:
+        return kind(text)
+    except ValueError:
+        raise InputError(f"{flag}: got {text!r}, wanted a value of type {kind.__name__}") from None
+
+
+def parse(cls, argv: list[str], program: str):
+    """An instance of the dataclass `cls` from `--flag value` words.
+
+    Raises: InputError on an unknown flag (with the nearest known one), a missing value, a wrong type, a missing required option;
+    SystemExit(0) after printing the help text on -h or --help.
+    """
+    kinds = typing.get_type_hints(cls)
+    values, words = {}, list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            print(usage(cls, program))
+            raise SystemExit(0)
+        flag, _, attached = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or name not in kinds:
+            near = difflib.get_close_matches(name, kinds, n=1)
+            hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
+            raise InputError(f"unknown option {word!r}{hint} (`{program} --help` lists them all)")
+        if not attached and not words:
+            raise InputError(f"{flag} wants a value, and none follows")
+        if name in values:
+            raise InputError(f"{flag} is given twice; give it once")
+        values[name] = convert(attached or words.pop(0), kinds[name], flag)
+    for f in dataclasses.fields(cls):
+        if f.name not in values and f.default is dataclasses.MISSING:
+            raise InputError(f"--{f.name.replace('_', '-')} is required: {field_comments(cls).get(f.name, '')}")
+    return cls(**values)
+
+
+def save(config, path: Path) -> None:
+    """Writes the resolved configuration as JSON."""
+    path.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+
+
+def load(cls, path: Path):
+    """Reads back what `save` wrote. Raises: InputError if the file holds other fields than `cls` has."""
+    values, names = json.loads(path.read_text()), {f.name for f in dataclasses.fields(cls)}
+    if set(values) != names:
+        raise InputError(f"{path}: its fields differ from this version's in {sorted(set(values) ^ names)}; it was written by another version")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -1,0 +1,188 @@
+"""The mixture: responsibilities, the bound, the losses. Tensors in, per-pair tensors out; no model, no configuration, no device.
+
+A latent expert z in 1..K judges each pair (or each user). With weights w (the gate) and margins h_k of dpo.py:
+
+    log p(y+ > y- | x) = logsumexp_k [ log w_k + log sigma(h_k) ]                          (M5, mixture of Bradley-Terry)
+    ELBO(q)            = sum_k q_k [ log w_k + log sigma(h_k) - log q_k ]                  (M6)  <= log p, the gap is KL(q || posterior)
+    E-step             : log q_k = log w_k + log sigma(h_k) - log p                        (M7)  makes the gap zero
+    expert M-step      : - sum_k q_k log sigma(h_k),  q detached                           (M8)
+    gate M-step        : KL(q || w),                  q detached                           (M9)
+
+With q from the E-step and detached, the gradient of M8 + M9 is the gradient of -log p (Fisher's identity): EM on minibatches is SGD on
+the marginal likelihood, and `log_marginal` is the whole method in one line. Everything over K is float32 (or float64) log space.
+M5 is not Bradley-Terry on the mixture's log-sum-exp reward (M2), and the K-fold product of tilted references maximises the decoupled
+objective, not the joint one: nothing here assumes either.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+def log_joint(log_w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """log w_k + log sigma(h_k): (B,K) or (K,), (B,K) -> (B,K), the summand of M5."""
+    assert h.dtype in (torch.float32, torch.float64), f"margins are {h.dtype}, want float32 or float64"
+    assert h.ndim == 2 and log_w.shape[-1] == h.shape[-1], f"got log_w {tuple(log_w.shape)} and h {tuple(h.shape)}, want (B,K) or (K,), and (B,K)"
+    return log_w.to(h.dtype) + F.logsigmoid(h)
+
+
+def log_marginal(log_w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """log p(y+ > y- | x) in nats, with gradient: (B,K) or (K,), (B,K) -> (B,). The one-line reference for the method (M5)."""
+    return torch.logsumexp(log_joint(log_w, h), dim=-1)
+
+
+# --- E-step -------------------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def e_step(log_w: torch.Tensor, h: torch.Tensor, group: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact posterior over experts, without gradient.
+
+    log_w: (B,K) or (K,); h: (B,K). Returns log_marginal (B,) and log_q (B,K) in nats (M7).
+    With group (B,) int64 in 0..G-1 one expert judges all pairs of a group, a user's say (M11): the log-likelihoods of the group's pairs add up,
+    its prior (equal on all its pairs) counts once. Returns log_marginal (G,) and log_q (G,K); the posterior of a pair is log_q[group].
+    """
+    if group is None:
+        joint = log_joint(log_w, h)                                         # (B,K)
+    else:
+        joint = pool(log_w, F.logsigmoid(h), group)                         # (G,K)
+    log_p = torch.logsumexp(joint, dim=-1)                                  # (B,) or (G,)
+    return log_p, joint - log_p[..., None]                                  # M7, M11
+
+
+def pool(log_w: torch.Tensor, log_lik: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """log w_k(u) + sum over the pairs i of group u of log_lik_ik (M11): (K,) or (B,K), (B,K), (B,) -> (G,K)."""
+    assert group.shape == log_lik.shape[:1], f"got group {tuple(group.shape)} for {log_lik.shape[0]} pairs"
+    groups = int(group.max()) + 1
+    assert len(group.unique()) == groups, f"groups must be numbered 0..G-1 without holes, got {group.unique().tolist()}"
+    first = torch.full((groups,), len(group)).scatter_reduce(0, group.cpu(), torch.arange(len(group)), "amin").to(group.device)
+    prior = log_w.to(log_lik.dtype).expand_as(log_lik)                      # (B,K)
+    assert torch.equal(prior, prior[first][group]), "log_w differs between the pairs of one group; one group has one latent expert, hence one prior"
+    return prior[first].index_add(0, group, log_lik)                        # (G,K)
+
+
+# --- the bound and the M-step's losses --------------------------------------------------------------------------------------------------
+
+
+def weighted(log_q: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """sum_k q_k values_k, with 0 times -inf counted as 0 (an expert without weight): (B,K), (B,K) -> (B,)."""
+    return (log_q.exp() * values.masked_fill(log_q == -torch.inf, 0.0)).sum(-1)
+
+
+def elbo(log_q: torch.Tensor, log_w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """Evidence lower bound in nats, for any q: (B,K), (B,K) or (K,), (B,K) -> (B,)  (M6)."""
+    return weighted(log_q, log_joint(log_w, h) - log_q)
+
+
+def expert_loss(log_q: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """- sum_k q_k log sigma(h_k), q a constant: (B,K), (B,K) -> (B,)  (M8). With K = 1 it is dpo_loss."""
+    return -weighted(log_q.detach(), F.logsigmoid(h))
+
+
+def gate_loss(log_q: torch.Tensor, log_w: torch.Tensor) -> torch.Tensor:
+    """KL(q || w), q a constant: (B,K), (B,K) or (K,) -> (B,)  (M9)."""
+    log_q = log_q.detach()
+    return weighted(log_q, log_q - log_w.to(log_q.dtype))
+
+
+def update_weights(log_q: torch.Tensor, prior: float = 1.0) -> torch.Tensor:
+    """Closed-form weights (M10): the mode of a symmetric Dirichlet(prior) after N responsibilities. (N,K) -> (K,) log weights.
+
+    w_k = (sum_n q_nk + prior - 1) / (N + K (prior - 1)); prior = 1 is the mean of q. Wants prior >= 1 (below, the mode may not exist).
+    """
+    assert prior >= 1.0, f"Dirichlet prior is {prior}, want at least 1"
+    n, k = log_q.shape
+    return torch.log((log_q.exp().sum(0) + prior - 1.0) / (n + k * (prior - 1.0)))
+
+
+# --- the start ---------------------------------------------------------------------------------------------------------------------------
+
+
+def random_responsibilities(groups: int, experts: int, generator: torch.Generator, concentration: float = 1.0) -> torch.Tensor:
+    """Random log q (G,K), each row from Dirichlet(concentration): breaks the symmetric saddle.
+
+    Identical experts under uniform weights have h equal and q = w for ever, and the mixture reproduces DPO; any q that differs between
+    pairs leaves that point.
+    """
+    gamma = torch._standard_gamma(torch.full((groups, experts), concentration, dtype=torch.float64), generator=generator)
+    return torch.log_softmax(gamma.clamp_min(1e-30).log(), dim=-1).float()
+
+
+@dataclass(frozen=True)
+class LinearMixture:
+    """K linear rewards theta_k . phi(y) with their responsibilities; `bound` is the penalised log-likelihood of this start, `bounds` all starts'."""
+
+    theta: torch.Tensor     # (K,D)
+    log_w: torch.Tensor     # (K,)
+    log_q: torch.Tensor     # (G,K)
+    bound: float            # nats, summed over groups, of exactly these theta and log_w
+    bounds: list[float]
+
+
+@torch.no_grad()
+def linear_mixture(x: torch.Tensor, group: torch.Tensor, experts: int, l2: float = 1e-2, starts: int = 5, iterations: int = 50,
+                   seed: int = 0, log_w: torch.Tensor | None = None) -> LinearMixture:
+    """The same EM with linear rewards, where the M-step is a convex problem: h_ik = theta_k . x_i.
+
+    x: (B,D) differences of features, chosen minus rejected; group: (B,) int64 in 0..G-1. Each M-step is one damped Newton step per expert on
+    sum_i q_ik log sigma(h_ik) - l2 B/2 |theta_k|^2 (generalised EM: the bound never falls). log_w: (K,) fixed weights, or None for the
+    closed-form update. The best of `starts` random starts by the bound is returned: EM finds local optima, and restarts matter.
+    """
+    x, generator = x.double(), torch.Generator().manual_seed(seed)
+    best, bounds = None, []
+    for _ in range(starts):
+        log_q = random_responsibilities(int(group.max()) + 1, experts, generator).double()
+        theta, weights = torch.zeros(experts, x.shape[1], dtype=x.dtype), torch.full((experts,), -torch.tensor(experts).log().item(), dtype=x.dtype)
+        last = -torch.inf
+        for _ in range(iterations):
+            weights = update_weights(log_q) if log_w is None else log_w.double()
+            theta = torch.stack([newton_step(x, log_q[group, k].exp(), theta[k], l2 * len(x)) for k in range(experts)])  # (K,D)
+            log_p, log_q = e_step(weights, x @ theta.T, group)
+            bound = (log_p.sum() - 0.5 * l2 * len(x) * theta.square().sum()).item()
+            if bound - last < 1e-6 * abs(bound):
+                break
+            last = bound
+        bounds.append(bound)
+        if best is None or bound > best.bound:
+            best = LinearMixture(theta.float(), weights.float(), log_q.float(), bound, bounds)
+    return best
+
+
+def newton_step(x: torch.Tensor, q: torch.Tensor, theta: torch.Tensor, ridge: float) -> torch.Tensor:
+    """One Newton step, halved until it does not fall, on sum_i q_i log sigma(theta . x_i) - ridge/2 |theta|^2: (B,D), (B,), (D,) -> (D,)."""
+    def objective(t):
+        return (q * F.logsigmoid(x @ t)).sum() - 0.5 * ridge * t.square().sum()
+
+    miss = torch.sigmoid(-(x @ theta))                                      # (B,)  1 - sigma(h)
+    gradient = x.T @ (q * miss) - ridge * theta                             # (D,)
+    hessian = (x.T * (q * miss * (1 - miss))) @ x                           # (D,D)
+    hessian.diagonal().add_(ridge)
+    step, before = torch.linalg.solve(hessian, gradient), objective(theta)
+    for halving in range(30):
+        new = theta + step * 0.5**halving
+        if objective(new) >= before:
+            return new
+    return theta
+
+
+# --- the mixture as a policy ---------------------------------------------------------------------------------------------------------------
+
+
+def mixture_logp(log_w: torch.Tensor, logp: torch.Tensor) -> torch.Tensor:
+    """log pi(y|x) = logsumexp_k [ log w_k(x) + log pi_k(y|x) ] in nats: (...,K), (...,K) -> (...)  (M1, M14)."""
+    return torch.logsumexp(log_w.to(logp.dtype) + logp, dim=-1)
+
+
+def prefix_log_weights(log_w: torch.Tensor, logps: torch.Tensor) -> torch.Tensor:
+    """Weights of the experts before each token, given the tokens so far: (...,K), (...,T,K) -> (...,T,K)  (M14).
+
+    log w_k + sum_{s<t} logps_sk, normalised over k. Only with these does sum_t logsumexp_k(weights_t + logps_t) equal mixture_logp.
+    """
+    before = logps.cumsum(-2) - logps                                       # (...,T,K) exclusive prefix sums
+    return torch.log_softmax(log_w.to(logps.dtype)[..., None, :] + before, dim=-1)
+
+
+def mixture_reward(log_w: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """r(x,y) = log sum_k w_k(x) exp r_k(x,y) (M2): (...,K), (...,K) -> (...). Not what the likelihood M5 is built on: see the module's docstring."""
+    return mixture_logp(log_w, r)
