@@ -1,0 +1,131 @@
+"""Reading GGUF, the one-file format of llama.cpp: metadata (the tokenizer is in there) and quantised tensors.
+
+    file = "GGUF", version, counts of tensors and of key-values; the key-values; one record a tensor; padding; tensor data
+    Q8_0   a block of 32 numbers: fp16 d, 32 x int8 q                    x = d q
+    Q4_1   a block of 32 numbers: fp16 d, fp16 m, 16 bytes of nibbles    x = d q + m, low nibbles are numbers 0..15, high ones 16..31
+
+Left out: every other quantisation (refused by name), big-endian files, nested arrays and writing. A tensor keeps the shape that numpy and
+PyTorch would give it, (out, in): GGUF stores the sizes fastest axis first, so they are reversed here. What llama.cpp does to the
+*meaning* of a tensor (it permutes the rows of q and k) is not undone here; weights.py does that.
+"""
+
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from mixdpo.config import InputError
+
+# Type numbers of GGUF's metadata values -> little-endian numpy types. 8 is a string and 9 an array; they are handled apart.
+SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+STRING, ARRAY = 8, 9
+
+# Tensor types that can be read: number -> (name, numbers a block, bytes a block).
+KINDS = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34)}
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """One tensor still as it lies in the file; `float32()` dequantises it. Several can be held without their memory being spent."""
+
+    shape: tuple        # (out, in), as PyTorch writes it
+    kind: str           # "F32", "F16", "Q4_1" or "Q8_0"
+    raw: np.ndarray     # its bytes, uint8, mapped from the file
+
+    def float32(self):
+        """Equals the tensor that llama.cpp computes with, as a fresh contiguous float32 array of self.shape."""
+        if self.kind == "F32":
+            return self.raw.view("<f4").astype(np.float32).reshape(self.shape)
+        if self.kind == "F16":
+            return self.raw.view("<f2").astype(np.float32).reshape(self.shape)
+        if self.kind == "Q8_0":
+            blocks = self.raw.reshape(-1, 34)
+            d = blocks[:, :2].copy().view("<f2").astype(np.float32)             # (blocks, 1)
+            q = blocks[:, 2:].view(np.int8).astype(np.float32)                  # (blocks, 32)
+            return (d * q).reshape(self.shape)
+        blocks = self.raw.reshape(-1, 20)                                       # Q4_1
+        d, m = blocks[:, :4].copy().view("<f2").astype(np.float32).T[:, :, None]     # (blocks, 1) each
+        nibbles = blocks[:, 4:]                                                 # (blocks, 16): two numbers a byte
+        q = np.concatenate((nibbles & 15, nibbles >> 4), axis=1)                # (blocks, 32)
+        return (d * q + m).reshape(self.shape)
+
+
+class _Cursor:
+    """A place in the file; every read is checked against the end, so a truncated file is one clear error and never a huge allocation."""
+
+    def __init__(self, path):
+        self.path, self.place = path, 0
+        if path.stat().st_size == 0:
+            raise InputError(f"{path}: the file is empty, wanted a GGUF file; fetch it again")
+        self.data = np.memmap(path, dtype=np.uint8, mode="r")
+
+    def take(self, count):
+        if count > len(self.data) - self.place:
+            raise InputError(f"{self.path}: truncated: byte {self.place} asks for {count} more of {len(self.data) - self.place} left; "
+                             "fetch the file again")
+        self.place += count
+        return self.data[self.place - count:self.place]
+
+    def number(self, code):
+        return struct.unpack("<" + code, self.take(struct.calcsize(code)).tobytes())[0]
+
+    def string(self):
+        return self.take(self.number("Q")).tobytes().decode("utf-8", errors="surrogateescape")
+
+    def value(self, kind):
+        if kind == STRING:
+            return self.string()
+        if kind == ARRAY:
+            kind, count = self.number("I"), self.number("Q")
+            if kind == STRING:
+                return [self.string() for _ in range(count)]
+            return np.frombuffer(self.take(count * self.dtype(kind).itemsize), self.dtype(kind)).tolist()
+        return np.frombuffer(self.take(self.dtype(kind).itemsize), self.dtype(kind))[0].item()
+
+    def dtype(self, kind):
+        if kind not in SCALARS:
+            raise InputError(f"{self.path}: metadata type {kind} near byte {self.place} is none of GGUF's; damaged, fetch it again")
+        return np.dtype(SCALARS[kind])
+
+
+def read_gguf(path):
+    """-> (metadata, tensors): dict of plain Python values, dict of name -> GGUFTensor. Reads versions 2 and 3.
+
+    Raises InputError for a file that is not GGUF, is truncated, or holds a tensor of a type not in KINDS. Tensor bytes are mapped, not read:
+    asking for the metadata of a model of any size costs only the header.
+    """
+    path = Path(path)
+    cursor = _Cursor(path)
+    magic = cursor.data[:4].tobytes()
+    if magic != b"GGUF":
+        raise InputError(f"{path}: starts with {magic!r}, wanted b'GGUF': this is not a GGUF file")
+    cursor.take(4)
+    version, tensor_count, value_count = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
+    if version not in (2, 3):
+        raise InputError(f"{path}: GGUF version {version}, wanted 2 or 3; convert the file with a current llama.cpp")
+    metadata = {}
+    for _ in range(value_count):
+        key = cursor.string()
+        metadata[key] = cursor.value(cursor.number("I"))
+    records = []
+    for _ in range(tensor_count):
+        name, axes = cursor.string(), cursor.number("I")
+        shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]            # the file has the fastest axis first
+        records.append((name, shape, cursor.number("I"), cursor.number("Q")))
+    alignment = metadata.get("general.alignment", 32)
+    base = -(-cursor.place // alignment) * alignment                            # tensor data begin at the next multiple
+    tensors = {name: _tensor(cursor, name, shape, kind, base + offset) for name, shape, kind, offset in records}
+    return metadata, tensors
+
+
+def _tensor(cursor, name, shape, kind, start):
+    if kind not in KINDS:
+        raise InputError(f"{cursor.path}: tensor {name} has GGUF type number {kind}, wanted one of "
+                         f"{', '.join(f'{k} ({v[0]})' for k, v in KINDS.items())}; use a file quantised to one of these")
+    kind, per_block, block_bytes = KINDS[kind]
+    if prod(shape) % per_block:
+        raise InputError(f"{cursor.path}: tensor {name} of shape {shape} is not whole {kind} blocks of {per_block} numbers; the file is damaged")
+    cursor.place = min(start, len(cursor.data))
+    return GGUFTensor(shape, kind, cursor.take(prod(shape) // per_block * block_bytes))
