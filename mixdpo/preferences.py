@@ -1,0 +1,282 @@
+"""Preferences: text -> ids. A file of judged pairs becomes lists of token ids, and those become right-padded batches.
+
+A row holds prompt and response. With start = len(prompt) and length = start + len(response):
+
+    position      0 ... start-1 | start ... length-2    length-1 | length ... T-1
+    token         prompt        | response              EOS      | padding, 0
+    predicted at                | start-1 ... length-3  length-2 |
+
+Prompt and response are tokenised apart and their ids joined, so no token straddles the boundary and log pi(y|x) scores
+the same y after every x. EOS is appended once, as an id; a response cut at max_response ids is unfinished and has none.
+Everything that asks "is this a response token?" asks the lengths, never the ids: 0 pads, and 0 is one vocabulary's EOS
+and another's ordinary token. Left out: chat templates (texts are strings), and attention masks (a causal model needs
+none under right padding).
+"""
+
+import hashlib
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+from mixdpo.config import InputError, parse
+from mixdpo.records import OPTIONAL, TEXTS, Fault, lines, read_record
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One comparison as ids. A response ends with EOS if and only if it was not cut."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    user: str | None = None
+    annotator: str | None = None  # evaluation only, as are the scores: neither reaches a Batch
+    scores: dict[str, list[float]] | None = None
+    context: bool | None = None  # True: for the E-step alone. None: the file does not say
+    line: int = 0  # in the file, from 1
+
+    def longest(self) -> int:
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pairs, right-padded with 0. A pair is an axis: index 0 chosen, 1 rejected."""
+
+    ids: torch.Tensor  # (B, 2, T) int64
+    start: torch.Tensor  # (B,) prompt lengths
+    length: torch.Tensor  # (B, 2) prompt + response
+    group: torch.Tensor  # (B,) unit of the latent, 0..G-1: the pair itself or its user
+    pair: torch.Tensor  # (B,) index into the list of pairs
+    context: torch.Tensor  # (B,) bool
+
+    def to(self, device) -> "Batch":
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+# ---- text -> ids
+
+
+def read_preferences(path, tokenizer, max_prompt, max_response, drop=False, report=print) -> list[Pair]:
+    """The pairs of a .jsonl or .jsonl.gz file, in its order.
+
+    A prompt keeps its last max_prompt ids, a response its first max_response, EOS counted; `report` is told how many
+    were cut. Raises: InputError with file, line, what was got and what to do. With drop=True a faulty line is left out
+    instead, and `report` is told every such line under its kind of fault. An unknown field raises even then: the
+    file's format is wrong, not one of its pairs.
+    """
+    if min(max_prompt, max_response) < 1:
+        raise InputError(f"max_prompt {max_prompt}, max_response {max_response}: both must be at least 1")
+    pairs, dropped, cut = [], defaultdict(list), defaultdict(list)
+    for number, raw in enumerate(lines(path), start=1):
+        if not raw.strip():
+            continue  # an empty line holds nothing that could be lost
+        try:
+            pairs.append(read_pair(raw, number, tokenizer, max_prompt, max_response, cut))
+        except Fault as fault:
+            if not drop or fault.kind == "unknown field":
+                raise InputError(f"{path}:{number}: {fault}") from None
+            dropped[fault.kind].append(number)
+    for kind, numbers in dropped.items():
+        report(f"{path}: dropped {len(numbers)} ({kind}): line {', '.join(map(str, numbers))}")
+    if not pairs:
+        raise InputError(f"{path}: no pairs left in it; wanted one object with {', '.join(TEXTS)} a line")
+    for what, numbers in cut.items():
+        report(f"{path}: {len(numbers)} {what} (first: line {numbers[0]})")
+    return pairs
+
+
+def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response: int, cut: dict) -> Pair:
+    """One line as a Pair; its number is appended to `cut` under each thing that had to be shortened. Raises: Fault."""
+    record = read_record(raw)
+    try:
+        prompt, *responses = (tokenizer.encode(record[field]) for field in TEXTS)
+    except InputError as error:
+        raise Fault("no token for a character", str(error), "replace that character or take the line out") from None
+    assert not any(tokenizer.eos in ids for ids in (prompt, *responses)), f"line {number}: text was encoded as EOS"
+    whole = [response + [tokenizer.eos] for response in responses]  # before the cut: a cut response is one without EOS
+    chosen, rejected = (response[:max_response] for response in whole)
+    if whole[0] == whole[1]:
+        raise Fault("identical responses", "chosen and rejected are the same ids", "it prefers nothing: take the line out")
+    if chosen == rejected:
+        got = f"the first {max_response} ids are the same"
+        raise Fault("identical after truncation", got, "raise max_response or take the line out")
+    if len(prompt) > max_prompt:
+        cut[f"prompts cut to their last {max_prompt} ids"].append(number)
+    if max(map(len, whole)) > max_response:
+        cut[f"pairs with a response cut to its first {max_response} ids, without EOS"].append(number)
+    return Pair(prompt[-max_prompt:], chosen, rejected, *(record.get(field) for field in OPTIONAL), line=number)
+
+
+def check_lengths(pairs: list[Pair], context: int) -> None:
+    """Raises: InputError if a pair has more tokens than the model has positions."""
+    worst = max(pairs, key=Pair.longest)
+    if worst.longest() > context:
+        raise InputError(
+            f"line {worst.line}: prompt ({len(worst.prompt)} ids) and response ({worst.longest() - len(worst.prompt)}) "
+            f"are longer than the model's context of {context}; choose max_prompt + max_response <= {context}"
+        )
+
+
+def data_key(path) -> str:
+    """sha256 of the file's (unpacked) bytes, for the cache of reference log-probs."""
+    key = hashlib.sha256()
+    for raw in lines(path):
+        key.update(raw)
+    return key.hexdigest()
+
+
+# ---- units of the latent
+
+
+def groups(pairs: list[Pair], latent: str) -> list[list[int]]:
+    """Indices of the pairs that share one z, in order of appearance: each pair alone ("pair"), or a user's ("user", M11)."""
+    if latent == "pair":
+        return [[i] for i in range(len(pairs))]
+    if latent != "user":
+        raise InputError(f"latent {latent!r}: wanted 'pair' or 'user'")
+    if nameless := [pair.line for pair in pairs if pair.user is None]:
+        raise InputError(
+            f"line {nameless[0]}: no user (on {len(nameless)} of {len(pairs)} pairs), and latent 'user' needs one on "
+            "every line; name the users or choose latent 'pair'"
+        )
+    of_user = defaultdict(list)
+    for i, pair in enumerate(pairs):
+        of_user[pair.user].append(i)
+    return list(of_user.values())
+
+
+def mark_context(pairs: list[Pair], count: int, seed: int) -> list[Pair]:
+    """The pairs, with `count` of each user's drawn by `seed` as context pairs, which the E-step alone looks at.
+
+    A user for whom the file says context, on any line, is left as the file has it. Raises: InputError if a user has
+    no more than `count` pairs.
+    """
+    generator, marked = np.random.default_rng(seed), list(pairs)
+    for group in groups(pairs, "user"):
+        drawn = set(generator.permutation(group)[:count].tolist())
+        if any(pairs[i].context is not None for i in group):
+            continue
+        if len(group) <= count:
+            raise InputError(
+                f"user {pairs[group[0]].user!r} has {len(group)} pairs: {count} for context leave none to train on; "
+                f"choose at most {len(group) - 1}, or take that user out"
+            )
+        for i in group:
+            marked[i] = replace(pairs[i], context=i in drawn)
+    return marked
+
+
+def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: list[Pair] = ()) -> list[list[int]]:
+    """One epoch as lists of indices into `groups`: whole groups, shuffled by (seed, epoch), none left out.
+
+    A batch holds at most `size` pairs and ends where the next group would not fit, so batches are ragged.
+    Raises: InputError if a group is larger than a batch; it names the user if `pairs` is given.
+    """
+    largest = max(range(len(groups)), key=lambda g: len(groups[g]))
+    if (needed := len(groups[largest])) > size:
+        name = f"user {pairs[groups[largest][0]].user!r}" if pairs else f"group {largest}"
+        raise InputError(f"{name} has {needed} pairs, and a batch holds {size}; choose a batch of {needed} or more")
+    out, room = [], 0
+    for g in np.random.default_rng([seed, epoch]).permutation(len(groups)).tolist():
+        if len(groups[g]) > room:
+            out.append([])
+            room = size
+        out[-1].append(g)
+        room -= len(groups[g])
+    return out
+
+
+# ---- ids -> tensors
+
+
+def collate(pairs: list[Pair], index: list[int], latent: str) -> Batch:
+    """The pairs at `index`, in that order."""
+    taken = [pairs[i] for i in index]
+    ids = torch.zeros(len(taken), 2, max(map(Pair.longest, taken)), dtype=torch.int64)  # (B, 2, T)
+    length = torch.zeros(len(taken), 2, dtype=torch.int64)
+    for b, pair in enumerate(taken):
+        for side, response in enumerate((pair.chosen, pair.rejected)):
+            length[b, side] = len(pair.prompt) + len(response)
+            ids[b, side, : length[b, side]] = torch.tensor(pair.prompt + response)
+    group = torch.zeros(len(taken), dtype=torch.int64)
+    for g, members in enumerate(groups(taken, latent)):
+        group[members] = g
+    start = torch.tensor([len(pair.prompt) for pair in taken])
+    context = torch.tensor([bool(pair.context) for pair in taken])
+    return Batch(ids, start, length, group, torch.tensor(index), context)
+
+
+def response_positions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where the log-probs of the batch's M response tokens, EOS among them, are to be had.
+
+    Returns where (M,): the hidden state that predicts the token, an index into (B*2*T, C); targets (M,): the token;
+    sequence (M,): the response it belongs to, an index into B*2. From the lengths, never from the ids.
+    """
+    T = batch.ids.shape[-1]
+    position = torch.arange(T, device=batch.ids.device)
+    is_response = (position >= batch.start[:, None, None]) & (position < batch.length[..., None])  # (B, 2, T)
+    token = is_response.flatten().nonzero().squeeze(1)  # (M,) into B*2*T
+    return token - 1, batch.ids.flatten()[token], token // T  # token - 1 stays in its row: no prompt is empty
+
+
+# ---- to look at
+
+
+COLOURS = {"prompt": "36", "response": "1;32", "EOS": "30;43", "padding": "90"}
+
+
+def show(batch: Batch, tokenizer, colour: bool = False) -> str:
+    """The batch as text, its parts told apart by colour (ANSI, with a legend) or, in the plain form, by name."""
+
+    def part(kind: str, text: str) -> str:
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # no line breaks, no control characters
+        return f"\033[{COLOURS[kind]}m{text}\033[0m" if colour else f"[{kind}: {text}]"
+
+    T = batch.ids.shape[-1]
+    out = [" ".join(part(kind, kind) for kind in COLOURS)] if colour else []
+    for b, start in enumerate(batch.start.tolist()):
+        note = ", context" if batch.context[b] else ""
+        out.append(f"pair {batch.pair[b]} (group {batch.group[b]}{note})")
+        for side, name in enumerate(("chosen", "rejected")):
+            row, length = batch.ids[b, side].tolist(), int(batch.length[b, side])
+            finished = row[length - 1] == tokenizer.eos
+            text = part("prompt", tokenizer.decode(row[:start]))
+            text += part("response", tokenizer.decode(row[start : length - finished]))
+            text += part("EOS", f"<{tokenizer.eos}>") if finished else ""
+            text += part("padding", f"{T - length} x 0") if length < T else ""
+            out.append(f"  {name:<9}{text}")
+    return "\n".join(out)
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """Prints the first batch of a preference file."""
+
+    data: str  # preference file (.jsonl, .jsonl.gz); its flag may be left out
+    model: str = "smollm2"  # whose tokenizer: gpt2, smollm2, llama-3.2-1b or a directory
+    max_prompt: int = 64  # ids kept of a prompt, from its end
+    max_response: int = 64  # ids kept of a response, EOS included
+    pairs: int = 4  # how many
+    data_folder: str = ""  # local files looked into before anything is fetched
+
+
+def main(argv: list[str]) -> None:
+    from mixdpo.tokenizer import load_tokenizer  # here, since only this command needs one by name
+
+    flags = argv if argv and argv[0].startswith("-") else ["--data", *argv]
+    config = parse(ShowConfig, flags, "python -m mixdpo.preferences FILE")
+    tokenizer = load_tokenizer(config.model, config.data_folder or None)
+    pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response)
+    batch = collate(pairs, list(range(min(config.pairs, len(pairs)))), "pair")
+    print(show(batch, tokenizer, colour=sys.stdout.isatty()))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,95 @@
+"""Records: the lines of a preference file, checked before anybody reads meaning into them.
+
+One line is one JSON object, one comparison:
+
+    {"prompt": str, "chosen": str, "rejected": str}              always
+    {"user": str}                                                 who judged; training may use it (M11: one latent z a user)
+    {"annotator": str, "scores": {name: [chosen, rejected]}}      the truth about the judge; evaluation only
+    {"context": bool}                                             true: the E-step looks at this pair, the M-step never trains on it
+
+Left out: any guess at what a damaged or unknown field may have meant.
+"""
+
+import gzip
+import json
+import math
+import zlib
+from pathlib import Path
+
+from mixdpo.config import InputError
+
+TEXTS, OPTIONAL = ("prompt", "chosen", "rejected"), ("user", "annotator", "scores", "context")
+
+
+class Fault(InputError):
+    """What is wrong with one line. `kind` is the kind of fault, under which dropped lines are counted."""
+
+    def __init__(self, kind: str, got: str, remedy: str):
+        super().__init__(f"{kind}: {got}; {remedy}")
+        self.kind = kind
+
+
+def lines(path):
+    """Yields the lines of a .jsonl or .jsonl.gz file as bytes: only a newline ends one, U+2028 inside a text does not.
+
+    Raises: InputError if there is no such file, or if its packed form is damaged.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; wanted preferences as .jsonl or .jsonl.gz")
+    with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+        try:
+            yield from file
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise InputError(f"{path}: not a whole gzip file ({error}); fetch it or pack it again") from None
+
+
+def read_record(raw: bytes) -> dict:
+    """One line as an object with known fields of the right types. Optional fields that are null are absent. Raises: Fault."""
+    usual = 'wanted {"prompt": ..., "chosen": ..., "rejected": ...} on one line'
+    try:
+        record = json.loads(raw.strip().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        got = f"byte {error.start + 1} of the line is 0x{error.object[error.start]:02x}"
+        raise Fault("not UTF-8", got, "save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise Fault("not JSON", str(error).replace("line 1 ", ""), usual) from None
+    if not isinstance(record, dict):
+        raise Fault("not an object", f"got a {type(record).__name__}", usual)
+    if unknown := [field for field in record if field not in TEXTS + OPTIONAL]:
+        known = f"known are {', '.join(TEXTS + OPTIONAL)}: rename it or take it out"
+        raise Fault("unknown field", ", ".join(map(repr, unknown)), known)
+    if missing := [field for field in TEXTS if field not in record]:
+        raise Fault("missing field", ", ".join(missing), f"every line needs {', '.join(TEXTS)}")
+    record = {field: value for field, value in record.items() if value is not None or field in TEXTS}
+    for field in record.keys() & {*TEXTS, "user", "annotator"}:
+        check_string(field, record[field])
+    if not isinstance(record.get("context", False), bool):
+        raise Fault("wrong type", f"context is {record['context']!r}", "wanted true or false")
+    scores = record.get("scores", {})
+    if not (isinstance(scores, dict) and all(map(is_score, scores.values()))):
+        raise Fault("wrong type", f"scores is {scores!r}", 'wanted {"name": [chosen, rejected], ...}, finite numbers')
+    return record
+
+
+def check_string(field: str, value) -> None:
+    """Raises: Fault unless `value` is a string, not empty, that UTF-8 can write."""
+    if isinstance(value, list) and field in TEXTS:
+        remedy = "chat templates are not supported by this version: apply yours and write strings"
+        raise Fault("wrong type", f"{field} is a list of messages", remedy)
+    if not isinstance(value, str):
+        raise Fault("wrong type", f"{field} is {value!r}", "wanted a string")
+    if not value:
+        raise Fault(f"empty {field}", "it is ''", "wanted at least one character: give it text or take the line out")
+    for position, character in enumerate(value):
+        if "\ud800" <= character <= "\udfff":
+            got = f"{field} has \\u{ord(character):04x} at position {position}"
+            raise Fault("lone surrogate", got, "it is half a character: write it whole or take it out")
+
+
+def is_score(value) -> bool:
+    """Whether `value` is [chosen, rejected], two finite numbers (and not truth values, which Python counts as integers)."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(number) in (int, float) and math.isfinite(number) for number in value)
+    )
