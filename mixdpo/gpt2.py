@@ -1,0 +1,131 @@
+"""GPT-2 (Radford et al. 2019), from token ids to hidden states.
+
+    x_0     = wte[ids] + wpe[position]
+    x      <- x + c_proj(attend(c_attn(ln_1(x))))          each of L blocks
+    x      <- x + c_proj(gelu(c_fc(ln_2(x))))
+    hidden  = ln_f(x_L)                                    (N, T, C): logits are hidden @ unembedding.T, and are made in logprob.py
+
+Parameters carry the names of the published checkpoints, so that weights.py needs no table of names; each weight is (out, in), where the
+checkpoints store these four transposed. The GELU is the tanh form that GPT-2 was trained with: the exact (erf) form is off by up to 4.7e-4 per activation.
+Left out: dropout, everywhere and on purpose, so that a policy and its reference are the same function in training and evaluation.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mixdpo.attention import KVCache, attend
+
+# The four published sizes, as arguments of GPT2Config: 124M, 355M, 774M and 1.5B parameters.
+SIZES = {
+    "gpt2": dict(width=768, layers=12, heads=12),
+    "gpt2-medium": dict(width=1024, layers=24, heads=16),
+    "gpt2-large": dict(width=1280, layers=36, heads=20),
+    "gpt2-xl": dict(width=1600, layers=48, heads=25),
+}
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    vocab: int = 50257              # V
+    context: int = 1024             # longest row: there is one learned position vector a token
+    width: int = 768                # C
+    layers: int = 12                # L
+    heads: int = 12                 # H
+    inner: int | None = None        # width inside the MLP; None: 4 C
+    eps: float = 1e-5               # of the layer norms
+    tied: bool = True               # the unembedding is the token embedding
+    bos: int | None = None          # bos and eos are not used by the model: they are kept from config.json to config.json
+    eos: int | tuple | None = None
+
+    def __post_init__(self):
+        assert self.width % self.heads == 0, f"width {self.width} is not a multiple of heads {self.heads}"
+        if self.inner is None:
+            object.__setattr__(self, "inner", 4 * self.width)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.c_attn = nn.Linear(config.width, 3 * config.width)
+        self.c_proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x, layer, window):
+        N, T, C = x.shape
+        q, k, v = self.c_attn(x).view(N, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)     # (N, H, T, D) each
+        return self.c_proj(attend(q, k, v, layer, window))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.width, config.inner)
+        self.c_proj = nn.Linear(config.inner, config.width)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.width, eps=config.eps)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.width, eps=config.eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, layer, window):
+        x = x + self.attn(self.ln_1(x), layer, window)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(nn.Module):
+    """model(ids) (N, T) int64 -> hidden (N, T, C), final norm applied, all positions. With a cache: see KVCache.
+
+    `checkpointing = True` keeps one (N, T, C) tensor a block for backward and computes the block again: the same gradients, less memory.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.checkpointing = config, False
+        self.wte = nn.Embedding(config.vocab, config.width)
+        self.wpe = nn.Embedding(config.context, config.width)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.ln_f = nn.LayerNorm(config.width, eps=config.eps)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:                # as GPT-2 was: what adds to the residual stream starts smaller, the deeper the model
+                nn.init.normal_(p, std=0.02 / (2 * config.layers) ** 0.5 if name.endswith("c_proj.weight") else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    @property
+    def unembedding(self):
+        """The parameter (V, C) that turns hidden states into logits; when config.tied it is the token embedding itself."""
+        return self.wte.weight if self.config.tied else self.lm_head.weight
+
+    def new_cache(self, rows, tokens):
+        """An empty cache for `rows` rows of up to `tokens` tokens each, in the model's dtype and on its device."""
+        c, weight = self.config, self.wte.weight
+        assert tokens <= c.context, f"got {tokens} tokens a row, want at most the context of {c.context}"
+        return KVCache(c.layers, rows, c.heads, tokens, c.width // c.heads, weight.dtype, weight.device)
+
+    def forward(self, ids, cache=None):
+        N, T = ids.shape
+        assert T <= self.config.context, f"got rows of {T} tokens, want at most the context of {self.config.context}"
+        window = None if cache is None else cache.window(N, T)
+        positions = torch.arange(T, device=ids.device) if window is None else window.positions     # (T,) or (N, T)
+        x = self.wte(ids) + self.wpe(positions)         # (N, T, C)
+        for layer, block in enumerate(self.h):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, layer, window, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, layer, window)
+        if cache is not None:
+            cache.length = cache.length + T
+        return self.ln_f(x)
