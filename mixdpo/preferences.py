@@ -81,11 +81,11 @@ def read_preferences(path, tokenizer, max_prompt, max_response, drop=False, repo
                 raise InputError(f"{path}:{number}: {fault}") from None
             dropped[fault.kind].append(number)
     for kind, numbers in dropped.items():
-        report(f"{path}: dropped {len(numbers)} ({kind}): line {', '.join(map(str, numbers))}")
+        report(f"{path}: dropped, {kind}: {len(numbers)} (line {', '.join(map(str, numbers))})")
     if not pairs:
         raise InputError(f"{path}: no pairs left in it; wanted one object with {', '.join(TEXTS)} a line")
     for what, numbers in cut.items():
-        report(f"{path}: {len(numbers)} {what} (first: line {numbers[0]})")
+        report(f"{path}: {what}: {len(numbers)} (first: line {numbers[0]})")
     return pairs
 
 
@@ -100,7 +100,7 @@ def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response:
     whole = [response + [tokenizer.eos] for response in responses]  # before the cut: a cut response is one without EOS
     chosen, rejected = (response[:max_response] for response in whole)
     if whole[0] == whole[1]:
-        raise Fault("identical responses", "chosen and rejected are the same ids", "it prefers nothing: take the line out")
+        raise Fault("identical responses", "chosen and rejected have the same ids", "take the line out")
     if chosen == rejected:
         got = f"the first {max_response} ids are the same"
         raise Fault("identical after truncation", got, "raise max_response or take the line out")
@@ -133,7 +133,7 @@ def data_key(path) -> str:
 
 
 def groups(pairs: list[Pair], latent: str) -> list[list[int]]:
-    """Indices of the pairs that share one z, in order of appearance: each pair alone ("pair"), or a user's ("user", M11)."""
+    """Indices of the pairs that share one z, in order of appearance: each pair alone, or those of a user (M11)."""
     if latent == "pair":
         return [[i] for i in range(len(pairs))]
     if latent != "user":
@@ -233,8 +233,11 @@ def show(batch: Batch, tokenizer, colour: bool = False) -> str:
     """The batch as text, its parts told apart by colour (ANSI, with a legend) or, in the plain form, by name."""
 
     def part(kind: str, text: str) -> str:
-        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # no line breaks, no control characters
-        return f"\033[{COLOURS[kind]}m{text}\033[0m" if colour else f"[{kind}: {text}]"
+        return f"\033[{COLOURS[kind]}m{text}\033[0m" if colour else f" {kind} {text}"
+
+    def quoted(ids: list[int]) -> str:
+        text = repr(tokenizer.decode(ids))  # line breaks and control characters stay visible, and on one line
+        return text[1:-1] if colour else text
 
     T = batch.ids.shape[-1]
     out = [" ".join(part(kind, kind) for kind in COLOURS)] if colour else []
@@ -244,11 +247,11 @@ def show(batch: Batch, tokenizer, colour: bool = False) -> str:
         for side, name in enumerate(("chosen", "rejected")):
             row, length = batch.ids[b, side].tolist(), int(batch.length[b, side])
             finished = row[length - 1] == tokenizer.eos
-            text = part("prompt", tokenizer.decode(row[:start]))
-            text += part("response", tokenizer.decode(row[start : length - finished]))
+            text = part("prompt", quoted(row[:start]))
+            text += part("response", quoted(row[start : length - finished]))
             text += part("EOS", f"<{tokenizer.eos}>") if finished else ""
-            text += part("padding", f"{T - length} x 0") if length < T else ""
-            out.append(f"  {name:<9}{text}")
+            text += part("padding", f"0 x {T - length}") if length < T else ""
+            out.append(f"  {name:<9}{text.lstrip()}")
     return "\n".join(out)
 
 

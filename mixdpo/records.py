@@ -2,10 +2,10 @@
 
 One line is one JSON object, one comparison:
 
-    {"prompt": str, "chosen": str, "rejected": str}              always
-    {"user": str}                                                 who judged; training may use it (M11: one latent z a user)
-    {"annotator": str, "scores": {name: [chosen, rejected]}}      the truth about the judge; evaluation only
-    {"context": bool}                                             true: the E-step looks at this pair, the M-step never trains on it
+    {"prompt": str, "chosen": str, "rejected": str}           always
+    {"user": str}                                             who judged; training may use it (M11: one latent a user)
+    {"annotator": str, "scores": {name: [chosen, rejected]}}  the truth about the judge; evaluation only
+    {"context": bool}                                         true: a pair for the E-step, never for the M-step
 
 Left out: any guess at what a damaged or unknown field may have meant.
 """
@@ -44,7 +44,7 @@ def lines(path):
 
 
 def read_record(raw: bytes) -> dict:
-    """One line as an object with known fields of the right types. Optional fields that are null are absent. Raises: Fault."""
+    """One line as an object with known fields of the right types; an optional null counts as absent. Raises: Fault."""
     usual = 'wanted {"prompt": ..., "chosen": ..., "rejected": ...} on one line'
     try:
         record = json.loads(raw.strip().decode("utf-8-sig"))
@@ -87,7 +87,7 @@ def check_string(field: str, value) -> None:
 
 
 def is_score(value) -> bool:
-    """Whether `value` is [chosen, rejected], two finite numbers (and not truth values, which Python counts as integers)."""
+    """Whether `value` is [chosen, rejected], two finite numbers; true and false are not numbers here."""
     return (
         isinstance(value, list)
         and len(value) == 2
