@@ -1,0 +1,74 @@
+"""What to look at while a mixture trains, and how to say whether it found anything.
+
+    effective experts   exp(entropy of the mean responsibilities): K when all are used alike, 1 when one does all the work
+    ELBO gap            log p - ELBO(q) = KL(q || posterior) >= 0 for the q in use; 0 right after an exact E-step
+    ARI                 adjusted Rand index (Hubert & Arabie 1985): 1 for the same partition, 0 on average for unrelated ones
+    matched accuracy    share assigned rightly under the best one-to-one naming of experts
+"""
+
+import itertools
+import math
+
+import torch
+
+from mixdpo.dpo import accuracy
+from mixdpo.mixture import elbo, expert_loss, log_marginal
+
+
+def entropy(log_q: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats over the last axis, 0 log 0 = 0: (..., K) -> (...)."""
+    return -(log_q.exp() * log_q.masked_fill(log_q == -torch.inf, 0.0)).sum(-1)
+
+
+def effective_experts(log_q: torch.Tensor) -> float:
+    """exp of the entropy of the mean responsibilities: (N,K) -> number in 1..K."""
+    return math.exp(entropy(log_q.exp().mean(0).log()))
+
+
+@torch.no_grad()
+def step_summary(log_q: torch.Tensor, log_w: torch.Tensor, h: torch.Tensor) -> dict:
+    """A step's figures from its trained pairs: log_q (B,K) as the M-step used it, log_w (K,), h (B,K) before the update.
+
+    loss is M8 a pair; log_marginal M5 a pair, one type a pair, whatever the latent unit; elbo is for the q in use.
+    """
+    log_p = log_marginal(log_w, h)
+    return {
+        "loss": expert_loss(log_q, h).mean().item(),
+        "log_marginal": log_p.mean().item(),
+        "elbo": elbo(log_q, log_w, h).mean().item(),
+        "accuracy": accuracy(h).mean(0).tolist(),                           # of each expert on all pairs of the step
+        "accuracy_mbt": accuracy(log_p + math.log(2)).mean().item(),        # of the mixture of Bradley-Terry: p > 1/2
+        "margin": h.mean(0).tolist(),
+        "q": log_q.exp().mean(0).tolist(),
+        "q_entropy": entropy(log_q).mean().item(),
+        "effective_experts": effective_experts(log_q),
+    }
+
+
+def contingency(found: list, truth: list) -> torch.Tensor:
+    """Counts n_ij of units with found label i and true label j."""
+    rows, columns = sorted(set(found)), sorted(set(truth))
+    table = torch.zeros(len(rows), len(columns), dtype=torch.int64)
+    for f, t in zip(found, truth, strict=True):
+        table[rows.index(f), columns.index(t)] += 1
+    return table
+
+
+def adjusted_rand_index(found: list, truth: list) -> float:
+    """ARI of two labellings of the same units. Both trivial (one class, or all singletons): 1."""
+    table = contingency(found, truth)
+
+    def pairs(counts: torch.Tensor) -> float:
+        return (counts * (counts - 1) // 2).sum().item()
+
+    together, a, b, all_pairs = pairs(table), pairs(table.sum(1)), pairs(table.sum(0)), math.comb(len(found), 2)
+    expected, largest = a * b / max(all_pairs, 1), (a + b) / 2
+    return 1.0 if largest == expected else (together - expected) / (largest - expected)
+
+
+def matched_accuracy(found: list[int], truth: list, experts: int) -> tuple[float, dict[int, object]]:
+    """Share of units assigned rightly under the best one-to-one naming of experts, and that naming {expert: true label}. Wants small K (K! namings)."""
+    kinds = sorted(set(truth))
+    names = kinds + [None] * max(0, experts - len(kinds))                   # an expert may stand for nobody
+    best = max(itertools.permutations(names, experts), key=lambda naming: sum(naming[f] == t for f, t in zip(found, truth)))
+    return sum(best[f] == t for f, t in zip(found, truth)) / len(truth), dict(enumerate(best))
