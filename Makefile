@@ -1,0 +1,40 @@
+# make help lists the targets. Each one that runs Python makes .venv from the pinned requirements first.
+# Variables: DATASET=imdb  PRESET=smoke|quick|cpu|paper  MODEL=gpt2|smollm2|llama-3.2-1b|DIRECTORY  DATA=FOLDER of local files, looked into first
+
+DATASET ?= imdb
+PY := .venv/bin/python
+OPTIONS := $(if $(PRESET),--preset $(PRESET)) $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data-folder $(DATA))
+
+help:                     ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' Makefile
+	@sed -n '2p' Makefile
+
+train: .venv/ready        ## the whole experiment: data, reference, DPO and mixtures, table and pictures
+	$(PY) -m data.$(DATASET) $(OPTIONS)
+
+eval: .venv/ready         ## evaluate again and rewrite the report: make eval RUN=runs/imdb-quick
+	$(PY) eval.py $(RUN)
+
+show: .venv/ready         ## one batch, its prompt, response, end token and padding told apart: make show RUN=runs/imdb-quick
+	$(PY) -m mixdpo.preferences $(RUN)/train.jsonl --model $(RUN)/reference
+
+test: .venv/ready         ## the test suite
+	$(PY) -m pytest tests --ignore=tests/peers --ignore=tests/bench
+
+bench: .venv/peers        ## time and memory of a step, side by side with plain PyTorch and TRL
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m tests.bench.step
+
+peers: .venv/peers        ## the same numbers as transformers, tokenizers and TRL give
+	$(PY) -m pytest tests/peers
+
+.venv/ready: requirements.txt
+	python3 -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/peers: .venv/ready tests/peers/requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/peers/requirements.txt
+	touch $@
+
+.PHONY: help train eval show test bench peers
