@@ -1,0 +1,95 @@
+"""Peak memory of one variant's step, in a process of its own: `python -m tests.bench.memory NAME DIRECTORY SIZES DEVICE` prints one JSON line.
+
+On a CPU the figures are resident set sizes of the whole process, from Linux's /proc/self/status; the high-water mark (VmHWM) is reset just
+before the step it is read for. On a CUDA device they are the allocator's. Three levels, in MB (10^6 bytes):
+
+    empty       libraries imported, nothing built
+    level       model, optimizer state and a gradient for every trained parameter are allocated, after two warm-up steps (so library
+                scratch space, cached reference log-probs and, where a variant has one, the reference model belong to it)
+    peak        highest during one step that starts there
+
+    step memory = peak - level                                              what a step needs beyond the state; the figure that is compared
+    state       = level - empty
+
+Gradients are allocated before that step, as zeros, and not freed in it before they are used: every byte of the difference is activations,
+logits and temporaries. A second step starts as the timed ones do, with no gradients; `freed` is its peak - level. It may be negative: a step
+whose gradients come to life while its activations die can stay below the sum of the three.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+# Every block above 64 KiB goes back to the system when it is freed, so that resident memory is live memory. Slower, hence not for timing.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_WAIT_POLICY": "PASSIVE"}
+MB = 1e6
+
+
+def measurable(device: str) -> bool:
+    """Whether this system can tell: CUDA always can, a CPU process under Linux only."""
+    return device == "cuda" or Path("/proc/self/clear_refs").exists()
+
+
+def measure(name: str, directory: Path, sizes, device: str) -> dict[str, float]:
+    """Runs this module in a new process and returns its figures."""
+    command = [sys.executable, "-m", "tests.bench.memory", name, str(directory), json.dumps(asdict(sizes)), device]
+    call = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    assert call.returncode == 0, f"{name}: the memory measurement ended with {call.returncode}:\n{call.stderr[-2000:]}"
+    return json.loads(call.stdout.splitlines()[-1])
+
+
+def resident(field: str) -> float:
+    """VmRSS or VmHWM of this process in MB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024 / MB
+
+
+def now(device: str) -> float:
+    """Memory in use, after giving back what nobody uses."""
+    import torch
+
+    gc.collect()
+    if device == "cuda":
+        return torch.cuda.memory_allocated() / MB
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident("VmRSS")
+
+
+def peak_of(step, device: str) -> float:
+    """The highest memory in use during one step."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() / MB
+    Path("/proc/self/clear_refs").write_text("5")                           # resets VmHWM to the present
+    step()
+    return resident("VmHWM")
+
+
+def main(name: str, directory: str, sizes: str, device: str) -> None:
+    import torch
+
+    from tests.bench.variants import VARIANTS, Sizes, make_setting
+
+    setting = make_setting(Sizes(**json.loads(sizes)), Path(directory), device)
+    empty = now(device)
+    made = VARIANTS[name].build(setting)
+    for _ in range(2):
+        made.step()
+    for p in made.parameters:
+        p.grad = torch.full_like(p, 0.0)                                    # written, hence resident
+    level = now(device)
+    kept = peak_of(made.step, device)
+    freed = peak_of(made.step, device)
+    print(json.dumps({"empty": empty, "state": level - empty, "step": kept - level, "freed": freed - level}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

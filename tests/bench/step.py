@@ -1,0 +1,162 @@
+"""What one optimizer step costs, ours and others', side by side: `python -m tests.bench.step` (`make bench`).
+
+Time: all variants live in this one process; in every round each makes one step, in a freshly shuffled order, so that whatever disturbs the
+machine disturbs all of them. Medians over the rounds, of CPU-seconds (all threads; idle workers sleep) beside wall time; on a GPU,
+of the device's own event clock beside wall time. Memory: each variant in a process of its own, see memory.py.
+Targets are printed beside the ratios, reached or missed; nothing is asserted. Absolute times belong to the machine, ratios are the result.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle workers must sleep, or their spinning counts as CPU time
+
+import importlib.metadata  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import random  # noqa: E402
+import statistics  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+from dataclasses import asdict, dataclass  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import torch  # noqa: E402
+
+from mixdpo.config import InputError, parse  # noqa: E402
+from mixdpo.rundir import environment  # noqa: E402
+from tests.bench import memory  # noqa: E402
+from tests.bench.variants import GPT2_124M, QUICK, VARIANTS, Setting, Stepper, make_setting, missing  # noqa: E402
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Time and peak memory of one optimizer step, beside plain PyTorch and TRL."""
+
+    quick: bool = False                     # tiny sizes: does everything run? The ratios then mean nothing
+    rounds: int = 7                         # timed steps a variant, at least 5 for a result
+    variants: tuple[str, ...] = ()          # which rows, by key; none given: all
+    memory: bool = True                     # measure peak memory too, one process a variant
+    device: str = "cpu"                     # cpu or cuda
+    seed: int = 0                           # of the weights, the pairs and the order within rounds
+    out: str = "runs/bench.json"            # where the figures go
+
+
+# (row, compared with, figure, at most)
+TARGETS = [
+    ("k1", "trl", "time", 0.5),
+    ("k1", "trl-precomputed", "time", 0.7),
+    ("k4-low-rank", "k1", "time", 1.25),
+    ("k1", "plain", "memory", 0.5),
+    ("k1", "plain-transformers", "memory", 0.5),
+]
+
+
+def timed(step, device: str) -> tuple[float, float]:
+    """Seconds of one step: (CPU-seconds or, on a GPU, device seconds; wall seconds)."""
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        wall = time.perf_counter()
+        begin.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3, time.perf_counter() - wall
+    cpu, wall = time.process_time(), time.perf_counter()
+    step()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def build(name: str, setting: Setting) -> Stepper:
+    """A variant, warmed up by two steps. Its loss must be DPO's at the start, ln 2: a variant that computes something else is no peer."""
+    made = VARIANTS[name].build(setting)
+    loss = float(made.step())
+    assert abs(loss - math.log(2)) < 0.02, f"{name}: the first loss is {loss}, want ln 2: policy and reference are equal"
+    made.step()
+    return made
+
+
+def time_all(names: list[str], setting: Setting, rounds: int, seed: int) -> dict[str, list[tuple[float, float]]]:
+    """name -> one (CPU, wall) a round."""
+    steppers, samples, order = {name: build(name, setting) for name in names}, {name: [] for name in names}, random.Random(seed)
+    for n in range(rounds):
+        for name in order.sample(names, len(names)):
+            samples[name].append(timed(steppers[name].step, setting.device))
+        print(f"round {n + 1}/{rounds}", file=sys.stderr, flush=True)
+    return samples
+
+
+def summary(samples: list[tuple[float, float]], used: dict[str, float] | None) -> dict:
+    """One row's figures: medians and every sample in seconds, memory in MB."""
+    cpu, wall = zip(*samples)
+    return {"cpu": statistics.median(cpu), "wall": statistics.median(wall), "samples": {"cpu": cpu, "wall": wall}, "memory": used}
+
+
+def ratios(rows: dict[str, dict]) -> list[dict]:
+    """Every target whose two rows were measured: the ratio (of CPU-seconds, and of wall time; or of step memory) and whether it is reached."""
+    found = []
+    for row, base, figure, limit in TARGETS:
+        if row not in rows or base not in rows or (figure == "memory" and not (rows[row]["memory"] and rows[base]["memory"])):
+            continue
+        a, b = rows[row], rows[base]
+        values = {key: a[key] / b[key] for key in ("cpu", "wall")} if figure == "time" else {"step": a["memory"]["step"] / b["memory"]["step"]}
+        found.append({"row": row, "base": base, "figure": figure, "ratio": values, "limit": limit, "reached": max(values.values()) <= limit})
+    return found
+
+
+def table(rows: dict[str, dict], found: list[dict], skipped: dict[str, list[str]], clock: str) -> str:
+    """What is printed."""
+    lines = [f"{'':58}{clock + ' s':>9}{'wall s':>9}{'step MB':>10}{'state MB':>10}{'freed MB':>10}"]
+    for name, row in rows.items():
+        used = row["memory"]
+        figures = "".join(f"{used[key]:10.0f}" for key in ("step", "state", "freed")) if used else f"{'-':>10}" * 3
+        lines.append(f"{VARIANTS[name].title:58}{row['cpu']:9.3f}{row['wall']:9.3f}{figures}")
+    for name, packages in skipped.items():
+        lines.append(f"{VARIANTS[name].title:58}  skipped: {', '.join(packages)} not installed")
+    lines.append("")
+    for target in found:
+        values = ", ".join(f"{value:.2f} ({key if key != 'cpu' else clock})" for key, value in target["ratio"].items())
+        what = f"{target['figure']}: {VARIANTS[target['row']].title} / {VARIANTS[target['base']].title}"
+        lines.append(f"{what}\n    {values}; wanted at most {target['limit']}: {'reached' if target['reached'] else 'MISSED'}")
+    return "\n".join(lines)
+
+
+def processor() -> str:
+    """The CPU's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else "unknown"
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of what the rows are made of."""
+    wanted = {"torch", "numpy", "transformers", "trl", "accelerate", "datasets", "tokenizers"}
+    return {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"] in wanted}
+
+
+def main(argv: list[str]) -> dict:
+    config = parse(BenchConfig, argv, "python -m tests.bench.step")
+    names = list(config.variants or VARIANTS)
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise InputError(f"--variants: got {', '.join(unknown)}, wanted some of {', '.join(VARIANTS)}")
+    skipped = {name: missing(name) for name in names if missing(name)}
+    names = [name for name in names if name not in skipped]
+    sizes = QUICK if config.quick else GPT2_124M
+    with tempfile.TemporaryDirectory() as folder:
+        setting = make_setting(sizes, Path(folder) / "model", config.device, config.seed)
+        measure = config.memory and memory.measurable(config.device)
+        used = {name: memory.measure(name, setting.directory, sizes, config.device) if measure else None for name in names}
+        samples = time_all(names, setting, config.rounds, config.seed)
+    rows = {name: summary(samples[name], used[name]) for name in names}
+    found = ratios(rows)
+    print(table(rows, found, skipped, "CPU" if config.device == "cpu" else "GPU"))
+    result = {"config": asdict(config), "sizes": asdict(sizes), "environment": environment() | {"cpu": processor(), "versions": versions()},
+              "rows": rows, "targets": found, "skipped": skipped}
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(config.out).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

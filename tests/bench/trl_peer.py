@@ -1,0 +1,75 @@
+"""TRL's DPOTrainer on our pairs: the same weights, the same ids, its own code. Wants transformers, trl and datasets (extra `peers`).
+
+Where TRL's defaults are not kept, and why: bf16=False (everything here is measured in float32), use_cpu on a CPU, batch size and beta as ours,
+a constant learning rate, and no logging, saving, evaluation or progress bar, all of which would cost it time. Everything else is as it comes:
+gradient checkpointing on, a reference model that runs in every step, its fused head, fused AdamW, clipping at 1, its metrics.
+"""
+
+from pathlib import Path
+
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback
+from trl import DPOConfig, DPOTrainer
+
+from mixdpo.preferences import Pair
+
+EOS = "<eos>"
+
+
+def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
+    """One word, one token: "t17" is id 17, the last id is EOS. TRL takes text only, and this text comes back as the ids it was made from."""
+    words = {f"t{i}": i for i in range(vocab - 1)} | {EOS: vocab - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=EOS))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
+
+
+def as_text(pairs: list[Pair], eos: int) -> Dataset:
+    """The pairs as TRL wants them. It appends EOS to every response itself, so ours leaves here; the prompt ends on a token's boundary."""
+    assert all(response[-1] == eos for pair in pairs for response in (pair.chosen, pair.rejected)), "every response must end with EOS"
+    def text(ids):
+        return " ".join(f"t{i}" for i in ids)
+
+    return Dataset.from_list([{"prompt": text(p.prompt) + " ", "chosen": text(p.chosen[:-1]), "rejected": text(p.rejected[:-1])} for p in pairs])
+
+
+def dpo_trainer(directory: Path, pairs: list[Pair], vocab: int, work: Path, beta: float = 0.1, lr: float = 1e-6, cpu: bool = True,
+                reference: PreTrainedModel | None = None, **changes) -> DPOTrainer:
+    """A trainer whose one batch is `pairs`, in their order; `changes` are DPOConfig's own arguments.
+
+    directory: the model in Hugging Face layout; the policy starts from it, and so does the reference if none is given. Asserts that TRL's ids are ours.
+    """
+    args = DPOConfig(output_dir=str(work), per_device_train_batch_size=len(pairs), max_steps=1, beta=beta, learning_rate=lr,
+                     lr_scheduler_type="constant", bf16=False, use_cpu=cpu, dataloader_pin_memory=False,
+                     report_to="none", logging_strategy="no", save_strategy="no", eval_strategy="no", disable_tqdm=True, **changes)
+    trainer = DPOTrainer(str(directory), reference, args=args, train_dataset=as_text(pairs, eos=vocab - 1), processing_class=word_tokenizer(vocab))
+    trainer.remove_callback(PrinterCallback)
+    for row, pair in zip(trainer.train_dataset, pairs, strict=True):
+        assert (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) == (pair.prompt, pair.chosen, pair.rejected), "TRL's ids are not ours"
+    return trainer
+
+
+def one_batch(trainer: DPOTrainer) -> dict:
+    """TRL's own batch of all its pairs: input_ids (2B,T), the B chosen first."""
+    return trainer.data_collator(list(trainer.train_dataset))
+
+
+def stepper(trainer: DPOTrainer):
+    """A function that makes one optimizer step of `trainer`.
+
+    train() runs first, for one step: it alone switches checkpointing on, builds the optimizer and prepares the model. After that the function
+    calls what the trainer's loop calls, in its order, less the loop's callbacks, NaN check and counters: what is left out favours TRL.
+    """
+    trainer.train()
+    batch, model = one_batch(trainer), trainer.model_wrapped
+
+    def step():
+        loss = trainer.training_step(model, dict(batch))
+        trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+        model.zero_grad()
+        return loss
+
+    return step

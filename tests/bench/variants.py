@@ -1,0 +1,190 @@
+"""The steps that are compared. Each builder gives one optimizer step on the same pairs, from the same weights, as a function without arguments.
+
+Equal for all: a randomly initialised GPT-2 (float32), the pairs, beta, AdamW with one learning rate, fused, no weight decay, gradients clipped
+at norm 1, one batch of the right shape made before the clock starts, gradients freed (set to None) at the end of a step.
+Not equal, and the point: what each of them computes to get there. Every step returns its loss, which must be ln 2 at the start: policy = reference.
+"""
+
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import train
+from mixdpo.experts import make_experts
+from mixdpo.gpt2 import GPT2, GPT2Config
+from mixdpo.preferences import Batch, Pair, collate, groups
+from mixdpo.reference import compute_reference
+from mixdpo.weights import load_model, save_model
+
+BETA, LR, CLIP = 0.1, 1e-6, 1.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is stepped: the model, the pairs, the experts."""
+
+    layers: int = 12
+    heads: int = 12
+    width: int = 768
+    vocab: int = 50257
+    context: int = 1024
+    pairs: int = 4
+    prompt: int = 32
+    response: int = 96          # EOS counts
+    experts: int = 4
+    rank: int = 16
+
+
+GPT2_124M = Sizes()
+QUICK = Sizes(layers=2, heads=2, width=32, vocab=503, context=64, pairs=3, prompt=7, response=13, rank=2)
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """One optimizer step as a function that returns the loss, and the parameters it trains (for allocating their gradients)."""
+
+    step: Callable[[], torch.Tensor | float]
+    parameters: list[torch.nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all variants share: sizes, pairs, a folder with the model in Hugging Face layout, the device."""
+
+    sizes: Sizes
+    pairs: list[Pair]
+    directory: Path
+    device: str
+
+
+def make_setting(sizes: Sizes, directory: Path, device: str = "cpu", seed: int = 0) -> Setting:
+    """Random pairs of exactly the lengths asked for, and random weights; the same for the same seed, in every process."""
+    torch.manual_seed(seed)
+    if not (directory / "model.safetensors").exists():
+        config = GPT2Config(vocab=sizes.vocab, context=sizes.context, width=sizes.width, layers=sizes.layers, heads=sizes.heads, eos=sizes.vocab - 1)
+        save_model(GPT2(config), directory)
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(count):
+        return torch.randint(sizes.vocab - 1, (count,), generator=generator).tolist()
+
+    pairs = [Pair(ids(sizes.prompt), *(ids(sizes.response - 1) + [sizes.vocab - 1] for _ in range(2))) for _ in range(sizes.pairs)]
+    return Setting(sizes, pairs, directory, device)
+
+
+# --- this project's own step -----------------------------------------------------------------------------------------------------------------
+
+
+def ours(setting: Setting, experts: int, rank: int = 0) -> Stepper:
+    """train.step itself, with its own optimizer and batches, on one batch of one micro-batch; the tie is left unbroken, which costs the same."""
+    config = train.TrainConfig(data="", model="", out="", experts=experts, rank=rank, beta=BETA, lr=LR, head_lr=LR, clip=CLIP,
+                               batch=len(setting.pairs), micro=len(setting.pairs), dtype="float32")
+    model = load_model(setting.directory, device=setting.device)
+    ref_logp = compute_reference(model, setting.pairs, torch.float32).logp.to(setting.device)
+    policies = make_experts(model, config, torch.float32)
+    optimizer, _ = train.make_optimizer(policies, config)
+    units = groups(setting.pairs, config.latent)
+    micros = train.micro_batches(setting.pairs, units, list(range(len(units))), config, setting.device)
+    log_w = train.first_weights(config).to(setting.device)
+
+    def step():
+        figures, _ = train.step(policies, optimizer, micros, ref_logp, log_w, None, config)
+        return figures["loss"]
+
+    return Stepper(step, [p for p in policies.parameters() if p.requires_grad])
+
+
+# --- a plain PyTorch step, as one writes it first: all logits, log_softmax, gather --------------------------------------------------------
+
+
+def response_logp(logits_of, batch: Batch) -> torch.Tensor:
+    """(B,2) response log-probs from the logits of every position."""
+    ids = batch.ids.flatten(0, 1)                                           # (2B,T)
+    logps = F.log_softmax(logits_of(ids)[:, :-1], dim=-1)                   # (2B,T-1,V)
+    logps = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)                  # (2B,T-1)
+    position = torch.arange(1, ids.shape[1], device=ids.device)
+    response = (position >= batch.start[:, None, None]) & (position < batch.length[..., None])  # (B,2,T-1)
+    return logps.view(response.shape).masked_fill(~response, 0.0).sum(-1)
+
+
+def plain(setting: Setting, model: torch.nn.Module, logits_of) -> Stepper:
+    """Full logits, reference log-probs cached, fused AdamW."""
+    batch = collate(setting.pairs, list(range(len(setting.pairs))), "pair").to(setting.device)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
+    with torch.no_grad():
+        ref_logp = response_logp(logits_of, batch)                          # (B,2)
+
+    def step():
+        log_ratio = response_logp(logits_of, batch) - ref_logp
+        loss = -F.logsigmoid(BETA * (log_ratio[:, 0] - log_ratio[:, 1])).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return Stepper(step, parameters)
+
+
+def plain_ours(setting: Setting) -> Stepper:
+    """The plain step on this project's GPT-2: what is left to compare is the step alone."""
+    model = load_model(setting.directory, device=setting.device)
+    return plain(setting, model, lambda ids: model(ids) @ model.unembedding.T)
+
+
+def plain_transformers(setting: Setting) -> Stepper:
+    """The plain step on transformers' GPT2LMHeadModel, dropout off."""
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(setting.directory, dtype=torch.float32).to(setting.device).eval()
+    return plain(setting, model, lambda ids: model(ids, use_cache=False).logits)
+
+
+# --- TRL ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def trl(setting: Setting, **changes) -> Stepper:
+    """TRL's DPOTrainer: see trl_peer.py for what is kept of its defaults."""
+    from tests.bench import trl_peer
+
+    trainer = trl_peer.dpo_trainer(setting.directory, setting.pairs, setting.sizes.vocab, Path(tempfile.mkdtemp()), BETA, LR,
+                                   cpu=setting.device == "cpu", **changes)
+    return Stepper(trl_peer.stepper(trainer), list(trainer.model.parameters()))
+
+
+def trl_precomputed(setting: Setting) -> Stepper:
+    """TRL as fast as its own switches make it: the reference computed before the start, activations kept."""
+    return trl(setting, precompute_ref_log_probs=True, activation_checkpointing=False)
+
+
+# --- the rows ----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    title: str
+    build: Callable[[Setting], Stepper]
+    needs: tuple[str, ...] = ()  # packages beyond this project's own
+
+
+PEERS = ("transformers", "trl", "datasets")
+VARIANTS = {
+    "k1": Variant("mixdpo, K=1 (DPO)", lambda setting: ours(setting, experts=1)),
+    "k4-low-rank": Variant("mixdpo, K=4, low-rank heads", lambda setting: ours(setting, setting.sizes.experts, setting.sizes.rank)),
+    "k4-full": Variant("mixdpo, K=4, full heads", lambda setting: ours(setting, setting.sizes.experts)),
+    "plain": Variant("plain PyTorch, full logits, our GPT-2", plain_ours),
+    "plain-transformers": Variant("plain PyTorch, full logits, transformers' GPT-2", plain_transformers, ("transformers",)),
+    "trl": Variant("TRL DPOTrainer, default", trl, PEERS),
+    "trl-precomputed": Variant("TRL DPOTrainer, precomputed reference, no checkpointing", trl_precomputed, PEERS),
+}
+
+
+def missing(name: str) -> list[str]:
+    """The packages that a row needs and that are not installed."""
+    return [package for package in VARIANTS[name].needs if importlib.util.find_spec(package) is None]
