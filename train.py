@@ -306,7 +306,8 @@ def run(config: TrainConfig) -> Path:
         moments = {} if finished else optimizer_state(optimizer, names)
         save_checkpoint(out, tensors | moments, {"step": t, "finished": finished, "config": same})
 
-    progress, saved, log = Progress(out.name), time.monotonic(), keep_metrics(out / "metrics.jsonl", t)
+    progress, saved = Progress(out.name), time.monotonic()
+    log, log_of_q = keep_lines(out / "metrics.jsonl", t), keep_lines(out / "responsibilities.jsonl", t)
     while t < len(plan):
         epoch, ids = plan[t]
         given = start if start is not None and t < config.start_steps else table if config.estep == "first" else None
@@ -320,18 +321,19 @@ def run(config: TrainConfig) -> Path:
         if config.weights == "update" and (t == len(plan) or plan[t][0] > epoch):
             log_w = update_weights(table[~table.isnan().any(1)], config.prior).to(device)                            # M10, once an epoch
         log.write(json.dumps({"step": t, "epoch": epoch, "rate": optimizer.param_groups[0]["lr"], "w": log_w.exp().tolist()} | figures) + "\n")
-        log.flush()
+        log_of_q.write(json.dumps({"step": t, "groups": ids, "q": table[ids].exp().mul(1e4).round().div(1e4).tolist()}) + "\n")
+        log.flush(), log_of_q.flush()
         progress(t, len(plan), f"loss {figures['loss']:.4f}  accuracy {' '.join(f'{a:.2f}' for a in figures['accuracy'])}")
         if time.monotonic() - saved > 60 * config.save_minutes and t < len(plan):
             save(finished=False)
             saved = time.monotonic()
-    log.close()
+    log.close(), log_of_q.close()
     save(finished=True)
     return out
 
 
-def keep_metrics(path: Path, steps: int):
-    """The metrics file, opened for appending, cut back to the first `steps` lines: those of a step done again would stand twice."""
+def keep_lines(path: Path, steps: int):
+    """A file with one line a step, opened for appending, cut back to the first `steps` lines: those of a step done again would stand twice."""
     kept = path.read_text().splitlines(keepends=True)[:steps] if path.exists() and steps else []
     path.write_text("".join(kept))
     return path.open("a")

@@ -72,3 +72,19 @@ def matched_accuracy(found: list[int], truth: list, experts: int) -> tuple[float
     names = kinds + [None] * max(0, experts - len(kinds))                   # an expert may stand for nobody
     best = max(itertools.permutations(names, experts), key=lambda naming: sum(naming[f] == t for f, t in zip(found, truth)))
     return sum(best[f] == t for f, t in zip(found, truth)) / len(truth), dict(enumerate(best))
+
+
+def bayes_posterior(units: list[list[dict]], annotators: list[str]) -> torch.Tensor:
+    """Posterior over annotators of each unit, from the annotators' own scores: what assignment could reach at best. (G,A) float64.
+
+    units: for each group the scores {annotator: [chosen, rejected]} of its pairs. An annotator chooses the higher score, and either of two
+    equal ones with probability one half; the prior is uniform. If no annotator can have made the choices (labels are noisy), the posterior
+    is uniform.
+    """
+    rows = []
+    for unit in units:
+        log_lik = torch.zeros(len(annotators), dtype=torch.float64)
+        for scores in unit:
+            log_lik += torch.tensor([(1 + (scores[a][0] > scores[a][1]) - (scores[a][0] < scores[a][1])) / 2 for a in annotators], dtype=torch.float64).log()
+        rows.append(torch.softmax(log_lik, 0) if log_lik.max() > -torch.inf else torch.full_like(log_lik, 1 / len(annotators)))
+    return torch.stack(rows)

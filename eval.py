@@ -1,0 +1,292 @@
+"""Evaluation: `python eval.py DIR`, where DIR is a run, or a folder of runs on the same data with heldout.jsonl and prompts.jsonl beside them.
+
+For every run: held-out preferences (accuracy of each expert, by annotator; log-likelihood M5; ELBO gap; how responsibilities align with
+annotators, beside what the annotators' own scores would allow), and completions of the evaluation prompts by the reference and by every
+expert on the same seeds, scored by the reward functions that dataset.json names. Because a row's randomness is its own (generate.py), the
+mixture's completion of a prompt is that of the expert it draws (M13), so the mixture and sparse rows cost nothing more.
+Writes results.json, samples.jsonl and, if matplotlib is there, report.md with pictures. Nothing here trains or changes a run.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mixdpo import config as configs
+from mixdpo.config import InputError
+from mixdpo.diagnostics import adjusted_rand_index, bayes_posterior, effective_experts, matched_accuracy
+from mixdpo.dpo import accuracy, margins
+from mixdpo.experts import load_state, make_experts, pair_logp
+from mixdpo.generate import choose_expert, generate
+from mixdpo.mixture import e_step, elbo, log_marginal, mixture_logp
+from mixdpo.preferences import Pair, collate, data_key, groups, read_preferences
+from mixdpo.reference import cached_reference, compute_reference
+from mixdpo.rundir import Progress, compute_dtype, environment, load_checkpoint
+from mixdpo.tokenizer import load_tokenizer
+from mixdpo.weights import content_key, load_model
+from train import TrainConfig
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluates a run directory, or every finished run in a directory."""
+
+    dir: str                        # a run, or a folder of runs
+    heldout: str = ""               # held-out preferences; default: heldout.jsonl in the folder, where it is
+    prompts: str = ""               # evaluation prompts, JSON Lines with "prompt"; default: prompts.jsonl in the folder, where it is
+    limit: int = 0                  # evaluate on the first so many prompts; 0: all
+    max_new: int = 0                # tokens a completion; 0: what dataset.json says, else the runs' max_response
+    temperature: float = 1.0        # of sampling
+    batch: int = 64                 # prompts sampled together
+    seed: int = 1                   # of sampling; the same for every row
+    data_folder: str = ""           # local files looked into before anything is fetched
+
+
+@dataclass
+class Run:
+    """A finished run, loaded: its configuration, experts, weights and the last responsibilities (G,K) of its training groups."""
+
+    name: str
+    config: TrainConfig
+    experts: torch.nn.Module
+    log_w: torch.Tensor             # (K,)
+    table: torch.Tensor             # (G,K) log q
+    path: Path
+
+
+def load_run(path: Path, device: str, data_folder: str) -> Run:
+    """Rebuilds a run's experts from its model and its checkpoint."""
+    config = dataclasses.replace(configs.load(TrainConfig, path / "config.json"), data_folder=data_folder)
+    tensors, state = load_checkpoint(path, {})
+    if not state["finished"]:
+        raise InputError(f"{path}: stopped at step {state['step']}; finish it first with the options in its config.json")
+    model = load_model(config.model, device=device, data=data_folder or None)
+    experts = make_experts(model, config, compute_dtype(config.dtype, device)[0]).eval()
+    load_state(experts, {n.removeprefix("experts."): v for n, v in tensors.items() if n.startswith("experts.")}, path)
+    return Run(path.name, config, experts, tensors["log_w"].to(device), tensors["table"], path)
+
+
+# --- held-out preferences ------------------------------------------------------------------------------------------------------------
+
+
+def mean_se(values: torch.Tensor) -> dict:
+    """Mean and its standard error: (N,) -> {"mean", "se", "n"}."""
+    values = values.double()
+    return {"mean": values.mean().item(), "se": (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan, "n": len(values)}
+
+
+@torch.no_grad()
+def all_margins(run: Run, pairs: list[Pair], ref_logp: torch.Tensor, size: int = 16) -> torch.Tensor:
+    """h of every pair under every expert: (P,K) float32, on the CPU."""
+    device, out, progress = run.log_w.device, [], Progress(f"{run.name} held-out")
+    for start in range(0, len(pairs), size):
+        batch = collate(pairs, list(range(start, min(start + size, len(pairs)))), "pair").to(device)
+        out.append(margins(pair_logp(run.experts, batch), ref_logp[batch.pair.cpu(), None].to(device), run.config.beta).cpu())
+        progress(min(start + size, len(pairs)), len(pairs))
+    return torch.cat(out)
+
+
+def user_weights(run: Run, pairs: list[Pair], train_pairs: list[Pair]) -> torch.Tensor:
+    """log weights of each held-out pair (P,K): its user's responsibilities from training (M11) where they are known, else w."""
+    log_w = run.log_w.cpu().expand(len(pairs), -1).clone()
+    if run.config.latent == "user":
+        row = {train_pairs[unit[0]].user: g for g, unit in enumerate(groups(train_pairs, "user"))}
+        known = [(n, row[p.user]) for n, p in enumerate(pairs) if p.user in row]
+        log_w[[n for n, _ in known]] = run.table[[g for _, g in known]]
+    return log_w
+
+
+def alignment(log_q: torch.Tensor, units: list[list[int]], pairs: list[Pair]) -> dict:
+    """How well responsibilities (G,K) find the annotators of the units, beside the Bayes-optimal assignment from the annotators' own scores."""
+    truth = [pairs[unit[0]].annotator for unit in units]
+    if any(t is None for t in truth) or len(set(truth)) < 2:
+        return {}
+    found = log_q.argmax(1).tolist()
+    share, naming = matched_accuracy(found, truth, log_q.shape[1])
+    result = {"ari": adjusted_rand_index(found, truth), "matched": share, "naming": {str(k): v for k, v in naming.items()}, "units": len(units)}
+    if all(p.scores for p in pairs):
+        kinds = sorted(set(truth))
+        posterior = bayes_posterior([[pairs[i].scores for i in unit] for unit in units], kinds)          # (G,A)
+        best = posterior.max(1).values
+        bayes = [kinds[a] for a in posterior.argmax(1).tolist()]
+        result |= {"bayes_matched": best.mean().item(), "bayes_ari": adjusted_rand_index(bayes, truth)}
+    return result
+
+
+def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, train_pairs: list[Pair]) -> dict:
+    """Everything that a run's held-out margins h (P,K) say."""
+    log_w, own = run.log_w.cpu(), user_weights(run, pairs, train_pairs)
+    log_p, log_q = e_step(log_w, h)
+    of = [p.annotator or "all" for p in pairs]
+    by = {kind: torch.tensor([a == kind for a in of]) for kind in sorted(set(of))}
+    log_p_own, units = log_marginal(own, h), groups(train_pairs, run.config.latent)
+    return {
+        "experts": run.config.experts,
+        "weights": log_w.exp().tolist(),
+        "accuracy": {kind: [mean_se(accuracy(h[mask, k])) for k in range(h.shape[1])] for kind, mask in by.items()},      # of each expert
+        "accuracy_all": [mean_se(accuracy(h[:, k])) for k in range(h.shape[1])],
+        "accuracy_mbt": mean_se(accuracy(log_p + math.log(2))),             # M5 > 1/2 under w
+        "accuracy_own": mean_se(accuracy(log_p_own + math.log(2))),         # M5 > 1/2 under each user's own weights
+        "log_likelihood": mean_se(log_p),                                   # M5 under w
+        "log_likelihood_own": mean_se(log_p_own),                           # M5 under each user's own weights
+        "elbo_gap": mean_se(log_p_own - elbo(own, own, h)),                 # KL(q || posterior), q what was known before the pair
+        "effective_experts": effective_experts(log_q),
+        "alignment_heldout": alignment(log_q, [[i] for i in range(len(pairs))], pairs),
+        "alignment_train": alignment(run.table, units, train_pairs),
+    }
+
+
+# --- completions -------------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def completions_of(run: Run, k: int, prompts: list[list[int]], config: EvalConfig, max_new: int, eos: int) -> list[list[int]]:
+    """Expert k's completions, sampled in the run's compute dtype."""
+    model, head = run.experts.policy(k)
+    with torch.autocast(head.device.type, run.experts.dtype, enabled=run.experts.dtype != torch.float32):
+        return generate(model, prompts, max_new, eos, config.temperature, config.seed, config.batch, head.to(run.experts.dtype), progress=Progress(f"{run.name} head {k}"))
+
+
+@torch.no_grad()
+def divergence(run: Run, ref_logp: torch.Tensor, pairs: list[Pair], size: int = 16) -> torch.Tensor:
+    """log pi_k - log pi_ref of completions, every expert: pairs hold the completion as chosen; (P,K) nats."""
+    device, out = run.log_w.device, []
+    for start in range(0, len(pairs), size):
+        batch = collate(pairs, list(range(start, min(start + size, len(pairs)))), "pair").to(device)
+        out.append((pair_logp(run.experts, batch)[..., 0] - ref_logp[batch.pair.cpu(), None, 0].to(device)).cpu())
+    return torch.cat(out)
+
+
+def policy_rows(runs: list[Run], reference, prompts: list[list[int]], config: EvalConfig, max_new: int, eos: int) -> dict[str, dict]:
+    """Completions of every row of the table: name -> {"ids": list of ids a prompt, "kl": (N,) log pi - log pi_ref of each, nats, "z": expert or None}."""
+    dtype = runs[0].experts.dtype
+    with torch.autocast(reference.unembedding.device.type, dtype, enabled=dtype != torch.float32):
+        plain = generate(reference, prompts, max_new, eos, config.temperature, config.seed, config.batch, reference.unembedding.to(dtype), progress=Progress("reference"))
+    rows = {"reference": {"ids": plain, "kl": torch.zeros(len(prompts)), "z": None}}
+    for run in runs:
+        K, ids, kl = run.config.experts, [], []
+        for k in range(K):
+            ids.append(completions_of(run, k, prompts, config, max_new, eos))
+            pairs = [Pair(prompt, own, other) for prompt, own, other in zip(prompts, ids[k], plain)]
+            kl.append(divergence(run, compute_reference(reference, pairs, dtype).logp, pairs))          # (N,K): completions of k, under every expert
+        log_w, n = run.log_w.cpu(), torch.arange(len(prompts))
+        for mode in ("mixture", "sparse", *range(K)) if K > 1 else (0,):
+            z = choose_expert(log_w, len(prompts), str(mode), config.seed)                               # (N,)  M13
+            drawn = torch.stack(kl)[z, n]                                                                # (N,K)
+            log_ratio = mixture_logp(log_w, drawn) if mode == "mixture" else drawn[n, z]                 # M14
+            name = run.name if K == 1 else f"{run.name} {mode if mode in ('mixture', 'sparse') else f'head {mode}'}"
+            rows[name] = {"ids": [ids[k][i] for i, k in enumerate(z.tolist())], "kl": log_ratio, "z": z.tolist()}
+    return rows
+
+
+def reward_table(rows: dict[str, dict], prompts: list[list[int]], tokenizer, eos: int, dataset: dict, folder: Path) -> tuple[dict, dict[str, list[str]]]:
+    """Rewards, KL and length of every row, and the texts. "trained" is the mean of the rewards that annotators of the training pairs follow."""
+    from data.annotators import score                                       # here, since a run without reward functions needs none of its packages
+
+    texts = {name: [tokenizer.decode(p + [t for t in y if t != eos]) for p, y in zip(prompts, row["ids"])] for name, row in rows.items()}
+    unique = sorted({text for column in texts.values() for text in column})
+    scores = dict(zip(unique, zip(*score(unique, dataset["rewards"], folder).values())))
+    table, base = {}, None
+    for name, row in rows.items():
+        values = torch.tensor([scores[text] for text in texts[name]], dtype=torch.float64)               # (N,R)
+        trained = values[:, [dataset["rewards"].index(a) for a in dataset["annotators"]]].mean(1)        # (N,)
+        base = trained if base is None else base
+        table[name] = {reward: mean_se(values[:, r]) for r, reward in enumerate(dataset["rewards"])}
+        table[name] |= {"trained": mean_se(trained), "gain": mean_se(trained - base), "kl": mean_se(row["kl"]), "length": mean_se(torch.tensor([len(y) for y in row["ids"]]))}
+        table[name] |= {"values": values.tolist()}                          # per prompt, in file order: differences between rows are paired
+    return table, texts
+
+
+# --- the whole ---------------------------------------------------------------------------------------------------------------------------
+
+
+def find_runs(folder: Path) -> list[Path]:
+    found = [folder] if (folder / "checkpoint").exists() else sorted((p.parent for p in folder.glob("*/checkpoint")), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise InputError(f"{folder}: no run in it; wanted a directory that train.py wrote, or a folder of such")
+    return found
+
+
+def read_prompts(path: Path, tokenizer, max_prompt: int, limit: int) -> list[list[int]]:
+    records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"]:
+            raise InputError(f'{path}:{number}: wanted {{"prompt": "some text"}}, got {json.dumps(record)[:80]}')
+    return [tokenizer.encode(record["prompt"])[-max_prompt:] for record in records[: limit or None]]
+
+
+def evaluate(config: EvalConfig) -> dict:
+    """Evaluates and writes results.json, samples.jsonl and the report; returns the results."""
+    folder, device = Path(config.dir), "cuda" if torch.cuda.is_available() else "cpu"
+    home = folder.parent if (folder / "checkpoint").exists() else folder    # where the data of a single run lie
+    runs = [load_run(path, device, config.data_folder) for path in find_runs(folder)]
+    first = runs[0].config
+    for run in runs:
+        if (run.config.model, run.config.max_prompt, run.config.max_response) != (first.model, first.max_prompt, first.max_response):
+            raise InputError(f"{run.path}: its model or lengths differ from {runs[0].path}'s; evaluate such runs one at a time")
+    tokenizer, reference = load_tokenizer(first.model, config.data_folder or None), load_model(first.model, device=device, data=config.data_folder or None)
+    results = {"environment": environment(), "config": dataclasses.asdict(config), "preferences": {}, "policies": {}}
+    heldout, prompts_file, dataset_file = Path(config.heldout or home / "heldout.jsonl"), Path(config.prompts or home / "prompts.jsonl"), home / "dataset.json"
+    if heldout.exists():
+        pairs, dtype = read_preferences(heldout, tokenizer, first.max_prompt, first.max_response, first.drop), runs[0].experts.dtype
+        key = (content_key(reference), data_key(heldout), tokenizer.key, first.max_prompt, first.max_response, first.drop, str(dtype))
+        ref = cached_reference(home / "cache", key, lambda: compute_reference(reference, pairs, dtype, progress=Progress("reference held-out")))
+        for run in runs:
+            train_pairs = read_preferences(run.config.data, tokenizer, run.config.max_prompt, run.config.max_response, run.config.drop, report=lambda line: None)
+            results["preferences"][run.name] = preference_figures(run, pairs, all_margins(run, pairs, ref.logp), train_pairs)
+    if prompts_file.exists() and dataset_file.exists():
+        dataset = json.loads(dataset_file.read_text())
+        prompts = read_prompts(prompts_file, tokenizer, first.max_prompt, config.limit)
+        rows = policy_rows(runs, reference, prompts, config, config.max_new or dataset.get("max_new") or first.max_response, tokenizer.eos)
+        results["policies"], texts = reward_table(rows, prompts, tokenizer, tokenizer.eos, dataset, home)
+        with (home / "samples.jsonl").open("w") as file:
+            for n, prompt in enumerate(prompts):
+                file.write(json.dumps({"prompt": tokenizer.decode(prompt), "texts": {name: column[n] for name, column in texts.items()}}) + "\n")
+    (home / "results.json").write_text(json.dumps(results) + "\n")
+    print_tables(results)
+    write_report(home)
+    return results
+
+
+def print_tables(results: dict) -> None:
+    """The figures as plain text."""
+    rewards = [name for name in next(iter(results["policies"].values()), {}) if name != "values"]
+    if rewards:
+        print(f"\n{'policy':<24}" + "".join(f"{name:>18}" for name in rewards))
+        for name, row in results["policies"].items():
+            print(f"{name:<24}" + "".join(f"{row[r]['mean']:>10.3f} ±{row[r]['se']:6.3f}" for r in rewards))
+    for name, figures in results["preferences"].items():
+        print(f"\n{name}: log-likelihood {figures['log_likelihood']['mean']:.4f} ±{figures['log_likelihood']['se']:.4f}, with each user's weights "
+              f"{figures['log_likelihood_own']['mean']:.4f}; accuracy of the mixture {figures['accuracy_mbt']['mean']:.3f} ±{figures['accuracy_mbt']['se']:.3f}, "
+              f"with each user's weights {figures['accuracy_own']['mean']:.3f}; effective experts {figures['effective_experts']:.2f}")
+        for kind, column in figures["accuracy"].items():
+            print(f"  pairs judged by {kind:<18}" + "  ".join(f"head {k} {a['mean']:.3f} ±{a['se']:.3f}" for k, a in enumerate(column)))
+        for where in ("alignment_train", "alignment_heldout"):
+            if figures[where]:
+                print(f"  {where.replace('_', ' on ')}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures[where].items() if isinstance(v, float)))
+
+
+def write_report(home: Path) -> None:
+    """report.md with its pictures, if matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no pictures: matplotlib is not installed (the `plots` extra)")
+        return
+    from data.report import report
+
+    print(f"report: {report(home)}")
+
+
+def main(argv: list[str]) -> None:
+    try:
+        evaluate(configs.parse(EvalConfig, ["--dir", *argv] if argv and not argv[0].startswith("-") else argv, "python eval.py DIR"))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
