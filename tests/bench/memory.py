@@ -1,15 +1,14 @@
 """Peak memory of one variant's step, in a process of its own: `python -m tests.bench.memory NAME DIRECTORY SIZES DEVICE` prints one JSON line.
 
 On a CPU the figures are resident set sizes of the whole process, from Linux's /proc/self/status; the high-water mark (VmHWM) is reset just
-before the step it is read for. On a CUDA device they are the allocator's. Three levels, in MB (10^6 bytes):
+before the step it is read for. On a CUDA device they are the allocator's. In MB (10^6 bytes):
 
-    empty       libraries imported, nothing built
-    level       model, optimizer state and a gradient for every trained parameter are allocated, after two warm-up steps (so library
-                scratch space, cached reference log-probs and, where a variant has one, the reference model belong to it)
-    peak        highest during one step that starts there
-
-    step memory = peak - level                                              what a step needs beyond the state; the figure that is compared
-    state       = level - empty
+    level       the process before the measured step: two warm-up steps are done, so that the model, the optimizer's state and a gradient for
+                every trained parameter are allocated. The interpreter, the libraries and their scratch space, cached reference log-probs
+                and, where a variant has one, the reference model belong to the level too
+    peak        the highest during one step that starts there
+    step        peak - level: what a step needs beyond all of that; the figure that is compared
+    state       by count, not measured: weight, gradient and AdamW's two moments of every trained parameter
 
 Gradients are allocated before that step, as zeros, and not freed in it before they are used: every byte of the difference is activations,
 logits and temporaries. A second step starts as the timed ones do, with no gradients; `freed` is its peak - level. It may be negative: a step
@@ -79,7 +78,6 @@ def main(name: str, directory: str, sizes: str, device: str) -> None:
     from tests.bench.variants import VARIANTS, Sizes, make_setting
 
     setting = make_setting(Sizes(**json.loads(sizes)), Path(directory), device)
-    empty = now(device)
     made = VARIANTS[name].build(setting)
     for _ in range(2):
         made.step()
@@ -88,7 +86,8 @@ def main(name: str, directory: str, sizes: str, device: str) -> None:
     level = now(device)
     kept = peak_of(made.step, device)
     freed = peak_of(made.step, device)
-    print(json.dumps({"empty": empty, "state": level - empty, "step": kept - level, "freed": freed - level}))
+    state = sum(4 * p.numel() * p.element_size() for p in made.parameters) / MB
+    print(json.dumps({"level": level, "state": state, "step": kept - level, "freed": freed - level}))
 
 
 if __name__ == "__main__":

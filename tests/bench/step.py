@@ -150,6 +150,8 @@ def main(argv: list[str]) -> dict:
         samples = time_all(names, setting, config.rounds, config.seed)
     rows = {name: summary(samples[name], used[name]) for name in names}
     found = ratios(rows)
+    if config.quick:
+        print("tiny sizes: these ratios mean nothing, they only show that everything runs")
     print(table(rows, found, skipped, "CPU" if config.device == "cpu" else "GPU"))
     result = {"config": asdict(config), "sizes": asdict(sizes), "environment": environment() | {"cpu": processor(), "versions": versions()},
               "rows": rows, "targets": found, "skipped": skipped}

@@ -5,16 +5,28 @@ a constant learning rate, and no logging, saving, evaluation or progress bar, al
 gradient checkpointing on, a reference model that runs in every step, its fused head, fused AdamW, clipping at 1, its metrics.
 """
 
+import os
+import warnings
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback
+from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer
 
 from mixdpo.preferences import Pair
 
 EOS = "<eos>"
+
+
+def quiet() -> None:
+    """Switches off what the three libraries print besides results: progress bars, and notices about names that they will rename."""
+    os.environ["TQDM_DISABLE"] = "1"
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
 
 
 def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
@@ -40,6 +52,7 @@ def dpo_trainer(directory: Path, pairs: list[Pair], vocab: int, work: Path, beta
 
     directory: the model in Hugging Face layout; the policy starts from it, and so does the reference if none is given. Asserts that TRL's ids are ours.
     """
+    quiet()
     args = DPOConfig(output_dir=str(work), per_device_train_batch_size=len(pairs), max_steps=1, beta=beta, learning_rate=lr,
                      lr_scheduler_type="constant", bf16=False, use_cpu=cpu, dataloader_pin_memory=False,
                      report_to="none", logging_strategy="no", save_strategy="no", eval_strategy="no", disable_tqdm=True, **changes)

@@ -141,7 +141,9 @@ def plain_ours(setting: Setting) -> Stepper:
 def plain_transformers(setting: Setting) -> Stepper:
     """The plain step on transformers' GPT2LMHeadModel, dropout off."""
     from transformers import GPT2LMHeadModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = GPT2LMHeadModel.from_pretrained(setting.directory, dtype=torch.float32).to(setting.device).eval()
     return plain(setting, model, lambda ids: model(ids, use_cache=False).logits)
 
