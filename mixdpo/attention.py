@@ -3,8 +3,9 @@
     attend(q, k, v) = softmax(q k^T / sqrt(D) + causal mask) v
 
 H query heads may share H_kv <= H key heads (grouped-query attention): query head h reads key head h // (H / H_kv).
-The softmax is torch's scaled_dot_product_attention (SDPA). Without a cache there is no mask to make: rows are padded on the right, so what is
-causal never sees padding. Left out: padding on the left, sliding windows, dropout (no model here has any), gradients through the cache.
+The softmax is torch's scaled_dot_product_attention (SDPA). Without a cache there is no mask to make: rows are padded on
+the right, so what is causal never sees padding. Left out: padding on the left, sliding windows, dropout (no model here
+has any), and gradients through the cache.
 """
 
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ class KVCache:
     """Keys and values of the tokens seen so far, for generation. Allocated once; each row has its own length.
 
     keys, values (L, N, H_kv, S, D)    slot s of a row holds its token at position s
-    length       (N,) int64            tokens held per row; slots from there on are never looked at, and are overwritten by what comes next
+    length       (N,) int64            tokens held per row; slots from there on are never seen, and are overwritten next
 
-    A forward call with T new tokens advances every length by T. After a call on right-padded rows the caller sets `length` to the true
-    lengths: that alone forgets the padding.
+    A forward call with T new tokens advances every length by T. After a call on right-padded rows the caller sets
+    `length` to the true lengths: that alone forgets the padding.
     """
 
     def __init__(self, layers, rows, heads, tokens, head_dim, dtype, device):
@@ -33,29 +34,30 @@ class KVCache:
         assert not torch.is_grad_enabled(), "the cache carries no gradient: call the model under torch.no_grad()"
         assert rows == len(self.length), f"got {rows} rows of ids, want the cache's {len(self.length)}"
         extent, slots = int(self.length.max()) + tokens, self.keys.shape[3]
-        assert extent <= slots, f"the cache has {slots} slots a row and would need {extent}; ask new_cache for more tokens"
-        positions = self.length[:, None] + torch.arange(tokens, device=self.length.device)     # (N, T)
-        mask = None
-        if extent > tokens:                             # something is held already; an empty cache is the plain causal case
-            mask = torch.arange(extent, device=positions.device) <= positions[:, None, :, None]     # (N, 1, T, extent), True: is seen
-        return Window(self, positions, extent, mask)
+        assert extent <= slots, f"the cache has {slots} slots a row and needs {extent}; ask new_cache for more"
+        device = self.length.device
+        positions = self.length[:, None] + torch.arange(tokens, device=device)      # (N, T)
+        mask = None                                     # an empty cache is the plain causal case
+        if extent > tokens:
+            mask = torch.arange(extent, device=device) <= positions[:, None, :, None]   # (N, 1, T, extent), True: seen
+        return Window(self, torch.arange(rows, device=device)[:, None], positions, extent, mask)
 
 
 @dataclass(frozen=True)
 class Window:
-    """One forward call's view of a cache: new tokens take `positions` (N, T) and see slots below `extent` where `mask` says so."""
+    """One forward call's view of a cache."""
 
     cache: KVCache
-    positions: torch.Tensor
-    extent: int
-    mask: torch.Tensor | None
+    rows: torch.Tensor              # (N, 1): 0..N-1, to index with beside positions
+    positions: torch.Tensor         # (N, T): where the new tokens go
+    extent: int                     # slots in use after the call, in the longest row
+    mask: torch.Tensor | None       # (N, 1, T, extent), True where a new token sees a slot; None: plain causal
 
     def extend(self, layer, k, v):
         """Writes the new k, v (N, H_kv, T, D) of a layer and returns all it holds, (N, H_kv, extent, D) each."""
-        row = torch.arange(len(self.positions), device=k.device)[:, None]                      # (N, 1)
         seen = []
         for new, held in ((k, self.cache.keys[layer]), (v, self.cache.values[layer])):
-            held[row, :, self.positions] = new.transpose(1, 2).to(held.dtype)       # indexed (N, T, H_kv, D)
+            held[self.rows, :, self.positions] = new.transpose(1, 2).to(held.dtype)     # (N, T, H_kv, D)
             seen.append(held[:, :, :self.extent].to(new.dtype))
         return seen
 
@@ -68,8 +70,9 @@ def attend(q, k, v, layer=0, window=None):
         k, v = window.extend(layer, k, v)               # (N, H_kv, extent, D)
         mask = window.mask
     if mask is not None and T == 1:
-        # One new token: the query heads that share a key head stand in for tokens, so no key is ever repeated (half the time on a CPU).
-        y = F.scaled_dot_product_attention(q.reshape(N, H_kv, H // H_kv, D), k, v, attn_mask=mask).reshape(N, H, T, D)
+        # One new token: the query heads that share a key head stand in for tokens, so that no key is repeated.
+        q = q.reshape(N, H_kv, H // H_kv, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(N, H, T, D)
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != H_kv)
     return y.transpose(1, 2).reshape(N, T, H * D)

@@ -3,11 +3,11 @@
     x_0     = wte[ids] + wpe[position]
     x      <- x + c_proj(attend(c_attn(ln_1(x))))          each of L blocks
     x      <- x + c_proj(gelu(c_fc(ln_2(x))))
-    hidden  = ln_f(x_L)                                    (N, T, C): logits are hidden @ unembedding.T, and are made in logprob.py
+    hidden  = ln_f(x_L)                                    (N, T, C): logits, hidden @ unembedding.T, are logprob.py's
 
-Parameters carry the names of the published checkpoints, so that weights.py needs no table of names; each weight is (out, in), where the
-checkpoints store these four transposed. The GELU is the tanh form that GPT-2 was trained with: the exact (erf) form is off by up to 4.7e-4 per activation.
-Left out: dropout, everywhere and on purpose, so that a policy and its reference are the same function in training and evaluation.
+Parameters carry the names of the published checkpoints: weights.py needs no table of names. The GELU is the tanh
+form that GPT-2 was trained with: the exact (erf) form is off by up to 4.7e-4 per activation. Left out: dropout,
+everywhere and on purpose, so that a policy and its reference are the same function in training and in evaluation.
 """
 
 from dataclasses import dataclass
@@ -31,14 +31,14 @@ SIZES = {
 @dataclass(frozen=True)
 class GPT2Config:
     vocab: int = 50257              # V
-    context: int = 1024             # longest row: there is one learned position vector a token
+    context: int = 1024             # longest row: one learned vector a position
     width: int = 768                # C
     layers: int = 12                # L
     heads: int = 12                 # H
     inner: int | None = None        # width inside the MLP; None: 4 C
     eps: float = 1e-5               # of the layer norms
     tied: bool = True               # the unembedding is the token embedding
-    bos: int | None = None          # bos and eos are not used by the model: they are kept from config.json to config.json
+    bos: int | None = None          # bos and eos are only kept, from config.json to config.json
     eos: int | tuple | None = None
 
     def __post_init__(self):
@@ -56,7 +56,7 @@ class Attention(nn.Module):
 
     def forward(self, x, layer, window):
         N, T, C = x.shape
-        q, k, v = self.c_attn(x).view(N, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)     # (N, H, T, D) each
+        q, k, v = self.c_attn(x).view(N, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (N, H, T, D) each
         return self.c_proj(attend(q, k, v, layer, window))
 
 
@@ -86,7 +86,8 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """model(ids) (N, T) int64 -> hidden (N, T, C), final norm applied, all positions. With a cache: see KVCache.
 
-    `checkpointing = True` keeps one (N, T, C) tensor a block for backward and computes the block again: the same gradients, less memory.
+    `checkpointing = True` keeps one (N, T, C) tensor a block for backward and computes the block again: the same
+    gradients for less memory and a third more time.
     """
 
     def __init__(self, config):
@@ -99,14 +100,14 @@ class GPT2(nn.Module):
         if not config.tied:
             self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
         for name, p in self.named_parameters():
-            if p.dim() == 2:                # as GPT-2 was: what adds to the residual stream starts smaller, the deeper the model
+            if p.dim() == 2:                            # as GPT-2: what adds to the residual stream starts smaller
                 nn.init.normal_(p, std=0.02 / (2 * config.layers) ** 0.5 if name.endswith("c_proj.weight") else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     @property
     def unembedding(self):
-        """The parameter (V, C) that turns hidden states into logits; when config.tied it is the token embedding itself."""
+        """The parameter (V, C) that turns hidden states into logits; when config.tied, the token embedding itself."""
         return self.wte.weight if self.config.tied else self.lm_head.weight
 
     def new_cache(self, rows, tokens):
@@ -119,7 +120,7 @@ class GPT2(nn.Module):
         N, T = ids.shape
         assert T <= self.config.context, f"got rows of {T} tokens, want at most the context of {self.config.context}"
         window = None if cache is None else cache.window(N, T)
-        positions = torch.arange(T, device=ids.device) if window is None else window.positions     # (T,) or (N, T)
+        positions = torch.arange(T, device=ids.device) if window is None else window.positions      # (T,) or (N, T)
         x = self.wte(ids) + self.wpe(positions)         # (N, T, C)
         for layer, block in enumerate(self.h):
             if self.checkpointing and torch.is_grad_enabled():

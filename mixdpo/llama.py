@@ -3,13 +3,14 @@
     x_0     = embed_tokens[ids]
     x      <- x + o_proj(attend(rope(q_proj(n)), rope(k_proj(n)), v_proj(n)))      n = rms(x), each of L blocks
     x      <- x + down_proj(silu(gate_proj(n)) * up_proj(n))                       n = rms(x)
-    hidden  = rms(x_L)                                     (N, T, C): logits are hidden @ unembedding.T, and are made in logprob.py
+    hidden  = rms(x_L)                                     (N, T, C): logits, hidden @ unembedding.T, are logprob.py's
 
     rms(x)  = g * x / sqrt(mean(x^2) + eps)
     rope    turns the pair (x_i, x_{i + D/2}) of a head by the angle position * f_i,  f_i = theta^(-2i/D), i < D/2
 
-Positions enter only through rope. Parameters carry the names of the published checkpoints, so that weights.py needs no table of names. Norms and
-angles are computed in fp32 whatever the weights' dtype. Left out: biases, dropout (everywhere and on purpose), rope scalings other than Llama 3's.
+Positions enter only through rope. Parameters carry the names of the published checkpoints, so that weights.py needs no
+table of names. Norms and angles are computed in fp32 whatever the weights' dtype. Left out: biases, dropout (everywhere
+and on purpose), and scalings of rope other than Llama 3's.
 """
 
 import math
@@ -25,7 +26,7 @@ from mixdpo.attention import KVCache, attend
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's and 3.2's stretching of a context: slow frequencies are divided by `factor`, fast ones kept, those between are blended."""
+    """How Llama 3.1 and 3.2 stretch a context: slow frequencies are divided by `factor`, fast ones kept."""
 
     factor: float                   # 8 in Llama 3.1, 32 in 3.2
     low: float = 1.0                # fewer turns than this over the original context: slow
@@ -49,21 +50,21 @@ class LlamaConfig:
     theta: float = 100000.0         # base of rope's frequencies
     scaling: RopeScaling | None = None
     tied: bool = True               # the unembedding is the token embedding
-    bos: int | None = None          # bos and eos are not used by the model: they are kept from config.json to config.json
+    bos: int | None = None          # bos and eos are only kept, from config.json to config.json
     eos: int | tuple | None = None
 
     def __post_init__(self):
         if self.head_dim is None:
-            assert self.width % self.heads == 0, f"width {self.width} is not a multiple of heads {self.heads}; give head_dim"
+            assert self.width % self.heads == 0, f"width {self.width} is not heads {self.heads} times a head_dim"
             object.__setattr__(self, "head_dim", self.width // self.heads)
-        assert self.heads % self.kv_heads == 0, f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}"
+        assert self.heads % self.kv_heads == 0, f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}"
         assert self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd, and rope turns pairs"
 
 
 def rope_frequencies(config, device=None):
     """f_i, in radians a token, (D/2,) fp32."""
     D = config.head_dim
-    f = 1.0 / config.theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)      # theta^(-2i/D)
+    f = 1.0 / config.theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
     if config.scaling is None:
         return f
     s = config.scaling
@@ -73,7 +74,7 @@ def rope_frequencies(config, device=None):
 
 
 def rotate(x, cos, sin):
-    """x (N, H, T, D), cos and sin (T, D/2) or (N, 1, T, D/2) fp32. The products are fp32 by promotion; the result has x's dtype."""
+    """x (N, H, T, D); cos, sin (T, D/2) or (N, 1, T, D/2). The products are fp32 by promotion; the result is as x."""
     a, b = x.chunk(2, dim=-1)                           # halves, not neighbours: the checkpoints' layout
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -129,7 +130,8 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """model(ids) (N, T) int64 -> hidden (N, T, C), final norm applied, all positions. With a cache: see KVCache.
 
-    `checkpointing = True` keeps one (N, T, C) tensor a block for backward and computes the block again: the same gradients, less memory.
+    `checkpointing = True` keeps one (N, T, C) tensor a block for backward and computes the block again: the same
+    gradients for less memory and a third more time.
     """
 
     def __init__(self, config):
@@ -146,7 +148,7 @@ class Llama(nn.Module):
 
     @property
     def unembedding(self):
-        """The parameter (V, C) that turns hidden states into logits; when config.tied it is the token embedding itself."""
+        """The parameter (V, C) that turns hidden states into logits; when config.tied, the token embedding itself."""
         return self.embed_tokens.weight if self.config.tied else self.lm_head.weight
 
     def new_cache(self, rows, tokens):
@@ -159,8 +161,8 @@ class Llama(nn.Module):
         N, T = ids.shape
         assert T <= self.config.context, f"got rows of {T} tokens, want at most the context of {self.config.context}"
         window = None if cache is None else cache.window(N, T)
-        positions = torch.arange(T, device=ids.device) if window is None else window.positions[:, None]    # (T,) or (N, 1, T)
-        angles = positions[..., None] * rope_frequencies(self.config, ids.device)              # (T, D/2) or (N, 1, T, D/2)
+        positions = torch.arange(T, device=ids.device) if window is None else window.positions[:, None]
+        angles = positions[..., None] * rope_frequencies(self.config, ids.device)   # (T, D/2) or (N, 1, T, D/2)
         cos, sin = angles.cos(), angles.sin()           # once for all layers
         x = self.embed_tokens(ids)                      # (N, T, C)
         for layer, block in enumerate(self.layers):
