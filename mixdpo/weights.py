@@ -32,7 +32,7 @@ from mixdpo.llama import Llama, LlamaConfig
 
 MODELS = {GPT2Config: GPT2, LlamaConfig: Llama}
 
-# GPT-2's checkpoints hold these as (in, out), the layout of its "Conv1D"; nn.Linear is (out, in). All that is transposed.
+# GPT-2's checkpoints hold these as (in, out), the layout of its "Conv1D"; nn.Linear is (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 # What transformers puts before the names in a model with an unembedding; the hub's own gpt2 file has none.
@@ -106,9 +106,9 @@ def _build(config, tensors, where, dtype, device):
             raise InputError(f"{where}: its configuration ties the unembedding to the embedding, but lm_head.weight is "
                              'another matrix; set "tie_word_embeddings": false in config.json if it is to be used')
     _check_tensors({n: tuple(p.shape) for n, p in parameters.items()}, {n: t.shape for n, t in tensors.items()}, where)
-    # copy=True: no parameter points into the mapped file, which may be rewritten, and where tensors lie unaligned.
-    cast = dict(device=device, dtype=dtype or torch.float32, copy=True, memory_format=torch.contiguous_format)
-    model.load_state_dict({name: tensors[name].read().to(**cast) for name in parameters}, assign=True)
+    dtype = dtype or torch.float32
+    state = {name: tensors[name].read().to(device=device, dtype=dtype).contiguous() for name in parameters}
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 
@@ -182,7 +182,9 @@ def _open_safetensors(files):
                                  "use weights that are not quantised")
             if name in tensors:
                 raise InputError(f"{file}: holds {name}, as another shard does; fetch the directory whole again")
-            tensors[name] = Stored(tuple(part.get_shape()), lambda handle=handle, name=name: handle.get_tensor(name))
+            # clone: get_tensor points into the mapped file, which may be rewritten, and where tensors lie unaligned.
+            read = lambda handle=handle, name=name: handle.get_tensor(name).clone()
+            tensors[name] = Stored(tuple(part.get_shape()), read)
     return tensors
 
 
@@ -221,8 +223,8 @@ def _open_gguf(path):
 
 
 def unpermute(weight, head_dim):
-    """The rows of q or k, (H * D, C), from GGUF's order to the checkpoints': there the two rows that rope turns together
-    are neighbours, here they are D/2 apart. Left undone, the model still speaks, at seven times the perplexity."""
+    """The rows of q or k, (H * D, C), from GGUF's order to the checkpoints'. In GGUF's the two rows that rope turns
+    together are neighbours, in the checkpoints' D/2 apart. Left undone, the perplexity is seven times as high."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(weight.shape)
 
 
