@@ -1,0 +1,152 @@
+"""Byte-level BPE: tokenizer.json's vocabulary, merge rules and pre-tokenizer as what tiktoken can run, and back.
+
+tokenizer.json   merge rules in order: of all adjacent pairs in a piece that a rule joins, join the one with the first
+                 rule, until none is left. Ids are a table of their own, in any order.
+tiktoken         a rank for each token: of all adjacent pairs whose joined bytes are a token, join the one of the lowest
+                 rank. A piece that is a token as a whole is taken as it is.
+
+The two agree on every text if each token t, alone and split by the merges of lower rank only, ends as two parts that one
+of its rules joins. For when x and y with x + y = t are about to be joined in any text, no join so far has crossed the
+ends of t, so these joins are the ones that t alone goes through. A token that alone ends as three parts or more is
+never joined at all: it can only be met as a whole piece (tokenizer.json's `ignore_merges`). `read_vocabulary` checks
+this for every token, and refuses a file for which tiktoken's ids would be others.
+
+Left out: all that is not byte-level BPE, and pre-tokenizers other than those of GPT-2, SmolLM2, Llama-3 and their kin:
+each is refused by its name.
+"""
+
+from dataclasses import dataclass
+
+from mixdpo.config import InputError
+
+# GPT-2 writes bytes as characters: the 188 that Latin-1 can print as themselves, the other 68 as U+0100 and onwards.
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+HIDDEN = [byte for byte in range(256) if byte not in PRINTABLE]
+CHARACTER = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + n) for n, byte in enumerate(HIDDEN)}
+BYTE = {character: byte for byte, character in CHARACTER.items()}
+
+# How text is cut into pieces before any merge: contractions, letters, digits, the rest, and white space, whose last blank
+# before a word belongs to the word.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same where digits were cut out first: the text before a digit ends there, so its white space stays together.
+DIGITS_PATTERN = r"%s|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+# tokenizer.json's pre-tokenizers for these three.
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+SMOLLM_STEPS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}
+LLAMA3_STEPS = {"type": "Sequence", "pretokenizers": [
+    {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False},
+    BYTE_LEVEL | {"use_regex": False}]}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    ranks: dict     # bytes -> rank, what tiktoken runs on
+    ids: dict       # rank -> id; where ids rise with the merges, ranks are ids
+    names: dict     # id -> bytes, of everything that has an id: what decoding needs
+    literal: dict   # text -> id: added tokens that are not special; met in a text before anything else
+
+
+def to_bytes(name):
+    """A token as tokenizer.json writes it -> its bytes; None if it is not written in GPT-2's alphabet."""
+    return bytes(map(BYTE.__getitem__, name)) if all(character in BYTE for character in name) else None
+
+
+def to_name(token):
+    return "".join(map(CHARACTER.__getitem__, token))
+
+
+def split_below(ranks, token, limit):
+    """The parts that a token's bytes end as, alone, under the merges of rank < limit."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:       # two parts could only be joined to the token itself, whose rank is the limit
+        rank, i = min((ranks.get(parts[i] + parts[i + 1], limit), i) for i in range(len(parts) - 1))
+        if rank >= limit:
+            break
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def merges_of(ranks):
+    """bytes -> rank to merge rules "left right" in order; tokens that no merge can reach have none."""
+    in_order = sorted((token for token in ranks if len(token) > 1), key=ranks.get)
+    split = (split_below(ranks, token, ranks[token]) for token in in_order)
+    return [" ".join(map(to_name, parts)) for parts in split if len(parts) == 2]
+
+
+def document(vocab, special, steps, merges, ignore_merges):
+    """tokenizer.json as a dict, as the tokenizers library reads it.
+
+    vocab: name -> id, special tokens included; special: names of those; steps: the pre-tokenizer.
+    """
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": vocab[name], "content": name} | flags for name in sorted(special, key=vocab.get)],
+        "normalizer": None, "pre_tokenizer": steps, "post_processor": None, "decoder": BYTE_LEVEL,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "ignore_merges": ignore_merges, "vocab": vocab, "merges": merges},
+    }
+
+
+def pattern_of(steps, place):
+    """tokenizer.json's pre_tokenizer -> (pattern for tiktoken, add_prefix_space)."""
+    steps = steps["pretokenizers"] if steps and steps["type"] == "Sequence" else [steps] if steps else []
+    kinds = [step["type"] for step in steps]
+    if kinds and kinds[-1] == "ByteLevel":
+        prefix, own_regex = steps[-1]["add_prefix_space"], steps[-1].get("use_regex", True)
+        if kinds == ["ByteLevel"] and own_regex:
+            return GPT2_PATTERN, prefix
+        if kinds == ["Digits", "ByteLevel"] and own_regex and not prefix:
+            return DIGITS_PATTERN % (r"\p{N}" if steps[0]["individual_digits"] else r"\p{N}+"), False
+        if kinds == ["Split", "ByteLevel"] and not own_regex and not prefix:
+            regex = steps[0]["pattern"].get("Regex")
+            if regex and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
+                # What the regex leaves between its matches is a piece as well; tiktoken alone would drop it.
+                return rf"{regex}|(?:(?!{regex})[\s\S])+", False
+    settings = "; ".join(", ".join(f"{key} {value!r}" for key, value in step.items()) for step in steps) or "none"
+    raise InputError(f"{place}: this pre-tokenizer is not supported: {settings}. Wanted: ByteLevel; Digits, ByteLevel; or "
+                     "Split (Regex, Isolated, not inverted), ByteLevel without regex; a prefix space with the first only")
+
+
+def read_vocabulary(model, added, place):
+    """tokenizer.json's model and added_tokens -> Vocabulary. Raises InputError where tiktoken's ids would be others."""
+    unsupported = {key: model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
+                                                   "byte_fallback") if model.get(key)}
+    if model.get("type") != "BPE" or unsupported:
+        raise InputError(f"{place}: model {model.get('type')} {unsupported or ''} is not supported; wanted byte-level BPE")
+    vocab, reserved = model["vocab"], {token["content"] for token in added}
+    names = {i: to_bytes(name) or name.encode() for name, i in vocab.items() if name not in reserved}
+    names |= {token["id"]: token["content"].encode() for token in added}
+    base = {to_bytes(name): i for name, i in vocab.items() if len(name) == 1 and name in BYTE and name not in reserved}
+
+    rules = {}          # token -> the pairs that join to it; the tokens in the order of their first rule
+    latest = None
+    for number, merge in enumerate(model["merges"], 1):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if len(pair) != 2 or not {pair[0], pair[1], pair[0] + pair[1]} <= vocab.keys():
+            raise InputError(f"{place}: merge {number}, {merge!r}, is not two tokens of the vocabulary that join to a third")
+        token = "".join(pair)
+        if token == latest or token not in rules:       # a rule that comes back later can no longer be the first to act
+            rules.setdefault(token, set()).add((to_bytes(pair[0]), to_bytes(pair[1])))
+        latest = token
+    rules = {to_bytes(token): pairs for token, pairs in rules.items()}
+    ids = base | {token: vocab[to_name(token)] for token in rules}
+    if model.get("ignore_merges"):                      # tokens without a rule, met as whole pieces only
+        ids |= {to_bytes(name): i for name, i in vocab.items() if name not in reserved and to_bytes(name) not in ids}
+
+    in_order = [ids[token] for token in rules]
+    rising = all(a < b for a, b in zip(in_order, in_order[1:]))
+    ranks = dict(ids) if rising else {token: rank for rank, token in enumerate(ids)}
+    for token in [token for token in ranks if len(token) > 1]:
+        parts = split_below(ranks, token, ranks[token])
+        if len(parts) == 2 and tuple(parts) not in rules.get(token, ()):
+            raise InputError(f"{place}: token {to_name(token)!r} would be joined from {to_name(parts[0])!r} and "
+                             f"{to_name(parts[1])!r}, for which there is no merge; these merges cannot be run by rank")
+        if len(parts) > 2 and not model.get("ignore_merges"):
+            del ranks[token]                            # no text leads to it, and tiktoken must not take it as a piece
+    literal = {token["content"]: token["id"] for token in added if not token["special"]}
+    return Vocabulary(ranks, {ranks[token]: ids[token] for token in ranks}, names, literal)

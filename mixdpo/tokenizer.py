@@ -1,0 +1,247 @@
+"""Text to token ids and back, for GPT-2, SmolLM2, Llama-3 and any byte-level-BPE tokenizer.json; tiktoken does the merges.
+
+Whatever the source, it is brought into tokenizer.json's form first and read from there: one path into ids, and a saved
+tokenizer is the loaded one. Special tokens never come out of a text: their names in it are characters like others.
+Added tokens that are not special are met in a text, as their authors meant them.
+
+Left out: special tokens around a text (callers put end-of-text where it belongs), truncation, padding, offsets.
+"""
+
+import base64
+import functools
+import hashlib
+import json
+import re
+import unicodedata
+from pathlib import Path
+
+import tiktoken
+
+from mixdpo.bpe import (BYTE_LEVEL, LLAMA3_STEPS, SMOLLM_STEPS, document, merges_of, pattern_of, read_vocabulary,
+                        to_bytes, to_name)
+from mixdpo.config import InputError
+from mixdpo.fetch import asset
+from mixdpo.gguf import read_gguf
+
+CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+
+
+class Tokenizer:
+    """encode and decode; eos: id of end-of-text; bos: id that belongs before every text, or None; vocab: 1 + highest id.
+
+    doc: tokenizer.json as a dict; config: tokenizer_config.json, with eos_token; place: what errors call it.
+    """
+
+    def __init__(self, doc, config, place):
+        added, normalizer = doc.get("added_tokens") or [], doc.get("normalizer")
+        self.vocabulary = read_vocabulary(doc["model"], added, place)
+        self.pattern, self.prefix_space = pattern_of(doc.get("pre_tokenizer"), place)
+        if normalizer not in (None, {"type": "NFC"}):
+            raise InputError(f"{place}: normalizer {normalizer['type']} is not supported; wanted none, or NFC")
+        self.nfc = normalizer is not None
+        _refuse_flags(added, self.nfc, place)
+        self.doc, self.config, self.place = doc, config, place
+        self.eos, self.bos = self._id_of(config["eos_token"]), self._id_of(_first_of_template(doc))
+        self.vocab = max(self.vocabulary.names) + 1
+        try:
+            self._bpe = tiktoken.Encoding(place, pat_str=self.pattern, mergeable_ranks=self.vocabulary.ranks,
+                                          special_tokens={})
+        except ValueError as error:
+            raise InputError(f"{place}: tiktoken cannot read the pattern {self.pattern!r}: {error}") from None
+        self._writable = bytes(token[0] for token in self.vocabulary.ranks if len(token) == 1)
+        self._lengths = {i: len(self.vocabulary.names[i]) for i in self.vocabulary.ids.values()}
+        literal = sorted(self.vocabulary.literal, key=len, reverse=True)    # an alternation takes the first that fits
+        self._literal = re.compile(f"({'|'.join(map(re.escape, literal))})") if literal else None
+
+    def _id_of(self, name):
+        """The id of a token given as tokenizer_config.json gives it: a name, or a dict with its content; None for None."""
+        name = name["content"] if isinstance(name, dict) else name
+        if name is None:
+            return None
+        known = {token["content"]: token["id"] for token in self.doc.get("added_tokens") or []}
+        found = known.get(name, self.doc["model"]["vocab"].get(name))
+        if found is None:
+            raise InputError(f"{self.place}: {name!r} is named as a special token, and the vocabulary lacks it")
+        return found
+
+    def encode(self, text):
+        """-> list of ids. Raises InputError that names a character which the vocabulary cannot write, and its position."""
+        if self._literal is None:
+            return self._encode(text)
+        ids = []
+        for n, piece in enumerate(self._literal.split(text)):       # odd pieces are the added tokens
+            ids += [self.vocabulary.literal[piece]] if n % 2 else self._encode(piece)
+        return ids
+
+    def _encode(self, text):
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+        if self.prefix_space and text and not text.startswith(" "):
+            text = " " + text
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:                 # tiktoken would put something else there, in silence
+            self._refuse(text, error.start)
+        unwritable = data.translate(None, self._writable)   # tiktoken would panic at these
+        if unwritable:
+            self._refuse(text, next(n for n, character in enumerate(text) if unwritable[0] in character.encode()))
+        try:
+            ranks = self._bpe.encode_ordinary(text)
+        except BaseException as error:                      # the class of a panic in tiktoken is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InputError(f"{self.place}: tiktoken cannot cut this text of {len(text)} characters into pieces; it gives "
+                             "up at several 100,000 blanks in a row; shorten them") from None
+        ids = list(map(self.vocabulary.ids.__getitem__, ranks))
+        written = sum(map(self._lengths.__getitem__, ids))
+        if written != len(data):
+            raise InputError(f"{self.place}: its pattern leaves {len(data) - written} bytes of a text out of every piece, so "
+                             "they would be lost; a pattern that matches the empty string cannot be used")
+        return ids
+
+    def _refuse(self, text, n):
+        raise InputError(f"{self.place}: character {text[n]!r} (U+{ord(text[n]):04X}) at position {n} has no token in this "
+                         f"vocabulary; take it out of the text: {text[max(n - 20, 0):n + 20]!r}")
+
+    def decode(self, ids):
+        """Any ids -> text. Bytes that are not UTF-8, and ids without a token, become U+FFFD; special tokens their names."""
+        names = self.vocabulary.names
+        return b"".join(names.get(i, b"\xef\xbf\xbd") for i in ids).decode(errors="replace")
+
+    @functools.cached_property
+    def key(self):
+        """sha256 of everything that decides ids; two tokenizers with the same key give the same ids."""
+        merged = [(rank, self.vocabulary.ids[rank], token.hex()) for token, rank in self.vocabulary.ranks.items()]
+        parts = [[(i, token) for _, i, token in sorted(merged)], self.pattern, self.prefix_space, self.nfc, self.eos,
+                 self.bos, sorted(self.vocabulary.literal.items()), self.vocab]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def save(self, directory):
+        """Writes tokenizer.json and tokenizer_config.json, which load_tokenizer and transformers read."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in (("tokenizer.json", self.doc), ("tokenizer_config.json", self.config)):
+            part = directory / f"{name}.part"
+            part.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            part.replace(directory / name)
+
+
+def _refuse_flags(added, nfc, place):
+    """Added tokens that are met in a text can ask for more than an exact match, which is not done here."""
+    for token in added:
+        asked = [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]
+        asked += ["normalized"] if nfc and token.get("normalized") else []
+        if asked and not token["special"]:
+            raise InputError(f"{place}: added token {token['content']!r} with {', '.join(asked)} is not supported")
+
+
+def _first_of_template(doc):
+    """The special token that tokenizer.json's post-processor puts before a text, or None."""
+    post = doc.get("post_processor") or {}
+    for step in post.get("processors", [post]):
+        if step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
+            return step["single"][0]["SpecialToken"]["id"]
+    return None
+
+
+def load_tokenizer(name_or_directory, data=None):
+    """-> Tokenizer: "gpt2", "smollm2", "llama-3.2-1b", or a directory with tokenizer.json (or vocab.json and merges.txt).
+
+    data: folder of local files, looked into before anything is fetched.
+    """
+    if name_or_directory in NAMES:
+        return NAMES[name_or_directory](data)
+    directory = Path(name_or_directory)
+    if not directory.is_dir():
+        raise InputError(f"tokenizer {str(name_or_directory)!r} is neither a directory nor one of {', '.join(NAMES)}")
+    if (directory / "tokenizer.json").is_file():
+        place, doc = str(directory / "tokenizer.json"), _read_json(directory / "tokenizer.json")
+    elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+        place, doc = str(directory / "vocab.json"), _from_merges(directory)
+    else:
+        raise InputError(f"{directory}: no tokenizer.json, nor vocab.json and merges.txt; put the model's tokenizer there "
+                         "(in transformers: AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY))")
+    try:
+        return Tokenizer(doc, _config_of(directory, doc), place)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{place}: not laid out as the tokenizers library does: {type(error).__name__} {error}") from error
+
+
+def _read_json(path):
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:         # also of bytes that are not UTF-8
+        raise InputError(f"{path}: is not JSON ({error}); it is truncated or altered, get it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}, wanted an object")
+    return value
+
+
+def _config_of(directory, doc):
+    """tokenizer_config.json with its eos_token, which is looked up in the model's config if it is not there."""
+    config = _read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").is_file() else CONFIG
+    if config.get("eos_token"):
+        return config
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        eos = _read_json(path).get("eos_token_id") if path.is_file() else None
+        eos = eos[0] if isinstance(eos, list) else eos
+        for name, i in {token["content"]: token["id"] for token in doc.get("added_tokens") or []}.items():
+            if i == eos:
+                return config | {"eos_token": name}
+    raise InputError(f"{directory}: nothing says which token ends a text; add \"eos_token\": \"NAME\" to "
+                     "tokenizer_config.json")
+
+
+def _from_merges(directory):
+    """GPT-2's old pair of files: vocab.json, and merges.txt with one rule a line."""
+    vocab = _read_json(directory / "vocab.json")
+    merges = [line for line in (directory / "merges.txt").read_text(encoding="utf-8").splitlines()
+              if line and not line.startswith("#version")]
+    made = {merge.replace(" ", "") for merge in merges}
+    return document(vocab, [name for name in vocab if name not in made and len(name) > 1], BYTE_LEVEL, merges, False)
+
+
+def _read_ranks(path):
+    """tiktoken's own file: base64 of the token, blank, rank, one a line."""
+    lines = (line.split() for line in path.read_bytes().splitlines() if line)
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
+def _from_ranks(ranks, special, steps):
+    merges = merges_of(ranks)
+    single = sum(len(token) == 1 for token in ranks)
+    vocab = {to_name(token): rank for token, rank in ranks.items()} | special
+    return document(vocab, special, steps, merges, ignore_merges=len(merges) + single < len(ranks))
+
+
+def _gpt2(data):
+    doc = _from_ranks(_read_ranks(asset("gpt2.tiktoken", data)), {"<|endoftext|>": 50256}, BYTE_LEVEL)
+    return Tokenizer(doc, CONFIG | {"eos_token": "<|endoftext|>"}, "gpt2")
+
+
+def _smollm2(data):
+    metadata, _ = read_gguf(asset("smollm2", data))
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    special = [token for token, kind in zip(tokens, kinds) if kind == 3]     # 3: control, by llama.cpp's count
+    doc = document({token: i for i, token in enumerate(tokens)}, special, SMOLLM_STEPS,
+                   metadata["tokenizer.ggml.merges"], ignore_merges=False)
+    return Tokenizer(doc, CONFIG | {"eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]]}, "smollm2")
+
+
+def _llama3(data):
+    """Llama 3.2's 256 special tokens: the named ones at their places, reserved ones numbered through between them."""
+    named = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id", 7: "end_header_id",
+             8: "eom_id", 9: "eot_id", 10: "python_tag"}
+    reserved = [n for n in range(256) if n not in named]
+    special = {f"<|{name}|>": 128000 + n for n, name in named.items()}
+    special |= {f"<|reserved_special_token_{k}|>": 128000 + n for k, n in enumerate(reserved)}
+    doc = _from_ranks(_read_ranks(asset("llama3.tokenizer", data)), special, LLAMA3_STEPS)
+    bos = "<|begin_of_text|>"
+    doc["post_processor"] = {
+        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [special[bos]], "tokens": [bos]}}}
+    return Tokenizer(doc, CONFIG | {"eos_token": "<|end_of_text|>", "bos_token": bos}, "llama-3.2-1b")
+
+
+NAMES = {"gpt2": _gpt2, "smollm2": _smollm2, "llama-3.2-1b": _llama3}
