@@ -93,10 +93,12 @@ def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response:
     """One line as a Pair; its number is appended to `cut` under each thing that had to be shortened. Raises: Fault."""
     record = read_record(raw)
     try:
-        prompt, *responses = (tokenizer.encode(record[field]) for field in TEXTS)
+        prompt, all_of_it = encode_prompt(record["prompt"], tokenizer, max_prompt)
+        responses = [tokenizer.encode(record[side]) for side in ("chosen", "rejected")]
     except InputError as error:
         raise Fault("no token for a character", str(error), "replace that character or take the line out") from None
-    assert not any(tokenizer.eos in ids for ids in (prompt, *responses)), f"line {number}: text was encoded as EOS"
+    if any(tokenizer.eos in response for response in responses):
+        raise Fault("EOS in a response", f"its text holds token {tokenizer.eos}", "take it out: EOS is appended")
     whole = [response + [tokenizer.eos] for response in responses]  # before the cut: a cut response is one without EOS
     chosen, rejected = (response[:max_response] for response in whole)
     if whole[0] == whole[1]:
@@ -104,11 +106,18 @@ def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response:
     if chosen == rejected:
         got = f"the first {max_response} ids are the same"
         raise Fault("identical after truncation", got, "raise max_response or take the line out")
-    if len(prompt) > max_prompt:
+    if not all_of_it:
         cut[f"prompts cut to their last {max_prompt} ids"].append(number)
     if max(map(len, whole)) > max_response:
         cut[f"pairs with a response cut to its first {max_response} ids, without EOS"].append(number)
-    return Pair(prompt[-max_prompt:], chosen, rejected, *(record.get(field) for field in OPTIONAL), line=number)
+    return Pair(prompt, chosen, rejected, *(record.get(field) for field in OPTIONAL), line=number)
+
+
+def encode_prompt(text: str, tokenizer, max_prompt: int) -> tuple[list[int], bool]:
+    """A prompt's last max_prompt ids, and whether these are all. A start token counts in, and is kept."""
+    start, ids = [tokenizer.bos] * (tokenizer.bos is not None), tokenizer.encode(text)
+    extra = max(0, len(start) + len(ids) - max_prompt)
+    return start + ids[extra:], extra == 0
 
 
 def check_lengths(pairs: list[Pair], context: int) -> None:
@@ -152,21 +161,22 @@ def groups(pairs: list[Pair], latent: str) -> list[list[int]]:
 def mark_context(pairs: list[Pair], count: int, seed: int) -> list[Pair]:
     """The pairs, with `count` of each user's drawn by `seed` as context pairs, which the E-step alone looks at.
 
-    A user for whom the file says context, on any line, is left as the file has it. Raises: InputError if a user has
-    no more than `count` pairs.
+    A user for whom the file says context, on any line, is left as the file has it. Raises: InputError unless every
+    user then has a context pair, without which its E-step is the prior, and another pair to train on.
     """
     generator, marked = np.random.default_rng(seed), list(pairs)
     for group in groups(pairs, "user"):
         drawn = set(generator.permutation(group)[:count].tolist())
-        if any(pairs[i].context is not None for i in group):
-            continue
-        if len(group) <= count:
+        if all(pairs[i].context is None for i in group):
+            for i in group:
+                marked[i] = replace(pairs[i], context=i in drawn)
+        aside = sum(bool(marked[i].context) for i in group)
+        if not 0 < aside < len(group):
+            fits = f"1 to {len(group) - 1} would fit" if len(group) > 1 else "take that user out"
             raise InputError(
-                f"user {pairs[group[0]].user!r} has {len(group)} pairs: {count} for context leave none to train on; "
-                f"choose at most {len(group) - 1}, or take that user out"
+                f"user {pairs[group[0]].user!r} has {len(group)} pairs, {aside} of them for context; "
+                f"one for context and one to train on are the least: {fits}"
             )
-        for i in group:
-            marked[i] = replace(pairs[i], context=i in drawn)
     return marked
 
 
@@ -176,6 +186,7 @@ def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: li
     A batch holds at most `size` pairs and ends where the next group would not fit, so batches are ragged.
     Raises: InputError if a group is larger than a batch; it names the user if `pairs` is given.
     """
+    assert groups and all(groups), f"got {len(groups)} groups, {groups.count([])} of them empty; wanted pairs in each"
     largest = max(range(len(groups)), key=lambda g: len(groups[g]))
     if (needed := len(groups[largest])) > size:
         name = f"user {pairs[groups[largest][0]].user!r}" if pairs else f"group {largest}"
