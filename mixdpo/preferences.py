@@ -77,8 +77,10 @@ def read_preferences(path, tokenizer, max_prompt, max_response, drop=False, repo
         try:
             pairs.append(read_pair(raw, number, tokenizer, max_prompt, max_response, cut))
         except Fault as fault:
-            if not drop or fault.kind == "unknown field":
+            if fault.kind == "unknown field":
                 raise InputError(f"{path}:{number}: {fault}") from None
+            if not drop:
+                raise InputError(f"{path}:{number}: {fault} (--drop true leaves out such lines, and lists them)") from None
             dropped[fault.kind].append(number)
     for kind, numbers in dropped.items():
         report(f"{path}: dropped, {kind}: {len(numbers)} (line {', '.join(map(str, numbers))})")
@@ -274,6 +276,7 @@ class ShowConfig:
     model: str = "smollm2"  # whose tokenizer: gpt2, smollm2, llama-3.2-1b or a directory
     max_prompt: int = 64  # ids kept of a prompt, from its end
     max_response: int = 64  # ids kept of a response, EOS included
+    drop: bool = False  # leave faulty lines out, and list them
     pairs: int = 4  # how many
     data_folder: str = ""  # local files looked into before anything is fetched
 
@@ -284,7 +287,7 @@ def main(argv: list[str]) -> None:
     flags = argv if argv and argv[0].startswith("-") else ["--data", *argv]
     config = parse(ShowConfig, flags, "python -m mixdpo.preferences FILE")
     tokenizer = load_tokenizer(config.model, config.data_folder or None)
-    pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response)
+    pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
     batch = collate(pairs, list(range(min(config.pairs, len(pairs)))), "pair")
     print(show(batch, tokenizer, colour=sys.stdout.isatty()))
 

@@ -1,10 +1,11 @@
 """mixdpo/preferences.py: what each test catches stands in its docstring. Faulty files are test_records.py's."""
 
+import json
 from dataclasses import fields
 
 import pytest
 import torch
-from letters import GOOD, Letters, pair, read
+from letters import GOOD, Letters, pair, read, write
 
 from mixdpo.config import InputError
 from mixdpo.preferences import (
@@ -210,3 +211,29 @@ def test_show_tells_the_parts_apart(tmp_path, eos):
     assert all(name in legend for name in ("prompt", "response", "EOS", "padding"))
     parts = ["\033[36ma\\n\033[0m", "\033[1;32mb\\x1b\033[0m", f"\033[30;43m<{eos}>\033[0m", "\033[90m0 x 2\033[0m"]
     assert chosen == "  chosen   " + "".join(parts)
+
+
+def test_command_prints_a_batch_with_a_real_tokenizer(tmp_path, capsys):
+    """Caught: a fake tokenizer that the real one does not resemble; the name of EOS in a text read as EOS; FILE not taken."""
+    letters = {c: i for i, c in enumerate("abcdehinost<|>Ġ")} | {"th": 15}
+    tokens = [{"id": 16, "content": "<|eos|>", "special": True}]
+    document = {
+        "model": {"type": "BPE", "vocab": letters, "merges": ["t h"]},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        "decoder": {"type": "ByteLevel"},
+        "added_tokens": tokens,
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|eos|>"}))
+    path = write(tmp_path, {"prompt": "cat", "chosen": "hi <|eos|>", "rejected": "the bath"})
+    main([str(path), "--model", str(tmp_path), "--max-response", "20"])
+    assert capsys.readouterr().out.splitlines() == [
+        "pair 0 (group 0)",
+        "  chosen   prompt 'cat' response 'hi <|eos|>' EOS <16>",
+        "  rejected prompt 'cat' response 'the bath' EOS <16> padding 0 x 4",
+    ]
+    write(tmp_path, {"prompt": "cat", "chosen": "x", "rejected": "a"}, {"prompt": "cat", "chosen": "a", "rejected": "b"})
+    with pytest.raises(InputError, match=r":1: no token for a character: .*character 'x' .* at position 0"):
+        main(["--data", str(path), "--model", str(tmp_path)])
+    main([str(path), "--model", str(tmp_path), "--drop", "true"])
+    assert capsys.readouterr().out.startswith(f"{path}: dropped, no token for a character: 1 (line 1)\npair 0")

@@ -38,6 +38,7 @@ def test_each_fault_is_an_error_with_file_and_line(tmp_path, fault):
     with pytest.raises(InputError) as error:
         read(tmp_path, GOOD, FAULTS[fault])
     assert str(error.value).startswith(f"{tmp_path / 'prefs.jsonl'}:2: {fault}") and "; " in str(error.value)
+    assert "--drop true" in str(error.value)
 
 
 def test_dropped_lines_are_counted_and_listed(tmp_path):
