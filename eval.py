@@ -7,6 +7,7 @@ mixture's completion of a prompt is that of the expert it draws (M13), so the mi
 Writes results.json, samples.jsonl and, if matplotlib is there, report.md with pictures. Nothing here trains or changes a run.
 """
 
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -144,12 +145,9 @@ def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, train_pairs
 # --- completions -------------------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def completions_of(run: Run, k: int, prompts: list[list[int]], config: EvalConfig, max_new: int, eos: int) -> list[list[int]]:
-    """Expert k's completions, sampled in the run's compute dtype."""
-    model, head = run.experts.policy(k)
-    with torch.autocast(head.device.type, run.experts.dtype, enabled=run.experts.dtype != torch.float32):
-        return generate(model, prompts, max_new, eos, config.temperature, config.seed, config.batch, head.to(run.experts.dtype), progress=Progress(f"{run.name} head {k}"))
+def sample(model, head: torch.Tensor, prompts: list[list[int]], config: EvalConfig, max_new: int, eos: int, name: str) -> list[list[int]]:
+    """Completions by `model` (already in its sampling dtype) with the unembedding `head`."""
+    return generate(model, prompts, max_new, eos, config.temperature, config.seed, config.batch, head.to(model.unembedding), progress=Progress(name))
 
 
 @torch.no_grad()
@@ -164,14 +162,16 @@ def divergence(run: Run, ref_logp: torch.Tensor, pairs: list[Pair], size: int = 
 
 def policy_rows(runs: list[Run], reference, prompts: list[list[int]], config: EvalConfig, max_new: int, eos: int) -> dict[str, dict]:
     """Completions of every row of the table: name -> {"ids": list of ids a prompt, "kl": (N,) log pi - log pi_ref of each, nats, "z": expert or None}."""
-    dtype = runs[0].experts.dtype
-    with torch.autocast(reference.unembedding.device.type, dtype, enabled=dtype != torch.float32):
-        plain = generate(reference, prompts, max_new, eos, config.temperature, config.seed, config.batch, reference.unembedding.to(dtype), progress=Progress("reference"))
+    dtype = runs[0].experts.dtype                                           # sampled in whole: casting at every token would cost more than the products
+    cast = copy.deepcopy(reference).to(dtype)
+    plain = sample(cast, cast.unembedding, prompts, config, max_new, eos, "reference")
     rows = {"reference": {"ids": plain, "kl": torch.zeros(len(prompts)), "z": None}}
     for run in runs:
         K, ids, kl = run.config.experts, [], []
         for k in range(K):
-            ids.append(completions_of(run, k, prompts, config, max_new, eos))
+            model, head = run.experts.policy(k)
+            cast = copy.deepcopy(model).to(dtype) if k == 0 or run.config.sharing == "models" else cast
+            ids.append(sample(cast, head, prompts, config, max_new, eos, f"{run.name} expert {k}"))
             pairs = [Pair(prompt, own, other) for prompt, own, other in zip(prompts, ids[k], plain)]
             kl.append(divergence(run, compute_reference(reference, pairs, dtype).logp, pairs))          # (N,K): completions of k, under every expert
         log_w, n = run.log_w.cpu(), torch.arange(len(prompts))
