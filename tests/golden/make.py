@@ -1,0 +1,97 @@
+"""Remakes the golden files beside this script: tiny random models of transformers, their logits and greedy continuations.
+
+    python tests/golden/make.py [DIRECTORY]         transformers 5: all of a case but the file below
+    python tests/golden/make.py [DIRECTORY]         transformers 4.57: config-4.json of each case, the older form of config.json
+
+A case is a folder: config.json and the weights as from_pretrained's counterpart save_pretrained writes them (one in
+shards), and golden.safetensors with
+
+    ids     (2, T)       logits (2, T, V)
+    prompt  (2, P)       greedy (2, G)          what generate(do_sample=False) appends to each prompt
+
+Matrices have a gain near one and biases and norms are random too: at transformers' own initialisation (std 0.02) the
+blocks add next to nothing to the residual stream, and most faults in them would go unseen. Imports nothing of mixdpo.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+FOUR = transformers.__version__.startswith("4.")
+
+COMMON = dict(attention_dropout=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+
+
+def llama3(theta, **scaling):
+    """rope's settings in the form of the version that runs."""
+    scaling = dict(rope_type="llama3", **scaling)
+    return dict(rope_theta=theta, rope_scaling=scaling) if FOUR else dict(rope_parameters=dict(rope_theta=theta, **scaling))
+
+
+def plain(theta):
+    return dict(rope_theta=theta) if FOUR else dict(rope_parameters=dict(rope_theta=theta, rope_type="default"))
+
+
+# Name -> (T, configuration). Odd sizes wherever a size is free.
+CASES = {
+    "gpt2": (23, GPT2Config(vocab_size=51, n_positions=40, n_embd=20, n_layer=2, n_head=4,
+                            bos_token_id=50, eos_token_id=50, pad_token_id=50)),
+    "gpt2-inner": (17, GPT2Config(vocab_size=37, n_positions=30, n_embd=15, n_layer=3, n_head=3, n_inner=29,
+                                  layer_norm_epsilon=1e-3, bos_token_id=36, eos_token_id=36, pad_token_id=36)),
+    # As SmolLM2: 3 query heads a key head, tied.
+    "llama-tied": (29, LlamaConfig(vocab_size=53, max_position_embeddings=64, hidden_size=18, intermediate_size=37,
+                                   num_hidden_layers=2, num_attention_heads=9, num_key_value_heads=3, head_dim=2,
+                                   rms_norm_eps=1e-3, tie_word_embeddings=True, **plain(1000.0), **COMMON)),
+    # Heads wider than C / H, one key head, an unembedding of its own; saved in shards.
+    "llama-untied": (21, LlamaConfig(vocab_size=47, max_position_embeddings=48, hidden_size=21, intermediate_size=26,
+                                     num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, head_dim=10,
+                                     rms_norm_eps=1e-5, tie_word_embeddings=False, **plain(10000.0), **COMMON)),
+    # As Llama 3.2: of its 8 frequencies some are kept, some blended, some divided; rows longer than the original context.
+    "llama3-scaling": (61, LlamaConfig(
+        vocab_size=41, max_position_embeddings=256, hidden_size=24, intermediate_size=23, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        **llama3(300.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
+        **COMMON)),
+}
+SHARDED = {"llama-untied": "12KB"}
+
+
+def random_model(config, seed):
+    torch.manual_seed(seed)
+    model = (GPT2LMHeadModel if config.model_type == "gpt2" else LlamaForCausalLM)(config).eval()
+    for p in model.parameters():
+        noise = torch.randn_like(p)
+        p.data = noise / p.shape[-1] ** 0.5 * 1.5 if p.dim() == 2 else 0.3 * noise + (p.data.mean() > 0.5)     # norms near 1
+    return model
+
+
+@torch.no_grad()
+def make(name, folder, seed):
+    tokens, config = CASES[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    if FOUR:
+        config.to_json_file(folder / "config-4.json")
+        return
+    model = random_model(config, seed)
+    model.save_pretrained(folder, max_shard_size=SHARDED.get(name, "1GB"))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    ids, prompt = torch.randint(config.vocab_size, (2, tokens)), torch.randint(config.vocab_size, (2, 5))
+    greedy = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, eos_token_id=None,
+                            max_new_tokens=12)[:, 5:].contiguous()
+    best = model(torch.cat((prompt, greedy), 1)).logits[:, 4:-1].topk(2).values       # (2, G, 2)
+    assert (best[..., 0] - best[..., 1]).min() > 1e-3, f"{name}: two tokens are nearly tied; take another seed"
+    save_file({"ids": ids, "logits": model(ids).logits, "prompt": prompt, "greedy": greedy},
+              folder / "golden.safetensors", metadata={"transformers": transformers.__version__})
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+    for number, case in enumerate(CASES):
+        make(case, root / case, number)
+        print(case, json.dumps({p.name: p.stat().st_size for p in sorted((root / case).iterdir())}))
