@@ -80,7 +80,7 @@ def read_preferences(path, tokenizer, max_prompt, max_response, drop=False, repo
             if fault.kind == "unknown field":
                 raise InputError(f"{path}:{number}: {fault}") from None
             if not drop:
-                raise InputError(f"{path}:{number}: {fault} (--drop true leaves out such lines, and lists them)") from None
+                raise InputError(f"{path}:{number}: {fault} (or drop such lines: --drop true)") from None
             dropped[fault.kind].append(number)
     for kind, numbers in dropped.items():
         report(f"{path}: dropped, {kind}: {len(numbers)} (line {', '.join(map(str, numbers))})")

@@ -214,7 +214,7 @@ def test_show_tells_the_parts_apart(tmp_path, eos):
 
 
 def test_command_prints_a_batch_with_a_real_tokenizer(tmp_path, capsys):
-    """Caught: a fake tokenizer that the real one does not resemble; the name of EOS in a text read as EOS; FILE not taken."""
+    """Caught: a fake tokenizer unlike the real one; the name of EOS in a text read as EOS; FILE ignored."""
     letters = {c: i for i, c in enumerate("abcdehinost<|>Ġ")} | {"th": 15}
     tokens = [{"id": 16, "content": "<|eos|>", "special": True}]
     document = {
@@ -232,7 +232,7 @@ def test_command_prints_a_batch_with_a_real_tokenizer(tmp_path, capsys):
         "  chosen   prompt 'cat' response 'hi <|eos|>' EOS <16>",
         "  rejected prompt 'cat' response 'the bath' EOS <16> padding 0 x 4",
     ]
-    write(tmp_path, {"prompt": "cat", "chosen": "x", "rejected": "a"}, {"prompt": "cat", "chosen": "a", "rejected": "b"})
+    write(tmp_path, *({"prompt": "cat", "chosen": letter, "rejected": "a"} for letter in "xb"))
     with pytest.raises(InputError, match=r":1: no token for a character: .*character 'x' .* at position 0"):
         main(["--data", str(path), "--model", str(tmp_path)])
     main([str(path), "--model", str(tmp_path), "--drop", "true"])
