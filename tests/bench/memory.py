@@ -1,18 +1,21 @@
-"""Peak memory of one variant's step, in a process of its own: `python -m tests.bench.memory NAME DIRECTORY SIZES DEVICE` prints one JSON line.
+"""Peak memory of one variant's step, in a process of its own.
 
-On a CPU the figures are resident set sizes of the whole process, from Linux's /proc/self/status; the high-water mark (VmHWM) is reset just
-before the step it is read for. On a CUDA device they are the allocator's. In MB (10^6 bytes):
+    python -m tests.bench.memory NAME DIRECTORY SIZES DEVICE        prints one JSON line
 
-    level       the process before the measured step: two warm-up steps are done, so that the model, the optimizer's state and a gradient for
-                every trained parameter are allocated. The interpreter, the libraries and their scratch space, cached reference log-probs
-                and, where a variant has one, the reference model belong to the level too
+On a CPU the figures are resident set sizes of the whole process, from Linux's /proc/self/status; the high-water mark
+(VmHWM) is reset just before the step it is read for. On a CUDA device they are the allocator's. In MB (10^6 bytes):
+
+    level       the process before the measured step. Two warm-up steps are done: the model, the optimizer's state and a
+                gradient for every trained parameter are allocated. The interpreter, the libraries and their scratch
+                space, cached reference log-probs and, where a variant has one, the reference model belong to it too
     peak        the highest during one step that starts there
     step        peak - level: what a step needs beyond all of that; the figure that is compared
     state       by count, not measured: weight, gradient and AdamW's two moments of every trained parameter
 
-Gradients are allocated before that step, as zeros, and not freed in it before they are used: every byte of the difference is activations,
-logits and temporaries. A second step starts as the timed ones do, with no gradients; `freed` is its peak - level. It may be negative: a step
-whose gradients come to life while its activations die can stay below the sum of the three.
+Gradients are allocated before that step, as zeros, and nothing frees them before they are used: every byte of the
+difference is activations, logits and temporaries. A second step starts as the timed ones do, without gradients; `freed`
+is its peak - level. It may be negative: a step whose gradients come to life while its activations die can stay below
+the sum of the two.
 """
 
 import ctypes
@@ -24,9 +27,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-# Every block above 64 KiB goes back to the system when it is freed, so that resident memory is live memory. Slower, hence not for timing.
+# Every block above 64 KiB goes back to the system when freed: resident memory is live memory. Slower, so not for time.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_WAIT_POLICY": "PASSIVE"}
-MB = 1e6
+MB, ROOT = 1e6, Path(__file__).resolve().parents[2]
 
 
 def measurable(device: str) -> bool:
@@ -36,8 +39,9 @@ def measurable(device: str) -> bool:
 
 def measure(name: str, directory: Path, sizes, device: str) -> dict[str, float]:
     """Runs this module in a new process and returns its figures."""
-    command = [sys.executable, "-m", "tests.bench.memory", name, str(directory), json.dumps(asdict(sizes)), device]
-    call = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    words = [name, str(Path(directory).resolve()), json.dumps(asdict(sizes)), device]
+    command = [sys.executable, "-m", "tests.bench.memory", *words]
+    call = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
     assert call.returncode == 0, f"{name}: the memory measurement ended with {call.returncode}:\n{call.stderr[-2000:]}"
     return json.loads(call.stdout.splitlines()[-1])
 

@@ -1,14 +1,15 @@
 """What one optimizer step costs, ours and others', side by side: `python -m tests.bench.step` (`make bench`).
 
-Time: all variants live in this one process; in every round each makes one step, in a freshly shuffled order, so that whatever disturbs the
-machine disturbs all of them. Medians over the rounds, of CPU-seconds (all threads; idle workers sleep) beside wall time; on a GPU,
-of the device's own event clock beside wall time. Memory: each variant in a process of its own, see memory.py.
-Targets are printed beside the ratios, reached or missed; nothing is asserted. Absolute times belong to the machine, ratios are the result.
+Time: all variants live in this one process; in every round each makes one step, in a freshly shuffled order, so that
+whatever disturbs the machine disturbs all of them. Medians over the rounds, of CPU-seconds (all threads; idle workers
+sleep) beside wall time; on a GPU, of the device's event clock beside wall time. Memory: each variant in a process of
+its own, see memory.py. Targets are printed beside the ratios, reached or missed; nothing is asserted. Absolute times
+belong to the machine, ratios are the result.
 """
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle workers must sleep, or their spinning counts as CPU time
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle workers that spin count as CPU time
 
 import importlib.metadata  # noqa: E402
 import json  # noqa: E402
@@ -69,17 +70,18 @@ def timed(step, device: str) -> tuple[float, float]:
 
 
 def build(name: str, setting: Setting) -> Stepper:
-    """A variant, warmed up by two steps. Its loss must be DPO's at the start, ln 2: a variant that computes something else is no peer."""
+    """A variant, warmed up by two steps. A variant whose first loss is not DPO's, ln 2, computes something else."""
     made = VARIANTS[name].build(setting)
     loss = float(made.step())
-    assert abs(loss - math.log(2)) < 0.02, f"{name}: the first loss is {loss}, want ln 2: policy and reference are equal"
+    assert abs(loss - math.log(2)) < 0.02, f"{name}: the first loss is {loss}, want ln 2: the policy is the reference"
     made.step()
     return made
 
 
 def time_all(names: list[str], setting: Setting, rounds: int, seed: int) -> dict[str, list[tuple[float, float]]]:
     """name -> one (CPU, wall) a round."""
-    steppers, samples, order = {name: build(name, setting) for name in names}, {name: [] for name in names}, random.Random(seed)
+    steppers, samples = {name: build(name, setting) for name in names}, {name: [] for name in names}
+    order = random.Random(seed)
     for n in range(rounds):
         for name in order.sample(names, len(names)):
             samples[name].append(timed(steppers[name].step, setting.device))
@@ -90,18 +92,21 @@ def time_all(names: list[str], setting: Setting, rounds: int, seed: int) -> dict
 def summary(samples: list[tuple[float, float]], used: dict[str, float] | None) -> dict:
     """One row's figures: medians and every sample in seconds, memory in MB."""
     cpu, wall = zip(*samples)
-    return {"cpu": statistics.median(cpu), "wall": statistics.median(wall), "samples": {"cpu": cpu, "wall": wall}, "memory": used}
+    medians = {"cpu": statistics.median(cpu), "wall": statistics.median(wall)}
+    return medians | {"samples": {"cpu": cpu, "wall": wall}, "memory": used}
 
 
 def ratios(rows: dict[str, dict]) -> list[dict]:
-    """Every target whose two rows were measured: the ratio (of CPU-seconds, and of wall time; or of step memory) and whether it is reached."""
+    """Every target whose two rows were measured: its ratios, and whether all of them keep within the limit."""
     found = []
     for row, base, figure, limit in TARGETS:
-        if row not in rows or base not in rows or (figure == "memory" and not (rows[row]["memory"] and rows[base]["memory"])):
-            continue
-        a, b = rows[row], rows[base]
-        values = {key: a[key] / b[key] for key in ("cpu", "wall")} if figure == "time" else {"step": a["memory"]["step"] / b["memory"]["step"]}
-        found.append({"row": row, "base": base, "figure": figure, "ratio": values, "limit": limit, "reached": max(values.values()) <= limit})
+        a, b, keys = rows.get(row), rows.get(base), ("cpu", "wall")
+        if figure == "memory":
+            a, b, keys = a and a["memory"], b and b["memory"], ("step",)
+        if a and b:
+            values = {key: a[key] / b[key] for key in keys}
+            target = {"row": row, "base": base, "figure": figure, "limit": limit}
+            found.append(target | {"ratio": values, "reached": max(values.values()) <= limit})
     return found
 
 
@@ -116,17 +121,17 @@ def table(rows: dict[str, dict], found: list[dict], skipped: dict[str, list[str]
         lines.append(f"{VARIANTS[name].title:58}  skipped: {', '.join(packages)} not installed")
     lines.append("")
     for target in found:
-        values = ", ".join(f"{value:.2f} ({key if key != 'cpu' else clock})" for key, value in target["ratio"].items())
-        what = f"{target['figure']}: {VARIANTS[target['row']].title} / {VARIANTS[target['base']].title}"
-        lines.append(f"{what}\n    {values}; wanted at most {target['limit']}: {'reached' if target['reached'] else 'MISSED'}")
+        values = ", ".join(f"{value:.2f} ({clock if key == 'cpu' else key})" for key, value in target["ratio"].items())
+        lines.append(f"{target['figure']}: {VARIANTS[target['row']].title} / {VARIANTS[target['base']].title}")
+        lines.append(f"    {values}; wanted at most {target['limit']}: {'reached' if target['reached'] else 'MISSED'}")
     return "\n".join(lines)
 
 
 def processor() -> str:
     """The CPU's name as the system gives it."""
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else "unknown"
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def versions() -> dict[str, str]:
@@ -146,15 +151,15 @@ def main(argv: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         setting = make_setting(sizes, Path(folder) / "model", config.device, config.seed)
         measure = config.memory and memory.measurable(config.device)
-        used = {name: memory.measure(name, setting.directory, sizes, config.device) if measure else None for name in names}
+        used = {n: memory.measure(n, setting.directory, sizes, config.device) if measure else None for n in names}
         samples = time_all(names, setting, config.rounds, config.seed)
     rows = {name: summary(samples[name], used[name]) for name in names}
     found = ratios(rows)
     if config.quick:
         print("tiny sizes: these ratios mean nothing, they only show that everything runs")
     print(table(rows, found, skipped, "CPU" if config.device == "cpu" else "GPU"))
-    result = {"config": asdict(config), "sizes": asdict(sizes), "environment": environment() | {"cpu": processor(), "versions": versions()},
-              "rows": rows, "targets": found, "skipped": skipped}
+    result = {"config": asdict(config), "sizes": asdict(sizes), "rows": rows, "targets": found, "skipped": skipped,
+              "environment": environment() | {"cpu": processor(), "versions": versions()}}
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     Path(config.out).write_text(json.dumps(result, indent=1) + "\n")
     return result

@@ -1,8 +1,9 @@
-"""TRL's DPOTrainer on our pairs: the same weights, the same ids, its own code. Wants transformers, trl and datasets (extra `peers`).
+"""TRL's DPOTrainer on our pairs: the same weights, the same ids, its own code. Wants the extra `peers`.
 
-Where TRL's defaults are not kept, and why: bf16=False (everything here is measured in float32), use_cpu on a CPU, batch size and beta as ours,
-a constant learning rate, and no logging, saving, evaluation or progress bar, all of which would cost it time. Everything else is as it comes:
-gradient checkpointing on, a reference model that runs in every step, its fused head, fused AdamW, clipping at 1, its metrics.
+Where TRL's defaults are not kept, and why: bf16=False (everything here is measured in float32), use_cpu on a CPU, batch
+size and beta as ours, a constant learning rate, and no logging, saving, evaluation or progress bar, all of which would
+cost it time. Everything else is as it comes: gradient checkpointing on, a reference model that runs in every step, its
+fused head, fused AdamW, clipping at 1, its metrics.
 """
 
 import os
@@ -21,7 +22,7 @@ EOS = "<eos>"
 
 
 def quiet() -> None:
-    """Switches off what the three libraries print besides results: progress bars, and notices about names that they will rename."""
+    """Switches off what the libraries print besides results: progress bars, notices of names that they will rename."""
     os.environ["TQDM_DISABLE"] = "1"
     disable_progress_bars()
     logging.disable_progress_bar()
@@ -30,7 +31,7 @@ def quiet() -> None:
 
 
 def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """One word, one token: "t17" is id 17, the last id is EOS. TRL takes text only, and this text comes back as the ids it was made from."""
+    """One word, one token: "t17" is id 17, the last id is EOS. TRL takes only text; this one comes back as its ids."""
     words = {f"t{i}": i for i in range(vocab - 1)} | {EOS: vocab - 1}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=EOS))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -38,28 +39,36 @@ def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
 
 
 def as_text(pairs: list[Pair], eos: int) -> Dataset:
-    """The pairs as TRL wants them. It appends EOS to every response itself, so ours leaves here; the prompt ends on a token's boundary."""
-    assert all(response[-1] == eos for pair in pairs for response in (pair.chosen, pair.rejected)), "every response must end with EOS"
+    """The pairs as TRL wants them. It appends EOS to each response itself, so ours leaves; prompts end at a boundary."""
+    assert all(r[-1] == eos for pair in pairs for r in (pair.chosen, pair.rejected)), "every response must end with EOS"
+
     def text(ids):
         return " ".join(f"t{i}" for i in ids)
 
-    return Dataset.from_list([{"prompt": text(p.prompt) + " ", "chosen": text(p.chosen[:-1]), "rejected": text(p.rejected[:-1])} for p in pairs])
+    return Dataset.from_list([
+        {"prompt": text(pair.prompt) + " ", "chosen": text(pair.chosen[:-1]), "rejected": text(pair.rejected[:-1])}
+        for pair in pairs
+    ])
 
 
-def dpo_trainer(directory: Path, pairs: list[Pair], vocab: int, work: Path, beta: float = 0.1, lr: float = 1e-6, cpu: bool = True,
-                reference: PreTrainedModel | None = None, **changes) -> DPOTrainer:
+def dpo_trainer(directory: Path, pairs: list[Pair], vocab: int, work: Path, beta: float = 0.1, lr: float = 1e-6,
+                cpu: bool = True, reference: PreTrainedModel | None = None, **changes) -> DPOTrainer:
     """A trainer whose one batch is `pairs`, in their order; `changes` are DPOConfig's own arguments.
 
-    directory: the model in Hugging Face layout; the policy starts from it, and so does the reference if none is given. Asserts that TRL's ids are ours.
+    directory: the model in Hugging Face layout; the policy starts from it, and so does the reference if none is given.
+    Asserts that TRL's ids are ours.
     """
     quiet()
-    args = DPOConfig(output_dir=str(work), per_device_train_batch_size=len(pairs), max_steps=1, beta=beta, learning_rate=lr,
-                     lr_scheduler_type="constant", bf16=False, use_cpu=cpu, dataloader_pin_memory=False,
-                     report_to="none", logging_strategy="no", save_strategy="no", eval_strategy="no", disable_tqdm=True, **changes)
-    trainer = DPOTrainer(str(directory), reference, args=args, train_dataset=as_text(pairs, eos=vocab - 1), processing_class=word_tokenizer(vocab))
+    args = DPOConfig(output_dir=str(work), per_device_train_batch_size=len(pairs), max_steps=1, beta=beta,
+                     learning_rate=lr, lr_scheduler_type="constant", bf16=False, use_cpu=cpu,
+                     dataloader_pin_memory=False, report_to="none", logging_strategy="no", save_strategy="no",
+                     eval_strategy="no", disable_tqdm=True, **changes)
+    data, tokenizer = as_text(pairs, eos=vocab - 1), word_tokenizer(vocab)
+    trainer = DPOTrainer(str(directory), reference, args=args, train_dataset=data, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     for row, pair in zip(trainer.train_dataset, pairs, strict=True):
-        assert (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) == (pair.prompt, pair.chosen, pair.rejected), "TRL's ids are not ours"
+        theirs = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
+        assert theirs == (pair.prompt, pair.chosen, pair.rejected), f"TRL's ids are not ours: got {theirs}, want {pair}"
     return trainer
 
 
@@ -71,8 +80,9 @@ def one_batch(trainer: DPOTrainer) -> dict:
 def stepper(trainer: DPOTrainer):
     """A function that makes one optimizer step of `trainer`.
 
-    train() runs first, for one step: it alone switches checkpointing on, builds the optimizer and prepares the model. After that the function
-    calls what the trainer's loop calls, in its order, less the loop's callbacks, NaN check and counters: what is left out favours TRL.
+    train() runs first, for one step: it alone switches checkpointing on, builds the optimizer and prepares the model.
+    After that the function calls what the trainer's loop calls, in its order, less the loop's callbacks, NaN check and
+    counters: what is left out favours TRL.
     """
     trainer.train()
     batch, model = one_batch(trainer), trainer.model_wrapped

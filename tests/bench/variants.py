@@ -1,8 +1,9 @@
-"""The steps that are compared. Each builder gives one optimizer step on the same pairs, from the same weights, as a function without arguments.
+"""The steps that are compared. Each builder gives one optimizer step on the same pairs, from the same weights.
 
-Equal for all: a randomly initialised GPT-2 (float32), the pairs, beta, AdamW with one learning rate, fused, no weight decay, gradients clipped
-at norm 1, one batch of the right shape made before the clock starts, gradients freed (set to None) at the end of a step.
-Not equal, and the point: what each of them computes to get there. Every step returns its loss, which must be ln 2 at the start: policy = reference.
+Equal for all: a randomly initialised GPT-2 (float32), the pairs, beta, AdamW with one learning rate and no weight
+decay, gradients clipped at norm 1 and freed (set to None) at the end of a step, the batch made before the clock starts.
+Not equal, and the point: what each of them computes to get there. Every step returns its loss, which must be ln 2 at
+the start, where policy and reference are equal.
 """
 
 import importlib.util
@@ -46,7 +47,7 @@ QUICK = Sizes(layers=2, heads=2, width=32, vocab=503, context=64, pairs=3, promp
 
 @dataclass(frozen=True)
 class Stepper:
-    """One optimizer step as a function that returns the loss, and the parameters it trains (for allocating their gradients)."""
+    """One optimizer step as a function that returns the loss, and the parameters that it trains."""
 
     step: Callable[[], torch.Tensor | float]
     parameters: list[torch.nn.Parameter]
@@ -63,27 +64,30 @@ class Setting:
 
 
 def make_setting(sizes: Sizes, directory: Path, device: str = "cpu", seed: int = 0) -> Setting:
-    """Random pairs of exactly the lengths asked for, and random weights; the same for the same seed, in every process."""
+    """Random pairs of exactly the lengths asked for, and random weights: the same for the same seed, everywhere."""
     torch.manual_seed(seed)
     if not (directory / "model.safetensors").exists():
-        config = GPT2Config(vocab=sizes.vocab, context=sizes.context, width=sizes.width, layers=sizes.layers, heads=sizes.heads, eos=sizes.vocab - 1)
-        save_model(GPT2(config), directory)
+        save_model(GPT2(GPT2Config(vocab=sizes.vocab, context=sizes.context, width=sizes.width, layers=sizes.layers,
+                                   heads=sizes.heads, eos=sizes.vocab - 1)), directory)
     generator = torch.Generator().manual_seed(seed)
 
     def ids(count):
         return torch.randint(sizes.vocab - 1, (count,), generator=generator).tolist()
 
-    pairs = [Pair(ids(sizes.prompt), *(ids(sizes.response - 1) + [sizes.vocab - 1] for _ in range(2))) for _ in range(sizes.pairs)]
+    def response():
+        return ids(sizes.response - 1) + [sizes.vocab - 1]                  # EOS is the last id
+
+    pairs = [Pair(ids(sizes.prompt), response(), response()) for _ in range(sizes.pairs)]
     return Setting(sizes, pairs, directory, device)
 
 
-# --- this project's own step -----------------------------------------------------------------------------------------------------------------
+# --- this project's own step ----------------------------------------------------------------------------------------
 
 
 def ours(setting: Setting, experts: int, rank: int = 0) -> Stepper:
-    """train.step itself, with its own optimizer and batches, on one batch of one micro-batch; the tie is left unbroken, which costs the same."""
-    config = train.TrainConfig(data="", model="", out="", experts=experts, rank=rank, beta=BETA, lr=LR, head_lr=LR, clip=CLIP,
-                               batch=len(setting.pairs), micro=len(setting.pairs), dtype="float32")
+    """train.step itself, its optimizer, its batches; one micro-batch. The tie stays unbroken, which costs the same."""
+    config = train.TrainConfig(data="", model="", out="", experts=experts, rank=rank, beta=BETA, lr=LR, head_lr=LR,
+                               clip=CLIP, batch=len(setting.pairs), micro=len(setting.pairs), dtype="float32")
     model = load_model(setting.directory, device=setting.device)
     ref_logp = compute_reference(model, setting.pairs, torch.float32).logp.to(setting.device)
     policies = make_experts(model, config, torch.float32)
@@ -99,7 +103,7 @@ def ours(setting: Setting, experts: int, rank: int = 0) -> Stepper:
     return Stepper(step, [p for p in policies.parameters() if p.requires_grad])
 
 
-# --- a plain PyTorch step, as one writes it first: all logits, log_softmax, gather --------------------------------------------------------
+# --- a plain PyTorch step, as one writes it first: all logits, log_softmax, gather ----------------------------------
 
 
 def response_logp(logits_of, batch: Batch) -> torch.Tensor:
@@ -108,7 +112,7 @@ def response_logp(logits_of, batch: Batch) -> torch.Tensor:
     logps = F.log_softmax(logits_of(ids)[:, :-1], dim=-1)                   # (2B,T-1,V)
     logps = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)                  # (2B,T-1)
     position = torch.arange(1, ids.shape[1], device=ids.device)
-    response = (position >= batch.start[:, None, None]) & (position < batch.length[..., None])  # (B,2,T-1)
+    response = (position >= batch.start[:, None, None]) & (position < batch.length[..., None])      # (B,2,T-1)
     return logps.view(response.shape).masked_fill(~response, 0.0).sum(-1)
 
 
@@ -148,14 +152,15 @@ def plain_transformers(setting: Setting) -> Stepper:
     return plain(setting, model, lambda ids: model(ids, use_cache=False).logits)
 
 
-# --- TRL ---------------------------------------------------------------------------------------------------------------------------------
+# --- TRL ------------------------------------------------------------------------------------------------------------
 
 
 def trl(setting: Setting, **changes) -> Stepper:
     """TRL's DPOTrainer: see trl_peer.py for what is kept of its defaults."""
     from tests.bench import trl_peer
 
-    trainer = trl_peer.dpo_trainer(setting.directory, setting.pairs, setting.sizes.vocab, Path(tempfile.mkdtemp()), BETA, LR,
+    work = Path(tempfile.mkdtemp(dir=setting.directory))
+    trainer = trl_peer.dpo_trainer(setting.directory, setting.pairs, setting.sizes.vocab, work, BETA, LR,
                                    cpu=setting.device == "cpu", **changes)
     return Stepper(trl_peer.stepper(trainer), list(trainer.model.parameters()))
 
@@ -165,7 +170,7 @@ def trl_precomputed(setting: Setting) -> Stepper:
     return trl(setting, precompute_ref_log_probs=True, activation_checkpointing=False)
 
 
-# --- the rows ----------------------------------------------------------------------------------------------------------------------------
+# --- the rows -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -177,11 +182,11 @@ class Variant:
 
 PEERS = ("transformers", "trl", "datasets")
 VARIANTS = {
-    "k1": Variant("mixdpo, K=1 (DPO)", lambda setting: ours(setting, experts=1)),
-    "k4-low-rank": Variant("mixdpo, K=4, low-rank heads", lambda setting: ours(setting, setting.sizes.experts, setting.sizes.rank)),
-    "k4-full": Variant("mixdpo, K=4, full heads", lambda setting: ours(setting, setting.sizes.experts)),
+    "k1": Variant("mixdpo, K=1 (DPO)", lambda s: ours(s, experts=1)),
+    "k4-low-rank": Variant("mixdpo, K=4, low-rank heads", lambda s: ours(s, s.sizes.experts, s.sizes.rank)),
+    "k4-full": Variant("mixdpo, K=4, full heads", lambda s: ours(s, s.sizes.experts)),
     "plain": Variant("plain PyTorch, full logits, our GPT-2", plain_ours),
-    "plain-transformers": Variant("plain PyTorch, full logits, transformers' GPT-2", plain_transformers, ("transformers",)),
+    "plain-transformers": Variant("plain PyTorch, full logits, transformers' GPT-2", plain_transformers, PEERS[:1]),
     "trl": Variant("TRL DPOTrainer, default", trl, PEERS),
     "trl-precomputed": Variant("TRL DPOTrainer, precomputed reference, no checkpointing", trl_precomputed, PEERS),
 }

@@ -1,7 +1,8 @@
-"""Our DPO beside other people's: TRL's DPOTrainer, and transformers' GPT-2 with the gradient of DPO put together from its formula.
+"""Our DPO beside other people's: TRL's DPOTrainer, and the gradient's formula put together on transformers' GPT-2.
 
-The policy is not the reference here (at the start every margin is 0 and hides most faults), pairs have unequal lengths and therefore padding,
-and what is compared is what train.py itself accumulates, on both of its routes. Skipped by name where the peer is not installed.
+The policy is not the reference here (at the start every margin is 0 and hides most faults), pairs have unequal lengths
+and therefore padding, and what is compared is what train.py itself accumulates, on both of its routes. Skipped by name
+where the peer is not installed.
 """
 
 import importlib.util
@@ -17,10 +18,12 @@ from mixdpo.preferences import Pair, groups
 from mixdpo.reference import compute_reference
 from mixdpo.weights import load_model, save_model
 
-VOCAB, BETA = 307, 0.3
+VOCAB, BETA = 4603, 0.3             # more than one tile of the vocabulary
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")     # transformers' Conv1D keeps these as (in, out)
-needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed (extra `peers`)")
-needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed (extra `peers`)")
+needs_transformers, needs_trl = (
+    pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed (extra `peers`)")
+    for name in ("transformers", "trl")
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def pairs():
         return torch.randint(VOCAB - 1, (count,), generator=generator).tolist()
 
     lengths = [(3, 9, 4), (11, 2, 7), (1, 5, 5), (6, 0, 12), (8, 13, 1)]
-    return [Pair(ids(prompt), ids(chosen) + [VOCAB - 1], ids(rejected) + [VOCAB - 1]) for prompt, chosen, rejected in lengths]
+    return [Pair(ids(x), ids(better) + [VOCAB - 1], ids(worse) + [VOCAB - 1]) for x, better, worse in lengths]
 
 
 def ours(folders, pairs, head_rows=1024, **options):
@@ -71,8 +74,8 @@ def theirs(model):
     return found
 
 
-def assert_same(got, want, share=1e-5):
-    """Every gradient, up to `share` of its own largest entry: one absolute tolerance would let the small ones be anything."""
+def assert_same(got, want, share=5e-6):
+    """Every gradient, up to `share` of its own largest entry: an absolute tolerance lets small ones be anything."""
     assert got.keys() == want.keys()
     for name, g in want.items():
         assert g.abs().max() > 0, f"{name}: the peer's gradient is zero, nothing is compared"
@@ -83,7 +86,12 @@ def assert_same(got, want, share=1e-5):
 @needs_trl
 @pytest.mark.parametrize("head_rows", [1024, 20, 0], ids=["one chunk", "many chunks", "composable"])
 def test_loss_margins_and_gradients_are_trls(folders, pairs, tmp_path, head_rows):
-    """K = 1 is DPO as TRL computes it."""
+    """K = 1 is DPO as TRL computes it.
+
+    Seen to fail with: targets off by one position, EOS or padding counted wrongly, chosen and rejected swapped, the
+    reference left out, the loss not divided by the step's pairs (or by a chunk's), the trunk's backward left out, one
+    vocabulary tile overwriting another, erf GELU.
+    """
     from transformers import GPT2LMHeadModel
 
     from tests.bench import trl_peer
@@ -105,13 +113,14 @@ def test_loss_margins_and_gradients_are_trls(folders, pairs, tmp_path, head_rows
 @needs_transformers
 @pytest.mark.parametrize("options", [dict(experts=1), dict(experts=4, rank=2)], ids=["K=1", "K=4 equal experts"])
 def test_gradient_is_the_formulas(folders, pairs, options):
-    """gradient = mean over pairs of -beta sigma(-h) (grad log pi(y+) - grad log pi(y-)), one unpadded response at a time, on transformers' model.
+    """gradient = mean over pairs of -beta sigma(-h) (grad log pi(y+) - grad log pi(y-)), from unpadded responses.
 
-    Experts that are equal change nothing for the trunk: their responsibilities sum to one.
+    Experts that are equal change nothing for the trunk: their responsibilities sum to one. Seen to fail with the same
+    faults, and with responsibilities of one each.
     """
     from transformers import GPT2LMHeadModel
 
-    policy, reference = (GPT2LMHeadModel.from_pretrained(folders / name, dtype=torch.float32).eval() for name in ("policy", "reference"))
+    policy, reference = (GPT2LMHeadModel.from_pretrained(folders / name).eval() for name in ("policy", "reference"))
 
     def logp(model, prompt, response):
         ids = torch.tensor([prompt + response])

@@ -1,0 +1,55 @@
+"""The bench's own arithmetic: what it calls reached and peak memory, and that it runs. Its results are no test."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from tests.bench import memory, step, variants
+
+
+def row(cpu, wall, used=None):
+    return {"cpu": cpu, "wall": wall, "memory": used and {"step": used}}
+
+
+def test_a_target_is_reached_by_every_clock_or_missed():
+    """Seen to fail with: base / row instead of row / base, the better of two clocks deciding, `<` for `at most`."""
+    rows = {"k1": row(1.0, 1.25, 100.0), "trl": row(4.0, 2.5), "k4-low-rank": row(1.5, 1.0), "plain": row(9, 9, 160.0)}
+    found = {(t["row"], t["base"]): (t["ratio"], t["reached"]) for t in step.ratios(rows)}
+    assert found["k1", "trl"] == ({"cpu": 0.25, "wall": 0.5}, True)
+    assert found["k4-low-rank", "k1"] == ({"cpu": 1.5, "wall": 0.8}, False)
+    assert found["k1", "plain"] == ({"step": 0.625}, False)
+    assert len(found) == 3, "a target is judged only where both of its rows were measured"
+
+
+@pytest.mark.skipif(not memory.measurable("cpu"), reason="peak memory of a CPU process is read from Linux's /proc")
+def test_peak_memory_is_that_of_the_step():
+    """Seen to fail with: the high-water mark not reset (200 MB came before), memory in use in place of its peak."""
+    torch.full((50_000_000,), 1.0)
+    level = memory.now("cpu")
+    assert memory.peak_of(lambda: torch.full((25_000_000,), 1.0), "cpu") - level == pytest.approx(100, abs=10)
+
+
+def test_a_quick_run_prints_a_table_and_writes_every_sample(tmp_path, monkeypatch, capsys):
+    """Seen to fail with: a missing package that stops the run, samples of one variant only, a step that is not DPO."""
+    lacking = dataclasses.replace(variants.VARIANTS["trl"], needs=("no_such_package",))
+    monkeypatch.setitem(variants.VARIANTS, "trl", lacking)
+    out = tmp_path / "runs" / "bench.json"
+    words = "--quick true --rounds 2 --variants k1,k4-full,plain,trl --memory false --out".split()
+    step.main([*words, str(out)])
+    result, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert list(result["rows"]) == ["k1", "k4-full", "plain"] and result["skipped"] == {"trl": ["no_such_package"]}
+    assert "TRL DPOTrainer, default" in printed and "no_such_package not installed" in printed
+    for figures in result["rows"].values():
+        assert len(figures["samples"]["cpu"]) == len(figures["samples"]["wall"]) == 2 and figures["cpu"] > 0
+    assert result["environment"]["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.skipif(not memory.measurable("cpu"), reason="peak memory of a CPU process is read from Linux's /proc")
+def test_memory_of_a_variant_is_measured_in_its_own_process(tmp_path):
+    """Seen to fail with: state counted without the optimizer's moments."""
+    setting = variants.make_setting(variants.QUICK, tmp_path)
+    used = memory.measure("k1", tmp_path, variants.QUICK, "cpu")
+    model = variants.load_model(setting.directory)
+    assert used["state"] * 1e6 == 16 * sum(p.numel() for p in model.parameters()) and 0 < used["step"] < used["level"]
