@@ -5,16 +5,17 @@ tokenizer.json   merge rules in order: of all adjacent pairs in a piece that a r
 tiktoken         a rank for each token: of all adjacent pairs whose joined bytes are a token, join the one of the lowest
                  rank. A piece that is a token as a whole is taken as it is.
 
-The two agree on every text if each token t, alone and split by the merges of lower rank only, ends as two parts that one
-of its rules joins. For when x and y with x + y = t are about to be joined in any text, no join so far has crossed the
-ends of t, so these joins are the ones that t alone goes through. A token that alone ends as three parts or more is
-never joined at all: it can only be met as a whole piece (tokenizer.json's `ignore_merges`). `read_vocabulary` checks
-this for every token, and refuses a file for which tiktoken's ids would be others.
+The two agree on every text if each token t, when its bytes stand alone, is at last joined from two parts that one of its
+rules joins. For when x and y with x + y = t are about to be joined in any text, no join so far has crossed the ends of
+t, so the joins between them are those that t goes through alone. A token that alone gets stuck at three parts or more
+is never joined at all: it can only be met as a whole piece (tokenizer.json's `ignore_merges`). `read_vocabulary`
+checks this for every token, and refuses a file for which tiktoken's ids would be others.
 
 Left out: all that is not byte-level BPE, and pre-tokenizers other than those of GPT-2, SmolLM2, Llama-3 and their kin:
 each is refused by its name.
 """
 
+import math
 from dataclasses import dataclass
 
 from mixdpo.config import InputError
@@ -23,7 +24,8 @@ from mixdpo.config import InputError
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 HIDDEN = [byte for byte in range(256) if byte not in PRINTABLE]
 CHARACTER = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + n) for n, byte in enumerate(HIDDEN)}
-BYTE = {character: byte for byte, character in CHARACTER.items()}
+# Back again through Latin-1, whose codes are the bytes; characters outside the alphabet go where Latin-1 cannot follow.
+TO_LATIN1 = dict.fromkeys(HIDDEN, "\uffff") | {ord(character): byte for byte, character in CHARACTER.items()}
 
 # How text is cut into pieces before any merge: contractions, letters, digits, the rest, and white space, whose last blank
 # before a word belongs to the word.
@@ -51,19 +53,22 @@ class Vocabulary:
 
 def to_bytes(name):
     """A token as tokenizer.json writes it -> its bytes; None if it is not written in GPT-2's alphabet."""
-    return bytes(map(BYTE.__getitem__, name)) if all(character in BYTE for character in name) else None
+    try:
+        return name.translate(TO_LATIN1).encode("latin-1")
+    except UnicodeEncodeError:
+        return None
 
 
 def to_name(token):
     return "".join(map(CHARACTER.__getitem__, token))
 
 
-def split_below(ranks, token, limit):
-    """The parts that a token's bytes end as, alone, under the merges of rank < limit."""
+def split(ranks, token):
+    """The parts that a token's bytes end as, alone, before the join that makes the token itself, if it comes to that."""
     parts = [token[i:i + 1] for i in range(len(token))]
-    while len(parts) > 2:       # two parts could only be joined to the token itself, whose rank is the limit
-        rank, i = min((ranks.get(parts[i] + parts[i + 1], limit), i) for i in range(len(parts) - 1))
-        if rank >= limit:
+    while len(parts) > 2:
+        rank, i = min((ranks.get(parts[i] + parts[i + 1], math.inf), i) for i in range(len(parts) - 1))
+        if rank == math.inf:
             break
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return parts
@@ -72,8 +77,7 @@ def split_below(ranks, token, limit):
 def merges_of(ranks):
     """bytes -> rank to merge rules "left right" in order; tokens that no merge can reach have none."""
     in_order = sorted((token for token in ranks if len(token) > 1), key=ranks.get)
-    split = (split_below(ranks, token, ranks[token]) for token in in_order)
-    return [" ".join(map(to_name, parts)) for parts in split if len(parts) == 2]
+    return [" ".join(map(to_name, parts)) for token in in_order if len(parts := split(ranks, token)) == 2]
 
 
 def document(vocab, special, steps, merges, ignore_merges):
@@ -114,39 +118,82 @@ def pattern_of(steps, place):
 
 def read_vocabulary(model, added, place):
     """tokenizer.json's model and added_tokens -> Vocabulary. Raises InputError where tiktoken's ids would be others."""
-    unsupported = {key: model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
-                                                   "byte_fallback") if model.get(key)}
-    if model.get("type") != "BPE" or unsupported:
-        raise InputError(f"{place}: model {model.get('type')} {unsupported or ''} is not supported; wanted byte-level BPE")
-    vocab, reserved = model["vocab"], {token["content"] for token in added}
-    names = {i: to_bytes(name) or name.encode() for name, i in vocab.items() if name not in reserved}
+    unsupported = {key: model[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
+                                               "byte_fallback") if model.get(key)}
+    if model["type"] != "BPE" or unsupported:
+        raise InputError(f"{place}: model {model['type']} {unsupported or ''} is not supported; wanted byte-level BPE")
+    vocab, whole = model["vocab"], bool(model.get("ignore_merges"))
+    reserved = {token["content"] for token in added}
+    written = {name: to_bytes(name) for name in vocab if name not in reserved}
+    names = {vocab[name]: token if token is not None else name.encode() for name, token in written.items()}
     names |= {token["id"]: token["content"].encode() for token in added}
-    base = {to_bytes(name): i for name, i in vocab.items() if len(name) == 1 and name in BYTE and name not in reserved}
 
-    rules = {}          # token -> the pairs that join to it; the tokens in the order of their first rule
-    latest = None
-    for number, merge in enumerate(model["merges"], 1):
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if len(pair) != 2 or not {pair[0], pair[1], pair[0] + pair[1]} <= vocab.keys():
-            raise InputError(f"{place}: merge {number}, {merge!r}, is not two tokens of the vocabulary that join to a third")
-        token = "".join(pair)
-        if token == latest or token not in rules:       # a rule that comes back later can no longer be the first to act
-            rules.setdefault(token, set()).add((to_bytes(pair[0]), to_bytes(pair[1])))
-        latest = token
-    rules = {to_bytes(token): pairs for token, pairs in rules.items()}
-    ids = base | {token: vocab[to_name(token)] for token in rules}
-    if model.get("ignore_merges"):                      # tokens without a rule, met as whole pieces only
-        ids |= {to_bytes(name): i for name, i in vocab.items() if name not in reserved and to_bytes(name) not in ids}
-
+    rules = _rules(model["merges"], written, place)
+    ids = {token: vocab[name] for name, token in written.items() if token is not None and len(token) == 1}
+    ids |= {token: vocab[to_name(token)] for token in rules}
+    if whole:                                           # tokens without a rule are met as whole pieces
+        ids |= {token: vocab[name] for name, token in written.items() if token is not None and token not in ids}
     in_order = [ids[token] for token in rules]
     rising = all(a < b for a, b in zip(in_order, in_order[1:]))
     ranks = dict(ids) if rising else {token: rank for rank, token in enumerate(ids)}
-    for token in [token for token in ranks if len(token) > 1]:
-        parts = split_below(ranks, token, ranks[token])
-        if len(parts) == 2 and tuple(parts) not in rules.get(token, ()):
+
+    for token, parts in _unreachable(ranks, rules):
+        if len(parts) == 2:
             raise InputError(f"{place}: token {to_name(token)!r} would be joined from {to_name(parts[0])!r} and "
                              f"{to_name(parts[1])!r}, for which there is no merge; these merges cannot be run by rank")
-        if len(parts) > 2 and not model.get("ignore_merges"):
+        if not whole:
             del ranks[token]                            # no text leads to it, and tiktoken must not take it as a piece
     literal = {token["content"]: token["id"] for token in added if not token["special"]}
-    return Vocabulary(ranks, {ranks[token]: ids[token] for token in ranks}, names, literal)
+    return Vocabulary(ranks, {rank: ids[token] for token, rank in ranks.items()}, names, literal)
+
+
+def _rules(merges, written, place):
+    """token -> the pairs that join to it, the tokens in the order of their first rule."""
+    rules, latest = {}, None
+    for number, merge in enumerate(merges, 1):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        parts = [written.get(name) for name in pair]
+        if len(parts) != 2 or None in parts or parts[0] + parts[1] not in rules and "".join(pair) not in written:
+            raise InputError(f"{place}: merge {number}, {merge!r}, is not two tokens of the vocabulary that join to a third")
+        token = parts[0] + parts[1]
+        if token == latest or token not in rules:       # a rule that comes back later never acts: the first ones did
+            rules.setdefault(token, []).append(tuple(parts))
+        latest = token
+    return rules
+
+
+def _unreachable(ranks, rules):
+    """The (token, parts it ends as when alone) for tokens that do not end as the two parts of one of their rules."""
+    found = []
+    left, right = {}, {}        # token -> what stands at its left, right end while it is joined alone, byte first
+    last = {}                   # token -> the highest rank joined on the way: when it is whole, seen from outside
+    for token in sorted(ranks, key=lambda token: (len(token), ranks[token])):       # parts before what they make
+        if len(token) == 1:
+            left[token], right[token], last[token] = (token,), (token,), -1
+            continue
+        pairs = rules.get(token, ())
+        parts = pairs[0] if len(pairs) == 1 else (None, None)
+        if parts[0] not in last or parts[1] not in last or not _meet(ranks, last, right[parts[0]], left[parts[1]]):
+            parts = tuple(split(ranks, token))
+        if parts in pairs:
+            left[token], right[token] = left[parts[0]] + (token,), right[parts[1]] + (token,)
+            last[token] = max(ranks[token], last[parts[0]], last[parts[1]])
+        else:
+            found.append((token, parts))
+    return found
+
+
+def _meet(ranks, last, ends, starts):
+    """True if two tokens side by side are each joined whole before anything is joined across their border.
+
+    Then split(ranks, ends[-1] + starts[-1]) is these two, seen without splitting. False also where ranks tie.
+    ends, starts: what stands left and right of the border, from the single byte to the whole token.
+    """
+    i = j = 0
+    while i + 1 < len(ends) or j + 1 < len(starts):
+        next_end = last[ends[i + 1]] if i + 1 < len(ends) else math.inf
+        next_start = last[starts[j + 1]] if j + 1 < len(starts) else math.inf
+        if ranks.get(ends[i] + starts[j], math.inf) <= min(next_end, next_start) or next_end == next_start:
+            return False
+        i, j = (i + 1, j) if next_end < next_start else (i, j + 1)
+    return True
