@@ -17,7 +17,8 @@ from mixdpo.weights import load_model
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ["gpt2", "gpt2-inner", "llama-tied", "llama-untied", "llama3-scaling"]
 FAMILIES = ["gpt2", "llama-tied"]                       # where one case of each family is enough
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
+no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=no_cuda)]
 
 
 def golden(case, **kwargs):
@@ -34,9 +35,9 @@ def difference(a, b):
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_logits_equal_transformers(case, device):
-    """Faults: erf GELU; eps of another size; no final norm; neighbours instead of halves turned; frequencies not scaled,
-    or not blended; key heads dealt out in turn instead of in groups; a transpose left out; the MLP's silu on the other
-    half; the embedding used where there is an unembedding."""
+    """Faults: erf GELU; eps of another size; no final norm; neighbours instead of halves turned; frequencies not
+    scaled, or not blended; key heads dealt out in turn instead of in groups; a transpose left out; the MLP's silu on
+    the other half; the embedding used where there is an unembedding."""
     model, want = golden(case, device=device)
     logits = model(want["ids"].to(device)) @ model.unembedding.T
     assert difference(logits, want["logits"]) <= (1e-5 if device == "cpu" else 1e-4)
@@ -46,7 +47,7 @@ def test_logits_equal_transformers(case, device):
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_greedy_generation_equals_transformers(case, cached):
-    """Faults: positions start again at 0 in each call; a slot beyond the row's own position seen; lengths not advanced."""
+    """Faults: positions start again at 0 in each call; a slot beyond the own position seen; lengths not advanced."""
     model, want = golden(case)
     ids, steps = want["prompt"], want["greedy"].shape[1]
     cache = model.new_cache(len(ids), ids.shape[1] + steps) if cached else None
@@ -132,10 +133,11 @@ def test_training_mode_changes_nothing(case):
     assert torch.equal(model.train()(want["ids"]), model.eval()(want["ids"]))
 
 
-@pytest.mark.parametrize("name, count", [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080),
-                                         ("gpt2-xl", 1_557_611_200), ("smollm2", 134_515_008)])
+@pytest.mark.parametrize("name, count", [
+    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200),
+    ("smollm2", 134_515_008)])
 def test_published_sizes(name, count):
-    """The published numbers of parameters. Faults: a width, a number of layers, a bias too many, an untied unembedding."""
+    """The published numbers of parameters. Faults: a width, a number of layers, a bias, an untied unembedding."""
     with torch.device("meta"):
         model = Llama(LlamaConfig()) if name == "smollm2" else GPT2(GPT2Config(**SIZES[name]))
     assert sum(p.numel() for p in model.parameters()) == count
@@ -193,7 +195,7 @@ def test_bf16_through_the_cache():
 
 
 def test_llama3_frequencies_by_hand():
-    """Each of the three cases of Llama 3's rule, from its definition. Faults: low and high exchanged; the blend divided."""
+    """Each of the three cases of Llama 3's rule, from its definition. Faults: low and high exchanged; no blend."""
     config = LlamaConfig(width=8, heads=1, kv_heads=1, head_dim=8, theta=1e4, scaling=RopeScaling(8.0, 1.0, 4.0, 1000))
     got = rope_frequencies(config).tolist()
     for i, f in enumerate(got):
@@ -207,7 +209,7 @@ def test_llama3_frequencies_by_hand():
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_what_does_not_fit_is_refused(case):
-    """Faults: a check left out (a row too long for GPT-2's positions, a full cache, another number of rows, gradients)."""
+    """Fault: a check left out (a row longer than the context, a full cache, another number of rows, gradients)."""
     model, want = golden(case)
     context = model.config.context
     with pytest.raises(AssertionError, match="context"):

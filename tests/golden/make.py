@@ -1,7 +1,7 @@
-"""Remakes the golden files beside this script: tiny random models of transformers, their logits and greedy continuations.
+"""Remakes the golden files beside this script: tiny random models of transformers, their logits, greedy continuations.
 
-    python tests/golden/make.py [DIRECTORY]         transformers 5: all of a case but the file below
-    python tests/golden/make.py [DIRECTORY]         transformers 4.57: config-4.json of each case, the older form of config.json
+    python tests/golden/make.py [DIRECTORY]         with transformers 5: all of a case but the file below
+    python tests/golden/make.py [DIRECTORY]         with transformers 4.57: config-4.json of each case, the older form
 
 A case is a folder: config.json and the weights as from_pretrained's counterpart save_pretrained writes them (one in
 shards), and golden.safetensors with
@@ -30,7 +30,9 @@ COMMON = dict(attention_dropout=0.0, bos_token_id=1, eos_token_id=2, pad_token_i
 def llama3(theta, **scaling):
     """rope's settings in the form of the version that runs."""
     scaling = dict(rope_type="llama3", **scaling)
-    return dict(rope_theta=theta, rope_scaling=scaling) if FOUR else dict(rope_parameters=dict(rope_theta=theta, **scaling))
+    if FOUR:
+        return dict(rope_theta=theta, rope_scaling=scaling)
+    return dict(rope_parameters=dict(rope_theta=theta, **scaling))
 
 
 def plain(theta):
@@ -51,7 +53,7 @@ CASES = {
     "llama-untied": (21, LlamaConfig(vocab_size=47, max_position_embeddings=48, hidden_size=21, intermediate_size=26,
                                      num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, head_dim=10,
                                      rms_norm_eps=1e-5, tie_word_embeddings=False, **plain(10000.0), **COMMON)),
-    # As Llama 3.2: of its 8 frequencies some are kept, some blended, some divided; rows longer than the original context.
+    # As Llama 3.2: of its 8 frequencies some are kept, some blended, some divided; rows longer than the old context.
     "llama3-scaling": (61, LlamaConfig(
         vocab_size=41, max_position_embeddings=256, hidden_size=24, intermediate_size=23, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-6, tie_word_embeddings=True,
@@ -66,7 +68,10 @@ def random_model(config, seed):
     model = (GPT2LMHeadModel if config.model_type == "gpt2" else LlamaForCausalLM)(config).eval()
     for p in model.parameters():
         noise = torch.randn_like(p)
-        p.data = noise / p.shape[-1] ** 0.5 * 1.5 if p.dim() == 2 else 0.3 * noise + (p.data.mean() > 0.5)     # norms near 1
+        if p.dim() == 2:
+            p.data = noise / p.shape[-1] ** 0.5 * 1.5
+        else:
+            p.data = 0.3 * noise + (p.data.mean() > 0.5)            # norms near 1, biases near 0
     return model
 
 
