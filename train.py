@@ -10,7 +10,7 @@ One optimizer step, top to bottom, is `step` below:
     one backward pass of the trunk, then AdamW
 
 The loss is a sum over pairs divided by the step's number of trained pairs, so the result does not depend on how a step is cut into
-micro-batches or chunks. K = 1 is DPO. `python train.py finetune ...` is the supervised step that DPO assumes. Only this file calls backward.
+micro-batches or chunks. K = 1 is DPO. Only this file calls backward.
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ from mixdpo import config as configs
 from mixdpo.config import InputError
 from mixdpo.diagnostics import step_summary
 from mixdpo.dpo import margins
-from mixdpo.experts import Heads, load_state, make_experts, pair_logp, trained_state
+from mixdpo.experts import load_state, make_experts, pair_logp, trained_state
 from mixdpo.logprob import sum_responses
 from mixdpo.mixture import e_step, elbo, expert_loss, linear_mixture, log_marginal, random_responsibilities, update_weights
+from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.preferences import Batch, Pair, batches, check_lengths, collate, data_key, groups, mark_context, read_preferences, response_positions
 from mixdpo.reference import cached_reference, compute_reference
-from mixdpo.records import lines
-from mixdpo.rundir import (Progress, compute_dtype, environment, load_checkpoint, load_optimizer_state, optimizer_state, save_checkpoint)
+from mixdpo.rundir import Progress, compute_dtype, environment, load_checkpoint, save_checkpoint
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import content_key, load_model, save_model
+from mixdpo.weights import content_key, load_model
 
 
 @dataclass(frozen=True)
@@ -135,20 +135,33 @@ def step(experts, optimizer, micros: list[Micro], ref_logp: torch.Tensor, log_w:
     """
     pairs, used, seen = sum(len(m.train.ids) for m in micros), [], []
     for micro in micros:
-        log_q = None if given is None else given[micro.groups]
+        log_q = None if given is None else given[micro.groups].to(log_w.device)
         if log_q is None or log_q.isnan().any():
             log_q = context_posterior(experts, micro, ref_logp, log_w, config) if micro.context is not None else None
         parts = accumulate(experts, micro, ref_logp, log_w, log_q, pairs, config)
         used.append(torch.cat([q for q, _, _ in parts]) if log_q is None else log_q)
         seen += parts
-    norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.clip)
     h, of_pair = torch.cat([h for *_, h in seen]), torch.cat([q for _, q, _ in seen])
-    figures = step_summary(of_pair, log_w, h) | {"grad_norm": float(norm), "pairs": pairs}
-    if not math.isfinite(figures["loss"]) or not math.isfinite(figures["grad_norm"]):
-        raise FloatingPointError(f"loss {figures['loss']}, gradient norm {figures['grad_norm']}")
+    figures = step_summary(of_pair, log_w, h) | {"pairs": pairs}
+    figures["grad_norm"] = descend(optimizer, figures["loss"], config.clip)
+    return figures, torch.cat(used)
+
+
+def descend(optimizer, loss: float, clip: float) -> float:
+    """Clips the accumulated gradients, steps, clears them; returns their norm before. Raises: FloatingPointError, and steps nowhere, on NaN or infinity."""
+    norm = float(torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip))
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return figures, torch.cat(used)
+    return norm
+
+
+def minimise(loss: torch.Tensor, optimizer, clip: float) -> float:
+    """One step on a scalar loss, for supervised fine-tuning (data/finetune.py); returns the loss."""
+    loss.backward()
+    descend(optimizer, loss.item(), clip)
+    return loss.item()
 
 
 @torch.no_grad()
@@ -220,23 +233,6 @@ def micro_batches(pairs: list[Pair], units: list[list[int]], ids: list[int], con
     return out
 
 
-def make_optimizer(experts, config) -> tuple[torch.optim.AdamW, list[str]]:
-    """AdamW without weight decay (the reference is the regulariser), the low-rank factors at their own rate; and the parameters' names in its order."""
-    named = [(n, p) for n, p in experts.named_parameters() if p.requires_grad]
-    low = [(n, p) for n, p in named if n in ("A", "B")]
-    rest = [(n, p) for n, p in named if n not in ("A", "B")]
-    sets = [(part, lr) for part, lr in ((rest, config.lr), (low, config.head_lr)) if part]
-    optimizer = torch.optim.AdamW([{"params": [p for _, p in part], "lr": lr, "peak": lr} for part, lr in sets], weight_decay=0.0, betas=(0.9, 0.99))
-    return optimizer, [n for part, _ in sets for n, _ in part]
-
-
-def set_rate(optimizer, t: int, total: int, warmup: int) -> None:
-    """Linear warm-up over `warmup` steps, then linear decay to a tenth at the last."""
-    scale = min(1.0, (t + 1) / max(warmup, 1)) * (1 - 0.9 * t / max(total, 1))
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * scale
-
-
 def prepare(config):
     """Everything the loop needs: experts, pairs, units, reference, device. Prints what it found and decided."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -286,7 +282,7 @@ def run(config: TrainConfig) -> Path:
     configs.save(config, out / "config.json")
     print(json.dumps(dataclasses.asdict(config) | environment()))
     experts, pairs, units, reference, device = prepare(config)
-    optimizer, names = make_optimizer(experts, config)
+    optimizer, names = make_optimizer(experts, config.lr, config.head_lr)
     ref_logp, log_w = reference.logp.to(device), first_weights(config).to(device)
     start = first_responsibilities(config, units, reference.features)
     trained = [[i for i in unit if not (config.estep == "context" and pairs[i].context)] for unit in units]
@@ -313,11 +309,11 @@ def run(config: TrainConfig) -> Path:
         given = start if start is not None and t < config.start_steps else table if config.estep == "first" else None
         set_rate(optimizer, t, len(plan), config.warmup)
         try:
-            figures, table[ids] = step(experts, optimizer, micro_batches(pairs, units, ids, config, device), ref_logp, log_w, given, config)
+            figures, log_q = step(experts, optimizer, micro_batches(pairs, units, ids, config, device), ref_logp, log_w, given, config)
         except FloatingPointError as error:
             lines = sorted(pairs[i].line for g in ids for i in trained[g])
             raise InputError(f"{config.data}: step {t}: {error}; nothing was updated. Lines of this batch: {lines}. Lower --lr, or look at these lines") from None
-        t += 1
+        t, table[ids] = t + 1, log_q.cpu()
         if config.weights == "update" and (t == len(plan) or plan[t][0] > epoch):
             log_w = update_weights(table[~table.isnan().any(1)], config.prior).to(device)                            # M10, once an epoch
         log.write(json.dumps({"step": t, "epoch": epoch, "rate": optimizer.param_groups[0]["lr"], "w": log_w.exp().tolist()} | figures) + "\n")
@@ -339,94 +335,9 @@ def keep_lines(path: Path, steps: int):
     return path.open("a")
 
 
-# --- the supervised step -----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """Supervised fine-tuning on texts (JSON Lines with a field "text"): DPO's reference should know the domain."""
-
-    data: str                       # file of texts, .jsonl or .jsonl.gz
-    model: str                      # gpt2, smollm2, llama-3.2-1b or a Hugging Face directory
-    out: str                        # directory of the tuned model, Hugging Face layout with its tokenizer
-    steps: int = 100                # optimizer steps
-    batch: int = 16                 # blocks a step
-    tokens: int = 128               # tokens a block
-    held: int = 64                  # last blocks, never trained on, for the perplexity before and after
-    lr: float = 5e-5                # AdamW's peak learning rate; warm-up over a tenth of the steps
-    dtype: str = "auto"             # of the products: auto, float32, bfloat16
-    seed: int = 0                   # of the order of blocks
-    data_folder: str = ""           # local files looked into before anything is fetched
-
-
-def finetune(config: FinetuneConfig) -> Path:
-    """Tunes and saves; a finished result of the same configuration and data is used again. Returns the directory."""
-    out, device = Path(config.out), "cuda" if torch.cuda.is_available() else "cpu"
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "data_folder", "data")} | {"data_key": data_key(config.data)}
-    report = out / "finetune.json"
-    if report.exists() and json.loads(report.read_text())["settings"] == settings:
-        print(f"{out}: tuned before, {report.read_text()}")
-        return out
-    dtype, why = compute_dtype(config.dtype, device)
-    tokenizer = load_tokenizer(config.model, config.data_folder or None)
-    blocks = read_blocks(config.data, tokenizer, config.tokens)              # (N,T)
-    if len(blocks) < config.held + config.batch:
-        raise InputError(f"{config.data}: {len(blocks)} blocks of {config.tokens} tokens, wanted at least {config.held + config.batch} (--held and one batch)")
-    policy = Heads(load_model(config.model, device=device, data=config.data_folder or None), 1, dtype=dtype)
-    print(f"fine-tuning on {len(blocks) - config.held} blocks of {config.tokens} tokens, products in {str(dtype).removeprefix('torch.')}: {why}")
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, betas=(0.9, 0.99))
-    optimizer.param_groups[0]["peak"] = config.lr
-    before, order, progress = perplexity(policy, blocks[-config.held :]), [], Progress("finetune")
-    generator = torch.Generator().manual_seed(config.seed)
-    for t in range(config.steps):
-        if len(order) < config.batch:
-            order = torch.randperm(len(blocks) - config.held, generator=generator).tolist()
-        ids, order = blocks[order[: config.batch]].to(device), order[config.batch :]
-        set_rate(optimizer, t, config.steps, config.steps // 10)
-        loss = -block_logps(policy, ids).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        if not math.isfinite(loss.item()):
-            raise InputError(f"{config.data}: the loss at step {t} is {loss.item()}; nothing was saved. Lower --lr")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        progress(t + 1, config.steps, f"loss {loss.item():.4f}")
-    after = perplexity(policy, blocks[-config.held :])
-    print(f"perplexity on {config.held} held-out blocks: {before:.2f} before, {after:.2f} after")
-    save_model(policy.trunk, out)
-    tokenizer.save(out)
-    report.write_text(json.dumps({"perplexity_before": before, "perplexity_after": after, "settings": settings}) + "\n")
-    return out
-
-
-def read_blocks(path: str, tokenizer, tokens: int) -> torch.Tensor:
-    """All texts, an end token behind each, as one run of ids cut into blocks: (N, tokens); the last, shorter one is left out."""
-    ids = []
-    for number, line in enumerate(lines(path), 1):
-        text = json.loads(line).get("text")
-        if not isinstance(text, str):
-            raise InputError(f'{path}:{number}: wanted {{"text": "..."}}, got {line[:80]!r}')
-        ids += [*tokenizer.encode(text), tokenizer.eos]
-    return torch.tensor(ids[: len(ids) // tokens * tokens]).view(-1, tokens)
-
-
-def block_logps(policy, ids: torch.Tensor) -> torch.Tensor:
-    """Log-probs of every token but the first of each block: (N,T) -> (N*(T-1),)."""
-    return policy.token_logps(policy.hidden(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), None)[0]
-
-
-@torch.no_grad()
-def perplexity(policy, blocks: torch.Tensor) -> float:
-    device = policy.trunk.unembedding.device
-    return math.exp(-torch.cat([block_logps(policy, part.to(device)) for part in blocks.split(8)]).mean().item())
-
-
 def main(argv: list[str]) -> None:
     try:
-        if argv[:1] == ["finetune"]:
-            finetune(configs.parse(FinetuneConfig, argv[1:], "python train.py finetune"))
-        else:
-            run(configs.parse(TrainConfig, argv, "python train.py"))
+        run(configs.parse(TrainConfig, argv, "python train.py"))
     except InputError as error:
         sys.exit(f"error: {error}")
 

@@ -5,10 +5,10 @@ tokenizer.json   merge rules in order: of all adjacent pairs in a piece that a r
 tiktoken         a rank for each token: of all adjacent pairs whose joined bytes are a token, join the one of the lowest
                  rank. A piece that is a token as a whole is taken as it is.
 
-The two agree on every text if each token t, when its bytes stand alone, is at last joined from two parts that one of its
-rules joins. For when x and y with x + y = t are about to be joined in any text, no join so far has crossed the ends of
-t, so the joins between them are those that t goes through alone. A token that alone gets stuck at three parts or more
-is never joined at all: it can only be met as a whole piece (tokenizer.json's `ignore_merges`). `read_vocabulary`
+The two agree on every text if each token t, when its bytes stand alone, is at last joined from two parts that one of
+its rules names. For when x and y with x + y = t are about to be joined in any text, no join so far has crossed the ends
+of t, so the joins between them are those that t goes through alone. A token that alone gets stuck at three parts or
+more is never joined at all: it can only be met as a whole piece (tokenizer.json's `ignore_merges`). `read_vocabulary`
 checks this for every token, and refuses a file for which tiktoken's ids would be others.
 
 Left out: all that is not byte-level BPE, and pre-tokenizers other than those of GPT-2, SmolLM2, Llama-3 and their kin:
@@ -27,8 +27,8 @@ CHARACTER = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + n) for n,
 # Back again through Latin-1, whose codes are the bytes; characters outside the alphabet go where Latin-1 cannot follow.
 TO_LATIN1 = dict.fromkeys(HIDDEN, "\uffff") | {ord(character): byte for byte, character in CHARACTER.items()}
 
-# How text is cut into pieces before any merge: contractions, letters, digits, the rest, and white space, whose last blank
-# before a word belongs to the word.
+# How text is cut into pieces before any merge: contractions, letters, digits, the rest, and white space, whose last
+# blank before a word belongs to the word.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same where digits were cut out first: the text before a digit ends there, so its white space stays together.
 DIGITS_PATTERN = r"%s|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
@@ -64,7 +64,7 @@ def to_name(token):
 
 
 def split(ranks, token):
-    """The parts that a token's bytes end as, alone, before the join that makes the token itself, if it comes to that."""
+    """The parts that a token's bytes, alone, end as before the join that makes the token itself: two, if there is one."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
         rank, i = min((ranks.get(parts[i] + parts[i + 1], math.inf), i) for i in range(len(parts) - 1))
@@ -112,8 +112,9 @@ def pattern_of(steps, place):
                 # What the regex leaves between its matches is a piece as well; tiktoken alone would drop it.
                 return rf"{regex}|(?:(?!{regex})[\s\S])+", False
     settings = "; ".join(", ".join(f"{key} {value!r}" for key, value in step.items()) for step in steps) or "none"
-    raise InputError(f"{place}: this pre-tokenizer is not supported: {settings}. Wanted: ByteLevel; Digits, ByteLevel; or "
-                     "Split (Regex, Isolated, not inverted), ByteLevel without regex; a prefix space with the first only")
+    raise InputError(f"{place}: this pre-tokenizer is not supported: {settings}. Wanted: ByteLevel; Digits, ByteLevel; "
+                     "or Split (Regex, Isolated, not inverted), ByteLevel without regex; a prefix space with the first "
+                     "only")
 
 
 def read_vocabulary(model, added, place):
@@ -154,7 +155,7 @@ def _rules(merges, written, place):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         parts = [written.get(name) for name in pair]
         if len(parts) != 2 or None in parts or parts[0] + parts[1] not in rules and "".join(pair) not in written:
-            raise InputError(f"{place}: merge {number}, {merge!r}, is not two tokens of the vocabulary that join to a third")
+            raise InputError(f"{place}: merge {number}, {merge!r}, is not two tokens of the vocabulary that make a third")
         token = parts[0] + parts[1]
         if token == latest or token not in rules:       # a rule that comes back later never acts: the first ones did
             rules.setdefault(token, []).append(tuple(parts))

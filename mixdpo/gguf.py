@@ -1,12 +1,12 @@
 """Reading GGUF, the one-file format of llama.cpp: metadata (the tokenizer is in there) and quantised tensors.
 
-    file = "GGUF", version, counts of tensors and of key-values; the key-values; one record a tensor; padding; tensor data
-    Q8_0   a block of 32 numbers: fp16 d, 32 x int8 q                    x = d q
-    Q4_1   a block of 32 numbers: fp16 d, fp16 m, 16 bytes of nibbles    x = d q + m, low nibbles are numbers 0..15, high ones 16..31
+    file   "GGUF", version, two counts; the key-values; one record for each tensor; padding; the tensors' bytes
+    Q8_0   a block of 32 numbers: fp16 d, 32 x int8 q                   x = d q
+    Q4_1   a block of 32 numbers: fp16 d, fp16 m, 16 bytes of nibbles   x = d q + m; low nibbles: 0..15, high: 16..31
 
-Left out: every other quantisation (refused by name), big-endian files, nested arrays and writing. A tensor keeps the shape that numpy and
-PyTorch would give it, (out, in): GGUF stores the sizes fastest axis first, so they are reversed here. What llama.cpp does to the
-*meaning* of a tensor (it permutes the rows of q and k) is not undone here; weights.py does that.
+Left out: every other quantisation (refused by number), big-endian files, nested arrays, and writing. A tensor gets the
+shape that PyTorch would give it, (out, in); GGUF names the fastest axis first. What llama.cpp does to the meaning of a
+tensor (it permutes the rows of q and k) is not undone here: weights.py does that.
 """
 
 import struct
@@ -18,8 +18,9 @@ import numpy as np
 
 from mixdpo.config import InputError
 
-# Type numbers of GGUF's metadata values -> little-endian numpy types. 8 is a string and 9 an array; they are handled apart.
-SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+# Type numbers of GGUF's metadata values -> numpy types. 8 is a string and 9 an array, which are handled apart.
+SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
+           10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, ARRAY = 8, 9
 
 # Tensor types that can be read: number -> (name, numbers a block, bytes a block).
@@ -28,7 +29,7 @@ KINDS = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """One tensor still as it lies in the file; `float32()` dequantises it. Several can be held without their memory being spent."""
+    """One tensor as it lies in the file, which costs no memory; float32() reads and dequantises it."""
 
     shape: tuple        # (out, in), as PyTorch writes it
     kind: str           # "F32", "F16", "Q4_1" or "Q8_0"
@@ -53,7 +54,7 @@ class GGUFTensor:
 
 
 class _Cursor:
-    """A place in the file; every read is checked against the end, so a truncated file is one clear error and never a huge allocation."""
+    """A place in the file. Each read is checked against the end, so that a truncated file is an error at once."""
 
     def __init__(self, path):
         self.path, self.place = path, 0
@@ -63,8 +64,8 @@ class _Cursor:
 
     def take(self, count):
         if count > len(self.data) - self.place:
-            raise InputError(f"{self.path}: truncated: byte {self.place} asks for {count} more of {len(self.data) - self.place} left; "
-                             "fetch the file again")
+            raise InputError(f"{self.path}: truncated: {count} bytes wanted from byte {self.place} on, and there are "
+                             f"{len(self.data) - self.place}; fetch the file again")
         self.place += count
         return self.data[self.place - count:self.place]
 
@@ -86,15 +87,16 @@ class _Cursor:
 
     def dtype(self, kind):
         if kind not in SCALARS:
-            raise InputError(f"{self.path}: metadata type {kind} near byte {self.place} is none of GGUF's; damaged, fetch it again")
+            raise InputError(f"{self.path}: metadata type {kind} near byte {self.place} is not known; the file is altered, "
+                             "or has nested arrays; fetch it again")
         return np.dtype(SCALARS[kind])
 
 
 def read_gguf(path):
     """-> (metadata, tensors): dict of plain Python values, dict of name -> GGUFTensor. Reads versions 2 and 3.
 
-    Raises InputError for a file that is not GGUF, is truncated, or holds a tensor of a type not in KINDS. Tensor bytes are mapped, not read:
-    asking for the metadata of a model of any size costs only the header.
+    Raises InputError for a file that is not GGUF, is truncated, or holds a tensor of a type that is not in KINDS. The
+    tensors' bytes are mapped, not read: a model of any size costs its header only.
     """
     path = Path(path)
     cursor = _Cursor(path)
@@ -123,9 +125,10 @@ def read_gguf(path):
 def _tensor(cursor, name, shape, kind, start):
     if kind not in KINDS:
         raise InputError(f"{cursor.path}: tensor {name} has GGUF type number {kind}, wanted one of "
-                         f"{', '.join(f'{k} ({v[0]})' for k, v in KINDS.items())}; use a file quantised to one of these")
+                         f"{', '.join(f'{k} ({v[0]})' for k, v in KINDS.items())}; use a file in one of these")
     kind, per_block, block_bytes = KINDS[kind]
     if prod(shape) % per_block:
-        raise InputError(f"{cursor.path}: tensor {name} of shape {shape} is not whole {kind} blocks of {per_block} numbers; the file is damaged")
+        raise InputError(f"{cursor.path}: tensor {name} of shape {shape} is no whole number of {kind}'s blocks of "
+                         f"{per_block}; the file is altered, fetch it again")
     cursor.place = min(start, len(cursor.data))
     return GGUFTensor(shape, kind, cursor.take(prod(shape) // per_block * block_bytes))

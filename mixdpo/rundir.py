@@ -87,20 +87,3 @@ def load_checkpoint(run: Path, config: dict) -> tuple[dict[str, torch.Tensor], d
         what = "; ".join(f"{k}: there {state['config'].get(k)!r}, now {config[k]!r}" for k in differ)
         raise InputError(f"{found[0]} is the checkpoint of another configuration ({what}); use another --out, or the same options to go on")
     return load_file(found[0] / "state.safetensors"), state
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
-    """AdamW's moments and step counts as named tensors."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    assert len(params) == len(names), f"got {len(names)} names for {len(params)} parameters"
-    return {f"optimizer.{key}.{name}": value for name, p in zip(names, params) for key, value in optimizer.state[p].items()}
-
-
-@torch.no_grad()
-def load_optimizer_state(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, torch.Tensor]) -> None:
-    """The inverse of optimizer_state, exact to the bit."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, p in zip(names, params):
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            value = tensors[f"optimizer.{key}.{name}"]
-            optimizer.state[p][key] = value.clone() if key == "step" else value.to(p.device).clone()

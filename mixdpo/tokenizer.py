@@ -1,4 +1,4 @@
-"""Text to token ids and back, for GPT-2, SmolLM2, Llama-3 and any byte-level-BPE tokenizer.json; tiktoken does the merges.
+"""Text to token ids and back: GPT-2, SmolLM2, Llama-3 and any byte-level-BPE tokenizer.json; tiktoken does the merges.
 
 Whatever the source, it is brought into tokenizer.json's form first and read from there: one path into ids, and a saved
 tokenizer is the loaded one. Special tokens never come out of a text: their names in it are characters like others.
@@ -23,11 +23,13 @@ from mixdpo.config import InputError
 from mixdpo.fetch import asset
 from mixdpo.gguf import read_gguf
 
+# The pre-tokenizers that a GGUF file names, under its tokenizer.ggml.model and .pre.
+GGUF_STEPS = {("gpt2", "smollm"): SMOLLM_STEPS, ("gpt2", "gpt-2"): BYTE_LEVEL}
 CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 
 
 class Tokenizer:
-    """encode and decode; eos: id of end-of-text; bos: id that belongs before every text, or None; vocab: 1 + highest id.
+    """encode and decode. eos: id of end-of-text; bos: id that belongs before a text, or None; vocab: 1 + highest id.
 
     doc: tokenizer.json as a dict; config: tokenizer_config.json, with eos_token; place: what errors call it.
     """
@@ -54,7 +56,7 @@ class Tokenizer:
         self._literal = re.compile(f"({'|'.join(map(re.escape, literal))})") if literal else None
 
     def _id_of(self, name):
-        """The id of a token given as tokenizer_config.json gives it: a name, or a dict with its content; None for None."""
+        """The id of a token given as tokenizer_config.json gives it: a name, or a dict with content; None for None."""
         name = name["content"] if isinstance(name, dict) else name
         if name is None:
             return None
@@ -65,7 +67,7 @@ class Tokenizer:
         return found
 
     def encode(self, text):
-        """-> list of ids. Raises InputError that names a character which the vocabulary cannot write, and its position."""
+        """-> list of ids. Raises InputError naming a character that the vocabulary cannot write, and its position."""
         if self._literal is None:
             return self._encode(text)
         ids = []
@@ -90,21 +92,21 @@ class Tokenizer:
         except BaseException as error:                      # the class of a panic in tiktoken is no Exception
             if type(error).__name__ != "PanicException":
                 raise
-            raise InputError(f"{self.place}: tiktoken cannot cut this text of {len(text)} characters into pieces; it gives "
+            raise InputError(f"{self.place}: tiktoken cannot cut this text of {len(text)} characters into pieces: it gives "
                              "up at several 100,000 blanks in a row; shorten them") from None
         ids = list(map(self.vocabulary.ids.__getitem__, ranks))
         written = sum(map(self._lengths.__getitem__, ids))
         if written != len(data):
-            raise InputError(f"{self.place}: its pattern leaves {len(data) - written} bytes of a text out of every piece, so "
+            raise InputError(f"{self.place}: its pattern leaves {len(data) - written} bytes of a text out of all pieces, and "
                              "they would be lost; a pattern that matches the empty string cannot be used")
         return ids
 
     def _refuse(self, text, n):
-        raise InputError(f"{self.place}: character {text[n]!r} (U+{ord(text[n]):04X}) at position {n} has no token in this "
-                         f"vocabulary; take it out of the text: {text[max(n - 20, 0):n + 20]!r}")
+        raise InputError(f"{self.place}: character {text[n]!r} (U+{ord(text[n]):04X}) at position {n} has no token in "
+                         f"this vocabulary; take it out of the text: {text[max(n - 20, 0):n + 20]!r}")
 
     def decode(self, ids):
-        """Any ids -> text. Bytes that are not UTF-8, and ids without a token, become U+FFFD; special tokens their names."""
+        """Any ids -> text. Bytes that are not UTF-8, and ids without a token, give U+FFFD; special tokens their names."""
         names = self.vocabulary.names
         return b"".join(names.get(i, b"\xef\xbf\xbd") for i in ids).decode(errors="replace")
 
@@ -145,26 +147,35 @@ def _first_of_template(doc):
 
 
 def load_tokenizer(name_or_directory, data=None):
-    """-> Tokenizer: "gpt2", "smollm2", "llama-3.2-1b", or a directory with tokenizer.json (or vocab.json and merges.txt).
+    """-> Tokenizer of "gpt2", "smollm2", "llama-3.2-1b", a directory with tokenizer.json, or a .gguf file.
 
-    data: folder of local files, looked into before anything is fetched.
+    A directory may hold GPT-2's older pair, vocab.json and merges.txt, instead. data: a local folder that is looked into
+    before anything is fetched; a model directory of that name in it counts. Raises InputError.
     """
+    if data is not None and (Path(data) / name_or_directory / "tokenizer.json").is_file():
+        name_or_directory = Path(data) / name_or_directory
     if name_or_directory in NAMES:
         return NAMES[name_or_directory](data)
-    directory = Path(name_or_directory)
-    if not directory.is_dir():
-        raise InputError(f"tokenizer {str(name_or_directory)!r} is neither a directory nor one of {', '.join(NAMES)}")
-    if (directory / "tokenizer.json").is_file():
-        place, doc = str(directory / "tokenizer.json"), _read_json(directory / "tokenizer.json")
-    elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
-        place, doc = str(directory / "vocab.json"), _from_merges(directory)
-    else:
-        raise InputError(f"{directory}: no tokenizer.json, nor vocab.json and merges.txt; put the model's tokenizer there "
-                         "(in transformers: AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY))")
+    path = Path(name_or_directory)
+    if path.suffix == ".gguf" and path.is_file():
+        return _from_gguf(path, str(path))
+    if not path.is_dir():
+        raise InputError(f"tokenizer {str(path)!r} is neither a directory, a .gguf file nor one of {', '.join(NAMES)}")
     try:
-        return Tokenizer(doc, _config_of(directory, doc), place)
+        doc = _document_of(path)
+        return Tokenizer(doc, _config_of(path, doc), str(path))
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{place}: not laid out as the tokenizers library does: {type(error).__name__} {error}") from error
+        raise InputError(f"{path}: its tokenizer files are not laid out as transformers does: {type(error).__name__} "
+                         f"{error}; save them anew") from error
+
+
+def _document_of(directory):
+    if (directory / "tokenizer.json").is_file():
+        return _read_json(directory / "tokenizer.json")
+    if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+        return _from_merges(directory)
+    raise InputError(f"{directory}: holds no tokenizer.json, nor vocab.json and merges.txt; put the model's there (in "
+                     "transformers: AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY))")
 
 
 def _read_json(path):
@@ -179,7 +190,8 @@ def _read_json(path):
 
 def _config_of(directory, doc):
     """tokenizer_config.json with its eos_token, which is looked up in the model's config if it is not there."""
-    config = _read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").is_file() else CONFIG
+    file = directory / "tokenizer_config.json"
+    config = _read_json(file) if file.is_file() else CONFIG
     if config.get("eos_token"):
         return config
     for path in (directory / "generation_config.json", directory / "config.json"):
@@ -220,12 +232,20 @@ def _gpt2(data):
 
 
 def _smollm2(data):
-    metadata, _ = read_gguf(asset("smollm2", data))
-    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    special = [token for token, kind in zip(tokens, kinds) if kind == 3]     # 3: control, by llama.cpp's count
-    doc = document({token: i for i, token in enumerate(tokens)}, special, SMOLLM_STEPS,
+    return _from_gguf(asset("smollm2", data), "smollm2")
+
+
+def _from_gguf(path, place):
+    metadata, _ = read_gguf(path)
+    kind = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if kind not in GGUF_STEPS:
+        raise InputError(f"{path}: tokenizer {' '.join(map(str, kind))} is not supported; wanted one of "
+                         f"{', '.join(' '.join(known) for known in GGUF_STEPS)}, or a directory with tokenizer.json")
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    special = [token for token, number in zip(tokens, types) if number == 3]     # 3: control, by llama.cpp's count
+    doc = document({token: i for i, token in enumerate(tokens)}, special, GGUF_STEPS[kind],
                    metadata["tokenizer.ggml.merges"], ignore_merges=False)
-    return Tokenizer(doc, CONFIG | {"eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]]}, "smollm2")
+    return Tokenizer(doc, CONFIG | {"eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]]}, place)
 
 
 def _llama3(data):
@@ -238,7 +258,8 @@ def _llama3(data):
     doc = _from_ranks(_read_ranks(asset("llama3.tokenizer", data)), special, LLAMA3_STEPS)
     bos = "<|begin_of_text|>"
     doc["post_processor"] = {
-        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {bos: {"id": bos, "ids": [special[bos]], "tokens": [bos]}}}
     return Tokenizer(doc, CONFIG | {"eos_token": "<|end_of_text|>", "bos_token": bos}, "llama-3.2-1b")
