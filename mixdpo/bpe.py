@@ -64,7 +64,7 @@ def to_name(token):
 
 
 def split(ranks, token):
-    """The parts that a token's bytes, alone, end as before the join that makes the token itself: two, if there is one."""
+    """The parts that a token's bytes, alone, end as before the join that makes the token: two, if there is one."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
         rank, i = min((ranks.get(parts[i] + parts[i + 1], math.inf), i) for i in range(len(parts) - 1))
@@ -155,7 +155,8 @@ def _rules(merges, written, place):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         parts = [written.get(name) for name in pair]
         if len(parts) != 2 or None in parts or parts[0] + parts[1] not in rules and "".join(pair) not in written:
-            raise InputError(f"{place}: merge {number}, {merge!r}, is not two tokens of the vocabulary that make a third")
+            raise InputError(f"{place}: merge {number}, {merge!r}, is not two tokens of the vocabulary that "
+                             "make a third")
         token = parts[0] + parts[1]
         if token == latest or token not in rules:       # a rule that comes back later never acts: the first ones did
             rules.setdefault(token, []).append(tuple(parts))

@@ -87,8 +87,8 @@ class _Cursor:
 
     def dtype(self, kind):
         if kind not in SCALARS:
-            raise InputError(f"{self.path}: metadata type {kind} near byte {self.place} is not known; the file is altered, "
-                             "or has nested arrays; fetch it again")
+            raise InputError(f"{self.path}: metadata type {kind} near byte {self.place} is not known; the file is "
+                             "altered, or has nested arrays; fetch it again")
         return np.dtype(SCALARS[kind])
 
 

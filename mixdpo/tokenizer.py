@@ -92,13 +92,13 @@ class Tokenizer:
         except BaseException as error:                      # the class of a panic in tiktoken is no Exception
             if type(error).__name__ != "PanicException":
                 raise
-            raise InputError(f"{self.place}: tiktoken cannot cut this text of {len(text)} characters into pieces: it gives "
-                             "up at several 100,000 blanks in a row; shorten them") from None
+            raise InputError(f"{self.place}: tiktoken cannot cut this text of {len(text)} characters into pieces: it "
+                             "gives up at several 100,000 blanks in a row; shorten them") from None
         ids = list(map(self.vocabulary.ids.__getitem__, ranks))
         written = sum(map(self._lengths.__getitem__, ids))
         if written != len(data):
-            raise InputError(f"{self.place}: its pattern leaves {len(data) - written} bytes of a text out of all pieces, and "
-                             "they would be lost; a pattern that matches the empty string cannot be used")
+            raise InputError(f"{self.place}: its pattern leaves {len(data) - written} bytes of a text out of all pieces, "
+                             "so they would be lost; a pattern that matches the empty string cannot be used")
         return ids
 
     def _refuse(self, text, n):
@@ -106,7 +106,7 @@ class Tokenizer:
                          f"this vocabulary; take it out of the text: {text[max(n - 20, 0):n + 20]!r}")
 
     def decode(self, ids):
-        """Any ids -> text. Bytes that are not UTF-8, and ids without a token, give U+FFFD; special tokens their names."""
+        """Any ids -> text. Bytes that are not UTF-8 and ids without a token give U+FFFD; special tokens their names."""
         names = self.vocabulary.names
         return b"".join(names.get(i, b"\xef\xbf\xbd") for i in ids).decode(errors="replace")
 
@@ -149,8 +149,8 @@ def _first_of_template(doc):
 def load_tokenizer(name_or_directory, data=None):
     """-> Tokenizer of "gpt2", "smollm2", "llama-3.2-1b", a directory with tokenizer.json, or a .gguf file.
 
-    A directory may hold GPT-2's older pair, vocab.json and merges.txt, instead. data: a local folder that is looked into
-    before anything is fetched; a model directory of that name in it counts. Raises InputError.
+    A directory may hold GPT-2's older pair, vocab.json and merges.txt, instead. data: a local folder that is looked
+    into before anything is fetched; a model directory of that name in it counts. Raises InputError.
     """
     if data is not None and (Path(data) / name_or_directory / "tokenizer.json").is_file():
         name_or_directory = Path(data) / name_or_directory
