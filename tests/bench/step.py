@@ -4,7 +4,7 @@ Time: all variants live in this one process; in every round each makes one step,
 whatever disturbs the machine disturbs all of them. Medians over the rounds, of CPU-seconds (all threads; idle workers
 sleep) beside wall time; on a GPU, of the device's event clock beside wall time. Memory: each variant in a process of
 its own, see memory.py. Targets are printed beside the ratios, reached or missed; nothing is asserted. Absolute times
-belong to the machine, ratios are the result.
+belong to the machine, ratios are the result. All seven variants together want about 16 GB and a machine of their own.
 """
 
 import os

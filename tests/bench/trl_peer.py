@@ -39,7 +39,7 @@ def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
 
 
 def as_text(pairs: list[Pair], eos: int) -> Dataset:
-    """The pairs as TRL wants them. It appends EOS to each response itself, so ours leaves; prompts end at a boundary."""
+    """The pairs as TRL wants them. It appends EOS to each response itself, so ours goes; prompts end at a boundary."""
     assert all(r[-1] == eos for pair in pairs for r in (pair.chosen, pair.rejected)), "every response must end with EOS"
 
     def text(ids):
