@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import train
 from mixdpo.experts import make_experts
 from mixdpo.gpt2 import GPT2, GPT2Config
+from mixdpo.optimizer import make_optimizer
 from mixdpo.preferences import Batch, Pair, collate, groups
 from mixdpo.reference import compute_reference
 from mixdpo.weights import load_model, save_model
@@ -91,7 +92,7 @@ def ours(setting: Setting, experts: int, rank: int = 0) -> Stepper:
     model = load_model(setting.directory, device=setting.device)
     ref_logp = compute_reference(model, setting.pairs, torch.float32).logp.to(setting.device)
     policies = make_experts(model, config, torch.float32)
-    optimizer, _ = train.make_optimizer(policies, config)
+    optimizer, _ = make_optimizer(policies, config.lr, config.head_lr)
     units = groups(setting.pairs, config.latent)
     micros = train.micro_batches(setting.pairs, units, list(range(len(units))), config, setting.device)
     log_w = train.first_weights(config).to(setting.device)
