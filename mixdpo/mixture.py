@@ -62,6 +62,26 @@ def pool(log_w: torch.Tensor, log_lik: torch.Tensor, group: torch.Tensor) -> tor
     return prior[first].index_add(0, group, log_lik)                        # (G,K)
 
 
+def vary(log_q: torch.Tensor, kind: str, generator: torch.Generator | None = None, temperature: float = 1.0, draws: int = 1) -> torch.Tensor:
+    """Responsibilities for the M-step other than the exact posterior log_q (...,K): exact, tempered, hard, monte-carlo, gumbel (M12).
+
+    tempered: q^(1/temperature), normalised; hard: all on the likeliest expert; monte-carlo: the shares among `draws` samples of z, whose mean
+    is q; gumbel: softmax((log q + Gumbel noise) / temperature), hard samples as the temperature falls. Noise is for training only.
+    """
+    if kind == "exact":
+        return log_q
+    if kind == "tempered":
+        return torch.log_softmax(log_q / temperature, dim=-1)
+    if kind == "hard":
+        return F.one_hot(log_q.argmax(-1), log_q.shape[-1]).to(log_q.dtype).log()
+    uniform = torch.rand((draws if kind == "monte-carlo" else 1, *log_q.shape), generator=generator, dtype=torch.float64).to(log_q.device)
+    noisy = log_q.double() - torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))                # (S,...,K) log q + Gumbel noise
+    if kind == "monte-carlo":                                               # argmax of log q + Gumbel noise is a draw from q
+        return F.one_hot(noisy.argmax(-1), log_q.shape[-1]).double().mean(0).log().to(log_q.dtype)
+    assert kind == "gumbel", f"E-step variant {kind!r}, want exact, tempered, hard, monte-carlo or gumbel"
+    return torch.log_softmax(noisy[0] / temperature, dim=-1).to(log_q.dtype)
+
+
 # --- the bound and the M-step's losses --------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ def make_optimizer(module: torch.nn.Module, lr: float, head_lr: float = 0.0) -> 
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     low, rest = [(n, p) for n, p in named if n in ("A", "B")], [(n, p) for n, p in named if n not in ("A", "B")]
     sets = [(part, peak) for part, peak in ((rest, lr), (low, head_lr)) if part]
-    optimizer = torch.optim.AdamW([{"params": [p for _, p in part], "lr": peak, "peak": peak} for part, peak in sets], weight_decay=0.0, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW([{"params": [p for _, p in part], "lr": peak, "peak": peak} for part, peak in sets], weight_decay=0.0, betas=(0.9, 0.99), fused=True)
     return optimizer, [n for part, _ in sets for n, _ in part]
 
 
@@ -33,4 +33,4 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, names: list[str], ten
     for name, p in zip(names, params):
         for key in ("step", "exp_avg", "exp_avg_sq"):
             value = tensors[f"optimizer.{key}.{name}"]
-            optimizer.state[p][key] = value.clone() if key == "step" else value.to(p.device).clone()
+            optimizer.state[p][key] = value.to(p.device).clone()
