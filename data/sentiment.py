@@ -1,11 +1,12 @@
 """The judge of sentiment: P(positive) of a text, in [0, 1].
 
 Two judges, told apart by the `judge.json` in the folder they live in:
-    bag         logistic regression on the set of words and word pairs of a text, fitted on labelled reviews by `fit_sentiment`;
-    distilbert  DistilBERT fine-tuned on SST-2, chosen by `use_distilbert`; needs the package transformers and its weights (268 MB).
-What is judged later is short (a prompt and its response, about 50 words), and an accuracy on whole reviews of 230 words says little
-about that: a piece of a review need not show the review's opinion. Both accuracies are measured, on reviews the fit has not seen.
-Left out: pickles (they run code when opened). The bag hashes words to places, so its weights are one array and no vocabulary is stored.
+    bag         logistic regression on a text's set of words and word pairs, fitted on labelled reviews: `fit_sentiment`
+    distilbert  DistilBERT fine-tuned on SST-2: `use_distilbert`; needs the package transformers and its weights
+What is judged later is short (a prompt and its response, about 50 words), and accuracy on whole reviews of 230 words
+says little about that: a piece of a review need not show the review's opinion. Both are measured, on reviews that the
+fit has not seen. Left out: pickles (they run code when opened). The bag hashes words to places, so its weights are one
+array, and no vocabulary is stored.
 """
 
 import hashlib
@@ -19,9 +20,9 @@ import numpy as np
 from mixdpo.config import InputError
 
 DISTILBERT = "distilbert/distilbert-base-uncased-finetuned-sst-2-english"
-FEATURES = 2**20  # places of the hashed bag: about four times the pairs seen twice or more
+FEATURES = 2**20  # places of the hashed bag
 SHORT = 50  # words: a prompt of 16 tokens and a response of 48
-NEEDED = 0.88  # share of held-out whole reviews judged rightly under which a judge is refused
+NEEDED = 0.88  # a judge that is right on a smaller share of held-out whole reviews is refused
 VERSION = 1  # part of the content key: raise it when the fit changes
 
 
@@ -29,7 +30,7 @@ def sentiment(texts: list[str], folder) -> list[float]:
     """P(positive) of each text by the judge in `folder`. Raises: InputError if there is none."""
     judge = read_judge(folder)
     if judge is None:
-        raise InputError(f"{folder}: no judge.json in it; fit a judge first (data.sentiment.fit_sentiment) or choose use_distilbert")
+        raise InputError(f"{folder}: no judge.json in it; let data.sentiment.fit_sentiment or use_distilbert make one")
     return distilbert(texts, judge["model"]) if judge["kind"] == "distilbert" else bag(texts, Path(folder), judge)
 
 
@@ -39,28 +40,33 @@ def read_judge(folder) -> dict | None:
     return json.loads(spec.read_text()) if spec.is_file() else None
 
 
+def write_judge(folder: Path, report: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "judge.json.part").write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(folder / "judge.json.part", folder / "judge.json")
+
+
 # ---- bag
 
 
 def vectors(texts: list[str]):
     """Unit vectors over a text's set of words, ! and ?, and pairs of neighbours: (N, FEATURES), sparse."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise InputError("the judge of sentiment needs scikit-learn, which is not installed: pip install '.[data]'")
     from sklearn.feature_extraction.text import HashingVectorizer
 
     pattern = r"(?u)\b\w[\w']*\b|[!?]"
-    hashing = HashingVectorizer(ngram_range=(1, 2), n_features=FEATURES, binary=True, alternate_sign=False, token_pattern=pattern)
-    return hashing.transform(texts)
+    bag = {"ngram_range": (1, 2), "n_features": FEATURES, "binary": True, "alternate_sign": False}
+    return HashingVectorizer(token_pattern=pattern, **bag).transform(texts)
 
 
 def bag(texts: list[str], folder: Path, judge: dict) -> list[float]:
     """The fitted classifier, calibrated for short texts: sigmoid(slope * logit + offset)."""
     from safetensors.numpy import load_file
 
-    logit = vectors(texts) @ load_file(folder / "sentiment.safetensors")["weight"] + judge["intercept"]  # (N,)
-    return sigmoid(judge["slope"] * logit + judge["offset"]).tolist()
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0.0, -x))
+    weight = load_file(folder / "sentiment.safetensors")["weight"]                          # (FEATURES,)
+    logit = vectors(texts) @ weight + judge["intercept"]                                    # (N,)
+    return np.exp(-np.logaddexp(0.0, -judge["slope"] * logit - judge["offset"])).tolist()
 
 
 def piece(text: str, words: int, rng: np.random.Generator) -> str:
@@ -70,59 +76,59 @@ def piece(text: str, words: int, rng: np.random.Generator) -> str:
     return " ".join(all_words[start : start + words])
 
 
-def fit_sentiment(reviews: list[tuple[str, int]], folder, seed: int = 0, needed: float = NEEDED) -> dict:
-    """Fits the judge on reviews (text, 1 if positive else 0), writes it to `folder`, returns its report; if it is there, only reads it.
+def log_ratio(x, y: np.ndarray) -> np.ndarray:
+    """log of a place's share among the positives' words over that among the negatives', counts plus one: (FEATURES,)"""
+    positive, negative = (1 + np.asarray((x[y == label] > 0).sum(axis=0)).ravel() for label in (1, 0))
+    return np.log(positive / positive.sum()) - np.log(negative / negative.sum())
 
-    An eighth of the reviews, 3,000 at most, is held out. The others count twice: whole, and as a piece of 25, 50 or 75 words under the
-    review's label, since short texts are what it will judge. Each word and pair counts with the log-ratio of its shares in positive and in
-    negative texts (Wang & Manning 2012: two points more than plain ones). On pieces of 50 words of a third of the held-out reviews slope
-    and offset of the final sigmoid are fitted (Platt); accuracies are those on the other two thirds.
+
+def fit_sentiment(reviews: list[tuple[str, int]], folder, seed: int = 0, needed: float = NEEDED) -> dict:
+    """Fits the judge on reviews (text, 1 if positive else 0), writes it to `folder`; if it is there, only reads it.
+
+    An eighth of the reviews, 3,000 at most, is held out. The others count twice: whole, and as a piece of 25, 50 or 75
+    words under the review's label, since short texts are what it will judge. Each word and pair counts with the
+    log-ratio of its shares in positive and negative texts (Wang & Manning 2012; plain ones cost a point of accuracy).
+    Slope and offset of the final sigmoid (Platt) are fitted on pieces of 50 words of a third of the held-out reviews;
+    the figures of the report, which is returned, are those on the other two thirds.
     Raises: InputError if it judges fewer than `needed` of the held-out whole reviews rightly.
     """
     folder, key = Path(folder), sentiment_key(reviews, seed)
     if (judge := read_judge(folder)) and judge.get("key") == key:
         return judge
+    rng = np.random.default_rng([seed, 1])
+    shuffled, held = [reviews[i] for i in rng.permutation(len(reviews))], min(3000, len(reviews) // 8)
+    tuning, testing, fitting = shuffled[: held // 3], shuffled[held // 3 : held], shuffled[held:]
+    both = fitting + [(piece(text, rng.choice([25, 50, 75]), rng), label) for text, label in fitting]
+    x, y = vectors([text for text, _ in both]), np.array([label for _, label in both])
     from safetensors.numpy import save_file
     from sklearn.linear_model import LogisticRegression
 
-    rng = np.random.default_rng([seed, 1])
-    shuffled = [reviews[i] for i in rng.permutation(len(reviews))]
-    held = min(3000, len(reviews) // 8)
-    tuning, testing, fitting = shuffled[: held // 3], shuffled[held // 3 : held], shuffled[held:]
-    both = fitting + [(piece(text, rng.choice([25, 50, 75]), rng), label) for text, label in fitting]
-    model = LogisticRegression(C=10.0, solver="liblinear", random_state=seed)
-    x, y = vectors([text for text, _ in both]), np.array([label for _, label in both])
     ratio = log_ratio(x, y)
-    model.fit(x.multiply(ratio).tocsr(), y)
-    weight = (model.coef_[0] * ratio).astype(np.float32)
+    model = LogisticRegression(C=10.0, solver="liblinear", random_state=seed).fit(x.multiply(ratio).tocsr(), y)
+    weight = (model.coef_[0] * ratio).astype(np.float32)                                    # (FEATURES,)
 
-    def logits(part):  # (N, 1), (N,)
-        return (vectors([text for text, _ in part]) @ weight + model.intercept_)[:, None], np.array([label for _, label in part])
+    def logits(part, cut: bool):
+        texts = [piece(text, SHORT, rng) if cut else text for text, _ in part]
+        return (vectors(texts) @ weight + model.intercept_)[:, None], np.array([label for _, label in part])
 
-    def cut(part):
-        return [(piece(text, SHORT, rng), label) for text, label in part]
-
-    platt = LogisticRegression(C=1e6).fit(*logits(cut(tuning)))
-    (short, truth), (whole, _) = logits(cut(testing)), logits(testing)
-    nats = -float(np.log(platt.predict_proba(short)[np.arange(len(truth)), truth]).mean())
+    platt = LogisticRegression(C=1e6).fit(*logits(tuning, cut=True))
+    (short, truth), (whole, _) = logits(testing, cut=True), logits(testing, cut=False)
+    of_truth = platt.predict_proba(short)[np.arange(len(truth)), truth]                     # (N,)
     report = {"kind": "bag", "key": key, "intercept": float(model.intercept_[0])}
     report |= {"slope": float(platt.coef_[0, 0]), "offset": float(platt.intercept_[0])}
-    report |= {"reviews_fitted": len(fitting), "reviews_held_out": len(testing), "accuracy_whole": platt.score(whole, truth)}
-    report |= {"accuracy_short": platt.score(short, truth), "nats_short": nats}
+    report |= {"reviews_fitted": len(fitting), "reviews_held_out": len(testing)}
+    report |= {"accuracy_whole": platt.score(whole, truth), "accuracy_short": platt.score(short, truth)}
+    report |= {"nats_short": -float(np.log(of_truth).mean())}
     if report["accuracy_whole"] < needed:
         got = f"the judge of sentiment is right on {report['accuracy_whole']:.3f} of {len(testing)} held-out reviews"
-        raise InputError(f"{got}, wanted at least {needed}; fitted on {len(fitting)}: give it more reviews, or look at their labels")
+        remedy = "give it more reviews, or look at their labels"
+        raise InputError(f"{got}, wanted {needed}; it was fitted on {len(fitting)}: {remedy}")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "judge.json").unlink(missing_ok=True)
     save_file({"weight": weight}, folder / "sentiment.safetensors.part")
     os.replace(folder / "sentiment.safetensors.part", folder / "sentiment.safetensors")
     write_judge(folder, report)  # last: it vouches for the weights beside it
     return report
-
-
-def log_ratio(x, y: np.ndarray) -> np.ndarray:
-    """log of each place's share among the positives' words over its share among the negatives', one added to every count: (FEATURES,)"""
-    positive, negative = (1 + np.asarray((x[y == label] > 0).sum(axis=0)).ravel() for label in (1, 0))
-    return np.log(positive / positive.sum()) - np.log(negative / negative.sum())
 
 
 def sentiment_key(reviews: list[tuple[str, int]], seed: int) -> str:
@@ -133,22 +139,27 @@ def sentiment_key(reviews: list[tuple[str, int]], seed: int) -> str:
     return key.hexdigest()
 
 
-def write_judge(folder: Path, report: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "judge.json.part").write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(folder / "judge.json.part", folder / "judge.json")
-
-
 # ---- DistilBERT
 
 
-def use_distilbert(folder, model: str = DISTILBERT) -> dict:
-    """Makes DistilBERT the judge in `folder`. model: a name on the hub or a directory.
-
-    Raises: InputError if the package transformers is not installed.
-    """
+def find_distilbert(data=None) -> tuple[str | None, str]:
+    """(name or directory of DistilBERT, why), or (None, why it cannot be had). data: local folder, looked into first."""
     if importlib.util.find_spec("transformers") is None:
-        raise InputError("the judge distilbert needs the package transformers: pip install transformers, or choose the judge bag")
+        return None, "DistilBERT needs the package transformers, which is not installed"
+    from transformers import AutoModelForSequenceClassification
+
+    local = Path(data or ".") / DISTILBERT.split("/")[1]
+    if data is not None and (local / "config.json").is_file():
+        return str(local), "DistilBERT lies in the data folder"
+    try:
+        AutoModelForSequenceClassification.from_pretrained(DISTILBERT)      # from transformers' cache, or downloaded
+    except OSError as error:
+        return None, f"DistilBERT cannot be had ({str(error).splitlines()[0]})"
+    return DISTILBERT, "DistilBERT is at hand"
+
+
+def use_distilbert(folder, model: str) -> dict:
+    """Makes DistilBERT the judge in `folder`. model: a directory or a name on the hub, as find_distilbert gives it."""
     report = {"kind": "distilbert", "model": str(model)}
     distilbert(["a film"], report["model"])  # it loads, or says why not, before anything is sampled
     write_judge(Path(folder), report)
@@ -161,12 +172,14 @@ def distilbert(texts: list[str], model: str, batch: int = 64) -> list[float]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer, classifier = AutoTokenizer.from_pretrained(model), AutoModelForSequenceClassification.from_pretrained(model)
-    classifier.to(device).eval()
-    assert classifier.config.num_labels == 2, f"{model} has {classifier.config.num_labels} classes, wanted negative and positive"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    classifier = AutoModelForSequenceClassification.from_pretrained(model).to(device).eval()
+    classes = classifier.config.num_labels
+    assert classes == 2, f"{model} has {classes} classes, wanted two: negative, positive"
     out = []
     with torch.no_grad():
         for start in range(0, len(texts), batch):
-            ids = tokenizer(texts[start : start + batch], padding=True, truncation=True, max_length=512, return_tensors="pt")
-            out += classifier(**ids.to(device)).logits.float().softmax(-1)[:, 1].tolist()  # (N, 2)
+            ids = tokenizer(texts[start : start + batch], padding=True, truncation=True, max_length=512,
+                            return_tensors="pt")
+            out += classifier(**ids.to(device)).logits.float().softmax(-1)[:, 1].tolist()   # (N, 2)
     return out
