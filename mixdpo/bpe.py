@@ -165,8 +165,7 @@ def _rules(merges, written, place):
 
 
 def _unreachable(ranks, rules):
-    """The (token, parts it ends as when alone) for tokens that do not end as the two parts of one of their rules."""
-    found = []
+    """Yields (token, parts it ends as when alone) for tokens that do not end as the two parts of one of their rules."""
     left, right = {}, {}        # token -> what stands at its left, right end while it is joined alone, byte first
     last = {}                   # token -> the highest rank joined on the way: when it is whole, seen from outside
     for token in sorted(ranks, key=lambda token: (len(token), ranks[token])):       # parts before what they make
@@ -181,8 +180,7 @@ def _unreachable(ranks, rules):
             left[token], right[token] = left[parts[0]] + (token,), right[parts[1]] + (token,)
             last[token] = max(ranks[token], last[parts[0]], last[parts[1]])
         else:
-            found.append((token, parts))
-    return found
+            yield token, parts
 
 
 def _meet(ranks, last, ends, starts):

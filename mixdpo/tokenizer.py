@@ -97,8 +97,8 @@ class Tokenizer:
         ids = list(map(self.vocabulary.ids.__getitem__, ranks))
         written = sum(map(self._lengths.__getitem__, ids))
         if written != len(data):
-            raise InputError(f"{self.place}: its pattern leaves {len(data) - written} bytes of a text out of all pieces, "
-                             "so they would be lost; a pattern that matches the empty string cannot be used")
+            raise InputError(f"{self.place}: its pattern leaves {len(data) - written} bytes of a text out of all pieces "
+                             "and loses them; a pattern that matches the empty string cannot be used")
         return ids
 
     def _refuse(self, text, n):

@@ -1,0 +1,130 @@
+"""gguf.py against a file written here byte by byte, numbers recomputed one by one, and files cut at every length.
+Each docstring names the faults that the test was seen to fail on.
+"""
+
+import struct
+
+import numpy as np
+import pytest
+
+from mixdpo.config import InputError
+from mixdpo.gguf import read_gguf
+
+
+def string(text):
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def gguf(metadata, tensors, version=3, alignment=32):
+    """A GGUF file. metadata: name -> (type number, bytes); tensors: name -> (axes, fastest first, type number, bytes)."""
+    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
+    for name, (kind, data) in metadata.items():
+        head += string(name) + struct.pack("<I", kind) + data
+    body = b""
+    for name, (axes, kind, data) in tensors.items():
+        body += b"\0" * (-len(body) % alignment)
+        head += string(name) + struct.pack(f"<I{len(axes)}QIQ", len(axes), *axes, kind, len(body))
+        body += data
+    return head + b"\0" * (-len(head) % alignment) + body
+
+
+METADATA = {
+    "u8": (0, b"\xfe"), "i8": (1, b"\xfe"), "u16": (2, struct.pack("<H", 65535)), "i16": (3, struct.pack("<h", -2)),
+    "u32": (4, struct.pack("<I", 2**32 - 1)), "i32": (5, struct.pack("<i", -3)), "f32": (6, struct.pack("<f", 0.25)),
+    "bool": (7, b"\x01"), "string": (8, string("naïve Ġ")), "u64": (10, struct.pack("<Q", 2**63)),
+    "i64": (11, struct.pack("<q", -4)), "f64": (12, struct.pack("<d", 1e-5)),
+    "numbers": (9, struct.pack("<IQ3i", 5, 3, 7, -8, 9)), "strings": (9, struct.pack("<IQ", 8, 2) + string("a") + string("")),
+}
+VALUES = {"u8": 254, "i8": -2, "u16": 65535, "i16": -2, "u32": 2**32 - 1, "i32": -3, "f32": 0.25, "bool": True,
+          "string": "naïve Ġ", "u64": 2**63, "i64": -4, "f64": 1e-5, "numbers": [7, -8, 9], "strings": ["a", ""]}
+
+
+def blocks(seed, count, size):
+    """Random bytes whose first fp16 (two of them for Q4_1) are finite numbers."""
+    draw = np.random.default_rng(seed)
+    data = draw.integers(0, 256, (count, size), dtype=np.uint8)
+    scales = draw.normal(size=(count, 2 if size == 20 else 1)).astype("<f2").view(np.uint8)
+    data[:, :scales.shape[1]] = scales
+    return data.tobytes()
+
+
+def half(data):
+    return float(np.frombuffer(data, "<f2")[0])
+
+
+def q8_0(data):
+    """Number by number, from the format's definition."""
+    out = []
+    for start in range(0, len(data), 34):
+        block = data[start:start + 34]
+        out += [half(block[:2]) * q for q in struct.unpack("<32b", block[2:])]
+    return np.array(out, np.float32)
+
+
+def q4_1(data):
+    out = []
+    for start in range(0, len(data), 20):
+        block = data[start:start + 20]
+        d, m, q = half(block[:2]), half(block[2:4]), block[4:]
+        out += [d * (byte & 15) + m for byte in q] + [d * (byte >> 4) + m for byte in q]
+    return np.array(out, np.float32)
+
+
+Q4, Q8 = blocks(0, 6, 20), blocks(1, 4, 34)
+TENSORS = {
+    "q4": ((64, 3), 3, Q4), "f32": ((5, 2), 0, np.arange(10, dtype="<f4").tobytes()), "q8": ((32, 4), 8, Q8),
+    "f16": ((3,), 1, np.array([0.5, -2, 65504], "<f2").tobytes()),
+}
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("alignment", [32, 64])
+def test_metadata_and_tensors(version, alignment, tmp_path):
+    """Faults: nibbles interleaved, or high before low; m left out; int8 read as uint8; axes not reversed; alignment
+    taken as 32; a number type of the wrong width or sign."""
+    metadata = METADATA | {"general.alignment": (4, struct.pack("<I", alignment))}
+    (tmp_path / "m.gguf").write_bytes(gguf(metadata, TENSORS, version, alignment))
+    values, tensors = read_gguf(tmp_path / "m.gguf")
+    assert values == VALUES | {"general.alignment": alignment}
+    assert all(type(values[key]) is type(VALUES[key]) for key in VALUES)
+    assert {name: (tensor.shape, tensor.kind) for name, tensor in tensors.items()} == {
+        "q4": ((3, 64), "Q4_1"), "f32": ((2, 5), "F32"), "q8": ((4, 32), "Q8_0"), "f16": ((3,), "F16")}
+    wanted = {"q4": q4_1(Q4).reshape(3, 64), "q8": q8_0(Q8).reshape(4, 32), "f32": np.arange(10).reshape(2, 5),
+              "f16": [0.5, -2, 65504]}
+    for name, numbers in wanted.items():
+        got = tensors[name].float32()
+        assert got.dtype == np.float32 and got.flags["C_CONTIGUOUS"] and got.flags["WRITEABLE"]
+        np.testing.assert_allclose(got, numbers, rtol=1e-6, atol=1e-6)
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path):
+    """Each length shorter than the whole. Faults: numpy's or struct's own error; a tensor with bytes missing at its end;
+    a count read from a damaged header allocated before it is believed."""
+    whole, path = gguf(METADATA, TENSORS), tmp_path / "cut.gguf"
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match="cut.gguf"):
+            read_gguf(path)
+    path.write_bytes(whole)
+    read_gguf(path)
+    huge = gguf({"huge": (9, struct.pack("<IQ", 10, 2**60))}, {})
+    path.write_bytes(huge)
+    with pytest.raises(InputError, match="truncated"):
+        read_gguf(path)
+
+
+@pytest.mark.parametrize("what, data, word", [
+    ("not GGUF", b"PK\x03\x04" + b"\0" * 100, "not a GGUF file"),
+    ("version 1", gguf({}, {}, version=1), "version 1"),
+    ("big-endian", gguf({}, {}, version=0x03000000), "version"),
+    ("unknown value", gguf({"x": (13, b"\0" * 8)}, {}), "metadata type 13"),
+    ("nested array", gguf({"x": (9, struct.pack("<IQ", 9, 1) + b"\0" * 20)}, {}), "nested"),
+    ("unknown tensor", gguf({}, {"w": ((32,), 12, b"\0" * 200)}), "tensor w has GGUF type number 12"),
+    ("part of a block", gguf({}, {"w": ((33,), 8, b"\0" * 68)}), "tensor w of shape"),
+])
+def test_other_files_are_refused(what, data, word, tmp_path):
+    """Fault: the check taken out."""
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(InputError, match=word):
+        read_gguf(tmp_path / "m.gguf")
