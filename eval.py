@@ -25,7 +25,8 @@ from mixdpo.dpo import accuracy, margins
 from mixdpo.experts import load_state, make_experts, pair_logp
 from mixdpo.generate import choose_expert, generate
 from mixdpo.mixture import e_step, elbo, log_marginal, mixture_logp
-from mixdpo.preferences import Pair, collate, data_key, groups, read_preferences
+from mixdpo.preferences import Pair, collate, data_key, encode_prompt, groups, read_preferences
+from mixdpo.records import lines
 from mixdpo.reference import cached_reference, compute_reference
 from mixdpo.rundir import Progress, compute_dtype, environment, load_checkpoint
 from mixdpo.tokenizer import load_tokenizer
@@ -213,11 +214,12 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def read_prompts(path: Path, tokenizer, max_prompt: int, limit: int) -> list[list[int]]:
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    """The first `limit` prompts (0: all) as ids."""
+    records = [json.loads(line) for line in lines(path) if line.strip()]
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"]:
             raise InputError(f'{path}:{number}: wanted {{"prompt": "some text"}}, got {json.dumps(record)[:80]}')
-    return [tokenizer.encode(record["prompt"])[-max_prompt:] for record in records[: limit or None]]
+    return [encode_prompt(record["prompt"], tokenizer, max_prompt)[0] for record in records[: limit or None]]
 
 
 def evaluate(config: EvalConfig) -> dict:

@@ -207,7 +207,7 @@ def first_responsibilities(config, units: list[list[int]], features: torch.Tenso
     index, group = [i for unit in units for i in unit], [g for g, unit in enumerate(units) for _ in unit]
     x = features[index, 0] - features[index, 1]                             # (P,C) chosen minus rejected
     x = x / x.square().mean(0).sqrt().clamp_min(1e-6)
-    fit = linear_mixture(x, torch.tensor(group), config.experts, starts=config.restarts, seed=config.seed)
+    fit = linear_mixture(x, torch.tensor(group), config.experts, l2=1e-2 * len(x), starts=config.restarts, seed=config.seed)
     print(f"linear start: bounds of {config.restarts} starts {', '.join(f'{b:.1f}' for b in fit.bounds)}; mean q {fit.log_q.exp().mean(0).tolist()}")
     return fit.log_q
 

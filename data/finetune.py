@@ -80,13 +80,13 @@ def finetune(config: FinetuneConfig) -> Path:
 
 
 def read_blocks(path: str, tokenizer, tokens: int) -> torch.Tensor:
-    """All texts, an end token behind each, as one run of ids cut into blocks: (N, tokens); the last, shorter one is left out."""
-    ids = []
+    """All texts, a start token (where the tokenizer has one) before and an end token behind each, as one run of ids cut into blocks: (N, tokens); the last, shorter one is left out."""
+    ids, start = [], [] if tokenizer.bos is None else [tokenizer.bos]
     for number, line in enumerate(lines(path), 1):
         text = json.loads(line).get("text")
         if not isinstance(text, str):
             raise InputError(f'{path}:{number}: wanted {{"text": "..."}}, got {line[:80]!r}')
-        ids += [*tokenizer.encode(text), tokenizer.eos]
+        ids += [*start, *tokenizer.encode(text), tokenizer.eos]
     return torch.tensor(ids[: len(ids) // tokens * tokens]).view(-1, tokens)
 
 

@@ -1,18 +1,20 @@
 """The report of a job: report.md, and its pictures in report/*.png. The only file that draws.
 
-One colour, line and hatch for an expert and one colour and marker for an annotator, the same in every picture and apart
-without colour. The figures are job.py's and the tables tables.py's. Left out: pyplot and its global state.
+One colour, line and hatch for an expert and one colour, line and marker for an annotator, the same in every picture
+and apart without colour. The figures are job.py's and the tables tables.py's. Left out: pyplot and its global state.
 """
 
 import os
 from pathlib import Path
+from urllib.parse import quote
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from data import tables
-from data.job import Job, annotators_of, by_annotator, heads_of, last_responsibilities, read_job, rewards_of, smooth
+from data.job import (Job, Run, annotators_of, by_annotator, heads_of, last_responsibilities, read_job, rewards_of,
+                      run_of, smooth)
 
 EXPERTS = ["#0b5394", "#e07b00", "#4f9d69", "#a64d79", "#7f7f7f", "#9c7a00"]  # then from the start, with another line
 LINES, HATCHES = ["-", "--", ":", "-."], ["", "///", "...", "xx", "\\\\\\", "++"]
@@ -30,7 +32,7 @@ def expert_line(k: int) -> dict:
 
 def annotator_look(job: Job, name: str) -> dict:
     i = annotators_of(job).index(name)
-    return {"color": ANNOTATORS[i % len(ANNOTATORS)], "marker": MARKERS[i % len(MARKERS)]}
+    return {"color": ANNOTATORS[i % len(ANNOTATORS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": LINES[i % 4]}
 
 
 def panels(count: int, columns: int, width: float, height: float, **options) -> tuple[Figure, list]:
@@ -44,15 +46,22 @@ def panels(count: int, columns: int, width: float, height: float, **options) -> 
     return figure, axes[:count]
 
 
-# ---- the pictures: a job -> Figure, or None where it has nothing to draw
+def legend(figure: Figure, axes: list) -> None:
+    """One legend under the panels, each label once."""
+    once = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=min(6, len(once)))
 
 
-def rewards(job: Job) -> Figure | None:
+# ---- the pictures: a job -> file name: figure; none where there is nothing to draw
+
+
+def rewards(job: Job) -> dict[str, Figure]:
     """A panel a reward, a row a policy, error bars of one standard error; a line at the reference."""
     rows, names = job.results["policies"], [*rewards_of(job), "trained"]
     if not rows:
-        return None
+        return {}
     heads = {row: k for column in heads_of(job).values() for k, row in enumerate(column)}
+    shaded = list(dict.fromkeys(map(run_of, rows)))[1::2]
     figure, axes = panels(len(names), len(names), 2.3, 0.7 + 0.17 * len(rows), sharey=True)
     for axis, name in zip(axes, names):
         for y, (row, figures) in enumerate(rows.items()):
@@ -61,68 +70,75 @@ def rewards(job: Job) -> Figure | None:
             fill = "white" if row.endswith(" sparse") else colour
             axis.errorbar(figures[name]["mean"], y, xerr=figures[name]["se"], color=colour, marker=marker, mfc=fill,
                           markersize=4, capsize=2, linestyle="none")
+            if run_of(row) in shaded:
+                axis.axhspan(y - 0.5, y + 0.5, color="#f4f4f4", linewidth=0)
         axis.axvline(rows["reference"][name]["mean"], color="#888888", linewidth=0.8, linestyle=":")
         axis.set_xlabel("mean of trained rewards" if name == "trained" else f"{name} (0 to 1)")
+        axis.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(rows)), list(rows))
-    axes[0].invert_yaxis()
-    return figure
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    return {"rewards": figure}
 
 
-def training(job: Job) -> Figure | None:
-    """A row a run; loss, log-marginal, accuracy and margin of each expert, effective experts against steps."""
+def training(job: Job) -> dict[str, Figure]:
+    """A picture a run, all on the same scales: loss, log-marginal, each expert's accuracy and margin, effective experts."""
     runs = [run for run in job.runs if run.metrics]
-    columns = {"loss": "loss (nats a pair)", "log_marginal": "log-marginal\n(nats a pair)", "accuracy": "accuracy",
-               "margin": "margin h (nats)", "effective_experts": "effective experts"}
-    if not runs:
-        return None
-    figure, axes = panels(5 * len(runs), 5, 2.1, 1.5, sharey=False)
-    for n, run in enumerate(runs):
-        for axis, (key, label) in zip(axes[5 * n :], columns.items()):
-            x, y = smooth([step[key] for step in run.metrics])
-            if y.ndim == 1:
-                axis.plot(x, y, color="black", linewidth=1)
-            for k, column in enumerate(y.T if y.ndim == 2 else []):
+    labels = {"loss": "loss (nats a pair)", "log_marginal": "log-marginal (nats a pair)", "accuracy": "accuracy",
+              "margin": "margin h (nats)", "effective_experts": "effective experts"}
+    curves = {run.name: {key: smooth([step[key] for step in run.metrics]) for key in labels} for run in runs}
+    figures = {}
+    for run in runs:
+        figure, axes = panels(5, 5, 2.1, 1.9)
+        for axis, (key, label) in zip(axes, labels.items()):
+            x, y = curves[run.name][key]
+            for k, column in enumerate(y.T if y.ndim == 2 else ()):
                 axis.plot(x, column, **expert_line(k), label=f"expert {k}")
+            if y.ndim == 1:
+                axis.plot(x, y, color="black", linewidth=1, label="mixture" if run.config["experts"] > 1 else "policy")
             if key == "accuracy" and run.config["experts"] > 1:
-                axis.plot(x, smooth([step["accuracy_mbt"] for step in run.metrics])[1], color="black", linewidth=0.8,
-                          label="mixture (M5)")
-            if key == "effective_experts":
-                axis.set_ylim(0.9, run.config["experts"] + 0.1)
-            axis.set_ylabel(label)
-            axis.set_xlabel("step" if n == len(runs) - 1 else "")
-        axes[5 * n].set_title(run.name, loc="left", fontweight="bold")
-        axes[5 * n + 2].legend()
-    return figure
+                axis.plot(x, smooth([step["accuracy_mbt"] for step in run.metrics])[1], color="black", linewidth=1)
+            low, high = (pick([pick(curves[name][key][1]) for name in curves]) for pick in (np.min, np.max))
+            axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+            axis.set(title=label, xlabel="step")
+        figure.suptitle(run.name, fontsize=9, fontweight="bold")
+        legend(figure, axes)
+        figures[f"training-{run.name}"] = figure
+    return figures
 
 
-def responsibilities(job: Job) -> Figure | None:
-    """The paper's Figure 1: a panel a run, mean responsibilities of each annotator's groups through training."""
+def mixtures(job: Job) -> list[tuple[Run, int]]:
+    """The panels of the pictures of responsibilities: a run and an expert. Of two experts one: the other takes the rest."""
     runs = [run for run in job.runs if run.config["experts"] > 1 and run.units and run.steps]
-    if not runs:
-        return None
-    figure, axes = panels(len(runs), 3, 3.4, 2.4, sharey=True)
-    for axis, run in zip(axes, runs):
+    return [(run, k) for run in runs for k in range(run.config["experts"] if run.config["experts"] > 2 else 1)]
+
+
+def responsibilities(job: Job) -> dict[str, Figure]:
+    """The paper's Figure 1: mean responsibilities of each annotator's groups through training."""
+    shown = mixtures(job)
+    if not shown:
+        return {}
+    figure, axes = panels(len(shown), 3, 3.2, 2.2, sharey=True)
+    for axis, (run, k) in zip(axes, shown):
         for name, (x, means) in by_annotator(run).items():
-            for k in range(means.shape[1]):
-                axis.plot(x, means[:, k], **annotator_look(job, name), linestyle=LINES[k % len(LINES)], markersize=3,
-                          markevery=3, label=f"{name}, expert {k}")
+            axis.plot(x, means[:, k], **annotator_look(job, name), markersize=3.5, markevery=3, label=name)
         if run.config["start"] != "none" and run.config["start_steps"]:
             axis.axvline(run.config["start_steps"] + 0.5, color="#888888", linewidth=0.8)
-        axis.set(title=f"{run.name}: one type a {run.config['latent']}", xlabel="step", ylim=(-0.03, 1.03))
+        axis.axhline(1 / run.config["experts"], color="black", linewidth=0.8, linestyle=":")
+        axis.set(title=f"{run.name}, expert {k}", xlabel="step", ylim=(-0.03, 1.03))
     axes[0].set_ylabel("mean responsibility q")
     legend(figure, axes)
-    return figure
+    return {"responsibilities": figure}
 
 
-def accuracy(job: Job) -> Figure | None:
+def accuracy(job: Job) -> dict[str, Figure]:
     """Held-out accuracy: a panel a run, a group of bars an annotator, a bar an expert."""
     rows = job.results["preferences"]
     if not rows:
-        return None
-    figure, axes = panels(len(rows), 3, 3.4, 2.2, sharey=True)
+        return {}
+    figure, axes = panels(len(rows), 3, 3.2, 2.0, sharey=True)
     for axis, (run, figures) in zip(axes, rows.items()):
         kinds = [name for name in annotators_of(job) if name in figures["accuracy"]]
-        width = 0.8 / figures["experts"]
+        width = 0.8 / max(2, figures["experts"])
         for k in range(figures["experts"]):
             column = [figures["accuracy"][kind][k] for kind in kinds]
             x = np.arange(len(kinds)) + (k - (figures["experts"] - 1) / 2) * width
@@ -130,67 +146,59 @@ def accuracy(job: Job) -> Figure | None:
                      facecolor=EXPERTS[k % len(EXPERTS)], hatch=HATCHES[k % len(HATCHES)], edgecolor="white",
                      ecolor="black", error_kw={"linewidth": 1}, label=f"expert {k}")
         axis.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
-        axis.set(title=run, ylim=(0, 1), xlabel="pairs judged by")
+        axis.set(title=run, ylim=(0, 1), xlabel="pairs judged by", xlim=(-0.6, len(kinds) - 0.4))
         axis.set_xticks(range(len(kinds)), kinds)
         axis.grid(axis="x", visible=False)
     axes[0].set_ylabel("accuracy (share of pairs)")
     legend(figure, axes)
-    return figure
+    return {"accuracy": figure}
 
 
-def histogram(job: Job) -> Figure | None:
-    """Last responsibilities of the training groups: a panel a run and expert (K = 2: expert 0), a line an annotator."""
-    runs = [run for run in job.runs if run.config["experts"] > 1 and run.units and run.steps]
-    shown = [(run, k) for run in runs for k in (range(run.config["experts"]) if run.config["experts"] > 2 else (0,))]
+def histogram(job: Job) -> dict[str, Figure]:
+    """Last responsibilities of the training groups, a line an annotator."""
+    shown = mixtures(job)
     if not shown:
-        return None
-    figure, axes = panels(len(shown), 3, 3.4, 2.2, sharey=True)
+        return {}
+    figure, axes = panels(len(shown), 3, 3.2, 2.0, sharey=True)
     for axis, (run, k) in zip(axes, shown):
-        for i, (name, q) in enumerate(last_responsibilities(run).items()):
-            if len(q):
-                axis.hist(q[:, k], np.linspace(0, 1, 21), weights=np.full(len(q), 1 / len(q)), histtype="step",
-                          color=annotator_look(job, name)["color"], linestyle=LINES[i % len(LINES)], linewidth=1.5,
-                          label=name)
-        axis.set(title=run.name, xlabel=f"last responsibility of expert {k}", xlim=(-0.02, 1.02))
-    axes[0].set_ylabel("share of the annotator's groups")
+        for name, q in last_responsibilities(run).items():
+            colour, line = annotator_look(job, name)["color"], annotator_look(job, name)["linestyle"]
+            axis.hist(q[:, k], np.linspace(0, 1, 21), weights=np.full(len(q), 1 / max(len(q), 1)), histtype="step",
+                      color=colour, linestyle=line, linewidth=1.5, label=name)
+        axis.set(title=f"{run.name}, expert {k}", xlabel="last responsibility q", xlim=(-0.02, 1.02))
+    axes[0].set_ylabel("share of groups")
     legend(figure, axes)
-    return figure
+    return {"histogram": figure}
 
 
-def legend(figure: Figure, axes: list) -> None:
-    """One legend under the panels, each label once."""
-    once = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=min(6, len(once)))
-
-
-# file, title, how to read it, drawing
-PICTURES = [
+PICTURES = [  # title, how to read it, drawing
     (
-        "rewards", "Rewards",
+        "Rewards",
         "Mean over the evaluation prompts, with one standard error to each side; dotted: the reference. Dots in colour "
         "are single heads, diamonds and hollow squares (sparse) are whole policies.",
         rewards,
     ),
     (
-        "training", "Training",
-        "Means over stretches of steps (at most 50), before each update and on the step's own pairs; experts whose "
-        "margins part have begun to differ.",
+        "Training",
+        "Means over stretches of steps (at most 50), before each update and on the step's own pairs, all runs on the "
+        "same scales; experts whose margins part have begun to differ.",
         training,
     ),
     (
-        "responsibilities", "Responsibilities by annotator",
-        "How much of each annotator's pairs every expert takes, as in the paper's Figure 1: where annotators part, an "
-        "expert has found its own. Left of the grey line the start's responsibilities are in use.",
+        "Responsibilities by annotator",
+        "How much of each annotator's pairs an expert takes, as in the paper's Figure 1: where annotators part, it has "
+        "found its own. Dotted: all alike; left of the grey line the start's responsibilities are in use; of two "
+        "experts the other takes the rest.",
         responsibilities,
     ),
     (
-        "accuracy", "Held-out accuracy",
+        "Held-out accuracy",
         "Share of held-out pairs ± one standard error, by who judged them; dotted: a coin. An expert that learnt one "
         "annotator is high there and lower elsewhere.",
         accuracy,
     ),
     (
-        "histogram", "Last responsibilities",
+        "Last responsibilities",
         "Where each training group ended: 0 and 1 are sure, and annotators at opposite ends have been told apart.",
         histogram,
     ),
@@ -206,13 +214,12 @@ def report(home: Path) -> Path:
         old.unlink()
     pictures = []
     with matplotlib.rc_context(STYLE):
-        for file, title, reading, draw in PICTURES:
-            figure = draw(job)
-            if figure is None:
-                pictures.append(tables.section(title, "Nothing to draw: what it shows was not measured."))
-                continue
-            figure.savefig(folder / f"{file}.png")
-            pictures.append(tables.section(title, reading, f"![{title}](report/{file}.png)"))
+        for title, reading, draw in PICTURES:
+            drawn = draw(job)
+            for name, figure in drawn.items():
+                figure.savefig(folder / f"{name}.png")
+            links = [f"![{tables.escape(name)}](report/{quote(name)}.png)" for name in drawn]
+            pictures.append(tables.section(title, reading if drawn else "Nothing was measured that it shows.", *links))
     sections = [tables.what_was_run, tables.policies, tables.head_differences, tables.preferences, tables.alignment]
     title = f"# {tables.escape(home.resolve().name)}"
     parts = [title, *(write(job) for write in sections), *pictures, tables.samples(job)]

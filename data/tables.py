@@ -23,6 +23,8 @@ PAPER = {  # arXiv 2510.08256, its table for IMDb with GPT-2
 }
 PAPER_PROMPTS = 10000
 NONE = "–"  # an empty cell
+# What Markdown acts on inside a line: _ not within a word, : not before a space (links, emoji), . of a bare www. link
+ACTIVE = r"[\\`*\[\]<>&|~$@]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])|:(?=\S)|(?<=www)\."
 
 
 # ---- Markdown
@@ -31,7 +33,7 @@ NONE = "–"  # an empty cell
 def escape(text) -> str:
     """Text as Markdown that shows it letter by letter, in a paragraph or a cell: no markup, link or line break acts."""
     text = re.sub(r"\r\n?", "\n", str(text))
-    text = re.sub(r"[\\`*_\[\]<>&|~$:@]|(?<=www)\.", lambda m: f"&#{ord(m[0])};", text)
+    text = re.sub(ACTIVE, lambda m: f"&#{ord(m[0])};", text)
     pictures = {c: 0x2400 + c for c in range(32) if c != 10} | {127: 0x2421}               # control characters, visible
     return text.translate(pictures).replace("\n", "<br>")
 
@@ -154,7 +156,7 @@ def head_differences(job: Job) -> str:
         for i, a in enumerate(names):
             for b in names[i + 1 :]:
                 cells = [f"{pm(f, sign='+')} ({in_ses(f)} SE)" for f in paired(job.results["policies"], a, b)]
-                body.append([escape(run), f"{a.removeprefix(run)} less {b.removeprefix(run)}", *cells])
+                body.append([escape(run), f"{a.removeprefix(f'{run} ')} less {b.removeprefix(f'{run} ')}", *cells])
     if not body:
         return section(title, "No completions of a run with several experts were evaluated.")
     return section(

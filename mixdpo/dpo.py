@@ -19,12 +19,13 @@ def margins(logp: torch.Tensor, ref_logp: torch.Tensor, beta: float) -> torch.Te
     """
     assert logp.shape[-1] == ref_logp.shape[-1] == 2, f"the last axis is the pair: got {tuple(logp.shape)} and {tuple(ref_logp.shape)}, want (..., 2)"
     assert {logp.dtype, ref_logp.dtype} <= {torch.float32, torch.float64}, f"got {logp.dtype} and {ref_logp.dtype}, want float32 or float64"
-    log_ratio = logp - ref_logp                                             # (..., 2)
+    log_ratio = logp - ref_logp                                             # (..., 2)  M3: the reward over beta, less log Z_k
     return beta * (log_ratio[..., 0] - log_ratio[..., 1])                   # (...)  M4
 
 
 def dpo_loss(h: torch.Tensor) -> torch.Tensor:
     """Per-pair loss -log sigma(h) in nats: (B,) -> (B,), ln 2 where the policy is the reference."""
+    assert h.dtype in (torch.float32, torch.float64), f"margins are {h.dtype}, want float32 or float64"
     return -F.logsigmoid(h)                                                 # M8, K = 1
 
 

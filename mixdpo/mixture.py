@@ -14,15 +14,22 @@ M5 is not Bradley-Terry on the mixture's log-sum-exp reward (M2), and the K-fold
 objective, not the joint one: nothing here assumes either.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 
+def require_precise(*tensors: torch.Tensor) -> None:
+    """Everything over K wants float32 or float64: bfloat16's spacing at 300 nats is 2 nats."""
+    got = {t.dtype for t in tensors}
+    assert got <= {torch.float32, torch.float64}, f"got {got}, want float32 or float64"
+
+
 def log_joint(log_w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """log w_k + log sigma(h_k): (B,K) or (K,), (B,K) -> (B,K), the summand of M5."""
-    assert h.dtype in (torch.float32, torch.float64), f"margins are {h.dtype}, want float32 or float64"
+    require_precise(log_w, h)
     assert h.ndim == 2 and log_w.shape[-1] == h.shape[-1], f"got log_w {tuple(log_w.shape)} and h {tuple(h.shape)}, want (B,K) or (K,), and (B,K)"
     return log_w.to(h.dtype) + F.logsigmoid(h)
 
@@ -43,6 +50,7 @@ def e_step(log_w: torch.Tensor, h: torch.Tensor, group: torch.Tensor | None = No
     With group (B,) int64 in 0..G-1 one expert judges all pairs of a group, a user's say (M11): the log-likelihoods of the group's pairs add up,
     its prior (equal on all its pairs) counts once. Returns log_marginal (G,) and log_q (G,K); the posterior of a pair is log_q[group].
     """
+    require_precise(log_w, h)
     if group is None:
         joint = log_joint(log_w, h)                                         # (B,K)
     else:
@@ -92,16 +100,19 @@ def weighted(log_q: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 def elbo(log_q: torch.Tensor, log_w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """Evidence lower bound in nats, for any q: (B,K), (B,K) or (K,), (B,K) -> (B,)  (M6)."""
+    require_precise(log_q)
     return weighted(log_q, log_joint(log_w, h) - log_q)
 
 
 def expert_loss(log_q: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """- sum_k q_k log sigma(h_k), q a constant: (B,K), (B,K) -> (B,)  (M8). With K = 1 it is dpo_loss."""
+    require_precise(log_q, h)
     return -weighted(log_q.detach(), F.logsigmoid(h))
 
 
 def gate_loss(log_q: torch.Tensor, log_w: torch.Tensor) -> torch.Tensor:
     """KL(q || w), q a constant: (B,K), (B,K) or (K,) -> (B,)  (M9)."""
+    require_precise(log_q, log_w)
     log_q = log_q.detach()
     return weighted(log_q, log_q - log_w.to(log_q.dtype))
 
@@ -112,8 +123,11 @@ def update_weights(log_q: torch.Tensor, prior: float = 1.0) -> torch.Tensor:
     w_k = (sum_n q_nk + prior - 1) / (N + K (prior - 1)); prior = 1 is the mean of q. Wants prior >= 1 (below, the mode may not exist).
     """
     assert prior >= 1.0, f"Dirichlet prior is {prior}, want at least 1"
-    n, k = log_q.shape
-    return torch.log((log_q.exp().sum(0) + prior - 1.0) / (n + k * (prior - 1.0)))
+    require_precise(log_q)
+    counts = torch.logsumexp(log_q, dim=0)                                  # (K,) logs: a starved expert keeps a weight
+    if prior > 1.0:
+        counts = torch.logaddexp(counts, torch.full_like(counts, math.log(prior - 1.0)))
+    return torch.log_softmax(counts, dim=0)                                 # the counts sum to N + K (prior - 1)
 
 
 # --- the start ---------------------------------------------------------------------------------------------------------------------------
@@ -146,10 +160,10 @@ def linear_mixture(x: torch.Tensor, group: torch.Tensor, experts: int, l2: float
     """The same EM with linear rewards, where the M-step is a convex problem: h_ik = theta_k . x_i.
 
     x: (B,D) differences of features, chosen minus rejected; group: (B,) int64 in 0..G-1. Each M-step is one damped Newton step per expert on
-    sum_i q_ik log sigma(h_ik) - l2 B/2 |theta_k|^2 (generalised EM: the bound never falls). log_w: (K,) fixed weights, or None for the
+    sum_i q_ik log sigma(h_ik) - l2/2 |theta_k|^2 (generalised EM: the bound never falls). log_w: (K,) fixed weights, or None for the
     closed-form update. The best of `starts` random starts by the bound is returned: EM finds local optima, and restarts matter.
     """
-    x, generator = x.double(), torch.Generator().manual_seed(seed)
+    dtype, x, generator = x.dtype, x.double(), torch.Generator().manual_seed(seed)
     best, bounds = None, []
     for _ in range(starts):
         log_q = random_responsibilities(int(group.max()) + 1, experts, generator).double()
@@ -157,15 +171,15 @@ def linear_mixture(x: torch.Tensor, group: torch.Tensor, experts: int, l2: float
         last = -torch.inf
         for _ in range(iterations):
             weights = update_weights(log_q) if log_w is None else log_w.double()
-            theta = torch.stack([newton_step(x, log_q[group, k].exp(), theta[k], l2 * len(x)) for k in range(experts)])  # (K,D)
+            theta = torch.stack([newton_step(x, log_q[group, k].exp(), theta[k], l2) for k in range(experts)])  # (K,D)
             log_p, log_q = e_step(weights, x @ theta.T, group)
-            bound = (log_p.sum() - 0.5 * l2 * len(x) * theta.square().sum()).item()
-            if bound - last < 1e-6 * abs(bound):
+            bound = (log_p.sum() - 0.5 * l2 * theta.square().sum()).item()
+            if bound - last < 1e-9 * abs(bound):
                 break
             last = bound
         bounds.append(bound)
         if best is None or bound > best.bound:
-            best = LinearMixture(theta.float(), weights.float(), log_q.float(), bound, bounds)
+            best = LinearMixture(theta.to(dtype), weights.to(dtype), log_q.to(dtype), bound, bounds)
     return best
 
 
@@ -191,6 +205,7 @@ def newton_step(x: torch.Tensor, q: torch.Tensor, theta: torch.Tensor, ridge: fl
 
 def mixture_logp(log_w: torch.Tensor, logp: torch.Tensor) -> torch.Tensor:
     """log pi(y|x) = logsumexp_k [ log w_k(x) + log pi_k(y|x) ] in nats: (...,K), (...,K) -> (...)  (M1, M14)."""
+    require_precise(log_w, logp)
     return torch.logsumexp(log_w.to(logp.dtype) + logp, dim=-1)
 
 
@@ -199,7 +214,8 @@ def prefix_log_weights(log_w: torch.Tensor, logps: torch.Tensor) -> torch.Tensor
 
     log w_k + sum_{s<t} logps_sk, normalised over k. Only with these does sum_t logsumexp_k(weights_t + logps_t) equal mixture_logp.
     """
-    before = logps.cumsum(-2) - logps                                       # (...,T,K) exclusive prefix sums
+    require_precise(log_w, logps)
+    before = F.pad(logps[..., :-1, :].cumsum(-2), (0, 0, 1, 0))             # exclusive; cumsum - logps is NaN at -inf
     return torch.log_softmax(log_w.to(logps.dtype)[..., None, :] + before, dim=-1)
 
 

@@ -1,0 +1,263 @@
+"""mixdpo.mixture against brute force: the E-step (M7, M11), the bound (M6), the losses (M8, M9), the weights (M10), and
+the identities that join them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import brute
+from mixdpo.dpo import dpo_loss
+from mixdpo.mixture import e_step, elbo, expert_loss, gate_loss, log_marginal, random_responsibilities, update_weights
+
+FP32, FP64 = torch.float32, torch.float64
+TOLERANCE = {FP32: 3e-6, FP64: 1e-12}
+PRECISIONS = pytest.mark.parametrize("dtype", [FP32, FP64])
+
+
+def draw(B=7, K=3, seed=0, dtype=FP64):
+    """Margins (B, K), a gate's log-weights (B, K) and arbitrary normalised log-responsibilities (B, K)."""
+    generator = torch.Generator().manual_seed(seed)
+    h, gate, q = (torch.randn(B, K, generator=generator, dtype=dtype) for _ in range(3))
+    return 2 * h, torch.log_softmax(gate, -1), torch.log_softmax(2 * q, -1)
+
+
+def probabilities(log):
+    return log.double().exp().tolist()
+
+
+def close(got, expected, dtype=FP64):
+    assert got.dtype == dtype, f"got {got.dtype}, want {dtype}"
+    expected = np.array(expected)
+    assert tuple(got.shape) == expected.shape, f"got {tuple(got.shape)}, want {expected.shape}"
+    assert np.allclose(got.detach().double().numpy(), expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+@PRECISIONS
+@pytest.mark.parametrize("K", [2, 3])
+def test_e_step_is_bayes_rule(dtype, K):
+    """M5, M7. Catches: the prior log_w dropped, h for log sigma(h), sigma(-h), a max or a mean instead of logsumexp,
+    normalising over pairs."""
+    h, gate, _ = draw(K=K, dtype=dtype)
+    for log_w in (gate, gate[0]):  # a gate (B, K), fixed weights (K,)
+        log_p, log_q = e_step(log_w, h)
+        close(log_p, np.log(brute.marginal(probabilities(log_w), h.tolist())), dtype)
+        close(log_q, np.log(brute.posterior(probabilities(log_w), h.tolist())), dtype)
+        close(log_marginal(log_w, h), np.log(brute.marginal(probabilities(log_w), h.tolist())), dtype)
+
+
+def test_e_step_reads_each_pairs_own_gate():
+    """Catches: a gate of which only row 0 is read, also where B = K makes (B, K) and (K,) look alike."""
+    h, gate, _ = draw(B=3, K=3, seed=1)
+    close(e_step(gate, h)[1], np.log(brute.posterior(probabilities(gate), h.tolist())))
+    for b in range(3):
+        assert torch.allclose(e_step(gate, h)[1][b], e_step(gate[b], h[b:b + 1])[1][0], atol=1e-14)
+
+
+def test_e_step_carries_no_gradient():
+    """M8 and M9 need q detached. Catches: an E-step under autograd."""
+    h, gate, _ = draw()
+    for group in (None, torch.zeros(7, dtype=torch.int64)):
+        log_p, log_q = e_step(gate[0].clone().requires_grad_(), h.clone().requires_grad_(), group)
+        assert not log_p.requires_grad and not log_q.requires_grad
+    assert log_marginal(gate, h.clone().requires_grad_()).requires_grad
+
+
+@PRECISIONS
+def test_a_user_has_one_latent(dtype):
+    """M11, users interleaved. Catches: evidence averaged over a user's pairs instead of summed, the weight counted once
+    a pair instead of once a user, weights of the first G pairs taken for those of the G users, order of users mistaken,
+    one posterior per pair."""
+    h, gate, _ = draw(B=9, dtype=dtype)
+    group = torch.tensor([2, 0, 2, 1, 3, 0, 2, 2, 3])
+    by_user = gate[[4, 0, 7, 2]]  # (G, K)
+    for log_w in (by_user[group], gate[0]):
+        p, q = brute.user_posterior(probabilities(log_w), h.tolist(), group.tolist())
+        log_p, log_q = e_step(log_w, h, group)
+        close(log_p, np.log(p), dtype)
+        close(log_q, np.log(q), dtype)
+
+
+def test_users_that_cannot_be_are_refused():
+    """Catches: weights that differ within a user (whose would count?), a user without pairs, whose posterior would be a
+    number from nowhere."""
+    h, gate, _ = draw()
+    with pytest.raises(AssertionError):
+        e_step(gate, h, torch.tensor([0, 0, 1, 1, 1, 2, 2]))
+    with pytest.raises(AssertionError):
+        e_step(gate[0], h, torch.tensor([0, 0, 1, 1, 1, 3, 3]))
+
+
+def test_a_user_of_one_pair_is_a_pair():
+    """Catches: a grouped path that disagrees with the plain one where both hold."""
+    h, gate, _ = draw()
+    plain, grouped = e_step(gate, h), e_step(gate, h, torch.arange(7))
+    assert torch.allclose(plain[0], grouped[0], atol=1e-14) and torch.allclose(plain[1], grouped[1], atol=1e-14)
+    shuffle = torch.tensor([3, 1, 6, 0, 2, 5, 4])
+    assert torch.allclose(e_step(gate[shuffle], h[shuffle], shuffle)[1], plain[1], atol=1e-14)
+
+
+@PRECISIONS
+def test_bound_and_its_gap(dtype):
+    """M6: log p - ELBO(q) = KL(q || posterior) for any q. Catches: entropy dropped or of the wrong sign, the weight or
+    q left out."""
+    h, gate, log_q = draw(dtype=dtype)
+    for log_w in (gate, gate[0]):
+        w, q = probabilities(log_w), probabilities(log_q)
+        bound = elbo(log_q, log_w, h)
+        close(bound, brute.elbo(q, w, h.tolist()), dtype)
+        gap = [brute.kl(a, b) for a, b in zip(q, brute.posterior(w, h.tolist()))]
+        close(log_marginal(log_w, h) - bound, gap, dtype)
+        log_p, exact = e_step(log_w, h)
+        assert torch.allclose(elbo(exact, log_w, h), log_p, atol=TOLERANCE[dtype])  # tight at the posterior
+
+
+@PRECISIONS
+def test_losses_are_minus_the_bound(dtype):
+    """M8, M9. Catches: unweighted or mean-over-experts expert loss, KL(w || q) for KL(q || w), cross entropy for KL,
+    sums over pairs inside."""
+    h, gate, log_q = draw(dtype=dtype)
+    q = probabilities(log_q)
+    expected = [-sum(q[b][k] * math.log(brute.sigma(float(h[b, k]))) for k in range(3)) for b in range(7)]
+    close(expert_loss(log_q, h), expected, dtype)
+    for log_w in (gate, gate[0]):
+        w = probabilities(log_w)
+        close(gate_loss(log_q, log_w), [brute.kl(q[b], brute.row(w, b)) for b in range(7)], dtype)
+        together = expert_loss(log_q, h) + gate_loss(log_q, log_w)
+        assert torch.allclose(together, -elbo(log_q, log_w, h), atol=TOLERANCE[dtype])
+
+
+def test_losses_of_users_are_minus_their_log_marginal():
+    """M11 in the M-step: pairs take their user's q, the gate's term enters once a user. Catches: log_q[group] misused,
+    KL counted once a pair."""
+    h, gate, _ = draw(B=9)
+    group = torch.tensor([0, 2, 1, 1, 2, 0, 2, 1, 2])
+    log_p, log_q = e_step(gate[group], h, group)
+    loss = expert_loss(log_q[group], h).sum() + gate_loss(log_q, gate[:3]).sum()
+    assert torch.allclose(loss, -log_p.sum(), atol=1e-12)
+    p, _ = brute.user_posterior(probabilities(gate[group]), h.tolist(), group.tolist())
+    assert math.isclose(loss.item(), -math.fsum(math.log(a) for a in p))
+
+
+def test_losses_detach_q():
+    """M8, M9 say "q detached", whoever made q. Catches: a missing detach (q would chase the expert that already
+    fits)."""
+    h, gate, log_q = draw()
+    log_q, h, gate = log_q.requires_grad_(), h.requires_grad_(), gate.requires_grad_()
+    (expert_loss(log_q, h) + gate_loss(log_q, gate)).sum().backward()
+    assert log_q.grad is None or not log_q.grad.any()
+    assert h.grad.abs().min() > 0 and gate.grad.abs().min() > 0  # and what should learn does
+
+
+def gradients(loss, *parameters):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)])
+
+
+@pytest.mark.parametrize("users", [False, True])
+def test_fisher_identity(users):
+    """grad(M8 + M9) at the exact detached posterior = grad(-log p), the latter by finite differences of a plain loop.
+    Catches: a gate loss with q on the wrong side, tempered q passed for exact, log_w detached, any scale between M8 and
+    M9."""
+    B, K, D, G = 6, 3, 4, 3
+    rng = np.random.default_rng(2)
+    x, features = rng.normal(size=(B, D)), rng.normal(size=(G if users else B, D))
+    group = [0, 2, 1, 1, 2, 0] if users else list(range(B))
+    theta, gate = (torch.tensor(rng.normal(size=(K, D)), requires_grad=True) for _ in range(2))
+
+    def loops(both):
+        h = [[math.fsum(both[0][k] * x[b]) for k in range(K)] for b in range(B)]
+        scores = [[math.exp(math.fsum(both[1][k] * features[g])) for k in range(K)] for g in group]
+        w = [[s / sum(scores[b]) for s in scores[b]] for b in range(B)]
+        return -sum(math.log(p) for p in brute.user_posterior(w, h, group)[0])
+
+    expected = brute.numeric_gradient(loops, np.stack([theta.detach().numpy(), gate.detach().numpy()])).ravel()
+    h, log_w = torch.tensor(x) @ theta.T, torch.log_softmax(torch.tensor(features) @ gate.T, -1)
+    index = torch.tensor(group)
+    log_q = e_step(log_w[index], h, index)[1] if users else e_step(log_w, h)[1]
+    loss = expert_loss(log_q[index], h).sum() + gate_loss(log_q, log_w).sum()
+    assert np.allclose(gradients(loss, theta, gate).numpy(), expected, atol=1e-8)
+    if not users:
+        em = gradients(-log_marginal(log_w, torch.tensor(x) @ theta.T).sum(), theta, gate)
+        assert np.allclose(em.numpy(), expected, atol=1e-8)
+
+
+def test_fisher_identity_needs_the_entropy_when_q_is_live():
+    """With q live the bound still has the right gradient; with its entropy dropped it has not, by far. Catches: a bound
+    used as a loss whose entropy is treated as a constant while q is not detached; elbo() detaching a weight or a
+    margin."""
+    h, gate, _ = draw(seed=3)
+    h, gate = h.requires_grad_(), gate.requires_grad_()
+    expected = gradients(log_marginal(gate, h).sum(), h, gate)
+    joint = gate + torch.log(torch.sigmoid(h))
+    live = joint - torch.log(joint.exp().sum(-1, keepdim=True))
+    for log_q in (live, live.detach(), e_step(gate, h)[1]):
+        assert torch.allclose(gradients(elbo(log_q, gate, h).sum(), h, gate), expected, atol=1e-12)
+    entropy = -(live.exp() * live).sum(-1)
+    dropped = gradients((elbo(live, gate, h) - entropy).sum(), h, gate)
+    assert (dropped - expected).abs().max() > 0.05
+
+
+@PRECISIONS
+def test_one_expert_is_dpo_bit_for_bit(dtype):
+    """K = 1. Catches: a softmax that leaves q at 1 - 1e-8, another formula for log sigma than dpo_loss, a loss scaled
+    by a weight."""
+    h = (torch.randn(1000, generator=torch.Generator().manual_seed(4), dtype=dtype) * 20).requires_grad_()
+    column, log_w = h[:, None], torch.zeros(1, dtype=dtype)
+    log_p, log_q = e_step(log_w, column)
+    assert torch.equal(log_q, torch.zeros(1000, 1, dtype=dtype)) and torch.equal(log_p, -dpo_loss(h))
+    assert torch.equal(expert_loss(log_q, column), dpo_loss(h))
+    assert torch.equal(log_marginal(log_w, column), -dpo_loss(h))
+    assert torch.equal(elbo(log_q, log_w, column), -dpo_loss(h))
+    assert torch.equal(gradients(expert_loss(log_q, column).sum(), h), gradients(dpo_loss(h).sum(), h))
+    assert not gate_loss(log_q, log_w).any() and not update_weights(log_q).any()
+    by_user = e_step(log_w, column, torch.arange(1000) // 7)[1]
+    assert torch.equal(by_user, torch.zeros(143, 1, dtype=dtype))
+
+
+@PRECISIONS
+def test_fixed_weights_close_the_form(dtype):
+    """M10. Catches: the mean of log q, a sum not normalised, a prior ignored, or one that adds alpha instead of alpha -
+    1 (MAP)."""
+    _, _, log_q = draw(B=11, K=4, dtype=dtype)
+    q = probabilities(log_q)
+    for prior in (1.0, 1.5, 20.0):
+        expected = [(sum(q[n][k] for n in range(11)) + prior - 1) / (11 + 4 * (prior - 1)) for k in range(4)]
+        log_w = update_weights(log_q, prior=prior)
+        close(log_w, np.log(expected), dtype)
+        assert math.isclose(sum(probabilities(log_w)), 1.0, abs_tol=1e-6)
+    assert torch.equal(update_weights(log_q), update_weights(log_q, prior=1.0))
+
+
+def test_a_starved_expert_keeps_a_weight():
+    """Catches: the mean taken in probability space, where exp(-200) is 0 in fp32 and the expert is dead for ever."""
+    log_q = torch.tensor([[-200.0, 0.0], [-200.0, 0.0]])
+    assert update_weights(log_q).tolist() == [pytest.approx(-200.0), pytest.approx(0.0)]
+    assert update_weights(log_q, prior=2.0)[0].item() == pytest.approx(math.log(1 / 4))
+    dead = torch.tensor([[-math.inf, 0.0], [-math.inf, 0.0]])
+    assert update_weights(dead).tolist() == [-math.inf, 0.0]
+    assert update_weights(dead, prior=2.0).exp().tolist() == [pytest.approx(1 / 4), pytest.approx(3 / 4)]
+
+
+def test_random_responsibilities_are_dirichlet():
+    """Catches: a softmax of normals or uniforms (other variance), concentration ignored or inverted, rows not
+    normalised."""
+    for K, concentration in ((2, 1.0), (3, 0.2), (4, 8.0)):
+        log_q = random_responsibilities(20000, K, torch.Generator().manual_seed(5), concentration=concentration)
+        assert log_q.shape == (20000, K) and not log_q.requires_grad and not log_q.isnan().any()
+        q = log_q.double().exp()
+        assert torch.allclose(q.sum(-1), torch.ones(20000, dtype=FP64), atol=1e-5)
+        variance = (1 / K) * (1 - 1 / K) / (K * concentration + 1)
+        assert torch.allclose(q.mean(0), torch.full((K,), 1 / K, dtype=FP64), atol=4 * math.sqrt(variance / 20000))
+        assert torch.allclose(q.var(0), torch.full((K,), variance, dtype=FP64), rtol=0.06)
+    quarter = (random_responsibilities(20000, 2, torch.Generator().manual_seed(6)).exp()[:, 0] < 0.25).double().mean()
+    assert abs(quarter.item() - 0.25) < 0.015  # concentration 1, K = 2: uniform on [0, 1]
+
+
+def test_random_responsibilities_use_their_generator_only():
+    """Catches: a draw from the global generator, a generator ignored or re-seeded inside."""
+    before = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(7)
+    first, second = random_responsibilities(50, 3, generator), random_responsibilities(50, 3, generator)
+    assert torch.equal(first, random_responsibilities(50, 3, torch.Generator().manual_seed(7)))
+    assert not torch.equal(first, second) and torch.equal(before, torch.get_rng_state())
