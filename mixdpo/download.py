@@ -56,7 +56,10 @@ def _receive(url, part, have, size, label):
             return "the server refused to resume"
         raise Unavailable(f"HTTP {error.code} {error.reason}") from None
     with response:
-        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        resumed = response.status == 206
+        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            part.unlink(missing_ok=True)
+            return "the server sent another range than was asked for"
         have = have if resumed else 0       # a server without ranges sends the file from its start
         announced = response.headers.get("Content-Length")
         if announced is not None and have + int(announced) != size:

@@ -17,7 +17,7 @@ def string(text):
 
 
 def gguf(metadata, tensors, version=3, alignment=32):
-    """A GGUF file. metadata: name -> (type number, bytes); tensors: name -> (axes, fastest first, type number, bytes)."""
+    """The file. metadata: name -> (type number, bytes); tensors: name -> (axes, fastest first; type number; bytes)."""
     head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
     for name, (kind, data) in metadata.items():
         head += string(name) + struct.pack("<I", kind) + data
@@ -34,7 +34,8 @@ METADATA = {
     "u32": (4, struct.pack("<I", 2**32 - 1)), "i32": (5, struct.pack("<i", -3)), "f32": (6, struct.pack("<f", 0.25)),
     "bool": (7, b"\x01"), "string": (8, string("naïve Ġ")), "u64": (10, struct.pack("<Q", 2**63)),
     "i64": (11, struct.pack("<q", -4)), "f64": (12, struct.pack("<d", 1e-5)),
-    "numbers": (9, struct.pack("<IQ3i", 5, 3, 7, -8, 9)), "strings": (9, struct.pack("<IQ", 8, 2) + string("a") + string("")),
+    "numbers": (9, struct.pack("<IQ3i", 5, 3, 7, -8, 9)),
+    "strings": (9, struct.pack("<IQ", 8, 2) + string("a") + string("")),
 }
 VALUES = {"u8": 254, "i8": -2, "u16": 65535, "i16": -2, "u32": 2**32 - 1, "i32": -3, "f32": 0.25, "bool": True,
           "string": "naïve Ġ", "u64": 2**63, "i64": -4, "f64": 1e-5, "numbers": [7, -8, 9], "strings": ["a", ""]}
@@ -99,8 +100,8 @@ def test_metadata_and_tensors(version, alignment, tmp_path):
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):
-    """Each length shorter than the whole. Faults: numpy's or struct's own error; a tensor with bytes missing at its end;
-    a count read from a damaged header allocated before it is believed."""
+    """Each length shorter than the whole. Faults: numpy's or struct's own error; a tensor short of bytes at its end; a
+    count in a damaged header allocated before it is believed."""
     whole, path = gguf(METADATA, TENSORS), tmp_path / "cut.gguf"
     for length in range(len(whole)):
         path.write_bytes(whole[:length])

@@ -345,8 +345,8 @@ def build(vocab, merges, ignore_merges):
 
 def test_rules_run_by_rank_give_the_rules_ids():
     """400 random lists of merges: either every text has the ids that the rules give, or the list is refused, and then
-    the rules do not lead to the token that is named. Faults: no check of the parts; a token that no text reaches left to
-    tiktoken; a rule that comes back later moves its token; the border between two parts not looked at."""
+    the rules do not lead to the token that is named. Faults: no check of the parts; a token that no text reaches left
+    to tiktoken; a rule that comes back later moves its token; the border between two parts not looked at."""
     draw = random.Random(0)
     texts = ["".join(draw.choice("abc") for _ in range(draw.randrange(1, 14))) for _ in range(60)]
     accepted = refusals = unreachable = 0

@@ -1,0 +1,429 @@
+"""fetch.py and download.py against a server on this machine that does what servers do: it is slow, cuts, alters,
+forgets ranges, never answers. Packages come through pip from a folder, without an index. Each docstring names the faults
+that the test was seen to fail on.
+"""
+
+import hashlib
+import http.server
+import io
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+
+from mixdpo import download, fetch
+from mixdpo.config import InputError
+from mixdpo.fetch import Asset, Package, asset
+
+BODY = bytes(range(256)) * 1200         # 307,200 bytes: several blocks
+SUM = hashlib.sha256(BODY).hexdigest()
+CUT = 100_000
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """/KIND of answer, see each branch. The server's `seen` holds (path, Range) of all requests."""
+
+    protocol_version = "HTTP/1.0"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        kind, asked = self.path.strip("/"), self.headers.get("Range")
+        self.server.seen.append((kind, asked))
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        if kind == "missing":
+            return self.send_error(404)
+        if kind == "silent":                # accepts, and never answers
+            return self.server.closing.wait(20)
+        if kind == "refuses" and start:
+            return self.send_error(416)
+        body, status = BODY[start:], 206 if asked else 200
+        if kind == "forgetful":             # ignores ranges
+            body, status = BODY, 200
+        if kind == "altered":
+            body = BODY[:-1] + b"?"
+            body, status = body[start:], 206 if asked else 200
+        if kind == "longer":
+            body = body + b"more"
+        if kind == "elsewhere":             # answers another range than was asked for
+            body, start = BODY[start // 2:], start // 2
+        self.send_response(status)
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{len(BODY) - 1}/{len(BODY)}")
+        if kind not in ("unmeasured", "endless"):
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if kind == "endless":
+            body = BODY + b"x" * 10_000_000
+        if kind in ("cuts", "stalls"):      # sends a part of what it announced, then closes or keeps the line silent
+            body = body[:CUT]
+        if kind == "dead" and asked:        # sends a part once, and then nothing more
+            body = b""
+        if kind == "dead":
+            body = body[:CUT]
+        try:
+            self.wfile.write(body)
+            if kind == "stalls":
+                self.wfile.flush()
+                self.server.closing.wait(20)
+        except ConnectionError:
+            self.server.broken.append(kind)
+
+
+@pytest.fixture
+def server():
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    running.seen, running.broken, running.closing = [], [], threading.Event()
+    running.daemon_threads = True
+    threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
+    running.url = f"http://127.0.0.1:{running.server_port}/"
+    yield running
+    running.closing.set()
+    running.shutdown()
+    running.server_close()
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """place(*sources, **fields) puts the asset "thing" into the table; its cache is an empty folder."""
+    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
+    for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def put(*sources, **fields):
+        entry = dict(file="thing.bin", bytes=len(BODY), sha256=SUM, sources=sources) | fields
+        monkeypatch.setitem(fetch.ASSETS, "thing", Asset(**entry))
+        target = tmp_path / "cache" / entry["file"]
+        return SimpleNamespace(target=target, part=target.with_name(target.name + ".part"))
+
+    return put
+
+
+def refused(call, *words):
+    with pytest.raises(InputError) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+
+
+# --- over HTTP --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["whole", "unmeasured"])
+def test_a_file_comes_whole_and_once(kind, server, place):
+    """With and without an announced length. Faults: the cache not looked into; the transfer's own name left behind."""
+    at = place(server.url + kind)
+    assert asset("thing") == at.target and at.target.read_bytes() == BODY and not at.part.exists()
+    assert asset("thing") == at.target and server.seen == [(kind, None)]
+
+
+def test_a_cut_transfer_is_resumed_where_it_stopped(server, place):
+    """The server closes after 100,000 bytes of each answer. Faults: no Range; the part opened anew; a start off by one."""
+    at = place(server.url + "cuts")
+    assert asset("thing").read_bytes() == BODY and not at.part.exists()
+    assert [asked for _, asked in server.seen] == [None, "bytes=100000-", "bytes=200000-", "bytes=300000-"]
+
+
+def test_a_stalled_transfer_is_dropped_and_resumed(server, place, monkeypatch):
+    """Fault: no time limit on reading, so that it waits for ever."""
+    monkeypatch.setattr(download, "STALL_SECONDS", 0.3)
+    place(server.url + "stalls")
+    assert asset("thing").read_bytes() == BODY and len(server.seen) == 4
+
+
+def test_the_next_run_resumes_what_an_earlier_one_left(server, place):
+    """Faults: the part removed at the start, or when a transfer fails."""
+    at = place(server.url + "dead")
+    refused(lambda: asset("thing"), "truncated", f"{CUT} of {len(BODY)}", "resumes")
+    assert not at.target.exists() and at.part.read_bytes() == BODY[:CUT]
+    place(server.url + "whole")
+    assert asset("thing").read_bytes() == BODY and server.seen[-1] == ("whole", f"bytes={CUT}-")
+
+
+@pytest.mark.parametrize("kind", ["forgetful", "refuses", "elsewhere"])
+def test_servers_that_cannot_resume_start_over(kind, server, place):
+    """No ranges, a 416, and a range that was not asked for. Fault: what comes appended to what is there."""
+    at = place(server.url + kind)
+    at.part.parent.mkdir()
+    at.part.write_bytes(BODY[:CUT])
+    assert asset("thing").read_bytes() == BODY and server.seen[0] == (kind, f"bytes={CUT}-")
+
+
+@pytest.mark.parametrize("left", [b"\0" * CUT, b"\0" * len(BODY), b"\0" * (len(BODY) + 1)])
+def test_a_part_of_another_file_does_no_harm(left, server, place):
+    """Faults: an altered sum after a resumed transfer taken as final; a complete part never checked, or never left."""
+    at = place(server.url + "whole")
+    at.part.parent.mkdir()
+    at.part.write_bytes(left)
+    assert asset("thing").read_bytes() == BODY
+
+
+def test_an_altered_file_is_refused_and_not_kept(server, place):
+    """Faults: no sum; the file renamed before its sum is known; altered bytes kept as something to resume."""
+    at = place(server.url + "altered")
+    refused(lambda: asset("thing"), "altered", SUM, server.url + "altered", "By hand", str(at.target), "DATA=FOLDER")
+    assert not at.target.exists() and not at.part.exists() and len(server.seen) == 1
+
+
+def test_a_file_of_another_size_is_refused_before_it_comes(server, place):
+    """Fault: the announced length not looked at."""
+    at = place(server.url + "longer")
+    refused(lambda: asset("thing"), f"{len(BODY) + 4} bytes announced")
+    assert not at.part.exists()
+
+
+def test_no_more_than_the_size_is_ever_read(server, place):
+    """A server that announces nothing and sends 10 MB more. Fault: reading to its end; a disk can be filled so."""
+    place(server.url + "endless")
+    assert asset("thing").read_bytes() == BODY
+    for _ in range(100):
+        if server.broken:
+            break
+        time.sleep(0.05)
+    assert server.broken == ["endless"]     # it was still writing when we closed
+
+
+def test_a_machine_without_internet_goes_on_in_seconds(server, place, monkeypatch):
+    """A host that takes the connection and never answers, one whose name is not known, a port that nothing listens to,
+    a 404. Faults: urlopen's time limit alone, which starts anew for each address; an OSError let through."""
+    monkeypatch.setattr(download, "CONNECT_SECONDS", 0.4)
+    sources = (server.url + "silent", "http://no-such-host.invalid/x", "http://127.0.0.1:9/x", server.url + "missing")
+    place(*sources)
+    began = time.monotonic()
+    refused(lambda: asset("thing"), "no answer within 0.4 seconds", "HTTP 404", *sources)
+    assert time.monotonic() - began < 5
+    place(*sources, server.url + "whole")
+    assert asset("thing").read_bytes() == BODY
+
+
+def test_two_runs_fetch_a_file_once(server, place):
+    """Fault: no lock, so that both write into one part."""
+    place(server.url + "cuts")
+    paths, threads = [], []
+    for _ in range(4):
+        threads.append(threading.Thread(target=lambda: paths.append(asset("thing"))))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert len(paths) == 4 and len(server.seen) == 4 and paths[0].read_bytes() == BODY
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_again(server, place, capsys):
+    """Fault: a file in the cache believed."""
+    at = place(server.url + "whole")
+    asset("thing")
+    at.target.write_bytes(BODY[:-1] + b"?")
+    assert asset("thing").read_bytes() == BODY and "fetched again" in capsys.readouterr().err
+
+
+def test_progress_shows_rate_and_time_left(monkeypatch, capsys):
+    """Half of what is missing came in 20 s. Faults: the rate counted with bytes of an earlier run; no last line."""
+    clock = iter([100.0, 101.0, 120.0, 140.0])
+    monkeypatch.setattr(download.time, "monotonic", lambda: next(clock))
+    progress = download.Progress("thing", 20_000_000, 100_000_000)
+    for have in (30_000_000, 60_000_000, 100_000_000):
+        progress.show(have)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["thing: 60.0 of 100.0 MB, 2.00 MB/s, 20 s left", "thing: 100.0 of 100.0 MB, 2.00 MB/s, 0 s left"]
+
+
+# --- the folder of local data -----------------------------------------------------------------------------------------
+
+
+def test_the_data_folder_comes_first(server, place, tmp_path):
+    """By the asset's name, with and without its subfolder; nothing is asked of the network, and nothing copied."""
+    at = place(server.url + "whole", file="sub/thing.bin")
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    for path in (tmp_path / "data" / "thing.bin", tmp_path / "data" / "sub" / "thing.bin"):
+        path.write_bytes(BODY)
+        assert asset("thing", data=tmp_path / "data") == path
+        path.unlink()
+    assert not server.seen and not at.target.exists()
+    assert asset("thing", data=tmp_path / "data") == at.target
+
+
+@pytest.mark.parametrize("found", [BODY[:-1], BODY[:-1] + b"?"])
+def test_an_altered_file_in_the_data_folder_is_an_error(found, server, place, tmp_path):
+    """Fault: passed over in silence, and another file fetched than the user thinks is used."""
+    place(server.url + "whole")
+    (tmp_path / "thing.bin").write_bytes(found)
+    refused(lambda: asset("thing", data=tmp_path), str(tmp_path / "thing.bin"), "truncated or altered", f"{len(found)}")
+    assert not server.seen
+    refused(lambda: asset("thing", data=tmp_path / "nowhere"), str(tmp_path / "nowhere"), "not a folder")
+
+
+def test_an_unknown_asset_is_named():
+    """Fault: a KeyError."""
+    refused(lambda: asset("gpt5"), "gpt5", "smollm2")
+
+
+def test_a_gated_model_says_where_to_put_it(place, tmp_path):
+    """Faults: the data folder not looked into; a folder without config.json taken."""
+    place()
+    refused(lambda: fetch.directory("llama-3.2-1b", tmp_path), "gated", str(tmp_path / "cache" / "llama-3.2-1b"), "DATA")
+    (tmp_path / "llama-3.2-1b").mkdir()
+    refused(lambda: fetch.directory("llama-3.2-1b", tmp_path), "gated")
+    (tmp_path / "llama-3.2-1b" / "config.json").write_text("{}")
+    assert fetch.directory("llama-3.2-1b", tmp_path) == tmp_path / "llama-3.2-1b"
+
+
+# --- packages ---------------------------------------------------------------------------------------------------------
+
+
+def wheel(folder, body=BODY, extra=()):
+    """A wheel that ships mixdpo_thing/files/thing.bin, and a module that must not be imported."""
+    path = folder / "mixdpo_thing-1.0-py3-none-any.whl"
+    info = "mixdpo_thing-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("mixdpo_thing/__init__.py", "raise SystemExit('imported')")
+        file.writestr("mixdpo_thing/files/thing.bin", body)
+        file.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: mixdpo-thing\nVersion: 1.0\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+        for name in extra:
+            file.writestr(name, body)
+    return path
+
+
+def package_of(path, **fields):
+    entry = dict(requirement="mixdpo-thing==1.0", archive=path.name, bytes=path.stat().st_size,
+                 sha256=fetch.sha256_of(path), member="mixdpo_thing/files/thing.bin")
+    return Package(**entry | fields)
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A folder that pip takes packages from; no index is asked."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def everything(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_file_is_taken_out_of_a_package_that_pip_downloads(index, place, tmp_path, capfd):
+    """The first source fails; the second is a wheel. Faults: the wheel installed; unpacked whole; its path trusted."""
+    path = wheel(index, extra=["../../evil.bin", "/evil.bin"])
+    at = place("http://127.0.0.1:9/x", package_of(path))
+    before = everything(tmp_path)
+    assert asset("thing") == at.target and at.target.read_bytes() == BODY
+    assert everything(tmp_path) - before == {"cache/thing.bin", "cache/thing.bin.lock"}
+    assert fetch.importlib.util.find_spec("mixdpo_thing") is None
+    errors = capfd.readouterr().err
+    assert "not from http://127.0.0.1:9/x" in errors and "mixdpo-thing==1.0" in errors and "s left" in errors
+
+
+def test_an_altered_package_is_refused_by_pip(index, place):
+    """Fault: pip asked without the sum, so that a source archive's code runs before anything is verified."""
+    at = place(package_of(wheel(index), sha256="0" * 64))
+    refused(lambda: asset("thing"), "mixdpo-thing==1.0", "pip download failed", "By hand")
+    assert not at.target.exists() and not at.part.exists()
+
+
+def test_pip_failing_is_told(index, place, monkeypatch):
+    """No such package; no pip. Faults: the exit status not looked at; pip's own words lost."""
+    path = wheel(index)
+    place(package_of(path))
+    path.unlink()
+    refused(lambda: asset("thing"), "ERROR", "mixdpo-thing==1.0")
+    (index / "python").write_text("#!/bin/sh\necho 'python: No module named pip' >&2\nexit 1\n")
+    (index / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(index / "python"))
+    refused(lambda: asset("thing"), "No module named pip")
+
+
+@pytest.mark.parametrize("body, word", [(BODY[:-1] + b"?", "altered"), (BODY + b"more", "altered"), (b"", "altered")])
+def test_an_altered_member_is_refused(body, word, place, tmp_path):
+    """Fault: the member believed because the archive's sum was right."""
+    at = place(package_of(wheel(tmp_path, body)))
+    refused(lambda: asset("thing", data=tmp_path), word, SUM)
+    assert not at.target.exists() and not at.part.exists()
+
+
+def test_archives_in_the_data_folder_are_opened(place, tmp_path):
+    """A wheel, and a source archive. Faults: pip asked though the archive is there; a wrong path inside the archive."""
+    at = place(package_of(wheel(tmp_path)))
+    assert asset("thing", data=tmp_path) == at.target and at.target.read_bytes() == BODY
+    at.target.unlink()
+    with tarfile.open(tmp_path / "mixdpo_thing-1.0.tar.gz", "w:gz") as file:
+        member = tarfile.TarInfo("mixdpo_thing-1.0/mixdpo_thing/files/thing.bin")
+        member.size = len(BODY)
+        file.addfile(member, io.BytesIO(BODY))
+    place(package_of(tmp_path / "mixdpo_thing-1.0.tar.gz"))
+    assert asset("thing", data=tmp_path).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("name", ["mixdpo_thing-1.0-py3-none-any.whl", "mixdpo_thing-1.0.tar.gz"])
+def test_a_broken_archive_is_an_error_that_names_it(name, place, tmp_path):
+    """Not an archive; cut; a directory or a link where the file should be. Fault: zipfile's or tarfile's own error."""
+    path = tmp_path / name
+    path.write_bytes(b"no archive")
+    place(package_of(path))
+    refused(lambda: asset("thing", data=tmp_path), name)
+    if name.endswith(".whl"):
+        whole = wheel(tmp_path).read_bytes()
+        path.write_bytes(whole[:len(whole) // 2])
+        refused(lambda: asset("thing", data=tmp_path), name)
+        return
+    for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE):
+        with tarfile.open(path, "w:gz") as file:
+            member = tarfile.TarInfo("mixdpo_thing-1.0/mixdpo_thing/files/thing.bin")
+            member.type, member.linkname = kind, "/etc/hostname"
+            file.addfile(member)
+        refused(lambda: asset("thing", data=tmp_path), name)
+
+
+def test_an_installed_package_is_used_in_place(place, tmp_path, monkeypatch):
+    """Found, not imported. Faults: import_module; a file whose sum is another taken."""
+    folder = tmp_path / "site"
+    with zipfile.ZipFile(wheel(tmp_path)) as file:
+        file.extractall(folder)
+    monkeypatch.syspath_prepend(folder)
+    at = place(package_of(tmp_path / "mixdpo_thing-1.0-py3-none-any.whl"))
+    installed = folder / "mixdpo_thing" / "files" / "thing.bin"
+    assert asset("thing") == installed and not at.target.exists()
+    installed.write_bytes(BODY[:-1])
+    assert asset("thing", data=tmp_path) == at.target and at.target.read_bytes() == BODY
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_well_formed():
+    """Fault: a sum with a letter lost, a file name used twice, an archive that is not its requirement's."""
+    files = [entry.file for entry in fetch.ASSETS.values()]
+    assert len(set(files)) == len(files)
+    for entry in fetch.ASSETS.values():
+        assert re.fullmatch("[0-9a-f]{64}", entry.sha256) and entry.bytes > 0 and entry.sources
+        for source in entry.sources:
+            if isinstance(source, Package):
+                name, version = source.requirement.split("==")
+                assert source.archive.startswith(f"{name.replace('-', '_')}-{version}") and len(source.sha256) == 64
+            else:
+                assert source.startswith("https://")
+
+
+def test_the_registry_gives_a_real_asset(tmp_path, monkeypatch):
+    """The one test that needs a package registry: Llama-3's vocabulary out of a wheel of 6.6 MB."""
+    reach = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--timeout", "10",
+                            "--retries", "0", "-d", str(tmp_path), "iniconfig"], capture_output=True, text=True)
+    if reach.returncode:
+        pytest.skip(f"the package registry cannot be reached: {reach.stderr.strip().splitlines()[-1:]}")
+    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
+    path = asset("llama3.tokenizer")
+    assert path.stat().st_size == 2_183_982 and fetch.sha256_of(path) == fetch.ASSETS["llama3.tokenizer"].sha256
