@@ -251,10 +251,8 @@ def main(argv: list[str]) -> None:
         return
     shared = {"data": str(job / "train.jsonl"), "model": str(job / "reference"), "data_folder": config.data_folder}
     shared |= {"max_prompt": MAX_PROMPT, "max_response": preset["max_response"]} | preset["train"]
-    for seed in preset["seeds"]:
-        for run_name, options in preset["runs"].items():
-            out = job / (run_name if len(preset["seeds"]) == 1 else f"{run_name}-seed{seed}")
-            run(TrainConfig(out=str(out), seed=seed, **shared | options))
+    for run_name, options in preset["runs"].items():
+        run(TrainConfig(out=str(job / run_name), **shared | options))
     evaluate(EvalConfig(dir=str(job), limit=preset["evaluate"], data_folder=config.data_folder))
 
 
