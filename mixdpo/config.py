@@ -43,9 +43,12 @@ def convert(text: str, kind: type, flag: str):
             raise InputError(f"{flag}: got {text!r}, wanted true or false")
         return text.lower() in ("true", "1", "yes")
     try:
-        return kind(text)
+        value = kind(text)
     except ValueError:
         raise InputError(f"{flag}: got {text!r}, wanted a value of type {kind.__name__}") from None
+    if value != value:                                                      # NaN passes every later check of the form x <= 0
+        raise InputError(f"{flag}: got {text!r}, wanted a number")
+    return value
 
 
 def parse(cls, argv: list[str], program: str):
@@ -61,17 +64,17 @@ def parse(cls, argv: list[str], program: str):
         if word in ("-h", "--help"):
             print(usage(cls, program))
             raise SystemExit(0)
-        flag, _, attached = word.partition("=")
+        flag, equals, attached = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or name not in kinds:
             near = difflib.get_close_matches(name, kinds, n=1)
             hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
             raise InputError(f"unknown option {word!r}{hint} (`{program} --help` lists them all)")
-        if not attached and not words:
+        if not equals and not words:
             raise InputError(f"{flag} wants a value, and none follows")
         if name in values:
             raise InputError(f"{flag} is given twice; give it once")
-        values[name] = convert(attached or words.pop(0), kinds[name], flag)
+        values[name] = convert(attached if equals else words.pop(0), kinds[name], flag)
     for f in dataclasses.fields(cls):
         if f.name not in values and f.default is dataclasses.MISSING:
             raise InputError(f"--{f.name.replace('_', '-')} is required: {field_comments(cls).get(f.name, '')}")

@@ -1,0 +1,105 @@
+"""config.py: a dataclass as a command line, and everything that is refused. Docstrings name the faults that each test was seen to fail on."""
+
+import dataclasses
+
+import pytest
+
+from data.finetune import FinetuneConfig
+from eval import EvalConfig
+from mixdpo import config as configs
+from mixdpo.config import InputError
+from train import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """An example."""
+
+    path: str                       # where
+    shares: tuple[float, ...] = (1.0,)  # of what
+    count_all: int = 3              # how many
+    rate: float = 0.5               # how fast
+    loud: bool = False              # whether
+
+
+def parse(*words, cls=Example):
+    return configs.parse(cls, list(words), "prog")
+
+
+def refused(*words, tell=()):
+    with pytest.raises(InputError) as caught:
+        parse(*words)
+    for part in tell:
+        assert part in str(caught.value), f"{part!r} is not in: {caught.value}"
+
+
+def other(f):
+    """A value of a field that is not its default, as a word."""
+    default = None if f.default is dataclasses.MISSING else f.default
+    return {bool: str(not default).lower(), int: "17", float: "0.375", str: "some words"}[f.type]
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, FinetuneConfig, EvalConfig])
+@pytest.mark.parametrize("joined", [False, True], ids=["--flag value", "--flag=value"])
+def test_every_option_of_every_script_is_read_as_its_type(cls, joined):
+    """Faults: dashes not turned to underscores; bool("false") is true; the text kept instead of the number."""
+    want = {f.name: other(f) for f in dataclasses.fields(cls)}
+    flags = {name: f"--{name.replace('_', '-')}" for name in want}
+    words = [f"{flags[n]}={v}" for n, v in want.items()] if joined else [w for n, v in want.items() for w in (flags[n], v)]
+    config = parse(*words, cls=cls)
+    for f in dataclasses.fields(cls):
+        value = getattr(config, f.name)
+        assert type(value) is f.type, f"{f.name} is {value!r}, want {f.type.__name__}"
+        assert (str(value).lower() if f.type is bool else str(value)) == want[f.name]
+
+
+def test_tuples_bools_and_defaults():
+    """Faults: a tuple's members left as text; yes and 1 read as false."""
+    assert parse("--path", "x") == Example("x")
+    assert parse("--path", "x", "--shares", "0.25,0.75", "--loud", "yes", "--rate", "-1e-3") == Example("x", (0.25, 0.75), 3, -1e-3, True)
+    assert parse("--path", "x", "--loud", "1").loud and not parse("--path", "x", "--loud", "no").loud
+
+
+def test_an_empty_value_behind_an_equals_sign_is_a_value():
+    """Fault: `--path= --rate 1` takes "--rate" as the path."""
+    assert parse("--path=", "--rate", "1") == Example("", rate=1.0)
+
+
+@pytest.mark.parametrize("words,tell", [
+    (["--path", "x", "--cuont-all", "1"], ["--cuont-all", "did you mean --count-all?", "prog --help"]),
+    (["--path", "x", "stray"], ["'stray'"]),
+    (["--path", "x", "-rate", "1"], ["'-rate'"]),
+    (["--path", "x", "--count-all", "1.5"], ["--count-all", "'1.5'", "int"]),
+    (["--path", "x", "--rate", "fast"], ["--rate", "'fast'", "float"]),
+    (["--path", "x", "--loud", "maybe"], ["--loud", "'maybe'", "true or false"]),
+    (["--path", "x", "--shares", "1,b"], ["--shares", "'b'"]),
+    (["--path", "x", "--rate"], ["--rate", "none follows"]),
+    (["--path", "x", "--rate", "1", "--rate=1"], ["--rate", "twice"]),
+    (["--rate", "1"], ["--path", "required", "where"]),
+    (["--path", "x", "--rate", "nan"], ["--rate", "'nan'"]),
+])
+def test_refused(words, tell):
+    """Faults: an unknown option skipped; no near match offered; a single dash taken; the last of two values wins; a required option left None; nan taken."""
+    refused(*words, tell=tell)
+
+
+def test_every_option_is_explained_in_the_help(capsys):
+    """Fault: the comment is not found behind a field, so the help says nothing."""
+    for cls in (TrainConfig, FinetuneConfig, EvalConfig):
+        comments = configs.field_comments(cls)
+        assert [f.name for f in dataclasses.fields(cls) if not comments.get(f.name)] == []
+        with pytest.raises(SystemExit) as ended:
+            parse("--help", cls=cls)
+        said = capsys.readouterr().out
+        assert ended.value.code == 0
+        assert all(f"--{f.name.replace('_', '-')}" in said and comments[f.name] in said for f in dataclasses.fields(cls))
+
+
+def test_saved_configurations_come_back_and_other_versions_are_refused(tmp_path):
+    """Faults: a tuple comes back as a list; fields of another version ignored."""
+    config, path = Example("x", (0.5, 0.5), loud=True), tmp_path / "config.json"
+    configs.save(config, path)
+    assert configs.load(Example, path) == config
+    path.write_text(path.read_text().replace('"rate"', '"speed"'))
+    with pytest.raises(InputError, match=r"config\.json.*rate.*speed"):
+        configs.load(Example, path)

@@ -1,0 +1,152 @@
+"""rundir.py and optimizer.py: checkpoints whole or not at all, AdamW's state to the bit. Docstrings name the faults seen."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixdpo import rundir
+from mixdpo.config import InputError
+from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
+from mixdpo.rundir import compute_dtype, load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+def save(run, value, **config):
+    save_checkpoint(run, {"x": torch.tensor([value, torch.nan])}, {"step": int(value), "config": config})
+
+
+def test_checkpoints_come_back_with_nan_and_replace_each_other(tmp_path):
+    """Faults: the old folder stays in place; .new or .old is left behind."""
+    assert load_checkpoint(tmp_path, {}) is None
+    for value in (1.0, 2.0):
+        save(tmp_path, value, a=1)
+    tensors, state = load_checkpoint(tmp_path, {"a": 1})
+    assert tensors["x"][0] == 2 and tensors["x"][1].isnan() and state["step"] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("dies", ["save_file", "fsync", "first rename", "second rename"])
+def test_an_interrupted_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, dies):
+    """Faults: files written straight into checkpoint/; the old one removed before the new one stands; .old not looked at."""
+    save(tmp_path, 1.0)
+    calls, rename = [], Path.rename
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    def renamed(path, target):
+        calls.append(path)
+        return stop() if len(calls) == ("first rename", "second rename").index(dies) + 1 else rename(path, target)
+
+    if dies == "save_file":
+        monkeypatch.setattr(rundir, "save_file", stop)
+    elif dies == "fsync":
+        monkeypatch.setattr(rundir.os, "fsync", stop)
+    else:
+        monkeypatch.setattr(Path, "rename", renamed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 2.0)
+    assert load_checkpoint(tmp_path, {})[1]["step"] == 1
+    monkeypatch.undo()
+    save(tmp_path, 3.0)                                                     # and what is left over is no hindrance
+    assert load_checkpoint(tmp_path, {})[1]["step"] == 3
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_by_field(tmp_path):
+    """Faults: no comparison; only the first field named; 1 and 1.0 or None and absent taken for a difference that is none."""
+    save(tmp_path, 1.0, a=1, b="x", c=[1, 2])
+    load_checkpoint(tmp_path, {"a": 1, "c": (1, 2)})
+    with pytest.raises(InputError) as caught:
+        load_checkpoint(tmp_path, {"a": 2, "b": "y", "c": (1, 2)})
+    assert all(part in str(caught.value) for part in ("a: there 1, now 2", "b: there 'x', now 'y'", "--out")) and "c:" not in str(caught.value)
+
+
+def test_the_dtype_of_the_products():
+    """Faults: an unknown name taken for auto; a reason left out."""
+    assert compute_dtype("float32", "cpu")[0] == torch.float32 and compute_dtype("bfloat16", "cpu")[0] == torch.bfloat16
+    dtype, why = compute_dtype("auto", "cpu")
+    assert dtype in (torch.float32, torch.bfloat16) and "processor" in why
+    with pytest.raises(InputError, match="float16"):
+        compute_dtype("float16", "cpu")
+
+
+class Small(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name in ("A", "first", "B", "second"):
+            setattr(self, name, torch.nn.Parameter(torch.randn(3, 2, generator=generator)))
+        self.frozen = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+
+
+def steps(module, optimizer, first, last):
+    for t in range(first, last):
+        set_rate(optimizer, t, 10, 3)
+        sum(((t + 1) * p).sin().sum() for p in module.parameters() if p.requires_grad).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_adamw_goes_on_to_the_bit_and_each_set_at_its_own_rate():
+    """Faults: names in the module's order and not the optimizer's; moments not copied; the step count lost; head_lr for all."""
+    whole, (through, _) = (module := Small()), make_optimizer(module, 0.1, 0.01)
+    steps(whole, through, 0, 6)
+    half, (before, names) = (module := Small()), make_optimizer(module, 0.1, 0.01)
+    steps(half, before, 0, 3)
+    kept = {n: t.clone() for n, t in optimizer_state(before, names).items()}
+    after, own = make_optimizer(half, 0.1, 0.01)
+    load_optimizer_state(after, own, kept)
+    steps(half, after, 3, 6)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), half.parameters()))
+    assert names == ["first", "second", "A", "B"] and [g["peak"] for g in after.param_groups] == [0.1, 0.01]
+
+
+def test_the_rate_rises_for_warmup_steps_and_falls_to_a_tenth():
+    """Faults: a first step at rate 0; decay from the end of the warm-up; no decay."""
+    optimizer, _ = make_optimizer(Small(), 1.0, 0.5)
+    rates = []
+    for t in range(100):
+        set_rate(optimizer, t, 100, 4)
+        rates.append(optimizer.param_groups[0]["lr"])
+        assert optimizer.param_groups[1]["lr"] == pytest.approx(rates[-1] / 2)
+    assert rates[0] == pytest.approx(0.25) and rates[49] == pytest.approx(1 - 0.9 * 0.49) and rates[-1] == pytest.approx(0.1, abs=0.01)
+
+
+def sources():
+    return [p for p in [*ROOT.glob("mixdpo/**/*.py"), *ROOT.glob("data/**/*.py"), ROOT / "train.py", ROOT / "eval.py"]]
+
+
+def test_no_pickle_anywhere_and_backward_only_in_train():
+    """Faults: torch.save of a state in rundir.py; a loss that data/finetune.py calls backward on."""
+    assert len(sources()) > 20
+    for path in sources():
+        text = path.read_text()
+        found = [word for word in ("import pickle", "torch.save(", "torch.load(", "joblib", "allow_pickle=True", "import dill") if word in text]
+        assert not found, f"{path.name}: {found}"
+        assert ".backward(" not in text or path.name == "train.py", f"{path.name} calls backward; only train.py does"
+
+
+def test_the_package_knows_nothing_of_the_data_scripts_and_needs_only_its_own_packages():
+    """Faults: `from data import ...`, or scikit-learn, in mixdpo/."""
+    for path in [*ROOT.glob("mixdpo/**/*.py"), ROOT / "train.py", ROOT / "eval.py"]:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            word = line.split()[1].split(".")[0] if line.startswith(("import ", "from ")) and len(line.split()) > 1 else ""
+            assert word not in ("data", "tests", "sklearn", "spacy", "matplotlib", "transformers", "trl", "datasets"), f"{path.name}:{number}: {line}"
+
+
+def test_progress_says_rate_and_time_left(capsys, monkeypatch):
+    """Faults: a resumed run's rate counts steps it did not do; the last line is not written."""
+    now = iter([0.0, 10.0, 40.0])
+    monkeypatch.setattr(rundir.time, "monotonic", lambda: next(now))
+    progress = rundir.Progress("name")
+    progress(101, 200)                                                      # resumed at 100
+    progress(200, 200, "note")
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].split() == ["name", "200/200", "2.50/s", "00:00:00", "left", "note"], said
+
+
+def test_a_revision_is_found_or_said_to_be_unknown():
+    assert json.dumps(rundir.environment()) and rundir.revision()
