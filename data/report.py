@@ -81,7 +81,7 @@ def rewards(job: Job) -> dict[str, Figure]:
 
 
 def training(job: Job) -> dict[str, Figure]:
-    """A picture a run, all on the same scales: loss, log-marginal, each expert's accuracy and margin, effective experts."""
+    """A picture a run, the same scales in all: loss, log-marginal, accuracy, margins, effective experts by step."""
     runs = [run for run in job.runs if run.metrics]
     labels = {"loss": "loss (nats a pair)", "log_marginal": "log-marginal (nats a pair)", "accuracy": "accuracy",
               "margin": "margin h (nats)", "effective_experts": "effective experts"}
@@ -94,7 +94,8 @@ def training(job: Job) -> dict[str, Figure]:
             for k, column in enumerate(y.T if y.ndim == 2 else ()):
                 axis.plot(x, column, **expert_line(k), label=f"expert {k}")
             if y.ndim == 1:
-                axis.plot(x, y, color="black", linewidth=1, label="mixture" if run.config["experts"] > 1 else "policy")
+                whole = "mixture" if run.config["experts"] > 1 else "policy"
+                axis.plot(x, y, color="black", linewidth=1, label=whole)
             if key == "accuracy" and run.config["experts"] > 1:
                 axis.plot(x, smooth([step["accuracy_mbt"] for step in run.metrics])[1], color="black", linewidth=1)
             low, high = (pick([pick(curves[name][key][1]) for name in curves]) for pick in (np.min, np.max))
@@ -107,7 +108,7 @@ def training(job: Job) -> dict[str, Figure]:
 
 
 def mixtures(job: Job) -> list[tuple[Run, int]]:
-    """The panels of the pictures of responsibilities: a run and an expert. Of two experts one: the other takes the rest."""
+    """The panels of the pictures of responsibilities: a run and an expert; of two experts one, which tells both."""
     runs = [run for run in job.runs if run.config["experts"] > 1 and run.units and run.steps]
     return [(run, k) for run in runs for k in range(run.config["experts"] if run.config["experts"] > 2 else 1)]
 

@@ -15,22 +15,49 @@ def write(path: Path, rows: list[dict]) -> None:
 def figure(values) -> dict:
     """{"mean", "se", "n"}, in NumPy's words."""
     values = np.asarray(values, dtype=float)
-    return {"mean": values.mean(), "se": values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan, "n": len(values)}
+    return {
+        "mean": values.mean(),
+        "se": values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan,
+        "n": len(values),
+    }
 
 
-def make_job(home, runs=None, judges=("sentiment", "informativeness"), users=4, each=3, prompts=7, steps=6, seed=0,
-             heldout=True, completions=True, named=True):
+def make_job(
+    home,
+    runs=None,
+    judges=("sentiment", "informativeness"),
+    users=4,
+    each=3,
+    prompts=7,
+    steps=6,
+    seed=0,
+    heldout=True,
+    completions=True,
+    named=True,
+):
     """runs: name -> (K, latent). The judges take turns over the users; user u's pairs are apart in the file."""
     home, rng = Path(home), np.random.default_rng(seed)
     runs = {"dpo": (1, "pair"), "mix-pair": (2, "pair"), "mix-user": (2, "user")} if runs is None else runs
     home.mkdir(parents=True, exist_ok=True)
-    pairs = [{"prompt": "p", "chosen": "c", "rejected": "r", "user": f"u{n % users}",
-              "annotator": judges[n % users % len(judges)]} for n in range(users * each)]
+    pairs = [
+        {
+            "prompt": "p",
+            "chosen": "c",
+            "rejected": "r",
+            "user": f"u{n % users}",
+            "annotator": judges[n % users % len(judges)],
+        }
+        for n in range(users * each)
+    ]
     if not named:
         pairs = [{k: v for k, v in pair.items() if k != "annotator"} for pair in pairs]
     write(home / "train.jsonl", pairs)
-    results = {"environment": {"revision": "abc123+", "torch": "2.13.0", "device": "a device", "threads": 2},
-               "config": {"seed": 1, "temperature": 1.0, "batch": 64}, "preferences": {}, "policies": {}}
+    results = {
+        "environment": {"revision": "abc123+", "torch": "2.13.0", "device": "a device", "threads": 2},
+        "config": {"seed": 1, "temperature": 1.0, "batch": 64},
+        "preferences": {},
+        "policies": {},
+    }
     for name, (K, latent) in runs.items():
         make_run(home / name, K, latent, pairs, users, steps, rng)
         if heldout:
@@ -42,28 +69,54 @@ def make_job(home, runs=None, judges=("sentiment", "informativeness"), users=4, 
     (home / "results.json").write_text(json.dumps(results))
     (home / "reference").mkdir(exist_ok=True)
     (home / "reference/config.json").write_text(json.dumps({"model_type": "llama"}))
-    (home / "reference/finetune.json").write_text(json.dumps(
-        {"perplexity_before": 33.123, "perplexity_after": 28.456, "settings": {"model": "smollm2"}}))
+    (home / "reference/finetune.json").write_text(
+        json.dumps({"perplexity_before": 33.123, "perplexity_after": 28.456, "settings": {"model": "smollm2"}})
+    )
     return home
 
 
 def make_run(path, K, latent, pairs, users, steps, rng):
     path.mkdir(exist_ok=True)
-    config = {"data": "elsewhere/train.jsonl", "model": "elsewhere/reference", "experts": K, "sharing": "heads", "rank": 16,
-              "latent": latent, "estep": "all", "start": "linear", "start_steps": 2, "weights": "uniform", "beta": 0.1,
-              "lr": 2e-5, "head_lr": 1e-3, "epochs": 2, "batch": 6, "dtype": "auto", "seed": 0, "drop": False}
+    config = {
+        "data": "elsewhere/train.jsonl",
+        "model": "elsewhere/reference",
+        "experts": K,
+        "sharing": "heads",
+        "rank": 16,
+        "latent": latent,
+        "estep": "all",
+        "start": "linear",
+        "start_steps": 2,
+        "weights": "uniform",
+        "beta": 0.1,
+        "lr": 2e-5,
+        "head_lr": 1e-3,
+        "epochs": 2,
+        "batch": 6,
+        "dtype": "auto",
+        "seed": 0,
+        "drop": False,
+    }
     (path / "config.json").write_text(json.dumps(config))
     metrics, logged, groups = [], [], users if latent == "user" else len(pairs)
     kinds = list(dict.fromkeys(pair.get("annotator", "all") for pair in pairs))
     for t in range(1, steps + 1):
         part = t / steps
-        metrics.append({"step": t, "loss": 0.7 - 0.3 * part + 0.03 * rng.normal(), "log_marginal": -0.7 + 0.3 * part,
-                        "accuracy": rng.uniform(0.4, 0.9, K).tolist(), "accuracy_mbt": rng.uniform(0.5, 0.9),
-                        "margin": (part * np.arange(1, K + 1)).tolist(), "effective_experts": 1 + (K - 1) * rng.uniform(0.8, 1)})
+        metrics.append(
+            {
+                "step": t,
+                "loss": 0.7 - 0.3 * part + 0.03 * rng.normal(),
+                "log_marginal": -0.7 + 0.3 * part,
+                "accuracy": rng.uniform(0.4, 0.9, K).tolist(),
+                "accuracy_mbt": rng.uniform(0.5, 0.9),
+                "margin": (part * np.arange(1, K + 1)).tolist(),
+                "effective_experts": 1 + (K - 1) * rng.uniform(0.8, 1),
+            }
+        )
         ids = sorted(rng.choice(groups, max(1, groups // 2), replace=False).tolist())
         q = []
         for g in ids:
-            kind = kinds.index(pairs[g].get("annotator", "all"))             # users and pairs begin alike
+            kind = kinds.index(pairs[g].get("annotator", "all"))  # users and pairs begin alike
             level = rng.normal(0, 1, K) + 4 * part * (np.arange(K) == kind % K)
             q.append(np.round(np.exp(level) / np.exp(level).sum(), 4).tolist())
         logged.append({"step": t, "groups": ids, "q": q})
@@ -72,23 +125,35 @@ def make_run(path, K, latent, pairs, users, steps, rng):
 
 
 def held_out(K, kinds, rng, n=40):
-    of = {kind: [figure(rng.random(n + 7 * i) < 0.5 + 0.2 * ((i - k) % len(kinds) == 0)) for k in range(K)]
-          for i, kind in enumerate(kinds)}
-    aligned = {}
+    of = {
+        kind: [figure(rng.random(n + 7 * i) < 0.5 + 0.2 * ((i - k) % len(kinds) == 0)) for k in range(K)]
+        for i, kind in enumerate(kinds)
+    }
+    aligned = [{}, {}]  # of the training groups, of the held-out pairs
     if len(kinds) > 1:
-        aligned = {"ari": rng.uniform(0, 1), "matched": rng.uniform(0.5, 1), "units": 12, "bayes_ari": 0.9, "bayes_matched": 0.95,
-                   "naming": {str(k): kinds[k] if k < len(kinds) else None for k in range(K)}}
-    return {"experts": K, "weights": [1 / K] * K, "accuracy": of, "accuracy_all": [figure(rng.random(50) < 0.6) for _ in range(K)],
-            **{name: figure(rng.normal(level, 0.1, 50)) for name, level in (
-                ("accuracy_mbt", 0.6), ("accuracy_own", 0.65), ("log_likelihood", -0.68), ("log_likelihood_own", -0.66),
-                ("elbo_gap", 0.02))},
-            "effective_experts": 1 + 0.9 * (K - 1), "alignment_heldout": aligned, "alignment_train": aligned}
+        naming = {str(k): kinds[k] if k < len(kinds) else None for k in range(K)}
+        for n in range(2):
+            found = ("ari", "matched", "bayes_ari", "bayes_matched")
+            aligned[n] = {name: rng.uniform(0, 1) for name in found} | {"units": 12 + n, "naming": naming}
+    near = {"accuracy_mbt": 0.6, "accuracy_own": 0.65, "log_likelihood": -0.68, "log_likelihood_own": -0.66}
+    return {
+        "experts": K,
+        "weights": [1 / K] * K,
+        "accuracy": of,
+        "accuracy_all": [figure(rng.random(50) < 0.6) for _ in range(K)],
+        **{name: figure(rng.normal(level, 0.1, 50)) for name, level in (near | {"elbo_gap": 0.02}).items()},
+        "effective_experts": 1 + 0.9 * (K - 1),
+        "alignment_train": aligned[0],
+        "alignment_heldout": aligned[1],
+    }
 
 
 def make_completions(home, results, runs, prompts, judges, rng):
     rows = ["reference"]
     for name, (K, _) in runs.items():
-        rows += [name] if K == 1 else [f"{name} {mode}" for mode in ("mixture", "sparse", *(f"head {k}" for k in range(K)))]
+        rows += (
+            [name] if K == 1 else [f"{name} {mode}" for mode in ("mixture", "sparse", *(f"head {k}" for k in range(K)))]
+        )
     trained = [NAMES.index(judge) for judge in judges]
     base = None
     for i, row in enumerate(rows):
@@ -96,11 +161,33 @@ def make_completions(home, results, runs, prompts, judges, rng):
         mean = values[:, trained].mean(1)
         base = mean if base is None else base
         results["policies"][row] = {name: figure(values[:, r]) for r, name in enumerate(NAMES)}
-        results["policies"][row] |= {"trained": figure(mean), "gain": figure(mean - base), "kl": figure(rng.normal(i, 1, prompts)),
-                                     "length": figure(rng.integers(5, 48, prompts)), "values": values.tolist()}
+        results["policies"][row] |= {
+            "trained": figure(mean),
+            "gain": figure(mean - base),
+            "kl": figure(rng.normal(i, 1, prompts)),
+            "length": figure(rng.integers(5, 48, prompts)),
+            "values": values.tolist(),
+        }
     write(home / "prompts.jsonl", [{"prompt": f"This film {n}"} for n in range(prompts)])
-    write(home / "samples.jsonl", [{"prompt": f"This film {n}", "texts": {row: f"This film {n} was {i // 2} good." for i, row in enumerate(rows)}}
-                                   for n in range(prompts)])
-    (home / "dataset.json").write_text(json.dumps({
-        "rewards": NAMES, "annotators": list(judges), "max_new": 48, "seed": 0, "margin": 0.5,
-        "train": {"pairs": 12, "kinds": {"agree": 4, "conflict": 8}}}))
+    write(
+        home / "samples.jsonl",
+        [
+            {
+                "prompt": f"This film {n}",
+                "texts": {row: f"This film {n} was {i // 2} good." for i, row in enumerate(rows)},
+            }
+            for n in range(prompts)
+        ],
+    )
+    (home / "dataset.json").write_text(
+        json.dumps(
+            {
+                "rewards": NAMES,
+                "annotators": list(judges),
+                "max_new": 48,
+                "seed": 0,
+                "margin": 0.5,
+                "train": {"pairs": 12, "kinds": {"agree": 4, "conflict": 8}},
+            }
+        )
+    )
