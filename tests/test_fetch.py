@@ -1,10 +1,7 @@
-"""fetch.py and download.py against a server on this machine that does what servers do: it is slow, cuts, alters,
-forgets ranges, never answers. Packages come through pip from a folder, without an index. Each docstring names the faults
-that the test was seen to fail on.
+"""fetch.py: where a file is looked for and in what order, packages through pip from a folder without an index, and
+nothing half-written. Each docstring names the faults that the test was seen to fail on.
 """
 
-import hashlib
-import http.server
 import io
 import os
 import re
@@ -12,196 +9,15 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 import zipfile
-from types import SimpleNamespace
 
 import pytest
 
-from mixdpo import download, fetch
-from mixdpo.config import InputError
-from mixdpo.fetch import Asset, Package, asset
+from mixdpo import fetch
+from mixdpo.fetch import Package, asset
+from badserver import BODY, SUM, place, refused, server  # noqa: F401  (fixtures)
 
-BODY = bytes(range(256)) * 1200         # 307,200 bytes: several blocks
-SUM = hashlib.sha256(BODY).hexdigest()
-CUT = 100_000
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """/KIND of answer, see each branch. The server's `seen` holds (path, Range) of all requests."""
-
-    protocol_version = "HTTP/1.0"
-
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        kind, asked = self.path.strip("/"), self.headers.get("Range")
-        self.server.seen.append((kind, asked))
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
-        if kind == "missing":
-            return self.send_error(404)
-        if kind == "silent":                # accepts, and never answers
-            return self.server.closing.wait(20)
-        if kind == "refuses" and start:
-            return self.send_error(416)
-        body, status = BODY[start:], 206 if asked else 200
-        if kind == "forgetful":             # ignores ranges
-            body, status = BODY, 200
-        if kind == "altered":
-            body = BODY[:-1] + b"?"
-            body, status = body[start:], 206 if asked else 200
-        if kind == "longer":
-            body = body + b"more"
-        if kind == "elsewhere":             # answers another range than was asked for
-            body, start = BODY[start // 2:], start // 2
-        self.send_response(status)
-        if status == 206:
-            self.send_header("Content-Range", f"bytes {start}-{len(BODY) - 1}/{len(BODY)}")
-        if kind not in ("unmeasured", "endless"):
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if kind == "endless":
-            body = BODY + b"x" * 10_000_000
-        if kind in ("cuts", "stalls"):      # sends a part of what it announced, then closes or keeps the line silent
-            body = body[:CUT]
-        if kind == "dead" and asked:        # sends a part once, and then nothing more
-            body = b""
-        if kind == "dead":
-            body = body[:CUT]
-        try:
-            self.wfile.write(body)
-            if kind == "stalls":
-                self.wfile.flush()
-                self.server.closing.wait(20)
-        except ConnectionError:
-            self.server.broken.append(kind)
-
-
-@pytest.fixture
-def server():
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    running.seen, running.broken, running.closing = [], [], threading.Event()
-    running.daemon_threads = True
-    threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
-    running.url = f"http://127.0.0.1:{running.server_port}/"
-    yield running
-    running.closing.set()
-    running.shutdown()
-    running.server_close()
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """place(*sources, **fields) puts the asset "thing" into the table; its cache is an empty folder."""
-    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
-    for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(variable, raising=False)
-
-    def put(*sources, **fields):
-        entry = dict(file="thing.bin", bytes=len(BODY), sha256=SUM, sources=sources) | fields
-        monkeypatch.setitem(fetch.ASSETS, "thing", Asset(**entry))
-        target = tmp_path / "cache" / entry["file"]
-        return SimpleNamespace(target=target, part=target.with_name(target.name + ".part"))
-
-    return put
-
-
-def refused(call, *words):
-    with pytest.raises(InputError) as caught:
-        call()
-    for word in words:
-        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
-
-
-# --- over HTTP --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["whole", "unmeasured"])
-def test_a_file_comes_whole_and_once(kind, server, place):
-    """With and without an announced length. Faults: the cache not looked into; the transfer's own name left behind."""
-    at = place(server.url + kind)
-    assert asset("thing") == at.target and at.target.read_bytes() == BODY and not at.part.exists()
-    assert asset("thing") == at.target and server.seen == [(kind, None)]
-
-
-def test_a_cut_transfer_is_resumed_where_it_stopped(server, place):
-    """The server closes after 100,000 bytes of each answer. Faults: no Range; the part opened anew; a start off by one."""
-    at = place(server.url + "cuts")
-    assert asset("thing").read_bytes() == BODY and not at.part.exists()
-    assert [asked for _, asked in server.seen] == [None, "bytes=100000-", "bytes=200000-", "bytes=300000-"]
-
-
-def test_a_stalled_transfer_is_dropped_and_resumed(server, place, monkeypatch):
-    """Fault: no time limit on reading, so that it waits for ever."""
-    monkeypatch.setattr(download, "STALL_SECONDS", 0.3)
-    place(server.url + "stalls")
-    assert asset("thing").read_bytes() == BODY and len(server.seen) == 4
-
-
-def test_the_next_run_resumes_what_an_earlier_one_left(server, place):
-    """Faults: the part removed at the start, or when a transfer fails."""
-    at = place(server.url + "dead")
-    refused(lambda: asset("thing"), "truncated", f"{CUT} of {len(BODY)}", "resumes")
-    assert not at.target.exists() and at.part.read_bytes() == BODY[:CUT]
-    place(server.url + "whole")
-    assert asset("thing").read_bytes() == BODY and server.seen[-1] == ("whole", f"bytes={CUT}-")
-
-
-@pytest.mark.parametrize("kind", ["forgetful", "refuses", "elsewhere"])
-def test_servers_that_cannot_resume_start_over(kind, server, place):
-    """No ranges, a 416, and a range that was not asked for. Fault: what comes appended to what is there."""
-    at = place(server.url + kind)
-    at.part.parent.mkdir()
-    at.part.write_bytes(BODY[:CUT])
-    assert asset("thing").read_bytes() == BODY and server.seen[0] == (kind, f"bytes={CUT}-")
-
-
-@pytest.mark.parametrize("left", [b"\0" * CUT, b"\0" * len(BODY), b"\0" * (len(BODY) + 1)])
-def test_a_part_of_another_file_does_no_harm(left, server, place):
-    """Faults: an altered sum after a resumed transfer taken as final; a complete part never checked, or never left."""
-    at = place(server.url + "whole")
-    at.part.parent.mkdir()
-    at.part.write_bytes(left)
-    assert asset("thing").read_bytes() == BODY
-
-
-def test_an_altered_file_is_refused_and_not_kept(server, place):
-    """Faults: no sum; the file renamed before its sum is known; altered bytes kept as something to resume."""
-    at = place(server.url + "altered")
-    refused(lambda: asset("thing"), "altered", SUM, server.url + "altered", "By hand", str(at.target), "DATA=FOLDER")
-    assert not at.target.exists() and not at.part.exists() and len(server.seen) == 1
-
-
-def test_a_file_of_another_size_is_refused_before_it_comes(server, place):
-    """Fault: the announced length not looked at."""
-    at = place(server.url + "longer")
-    refused(lambda: asset("thing"), f"{len(BODY) + 4} bytes announced")
-    assert not at.part.exists()
-
-
-def test_no_more_than_the_size_is_ever_read(server, place):
-    """A server that announces nothing and sends 10 MB more. Fault: reading to its end; a disk can be filled so."""
-    place(server.url + "endless")
-    assert asset("thing").read_bytes() == BODY
-    for _ in range(100):
-        if server.broken:
-            break
-        time.sleep(0.05)
-    assert server.broken == ["endless"]     # it was still writing when we closed
-
-
-def test_a_machine_without_internet_goes_on_in_seconds(server, place, monkeypatch):
-    """A host that takes the connection and never answers, one whose name is not known, a port that nothing listens to,
-    a 404. Faults: urlopen's time limit alone, which starts anew for each address; an OSError let through."""
-    monkeypatch.setattr(download, "CONNECT_SECONDS", 0.4)
-    sources = (server.url + "silent", "http://no-such-host.invalid/x", "http://127.0.0.1:9/x", server.url + "missing")
-    place(*sources)
-    began = time.monotonic()
-    refused(lambda: asset("thing"), "no answer within 0.4 seconds", "HTTP 404", *sources)
-    assert time.monotonic() - began < 5
-    place(*sources, server.url + "whole")
-    assert asset("thing").read_bytes() == BODY
+# --- the cache --------------------------------------------------------------------------------------------------------
 
 
 def test_two_runs_fetch_a_file_once(server, place):
@@ -222,17 +38,6 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(server, place, capsys):
     asset("thing")
     at.target.write_bytes(BODY[:-1] + b"?")
     assert asset("thing").read_bytes() == BODY and "fetched again" in capsys.readouterr().err
-
-
-def test_progress_shows_rate_and_time_left(monkeypatch, capsys):
-    """Half of what is missing came in 20 s. Faults: the rate counted with bytes of an earlier run; no last line."""
-    clock = iter([100.0, 101.0, 120.0, 140.0])
-    monkeypatch.setattr(download.time, "monotonic", lambda: next(clock))
-    progress = download.Progress("thing", 20_000_000, 100_000_000)
-    for have in (30_000_000, 60_000_000, 100_000_000):
-        progress.show(have)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == ["thing: 60.0 of 100.0 MB, 2.00 MB/s, 20 s left", "thing: 100.0 of 100.0 MB, 2.00 MB/s, 0 s left"]
 
 
 # --- the folder of local data -----------------------------------------------------------------------------------------
@@ -268,7 +73,7 @@ def test_an_unknown_asset_is_named():
 def test_a_gated_model_says_where_to_put_it(place, tmp_path):
     """Faults: the data folder not looked into; a folder without config.json taken."""
     place()
-    refused(lambda: fetch.directory("llama-3.2-1b", tmp_path), "gated", str(tmp_path / "cache" / "llama-3.2-1b"), "DATA")
+    refused(lambda: fetch.directory("llama-3.2-1b", tmp_path), "gated", str(tmp_path / "cache" / "llama-3.2-1b"))
     (tmp_path / "llama-3.2-1b").mkdir()
     refused(lambda: fetch.directory("llama-3.2-1b", tmp_path), "gated")
     (tmp_path / "llama-3.2-1b" / "config.json").write_text("{}")
