@@ -259,8 +259,15 @@ def validate(config: TrainConfig) -> None:
     for name, known in choices.items():
         if getattr(config, name) not in known:
             raise InputError(f"--{name}: got {getattr(config, name)!r}, wanted one of {', '.join(known)}")
-    if config.experts < 1 or config.batch < 1 or config.micro < 1 or config.epochs < 1 or config.rank < 0 or config.beta <= 0:
-        raise InputError("--experts, --batch, --micro and --epochs want at least 1, --rank at least 0, --beta more than 0")
+    least = {"experts": 1, "batch": 1, "micro": 1, "epochs": 1, "restarts": 1, "prior": 1, "rank": 0, "start_steps": 0, "warmup": 0, "head_rows": 0, "context": 0}
+    above = {"beta": 0, "clip": 0, "lr": 0, "head_lr": 0}
+    for name, bound in (least | above).items():
+        if getattr(config, name) < bound or (name in above and getattr(config, name) == bound):
+            raise InputError(f"--{name.replace('_', '-')}: got {getattr(config, name)}, wanted {'more than' if name in above else 'at least'} {bound}")
+    for name, other, value in (("prior", "weights", "update"), ("restarts", "start", "linear")):
+        if getattr(config, name) != getattr(TrainConfig, name) and getattr(config, other) != value:
+            raise InputError(f"--{name} has no effect without --{other} {value}; choose it, or leave --{name} out")
+    first_weights(config), compute_dtype(config.dtype, "cpu")               # each refuses what it does not know
     if config.context and config.estep != "context":
         raise InputError("--context sets pairs aside for --estep context; choose it, or leave --context out")
     if config.estep == "context" and config.latent != "user":
@@ -273,13 +280,11 @@ def run(config: TrainConfig) -> Path:
     """Trains, or goes on where an interrupted run of the same configuration stopped; returns the run directory."""
     validate(config)
     out = Path(config.out)
-    same = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "data_folder", "save_minutes")}
+    same = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "data_folder", "save_minutes")} | {"data_key": data_key(config.data)}
     found = load_checkpoint(out, same)
     if found and found[1]["finished"]:
         print(f"{out}: finished before")
         return out
-    out.mkdir(parents=True, exist_ok=True)
-    configs.save(config, out / "config.json")
     print(json.dumps(dataclasses.asdict(config) | environment()))
     experts, pairs, units, reference, device = prepare(config)
     optimizer, names = make_optimizer(experts, config.lr, config.head_lr)
@@ -287,6 +292,8 @@ def run(config: TrainConfig) -> Path:
     start = first_responsibilities(config, units, reference.features)
     trained = [[i for i in unit if not (config.estep == "context" and pairs[i].context)] for unit in units]
     plan = [(epoch, ids) for epoch in range(config.epochs) for ids in batches(trained, config.batch, config.seed, epoch, pairs)]
+    out.mkdir(parents=True, exist_ok=True)                                  # not before all input is known to be good
+    configs.save(config, out / "config.json")
     table, t = torch.full((len(units), config.experts), torch.nan), 0      # (G,K) every group's last responsibilities; the step
     if found:
         tensors, state = found
