@@ -43,6 +43,7 @@ from train import TrainConfig, run
 
 JUDGE_LEAST = 5000  # labelled reviews that the judge of sentiment needs to reach its accuracy
 MAX_PROMPT = 16  # tokens of a review that make a prompt
+AT_ONCE = 64  # continuations sampled together on a CPU; sixteen times as many on a GPU
 FILES = {"train": "prompts-train.jsonl", "heldout": "prompts.jsonl"}
 
 
@@ -51,7 +52,7 @@ class ImdbConfig:
     """The IMDb experiment: data, reference, DPO and mixtures, table. What is finished is not done again."""
 
     preset: str = ""            # smoke, quick, cpu or paper; default: paper with a CUDA device, else quick
-    model: str = ""             # gpt2, smollm2, llama-3.2-1b or a directory; default: gpt2 if it can be had, else smollm2
+    model: str = ""             # gpt2, smollm2, llama-3.2-1b or a directory; default: gpt2 where possible, else smollm2
     out: str = ""               # the job's folder; default: runs/imdb-PRESET, and -MODEL where one is given
     sentiment: str = ""         # its judge: bag or distilbert; default: distilbert if it can be loaded, else bag
     data_only: bool = False     # true: stop when the preference files are written
@@ -130,7 +131,7 @@ def sample(job: Path, preset: dict, tokenizer, file: str, seed: int, key: str) -
     unfinished = job / f"sampled-{file}.{key[:12]}"                         # the key: another job's lines are not used
     done = read_lines(unfinished, whole=True) if unfinished.is_file() else []
     write_lines(unfinished, done)
-    progress, rows = Progress(f"sample {file}"), (64 if device == "cpu" else 1024) // n * n
+    progress, rows = Progress(f"sample {file}"), (AT_ONCE if device == "cpu" else 16 * AT_ONCE) // n * n
     progress(len(done), len(prompts))
     with unfinished.open("a", encoding="utf-8") as out:
         for start in range(len(done), len(prompts), rows // n):

@@ -43,7 +43,7 @@ CPU = COMMON | {
 }
 PAPER = COMMON | {
     "annotators": THREE, "prompts": 25000, "heldout": 10000, "evaluate": 10000,
-    "users": 2500, "pairs": 20, "heldout_pairs": 4, "reviews": 20000, "judge_reviews": 22000,
+    "users": 2520, "pairs": 20, "heldout_pairs": 4, "reviews": 20000, "judge_reviews": 22000,
     "finetune": {"steps": 2000, "batch": 64, "tokens": 128, "held": 256},
     "train": {"epochs": 2, "batch": 80, "micro": 80},
     "runs": runs(3, start="linear", estep="context", context=8),
