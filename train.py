@@ -129,14 +129,16 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, log_w: torch.Tenso
 
 
 def step(experts, optimizer, micros: list[Micro], ref_logp: torch.Tensor, log_w: torch.Tensor, given: torch.Tensor | None, config) -> tuple[dict, torch.Tensor]:
-    """One optimizer step on whole groups. given (all groups, K): responsibilities to use where not NaN; elsewhere the E-step computes them.
+    """One optimizer step on whole groups. given (all groups, K): responsibilities to use if no group of the step has NaN; else the E-step computes all.
 
     Returns the step's figures (parameters before the update) and the responsibilities used, (groups of the step, K).
     """
     pairs, used, seen = sum(len(m.train.ids) for m in micros), [], []
+    known = given is not None and not given[torch.cat([m.groups for m in micros])].isnan().any()   # of the step: not of one micro-batch
     for micro in micros:
-        log_q = None if given is None else given[micro.groups].to(log_w.device)
-        if log_q is None or log_q.isnan().any():
+        if known:
+            log_q = given[micro.groups].to(log_w.device)
+        else:
             log_q = context_posterior(experts, micro, ref_logp, log_w, config) if micro.context is not None else None
         parts = accumulate(experts, micro, ref_logp, log_w, log_q, pairs, config)
         used.append(torch.cat([q for q, _, _ in parts]) if log_q is None else log_q)

@@ -37,7 +37,7 @@ class Heads(nn.Module):
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """(N,T) -> (N,T,C): one pass for all experts."""
-        with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype.itemsize < 4):
             return self.trunk(ids).to(self.dtype)
 
     def rows(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ class Models(nn.Module):
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """(N,T) -> (K,N,T,C)."""
-        with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype.itemsize < 4):
             return torch.stack([model(ids).to(self.dtype) for model in self.models])
 
     def rows(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
