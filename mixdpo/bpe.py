@@ -124,12 +124,12 @@ def read_vocabulary(model, added, place):
     if model["type"] != "BPE" or unsupported:
         raise InputError(f"{place}: model {model['type']} {unsupported or ''} is not supported; wanted byte-level BPE")
     vocab, whole = model["vocab"], bool(model.get("ignore_merges"))
-    reserved = {token["content"] for token in added}
-    written = {name: to_bytes(name) for name in vocab if name not in reserved}
+    special = {token["content"] for token in added if token["special"]}
+    written = {name: to_bytes(name) for name in vocab if name not in special}
     names = {vocab[name]: token if token is not None else name.encode() for name, token in written.items()}
     names |= {token["id"]: token["content"].encode() for token in added}
 
-    rules = _rules(model["merges"], written, place)
+    rules = _rules(model["merges"], written, special, place)
     ids = {token: vocab[name] for name, token in written.items() if token is not None and len(token) == 1}
     ids |= {token: vocab[to_name(token)] for token in rules}
     if whole:                                           # tokens without a rule are met as whole pieces
@@ -148,13 +148,16 @@ def read_vocabulary(model, added, place):
     return Vocabulary(ranks, {rank: ids[token] for token, rank in ranks.items()}, names, literal)
 
 
-def _rules(merges, written, place):
+def _rules(merges, written, special, place):
     """token -> the pairs that join to it, the tokens in the order of their first rule."""
     rules, latest = {}, None
     for number, merge in enumerate(merges, 1):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         parts = [written.get(name) for name in pair]
-        if len(parts) != 2 or None in parts or parts[0] + parts[1] not in rules and "".join(pair) not in written:
+        if "".join(pair) in special:
+            raise InputError(f"{place}: merge {number}, {merge!r}, makes a special token, which text must never give; "
+                             "take that merge out, or the token out of added_tokens")
+        if len(parts) != 2 or None in parts or "".join(pair) not in written:
             raise InputError(f"{place}: merge {number}, {merge!r}, is not two tokens of the vocabulary that "
                              "make a third")
         token = parts[0] + parts[1]

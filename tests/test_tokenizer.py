@@ -267,6 +267,7 @@ REFUSED = {
     "merge of three": ("gpt2", setting(("model", "merges", 3), "a b c"), ["merge 4", "a b c"]),
     "merge of none": ("gpt2", setting(("model", "merges", 3), ["a", "中"]), ["merge 4", "中"]),
     "merge to none": ("gpt2", setting(("model", "merges", 3), "x z"), ["merge 4", "x z"]),
+    "merge to special": ("gpt2", setting(("added_tokens", 0, "content"), "the"), ["merge 2", "makes a special token"]),
     "no model": ("gpt2", lambda doc: doc.pop("model"), ["model"]),
     "a list": ("gpt2", setting(("added_tokens",), [1]), ["TypeError"]),
 }

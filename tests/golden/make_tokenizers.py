@@ -15,6 +15,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+FILE = Path(__file__).parent / "tokenizers.json"
+
 CORPUS = """The film isn't what we'd hoped for; it's what they'll remember, and I've said so since 1987.
 Its 2 leads act well, the other 10 don't. Runtime: 123 minutes, 4567 cuts, 89,000 extras (12.5% of them awake).
 She said "you're joking" and he'd laughed. We're told that that was the third, the thirteenth and the thirtieth time.
@@ -68,15 +70,16 @@ CASES = {
 }
 
 
-def train(pre, alphabet=None, special=("<|endoftext|>",), shuffle=False, normalizer=None, literal=()):
+def train(pre, alphabet=None, special=("<|endoftext|>",), shuffle=False, normalizer=None, literal=(), corpus=None,
+          size=450):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre, decoders.ByteLevel()
     if normalizer:
         tokenizer.normalizer = normalizer
     alphabet = pre_tokenizers.ByteLevel.alphabet() if alphabet is None else alphabet
-    trainer = trainers.BpeTrainer(vocab_size=450, min_frequency=1, special_tokens=list(special), show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=1, special_tokens=list(special), show_progress=False,
                                   initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(CORPUS.splitlines(keepends=True), trainer)
+    tokenizer.train_from_iterator(corpus or CORPUS.splitlines(keepends=True), trainer)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in literal])
     doc = json.loads(tokenizer.to_str())
     if shuffle:
@@ -87,8 +90,8 @@ def train(pre, alphabet=None, special=("<|endoftext|>",), shuffle=False, normali
     return doc
 
 
-def main():
-    golden = {}
+def golden():
+    found = {}
     for case, (pre, settings) in CASES.items():
         doc = train(pre, **settings)
         tokenizer = Tokenizer.from_str(json.dumps(doc))
@@ -97,12 +100,12 @@ def main():
         same = {text: tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text for text in TEXTS}
         kept = [(text, i) for text, i in zip(TEXTS, ids) if tokenizer.decode(i, skip_special_tokens=False)
                 in (same[text], " " + same[text])]
-        golden[case] = {"tokenizer": doc, "config": {"eos_token": "<|endoftext|>"},
+        found[case] = {"tokenizer": doc, "config": {"eos_token": "<|endoftext|>"},
                         "texts": [text for text, _ in kept], "ids": [i for _, i in kept]}
         print(f"{case}: {len(doc['model']['vocab'])} tokens, {len(kept)} of {len(TEXTS)} texts")
-    lines = ",\n".join(f"{json.dumps(case)}: {json.dumps(value)}" for case, value in golden.items())
-    (Path(__file__).parent / "tokenizers.json").write_text(f"{{\n{lines}\n}}\n")
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    lines = ",\n".join(f"{json.dumps(case)}: {json.dumps(value)}" for case, value in golden().items())
+    FILE.write_text(f"{{\n{lines}\n}}\n")

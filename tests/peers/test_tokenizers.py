@@ -1,0 +1,159 @@
+"""Our ids beside those of tokenizers, transformers and tiktoken's own GPT-2, live, on text made to break them; GGUF's
+numbers beside the gguf package. The docstring of each test names faults that it was seen to fail on.
+"""
+
+import json
+import random
+import unicodedata
+
+import numpy as np
+import pytest
+import tiktoken
+
+from mixdpo.config import InputError
+from mixdpo.fetch import asset
+from mixdpo.gguf import read_gguf
+from mixdpo.tokenizer import load_tokenizer
+
+tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed (extra `peers`)")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")
+make_tokenizers = pytest.importorskip("tests.golden.make_tokenizers")
+
+NAMES = ["gpt2", "smollm2", "llama-3.2-1b"]
+CHARACTERS = [chr(n) for n in range(0x110000) if not 0xD800 <= n < 0xE000]
+CLASSES = {}
+for character in CHARACTERS:
+    CLASSES.setdefault(unicodedata.category(character), []).append(character)
+BLANKS = [" ", "  ", "    ", "\n", "\n\n", "\t", " \n", "\r\n", "\u00a0", "\u2003", "\x0b", "\x0c", "\x1c", "\x85",
+          "\u3000"]
+WORDS = ["'s", "'S", "'ll", "'Re", "n't", "'d", "''", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|begin_of_text|>",
+         "é", "e\u0301", "👍🏽", "👨‍👩‍👧", "中文", "日本語", "русский", "한국어", "ไทย", "عربي", "٣٤", "½", "²", "Ⅷ", "...", "--",
+         "://", "_", "<br />", "the", " the", "The", "film", "don", "aaaa"]
+
+
+def text(draw):
+    """A few dozen characters: blanks, contractions, digits, special tokens' names, letters, and any code point."""
+    pieces = []
+    for _ in range(draw.randrange(1, 25)):
+        kind = draw.randrange(6)
+        pieces.append(draw.choice(BLANKS) if kind == 0 else draw.choice(WORDS) if kind < 3
+                      else str(draw.randrange(10 ** draw.randrange(1, 10))) if kind == 3
+                      else "".join(draw.choices("abcdefghijklmnopqrstuvwxyzABC", k=draw.randrange(1, 9))) if kind == 4
+                      else draw.choice(CLASSES[draw.choice(list(CLASSES))]))
+    return "".join(pieces)
+
+
+def texts(count, seed=0):
+    draw = random.Random(seed)
+    return [text(draw) for _ in range(count)]
+
+
+def ours(tokenizer, text):
+    """Ids, or None for a text with a character that the vocabulary lacks."""
+    try:
+        return tokenizer.encode(text)
+    except InputError as error:
+        assert "has no token" in str(error)
+        return None
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def real(request, tmp_path_factory):
+    """(our tokenizer, the folder that it was saved to)."""
+    try:
+        tokenizer = load_tokenizer(request.param)
+    except InputError as error:
+        pytest.skip(f"the vocabulary of {request.param} is not at hand and could not be fetched: {error}")
+    folder = tmp_path_factory.mktemp("saved")
+    tokenizer.save(folder)
+    return tokenizer, folder
+
+
+def test_saved_tokenizers_give_the_same_ids_in_transformers(real):
+    """Faults: GPT-2's pattern for SmolLM2; merges in another order; ignore_merges forgotten; ids off by one."""
+    tokenizer, folder = real
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    compared = 0
+    for one in texts(4000):
+        ids = ours(tokenizer, one)
+        if ids is not None:
+            assert theirs.encode(one, add_special_tokens=False, split_special_tokens=True) == ids, repr(one)
+            assert theirs.decode(ids) == one == tokenizer.decode(ids)
+            compared += 1
+    assert compared > 3000
+    assert theirs.eos_token_id == tokenizer.eos and len(theirs) == tokenizer.vocab
+    start = theirs.encode("the film", add_special_tokens=True)
+    assert start == [tokenizer.bos] * (tokenizer.bos is not None) + tokenizer.encode("the film")
+
+
+def test_every_kind_of_character_is_cut_alike(real):
+    """Each character below U+3000 and each 37th above, after a letter, before one, alone and after a digit.
+    Fault: Python's own classes of characters in place of the regex's."""
+    tokenizer, folder = real
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    theirs.encode_special_tokens = True
+    for one in [c for n, c in enumerate(CHARACTERS) if n < 0x3000 or n % 37 == 0]:
+        ids = ours(tokenizer, f"a{one}b {one} 1{one}")
+        wanted = theirs.encode(f"a{one}b {one} 1{one}", add_special_tokens=False).ids
+        assert ids is None or ids == wanted, f"U+{ord(one):04X}"
+
+
+def test_gpt2_is_tiktokens_own():
+    """Their faster pattern, our ranks. Fault: a contraction lost from the pattern."""
+    public = pytest.importorskip("tiktoken_ext.openai_public")
+    tokenizer = load_tokenizer("gpt2")
+    theirs = tiktoken.Encoding("r50k", pat_str=public.r50k_pat_str, mergeable_ranks=tokenizer.vocabulary.ranks,
+                               special_tokens={"<|endoftext|>": 50256})
+    for one in texts(3000, seed=1):
+        assert theirs.encode_ordinary(one) == tokenizer.encode(one)
+
+
+def test_llama3_as_transformers_converts_it(tmp_path):
+    """Their conversion lists every split of every token as a merge. Faults: only a token's first rule kept; tokens that
+    no merge reaches lost."""
+    tokenizer = load_tokenizer("llama-3.2-1b")
+    converter = transformers.convert_slow_tokenizer.TikTokenConverter(
+        str(asset("llama3.tokenizer")), pattern=tokenizer.doc["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"],
+        extra_special_tokens=[token["content"] for token in tokenizer.doc["added_tokens"]])
+    converter.converted().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end_of_text|>"}))
+    again = load_tokenizer(tmp_path)
+    assert again.vocabulary.ranks == tokenizer.vocabulary.ranks
+    for one in texts(500, seed=2):
+        assert again.encode(one) == tokenizer.encode(one)
+
+
+@pytest.mark.parametrize("case", make_tokenizers.CASES)
+def test_newly_trained_tokenizers(case, tmp_path):
+    """What the library trains on random text is never refused, and its ids are ours. Faults: as for golden files."""
+    pre, settings = make_tokenizers.CASES[case]
+    for seed in range(3):
+        corpus = [one.replace("<|endoftext|>", "") for one in texts(400, seed=seed + 10)]
+        doc = make_tokenizers.train(pre, corpus=corpus, size=900 + 700 * seed, **settings)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(doc))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+        tokenizer, theirs = load_tokenizer(tmp_path), tokenizers.Tokenizer.from_str(json.dumps(doc))
+        theirs.encode_special_tokens = True
+        for one in [*texts(700, seed=seed + 20), *corpus]:
+            ids = ours(tokenizer, one)
+            assert ids is None or theirs.encode(one, add_special_tokens=False).ids == ids, repr(one)
+            assert ids is None or theirs.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids)
+
+
+def test_golden_files_are_what_the_library_gives_now():
+    """Fault: a golden file edited by hand."""
+    assert make_tokenizers.golden() == json.loads(make_tokenizers.FILE.read_text())
+
+
+def test_gguf_numbers_are_the_gguf_packages():
+    """All 272 tensors of SmolLM2's file and its metadata. Faults: as in test_gguf.py."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    path = asset("smollm2")
+    metadata, tensors = read_gguf(path)
+    theirs = gguf.GGUFReader(path)
+    assert [tensor.name for tensor in theirs.tensors] == list(tensors)
+    for tensor in theirs.tensors:
+        numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(tensors[tensor.name].float32(), numbers.reshape(tensors[tensor.name].shape))
+    for key, value in metadata.items():
+        assert theirs.fields[key].contents() == value
