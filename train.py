@@ -289,6 +289,8 @@ def run(config: TrainConfig) -> Path:
         return out
     print(json.dumps(dataclasses.asdict(config) | environment()))
     experts, pairs, units, reference, device = prepare(config)
+    same |= {"model_key": content_key(experts.policy(0)[0])}                # still the reference
+    found = load_checkpoint(out, same)
     optimizer, names = make_optimizer(experts, config.lr, config.head_lr)
     ref_logp, log_w = reference.logp.to(device), first_weights(config).to(device)
     start = first_responsibilities(config, units, reference.features)

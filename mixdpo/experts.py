@@ -30,6 +30,7 @@ class Heads(nn.Module):
         W = trunk.unembedding                                               # (V,C)
         if experts > 1 and rank == 0:
             self.W_k = nn.Parameter(W.detach().expand(experts, -1, -1).clone())                       # (K,V,C)
+            W.requires_grad_(trunk.config.tied)                             # untied, nothing reads it any more: it has no gradient
         elif experts > 1:
             noise = torch.randn(experts, rank, W.shape[1], generator=torch.Generator().manual_seed(seed))
             self.A = nn.Parameter(W.new_zeros(experts, W.shape[0], rank))                             # (K,V,R)

@@ -2,10 +2,10 @@
 
 import pytest
 
-import tiny
+import tinyjob
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
-    """tiny.make_model's directory; nothing may be written into it."""
-    return tiny.make_model(tmp_path_factory.mktemp("model"))
+    """tinyjob.make_model's directory; nothing may be written into it."""
+    return tinyjob.make_model(tmp_path_factory.mktemp("model"))

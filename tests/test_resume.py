@@ -1,0 +1,193 @@
+"""train.py interrupted, resumed, and given bad input. Docstrings name the faults that each test was seen to fail on."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tinyjob
+import train
+from mixdpo.config import InputError
+
+ROOT = Path(__file__).parent.parent
+CASES = {
+    "pairs": dict(epochs=2),
+    "users, updated weights": dict(latent="user", weights="update", epochs=3),
+    "first visit": dict(estep="first", start="none", epochs=3, beta=0.5),
+    "context, linear": dict(latent="user", estep="context", context=1, start="linear", start_steps=3, epochs=3),
+    "models": dict(sharing="models", epochs=2),
+    "untied": dict(rank=0, epochs=2),
+}
+
+
+class Stopped(Exception):
+    """The plug is pulled."""
+
+
+def stop_at(monkeypatch, name, count):
+    """train.NAME raises on its call number `count`."""
+    calls, real = [], getattr(train, name)
+
+    def counted(*arguments, **options):
+        calls.append(None)
+        if len(calls) == count:
+            raise Stopped
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(train, name, counted)
+
+
+def same_files(a, b):
+    for name in ("metrics.jsonl", "responsibilities.jsonl"):
+        assert (a / name).read_text() == (b / name).read_text(), name
+    steps = [m["step"] for m in tinyjob.lines(a / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(case, tmp_path, model_dir, monkeypatch):
+    """Faults: the optimizer's state not loaded; the table lost (first visit); w lost (updated weights); lines of repeated steps stand twice;
+    the order of batches drawn anew; moments of a parameter without gradient expected (untied)."""
+    model, records = model_dir, tinyjob.make_records()
+    if case == "untied":
+        model = tinyjob.make_model(tmp_path / "model", tied=False)
+    data = tinyjob.write(tmp_path / "d.jsonl", records)
+    options = CASES[case] | dict(data=data)
+    whole = tinyjob.run(tmp_path, model, records, name="whole", **options)
+    for stop, count in (("step", 3), ("save_checkpoint", 2), ("step", 2)):    # in a step; after its lines, before its checkpoint; again
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stop_at(patch, stop, count)
+            tinyjob.run(tmp_path, model, records, name="parts", save_minutes=0.0, **options)
+            pytest.fail(f"{stop} was called less than {count} times")
+    shutil.rmtree(tmp_path / "cache")                                       # the reference is computed again
+    parts = tinyjob.run(tmp_path, model, records, name="parts", **options)
+    assert tinyjob.equal(whole, parts)
+    same_files(whole, parts)
+
+
+def test_without_a_checkpoint_a_stopped_run_begins_again(tmp_path, model_dir, monkeypatch):
+    """Fault: lines of the run that left no checkpoint are kept."""
+    records = tinyjob.make_records()
+    whole = tinyjob.run(tmp_path, model_dir, records, name="whole", epochs=2)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "step", 3)
+        tinyjob.run(tmp_path, model_dir, records, name="parts", epochs=2)
+    parts = tinyjob.run(tmp_path, model_dir, records, name="parts", epochs=2)
+    assert tinyjob.equal(whole, parts)
+    same_files(whole, parts)
+
+
+def test_a_finished_run_returns_at_once(tmp_path, model_dir, monkeypatch, capsys):
+    """Fault: it is trained again, or its files are touched."""
+    out = tinyjob.run(tmp_path, model_dir, tinyjob.make_records())
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file()}
+    monkeypatch.setattr(train, "prepare", lambda config: pytest.fail("prepared again"))
+    assert tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), save_minutes=3.0) == out and "finished before" in capsys.readouterr().out
+    assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("options,says", [(dict(beta=0.2), "beta: there 0.1, now 0.2"), (dict(experts=3, seed=5), "experts: there 2, now 3; seed: there 0, now 5")])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_of_another_configuration_is_refused(options, says, finished, tmp_path, model_dir, monkeypatch):
+    """Faults: a finished run returned whatever was asked for; config.json overwritten before the refusal."""
+    with monkeypatch.context() as patch:
+        if not finished:
+            stop_at(patch, "step", 3)
+        try:
+            tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), save_minutes=0.0)
+        except Stopped:
+            assert not finished
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(InputError, match=f"another configuration.*{says}"):
+        tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), **options)
+    assert (tmp_path / "run" / "config.json").read_text() == before
+
+
+def test_a_run_on_other_data_under_the_same_name_is_refused(tmp_path, model_dir):
+    """Fault: the path is compared and not the content, so a run on last week's file counts as finished."""
+    tinyjob.run(tmp_path, model_dir, tinyjob.make_records())
+    tinyjob.write(tmp_path / "run.jsonl", tinyjob.make_records(seed=1))
+    with pytest.raises(InputError, match="another configuration.*data_key"):
+        tinyjob.run(tmp_path, model_dir, None)
+
+
+def test_a_run_from_another_model_under_the_same_name_is_refused(tmp_path, monkeypatch):
+    """Fault: weights of one model go on with log-probs of another as reference."""
+    model = tinyjob.make_model(tmp_path / "model")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "step", 3)
+        tinyjob.run(tmp_path, model, tinyjob.make_records(), save_minutes=0.0)
+    tinyjob.make_model(tmp_path / "model", seed=1)
+    with pytest.raises(InputError, match="model"):
+        tinyjob.run(tmp_path, model, None)
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_a_number_stops_with_its_lines_and_leaves_nothing_half_written(tmp_path, model_dir):
+    """Faults: NaN stepped with; the lines of another batch named; a checkpoint written on the way out."""
+    with pytest.raises(InputError) as caught:
+        tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), lr=1e30, warmup=0)
+    message, out = str(caught.value), tmp_path / "run"
+    assert all(part in message for part in ("run.jsonl", "step 1", "nan", "--lr")), message
+    told = eval(message[message.index("[") : message.index("]") + 1])
+    plan = train.batches([[i] for i in range(18)], 8, 0, 0)
+    assert told == sorted(i + 1 for i in plan[1])                           # lines count from 1, steps from 0
+    assert not (out / "checkpoint").exists() and not (out / "checkpoint.new").exists()
+    assert len(tinyjob.lines(out / "metrics.jsonl")) == len(tinyjob.lines(out / "responsibilities.jsonl")) == 1
+
+
+def test_descend_steps_nowhere_on_nan_and_clips_the_norm(model_dir):
+    """Faults: the step taken before the check; infinity taken for a number; the norm after clipping returned."""
+    import torch
+
+    for bad, loss in ((torch.nan, 1.0), (torch.inf, 1.0), (1.0, torch.nan), (1.0, torch.inf)):
+        p = torch.nn.Parameter(torch.ones(2))
+        p.grad = torch.full((2,), bad)
+        with pytest.raises(FloatingPointError):
+            train.descend(torch.optim.SGD([p], lr=1.0), loss, 1.0)
+        assert p.tolist() == [1.0, 1.0]
+    p.grad = torch.tensor([3.0, 4.0])
+    assert train.descend(torch.optim.SGD([p], lr=1.0), 0.0, 1.0) == pytest.approx(5.0)
+    assert p.tolist() == pytest.approx([0.4, 0.2], abs=1e-5) and p.grad is None
+
+
+@pytest.mark.parametrize("change,options,says", [
+    ({}, dict(latent="user", batch=2), "u[0-5]' has 3 pairs, and a batch holds 2; choose a batch of 3 or more"),
+    ({"prompt": "m" * 40, "chosen": "a" * 40}, {}, "line 5.*40.*41.*context of 64.*<= 64"),
+    ({"chosen": ""}, {}, r"run\.jsonl:5.*empty chosen"),
+    ({"chosen": "ab", "rejected": "ab"}, {}, r"run\.jsonl:5.*identical"),
+    ({"user": None}, dict(latent="user"), "line 5: no user"),
+])
+def test_bad_input_is_refused_and_leaves_no_run(change, options, says, tmp_path, model_dir):
+    """Faults: each check taken out; a run directory left behind by a run that never began."""
+    records = tinyjob.make_records()
+    records[4] |= change
+    with pytest.raises(InputError, match=says):
+        tinyjob.run(tmp_path, model_dir, records, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_faulty_lines_are_dropped_and_counted_where_asked(tmp_path, model_dir, capsys):
+    """Fault: a dropped line shifts the others' numbers, or is not reported."""
+    records = tinyjob.make_records()
+    records[4]["chosen"] = ""
+    out = tinyjob.run(tmp_path, model_dir, records, drop=True)
+    assert "empty chosen: 1 (line 5)" in capsys.readouterr().out
+    assert sum(m["pairs"] for m in tinyjob.lines(out / "metrics.jsonl")) == 17
+
+
+def test_the_command_line(tmp_path, model_dir):
+    """Fault: `python train.py` needs more than --data, --model, --experts and --out; an error is a traceback."""
+    records = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in tinyjob.make_records()]
+    data, out = tinyjob.write(tmp_path / "prefs.jsonl", records), tmp_path / "runs" / "x"
+    words = ["--data", data, "--model", str(model_dir), "--experts", "4", "--out", str(out)]
+    done = subprocess.run([sys.executable, ROOT / "train.py", *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(tinyjob.lines(out / "metrics.jsonl")) == 1 and tinyjob.tensors(out)["table"].shape == (18, 4)
+    with pytest.raises(SystemExit) as ended:
+        train.main([*words[:-1], str(tmp_path / "y"), "--expert", "4"])
+    assert str(ended.value).startswith("error: unknown option '--expert'; did you mean --experts?")

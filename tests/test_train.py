@@ -1,0 +1,306 @@
+"""train.py end to end on a tiny model, against a slow twin of the whole loop. Docstrings name the faults that each test was seen to fail on."""
+
+import copy
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import brute
+import tinyjob
+import train
+from mixdpo.config import InputError
+from mixdpo.experts import make_experts
+from mixdpo.mixture import random_responsibilities
+from mixdpo.preferences import batches, groups, mark_context, read_preferences
+from mixdpo.reference import compute_reference
+from mixdpo.tokenizer import load_tokenizer
+from mixdpo.weights import load_model
+
+USER, CONTEXT = {"latent": "user"}, {"latent": "user", "estep": "context", "context": 2}
+CASES = {
+    "dpo": {"experts": 1},
+    "full heads": {"rank": 0},
+    "low-rank heads": {"rank": 2},
+    "heads alone": {"train_trunk": False},
+    "models": {"sharing": "models", "experts": 3},
+    "users": USER | {"epochs": 2, "batch": 7},
+    "users, models": USER | {"sharing": "models"},
+    "context": CONTEXT | {"epochs": 2},
+    "context, composable": CONTEXT | {"head_rows": 0},
+    "first visit": {"estep": "first", "epochs": 3, "start": "none"},
+    "first visit, users": USER | {"estep": "first", "epochs": 2, "start": "none"},
+    "given weights": {"weights": "0.2,0.8", "rank": 0},
+    "updated weights": USER | {"weights": "update", "prior": 2.0, "epochs": 3},
+    "clipped": {"clip": 1e-3, "start": "none"},
+    "checkpointing": {"checkpointing": True},
+    "untied": {"rank": 0, "model": "untied"},
+}
+
+
+@pytest.fixture(scope="session")
+def untied_dir(tmp_path_factory):
+    return tinyjob.make_model(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+# --- the slow twin -------------------------------------------------------------------------------------------------------------------
+
+
+def slow_logp(hidden, head, prompt, response):
+    """Summed log-prob of a response from full logits: one text, no padding."""
+    logits = hidden @ head.T                                                # (T,V)
+    logps = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
+    return logps[torch.arange(len(response)), torch.tensor(response)].sum()
+
+
+def slow_margins(experts, reference, pair, beta):
+    """h of one pair under each expert, (K,) with gradient."""
+    out = []
+    for k in range(experts.K):
+        ratio = []
+        for response in (pair.chosen, pair.rejected):
+            ids = torch.tensor([pair.prompt + response])
+            model = experts.models[k] if hasattr(experts, "models") else experts.trunk
+            head = model.unembedding
+            if hasattr(experts, "A"):
+                head = head + experts.A[k] @ experts.B[k]
+            elif hasattr(experts, "W_k"):
+                head = experts.W_k[k]
+            with torch.no_grad():
+                ref = slow_logp(reference(ids)[0], reference.unembedding, pair.prompt, response)
+            ratio.append(slow_logp(model(ids)[0], head, pair.prompt, response) - ref)
+        out.append(beta * (ratio[0] - ratio[1]))
+    return torch.stack(out)
+
+
+def slow_run(config):
+    """The whole of train.run, pair by pair, q in Python floats. Returns parameters by name, table of q (G,K), w (K,)."""
+    pairs = read_preferences(config.data, load_tokenizer(config.model), config.max_prompt, config.max_response)
+    if config.estep == "context":
+        pairs = mark_context(pairs, config.context, config.seed)
+    model, units, K = load_model(config.model), groups(pairs, config.latent), config.experts
+    reference, experts = copy.deepcopy(model), make_experts(model, config, torch.float32)
+    named = {n: p for n, p in experts.named_parameters() if p.requires_grad}
+    peak = {n: config.head_lr if n in ("A", "B") else config.lr for n in named}
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in named.values()], weight_decay=0.0, betas=(0.9, 0.99))
+    w = [1 / K] * K if config.weights in ("uniform", "update") else [float(x) for x in config.weights.split(",")]
+    start = random_responsibilities(len(units), K, torch.Generator().manual_seed(config.seed)).exp() if config.start == "dirichlet" else None
+    trained = [[i for i in unit if config.estep != "context" or not pairs[i].context] for unit in units]
+    plan = [(e, ids) for e in range(config.epochs) for ids in batches(trained, config.batch, config.seed, e)]
+    table = {}
+    for t, (epoch, ids) in enumerate(plan):
+        loss, count = 0.0, sum(len(trained[g]) for g in ids)
+        for g in ids:
+            h = {i: slow_margins(experts, reference, pairs[i], config.beta) for i in units[g]}
+            seen = [i for i in units[g] if config.estep != "context" or pairs[i].context]
+            if start is not None and t < config.start_steps and K > 1:
+                q = start[g].tolist()
+            elif config.estep == "first" and g in table:
+                q = table[g]
+            else:
+                q = brute.user_posterior(w, [h[i].tolist() for i in seen], [0] * len(seen))[1][0]
+            table[g] = q
+            loss = loss - sum((torch.tensor(q) * F.logsigmoid(h[i])).sum() for i in trained[g]) / count
+        optimizer.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in named.values() if p.grad is not None))
+        for (name, p), group in zip(named.items(), optimizer.param_groups):
+            group["lr"] = peak[name] * min(1.0, (t + 1) / max(config.warmup, 1)) * (1 - 0.9 * t / len(plan))
+            if p.grad is not None and norm > config.clip:
+                p.grad *= config.clip / norm
+        optimizer.step()
+        if config.weights == "update" and (t + 1 == len(plan) or plan[t + 1][0] > epoch):
+            mean = np.array([table[g] for g in table])
+            w = ((mean.sum(0) + config.prior - 1) / (len(mean) + K * (config.prior - 1))).tolist()
+    return named, np.array([table[g] for g in range(len(units))]), w
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loop_equals_its_slow_twin(case, tmp_path, model_dir, untied_dir):
+    """Faults: user's pairs not pooled; context pairs trained on, or q from the trained pairs; responsibilities of `first` not kept; loss divided by
+    the micro-batch; no clipping; weights updated with another prior, or never; the start used for too long; head_lr for the trunk; a frozen trunk trained."""
+    options = dict(CASES[case])
+    model = untied_dir if options.pop("model", None) else model_dir
+    out = tinyjob.run(tmp_path, model, tinyjob.make_records(users=4), **dict(lr=3e-4, head_lr=3e-3, beta=0.5) | options)
+    config = train.configs.load(train.TrainConfig, out / "config.json")
+    named, table, w = slow_run(config)
+    got, metrics = tinyjob.tensors(out), tinyjob.lines(out / "metrics.jsonl")
+    for name, p in named.items():
+        assert torch.allclose(got[f"experts.{name}"], p, rtol=0, atol=1e-5), f"{name}: {(got[f'experts.{name}'] - p).abs().max():.2g}"
+    assert np.allclose(got["table"].exp().numpy(), table, atol=1e-5) and np.allclose(got["log_w"].exp().numpy(), w, atol=1e-5)
+    assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1)) and metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert {n.removeprefix("experts.") for n in got if n.startswith("experts.")} == set(named)
+    assert not any(n.startswith("optimizer.") for n in got)                 # a finished run needs no moments
+
+
+# --- step 0 --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_reference_of_another_model_stops_before_the_first_step(tmp_path, model_dir, monkeypatch):
+    """Fault: the reference's log-probs are another model's (put in here); and check_start not called."""
+    other = load_model(tinyjob.make_model(tmp_path / "other", seed=1))
+    monkeypatch.setattr(train, "compute_reference", lambda model, *rest, **more: compute_reference(other, *rest, **more))
+    with pytest.raises(AssertionError, match="margins at step 0.*policy and reference differ"):
+        tinyjob.run(tmp_path, model_dir, tinyjob.make_records())
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("name,fault,says", [
+    ("e_step", lambda e: lambda w, h, g=None: (e(w, h, g)[0], torch.full_like(h, -math.log(2))), "responsibilities at step 0"),
+    ("e_step", lambda e: lambda w, h, g=None: (e(w, h, g)[0] + 0.1, e(w, h, g)[1]), "want ln 2"),
+    ("elbo", lambda e: lambda *a: e(*a) - 1e-3, "bound is not tight"),
+])
+def test_the_other_invariants_of_step_0(tmp_path, model_dir, monkeypatch, name, fault, says):
+    """Faults (put in here): q uniform whatever w is; a wrong marginal; a loose bound. And each assertion taken out."""
+    monkeypatch.setattr(train, name, fault(getattr(train, name)))
+    with pytest.raises(AssertionError, match=says):
+        tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), weights="0.2,0.8")
+
+
+# --- the saddle ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"rank": 0}, {"sharing": "models"}])
+def test_without_a_start_equal_experts_stay_equal_and_with_one_they_part(options, tmp_path, model_dir):
+    """Faults: noise on the heads' copies; start=none ignored; start_steps 0 where dirichlet was asked for."""
+    options = options | dict(epochs=2, beta=0.5)
+    for start in ("none", "dirichlet"):
+        out = tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name=start, start=start, **options)
+        got, spread = tinyjob.tensors(out), 0.0
+        for name, p in got.items():
+            if name == "experts.W_k":
+                spread = max(spread, (p[0] - p[1]).abs().max().item())
+            elif name.startswith("experts.models.0."):
+                spread = max(spread, (p - got[name.replace("models.0.", "models.1.")]).abs().max().item())
+        off = (got["table"].exp() - 0.5).abs().max().item()
+        margin = np.ptp(tinyjob.lines(out / "metrics.jsonl")[-1]["margin"])
+        if start == "none":
+            assert spread < 1e-6 and off < 1e-5 and margin < 1e-5, (spread, off, margin)
+        else:
+            assert spread > 1e-3 and off > 1e-2 and margin > 1e-3, (spread, off, margin)
+
+
+# --- what training looks at ----------------------------------------------------------------------------------------------------------
+
+
+def test_context_pairs_are_never_trained_on(tmp_path, model_dir):
+    """Fault: the M-step takes all pairs. With one expert q is 1, so context pairs turned round must change nothing at all; other pairs must."""
+    records = [r | {"context": n < 6} for n, r in enumerate(tinyjob.make_records())]
+
+    def turned(context):
+        return [r | {"chosen": r["rejected"], "rejected": r["chosen"]} if r["context"] == context else r for r in records]
+
+    options = dict(experts=1, latent="user", estep="context", epochs=2)
+    runs = [tinyjob.run(tmp_path, model_dir, data, name=f"run{n}", **options) for n, data in enumerate((records, turned(True), turned(False)))]
+    assert tinyjob.equal(runs[0], runs[1]) and not tinyjob.equal(runs[0], runs[2])
+    assert sum(m["pairs"] for m in tinyjob.lines(runs[0] / "metrics.jsonl")) == 2 * 12
+
+
+def test_first_freezes_responsibilities_at_the_first_visit_and_all_does_not(tmp_path, model_dir):
+    """Faults: `first` computes them anew at every visit; `all` keeps them."""
+    for estep, frozen in (("first", True), ("all", False)):
+        out, seen = tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name=estep, estep=estep, epochs=3, start="none", beta=1.0), {}
+        for line in tinyjob.lines(out / "responsibilities.jsonl"):
+            for g, q in zip(line["groups"], line["q"]):
+                seen.setdefault(g, []).append(q)
+        assert all(len(visits) == 3 for visits in seen.values()) and len(seen) == 18
+        assert all(v[0] == v[1] == v[2] for v in seen.values()) == frozen
+    assert any(abs(v[0][0] - 0.5) > 0.01 for v in seen.values())
+
+
+def test_the_linear_start_finds_planted_users(tmp_path, model_dir, capsys):
+    """Faults: features of the chosen text alone; groups shuffled against pairs; features of the prompt. Users stand in no order in the file."""
+    records = tinyjob.make_records(users=10, each=6, letters=("aaab", "zzzy"))
+    config = train.TrainConfig(**tinyjob.SMALL | dict(data=tinyjob.write(tmp_path / "d.jsonl", records), model=str(model_dir), out=str(tmp_path / "r"), latent="user", start="linear"))
+    _, pairs, units, reference, _ = train.prepare(config)
+    q = train.first_responsibilities(config, units, reference.features).exp()
+    found, truth = q.argmax(1).tolist(), [int(pairs[unit[0]].user[1:]) % 2 for unit in units]
+    assert brute.best_matching(found, truth, 2) == 1.0 and q.max(1).values.min() > 0.8
+    assert "bounds of 5 starts" in capsys.readouterr().out
+    out = tinyjob.run(tmp_path, model_dir, records, name="d", latent="user", start="linear", start_steps=1000, batch=30)
+    assert torch.equal(tinyjob.tensors(out)["table"].exp(), q)                 # and these are what the M-step used
+
+
+def test_features_are_the_mean_states_of_the_response(tmp_path, model_dir):
+    """Faults: the states that predict the tokens; the prompt's among them; padding counted."""
+    config = train.TrainConfig(**tinyjob.SMALL | dict(data=tinyjob.write(tmp_path / "d.jsonl", tinyjob.make_records()), model=str(model_dir), out=str(tmp_path / "r")))
+    experts, pairs, _, reference, _ = train.prepare(config)
+    for i in (0, 5, 11):
+        for side, response in enumerate((pairs[i].chosen, pairs[i].rejected)):
+            with torch.no_grad():
+                states = experts.trunk(torch.tensor([pairs[i].prompt + response]))[0, len(pairs[i].prompt) :]
+            assert torch.allclose(reference.features[i, side], states.mean(0), atol=1e-5)
+
+
+def test_results_depend_on_neither_micro_batches_nor_chunks(tmp_path, model_dir):
+    """Faults: the loss divided by the micro-batch's pairs; a chunk's E-step on part of a user; a chunk's last pair lost."""
+    options = dict(latent="user", epochs=2, batch=9, lr=1e-4, head_lr=1e-3)
+    runs = [tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name=f"run{n}", micro=micro, head_rows=rows, **options)
+            for n, (micro, rows) in enumerate([(9, 0), (1, 0), (3, 1), (4, 30), (9, 1), (9, 40), (9, 10**6)])]
+    for run in runs[1:]:
+        assert tinyjob.equal(runs[0], run, slack=1e-6)
+
+
+def test_chunks_cover_every_pair_once_and_cut_no_user():
+    """Faults: a chunk that ends inside a user; the last chunk forgotten; one chunk whatever head_rows is."""
+    from mixdpo.preferences import Pair, collate, response_positions
+
+    pairs = [Pair([1], [2] * n, [3] * (n + 1), user=u) for n, u in zip((1, 4, 2, 7, 1, 1, 3), "aabbbcd")]
+    batch = collate(pairs, range(7), "user")
+    sequence = response_positions(batch)[2]
+    for rows, whole in ((1, True), (1, False), (12, True), (12, False), (0, True)):
+        cuts = list(train.chunks(batch, sequence, rows, whole))
+        assert [c[0] for c in cuts] == [0, *(c[1] for c in cuts[:-1])] and cuts[-1][1] == 7
+        assert all((sequence[m:end] // 2 >= p).all() and (sequence[m:end] // 2 < q).all() for p, q, m, end in cuts)
+        assert sum(end - m for *_, m, end in cuts) == len(sequence)
+        assert not whole or all(q == 7 or batch.group[q - 1] != batch.group[q] for _, q, *_ in cuts)
+        assert len(cuts) == {(1, True): 4, (1, False): 7, (0, True): 1}.get((rows, whole), len(cuts)) and (rows != 12 or 1 < len(cuts) < 7)
+
+
+def test_annotators_and_scores_never_reach_training(tmp_path, model_dir):
+    """Fault: the start, or the E-step, looks at `annotator`."""
+    records = tinyjob.make_records()
+    plain = [{k: v for k, v in r.items() if k not in ("annotator", "scores")} for r in records]
+    other = [r | {"annotator": "nobody", "scores": {"x": [n, -n]}} for n, r in enumerate(records)]
+    runs = [tinyjob.run(tmp_path, model_dir, data, name=f"run{n}", latent="user", start="linear") for n, data in enumerate((records, plain, other))]
+    assert tinyjob.equal(runs[0], runs[1]) and tinyjob.equal(runs[0], runs[2])
+    assert (runs[0] / "metrics.jsonl").read_text() == (runs[1] / "metrics.jsonl").read_text() == (runs[2] / "metrics.jsonl").read_text()
+
+
+def test_the_seed_and_only_the_seed_changes_a_run(tmp_path, model_dir):
+    """Faults: a generator without a seed; the seed not used."""
+    runs = [tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name=f"run{n}", seed=seed) for n, seed in enumerate((0, 0, 1))]
+    assert tinyjob.equal(runs[0], runs[1]) and not tinyjob.equal(runs[0], runs[2])
+
+
+# --- options that are refused --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options,says", [
+    ({"sharing": "trunk"}, "--sharing.*'trunk'.*heads, models"), ({"latent": "group"}, "--latent"), ({"estep": "some"}, "--estep"), ({"start": "zero"}, "--start"),
+    ({"experts": 0}, "--experts"), ({"batch": 0}, "--batch"), ({"micro": 0}, "--micro"), ({"epochs": 0}, "--epochs"), ({"rank": -1}, "--rank"), ({"beta": 0.0}, "--beta"),
+    ({"clip": 0.0}, "--clip"), ({"head_rows": -1}, "--head-rows"), ({"start_steps": -1}, "--start-steps"), ({"lr": -1.0}, "--lr"),
+    ({"start": "linear", "restarts": 0}, "--restarts"), ({"weights": "update", "prior": 0.5}, "--prior"),
+    ({"context": 2}, "--context.*--estep context"), ({"estep": "context", "context": 1}, "--latent user"),
+    ({"train_trunk": False, "experts": 1}, "--train-trunk"), ({"train_trunk": False, "sharing": "models"}, "--train-trunk"),
+    ({"prior": 2.0}, "--prior.*--weights update"), ({"restarts": 9}, "--restarts.*--start linear"),
+    ({"weights": "0.5,0.2,0.3"}, "--weights.*2 positive"), ({"weights": "1,0"}, "--weights"), ({"weights": "uniformly"}, "--weights.*'uniformly'"), ({"dtype": "half"}, "--dtype"),
+])
+def test_wrong_and_contradictory_options_are_refused_before_anything_is_written(options, says, tmp_path, model_dir):
+    """Faults: each check taken out; an option that has no effect ignored in silence; a run directory left behind."""
+    with pytest.raises(InputError, match=says):
+        tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), **options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.jsonl"]
+
+
+def test_the_configuration_is_printed_and_saved(tmp_path, model_dir, capsys):
+    """Fault: defaults left out of what is saved."""
+    out = tinyjob.run(tmp_path, model_dir, tinyjob.make_records())
+    saved = json.loads((out / "config.json").read_text())
+    printed = json.loads(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("{")))
+    assert saved.keys() == {f.name for f in dataclasses.fields(train.TrainConfig)} and saved.items() <= printed.items()
+    assert {"revision", "torch", "python", "device", "threads"} <= printed.keys()

@@ -1,0 +1,77 @@
+"""A whole job small enough for seconds: a random model of width 16, a tokenizer of one token a byte, preferences of a few letters."""
+
+import json
+
+import numpy as np
+import torch
+
+import train
+from mixdpo import bpe
+from mixdpo.llama import Llama, LlamaConfig
+from mixdpo.weights import save_model
+
+EOS = 256
+SMALL = dict(dtype="float32", rank=2, batch=8, micro=4, head_rows=12, lr=1e-3, head_lr=1e-2, warmup=1, start_steps=2, save_minutes=1e9)
+
+
+def make_model(folder, seed=0, tied=True, context=64, scale=5.0):
+    """A Hugging Face directory: a Llama with 256 bytes and an end token, weights `scale` times those of a fresh one."""
+    torch.manual_seed(seed)
+    sizes = dict(vocab=EOS + 1, context=context, width=16, inner=24, layers=2, heads=2, kv_heads=1, tied=tied, eos=EOS)
+    model = Llama(LlamaConfig(**sizes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale if p.ndim > 1 else 1.0)  # at the usual 0.02 all texts are alike to so narrow a model
+    save_model(model, folder)
+    vocab = {bpe.to_name(bytes([b])): b for b in range(256)} | {"<end>": EOS}
+    (folder / "tokenizer.json").write_text(json.dumps(bpe.document(vocab, ["<end>"], bpe.BYTE_LEVEL, [], False)))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    return folder
+
+
+def word(rng, letters, least=2, most=6):
+    return "".join(rng.choice(list(letters), rng.integers(least, most + 1)))
+
+
+def make_records(users=6, each=3, seed=0, letters=("abcd", "wxyz")):
+    """Users of two kinds by turns: kind 0 chooses words of the first letters, kind 1 of the second. Lengths vary."""
+    rng, records = np.random.default_rng(seed), []
+    for n in range(users * each):
+        user = n % users  # a user's lines do not stand together
+        kind = user % 2
+        texts = [word(rng, letters[kind]), word(rng, letters[1 - kind])]
+        scores = {"first": [1.0 - kind, float(kind)], "second": [float(kind), 1.0 - kind]}
+        records.append({"prompt": word(rng, "mnop", 1, 5), "chosen": texts[0], "rejected": texts[1], "user": f"u{user}",
+                        "annotator": ("first", "second")[kind], "scores": scores})
+    return records
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def run(folder, model, records, name="run", **options):
+    """train.run on `records` in folder/NAME; returns the run's directory."""
+    data = folder / f"{name}.jsonl"
+    if not data.exists() or options.pop("rewrite", False):
+        write(data, records)
+    return train.run(train.TrainConfig(**SMALL | dict(data=str(data), model=str(model), out=str(folder / name)) | options))
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tensors(folder):
+    """The tensors of a run's checkpoint."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "checkpoint" / "state.safetensors")
+
+
+def equal(a, b, slack=0.0, only=""):
+    """Whether two checkpoints hold the same tensors within `slack`; NaN is like NaN."""
+    a, b = ({n: t for n, t in tensors(x).items() if n.startswith(only)} for x in (a, b))
+    assert a and a.keys() == b.keys(), f"{sorted(a)} and {sorted(b)}"
+    return all(torch.allclose(a[n], b[n], rtol=0, atol=slack, equal_nan=True) for n in a)
