@@ -130,8 +130,8 @@ def test_report_is_whole(tmp_path):
 @pytest.mark.parametrize(
     "missing, options",
     [
-        ("No held-out pairs", {"heldout": False}),
-        ("No completions", {"completions": False}),
+        ("Held-out preferences\n\nNo held-out pairs", {"heldout": False}),
+        ("Rewards of the policies\n\nNo completions", {"completions": False}),
         ("No completions of a run with several experts", {"runs": {"dpo": (1, "pair")}}),
         ("Not measured", {"judges": ("sentiment",)}),
         ("judge unknown", {"named": False}),
@@ -153,7 +153,7 @@ def test_a_folder_of_unevaluated_runs(tmp_path, monkeypatch):
     for name in ("results.json", "train.jsonl", "reference/finetune.json"):
         (home / name).unlink()
     text = report(home).read_text(encoding="utf-8")
-    assert "training-mix-user" in text and "Nothing was measured" in text
+    assert "training-mix-user" in text and text.count("Nothing was measured") == 4  # pictures; training is there
     assert "Sample completions\n\nNo completions" in text
 
 
