@@ -215,11 +215,17 @@ def find_runs(folder: Path) -> list[Path]:
 
 def read_prompts(path: Path, tokenizer, max_prompt: int, limit: int) -> list[list[int]]:
     """The first `limit` prompts (0: all) as ids."""
-    records = [json.loads(line) for line in lines(path) if line.strip()]
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"]:
-            raise InputError(f'{path}:{number}: wanted {{"prompt": "some text"}}, got {json.dumps(record)[:80]}')
-    return [encode_prompt(record["prompt"], tokenizer, max_prompt)[0] for record in records[: limit or None]]
+    prompts = []
+    for number, line in enumerate(lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            if not isinstance(prompt := json.loads(line)["prompt"], str) or not prompt:
+                raise TypeError("prompt is no string, or empty")
+            prompts.append(encode_prompt(prompt, tokenizer, max_prompt)[0])
+        except (ValueError, KeyError, TypeError) as error:                  # not JSON, no object, no prompt, no token for a character
+            raise InputError(f'{path}:{number}: wanted {{"prompt": "some text"}}, got {line[:80]!r} ({error})') from None
+    return prompts[: limit or None]
 
 
 def evaluate(config: EvalConfig) -> dict:

@@ -73,6 +73,7 @@ def finetune(config: FinetuneConfig) -> Path:
         progress(t + 1, config.steps, f"loss {loss.item():.4f}")
     after = perplexity(policy, blocks[-config.held :])
     print(f"perplexity on {config.held} held-out blocks: {before:.2f} before, {after:.2f} after")
+    report.unlink(missing_ok=True)                                          # a report says that all beside it is whole, and its own
     save_model(policy.trunk, out)
     tokenizer.save(out)
     report.write_text(json.dumps({"perplexity_before": before, "perplexity_after": after, "settings": settings}) + "\n")
@@ -83,10 +84,12 @@ def read_blocks(path: str, tokenizer, tokens: int) -> torch.Tensor:
     """All texts, a start token (where the tokenizer has one) before and an end token behind each, as one run of ids cut into blocks: (N, tokens); the last, shorter one is left out."""
     ids, start = [], [] if tokenizer.bos is None else [tokenizer.bos]
     for number, line in enumerate(lines(path), 1):
-        text = json.loads(line).get("text")
-        if not isinstance(text, str):
-            raise InputError(f'{path}:{number}: wanted {{"text": "..."}}, got {line[:80]!r}')
-        ids += [*start, *tokenizer.encode(text), tokenizer.eos]
+        try:
+            if not isinstance(text := json.loads(line)["text"], str):
+                raise TypeError("text is no string")
+            ids += [*start, *tokenizer.encode(text), tokenizer.eos]
+        except (ValueError, KeyError, TypeError) as error:                  # not JSON, no object, no text, no token for a character
+            raise InputError(f'{path}:{number}: wanted {{"text": "..."}}, got {line[:80]!r} ({error})') from None
     return torch.tensor(ids[: len(ids) // tokens * tokens]).view(-1, tokens)
 
 
