@@ -249,7 +249,7 @@ def prepare(config):
     model.checkpointing = config.checkpointing
     units = groups(pairs, config.latent)
     print(f"{len(pairs)} pairs in {len(units)} groups ({config.latent}); products in {str(dtype).removeprefix('torch.')}: {why}")
-    key = (content_key(model), data_key(config.data), tokenizer.key, config.max_prompt, config.max_response, config.drop, str(dtype))
+    key = (content_key(model), data_key(config.data), tokenizer.key, config.max_prompt, config.max_response, config.drop, str(dtype), device)
     store = Path(config.out).parent / "cache"
     reference = cached_reference(store, key, lambda: compute_reference(model, pairs, dtype, progress=Progress("reference")))
     return make_experts(model, config, dtype), pairs, units, reference, device

@@ -21,7 +21,7 @@ def generate(model, prompts: list[list[int]], max_new: int, eos: int, temperatur
     head = model.unembedding if unembedding is None else unembedding
     rows = list(range(len(prompts))) if rows is None else rows
     assert all(prompts), "an empty prompt has no position to predict from"
-    longest = max(map(len, prompts)) + max_new
+    longest = max(map(len, prompts), default=0) + max_new
     assert longest <= model.config.context, f"prompt and continuation take {longest} tokens, the model's context is {model.config.context}"
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))     # similar lengths together: little padding
     out: list[list[int]] = [[] for _ in prompts]
@@ -77,6 +77,6 @@ def choose_expert(log_w: torch.Tensor, prompts: int, mode: str, seed: int) -> to
     if mode == "sparse":
         return log_w.argmax(-1)                                             # ties go to the first expert
     if mode == "mixture":
-        u = torch.from_numpy(np.random.default_rng([seed, 2**31]).random(prompts))
+        u = torch.from_numpy(np.random.default_rng([seed, 2**31]).random(prompts)).to(log_w.device)
         return draw(log_w, 1.0, u)
-    return torch.full((prompts,), int(mode))
+    return torch.full((prompts,), int(mode), device=log_w.device)
