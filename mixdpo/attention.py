@@ -58,7 +58,7 @@ class Window:
         seen = []
         for new, held in ((k, self.cache.keys[layer]), (v, self.cache.values[layer])):
             held[self.rows, :, self.positions] = new.transpose(1, 2).to(held.dtype)     # (N, T, H_kv, D)
-            seen.append(held[:, :, :self.extent].to(new.dtype))
+            seen.append(held[:, :, :self.extent])
         return seen
 
 

@@ -195,7 +195,7 @@ def _open_gguf(path):
     """-> LlamaConfig, name -> Stored. The configuration comes from the file's own metadata."""
     meta, raw = read_gguf(path)
     kind, scaling = meta.get("general.architecture"), meta.get("llama.rope.scaling.type", "none")
-    if kind != "llama" or scaling != "none" or "rope_freqs.weight" in raw:
+    if kind != "llama" or scaling != "none":
         raise InputError(f"{path}: architecture {kind!r}, rope scaling {scaling!r}; of GGUF files only 'llama' ones "
                          "without a scaling of rope are read: give the model's Hugging Face directory instead")
     size = {key.removeprefix("llama."): value for key, value in meta.items()}
@@ -224,7 +224,7 @@ def _open_gguf(path):
 
 def unpermute(weight, head_dim):
     """The rows of q or k, (H * D, C), from GGUF's order to the checkpoints'. In GGUF's the two rows that rope turns
-    together are neighbours, in the checkpoints' D/2 apart. Left undone, the perplexity is seven times as high."""
+    together are neighbours, in the checkpoints' D/2 apart. Left undone, the perplexity is many times as high."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(weight.shape)
 
 

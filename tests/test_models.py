@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mixdpo.gpt2 import GPT2, SIZES, GPT2Config
-from mixdpo.llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
+from mixdpo.llama import Llama, LlamaConfig, RMSNorm, RopeScaling, rope_frequencies
 from mixdpo.weights import load_model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -102,7 +102,7 @@ def test_a_position_sees_nothing_behind_it(case):
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_checkpointing_gives_the_same_gradients_and_keeps_less(case):
-    """Faults: the switch not looked at (nothing is saved); a block called with another layer's rope on the way back."""
+    """Faults: the switch not looked at; a block that computes something else the second time."""
     model, want = golden(case)
     gradients, kept = [], []
     for model.checkpointing in (False, True):
@@ -157,7 +157,7 @@ def test_the_unembedding_is_the_embedding_when_tied():
 @torch.no_grad()
 def test_bf16_far_into_a_row(case, how):
     """bf16 stays within its rounding of fp32 at positions where a bf16 angle would be off by whole radians (1,000 has a
-    spacing of 4 there). Faults: positions, frequencies or angles in bf16; a norm's mean of squares in bf16."""
+    spacing of 4 there). Faults: positions or angles in bf16."""
     torch.manual_seed(0)
     if case == "gpt2":
         model = GPT2(GPT2Config(vocab=61, context=1200, width=32, layers=2, heads=2))
@@ -178,9 +178,20 @@ def test_bf16_far_into_a_row(case, how):
 
 
 @torch.no_grad()
+def test_rms_norm_in_bf16_rounds_twice_at_most():
+    """Once for x / rms and once for the gain, 2^-9 each; the mean of squares is fp32's. Fault: all of it in bf16."""
+    torch.manual_seed(0)
+    norm, x = RMSNorm(576, 1e-5), 30 * torch.randn(50, 576).bfloat16()
+    norm.weight.data = torch.randn(576)
+    norm.bfloat16()
+    exact = norm.weight.double() * x.double() * (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
+    assert ((norm(x).double() - exact) / exact).abs().max() < 1.02 * 2**-8
+
+
+@torch.no_grad()
 def test_bf16_through_the_cache():
-    """Decoding in bf16, and under autocast with an fp32 cache, is the uncached call within bf16's rounding. Fault: keys
-    left in the cache's dtype beside queries of another."""
+    """Decoding in bf16, and under autocast with an fp32 cache, is the uncached call within bf16's rounding. Fault: new
+    keys of another dtype than the cache's."""
     model, want = golden("llama-tied")
     exact = model(want["ids"])
     with torch.autocast("cpu", torch.bfloat16):
