@@ -188,7 +188,7 @@ PICTURES = [  # title, how to read it, drawing
     (
         "Responsibilities by annotator",
         "How much of each annotator's pairs an expert takes, as in the paper's Figure 1: where annotators part, it has "
-        "found its own. Dotted: all alike; left of the grey line the start's responsibilities are in use; of two "
+        "found its own. Dotted: 1/K; left of the grey line the start's responsibilities are in use; of two "
         "experts the other takes the rest.",
         responsibilities,
     ),

@@ -31,7 +31,7 @@ ACTIVE = r"[\\`*\[\]<>&|~$@]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])|:(?=\S)|(?<=www)
 
 
 def escape(text) -> str:
-    """Text as Markdown that shows it letter by letter, in a paragraph or a cell: no markup, link or line break acts."""
+    """Text as Markdown that shows it letter by letter, in a paragraph or a cell: no markup or line break in it acts."""
     text = re.sub(r"\r\n?", "\n", str(text))
     text = re.sub(ACTIVE, lambda m: f"&#{ord(m[0])};", text)
     pictures = {c: 0x2400 + c for c in range(32) if c != 10} | {127: 0x2421}               # control characters, visible
@@ -155,7 +155,8 @@ def head_differences(job: Job) -> str:
     for run, names in heads_of(job).items():
         for i, a in enumerate(names):
             for b in names[i + 1 :]:
-                cells = [f"{pm(f, sign='+')} ({in_ses(f)} SE)" for f in paired(job.results["policies"], a, b)]
+                figures = paired(job.results["policies"], a, b)
+                cells = [pm(f, sign="+") + (f" ({in_ses(f)} SE)" if f["se"] > 0 else "") for f in figures]
                 body.append([escape(run), f"{a.removeprefix(f'{run} ')} less {b.removeprefix(f'{run} ')}", *cells])
     if not body:
         return section(title, "No completions of a run with several experts were evaluated.")
