@@ -15,7 +15,7 @@ COMMON = {"agree": 0.3, "margin": 0.5, "seed": 0, "judge_reviews": 12000, "conti
 
 def runs(experts: int, seeds: int = 1, **of_users) -> dict:
     """DPO, and the mixture with one type a pair, as in the paper, and with one type a user, this one once a seed."""
-    out = {"dpo": {"experts": 1}, "mix-pair": {"experts": experts, "latent": "pair"}}
+    out = {"dpo": {"experts": 1}, "mix-pair": {"experts": experts, "latent": "pair", "start": "linear"}}
     for seed in range(seeds):
         out["mix-user" + f"-seed{seed}" * (seed > 0)] = {"experts": experts, "latent": "user", "seed": seed} | of_users
     return out
@@ -36,10 +36,10 @@ QUICK = COMMON | {
 }
 CPU = COMMON | {
     "annotators": TWO, "prompts": 600, "heldout": 200, "evaluate": 200, "continuations": 6, "max_response": 32,
-    "users": 120, "pairs": 20, "heldout_pairs": 8, "reviews": 3000,
+    "users": 120, "pairs": 20, "heldout_pairs": 5, "reviews": 3000,
     "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4},
-    "train": {"epochs": 2, "batch": 24, "micro": 24, "lr": 5e-5},
-    "runs": runs(2, seeds=3, start="linear", estep="context", context=8),
+    "train": {"epochs": 1, "batch": 24, "micro": 24, "lr": 5e-5},
+    "runs": runs(2, seeds=3, start="linear", start_steps=40, estep="context", context=8),
 }
 PAPER = COMMON | {
     "annotators": THREE, "prompts": 25000, "heldout": 10000, "evaluate": 10000,

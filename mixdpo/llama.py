@@ -85,7 +85,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)     # sums in fp32, also for bf16 x
+        y = F.rms_norm(x, self.weight.shape, self.weight, self.eps)         # sums in fp32, also for bf16 x
+        kind = x.device.type                            # under autocast: cast here once, not in each projection that reads y
+        return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
 
 
 class Attention(nn.Module):
