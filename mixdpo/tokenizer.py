@@ -93,12 +93,11 @@ class Tokenizer:
             if type(error).__name__ != "PanicException":
                 raise
             raise InputError(f"{self.place}: tiktoken cannot cut this text of {len(text)} characters into pieces: it "
-                             "gives up at several 100,000 blanks in a row; shorten them") from None
+                             "gives up at several 100,000 blanks in a row (shorten them), and at a pattern that can "
+                             "match the empty string") from None
         ids = list(map(self.vocabulary.ids.__getitem__, ranks))
         written = sum(map(self._lengths.__getitem__, ids))
-        if written != len(data):
-            raise InputError(f"{self.place}: its pattern leaves {len(data) - written} bytes of a text out of all pieces "
-                             "and loses them; a pattern that matches the empty string cannot be used")
+        assert written == len(data), f"{self.place}: {written} bytes written of {len(data)}, wanted all"
         return ids
 
     def _refuse(self, text, n):

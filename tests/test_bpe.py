@@ -4,6 +4,8 @@ faults that the test was seen to fail on.
 
 import random
 
+import pytest
+
 from mixdpo import bpe
 from mixdpo.config import InputError
 from mixdpo.tokenizer import Tokenizer
@@ -58,10 +60,20 @@ def build(vocab, merges, ignore_merges):
     return Tokenizer(doc, {"eos_token": EOT}, "random")
 
 
+def test_a_token_with_rules_far_apart_is_refused():
+    """abc by a bc or, three rules later, by ab c; alone it comes about by the later rule. On abcd the rule for cd comes
+    first, which a rank for abc cannot say. Fault: a token's later rules taken as good as its first ones."""
+    merges = ["a b", "a bc", "c d", "b c", "ab c"]
+    names = ["a", "b", "c", "d", "ab", "abc", "cd", "bc"]
+    assert by_rule(merges, "abcd") == ["ab", "cd"] != by_rank({name: n for n, name in enumerate(names)}, "abcd")
+    with pytest.raises(InputError, match="'abc'"):
+        build({name: n for n, name in enumerate(names)}, merges, False)
+
+
 def test_rules_run_by_rank_give_the_rules_ids():
     """400 random lists of merges: either every text has the ids that the rules give, or the list is refused, and then
     the rules do not lead to the token that is named. Faults: no check of the parts; a token that no text reaches left
-    to tiktoken; a rule that comes back later moves its token; the border between two parts not looked at."""
+    to tiktoken; the border between two parts not looked at, or its ties; parts taken as whole at their own rank."""
     draw = random.Random(0)
     texts = ["".join(draw.choice("abc") for _ in range(draw.randrange(1, 14))) for _ in range(60)]
     accepted = refusals = unreachable = 0

@@ -34,7 +34,7 @@ TEXTS = [
     "<|endoftext|> <|stop|><|endoftext|>",
     "aaaaaaaaa ababababab abcabcabcab", "<br /><br />!!!...---", "\x00\x01\x1f\x7f",
     "\u00a0\u2003\u3000x\u0085y\u200bz",
-    "don't stringing thethethe otherother", "<note> <note><notes>x<note>", "a" * 70 + " " * 40 + "\n" * 5,
+    "don't stringing thethethe otherother", "<note> <note><note>+x<note>", "a" * 70 + " " * 40 + "\n" * 5,
     "\ufeffBOM \ufffd",
 ]
 
@@ -66,7 +66,7 @@ CASES = {
     # A regex that leaves most of a text unmatched.
     "gaps": (isolated(r"\p{N}+|th"), {}),
     # As Qwen: composed first, and an added token that is no special one.
-    "composed": (isolated(SPLIT), {"normalizer": normalizers.NFC(), "literal": ["<note>", "<notes>"]}),
+    "composed": (isolated(SPLIT), {"normalizer": normalizers.NFC(), "literal": ["<note>", "<note>+"]}),
 }
 
 
