@@ -142,6 +142,7 @@ def test_report_is_whole(tmp_path):
 def test_missing_pieces_leave_a_report(tmp_path, monkeypatch, missing, options):
     """Caught: a section, a picture or a standard error that takes for granted what is not there; silence about it."""
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path: self.draw_without_rendering())
+    options = {"runs": {"dpo": (1, "pair"), "mix": (2, "user")}} | options
     text = report(make_job(tmp_path / "job", **options)).read_text(encoding="utf-8")
     assert missing in text and "nan" not in text
 
