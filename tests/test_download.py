@@ -31,14 +31,16 @@ def test_a_stalled_transfer_is_dropped_and_resumed(server, place, monkeypatch):
     """Fault: no time limit on reading, so that it waits for ever."""
     monkeypatch.setattr(download, "STALL_SECONDS", 0.3)
     place(server.url + "stalls")
+    began = time.monotonic()
     assert asset("thing").read_bytes() == BODY and len(server.seen) == 4
+    assert time.monotonic() - began < 20        # the server holds each of three silent lines for 20 seconds
 
 
 def test_the_next_run_resumes_what_an_earlier_one_left(server, place):
-    """Faults: the part removed at the start, or when a transfer fails."""
+    """Faults: the part removed at the start, or when a transfer fails; asking on when nothing new comes."""
     at = place(server.url + "dead")
     refused(lambda: asset("thing"), "truncated", f"{CUT} of {len(BODY)}", "resumes")
-    assert not at.target.exists() and at.part.read_bytes() == BODY[:CUT]
+    assert not at.target.exists() and at.part.read_bytes() == BODY[:CUT] and len(server.seen) == 2
     place(server.url + "whole")
     assert asset("thing").read_bytes() == BODY and server.seen[-1] == ("whole", f"bytes={CUT}-")
 
@@ -101,10 +103,10 @@ def test_a_machine_without_internet_goes_on_in_seconds(server, place, monkeypatc
 
 def test_progress_shows_rate_and_time_left(monkeypatch, capsys):
     """Half of what is missing came in 20 s. Faults: the rate counted with bytes of an earlier run; no last line."""
-    clock = iter([100.0, 101.0, 120.0, 140.0])
+    clock = iter([100.0, 101.0, 120.0, 125.0])
     monkeypatch.setattr(download.time, "monotonic", lambda: next(clock))
     progress = download.Progress("thing", 20_000_000, 100_000_000)
     for have in (30_000_000, 60_000_000, 100_000_000):
         progress.show(have)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["thing: 60.0 of 100.0 MB, 2.00 MB/s, 20 s left", "thing: 100.0 of 100.0 MB, 2.00 MB/s, 0 s left"]
+    assert lines == ["thing: 60.0 of 100.0 MB, 2.00 MB/s, 20 s left", "thing: 100.0 of 100.0 MB, 3.20 MB/s, 0 s left"]
