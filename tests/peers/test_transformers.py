@@ -5,6 +5,8 @@ bf16, and SmolLM2's perplexity on a real review. The docstring of each test name
 import csv
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -168,3 +170,29 @@ def test_smollm2_perplexity_with_transformers_own_gguf_reader(smollm2):
     got, want = perplexity(model(ids) @ model.unembedding.T, ids), perplexity(peer(ids).logits, ids)
     print(f"perplexity over {ids.shape[1]} tokens: ours {got:.4f}, transformers' {want:.4f}")
     assert abs(got - want) < 0.1
+
+
+# VmHWM, not getrusage's ru_maxrss: that one starts at the parent's.
+MEASURE = """
+import re, sys, time
+import torch
+from mixdpo.weights import load_model
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+torch.empty(1, device="meta").normal_()             # what meta tensors import on their first use
+before, start = peak(), time.process_time()
+model = load_model(sys.argv[1])
+print(peak() - before, time.process_time() - start, sum(4 * p.numel() for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from Linux's /proc")
+def test_smollm2_loads_in_seconds_and_in_little_more_than_its_own_memory(smollm2, tmp_path):
+    """From GGUF and from safetensors. The file's own pages count until somebody needs the memory; beside them there is
+    the model and its largest tensor. Fault: all tensors of the file held beside all of the model's."""
+    path, model, _ = smollm2
+    save_model(model, tmp_path)
+    for place, file in ((path, path), (tmp_path, tmp_path / "model.safetensors")):
+        out = subprocess.run([sys.executable, "-c", MEASURE, str(place)], capture_output=True, text=True, check=True)
+        peak, seconds, size = map(float, out.stdout.split())
+        print(f"{file.name}: {peak / 1e6:.0f} MB over {size / 1e6:.0f} MB of parameters, {seconds:.1f} s")
+        assert peak < file.stat().st_size + 1.35 * size and seconds < 10
