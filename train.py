@@ -1,6 +1,6 @@
-"""Mix-DPO by stochastic variational EM, in one file: `python train.py --data prefs.jsonl --model NAME_OR_DIR --experts 2 --out runs/x`.
+"""Mix-DPO by stochastic variational EM: `python train.py --data prefs.jsonl --model DIR --experts 2 --out runs/x`.
 
-One optimizer step, top to bottom, is `step` below:
+One optimizer step, top to bottom, is `step` and `accumulate` below:
 
     hidden states of the trunk                                            one forward pass serves E and M
     for each chunk of whole pairs (whole users):
@@ -9,8 +9,8 @@ One optimizer step, top to bottom, is `step` below:
         M-step:  sum_k q_k * -log sigma(h_k), backward into states and heads  (M8)
     one backward pass of the trunk, then AdamW
 
-The loss is a sum over pairs divided by the step's number of trained pairs, so the result does not depend on how a step is cut into
-micro-batches or chunks. K = 1 is DPO. Only this file calls backward.
+The loss is a sum over pairs divided by the step's number of trained pairs, so the result does not depend on how a
+step is cut into micro-batches or chunks. K = 1 is DPO. Only this file calls backward.
 """
 
 import dataclasses
@@ -28,19 +28,21 @@ from mixdpo.config import InputError
 from mixdpo.diagnostics import step_summary
 from mixdpo.dpo import margins
 from mixdpo.experts import load_state, make_experts, pair_logp, trained_state
-from mixdpo.logprob import sum_responses
-from mixdpo.mixture import e_step, elbo, expert_loss, linear_mixture, log_marginal, random_responsibilities, update_weights
+from mixdpo.logprob import TILE, sum_responses
+from mixdpo.mixture import e_step, expert_loss, update_weights
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
-from mixdpo.preferences import Batch, Pair, batches, check_lengths, collate, data_key, groups, mark_context, read_preferences, response_positions
+from mixdpo.preferences import (Batch, Pair, batches, check_lengths, collate, data_key, groups, mark_context,
+                                read_preferences, response_positions)
 from mixdpo.reference import cached_reference, compute_reference
-from mixdpo.rundir import Progress, compute_dtype, environment, load_checkpoint, save_checkpoint
+from mixdpo.rundir import Progress, compute_dtype, environment, keep_lines, load_checkpoint, save_checkpoint
+from mixdpo.start import check_start, first_responsibilities, first_weights
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import content_key, load_model
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Trains DPO (experts = 1) or a mixture of experts on a preference file (JSON Lines: prompt, chosen, rejected, optional user)."""
+    """Trains DPO (experts = 1) or a mixture on preferences (JSON Lines: prompt, chosen, rejected, maybe user)."""
 
     data: str                       # preference file, .jsonl or .jsonl.gz
     model: str                      # reference and start: gpt2, smollm2, llama-3.2-1b or a Hugging Face directory
@@ -50,11 +52,11 @@ class TrainConfig:
     rank: int = 16                  # rank of the heads W + A_k B_k; 0: full heads
     train_trunk: bool = True        # false: only the heads learn
     latent: str = "pair"            # one type a pair, or one a user (M11)
-    estep: str = "all"              # pairs the E-step looks at: all, context (pairs never trained on), first (a pair's first visit)
+    estep: str = "all"              # E-step on: all pairs, context (never trained on), first (a pair's first visit)
     context: int = 0                # pairs of each user set aside for the E-step, where the file does not mark them
-    weights: str = "uniform"        # mixture weights (M10): uniform, update (closed form, every epoch), or K numbers: 0.3,0.7
+    weights: str = "uniform"        # mixture weights (M10): uniform, update (closed form, each epoch), or 0.3,0.7
     prior: float = 1.0              # Dirichlet prior of the closed-form update
-    start: str = "dirichlet"        # first responsibilities: dirichlet (random), linear (mixture of linear rewards), none (the saddle)
+    start: str = "dirichlet"        # first responsibilities: dirichlet (random), linear (linear rewards), none (saddle)
     start_steps: int = 10           # optimizer steps that use them before the E-step takes over
     restarts: int = 5               # starts of the linear mixture; the best bound is taken
     beta: float = 0.1               # strength of the pull to the reference, per nat
@@ -63,7 +65,7 @@ class TrainConfig:
     epochs: int = 1                 # passes over the data
     batch: int = 32                 # pairs an optimizer step, at most; whole users
     micro: int = 16                 # pairs a forward pass, at most; whole users, so one large user may exceed it
-    head_rows: int = 1024           # response tokens a head micro-batch, about; 0: the composable route, all at once in vocabulary tiles
+    head_rows: int = 1024           # response tokens a head micro-batch, about; 0: all at once, in vocabulary tiles
     warmup: int = 10                # steps of linear warm-up; then linear decay to a tenth
     clip: float = 1.0               # largest gradient norm
     max_prompt: int = 256           # tokens; longer prompts are cut from the left
@@ -78,31 +80,21 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Micro:
-    """Whole groups for one forward pass: the pairs that are trained on, those only the E-step looks at, and the groups' numbers (G,)."""
+    """Whole groups for one forward pass."""
 
-    train: Batch
-    context: Batch | None
-    groups: torch.Tensor
-
-
-# --- one step ------------------------------------------------------------------------------------------------------------------------
+    train: Batch                    # the pairs that are trained on
+    context: Batch | None           # the pairs that only the E-step looks at
+    groups: torch.Tensor            # (G,) the groups' numbers
 
 
-def chunks(batch: Batch, sequence: torch.Tensor, head_rows: int, whole_groups: bool):
-    """Cuts a micro-batch into runs of pairs of about head_rows response tokens: yields (first pair, last pair, first token, last token)."""
-    ends = torch.bincount(sequence // 2, minlength=len(batch.ids)).cumsum(0).tolist()          # tokens up to and with each pair
-    group, first = batch.group.tolist(), 0
-    for b in range(len(ends)):
-        cut = b + 1 == len(ends) or (ends[b + 1] - (ends[first - 1] if first else 0) > head_rows and not (whole_groups and group[b] == group[b + 1]))
-        if cut and (head_rows or b + 1 == len(ends)):
-            yield first, b + 1, ends[first - 1] if first else 0, ends[b]
-            first = b + 1
+# --- one step ---------------------------------------------------------------------------------------------------------
 
 
-def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, log_w: torch.Tensor, log_q: torch.Tensor | None, pairs: int, config) -> list[tuple]:
-    """Adds one micro-batch's gradient of sum_pairs M8 / pairs. log_q (G,K) if the responsibilities are already known, else None.
+def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, log_w: torch.Tensor, log_q: torch.Tensor | None,
+               pairs: int, config) -> list[tuple]:
+    """Adds one micro-batch's gradient of sum M8 / pairs. log_q (G,K) if the responsibilities are known, else None.
 
-    Returns per chunk (log_q of the groups, log_q of the pairs, h), detached.
+    Returns (log_q of the groups, log_q of the pairs, h) of every chunk, detached.
     """
     batch, known, seen = micro.train, log_q, []
     where, targets, sequence = response_positions(batch)                    # (M,) each
@@ -110,17 +102,18 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, log_w: torch.Tenso
     split = config.head_rows > 0
     states = rows.detach().requires_grad_(rows.requires_grad) if split else rows
     for p, p_end, m, m_end in chunks(batch, sequence, config.head_rows, whole_groups=known is None):
-        logps = experts.token_logps(states[..., m:m_end, :], targets[m:m_end], tile=None if split else 4096)         # (K,m)
-        logp = sum_responses(logps, sequence[m:m_end] - 2 * p, p_end - p)                                            # (b,K,2)
-        h = margins(logp, ref_logp[batch.pair[p:p_end], None].to(logp), config.beta)                                 # (b,K)  M4
+        tile = None if split else TILE                                      # few rows: keep their logits
+        logps = experts.token_logps(states[..., m:m_end, :], targets[m:m_end], tile)                # (K,m)
+        logp = sum_responses(logps, sequence[m:m_end] - 2 * p, p_end - p)                           # (b,K,2)
+        h = margins(logp, ref_logp[batch.pair[p:p_end], None].to(logp), config.beta)                # (b,K)  M4
         group = batch.group[p:p_end]
         if known is None:
-            base = int(group[0])
-            log_q = e_step(log_w, h, group - base)[1]                                                                # (g,K)  M7, M11
-            of_pair = log_q[group - base]
+            first = int(group[0])
+            log_q = e_step(log_w, h, group - first)[1]                                              # (g,K)  M7, M11
+            of_pair = log_q[group - first]
         else:
             of_pair = known[group]
-        loss = expert_loss(of_pair, h).sum() / pairs                                                                 # M8
+        loss = expert_loss(of_pair, h).sum() / pairs                                                # M8
         loss.backward()
         seen.append((log_q, of_pair, h.detach()))
     if split and rows.requires_grad:
@@ -128,18 +121,40 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, log_w: torch.Tenso
     return seen
 
 
-def step(experts, optimizer, micros: list[Micro], ref_logp: torch.Tensor, log_w: torch.Tensor, given: torch.Tensor | None, config) -> tuple[dict, torch.Tensor]:
-    """One optimizer step on whole groups. given (all groups, K): responsibilities to use if no group of the step has NaN; else the E-step computes all.
+def chunks(batch: Batch, sequence: torch.Tensor, head_rows: int, whole_groups: bool):
+    """Cuts a micro-batch into runs of whole pairs (groups) of about head_rows response tokens; 0: no cut.
+
+    Yields (first pair, one past the last, first token, one past the last).
+    """
+    ends = torch.bincount(sequence // 2, minlength=len(batch.ids)).cumsum(0).tolist()       # where its tokens end
+    group, first, begin = batch.group.tolist(), 0, 0
+    for b, end in enumerate(ends):
+        last = b + 1 == len(ends)
+        full = head_rows > 0 and not last and ends[b + 1] - begin > head_rows
+        if last or full and not (whole_groups and group[b] == group[b + 1]):
+            yield first, b + 1, begin, end
+            first, begin = b + 1, end
+
+
+@torch.no_grad()
+def context_posterior(experts, micro: Micro, ref_logp: torch.Tensor, log_w: torch.Tensor, config) -> torch.Tensor:
+    """The out-of-sample E-step: q of each group (G,K) from its context pairs, which the M-step never trains on."""
+    h = margins(pair_logp(experts, micro.context), ref_logp[micro.context.pair, None].to(log_w), config.beta)
+    return e_step(log_w, h, micro.context.group)[1]
+
+
+def step(experts, optimizer, micros: list[Micro], ref_logp: torch.Tensor, log_w: torch.Tensor,
+         given: torch.Tensor | None, config) -> tuple[dict, torch.Tensor]:
+    """One optimizer step on whole groups. given (all groups, K): responsibilities to use, if none of the step's is NaN.
 
     Returns the step's figures (parameters before the update) and the responsibilities used, (groups of the step, K).
     """
     pairs, used, seen = sum(len(m.train.ids) for m in micros), [], []
-    known = given is not None and not given[torch.cat([m.groups for m in micros])].isnan().any()   # of the step: not of one micro-batch
+    known = given is not None and not given[torch.cat([m.groups for m in micros])].isnan().any()    # all or none
     for micro in micros:
-        if known:
-            log_q = given[micro.groups].to(log_w.device)
-        else:
-            log_q = context_posterior(experts, micro, ref_logp, log_w, config) if micro.context is not None else None
+        log_q = given[micro.groups].to(log_w.device) if known else None
+        if log_q is None and micro.context is not None:
+            log_q = context_posterior(experts, micro, ref_logp, log_w, config)
         parts = accumulate(experts, micro, ref_logp, log_w, log_q, pairs, config)
         used.append(torch.cat([q for q, _, _ in parts]) if log_q is None else log_q)
         seen += parts
@@ -150,7 +165,10 @@ def step(experts, optimizer, micros: list[Micro], ref_logp: torch.Tensor, log_w:
 
 
 def descend(optimizer, loss: float, clip: float) -> float:
-    """Clips the accumulated gradients, steps, clears them; returns their norm before. Raises: FloatingPointError, and steps nowhere, on NaN or infinity."""
+    """Clips the accumulated gradients, steps, clears them; returns their norm before.
+
+    Raises: FloatingPointError, and steps nowhere, if the loss or the norm is NaN or infinite.
+    """
     norm = float(torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip))
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
@@ -166,60 +184,15 @@ def minimise(loss: torch.Tensor, optimizer, clip: float) -> float:
     return loss.item()
 
 
-@torch.no_grad()
-def context_posterior(experts, micro: Micro, ref_logp: torch.Tensor, log_w: torch.Tensor, config) -> torch.Tensor:
-    """The out-of-sample E-step: q of each group from its context pairs, which the M-step never trains on. (G,K)"""
-    h = margins(pair_logp(experts, micro.context), ref_logp[micro.context.pair, None].to(log_w), config.beta)
-    return e_step(log_w, h, micro.context.group)[1]
-
-
-@torch.no_grad()
-def check_start(experts, micro: Micro, ref_logp: torch.Tensor, log_w: torch.Tensor, config) -> None:
-    """Step-0 invariants, before anything breaks the tie: margins 0, loss ln 2, q = w, ELBO = log-marginal."""
-    h = margins(pair_logp(experts, micro.train), ref_logp[micro.train.pair, None].to(log_w), config.beta)            # (B,K)
-    slack = config.beta * (1e-3 if experts.dtype == torch.float32 else 1.0)  # nats a response: rounding that depends on the batch's shape
-    assert h.abs().max() <= slack, f"margins at step 0 are up to {h.abs().max():.3g}, want 0 within {slack:.1g}: policy and reference differ"
-    log_p, log_q = e_step(log_w, h)
-    assert (log_p + math.log(2)).abs().max() <= slack, f"loss at step 0 is {-log_p.mean():.6f}, want ln 2"
-    assert (log_q.exp() - log_w.exp()).abs().max() <= slack, f"responsibilities at step 0 differ from the weights by {(log_q.exp() - log_w.exp()).abs().max():.3g}"
-    assert (elbo(log_q, log_w, h) - log_marginal(log_w, h)).abs().max() <= 1e-5, "the bound is not tight at the exact posterior"
-
-
-# --- one run ------------------------------------------------------------------------------------------------------------------------
-
-
-def first_weights(config) -> torch.Tensor:
-    """log w (K,) at the start (M10)."""
-    if config.weights in ("uniform", "update"):
-        return torch.full((config.experts,), -math.log(config.experts))
-    w = torch.tensor(configs.convert(config.weights, tuple[float, ...], "--weights"))
-    if len(w) != config.experts or (w <= 0).any():
-        raise InputError(f"--weights: got {config.weights!r}, wanted uniform, update, or {config.experts} positive numbers")
-    return torch.log(w / w.sum())
-
-
-def first_responsibilities(config, units: list[list[int]], features: torch.Tensor) -> torch.Tensor | None:
-    """log q (G,K) that breaks the symmetry for start_steps steps: random, or from the same mixture with linear rewards on frozen features."""
-    if config.experts == 1 or config.start == "none":
-        return None
-    if config.start == "dirichlet":
-        return random_responsibilities(len(units), config.experts, torch.Generator().manual_seed(config.seed))
-    if config.start != "linear":
-        raise InputError(f"--start: got {config.start!r}, wanted dirichlet, linear or none")
-    index, group = [i for unit in units for i in unit], [g for g, unit in enumerate(units) for _ in unit]
-    x = features[index, 0] - features[index, 1]                             # (P,C) chosen minus rejected
-    x = x / x.square().mean(0).sqrt().clamp_min(1e-6)
-    fit = linear_mixture(x, torch.tensor(group), config.experts, l2=1e-2 * len(x), starts=config.restarts, seed=config.seed)
-    print(f"linear start: bounds of {config.restarts} starts {', '.join(f'{b:.1f}' for b in fit.bounds)}; mean q {fit.log_q.exp().mean(0).tolist()}")
-    return fit.log_q
+# --- one run ----------------------------------------------------------------------------------------------------------
 
 
 def micro_batches(pairs: list[Pair], units: list[list[int]], ids: list[int], config, device) -> list[Micro]:
     """The groups `ids` in runs of whole groups with about config.micro trained pairs each."""
-    aside = config.estep == "context"
+    aside = [config.estep == "context" and bool(pair.context) for pair in pairs]
     runs, size = [[]], 0
     for g in ids:
-        count = sum(not (aside and pairs[i].context) for i in units[g])
+        count = sum(not aside[i] for i in units[g])
         if runs[-1] and size + count > config.micro:
             runs.append([])
             size = 0
@@ -228,10 +201,9 @@ def micro_batches(pairs: list[Pair], units: list[list[int]], ids: list[int], con
     out = []
     for run in runs:
         index = [i for g in run for i in units[g]]
-        trained = [i for i in index if not (aside and pairs[i].context)]
-        held = [i for i in index if aside and pairs[i].context]
+        train, held = [i for i in index if not aside[i]], [i for i in index if aside[i]]
         context = collate(pairs, held, config.latent).to(device) if held else None
-        out.append(Micro(collate(pairs, trained, config.latent).to(device), context, torch.tensor(run)))
+        out.append(Micro(collate(pairs, train, config.latent).to(device), context, torch.tensor(run)))
     return out
 
 
@@ -247,25 +219,29 @@ def prepare(config):
     model = load_model(config.model, device=device, data=folder)
     check_lengths(pairs, model.config.context)
     model.checkpointing = config.checkpointing
-    units = groups(pairs, config.latent)
-    print(f"{len(pairs)} pairs in {len(units)} groups ({config.latent}); products in {str(dtype).removeprefix('torch.')}: {why}")
-    key = (content_key(model), data_key(config.data), tokenizer.key, config.max_prompt, config.max_response, config.drop, str(dtype), device)
-    store = Path(config.out).parent / "cache"
-    reference = cached_reference(store, key, lambda: compute_reference(model, pairs, dtype, progress=Progress("reference")))
+    units, name = groups(pairs, config.latent), str(dtype).removeprefix("torch.")
+    print(f"{len(pairs)} pairs in {len(units)} groups ({config.latent}); products in {name}: {why}")
+    key = (content_key(model), data_key(config.data), tokenizer.key, config.max_prompt, config.max_response,
+           config.drop, str(dtype), device)
+    reference = cached_reference(Path(config.out).parent / "cache", key,
+                                 lambda: compute_reference(model, pairs, dtype, progress=Progress("reference")))
     return make_experts(model, config, dtype), pairs, units, reference, device
 
 
 def validate(config: TrainConfig) -> None:
     """Refuses options that contradict each other; nothing is ignored in silence."""
-    choices = {"sharing": ("heads", "models"), "latent": ("pair", "user"), "estep": ("all", "context", "first"), "start": ("dirichlet", "linear", "none")}
+    choices = {"sharing": ("heads", "models"), "latent": ("pair", "user"), "estep": ("all", "context", "first"),
+               "start": ("dirichlet", "linear", "none")}
     for name, known in choices.items():
         if getattr(config, name) not in known:
             raise InputError(f"--{name}: got {getattr(config, name)!r}, wanted one of {', '.join(known)}")
-    least = {"experts": 1, "batch": 1, "micro": 1, "epochs": 1, "restarts": 1, "prior": 1, "rank": 0, "start_steps": 0, "warmup": 0, "head_rows": 0, "context": 0}
+    least = {"experts": 1, "batch": 1, "micro": 1, "epochs": 1, "restarts": 1, "prior": 1, "rank": 0, "start_steps": 0,
+             "warmup": 0, "head_rows": 0, "context": 0}
     above = {"beta": 0, "clip": 0, "lr": 0, "head_lr": 0}
     for name, bound in (least | above).items():
-        if getattr(config, name) < bound or (name in above and getattr(config, name) == bound):
-            raise InputError(f"--{name.replace('_', '-')}: got {getattr(config, name)}, wanted {'more than' if name in above else 'at least'} {bound}")
+        value, word = getattr(config, name), "more than" if name in above else "at least"
+        if value < bound or (name in above and value == bound):
+            raise InputError(f"--{name.replace('_', '-')}: got {value}, wanted {word} {bound}")
     for name, other, value in (("prior", "weights", "update"), ("restarts", "start", "linear")):
         if getattr(config, name) != getattr(TrainConfig, name) and getattr(config, other) != value:
             raise InputError(f"--{name} has no effect without --{other} {value}; choose it, or leave --{name} out")
@@ -273,16 +249,20 @@ def validate(config: TrainConfig) -> None:
     if config.context and config.estep != "context":
         raise InputError("--context sets pairs aside for --estep context; choose it, or leave --context out")
     if config.estep == "context" and config.latent != "user":
-        raise InputError("--estep context infers a user's type from other pairs of the same user: it wants --latent user")
+        raise InputError("--estep context looks at other pairs of the same user: it wants --latent user")
+    if config.estep == "first" and config.start == "dirichlet" and config.start_steps and config.experts > 1:
+        raise InputError("--estep first keeps a pair's first responsibilities, and random ones would stay for ever: "
+                         "it wants --start linear or none, or --start-steps 0")
     if not config.train_trunk and (config.sharing == "models" or config.experts == 1):
-        raise InputError("--train-trunk false leaves only expert heads to train: it wants --experts 2 or more and --sharing heads")
+        raise InputError("--train-trunk false trains expert heads alone: it wants --experts 2 or more, --sharing heads")
 
 
 def run(config: TrainConfig) -> Path:
     """Trains, or goes on where an interrupted run of the same configuration stopped; returns the run directory."""
     validate(config)
     out = Path(config.out)
-    same = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "data_folder", "save_minutes")} | {"data_key": data_key(config.data)}
+    same = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "data_folder", "save_minutes")}
+    same |= {"data_key": data_key(config.data)}
     found = load_checkpoint(out, same)
     if found and found[1]["finished"]:
         print(f"{out}: finished before")
@@ -295,18 +275,21 @@ def run(config: TrainConfig) -> Path:
     ref_logp, log_w = reference.logp.to(device), first_weights(config).to(device)
     start = first_responsibilities(config, units, reference.features)
     trained = [[i for i in unit if not (config.estep == "context" and pairs[i].context)] for unit in units]
-    plan = [(epoch, ids) for epoch in range(config.epochs) for ids in batches(trained, config.batch, config.seed, epoch, pairs)]
+    plan = [(epoch, ids) for epoch in range(config.epochs)
+            for ids in batches(trained, config.batch, config.seed, epoch, pairs)]
     out.mkdir(parents=True, exist_ok=True)                                  # not before all input is known to be good
     configs.save(config, out / "config.json")
-    table, t = torch.full((len(units), config.experts), torch.nan), 0      # (G,K) every group's last responsibilities; the step
+    table, t = torch.full((len(units), config.experts), torch.nan), 0       # (G,K) last responsibilities; the step
     if found:
         tensors, state = found
-        load_state(experts, {n.removeprefix("experts."): v for n, v in tensors.items() if n.startswith("experts.")}, out)
+        own = {n.removeprefix("experts."): v for n, v in tensors.items() if n.startswith("experts.")}
+        load_state(experts, own, out)
         load_optimizer_state(optimizer, names, tensors)
         table, log_w, t = tensors["table"], tensors["log_w"].to(device), state["step"]
         print(f"resumed at step {t} of {len(plan)}")
     else:
-        check_start(experts, micro_batches(pairs, units, plan[0][1], config, device)[0], ref_logp, log_w, config)
+        first = micro_batches(pairs, units, plan[0][1], config, device)[0].train
+        check_start(experts, first, ref_logp, log_w, config.beta)
 
     def save(finished: bool) -> None:
         tensors = {f"experts.{n}": v for n, v in trained_state(experts).items()} | {"table": table, "log_w": log_w}
@@ -317,33 +300,32 @@ def run(config: TrainConfig) -> Path:
     log, log_of_q = keep_lines(out / "metrics.jsonl", t), keep_lines(out / "responsibilities.jsonl", t)
     while t < len(plan):
         epoch, ids = plan[t]
-        given = start if start is not None and t < config.start_steps else table if config.estep == "first" else None
+        given = start if t < config.start_steps else None
+        if given is None and config.estep == "first":
+            given = table
         set_rate(optimizer, t, len(plan), config.warmup)
+        micros = micro_batches(pairs, units, ids, config, device)
         try:
-            figures, log_q = step(experts, optimizer, micro_batches(pairs, units, ids, config, device), ref_logp, log_w, given, config)
+            figures, log_q = step(experts, optimizer, micros, ref_logp, log_w, given, config)
         except FloatingPointError as error:
             lines = sorted(pairs[i].line for g in ids for i in trained[g])
-            raise InputError(f"{config.data}: step {t}: {error}; nothing was updated. Lines of this batch: {lines}. Lower --lr, or look at these lines") from None
+            raise InputError(f"{config.data}: step {t}: {error}; nothing was updated. Lines of this batch: {lines}. "
+                             "Lower --lr, or look at these lines") from None
         t, table[ids] = t + 1, log_q.cpu()
         if config.weights == "update" and (t == len(plan) or plan[t][0] > epoch):
-            log_w = update_weights(table[~table.isnan().any(1)], config.prior).to(device)                            # M10, once an epoch
-        log.write(json.dumps({"step": t, "epoch": epoch, "rate": optimizer.param_groups[0]["lr"], "w": log_w.exp().tolist()} | figures) + "\n")
-        log_of_q.write(json.dumps({"step": t, "groups": ids, "q": table[ids].exp().mul(1e4).round().div(1e4).tolist()}) + "\n")
+            log_w = update_weights(table[~table.isnan().any(1)], config.prior).to(device)           # M10, once an epoch
+        rate, w, q = optimizer.param_groups[0]["lr"], log_w.exp().tolist(), table[ids].exp().mul(1e4).round().div(1e4)
+        log.write(json.dumps({"step": t, "epoch": epoch, "rate": rate, "w": w} | figures) + "\n")
+        log_of_q.write(json.dumps({"step": t, "groups": ids, "q": q.tolist()}) + "\n")
         log.flush(), log_of_q.flush()
-        progress(t, len(plan), f"loss {figures['loss']:.4f}  accuracy {' '.join(f'{a:.2f}' for a in figures['accuracy'])}")
+        accuracy = " ".join(f"{a:.2f}" for a in figures["accuracy"])
+        progress(t, len(plan), f"loss {figures['loss']:.4f}  accuracy {accuracy}")
         if time.monotonic() - saved > 60 * config.save_minutes and t < len(plan):
             save(finished=False)
             saved = time.monotonic()
     log.close(), log_of_q.close()
     save(finished=True)
     return out
-
-
-def keep_lines(path: Path, steps: int):
-    """A file with one line a step, opened for appending, cut back to the first `steps` lines: those of a step done again would stand twice."""
-    kept = path.read_text().splitlines(keepends=True)[:steps] if path.exists() and steps else []
-    path.write_text("".join(kept))
-    return path.open("a")
 
 
 def main(argv: list[str]) -> None:

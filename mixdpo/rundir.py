@@ -87,3 +87,10 @@ def load_checkpoint(run: Path, config: dict) -> tuple[dict[str, torch.Tensor], d
         what = "; ".join(f"{k}: there {state['config'].get(k)!r}, now {config[k]!r}" for k in differ)
         raise InputError(f"{found[0]} is the checkpoint of another configuration ({what}); use another --out, or the same options to go on")
     return load_file(found[0] / "state.safetensors"), state
+
+
+def keep_lines(path: Path, steps: int):
+    """A file with one line a step, opened for appending behind its first `steps` lines: a step done again writes anew."""
+    kept = path.read_text().splitlines(keepends=True)[:steps] if path.exists() and steps else []
+    path.write_text("".join(kept))
+    return path.open("a")

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 import brute
 import tinyjob
 import train
+from mixdpo import start as start_module
 from mixdpo.config import InputError
 from mixdpo.experts import make_experts
 from mixdpo.mixture import random_responsibilities
@@ -152,12 +154,12 @@ def test_a_reference_of_another_model_stops_before_the_first_step(tmp_path, mode
 
 @pytest.mark.parametrize("name,fault,says", [
     ("e_step", lambda e: lambda w, h, g=None: (e(w, h, g)[0], torch.full_like(h, -math.log(2))), "responsibilities at step 0"),
-    ("e_step", lambda e: lambda w, h, g=None: (e(w, h, g)[0] + 0.1, e(w, h, g)[1]), "want ln 2"),
-    ("elbo", lambda e: lambda *a: e(*a) - 1e-3, "bound is not tight"),
+    ("e_step", lambda e: lambda w, h, g=None: (e(w, h, g)[0] + 0.1, e(w, h, g)[1]), "off ln 2"),
+    ("elbo", lambda e: lambda *a: e(*a) - 1e-3, "bound is .* below"),
 ])
 def test_the_other_invariants_of_step_0(tmp_path, model_dir, monkeypatch, name, fault, says):
     """Faults (put in here): q uniform whatever w is; a wrong marginal; a loose bound. And each assertion taken out."""
-    monkeypatch.setattr(train, name, fault(getattr(train, name)))
+    monkeypatch.setattr(start_module, name, fault(getattr(start_module, name)))
     with pytest.raises(AssertionError, match=says):
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), weights="0.2,0.8")
 
@@ -221,7 +223,7 @@ def test_the_linear_start_finds_planted_users(tmp_path, model_dir, capsys):
     q = train.first_responsibilities(config, units, reference.features).exp()
     found, truth = q.argmax(1).tolist(), [int(pairs[unit[0]].user[1:]) % 2 for unit in units]
     assert brute.best_matching(found, truth, 2) == 1.0 and q.max(1).values.min() > 0.8
-    assert "bounds of 5 starts" in capsys.readouterr().out
+    assert re.search(r"linear start: bounds( -[0-9.]+,?){5} nats", capsys.readouterr().out)
     out = tinyjob.run(tmp_path, model_dir, records, name="d", latent="user", start="linear", start_steps=1000, batch=30)
     assert torch.equal(tinyjob.tensors(out)["table"].exp(), q)                 # and these are what the M-step used
 
@@ -288,6 +290,7 @@ def test_the_seed_and_only_the_seed_changes_a_run(tmp_path, model_dir):
     ({"start": "linear", "restarts": 0}, "--restarts"), ({"weights": "update", "prior": 0.5}, "--prior"),
     ({"context": 2}, "--context.*--estep context"), ({"estep": "context", "context": 1}, "--latent user"),
     ({"train_trunk": False, "experts": 1}, "--train-trunk"), ({"train_trunk": False, "sharing": "models"}, "--train-trunk"),
+    ({"estep": "first", "start": "dirichlet", "start_steps": 1}, "--estep first"),
     ({"prior": 2.0}, "--prior.*--weights update"), ({"restarts": 9}, "--restarts.*--start linear"),
     ({"weights": "0.5,0.2,0.3"}, "--weights.*2 positive"), ({"weights": "1,0"}, "--weights"), ({"weights": "uniformly"}, "--weights.*'uniformly'"), ({"dtype": "half"}, "--dtype"),
 ])

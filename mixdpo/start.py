@@ -1,0 +1,63 @@
+"""How a run starts: the weights before any update, the first responsibilities, and what must hold before the first step.
+
+Experts that are all equal stay equal: every h is 0, q = w, and all get the same gradient, for ever (the symmetric saddle). So the first
+steps take responsibilities that differ between groups: random ones, or those of the same mixture with linear rewards on the reference's
+frozen features, which sees structure that experts equal to the reference cannot see yet.
+"""
+
+import math
+
+import torch
+
+from mixdpo.config import InputError, convert
+from mixdpo.dpo import margins
+from mixdpo.experts import pair_logp
+from mixdpo.mixture import e_step, elbo, linear_mixture, log_marginal, random_responsibilities
+
+
+def first_weights(config) -> torch.Tensor:
+    """log w (K,) at the start (M10): uniform, or as given."""
+    if config.weights in ("uniform", "update"):
+        return torch.full((config.experts,), -math.log(config.experts))
+    w = torch.tensor(convert(config.weights, tuple[float, ...], "--weights"))
+    if len(w) != config.experts or (w <= 0).any():
+        raise InputError(f"--weights: got {config.weights!r}, wanted uniform, update, or {config.experts} positive numbers")
+    return torch.log(w / w.sum())
+
+
+def first_responsibilities(config, units: list[list[int]], features: torch.Tensor) -> torch.Tensor | None:
+    """log q (G,K) of all groups for the first config.start_steps steps; None to start at the saddle.
+
+    units: the pairs of each group; features (P,2,C): the reference's mean hidden state over each response.
+    """
+    if config.experts == 1 or config.start == "none":
+        return None
+    if config.start == "dirichlet":
+        generator = torch.Generator().manual_seed(config.seed)
+        return random_responsibilities(len(units), config.experts, generator)
+    index, group = [i for unit in units for i in unit], [g for g, unit in enumerate(units) for _ in unit]
+    x = features[index, 0] - features[index, 1]                             # (P,C) chosen minus rejected
+    x = x / x.square().mean(0).sqrt().clamp_min(1e-6)
+    fit = linear_mixture(x, torch.tensor(group), config.experts, 1e-2 * len(x), config.restarts, seed=config.seed)
+    shares = ", ".join(f"{q:.2f}" for q in fit.log_q.exp().mean(0))
+    print(f"linear start: bounds {', '.join(f'{b:.1f}' for b in fit.bounds)} nats; best {fit.bound:.1f}, shares {shares}")
+    return fit.log_q
+
+
+@torch.no_grad()
+def check_start(experts, batch, ref_logp: torch.Tensor, log_w: torch.Tensor, beta: float) -> None:
+    """Step-0 invariants, before anything breaks the tie: margins 0, loss ln 2, q = w, ELBO = log-marginal.
+
+    Exact in real arithmetic; the slack is for products that round differently in batches of another shape.
+    """
+    h = margins(pair_logp(experts, batch), ref_logp[batch.pair, None].to(log_w), beta)      # (B,K)
+    log_p, log_q = e_step(log_w, h)
+    slack = beta * (1e-3 if experts.dtype == torch.float32 else 1.0)                        # nats a response, times beta
+    off = h.abs().max()
+    assert off <= slack, f"margins at step 0 are up to {off:.3g}, want 0 within {slack:.1g}: policy and reference differ"
+    off = (log_p + math.log(2)).abs().max()
+    assert off <= slack, f"the loss at step 0 is off ln 2 by {off:.3g}"
+    off = (log_q.exp() - log_w.exp()).abs().max()
+    assert off <= slack, f"responsibilities at step 0 are off the weights by {off:.3g}"
+    off = (elbo(log_q, log_w, h) - log_marginal(log_w, h)).abs().max()
+    assert off <= 1e-5, f"the bound is {off:.3g} below the log-likelihood at the exact posterior, want 0"
