@@ -1,10 +1,11 @@
-"""Evaluation: `python eval.py DIR`, where DIR is a run, or a folder of runs on the same data with heldout.jsonl and prompts.jsonl beside them.
+"""Evaluation: `python eval.py DIR`. DIR is a run, or a folder of runs with heldout.jsonl and prompts.jsonl beside them.
 
-For every run: held-out preferences (accuracy of each expert, by annotator; log-likelihood M5; ELBO gap; how responsibilities align with
-annotators, beside what the annotators' own scores would allow), and completions of the evaluation prompts by the reference and by every
-expert on the same seeds, scored by the reward functions that dataset.json names. Because a row's randomness is its own (generate.py), the
-mixture's completion of a prompt is that of the expert it draws (M13), so the mixture and sparse rows cost nothing more.
-Writes results.json, samples.jsonl and, if matplotlib is there, report.md with pictures. Nothing here trains or changes a run.
+For every run: held-out preferences (accuracy of each expert, by annotator; log-likelihood M5; ELBO gap; how the
+responsibilities align with annotators, beside what the annotators' own scores would allow), and completions of the
+evaluation prompts by the reference and by every expert on the same seeds, scored by the reward functions that
+dataset.json names. A row's randomness is its own (generate.py), so the mixture's completion of a prompt is that of the
+expert it draws (M13): the mixture and sparse rows cost nothing more.
+Writes results.json, samples.jsonl and, if matplotlib is there, report.md with pictures. Nothing here changes a run.
 """
 
 import copy
@@ -39,8 +40,8 @@ class EvalConfig:
     """Evaluates a run directory, or every finished run in a directory."""
 
     dir: str                        # a run, or a folder of runs
-    heldout: str = ""               # held-out preferences; default: heldout.jsonl in the folder, where it is
-    prompts: str = ""               # evaluation prompts, JSON Lines with "prompt"; default: prompts.jsonl in the folder, where it is
+    heldout: str = ""               # held-out preferences; default: heldout.jsonl in the folder
+    prompts: str = ""               # evaluation prompts, {"prompt": ...} a line; default: prompts.jsonl in the folder
     limit: int = 0                  # evaluate on the first so many prompts; 0: all
     max_new: int = 0                # tokens a completion; 0: what dataset.json says, else the runs' max_response
     temperature: float = 1.0        # of sampling
@@ -51,7 +52,7 @@ class EvalConfig:
 
 @dataclass
 class Run:
-    """A finished run, loaded: its configuration, experts, weights and the last responsibilities (G,K) of its training groups."""
+    """A finished run, loaded."""
 
     name: str
     config: TrainConfig
@@ -66,20 +67,21 @@ def load_run(path: Path, device: str, data_folder: str) -> Run:
     config = dataclasses.replace(configs.load(TrainConfig, path / "config.json"), data_folder=data_folder)
     tensors, state = load_checkpoint(path, {})
     if not state["finished"]:
-        raise InputError(f"{path}: stopped at step {state['step']}; finish it first with the options in its config.json")
+        raise InputError(f"{path}: stopped at step {state['step']}; finish it with the options in its config.json")
     model = load_model(config.model, device=device, data=data_folder or None)
     experts = make_experts(model, config, compute_dtype(config.dtype, device)[0]).eval()
     load_state(experts, {n.removeprefix("experts."): v for n, v in tensors.items() if n.startswith("experts.")}, path)
     return Run(path.name, config, experts, tensors["log_w"].to(device), tensors["table"], path)
 
 
-# --- held-out preferences ------------------------------------------------------------------------------------------------------------
+# --- held-out preferences ---------------------------------------------------------------------------------------------
 
 
 def mean_se(values: torch.Tensor) -> dict:
     """Mean and its standard error: (N,) -> {"mean", "se", "n"}."""
     values = values.double()
-    return {"mean": values.mean().item(), "se": (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan, "n": len(values)}
+    se = (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
+    return {"mean": values.mean().item(), "se": se, "n": len(values)}
 
 
 @torch.no_grad()
@@ -88,13 +90,14 @@ def all_margins(run: Run, pairs: list[Pair], ref_logp: torch.Tensor, size: int =
     device, out, progress = run.log_w.device, [], Progress(f"{run.name} held-out")
     for start in range(0, len(pairs), size):
         batch = collate(pairs, list(range(start, min(start + size, len(pairs)))), "pair").to(device)
-        out.append(margins(pair_logp(run.experts, batch), ref_logp[batch.pair.cpu(), None].to(device), run.config.beta).cpu())
+        ref = ref_logp[batch.pair.cpu(), None].to(device)                   # (B,1,2)
+        out.append(margins(pair_logp(run.experts, batch), ref, run.config.beta).cpu())
         progress(min(start + size, len(pairs)), len(pairs))
     return torch.cat(out)
 
 
 def user_weights(run: Run, pairs: list[Pair], train_pairs: list[Pair]) -> torch.Tensor:
-    """log weights of each held-out pair (P,K): its user's responsibilities from training (M11) where they are known, else w."""
+    """log weights of each held-out pair (P,K): its user's responsibilities from training (M11) where known, else w."""
     log_w = run.log_w.cpu().expand(len(pairs), -1).clone()
     if run.config.latent == "user":
         row = {train_pairs[unit[0]].user: g for g, unit in enumerate(groups(train_pairs, "user"))}
@@ -104,16 +107,17 @@ def user_weights(run: Run, pairs: list[Pair], train_pairs: list[Pair]) -> torch.
 
 
 def alignment(log_q: torch.Tensor, units: list[list[int]], pairs: list[Pair]) -> dict:
-    """How well responsibilities (G,K) find the annotators of the units, beside the Bayes-optimal assignment from the annotators' own scores."""
+    """How well responsibilities (G,K) find the units' annotators, beside Bayes-optimal assignment by their scores."""
     truth = [pairs[unit[0]].annotator for unit in units]
     if any(t is None for t in truth) or len(set(truth)) < 2:
         return {}
     found = log_q.argmax(1).tolist()
     share, naming = matched_accuracy(found, truth, log_q.shape[1])
-    result = {"ari": adjusted_rand_index(found, truth), "matched": share, "naming": {str(k): v for k, v in naming.items()}, "units": len(units)}
+    naming = {str(k): kind for k, kind in naming.items()}
+    result = {"ari": adjusted_rand_index(found, truth), "matched": share, "naming": naming, "units": len(units)}
     if all(p.scores for p in pairs):
         kinds = sorted(set(truth))
-        posterior = bayes_posterior([[pairs[i].scores for i in unit] for unit in units], kinds)          # (G,A)
+        posterior = bayes_posterior([[pairs[i].scores for i in unit] for unit in units], kinds)     # (G,A)
         best = posterior.max(1).values
         bayes = [kinds[a] for a in posterior.argmax(1).tolist()]
         result |= {"bayes_matched": best.mean().item(), "bayes_ari": adjusted_rand_index(bayes, truth)}
@@ -130,25 +134,26 @@ def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, train_pairs
     return {
         "experts": run.config.experts,
         "weights": log_w.exp().tolist(),
-        "accuracy": {kind: [mean_se(accuracy(h[mask, k])) for k in range(h.shape[1])] for kind, mask in by.items()},      # of each expert
-        "accuracy_all": [mean_se(accuracy(h[:, k])) for k in range(h.shape[1])],
+        "accuracy": {kind: [mean_se(accuracy(column)) for column in h[mask].T] for kind, mask in by.items()},
+        "accuracy_all": [mean_se(accuracy(column)) for column in h.T],      # of each expert
         "accuracy_mbt": mean_se(accuracy(log_p + math.log(2))),             # M5 > 1/2 under w
         "accuracy_own": mean_se(accuracy(log_p_own + math.log(2))),         # M5 > 1/2 under each user's own weights
         "log_likelihood": mean_se(log_p),                                   # M5 under w
         "log_likelihood_own": mean_se(log_p_own),                           # M5 under each user's own weights
-        "elbo_gap": mean_se(log_p_own - elbo(own, own, h)),                 # KL(q || posterior), q what was known before the pair
+        "elbo_gap": mean_se(log_p_own - elbo(own, own, h)),                 # KL(q || posterior), q before the pair
         "effective_experts": effective_experts(log_q),
         "alignment_heldout": alignment(log_q, [[i] for i in range(len(pairs))], pairs),
         "alignment_train": alignment(run.table, units, train_pairs),
     }
 
 
-# --- completions -------------------------------------------------------------------------------------------------------------------------
+# --- completions ------------------------------------------------------------------------------------------------------
 
 
-def sample(model, head: torch.Tensor, prompts: list[list[int]], config: EvalConfig, max_new: int, eos: int, name: str) -> list[list[int]]:
+def sample(model, head: torch.Tensor, prompts, config: EvalConfig, max_new: int, eos: int, name: str) -> list:
     """Completions by `model` (already in its sampling dtype) with the unembedding `head`."""
-    return generate(model, prompts, max_new, eos, config.temperature, config.seed, config.batch, head.to(model.unembedding), progress=Progress(name))
+    return generate(model, prompts, max_new, eos, config.temperature, config.seed, config.batch,
+                    head.to(model.unembedding), progress=Progress(name))
 
 
 @torch.no_grad()
@@ -161,9 +166,10 @@ def divergence(run: Run, ref_logp: torch.Tensor, pairs: list[Pair], size: int = 
     return torch.cat(out)
 
 
-def policy_rows(runs: list[Run], reference, prompts: list[list[int]], config: EvalConfig, max_new: int, eos: int) -> dict[str, dict]:
-    """Completions of every row of the table: name -> {"ids": list of ids a prompt, "kl": (N,) log pi - log pi_ref of each, nats, "z": expert or None}."""
-    dtype = runs[0].experts.dtype                                           # sampled in whole: casting at every token would cost more than the products
+def policy_rows(runs: list[Run], reference, prompts: list, config: EvalConfig, max_new: int, eos: int) -> dict:
+    """Completions of every row of the table: name -> {"ids": of each prompt, "kl": (N,) log pi - log pi_ref of each in
+    nats, "z": the expert of each, or None}."""
+    dtype = runs[0].experts.dtype                                           # cast whole: a cast a token would cost more
     cast = copy.deepcopy(reference).to(dtype)
     plain = sample(cast, cast.unembedding, prompts, config, max_new, eos, "reference")
     rows = {"reference": {"ids": plain, "kl": torch.zeros(len(prompts)), "z": None}}
@@ -174,40 +180,49 @@ def policy_rows(runs: list[Run], reference, prompts: list[list[int]], config: Ev
             cast = copy.deepcopy(model).to(dtype) if k == 0 or run.config.sharing == "models" else cast
             ids.append(sample(cast, head, prompts, config, max_new, eos, f"{run.name} expert {k}"))
             pairs = [Pair(prompt, own, other) for prompt, own, other in zip(prompts, ids[k], plain)]
-            kl.append(divergence(run, compute_reference(reference, pairs, dtype).logp, pairs))          # (N,K): completions of k, under every expert
+            ref_logp = compute_reference(reference, pairs, dtype).logp
+            kl.append(divergence(run, ref_logp, pairs))                     # (N,K): of k's texts, under every expert
         log_w, n = run.log_w.cpu(), torch.arange(len(prompts))
         for mode in ("mixture", "sparse", *range(K)) if K > 1 else (0,):
-            z = choose_expert(log_w, len(prompts), str(mode), config.seed)                               # (N,)  M13
-            drawn = torch.stack(kl)[z, n]                                                                # (N,K)
-            log_ratio = mixture_logp(log_w, drawn) if mode == "mixture" else drawn[n, z]                 # M14
+            z = choose_expert(log_w, len(prompts), str(mode), config.seed)                          # (N,)  M13
+            drawn = torch.stack(kl)[z, n]                                                           # (N,K)
+            log_ratio = mixture_logp(log_w, drawn) if mode == "mixture" else drawn[n, z]            # M14
             name = run.name if K == 1 else f"{run.name} {mode if mode in ('mixture', 'sparse') else f'head {mode}'}"
             rows[name] = {"ids": [ids[k][i] for i, k in enumerate(z.tolist())], "kl": log_ratio, "z": z.tolist()}
     return rows
 
 
-def reward_table(rows: dict[str, dict], prompts: list[list[int]], tokenizer, eos: int, dataset: dict, folder: Path) -> tuple[dict, dict[str, list[str]]]:
-    """Rewards, KL and length of every row, and the texts. "trained" is the mean of the rewards that annotators of the training pairs follow."""
-    from data.annotators import score                                       # here, since a run without reward functions needs none of its packages
+def reward_table(rows: dict, prompts: list[list[int]], tokenizer, dataset: dict, folder: Path) -> tuple[dict, dict]:
+    """Rewards, KL and length of every row, and its texts. "trained" is the mean of the rewards that the annotators of
+    the training pairs follow, "gain" the same less the reference's on the same prompts."""
+    from data.annotators import score                                       # here: only this needs its packages
 
-    texts = {name: [tokenizer.decode(p + [t for t in y if t != eos]) for p, y in zip(prompts, row["ids"])] for name, row in rows.items()}
+    def text(prompt: list[int], response: list[int]) -> str:
+        return tokenizer.decode(prompt + [token for token in response if token != tokenizer.eos])
+
+    texts = {name: [text(p, y) for p, y in zip(prompts, row["ids"])] for name, row in rows.items()}
     unique = sorted({text for column in texts.values() for text in column})
     scores = dict(zip(unique, zip(*score(unique, dataset["rewards"], folder).values())))
     table, base = {}, None
     for name, row in rows.items():
-        values = torch.tensor([scores[text] for text in texts[name]], dtype=torch.float64)               # (N,R)
-        trained = values[:, [dataset["rewards"].index(a) for a in dataset["annotators"]]].mean(1)        # (N,)
+        values = torch.tensor([scores[text] for text in texts[name]], dtype=torch.float64)          # (N,R)
+        trained = values[:, [dataset["rewards"].index(a) for a in dataset["annotators"]]].mean(1)   # (N,)
         base = trained if base is None else base
         table[name] = {reward: mean_se(values[:, r]) for r, reward in enumerate(dataset["rewards"])}
-        table[name] |= {"trained": mean_se(trained), "gain": mean_se(trained - base), "kl": mean_se(row["kl"]), "length": mean_se(torch.tensor([len(y) for y in row["ids"]]))}
-        table[name] |= {"values": values.tolist()}                          # per prompt, in file order: differences between rows are paired
+        table[name] |= {"trained": mean_se(trained), "gain": mean_se(trained - base), "kl": mean_se(row["kl"])}
+        table[name] |= {"length": mean_se(torch.tensor([len(y) for y in row["ids"]]))}
+        table[name] |= {"values": values.tolist()}                          # by prompt: rows are compared in pairs
     return table, texts
 
 
-# --- the whole ---------------------------------------------------------------------------------------------------------------------------
+# --- the whole --------------------------------------------------------------------------------------------------------
 
 
 def find_runs(folder: Path) -> list[Path]:
-    found = [folder] if (folder / "checkpoint").exists() else sorted((p.parent for p in folder.glob("*/checkpoint")), key=lambda p: p.stat().st_mtime)
+    """The folder itself if it is a run, else the runs in it in the order in which they were begun."""
+    found = [path.parent for path in sorted(folder.glob("*/checkpoint"), key=lambda path: path.stat().st_mtime)]
+    if (folder / "checkpoint").exists():
+        return [folder]
     if not found:
         raise InputError(f"{folder}: no run in it; wanted a directory that train.py wrote, or a folder of such")
     return found
@@ -223,42 +238,58 @@ def read_prompts(path: Path, tokenizer, max_prompt: int, limit: int) -> list[lis
             if not isinstance(prompt := json.loads(line)["prompt"], str) or not prompt:
                 raise TypeError("prompt is no string, or empty")
             prompts.append(encode_prompt(prompt, tokenizer, max_prompt)[0])
-        except (ValueError, KeyError, TypeError) as error:                  # not JSON, no object, no prompt, no token for a character
-            raise InputError(f'{path}:{number}: wanted {{"prompt": "some text"}}, got {line[:80]!r} ({error})') from None
+        except (ValueError, KeyError, TypeError) as error:                  # no JSON, no prompt, no token for a letter
+            got = f"{line[:80]!r} ({error})"
+            raise InputError(f'{path}:{number}: wanted {{"prompt": "some text"}}, got {got}') from None
     return prompts[: limit or None]
 
 
 def evaluate(config: EvalConfig) -> dict:
     """Evaluates and writes results.json, samples.jsonl and the report; returns the results."""
-    folder, device = Path(config.dir), "cuda" if torch.cuda.is_available() else "cpu"
+    folder, local = Path(config.dir).resolve(), config.data_folder
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     home = folder.parent if (folder / "checkpoint").exists() else folder    # where the data of a single run lie
-    runs = [load_run(path, device, config.data_folder) for path in find_runs(folder)]
-    first = runs[0].config
+    runs = [load_run(path, device, local) for path in find_runs(folder)]
+    first, dtype = runs[0].config, runs[0].experts.dtype
     for run in runs:
-        if (run.config.model, run.config.max_prompt, run.config.max_response) != (first.model, first.max_prompt, first.max_response):
-            raise InputError(f"{run.path}: its model or lengths differ from {runs[0].path}'s; evaluate such runs one at a time")
-    tokenizer, reference = load_tokenizer(first.model, config.data_folder or None), load_model(first.model, device=device, data=config.data_folder or None)
-    results = {"environment": environment(), "config": dataclasses.asdict(config), "preferences": {}, "policies": {}}
-    heldout, prompts_file, dataset_file = Path(config.heldout or home / "heldout.jsonl"), Path(config.prompts or home / "prompts.jsonl"), home / "dataset.json"
+        if any(getattr(run.config, name) != getattr(first, name) for name in ("model", "max_prompt", "max_response")):
+            raise InputError(f"{run.path}: its model or lengths differ from {runs[0].path}'s; "
+                             "evaluate such runs one at a time")
+    tokenizer = load_tokenizer(first.model, local or None)
+    reference = load_model(first.model, device=device, data=local or None)
+    facts = environment() | {"dtype": str(dtype).removeprefix("torch.")}
+    results = {"environment": facts, "config": dataclasses.asdict(config), "preferences": {}, "policies": {}}
+    heldout, prompts = Path(config.heldout or home / "heldout.jsonl"), Path(config.prompts or home / "prompts.jsonl")
     if heldout.exists():
-        pairs, dtype = read_preferences(heldout, tokenizer, first.max_prompt, first.max_response, first.drop), runs[0].experts.dtype
-        key = (content_key(reference), data_key(heldout), tokenizer.key, first.max_prompt, first.max_response, first.drop, str(dtype))
-        ref = cached_reference(home / "cache", key, lambda: compute_reference(reference, pairs, dtype, progress=Progress("reference held-out")))
-        for run in runs:
-            train_pairs = read_preferences(run.config.data, tokenizer, run.config.max_prompt, run.config.max_response, run.config.drop, report=lambda line: None)
-            results["preferences"][run.name] = preference_figures(run, pairs, all_margins(run, pairs, ref.logp), train_pairs)
-    if prompts_file.exists() and dataset_file.exists():
-        dataset = json.loads(dataset_file.read_text())
-        prompts = read_prompts(prompts_file, tokenizer, first.max_prompt, config.limit)
-        rows = policy_rows(runs, reference, prompts, config, config.max_new or dataset.get("max_new") or first.max_response, tokenizer.eos)
-        results["policies"], texts = reward_table(rows, prompts, tokenizer, tokenizer.eos, dataset, home)
-        with (home / "samples.jsonl").open("w") as file:
-            for n, prompt in enumerate(prompts):
-                file.write(json.dumps({"prompt": tokenizer.decode(prompt), "texts": {name: column[n] for name, column in texts.items()}}) + "\n")
+        results["preferences"] = heldout_figures(runs, reference, tokenizer, heldout, home / "cache")
+    if prompts.exists() and (home / "dataset.json").exists():
+        dataset = json.loads((home / "dataset.json").read_text())
+        ids = read_prompts(prompts, tokenizer, first.max_prompt, config.limit)
+        max_new = config.max_new or dataset.get("max_new") or first.max_response
+        rows = policy_rows(runs, reference, ids, config, max_new, tokenizer.eos)
+        results["policies"], texts = reward_table(rows, ids, tokenizer, dataset, home)
+        samples = [{"prompt": tokenizer.decode(prompt), "texts": {name: column[n] for name, column in texts.items()}}
+                   for n, prompt in enumerate(ids)]
+        (home / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     (home / "results.json").write_text(json.dumps(results) + "\n")
     print_tables(results)
     write_report(home)
     return results
+
+
+def heldout_figures(runs: list[Run], reference, tokenizer, path: Path, store: Path) -> dict:
+    """Name of a run -> its figures on the held-out preferences."""
+    config, dtype, out = runs[0].config, runs[0].experts.dtype, {}
+    pairs = read_preferences(path, tokenizer, config.max_prompt, config.max_response, config.drop)
+    key = (content_key(reference), data_key(path), tokenizer.key, config.max_prompt, config.max_response, config.drop,
+           str(dtype), str(reference.unembedding.device))
+    progress = Progress("reference held-out")
+    ref = cached_reference(store, key, lambda: compute_reference(reference, pairs, dtype, progress=progress))
+    for run in runs:
+        own = read_preferences(run.config.data, tokenizer, config.max_prompt, config.max_response, run.config.drop,
+                               report=lambda line: None)
+        out[run.name] = preference_figures(run, pairs, all_margins(run, pairs, ref.logp), own)
+    return out
 
 
 def print_tables(results: dict) -> None:
@@ -269,14 +300,18 @@ def print_tables(results: dict) -> None:
         for name, row in results["policies"].items():
             print(f"{name:<24}" + "".join(f"{row[r]['mean']:>10.3f} ±{row[r]['se']:6.3f}" for r in rewards))
     for name, figures in results["preferences"].items():
-        print(f"\n{name}: log-likelihood {figures['log_likelihood']['mean']:.4f} ±{figures['log_likelihood']['se']:.4f}, with each user's weights "
-              f"{figures['log_likelihood_own']['mean']:.4f}; accuracy of the mixture {figures['accuracy_mbt']['mean']:.3f} ±{figures['accuracy_mbt']['se']:.3f}, "
-              f"with each user's weights {figures['accuracy_own']['mean']:.3f}; effective experts {figures['effective_experts']:.2f}")
+        for what, key in (("log-likelihood", "log_likelihood"), ("accuracy of the mixture", "accuracy_mbt")):
+            own = figures[{"log_likelihood": "log_likelihood_own", "accuracy_mbt": "accuracy_own"}[key]]
+            print(f"{name}: {what} {figures[key]['mean']:.4f} ±{figures[key]['se']:.4f}, "
+                  f"with each user's weights {own['mean']:.4f} ±{own['se']:.4f}")
+        print(f"  effective experts {figures['effective_experts']:.2f}")
         for kind, column in figures["accuracy"].items():
-            print(f"  pairs judged by {kind:<18}" + "  ".join(f"head {k} {a['mean']:.3f} ±{a['se']:.3f}" for k, a in enumerate(column)))
+            heads = "  ".join(f"head {k} {a['mean']:.3f} ±{a['se']:.3f}" for k, a in enumerate(column))
+            print(f"  pairs judged by {kind:<18}{heads}")
         for where in ("alignment_train", "alignment_heldout"):
-            if figures[where]:
-                print(f"  {where.replace('_', ' on ')}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures[where].items() if isinstance(v, float)))
+            shown = ", ".join(f"{key} {value:.3f}" for key, value in figures[where].items() if isinstance(value, float))
+            if shown:
+                print(f"  {where.replace('_', ' on ')}: {shown}")
 
 
 def write_report(home: Path) -> None:
@@ -291,7 +326,8 @@ def write_report(home: Path) -> None:
 
 def main(argv: list[str]) -> None:
     try:
-        evaluate(configs.parse(EvalConfig, ["--dir", *argv] if argv and not argv[0].startswith("-") else argv, "python eval.py DIR"))
+        flags = argv if argv and argv[0].startswith("-") else ["--dir", *argv]
+        evaluate(configs.parse(EvalConfig, flags, "python eval.py DIR"))
     except InputError as error:
         sys.exit(f"error: {error}")
 
