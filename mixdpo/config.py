@@ -1,7 +1,8 @@
 """Configuration: one flat frozen dataclass a script; the command line is made from it.
 
-Each field of the dataclass is one option: its name (with dashes) is the flag, its type the parser, its default the default, and the
-comment that stands behind it in the source is the help text. An unknown option or a value of the wrong type is an error.
+Each field of the dataclass is one option: its name (with dashes) is the flag, its type the parser,
+its default the default, and the comment that stands behind it in the source is the help text.
+An unknown option or a value of the wrong type is an error.
 Left out on purpose: configuration files, nesting, environment variables, registries.
 """
 
@@ -15,7 +16,8 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """What a user gave us cannot be used. The message says where (file and line), what was got, what was wanted, and what to do."""
+    """What a user gave us cannot be used. The message says where (file and line), what was got,
+    what was wanted, and what to do."""
 
 
 def field_comments(cls) -> dict[str, str]:
@@ -29,13 +31,15 @@ def usage(cls, program: str) -> str:
     comments = field_comments(cls)
     lines = [f"usage: {program} [--option value ...]", "", inspect.getdoc(cls) or "", "", "options:"]
     for f in dataclasses.fields(cls):
-        default = "required" if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING else f"default {f.default!r}"
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        default = "required" if required else f"default {f.default!r}"
         lines.append(f"  --{f.name.replace('_', '-'):<18} {comments.get(f.name, '')}  [{default}]")
     return "\n".join(lines)
 
 
 def convert(text: str, kind: type, flag: str):
-    """One word of the command line as the field's type: str, int, float, bool, or a comma-separated tuple of one of them."""
+    """One word of the command line as the field's type: str, int, float, bool,
+    or a comma-separated tuple of one of them."""
     if typing.get_origin(kind) is tuple:
         return tuple(convert(word, typing.get_args(kind)[0], flag) for word in text.split(",") if word)
     if kind is bool:
@@ -46,7 +50,7 @@ def convert(text: str, kind: type, flag: str):
         value = kind(text)
     except ValueError:
         raise InputError(f"{flag}: got {text!r}, wanted a value of type {kind.__name__}") from None
-    if value != value:                                                      # NaN passes every later check of the form x <= 0
+    if value != value:                                                      # NaN passes every later check like x <= 0
         raise InputError(f"{flag}: got {text!r}, wanted a number")
     return value
 
@@ -54,8 +58,8 @@ def convert(text: str, kind: type, flag: str):
 def parse(cls, argv: list[str], program: str):
     """An instance of the dataclass `cls` from `--flag value` words.
 
-    Raises: InputError on an unknown flag (with the nearest known one), a missing value, a wrong type, a missing required option;
-    SystemExit(0) after printing the help text on -h or --help.
+    Raises: InputError on an unknown flag (with the nearest known one), a missing value, a wrong type,
+    a missing required option; SystemExit(0) after printing the help text on -h or --help.
     """
     kinds = typing.get_type_hints(cls)
     values, words = {}, list(argv)
@@ -90,5 +94,6 @@ def load(cls, path: Path):
     """Reads back what `save` wrote. Raises: InputError if the file holds other fields than `cls` has."""
     values, names = json.loads(path.read_text()), {f.name for f in dataclasses.fields(cls)}
     if set(values) != names:
-        raise InputError(f"{path}: its fields differ from this version's in {sorted(set(values) ^ names)}; it was written by another version")
+        raise InputError(f"{path}: its fields differ from this version's in {sorted(set(values) ^ names)}; "
+                         "it was written by another version")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
