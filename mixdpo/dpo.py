@@ -3,7 +3,8 @@
     h    = beta [ (log pi - log pi_ref)(y+ | x) - (log pi - log pi_ref)(y- | x) ]          (M4, the margin)
     loss = - log sigma(h)                                                                  (M8 with K = 1)
 
-The expert's reward is r = beta log(pi / pi_ref) + beta log Z(x) (M3); Z depends on the prompt alone, so it cancels in h.
+The expert's reward is r = beta log(pi / pi_ref) + beta log Z(x) (M3);
+Z depends on the prompt alone, so it cancels in h.
 Left out: label smoothing, IPO, length normalisation. They are other losses on the same margin.
 """
 
@@ -14,12 +15,15 @@ import torch.nn.functional as F
 def margins(logp: torch.Tensor, ref_logp: torch.Tensor, beta: float) -> torch.Tensor:
     """Margins h in nats (M4).
 
-    logp, ref_logp: (..., 2) summed response log-probs in nats, index 0 chosen, 1 rejected; they broadcast against each other, so that
-    one reference (B, 1, 2) serves K experts (B, K, 2). Returns (...). Wants float32 or float64: in bfloat16 the spacing at 300 nats is 2 nats.
+    logp, ref_logp: (..., 2) summed response log-probs in nats, index 0 chosen, 1 rejected;
+    they broadcast against each other, so that one reference (B, 1, 2) serves K experts (B, K, 2). Returns (...).
+    Wants float32 or float64: in bfloat16 the spacing at 300 nats is 2 nats.
     """
-    assert logp.shape[-1] == ref_logp.shape[-1] == 2, f"the last axis is the pair: got {tuple(logp.shape)} and {tuple(ref_logp.shape)}, want (..., 2)"
-    assert {logp.dtype, ref_logp.dtype} <= {torch.float32, torch.float64}, f"got {logp.dtype} and {ref_logp.dtype}, want float32 or float64"
-    log_ratio = logp - ref_logp                                             # (..., 2)  M3: the reward over beta, less log Z_k
+    assert logp.shape[-1] == ref_logp.shape[-1] == 2, \
+        f"the last axis is the pair: got {tuple(logp.shape)} and {tuple(ref_logp.shape)}, want (..., 2)"
+    assert {logp.dtype, ref_logp.dtype} <= {torch.float32, torch.float64}, \
+        f"got {logp.dtype} and {ref_logp.dtype}, want float32 or float64"
+    log_ratio = logp - ref_logp                                             # (..., 2)  M3: reward / beta, less log Z_k
     return beta * (log_ratio[..., 0] - log_ratio[..., 1])                   # (...)  M4
 
 
@@ -30,5 +34,6 @@ def dpo_loss(h: torch.Tensor) -> torch.Tensor:
 
 
 def accuracy(h: torch.Tensor) -> torch.Tensor:
-    """Share of pairs ranked rightly, per pair: 1 where h > 0, 0 where h < 0, one half on a tie. (...) -> (...) float32."""
+    """Share of pairs ranked rightly, per pair: 1 where h > 0, 0 where h < 0, one half on a tie.
+    (...) -> (...) float32."""
     return (1 + torch.sign(h).float()) / 2
