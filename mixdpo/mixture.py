@@ -1,17 +1,19 @@
-"""The mixture: responsibilities, the bound, the losses. Tensors in, per-pair tensors out; no model, no configuration, no device.
+"""The mixture: responsibilities, the bound, the losses. Tensors in, per-pair tensors out;
+no model, no configuration, no device.
 
 A latent expert z in 1..K judges each pair (or each user). With weights w (the gate) and margins h_k of dpo.py:
 
-    log p(y+ > y- | x) = logsumexp_k [ log w_k + log sigma(h_k) ]                          (M5, mixture of Bradley-Terry)
-    ELBO(q)            = sum_k q_k [ log w_k + log sigma(h_k) - log q_k ]                  (M6)  <= log p, the gap is KL(q || posterior)
-    E-step             : log q_k = log w_k + log sigma(h_k) - log p                        (M7)  makes the gap zero
-    expert M-step      : - sum_k q_k log sigma(h_k),  q detached                           (M8)
-    gate M-step        : KL(q || w),                  q detached                           (M9)
+    log p(y+ > y- | x) = logsumexp_k [ log w_k + log sigma(h_k) ]             (M5, mixture of Bradley-Terry)
+    ELBO(q)            = sum_k q_k [ log w_k + log sigma(h_k) - log q_k ]     (M6, <= log p by KL(q || posterior))
+    E-step             : log q_k = log w_k + log sigma(h_k) - log p           (M7, makes the gap zero)
+    expert M-step      : - sum_k q_k log sigma(h_k),  q detached              (M8)
+    gate M-step        : KL(q || w),                  q detached              (M9)
 
-With q from the E-step and detached, the gradient of M8 + M9 is the gradient of -log p (Fisher's identity): EM on minibatches is SGD on
-the marginal likelihood, and `log_marginal` is the whole method in one line. Everything over K is float32 (or float64) log space.
-M5 is not Bradley-Terry on the mixture's log-sum-exp reward (M2), and the K-fold product of tilted references maximises the decoupled
-objective, not the joint one: nothing here assumes either.
+With q from the E-step and detached, the gradient of M8 + M9 is the gradient of -log p (Fisher's identity):
+EM on minibatches is SGD on the marginal likelihood, and `log_marginal` is the whole method in one line.
+Everything over K is float32 (or float64) log space.
+M5 is not Bradley-Terry on the mixture's log-sum-exp reward (M2), and the K-fold product of tilted references
+maximises the decoupled objective, not the joint one: nothing here assumes either.
 """
 
 import math
@@ -30,25 +32,30 @@ def require_precise(*tensors: torch.Tensor) -> None:
 def log_joint(log_w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """log w_k + log sigma(h_k): (B,K) or (K,), (B,K) -> (B,K), the summand of M5."""
     require_precise(log_w, h)
-    assert h.ndim == 2 and log_w.shape[-1] == h.shape[-1], f"got log_w {tuple(log_w.shape)} and h {tuple(h.shape)}, want (B,K) or (K,), and (B,K)"
+    assert h.ndim == 2 and log_w.shape[-1] == h.shape[-1], \
+        f"got log_w {tuple(log_w.shape)} and h {tuple(h.shape)}, want (B,K) or (K,), and (B,K)"
     return log_w.to(h.dtype) + F.logsigmoid(h)
 
 
 def log_marginal(log_w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """log p(y+ > y- | x) in nats, with gradient: (B,K) or (K,), (B,K) -> (B,). The one-line reference for the method (M5)."""
+    """log p(y+ > y- | x) in nats, with gradient: (B,K) or (K,), (B,K) -> (B,).
+    The one-line reference for the method (M5)."""
     return torch.logsumexp(log_joint(log_w, h), dim=-1)
 
 
-# --- E-step -------------------------------------------------------------------------------------------------------------------------------
+# --- E-step -----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def e_step(log_w: torch.Tensor, h: torch.Tensor, group: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def e_step(
+    log_w: torch.Tensor, h: torch.Tensor, group: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact posterior over experts, without gradient.
 
     log_w: (B,K) or (K,); h: (B,K). Returns log_marginal (B,) and log_q (B,K) in nats (M7).
-    With group (B,) int64 in 0..G-1 one expert judges all pairs of a group, a user's say (M11): the log-likelihoods of the group's pairs add up,
-    its prior (equal on all its pairs) counts once. Returns log_marginal (G,) and log_q (G,K); the posterior of a pair is log_q[group].
+    With group (B,) int64 in 0..G-1 one expert judges all pairs of a group, a user's say (M11):
+    the log-likelihoods of the group's pairs add up, its prior (equal on all its pairs) counts once.
+    Returns log_marginal (G,) and log_q (G,K); the posterior of a pair is log_q[group].
     """
     require_precise(log_w, h)
     if group is None:
@@ -64,17 +71,24 @@ def pool(log_w: torch.Tensor, log_lik: torch.Tensor, group: torch.Tensor) -> tor
     assert group.shape == log_lik.shape[:1], f"got group {tuple(group.shape)} for {log_lik.shape[0]} pairs"
     groups = int(group.max()) + 1
     assert len(group.unique()) == groups, f"groups must be numbered 0..G-1 without holes, got {group.unique().tolist()}"
-    first = torch.full((groups,), len(group)).scatter_reduce(0, group.cpu(), torch.arange(len(group)), "amin").to(group.device)
+    first = torch.full((groups,), len(group)).scatter_reduce(0, group.cpu(), torch.arange(len(group)), "amin")
+    first = first.to(group.device)                                          # (G,) each group's first pair
     prior = log_w.to(log_lik.dtype).expand_as(log_lik)                      # (B,K)
-    assert torch.equal(prior, prior[first][group]), "log_w differs between the pairs of one group; one group has one latent expert, hence one prior"
+    assert torch.equal(prior, prior[first][group]), \
+        "log_w differs between the pairs of one group; one group has one latent expert, hence one prior"
     return prior[first].index_add(0, group, log_lik)                        # (G,K)
 
 
-def vary(log_q: torch.Tensor, kind: str, generator: torch.Generator | None = None, temperature: float = 1.0, draws: int = 1) -> torch.Tensor:
-    """Responsibilities for the M-step other than the exact posterior log_q (...,K): exact, tempered, hard, monte-carlo, gumbel (M12).
+def vary(
+    log_q: torch.Tensor, kind: str, generator: torch.Generator | None = None, temperature: float = 1.0, draws: int = 1
+) -> torch.Tensor:
+    """Responsibilities for the M-step other than the exact posterior log_q (...,K):
+    exact, tempered, hard, monte-carlo, gumbel (M12).
 
-    tempered: q^(1/temperature), normalised; hard: all on the likeliest expert; monte-carlo: the shares among `draws` samples of z, whose mean
-    is q; gumbel: softmax((log q + Gumbel noise) / temperature), hard samples as the temperature falls. Noise is for training only.
+    tempered: q^(1/temperature), normalised; hard: all on the likeliest expert;
+    monte-carlo: the shares among `draws` samples of z, whose mean is q;
+    gumbel: softmax((log q + Gumbel noise) / temperature), hard samples as the temperature falls.
+    Noise is for training only.
     """
     if kind == "exact":
         return log_q
@@ -82,15 +96,16 @@ def vary(log_q: torch.Tensor, kind: str, generator: torch.Generator | None = Non
         return torch.log_softmax(log_q / temperature, dim=-1)
     if kind == "hard":
         return F.one_hot(log_q.argmax(-1), log_q.shape[-1]).to(log_q.dtype).log()
-    uniform = torch.rand((draws if kind == "monte-carlo" else 1, *log_q.shape), generator=generator, dtype=torch.float64).to(log_q.device)
-    noisy = log_q.double() - torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))                # (S,...,K) log q + Gumbel noise
-    if kind == "monte-carlo":                                               # argmax of log q + Gumbel noise is a draw from q
+    shape = (draws if kind == "monte-carlo" else 1, *log_q.shape)           # (S,...,K)
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64).to(log_q.device)
+    noisy = log_q.double() - torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))    # log q + Gumbel noise
+    if kind == "monte-carlo":                                               # the argmax of `noisy` is a draw from q
         return F.one_hot(noisy.argmax(-1), log_q.shape[-1]).double().mean(0).log().to(log_q.dtype)
     assert kind == "gumbel", f"E-step variant {kind!r}, want exact, tempered, hard, monte-carlo or gumbel"
     return torch.log_softmax(noisy[0] / temperature, dim=-1).to(log_q.dtype)
 
 
-# --- the bound and the M-step's losses --------------------------------------------------------------------------------------------------
+# --- the bound and the M-step's losses --------------------------------------------------------------------------------
 
 
 def weighted(log_q: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -118,9 +133,11 @@ def gate_loss(log_q: torch.Tensor, log_w: torch.Tensor) -> torch.Tensor:
 
 
 def update_weights(log_q: torch.Tensor, prior: float = 1.0) -> torch.Tensor:
-    """Closed-form weights (M10): the mode of a symmetric Dirichlet(prior) after N responsibilities. (N,K) -> (K,) log weights.
+    """Closed-form weights (M10): the mode of a symmetric Dirichlet(prior) after N responsibilities.
+    (N,K) -> (K,) log weights.
 
-    w_k = (sum_n q_nk + prior - 1) / (N + K (prior - 1)); prior = 1 is the mean of q. Wants prior >= 1 (below, the mode may not exist).
+    w_k = (sum_n q_nk + prior - 1) / (N + K (prior - 1)); prior = 1 is the mean of q.
+    Wants prior >= 1 (below, the mode may not exist).
     """
     assert prior >= 1.0, f"Dirichlet prior is {prior}, want at least 1"
     require_precise(log_q)
@@ -130,22 +147,26 @@ def update_weights(log_q: torch.Tensor, prior: float = 1.0) -> torch.Tensor:
     return torch.log_softmax(counts, dim=0)                                 # the counts sum to N + K (prior - 1)
 
 
-# --- the start ---------------------------------------------------------------------------------------------------------------------------
+# --- the start --------------------------------------------------------------------------------------------------------
 
 
-def random_responsibilities(groups: int, experts: int, generator: torch.Generator, concentration: float = 1.0) -> torch.Tensor:
+def random_responsibilities(
+    groups: int, experts: int, generator: torch.Generator, concentration: float = 1.0
+) -> torch.Tensor:
     """Random log q (G,K), each row from Dirichlet(concentration): breaks the symmetric saddle.
 
-    Identical experts under uniform weights have h equal and q = w for ever, and the mixture reproduces DPO; any q that differs between
-    pairs leaves that point.
+    Identical experts under uniform weights have h equal and q = w for ever, and the mixture reproduces DPO;
+    any q that differs between pairs leaves that point.
     """
-    gamma = torch._standard_gamma(torch.full((groups, experts), concentration, dtype=torch.float64), generator=generator)
+    shape = torch.full((groups, experts), concentration, dtype=torch.float64)           # the Gammas' shape parameter
+    gamma = torch._standard_gamma(shape, generator=generator)
     return torch.log_softmax(gamma.clamp_min(1e-30).log(), dim=-1).float()
 
 
 @dataclass(frozen=True)
 class LinearMixture:
-    """K linear rewards theta_k . phi(y) with their responsibilities; `bound` is the penalised log-likelihood of this start, `bounds` all starts'."""
+    """K linear rewards theta_k . phi(y) with their responsibilities;
+    `bound` is the penalised log-likelihood of this start, `bounds` all starts'."""
 
     theta: torch.Tensor     # (K,D)
     log_w: torch.Tensor     # (K,)
@@ -155,19 +176,23 @@ class LinearMixture:
 
 
 @torch.no_grad()
-def linear_mixture(x: torch.Tensor, group: torch.Tensor, experts: int, l2: float = 1e-2, starts: int = 5, iterations: int = 50,
-                   seed: int = 0, log_w: torch.Tensor | None = None) -> LinearMixture:
+def linear_mixture(
+    x: torch.Tensor, group: torch.Tensor, experts: int, l2: float = 1e-2, starts: int = 5, iterations: int = 50,
+    seed: int = 0, log_w: torch.Tensor | None = None,
+) -> LinearMixture:
     """The same EM with linear rewards, where the M-step is a convex problem: h_ik = theta_k . x_i.
 
-    x: (B,D) differences of features, chosen minus rejected; group: (B,) int64 in 0..G-1. Each M-step is one damped Newton step per expert on
-    sum_i q_ik log sigma(h_ik) - l2/2 |theta_k|^2 (generalised EM: the bound never falls). log_w: (K,) fixed weights, or None for the
-    closed-form update. The best of `starts` random starts by the bound is returned: EM finds local optima, and restarts matter.
+    x: (B,D) differences of features, chosen minus rejected; group: (B,) int64 in 0..G-1.
+    Each M-step is one damped Newton step per expert on sum_i q_ik log sigma(h_ik) - l2/2 |theta_k|^2
+    (generalised EM: the bound never falls). log_w: (K,) fixed weights, or None for the closed-form update.
+    The best of `starts` random starts by the bound is returned: EM finds local optima, and restarts matter.
     """
     dtype, x, generator = x.dtype, x.double(), torch.Generator().manual_seed(seed)
     best, bounds = None, []
     for _ in range(starts):
         log_q = random_responsibilities(int(group.max()) + 1, experts, generator).double()
-        theta, weights = torch.zeros(experts, x.shape[1], dtype=x.dtype), torch.full((experts,), -torch.tensor(experts).log().item(), dtype=x.dtype)
+        theta = torch.zeros(experts, x.shape[1], dtype=x.dtype)             # (K,D)
+        weights = torch.full((experts,), -torch.tensor(experts).log().item(), dtype=x.dtype)
         last = -torch.inf
         for _ in range(iterations):
             weights = update_weights(log_q) if log_w is None else log_w.double()
@@ -184,7 +209,8 @@ def linear_mixture(x: torch.Tensor, group: torch.Tensor, experts: int, l2: float
 
 
 def newton_step(x: torch.Tensor, q: torch.Tensor, theta: torch.Tensor, ridge: float) -> torch.Tensor:
-    """One Newton step, halved until it does not fall, on sum_i q_i log sigma(theta . x_i) - ridge/2 |theta|^2: (B,D), (B,), (D,) -> (D,)."""
+    """One Newton step, halved until it does not fall, on sum_i q_i log sigma(theta . x_i) - ridge/2 |theta|^2:
+    (B,D), (B,), (D,) -> (D,)."""
     def objective(t):
         return (q * F.logsigmoid(x @ t)).sum() - 0.5 * ridge * t.square().sum()
 
@@ -200,7 +226,7 @@ def newton_step(x: torch.Tensor, q: torch.Tensor, theta: torch.Tensor, ridge: fl
     return theta
 
 
-# --- the mixture as a policy ---------------------------------------------------------------------------------------------------------------
+# --- the mixture as a policy ------------------------------------------------------------------------------------------
 
 
 def mixture_logp(log_w: torch.Tensor, logp: torch.Tensor) -> torch.Tensor:
@@ -212,7 +238,8 @@ def mixture_logp(log_w: torch.Tensor, logp: torch.Tensor) -> torch.Tensor:
 def prefix_log_weights(log_w: torch.Tensor, logps: torch.Tensor) -> torch.Tensor:
     """Weights of the experts before each token, given the tokens so far: (...,K), (...,T,K) -> (...,T,K)  (M14).
 
-    log w_k + sum_{s<t} logps_sk, normalised over k. Only with these does sum_t logsumexp_k(weights_t + logps_t) equal mixture_logp.
+    log w_k + sum_{s<t} logps_sk, normalised over k.
+    Only with these does sum_t logsumexp_k(weights_t + logps_t) equal mixture_logp.
     """
     require_precise(log_w, logps)
     before = F.pad(logps[..., :-1, :].cumsum(-2), (0, 0, 1, 0))             # exclusive; cumsum - logps is NaN at -inf
@@ -220,5 +247,6 @@ def prefix_log_weights(log_w: torch.Tensor, logps: torch.Tensor) -> torch.Tensor
 
 
 def mixture_reward(log_w: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-    """r(x,y) = log sum_k w_k(x) exp r_k(x,y) (M2): (...,K), (...,K) -> (...). Not what the likelihood M5 is built on: see the module's docstring."""
+    """r(x,y) = log sum_k w_k(x) exp r_k(x,y) (M2): (...,K), (...,K) -> (...).
+    Not what the likelihood M5 is built on: see the module's docstring."""
     return mixture_logp(log_w, r)
