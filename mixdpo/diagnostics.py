@@ -1,8 +1,8 @@
 """What to look at while a mixture trains, and how to say whether it found anything.
 
-    effective experts   exp(entropy of the mean responsibilities): K when all are used alike, 1 when one does all the work
+    effective experts   exp(entropy of the mean responsibilities): K when all are used alike, 1 when one does all
     ELBO gap            log p - ELBO(q) = KL(q || posterior) >= 0 for the q in use; 0 right after an exact E-step
-    ARI                 adjusted Rand index (Hubert & Arabie 1985): 1 for the same partition, 0 on average for unrelated ones
+    ARI                 adjusted Rand index (Hubert & Arabie 1985): 1 for the same partition, 0 on average by chance
     matched accuracy    share assigned rightly under the best one-to-one naming of experts
 """
 
@@ -27,7 +27,8 @@ def effective_experts(log_q: torch.Tensor) -> float:
 
 @torch.no_grad()
 def step_summary(log_q: torch.Tensor, log_w: torch.Tensor, h: torch.Tensor) -> dict:
-    """A step's figures from its trained pairs: log_q (B,K) as the M-step used it, log_w (K,), h (B,K) before the update.
+    """A step's figures from its trained pairs: log_q (B,K) as the M-step used it, log_w (K,),
+    h (B,K) before the update.
 
     loss is M8 a pair; log_marginal M5 a pair, one type a pair, whatever the latent unit; elbo is for the q in use.
     """
@@ -67,24 +68,29 @@ def adjusted_rand_index(found: list, truth: list) -> float:
 
 
 def matched_accuracy(found: list[int], truth: list, experts: int) -> tuple[float, dict[int, object]]:
-    """Share of units assigned rightly under the best one-to-one naming of experts, and that naming {expert: true label}. Wants small K (K! namings)."""
+    """Share of units assigned rightly under the best one-to-one naming of experts,
+    and that naming {expert: true label}. Wants small K (K! namings)."""
     kinds = sorted(set(truth))
     names = kinds + [None] * max(0, experts - len(kinds))                   # an expert may stand for nobody
-    best = max(itertools.permutations(names, experts), key=lambda naming: sum(naming[f] == t for f, t in zip(found, truth)))
+    best = max(itertools.permutations(names, experts),
+               key=lambda naming: sum(naming[f] == t for f, t in zip(found, truth)))
     return sum(best[f] == t for f, t in zip(found, truth)) / len(truth), dict(enumerate(best))
 
 
 def bayes_posterior(units: list[list[dict]], annotators: list[str]) -> torch.Tensor:
-    """Posterior over annotators of each unit, from the annotators' own scores: what assignment could reach at best. (G,A) float64.
+    """Posterior over annotators of each unit, from the annotators' own scores:
+    what assignment could reach at best. (G,A) float64.
 
-    units: for each group the scores {annotator: [chosen, rejected]} of its pairs. An annotator chooses the higher score, and either of two
-    equal ones with probability one half; the prior is uniform. If no annotator can have made the choices (labels are noisy), the posterior
-    is uniform.
+    units: for each group the scores {annotator: [chosen, rejected]} of its pairs.
+    An annotator chooses the higher score, and either of two equal ones with probability one half; the prior is uniform.
+    If no annotator can have made the choices (labels are noisy), the posterior is uniform.
     """
     rows = []
     for unit in units:
         log_lik = torch.zeros(len(annotators), dtype=torch.float64)
         for scores in unit:
-            log_lik += torch.tensor([(1 + (scores[a][0] > scores[a][1]) - (scores[a][0] < scores[a][1])) / 2 for a in annotators], dtype=torch.float64).log()
-        rows.append(torch.softmax(log_lik, 0) if log_lik.max() > -torch.inf else torch.full_like(log_lik, 1 / len(annotators)))
+            chosen = [(1 + (scores[a][0] > scores[a][1]) - (scores[a][0] < scores[a][1])) / 2 for a in annotators]
+            log_lik += torch.tensor(chosen, dtype=torch.float64).log()
+        possible = log_lik.max() > -torch.inf
+        rows.append(torch.softmax(log_lik, 0) if possible else torch.full_like(log_lik, 1 / len(annotators)))
     return torch.stack(rows)
