@@ -1,7 +1,8 @@
 """The supervised step: fine-tunes a model on plain texts, since DPO assumes a reference that knows the domain.
 
-`python -m data.finetune --data reviews.jsonl --model smollm2 --out DIR` writes DIR in Hugging Face's layout with its tokenizer, and
-finetune.json with the perplexity on held-out blocks before and after. Texts are joined with an end token behind each and cut into blocks.
+`python -m data.finetune --data reviews.jsonl --model smollm2 --out DIR` writes DIR in Hugging Face's
+layout with its tokenizer, and finetune.json with the perplexity on held-out blocks before and after.
+Texts are joined with an end token behind each and cut into blocks.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from mixdpo.preferences import data_key
 from mixdpo.records import lines
 from mixdpo.rundir import Progress, compute_dtype
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import load_model, save_model
+from mixdpo.weights import content_key, load_model, save_model
 from train import minimise
 
 
@@ -45,7 +46,9 @@ class FinetuneConfig:
 def finetune(config: FinetuneConfig) -> Path:
     """Tunes and saves; a finished result of the same configuration and data is used again. Returns the directory."""
     out, device = Path(config.out), "cuda" if torch.cuda.is_available() else "cpu"
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "data_folder", "data")} | {"data_key": data_key(config.data)}
+    model = load_model(config.model, device=device, data=config.data_folder or None)
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "data_folder", "data")}
+    settings |= {"data_key": data_key(config.data), "model_key": content_key(model)}    # contents, not only names
     report = out / "finetune.json"
     if report.exists() and json.loads(report.read_text())["settings"] == settings:
         print(f"{out}: tuned before, {report.read_text()}")
@@ -54,9 +57,11 @@ def finetune(config: FinetuneConfig) -> Path:
     tokenizer = load_tokenizer(config.model, config.data_folder or None)
     blocks = read_blocks(config.data, tokenizer, config.tokens)              # (N,T)
     if len(blocks) < config.held + config.batch:
-        raise InputError(f"{config.data}: {len(blocks)} blocks of {config.tokens} tokens, wanted at least {config.held + config.batch} (--held and one batch)")
-    policy = Heads(load_model(config.model, device=device, data=config.data_folder or None), 1, dtype=dtype)
-    print(f"fine-tuning on {len(blocks) - config.held} blocks of {config.tokens} tokens, products in {str(dtype).removeprefix('torch.')}: {why}")
+        raise InputError(f"{config.data}: {len(blocks)} blocks of {config.tokens} tokens, "
+                         f"wanted at least {config.held + config.batch} (--held and one batch)")
+    policy = Heads(model, 1, dtype=dtype)
+    print(f"fine-tuning on {len(blocks) - config.held} blocks of {config.tokens} tokens, "
+          f"products in {str(dtype).removeprefix('torch.')}: {why}")
     optimizer, _ = make_optimizer(policy, config.lr)
     before, order, progress = perplexity(policy, blocks[-config.held :]), [], Progress("finetune")
     generator = torch.Generator().manual_seed(config.seed)
@@ -73,7 +78,7 @@ def finetune(config: FinetuneConfig) -> Path:
         progress(t + 1, config.steps, f"loss {loss.item():.4f}")
     after = perplexity(policy, blocks[-config.held :])
     print(f"perplexity on {config.held} held-out blocks: {before:.2f} before, {after:.2f} after")
-    report.unlink(missing_ok=True)                                          # a report says that all beside it is whole, and its own
+    report.unlink(missing_ok=True)                              # a report vouches for all that lies beside it
     save_model(policy.trunk, out)
     tokenizer.save(out)
     report.write_text(json.dumps({"perplexity_before": before, "perplexity_after": after, "settings": settings}) + "\n")
@@ -81,14 +86,15 @@ def finetune(config: FinetuneConfig) -> Path:
 
 
 def read_blocks(path: str, tokenizer, tokens: int) -> torch.Tensor:
-    """All texts, a start token (where the tokenizer has one) before and an end token behind each, as one run of ids cut into blocks: (N, tokens); the last, shorter one is left out."""
+    """All texts, a start token (where the tokenizer has one) before and an end token behind each,
+    as one run of ids cut into blocks: (N, tokens); the last, shorter one is left out."""
     ids, start = [], [] if tokenizer.bos is None else [tokenizer.bos]
     for number, line in enumerate(lines(path), 1):
         try:
             if not isinstance(text := json.loads(line)["text"], str):
                 raise TypeError("text is no string")
             ids += [*start, *tokenizer.encode(text), tokenizer.eos]
-        except (ValueError, KeyError, TypeError) as error:                  # not JSON, no object, no text, no token for a character
+        except (ValueError, KeyError, TypeError) as error:          # no JSON, object, text or token for a character
             raise InputError(f'{path}:{number}: wanted {{"text": "..."}}, got {line[:80]!r} ({error})') from None
     return torch.tensor(ids[: len(ids) // tokens * tokens]).view(-1, tokens)
 

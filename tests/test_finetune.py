@@ -13,12 +13,14 @@ from mixdpo.config import InputError
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import load_model
 
-TEXTS = [{"text": f"the {animal} sat on the {place}. " * 3} for animal in ("cat", "dog", "cow") for place in ("mat", "sofa", "roof")]
+TEXTS = [{"text": f"the {animal} sat on the {place}. " * 3}
+         for animal in ("cat", "dog", "cow") for place in ("mat", "sofa", "roof")]
 
 
 def tune(folder, model, texts=TEXTS, **options):
     sizes = dict(steps=12, batch=4, tokens=24, held=4, lr=1e-2, dtype="float32")
-    return finetune(FinetuneConfig(**dict(data=tinyjob.write(folder / "reviews.jsonl", texts), model=str(model), out=str(folder / "tuned")) | sizes | options))
+    paths = dict(data=tinyjob.write(folder / "reviews.jsonl", texts), model=str(model), out=str(folder / "tuned"))
+    return finetune(FinetuneConfig(**paths | sizes | options))
 
 
 def slow_perplexity(model, blocks):
@@ -29,7 +31,8 @@ def slow_perplexity(model, blocks):
 
 
 def test_perplexity_falls_on_held_out_blocks_and_both_figures_are_true(tmp_path, model_dir):
-    """Faults: the loss's sign; the model saved before training; perplexity on trained blocks; a sum for the mean; the shift by one left out."""
+    """Faults: the loss's sign; the model saved before training; perplexity on trained blocks; a sum for the mean;
+    the shift by one left out."""
     out = tune(tmp_path, model_dir)
     report, tokenizer = json.loads((out / "finetune.json").read_text()), load_tokenizer(out)
     held = read_blocks(tmp_path / "reviews.jsonl", tokenizer, 24)[-4:]
@@ -42,7 +45,13 @@ def test_perplexity_falls_on_held_out_blocks_and_both_figures_are_true(tmp_path,
 def test_held_out_blocks_are_never_trained_on(tmp_path, model_dir, monkeypatch):
     """Fault: batches drawn from all blocks. And every other block is: none twice before all once."""
     seen, real = [], module.block_logps
-    monkeypatch.setattr(module, "block_logps", lambda policy, ids: (seen.extend(map(tuple, ids.tolist())) if torch.is_grad_enabled() else None, real(policy, ids))[1])
+
+    def watched(policy, ids):
+        if torch.is_grad_enabled():
+            seen.extend(map(tuple, ids.tolist()))
+        return real(policy, ids)
+
+    monkeypatch.setattr(module, "block_logps", watched)
     texts = [{"text": "".join(chr(33 + (n * 7 + i * (n + 1)) % 90) for i in range(24 * 2 - 1))} for n in range(10)]
     tune(tmp_path, model_dir, texts, steps=4)
     blocks = list(map(tuple, read_blocks(tmp_path / "reviews.jsonl", load_tokenizer(model_dir), 24).tolist()))
@@ -52,14 +61,16 @@ def test_held_out_blocks_are_never_trained_on(tmp_path, model_dir, monkeypatch):
 def test_texts_are_joined_with_an_end_token_behind_each(tmp_path, model_dir):
     """Faults: no end token; the last, shorter block padded."""
     path = tinyjob.write(tmp_path / "t.jsonl", [{"text": "abc"}, {"text": "de"}, {"text": "fghi"}])
-    assert read_blocks(path, load_tokenizer(model_dir), 5).tolist() == [[97, 98, 99, tinyjob.EOS, 100], [101, tinyjob.EOS, 102, 103, 104]]
+    want = [[97, 98, 99, tinyjob.EOS, 100], [101, tinyjob.EOS, 102, 103, 104]]
+    assert read_blocks(path, load_tokenizer(model_dir), 5).tolist() == want
 
 
 def test_an_unchanged_result_is_used_again_and_a_changed_one_is_made_anew(tmp_path, model_dir, monkeypatch):
-    """Faults: always tuned again; other data or steps under the same name taken for the same; a report that outlives its model."""
+    """Faults: always tuned again; other data or steps under the same name taken for the same;
+    a report that outlives its model."""
     out = tune(tmp_path, model_dir)
     written = (out / "model.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("loaded again"))
+    monkeypatch.setattr(module, "minimise", lambda *_, **__: pytest.fail("tuned again"))
     assert tune(tmp_path, model_dir) == out and (out / "model.safetensors").stat().st_mtime_ns == written
     monkeypatch.undo()
     tune(tmp_path, model_dir, TEXTS[::-1])
@@ -68,10 +79,23 @@ def test_an_unchanged_result_is_used_again_and_a_changed_one_is_made_anew(tmp_pa
     monkeypatch.setattr(module, "save_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         tune(tmp_path, model_dir, TEXTS[::-1], steps=2)
-    assert not (out / "finetune.json").exists()                             # or the next call would take what lies there for whole
+    assert not (out / "finetune.json").exists()                 # or the next call would take what lies there for whole
 
 
-@pytest.mark.parametrize("line,says", [('{"text": 3}', ":2: wanted"), ('{"review": "x"}', ":2: wanted"), ('["x"]', ":2: wanted"), ('{"text": "x"', ":2: wanted")])
+def test_other_weights_under_the_same_name_are_tuned_anew(tmp_path):
+    """Fault: a model known by its name alone."""
+    model = tinyjob.make_model(tmp_path / "model", seed=0)
+    before = json.loads((tune(tmp_path, model, steps=1) / "finetune.json").read_text())
+    tinyjob.make_model(tmp_path / "model", seed=1)
+    after = json.loads((tune(tmp_path, model, steps=1) / "finetune.json").read_text())
+    assert before["settings"]["model"] == after["settings"]["model"]
+    assert before["perplexity_before"] != after["perplexity_before"]
+
+
+@pytest.mark.parametrize("line,says", [
+    ('{"text": 3}', ":2: wanted"), ('{"review": "x"}', ":2: wanted"),
+    ('["x"]', ":2: wanted"), ('{"text": "x"', ":2: wanted"),
+])
 def test_lines_that_hold_no_text_are_refused(line, says, tmp_path, model_dir):
     """Faults: a line skipped in silence; a traceback for what is no JSON."""
     path = tmp_path / "t.jsonl"
