@@ -1,4 +1,5 @@
-"""A run's directory: config.json, metrics.jsonl, checkpoint/, and what a run prints about itself. No pickle: tensors are safetensors, the rest JSON."""
+"""A run's directory: config.json, metrics.jsonl, checkpoint/, and what a run prints about itself.
+No pickle: tensors are safetensors, the rest JSON."""
 
 import json
 import os
@@ -16,47 +17,57 @@ from mixdpo.config import InputError
 
 
 def revision() -> str:
-    """The git revision of this source tree, with + behind it if files differ from it; "unknown" outside a repository."""
+    """The git revision of this source tree, with + behind it if files differ from it;
+    "unknown" outside a repository."""
     root = Path(__file__).resolve().parent.parent
-    call = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=10"], capture_output=True, text=True)
+    call = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=10"],
+                          capture_output=True, text=True)
     return call.stdout.strip() if call.returncode == 0 else "unknown"
 
 
 def environment() -> dict:
     """What a number depends on besides the configuration."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"revision": revision(), "torch": torch.__version__, "python": platform.python_version(), "device": device, "threads": torch.get_num_threads()}
+    return {"revision": revision(), "torch": torch.__version__, "python": platform.python_version(), "device": device,
+            "threads": torch.get_num_threads()}
 
 
 def compute_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
-    """The one dtype of a run's products, and why: "auto" is bfloat16 where the device has units for it, else float32."""
+    """The one dtype of a run's products, and why:
+    "auto" is bfloat16 where the device has units for it, else float32."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if name in known:
         return known[name], "as asked"
     if name != "auto":
         raise InputError(f"--dtype: got {name!r}, wanted auto, float32 or bfloat16")
     if device == "cuda":
-        return (torch.bfloat16, "the GPU has bfloat16 units") if torch.cuda.is_bf16_supported() else (torch.float32, "the GPU has no bfloat16")
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16, "the GPU has bfloat16 units"
+        return torch.float32, "the GPU has no bfloat16"
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     units = [unit for unit in ("amx_bf16", "avx512_bf16") if unit in flags]
-    return (torch.bfloat16, f"the processor has {units[0]}") if units else (torch.float32, "the processor has no bfloat16 units")
+    if units:
+        return torch.bfloat16, f"the processor has {units[0]}"
+    return torch.float32, "the processor has no bfloat16 units"
 
 
 class Progress:
-    """One line on stderr: steps, rate, time left. On a terminal it rewrites itself; in a file a line every 20 seconds."""
+    """One line on stderr: steps, rate, time left. On a terminal it rewrites itself;
+    in a file a line every 20 seconds."""
 
     def __init__(self, name: str):
         self.name, self.began, self.first, self.last = name, time.monotonic(), None, 0.0
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         now, live = time.monotonic(), sys.stderr.isatty()
-        self.first = done - 1 if self.first is None else self.first         # a resumed run's rate counts its own steps only
+        self.first = done - 1 if self.first is None else self.first         # a resumed run's rate counts its own steps
         if done < total and now - self.last < (0.5 if live else 20):
             return
         self.last, rate = now, (done - self.first) / max(now - self.began, 1e-9)
         left = time.strftime("%H:%M:%S", time.gmtime((total - done) / max(rate, 1e-9)))
         line = f"{self.name} {done}/{total}  {rate:.2f}/s  {left} left  {note}"
-        print(f"\r{line:<118}" if live else line, end="\n" if done >= total or not live else "", file=sys.stderr, flush=True)
+        end = "\n" if done >= total or not live else ""
+        print(f"\r{line:<118}" if live else line, end=end, file=sys.stderr, flush=True)
 
 
 def save_checkpoint(run: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
@@ -77,7 +88,8 @@ def save_checkpoint(run: Path, tensors: dict[str, torch.Tensor], state: dict) ->
 
 
 def load_checkpoint(run: Path, config: dict) -> tuple[dict[str, torch.Tensor], dict] | None:
-    """The run's last whole checkpoint, or None. Raises: InputError if it was written by another configuration, naming the fields."""
+    """The run's last whole checkpoint, or None.
+    Raises: InputError if it was written by another configuration, naming the fields."""
     found = [p for p in (run / "checkpoint", run / "checkpoint.old") if (p / "state.json").exists()]
     if not found:
         return None
@@ -85,12 +97,14 @@ def load_checkpoint(run: Path, config: dict) -> tuple[dict[str, torch.Tensor], d
     differ = [k for k in config if json.dumps(state["config"].get(k)) != json.dumps(config[k])]
     if differ:
         what = "; ".join(f"{k}: there {state['config'].get(k)!r}, now {config[k]!r}" for k in differ)
-        raise InputError(f"{found[0]} is the checkpoint of another configuration ({what}); use another --out, or the same options to go on")
+        raise InputError(f"{found[0]} is the checkpoint of another configuration ({what}); "
+                         "use another --out, or the same options to go on")
     return load_file(found[0] / "state.safetensors"), state
 
 
 def keep_lines(path: Path, steps: int):
-    """A file with one line a step, opened for appending behind its first `steps` lines: a step done again writes anew."""
+    """A file with one line a step, opened for appending behind its first `steps` lines:
+    a step done again writes anew."""
     kept = path.read_text().splitlines(keepends=True)[:steps] if path.exists() and steps else []
     path.write_text("".join(kept))
     return path.open("a")
