@@ -4,11 +4,13 @@ import torch
 
 
 def make_optimizer(module: torch.nn.Module, lr: float, head_lr: float = 0.0) -> tuple[torch.optim.AdamW, list[str]]:
-    """AdamW without weight decay (the reference is the regulariser), the low-rank factors at their own rate; and the parameters' names in its order."""
+    """AdamW without weight decay (the reference is the regulariser), the low-rank factors at their own rate;
+    and the parameters' names in its order."""
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     low, rest = [(n, p) for n, p in named if n in ("A", "B")], [(n, p) for n, p in named if n not in ("A", "B")]
     sets = [(part, peak) for part, peak in ((rest, lr), (low, head_lr)) if part]
-    optimizer = torch.optim.AdamW([{"params": [p for _, p in part], "lr": peak, "peak": peak} for part, peak in sets], weight_decay=0.0, betas=(0.9, 0.99), fused=True)
+    groups = [{"params": [p for _, p in part], "lr": peak, "peak": peak} for part, peak in sets]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
     return optimizer, [n for part, _ in sets for n, _ in part]
 
 
@@ -23,7 +25,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[
     """AdamW's moments and step counts as named tensors."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(params) == len(names), f"got {len(names)} names for {len(params)} parameters"
-    return {f"optimizer.{key}.{name}": value for name, p in zip(names, params) for key, value in optimizer.state[p].items()}
+    return {f"optimizer.{key}.{name}": value
+            for name, p in zip(names, params) for key, value in optimizer.state[p].items()}
 
 
 @torch.no_grad()
