@@ -1,8 +1,10 @@
-"""The frozen reference policy's view of the data: log-probs and features of every pair, computed once, cached on disk by content.
+"""The frozen reference policy's view of the data: log-probs and features of every pair,
+computed once, cached on disk by content.
 
-The log-probs come from the same functions, in the same dtype, as the policy's (experts.pair_logp's steps). The features are the mean hidden
-states over each response, what the linear start (mixture.linear_mixture) looks at. The cache key is a hash of the weights, the data, the
-tokenizer, the lengths, the dtype and the device (train.py makes it): another model or file can never be answered with these numbers.
+The log-probs come from the same functions, in the same dtype, as the policy's (experts.pair_logp's steps).
+The features are the mean hidden states over each response, what the linear start (mixture.linear_mixture) looks at.
+The cache key is a hash of the weights, the data, the tokenizer, the lengths, the dtype and the device
+(train.py makes it): another model or file can never be answered with these numbers.
 """
 
 import hashlib
@@ -33,8 +35,9 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
         batch = collate(pairs, range(start, min(start + size, len(pairs))), "pair").to(device)
         where, targets, sequence = response_positions(batch)
         hidden = policy.hidden(batch.ids.flatten(0, 1))                     # (2B,T,C)
-        logps.append(sum_responses(policy.token_logps(policy.rows(hidden, where), targets, 4096), sequence, len(batch.ids))[:, 0])
-        read = policy.rows(hidden, where + 1).float()                       # (M,C) the states that have read each response token
+        of_tokens = policy.token_logps(policy.rows(hidden, where), targets, 4096)           # (1,M)
+        logps.append(sum_responses(of_tokens, sequence, len(batch.ids))[:, 0])
+        read = policy.rows(hidden, where + 1).float()           # (M,C) states that have read each response token
         count = torch.bincount(sequence, minlength=2 * len(batch.ids)).clamp_min(1)
         mean = read.new_zeros(2 * len(batch.ids), read.shape[1]).index_add(0, sequence, read) / count[:, None]
         features.append(mean.view(len(batch.ids), 2, -1))
@@ -44,7 +47,8 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
 
 
 def cached_reference(folder: Path, key: tuple, compute) -> Reference:
-    """The reference for `key` (any tuple of strings and numbers that names its content), from `folder` or from compute()."""
+    """The reference for `key` (any tuple of strings and numbers that names its content),
+    from `folder` or from compute()."""
     name = hashlib.sha256(repr(key).encode()).hexdigest()
     path = Path(folder) / f"{name}.safetensors"
     if not path.exists():
