@@ -143,7 +143,8 @@ def sentiment_key(reviews: list[tuple[str, int]], seed: int) -> str:
 
 
 def find_distilbert(data=None) -> tuple[str | None, str]:
-    """(name or directory of DistilBERT, why), or (None, why it cannot be had). data: local folder, looked into first."""
+    """(name or directory of DistilBERT, why), or (None, why it cannot be had).
+    data: local folder, looked into first."""
     if importlib.util.find_spec("transformers") is None:
         return None, "DistilBERT needs the package transformers, which is not installed"
     from transformers import AutoModelForSequenceClassification
