@@ -1,12 +1,14 @@
 """K expert policies and what they share: the one place that knows.
 
-    Heads    one trunk, K unembeddings: W_k (rank 0) or W + A_k B_k (rank R); with K = 1 the model itself       (Case 1 of the paper)
-    Models   K independent models                                                                                  (Case 2)
+    Heads    one trunk, K unembeddings: W_k (rank 0) or W + A_k B_k (rank R); K = 1: the model itself    (paper: Case 1)
+    Models   K independent models                                                                       (paper: Case 2)
 
-Both offer the same four things, in the order in which a step uses them: `hidden` (the trunk's pass), `rows` (the states that predict
-response tokens), `token_logps` of those rows for all K experts, and `policy(k)`, expert k as a model and an unembedding to sample from.
-At the start every expert is the reference, exactly: W_k = W, A_k = 0, or a copy. The reference itself is a separate frozen object or a
-cached number (reference.py), never a view of these parameters. Parameters are float32; products run in `dtype`.
+Both offer the same four things, in the order in which a step uses them: `hidden` (the trunk's pass),
+`rows` (the states that predict response tokens), `token_logps` of those rows for all K experts,
+and `policy(k)`, expert k as a model and an unembedding to sample from.
+At the start every expert is the reference, exactly: W_k = W, A_k = 0, or a copy. The reference itself is a separate
+frozen object or a cached number (reference.py), never a view of these parameters.
+Parameters are float32; products run in `dtype`.
 """
 
 import copy
@@ -22,15 +24,18 @@ from mixdpo.preferences import Batch, response_positions
 
 
 class Heads(nn.Module):
-    """One trunk and K unembeddings. rank = 0: K full heads (V,C) that start as copies; rank > 0: W + A_k B_k with A_k = 0 and B_k random."""
+    """One trunk and K unembeddings. rank = 0: K full heads (V,C) that start as copies;
+    rank > 0: W + A_k B_k with A_k = 0 and B_k random."""
 
-    def __init__(self, trunk: nn.Module, experts: int, rank: int = 0, dtype: torch.dtype = torch.float32, seed: int = 0):
+    def __init__(
+        self, trunk: nn.Module, experts: int, rank: int = 0, dtype: torch.dtype = torch.float32, seed: int = 0
+    ):
         super().__init__()
         self.trunk, self.K, self.rank, self.dtype = trunk, experts, rank, dtype
         W = trunk.unembedding                                               # (V,C)
         if experts > 1 and rank == 0:
             self.W_k = nn.Parameter(W.detach().expand(experts, -1, -1).clone())                       # (K,V,C)
-            W.requires_grad_(trunk.config.tied)                             # untied, nothing reads it any more: it has no gradient
+            W.requires_grad_(trunk.config.tied)                             # untied, nothing reads it: no gradient
         elif experts > 1:
             noise = torch.randn(experts, rank, W.shape[1], generator=torch.Generator().manual_seed(seed))
             self.A = nn.Parameter(W.new_zeros(experts, W.shape[0], rank))                             # (K,V,R)
@@ -82,7 +87,8 @@ class Models(nn.Module):
 
     def token_logps(self, rows: torch.Tensor, targets: torch.Tensor, tile: int | None) -> torch.Tensor:
         """(K,M,C), (M,) -> (K,M) float32 nats."""
-        return torch.stack([token_logps(r, m.unembedding.to(self.dtype), targets, tile=tile) for r, m in zip(rows, self.models)])
+        return torch.stack([token_logps(r, m.unembedding.to(self.dtype), targets, tile=tile)
+                            for r, m in zip(rows, self.models)])
 
     def policy(self, k: int) -> tuple[nn.Module, torch.Tensor]:
         """Expert k as (model, unembedding (V,C))."""
@@ -90,7 +96,8 @@ class Models(nn.Module):
 
 
 def make_experts(model: nn.Module, config, dtype: torch.dtype) -> Heads | Models:
-    """The experts that `config` (a TrainConfig) asks for, on top of `model`, which becomes theirs. Freezes the trunk if asked."""
+    """The experts that `config` (a TrainConfig) asks for, on top of `model`, which becomes theirs.
+    Freezes the trunk if asked."""
     if config.sharing == "models" and config.experts > 1:
         return Models(model, config.experts, dtype)
     experts = Heads(model, config.experts, config.rank, dtype, config.seed)
@@ -100,14 +107,15 @@ def make_experts(model: nn.Module, config, dtype: torch.dtype) -> Heads | Models
 
 
 def pair_logp(experts: Heads | Models, batch: Batch, tile: int | None = 4096) -> torch.Tensor:
-    """Summed response log-probs of every expert, with gradient: (B,K,2) float32 nats. The composable route, text ids to log-probs in four lines."""
+    """Summed response log-probs of every expert, with gradient: (B,K,2) float32 nats.
+    The composable route, text ids to log-probs in four lines."""
     where, targets, sequence = response_positions(batch)                    # (M,), (M,), (M,)
     rows = experts.rows(experts.hidden(batch.ids.flatten(0, 1)), where)     # (M,C) or (K,M,C)
     logps = experts.token_logps(rows, targets, tile)                        # (K,M)
     return sum_responses(logps, sequence, len(batch.ids))                   # (B,K,2)
 
 
-# --- files ----------------------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def trained_state(experts: nn.Module) -> dict[str, torch.Tensor]:
@@ -121,6 +129,7 @@ def load_state(experts: nn.Module, state: dict[str, torch.Tensor], path: Path) -
     own = {name: p for name, p in experts.named_parameters() if p.requires_grad}
     wrong = sorted(set(own) ^ set(state)) + [n for n in set(own) & set(state) if own[n].shape != state[n].shape]
     if wrong:
-        raise InputError(f"{path}: its tensors do not fit this configuration: {', '.join(wrong[:8])}; resume with the configuration it was written by")
+        raise InputError(f"{path}: its tensors do not fit this configuration: {', '.join(wrong[:8])}; "
+                         "resume with the configuration it was written by")
     for name, p in own.items():
         p.copy_(state[name])
