@@ -13,7 +13,8 @@ from mixdpo.experts import Heads, Models, load_state, make_experts, pair_logp, t
 from mixdpo.preferences import collate
 
 COUNT = 6
-SHARINGS = {"k1": dict(experts=1), "full": dict(experts=3, rank=0), "low-rank": dict(experts=3), "models": dict(experts=2, sharing="models")}
+SHARINGS = {"k1": dict(experts=1), "full": dict(experts=3, rank=0), "low-rank": dict(experts=3),
+            "models": dict(experts=2, sharing="models")}
 
 
 def batch(context=()):
@@ -36,14 +37,16 @@ def plain_logp(model, unembedding, one):
 @pytest.mark.parametrize("family", small.FAMILIES)
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_every_expert_starts_as_the_reference_exactly(family, sharing, dtype):
-    """h is 0, not small, in either precision, against a model that the experts have never touched. Catches: random A_k, heads that start
-    apart, a second cast or another order of operations for K > 1, a reference that shares parameters with what is trained."""
+    """h is 0, not small, in either precision, against a model that the experts have never touched.
+    Catches: random A_k, heads that start apart, a second cast or another order of operations for K > 1,
+    a reference that shares parameters with what is trained."""
     reference = small.model(family)
     experts = small.experts(family, moved=False, dtype=dtype, **SHARINGS[sharing])
     with torch.no_grad():
         ref = pair_logp(Heads(reference, 1, dtype=dtype), batch())                          # (B,1,2)
         for tile in (4096, 7, None):
-            h = margins(pair_logp(experts, batch(), tile), ref if tile == 4096 else pair_logp(Heads(reference, 1, dtype=dtype), batch(), tile), 0.5)
+            base = ref if tile == 4096 else pair_logp(Heads(reference, 1, dtype=dtype), batch(), tile)
+            h = margins(pair_logp(experts, batch(), tile), base, 0.5)
             assert h.shape == (COUNT, experts.K) and not h.any(), (tile, h.abs().max())
     loss = pair_logp(experts, batch()).sum()
     loss.backward()
@@ -56,9 +59,9 @@ def test_every_expert_starts_as_the_reference_exactly(family, sharing, dtype):
 @pytest.mark.parametrize("family", small.FAMILIES)
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_pair_logp_is_the_sum_over_the_response(family, sharing):
-    """Against each text alone, unpadded, with full logits of policy(k): what is trained is what is sampled from. Catches: off by one in the
-    predicted positions, the prompt's or the padding's tokens counted, the end token left out, expert k's factors with expert j's,
-    policy(k) without its head, the trunk's head in place of W + A_k B_k."""
+    """Against each text alone, unpadded, with full logits of policy(k): what is trained is what is sampled from.
+    Catches: off by one in the predicted positions, the prompt's or the padding's tokens counted, the end token left
+    out, expert k's factors with expert j's, policy(k) without its head, the trunk's head in place of W + A_k B_k."""
     experts, one = small.experts(family, **SHARINGS[sharing]), batch()
     with torch.no_grad():
         logp = pair_logp(experts, one)
@@ -66,13 +69,13 @@ def test_pair_logp_is_the_sum_over_the_response(family, sharing):
             model, unembedding = experts.policy(k)
             assert torch.allclose(logp[:, k], plain_logp(model, unembedding, one), atol=1e-4), k
         if experts.K > 1:
-            assert (logp[:, 0] - logp[:, 1]).abs().max() > 0.1                              # else nothing above tells the experts apart
+            assert (logp[:, 0] - logp[:, 1]).abs().max() > 0.1     # else nothing above tells the experts apart
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_padding_order_and_neighbours(sharing):
-    """A pair's log-probs are its own, alone or in any company, whatever ids pad the rows. Catches: an attention that sees padding,
-    positions that shift with it, sequence numbers mixed up."""
+    """A pair's log-probs are its own, alone or in any company, whatever ids pad the rows.
+    Catches: an attention that sees padding, positions that shift with it, sequence numbers mixed up."""
     experts, one = small.experts(**SHARINGS[sharing]), batch()
     with torch.no_grad():
         whole = pair_logp(experts, one)
@@ -89,8 +92,9 @@ def test_padding_order_and_neighbours(sharing):
 @pytest.mark.parametrize("family", ["gpt2", "untied"])
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_frozen_trunk_stays_bit_identical(family, rank):
-    """train_trunk false: one large step moves the heads alone, and only they are saved. Catches: a tied unembedding that learns through the
-    embedding, a trunk in the optimizer, a base W trained beside its factors."""
+    """train_trunk false: one large step moves the heads alone, and only they are saved.
+    Catches: a tied unembedding that learns through the embedding, a trunk in the optimizer,
+    a base W trained beside its factors."""
     experts = small.experts(family, experts=2, rank=rank, train_trunk=False)
     before = {n: p.detach().clone() for n, p in experts.named_parameters()}
     trained = [n for n, p in experts.named_parameters() if p.requires_grad]
@@ -106,13 +110,14 @@ def test_a_frozen_trunk_stays_bit_identical(family, rank):
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("family", ["gpt2", "untied"])
 def test_gradient_reaches_all_that_is_trained(family, sharing):
-    """And what shares no loss gets none: experts that are not in the loss. Catches: a detach too many, K experts on one B, models that
-    are one model, heads that are views of one tensor."""
+    """And what shares no loss gets none: experts that are not in the loss.
+    Catches: a detach too many, K experts on one B, models that are one model, heads that are views of one tensor."""
     experts = small.experts(family, **SHARINGS[sharing])
     trained = {n: p for n, p in experts.named_parameters() if p.requires_grad}
     idle = set(dict(experts.named_parameters())) - set(trained)
     assert idle == ({"trunk.lm_head.weight"} if family == "untied" and sharing == "full" else set())
-    gradients = torch.autograd.grad(pair_logp(experts, batch())[:, 0].square().sum(), list(trained.values()), allow_unused=True)
+    loss = pair_logp(experts, batch())[:, 0].square().sum()
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     for name, g in zip(trained, gradients):
         if name.startswith("models.1."):
             assert g is None or not g.any(), name
@@ -123,12 +128,17 @@ def test_gradient_reaches_all_that_is_trained(family, sharing):
 
 
 def test_make_experts_follows_the_configuration():
-    """Catches: an option that is ignored (rank, seed, sharing, train_trunk), models that share parameters, K = 1 with a head of its own."""
+    """Catches: an option that is ignored (rank, seed, sharing, train_trunk), models that share parameters,
+    K = 1 with a head of its own."""
     def make(**options):
         return make_experts(small.model(), small.config(**options), torch.float32)
 
-    assert isinstance(make(experts=1, sharing="models"), Heads) and isinstance(make(experts=2, sharing="models"), Models)
-    assert {n for n, _ in make(experts=1).named_parameters()} == {n for n, _ in make(experts=1, rank=0).named_parameters()}
+    def names(**options):
+        return {n for n, _ in make(**options).named_parameters()}
+
+    assert isinstance(make(experts=1, sharing="models"), Heads)
+    assert isinstance(make(experts=2, sharing="models"), Models)
+    assert names(experts=1) == names(experts=1, rank=0)
     low = make(experts=2, rank=4)
     assert low.A.shape == (2, small.VOCAB, 4) and low.B.shape == (2, 4, 12) and not low.A.any()
     assert (low.B[0] != low.B[1]).all(), "equal factors would learn alike"
@@ -140,12 +150,13 @@ def test_make_experts_follows_the_configuration():
     assert not any(p.requires_grad for p in make(experts=2, train_trunk=False).trunk.parameters())
 
 
-# --- saved and loaded ----------------------------------------------------------------------------------------------------------------
+# --- saved and loaded -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sharing", [*SHARINGS, "frozen"])
 def test_state_there_and_back(sharing, tmp_path):
-    """Bit for bit, into experts from the same start. Catches: a parameter that is trained and not saved, copies that alias the live ones."""
+    """Bit for bit, into experts from the same start.
+    Catches: a parameter that is trained and not saved, copies that alias the live ones."""
     options = SHARINGS.get(sharing) or dict(experts=2, train_trunk=False)
     moved, fresh = small.experts(**options), small.experts(moved=False, **options)
     state = {n: t.clone() for n, t in trained_state(moved).items()}
@@ -158,8 +169,8 @@ def test_state_there_and_back(sharing, tmp_path):
 
 
 def test_a_state_that_does_not_fit_is_refused_whole(tmp_path):
-    """Missing, extra and misshapen tensors are each named with the file, and nothing is copied. Catches: strict=False, an early return
-    after half of the tensors, a broadcast that makes (1,V,R) fit."""
+    """Missing, extra and misshapen tensors are each named with the file, and nothing is copied.
+    Catches: strict=False, an early return after half of the tensors, a broadcast that makes (1,V,R) fit."""
     experts = small.experts(experts=2, train_trunk=False)
     before = copy.deepcopy(trained_state(experts))
     good = {n: t + 1 for n, t in before.items()}
