@@ -1,8 +1,9 @@
 """Sampling from one expert, with a key-value cache, in batches of prompts of any lengths.
 
-A row's randomness is its own: the uniforms of row n come from (seed, n) alone, and a token is drawn by inverting the cumulative
-distribution at the row's next uniform. So a prompt gets the same text alone and in a batch (up to the rounding of the products), and two
-experts on the same seed are compared on the same noise. Sampling from the mixture (M13) is a choice of expert per prompt, then this.
+A row's randomness is its own: the uniforms of row n come from (seed, n) alone, and a token is drawn by inverting
+the cumulative distribution at the row's next uniform. So a prompt gets the same text alone and in a batch
+(up to the rounding of the products), and two experts on the same seed are compared on the same noise.
+Sampling from the mixture (M13) is a choice of expert per prompt, then this.
 Left out: top-k, top-p, beams. They change the policy that is evaluated.
 """
 
@@ -11,23 +12,29 @@ import torch
 
 
 @torch.no_grad()
-def generate(model, prompts: list[list[int]], max_new: int, eos: int, temperature: float = 1.0, seed: int = 0, batch: int = 64,
-             unembedding: torch.Tensor | None = None, rows: list[int] | None = None, progress=None) -> list[list[int]]:
+def generate(
+    model, prompts: list[list[int]], max_new: int, eos: int, temperature: float = 1.0, seed: int = 0, batch: int = 64,
+    unembedding: torch.Tensor | None = None, rows: list[int] | None = None, progress=None,
+) -> list[list[int]]:
     """Continuations of `prompts`: lists of new token ids, ending with `eos` where it was produced, else max_new long.
 
-    temperature 0 decodes greedily. unembedding (V,C): an expert's own head on this trunk, default the model's. rows: the number from which
-    each prompt's randomness is made, default its place in the list. progress(done, total) is called after each batch.
+    temperature 0 decodes greedily. unembedding (V,C): an expert's own head on this trunk, default the model's.
+    rows: the number from which each prompt's randomness is made, default its place in the list.
+    progress(done, total) is called after each batch.
     """
     head = model.unembedding if unembedding is None else unembedding
     rows = list(range(len(prompts))) if rows is None else rows
     assert all(prompts), "an empty prompt has no position to predict from"
     longest = max(map(len, prompts), default=0) + max_new
-    assert longest <= model.config.context, f"prompt and continuation take {longest} tokens, the model's context is {model.config.context}"
+    assert longest <= model.config.context, \
+        f"prompt and continuation take {longest} tokens, the model's context is {model.config.context}"
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))     # similar lengths together: little padding
     out: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
-        uniforms = np.stack([np.random.default_rng([seed, rows[n]]).random(max_new) for n in part]) if temperature else None
+        uniforms = None
+        if temperature:
+            uniforms = np.stack([np.random.default_rng([seed, rows[n]]).random(max_new) for n in part])  # (N,max_new)
         for n, ids in zip(part, decode(model, head, [prompts[n] for n in part], max_new, eos, temperature, uniforms)):
             out[n] = ids
         if progress:
@@ -36,7 +43,8 @@ def generate(model, prompts: list[list[int]], max_new: int, eos: int, temperatur
 
 
 def decode(model, head, prompts, max_new, eos, temperature, uniforms):
-    """One batch: prefill right-padded prompts, then a token a step; padded slots lie beyond each row's length and are overwritten."""
+    """One batch: prefill right-padded prompts, then a token a step;
+    padded slots lie beyond each row's length and are overwritten."""
     device, lengths = head.device, torch.tensor([len(p) for p in prompts], device=head.device)
     ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64, device=device)
     for n, prompt in enumerate(prompts):
@@ -59,11 +67,13 @@ def decode(model, head, prompts, max_new, eos, temperature, uniforms):
 
 
 def draw(logits: torch.Tensor, temperature: float, u: torch.Tensor | None) -> torch.Tensor:
-    """One token a row: argmax at temperature 0, else the inverse cumulative distribution at u (N,) in [0, 1): (N,V) -> (N,)."""
+    """One token a row: argmax at temperature 0, else the inverse cumulative distribution
+    at u (N,) in [0, 1): (N,V) -> (N,)."""
     if not temperature:
         return logits.argmax(-1)
     total = torch.softmax(logits / temperature, dim=-1).cumsum(-1, dtype=torch.float64)     # (N,V)
-    return torch.searchsorted(total, (u * total[:, -1])[:, None], right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
+    drawn = torch.searchsorted(total, (u * total[:, -1])[:, None], right=True).squeeze(-1)      # (N,)
+    return drawn.clamp_max(logits.shape[-1] - 1)
 
 
 def until(ids: list[int], eos: int) -> list[int]:
@@ -72,7 +82,8 @@ def until(ids: list[int], eos: int) -> list[int]:
 
 
 def choose_expert(log_w: torch.Tensor, prompts: int, mode: str, seed: int) -> torch.Tensor:
-    """The expert of each prompt (M13): "mixture" draws z ~ w(x), "sparse" takes argmax w(x), an integer k always k. (K,) or (B,K) -> (B,) int64."""
+    """The expert of each prompt (M13): "mixture" draws z ~ w(x), "sparse" takes argmax w(x), an integer k always k.
+    (K,) or (B,K) -> (B,) int64."""
     log_w = log_w.expand(prompts, log_w.shape[-1])
     if mode == "sparse":
         return log_w.argmax(-1)                                             # ties go to the first expert
