@@ -1,6 +1,7 @@
 """Sampling: against loops without a cache, and against the full enumeration of everything a tiny model can say.
 
-Frequencies are tested by chi-square at fixed seeds; `assert_frequencies` fails for a true law once in ten thousand seeds.
+Frequencies are tested by chi-square at fixed seeds; `assert_frequencies` fails for a true
+law once in ten thousand seeds.
 """
 
 import itertools
@@ -18,12 +19,14 @@ PROMPTS = [[5], [7, 2, 9, 11, 4, 6, 1], [8, 8], [1, 2, 4, 12], [5], [30, 31, 32,
 
 
 def assert_frequencies(counts, probabilities):
-    """Pearson's chi-square; outcomes expected less than 5 times are pooled. The bound is Wilson and Hilferty's 1 - 1e-4 quantile."""
+    """Pearson's chi-square; outcomes expected less than 5 times are pooled.
+    The bound is Wilson and Hilferty's 1 - 1e-4 quantile."""
     n = sum(counts)
     expected = [n * p for p in probabilities]
     assert abs(sum(probabilities) - 1) < 1e-6
     rare = [i for i, e in enumerate(expected) if e < 5]
-    cells = [(counts[i], e) for i, e in enumerate(expected) if e >= 5] + [(sum(counts[i] for i in rare), sum(expected[i] for i in rare))]
+    cells = [(counts[i], e) for i, e in enumerate(expected) if e >= 5]
+    cells += [(sum(counts[i] for i in rare), sum(expected[i] for i in rare))]
     statistic = sum((c - e) ** 2 / e for c, e in cells if e > 0) + sum(math.inf for c, e in cells if e == 0 and c)
     free = len([e for _, e in cells if e > 0]) - 1
     bound = free * (1 - 2 / (9 * free) + 3.719 * math.sqrt(2 / (9 * free))) ** 3
@@ -56,11 +59,12 @@ def sampled(model, prompt, max_new, eos, temperature, uniforms, unembedding=None
 
 @pytest.mark.parametrize("family", small.FAMILIES)
 def test_greedy_equals_the_loop_without_a_cache(family):
-    """Prompts of any lengths in one batch, in small batches, with and without an end. Catches: the prefill's last slot in place of the last
-    true token, padding seen by later tokens, positions off by the padding, results returned in the sorted order."""
+    """Prompts of any lengths in one batch, in small batches, with and without an end.
+    Catches: the prefill's last slot in place of the last true token, padding seen by later tokens,
+    positions off by the padding, results returned in the sorted order."""
     model = small.model(family)
     want = [greedy(model, p, 12, EOS) for p in PROMPTS]
-    eos = next(v for w in want for v in w[1:] if any(v not in other for other in want))     # it ends some rows early, and not all
+    eos = next(v for w in want for v in w[1:] if any(v not in other for other in want))     # ends some rows early
     for end in (EOS, eos):
         want = [greedy(model, p, 12, end) for p in PROMPTS]
         for batch in (64, 4, 1):
@@ -70,18 +74,21 @@ def test_greedy_equals_the_loop_without_a_cache(family):
 
 @pytest.mark.parametrize("family", small.FAMILIES)
 def test_sampling_equals_the_loop_without_a_cache(family):
-    """The same uniforms through a loop over Python floats. Catches: a temperature that multiplies, a uniform used for two tokens, the
-    cumulative sum read from the wrong side, uniforms that go with the place in the sorted batch."""
+    """The same uniforms through a loop over Python floats.
+    Catches: a temperature that multiplies, a uniform used for two tokens, the cumulative sum read from the wrong side,
+    uniforms that go with the place in the sorted batch."""
     model = small.model(family)
     for seed, temperature in ((0, 1.0), (1, 0.7), (2, 1.6)):
-        want = [sampled(model, p, 10, EOS, temperature, np.random.default_rng([seed, n]).random(10)) for n, p in enumerate(PROMPTS)]
+        want = [sampled(model, p, 10, EOS, temperature, np.random.default_rng([seed, n]).random(10))
+                for n, p in enumerate(PROMPTS)]
         assert generate(model, PROMPTS, 10, EOS, temperature=temperature, seed=seed) == want
     assert len({tuple(w) for w in want}) == len(want), "row 0 and row 4 have one prompt and must have their own noise"
 
 
 @pytest.mark.parametrize("family", small.FAMILIES)
 def test_a_text_is_the_same_alone_and_in_any_batch(family):
-    """Given its row number. Catches: noise that depends on batch size, order, other rows or max_new's place in the stream."""
+    """Given its row number.
+    Catches: noise that depends on batch size, order, other rows or max_new's place in the stream."""
     model = small.model(family)
     together = generate(model, PROMPTS, 10, EOS, seed=4)
     for batch in (1, 2, 5):
@@ -95,8 +102,9 @@ def test_a_text_is_the_same_alone_and_in_any_batch(family):
 
 
 def test_the_end_token():
-    """Kept once, and last; nothing after it; what ends late is not cut by what ends early; an id of the prompt is not an end. Catches: EOS
-    dropped or doubled, a batch that stops at the first end, rows padded with EOS to one length."""
+    """Kept once, and last; nothing after it; what ends late is not cut by what ends early;
+    an id of the prompt is not an end.
+    Catches: EOS dropped or doubled, a batch that stops at the first end, rows padded with EOS to one length."""
     model = small.model("gpt2", vocab=7)
     texts = generate(model, [[EOS], [1, EOS, 2]] * 100, 12, EOS, seed=0)
     assert all(EOS not in ids[:-1] and 1 <= len(ids) <= 12 for ids in texts)
@@ -106,7 +114,8 @@ def test_the_end_token():
 
 
 def test_contracts():
-    """Catches: an empty prompt that reads the last slot, a text longer than the context that fails deep inside or in silence."""
+    """Catches: an empty prompt that reads the last slot, a text longer than the context that fails
+    deep inside or in silence."""
     model, calls = small.model(context=16), []
     with pytest.raises(AssertionError, match="empty prompt"):
         generate(model, [[1], []], 4, EOS)
@@ -125,12 +134,13 @@ def test_another_head_on_the_same_trunk():
     assert got == [greedy(model, p, 8, EOS, head) for p in PROMPTS] != generate(model, PROMPTS, 8, EOS, temperature=0)
 
 
-# --- one draw ----------------------------------------------------------------------------------------------------------------------------
+# --- one draw ---------------------------------------------------------------------------------------------------------
 
 
 def test_draw_inverts_the_cumulative_distribution():
-    """At and beside every step of it. Catches: >= for >, a token of probability 0 drawn, a uniform near 1 beyond the last token, a
-    cumulative sum in float32 over a large vocabulary."""
+    """At and beside every step of it.
+    Catches: >= for >, a token of probability 0 drawn, a uniform near 1 beyond the last token,
+    a cumulative sum in float32 over a large vocabulary."""
     p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
     u = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 1e-16], dtype=torch.float64)
     assert draw(p.log().expand(6, -1), 1.0, u).tolist() == [1, 1, 3, 3, 4, 4]
@@ -149,7 +159,7 @@ def test_draw_has_the_right_frequencies(temperature):
     assert_frequencies(counts, torch.softmax(logits.double() / temperature, -1).tolist())
 
 
-# --- whole texts against full enumeration ----------------------------------------------------------------------------------------------
+# --- whole texts against full enumeration -----------------------------------------------------------------------------
 
 
 def enumerate_texts(model, prompt, max_new, eos, vocab, unembedding=None):
@@ -158,7 +168,8 @@ def enumerate_texts(model, prompt, max_new, eos, vocab, unembedding=None):
     for ids in itertools.chain.from_iterable(itertools.product(range(vocab), repeat=t) for t in range(1, max_new + 1)):
         if eos in ids[:-1] or (len(ids) < max_new and ids[-1] != eos):
             continue
-        logps = [torch.log_softmax(logits_after(model, prompt + list(ids[:t]), unembedding).double(), -1)[v] for t, v in enumerate(ids)]
+        logps = [torch.log_softmax(logits_after(model, prompt + list(ids[:t]), unembedding).double(), -1)[v]
+                 for t, v in enumerate(ids)]
         texts[ids] = math.exp(sum(logps))
     return texts
 
@@ -170,8 +181,9 @@ def count(texts, law):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_texts_have_the_policys_law(family):
-    """3,000 texts of up to 3 tokens of 4. Catches: tokens of one row that share a uniform (the first token's law is then still right), a
-    cache that is one token behind, an end that is ignored."""
+    """3,000 texts of up to 3 tokens of 4.
+    Catches: tokens of one row that share a uniform (the first token's law is then still right),
+    a cache that is one token behind, an end that is ignored."""
     model = small.model(family, vocab=4)
     law = enumerate_texts(model, [1, 2], 3, EOS, 4)
     assert len(law) == 1 + 3 + 9 * 4 and max(law.values()) < 0.5
@@ -180,13 +192,14 @@ def test_texts_have_the_policys_law(family):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_mixture_has_the_law_of_m1(seed):
-    """M13: z ~ w, then the whole text from expert z, is pi = sum_k w_k pi_k (M1), enumerated. Catches: z drawn from the noise that draws the
-    first token, z drawn anew for each token (the law's joint differs, its first token does not), weights of the experts exchanged."""
+    """M13: z ~ w, then the whole text from expert z, is pi = sum_k w_k pi_k (M1), enumerated.
+    Catches: z drawn from the noise that draws the first token, z drawn anew for each token
+    (the law's joint differs, its first token does not), weights of the experts exchanged."""
     experts = small.experts("gpt2", experts=2, rank=0, seed=1)
     with torch.no_grad():
         experts.W_k.mul_(2)
     log_w = torch.tensor([0.3, 0.7]).log()
-    heads = [experts.policy(k)[1][:4] for k in range(2)]                                    # the experts' first four tokens
+    heads = [experts.policy(k)[1][:4] for k in range(2)]                    # the experts' first four tokens
     trunk = experts.trunk
     law = [enumerate_texts(trunk, [1, 2], 3, EOS, 4, head) for head in heads]
     mixture = {ids: 0.3 * law[0][ids] + 0.7 * law[1][ids] for ids in law[0]}
@@ -197,14 +210,17 @@ def test_the_mixture_has_the_law_of_m1(seed):
 
 
 def test_choose_expert():
-    """M13. Catches: sparse that samples, a gate (B,K) whose row 0 decides for all, log weights taken for weights, the same z for every
-    prompt, unseeded noise."""
+    """M13.
+    Catches: sparse that samples, a gate (B,K) whose row 0 decides for all, log weights taken for weights,
+    the same z for every prompt, unseeded noise."""
     w = torch.tensor([0.2, 0.5, 0.3])
     z = choose_expert(w.log(), 4000, "mixture", 0)
     assert z.shape == (4000,) and z.dtype == torch.int64
     assert_frequencies(torch.bincount(z, minlength=3).tolist(), w.double().tolist())
-    assert torch.equal(z, choose_expert(w.log(), 4000, "mixture", 0)) and not torch.equal(z, choose_expert(w.log(), 4000, "mixture", 1))
-    assert choose_expert(w.log(), 4, "sparse", 0).tolist() == [1] * 4 and choose_expert(w.log(), 4, "2", 0).tolist() == [2] * 4
+    assert torch.equal(z, choose_expert(w.log(), 4000, "mixture", 0))
+    assert not torch.equal(z, choose_expert(w.log(), 4000, "mixture", 1))
+    assert choose_expert(w.log(), 4, "sparse", 0).tolist() == [1] * 4
+    assert choose_expert(w.log(), 4, "2", 0).tolist() == [2] * 4
     assert choose_expert(torch.zeros(3), 2, "sparse", 0).tolist() == [0, 0]
     gate = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]).log().repeat(1000, 1)
     z = choose_expert(gate, 3000, "mixture", 0).view(1000, 3)
