@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import brute
-from mixdpo.diagnostics import adjusted_rand_index, bayes_posterior, effective_experts, entropy, matched_accuracy, step_summary
+from mixdpo.diagnostics import (
+    adjusted_rand_index, bayes_posterior, effective_experts, entropy, matched_accuracy, step_summary
+)
 
 
 def labels(seed, n=30, a=3, b=4):
@@ -19,17 +21,20 @@ def labels(seed, n=30, a=3, b=4):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_ari_against_its_definition_over_all_pairs(seed):
-    """Faults: pairs counted as n^2; the expected index left out (the plain Rand index); max instead of mean in the denominator."""
+    """Faults: pairs counted as n^2; the expected index left out (the plain Rand index);
+    max instead of mean in the denominator."""
     found, truth = labels(seed)
     names = ["sentiment", "grammar", "length", "other"]
-    assert adjusted_rand_index(found, [names[t] for t in truth]) == pytest.approx(brute.adjusted_rand(found, truth), abs=1e-12)
+    want = brute.adjusted_rand(found, truth)
+    assert adjusted_rand_index(found, [names[t] for t in truth]) == pytest.approx(want, abs=1e-12)
     assert adjusted_rand_index(truth, found) == pytest.approx(brute.adjusted_rand(found, truth), abs=1e-12)
 
 
 def test_ari_at_its_ends():
     """Faults: 0/0 for trivial labellings; a renaming changes it."""
     assert adjusted_rand_index([0, 0, 1, 1], ["b", "b", "a", "a"]) == 1.0
-    assert adjusted_rand_index([0, 0, 0], ["a", "a", "a"]) == 1.0 and adjusted_rand_index([0, 1, 2], ["a", "b", "c"]) == 1.0
+    assert adjusted_rand_index([0, 0, 0], ["a", "a", "a"]) == 1.0
+    assert adjusted_rand_index([0, 1, 2], ["a", "b", "c"]) == 1.0
     assert adjusted_rand_index([0, 0, 0, 0], ["a", "b", "a", "b"]) == 0.0
     with pytest.raises(ValueError):
         adjusted_rand_index([0, 1], ["a"])
@@ -41,7 +46,8 @@ def test_matched_accuracy_is_the_best_of_all_namings(seed):
     found, truth = labels(seed, a=3, b=3)
     share, naming = matched_accuracy(found, ["abc"[t] for t in truth], 3)
     assert share == pytest.approx(brute.best_matching(found, truth, 3))
-    assert sorted(naming.values()) == ["a", "b", "c"] and np.mean([naming[f] == "abc"[t] for f, t in zip(found, truth)]) == pytest.approx(share)
+    assert sorted(naming.values()) == ["a", "b", "c"]
+    assert np.mean([naming[f] == "abc"[t] for f, t in zip(found, truth)]) == pytest.approx(share)
 
 
 def test_more_experts_than_kinds_and_fewer():
@@ -51,10 +57,12 @@ def test_more_experts_than_kinds_and_fewer():
 
 
 def test_bayes_posterior_by_hand():
-    """Faults: a tie counts as a win or a loss; a user's pairs averaged, not multiplied; noise that nobody explains gives NaN."""
+    """Faults: a tie counts as a win or a loss; a user's pairs averaged, not multiplied;
+    noise that nobody explains gives NaN."""
     first, second, tie = {"a": [1, 0], "b": [0, 1]}, {"a": [0, 1], "b": [1, 0]}, {"a": [1, 0], "b": [2, 2]}
     got = bayes_posterior([[first], [tie], [tie, tie], [first, second], [tie, first]], ["a", "b"])
-    assert torch.allclose(got, torch.tensor([[1, 0], [2 / 3, 1 / 3], [0.8, 0.2], [0.5, 0.5], [1, 0]], dtype=torch.float64))
+    want = [[1, 0], [2 / 3, 1 / 3], [0.8, 0.2], [0.5, 0.5], [1, 0]]
+    assert torch.allclose(got, torch.tensor(want, dtype=torch.float64))
 
 
 def test_effective_experts_and_entropy():
@@ -68,7 +76,8 @@ def test_effective_experts_and_entropy():
 
 
 def test_a_steps_figures_against_plain_python():
-    """Faults: loss with live weights w for q; the mean over experts in accuracy; the bound at the posterior and not at the q in use."""
+    """Faults: loss with live weights w for q; the mean over experts in accuracy;
+    the bound at the posterior and not at the q in use."""
     rng = np.random.default_rng(0)
     h, q, w = rng.normal(size=(5, 2)), rng.dirichlet([1, 1], 5), [0.3, 0.7]
     h[2, 1] = 0.0                                                           # a tie counts one half
