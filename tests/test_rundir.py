@@ -1,4 +1,5 @@
-"""rundir.py and optimizer.py: checkpoints whole or not at all, AdamW's state to the bit. Docstrings name the faults seen."""
+"""rundir.py and optimizer.py: checkpoints whole or not at all, AdamW's state to the bit.
+Docstrings name the faults seen."""
 
 import json
 from pathlib import Path
@@ -30,7 +31,8 @@ def test_checkpoints_come_back_with_nan_and_replace_each_other(tmp_path):
 
 @pytest.mark.parametrize("dies", ["save_file", "fsync", "first rename", "second rename"])
 def test_an_interrupted_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, dies):
-    """Faults: files written straight into checkpoint/; the old one removed before the new one stands; .old not looked at."""
+    """Faults: files written straight into checkpoint/; the old one removed before the new one
+    stands; .old not looked at."""
     save(tmp_path, 1.0)
     calls, rename = [], Path.rename
 
@@ -56,12 +58,14 @@ def test_an_interrupted_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, di
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_by_field(tmp_path):
-    """Faults: no comparison; only the first field named; 1 and 1.0 or None and absent taken for a difference that is none."""
+    """Faults: no comparison; only the first field named; 1 and 1.0 or None and absent taken for
+    a difference that is none."""
     save(tmp_path, 1.0, a=1, b="x", c=[1, 2])
     load_checkpoint(tmp_path, {"a": 1, "c": (1, 2)})
     with pytest.raises(InputError) as caught:
         load_checkpoint(tmp_path, {"a": 2, "b": "y", "c": (1, 2)})
-    assert all(part in str(caught.value) for part in ("a: there 1, now 2", "b: there 'x', now 'y'", "--out")) and "c:" not in str(caught.value)
+    assert all(part in str(caught.value) for part in ("a: there 1, now 2", "b: there 'x', now 'y'", "--out"))
+    assert "c:" not in str(caught.value)
 
 
 def test_the_dtype_of_the_products():
@@ -91,7 +95,8 @@ def steps(module, optimizer, first, last):
 
 
 def test_adamw_goes_on_to_the_bit_and_each_set_at_its_own_rate():
-    """Faults: names in the module's order and not the optimizer's; moments not copied; the step count lost; head_lr for all."""
+    """Faults: names in the module's order and not the optimizer's; moments not copied;
+    the step count lost; head_lr for all."""
     whole, (through, _) = (module := Small()), make_optimizer(module, 0.1, 0.01)
     steps(whole, through, 0, 6)
     half, (before, names) = (module := Small()), make_optimizer(module, 0.1, 0.01)
@@ -112,7 +117,9 @@ def test_the_rate_rises_for_warmup_steps_and_falls_to_a_tenth():
         set_rate(optimizer, t, 100, 4)
         rates.append(optimizer.param_groups[0]["lr"])
         assert optimizer.param_groups[1]["lr"] == pytest.approx(rates[-1] / 2)
-    assert rates[0] == pytest.approx(0.25) and rates[49] == pytest.approx(1 - 0.9 * 0.49) and rates[-1] == pytest.approx(0.1, abs=0.01)
+    assert rates[0] == pytest.approx(0.25)
+    assert rates[49] == pytest.approx(1 - 0.9 * 0.49)
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
 
 
 def sources():
@@ -121,20 +128,23 @@ def sources():
 
 def test_no_pickle_anywhere_and_backward_only_in_train():
     """Faults: torch.save of a state in rundir.py; a loss that data/finetune.py calls backward on."""
+    unwanted = ("import pickle", "torch.save(", "torch.load(", "joblib", "allow_pickle=True", "import dill")
     assert len(sources()) > 20
     for path in sources():
         text = path.read_text()
-        found = [word for word in ("import pickle", "torch.save(", "torch.load(", "joblib", "allow_pickle=True", "import dill") if word in text]
+        found = [word for word in unwanted if word in text]
         assert not found, f"{path.name}: {found}"
         assert ".backward(" not in text or path.name == "train.py", f"{path.name} calls backward; only train.py does"
 
 
 def test_the_package_knows_nothing_of_the_data_scripts_and_needs_only_its_own_packages():
     """Faults: `from data import ...`, or scikit-learn, in mixdpo/."""
+    unwanted = ("data", "tests", "sklearn", "spacy", "matplotlib", "transformers", "trl", "datasets")
     for path in [*ROOT.glob("mixdpo/**/*.py"), ROOT / "train.py", ROOT / "eval.py"]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            word = line.split()[1].split(".")[0] if line.startswith(("import ", "from ")) and len(line.split()) > 1 else ""
-            assert word not in ("data", "tests", "sklearn", "spacy", "matplotlib", "transformers", "trl", "datasets"), f"{path.name}:{number}: {line}"
+            imports = line.startswith(("import ", "from ")) and len(line.split()) > 1
+            word = line.split()[1].split(".")[0] if imports else ""
+            assert word not in unwanted, f"{path.name}:{number}: {line}"
 
 
 def test_progress_says_rate_and_time_left(capsys, monkeypatch):
