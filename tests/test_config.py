@@ -1,4 +1,5 @@
-"""config.py: a dataclass as a command line, and everything that is refused. Docstrings name the faults that each test was seen to fail on."""
+"""config.py: a dataclass as a command line, and everything that is refused.
+Docstrings name the faults that each test was seen to fail on."""
 
 import dataclasses
 
@@ -45,7 +46,8 @@ def test_every_option_of_every_script_is_read_as_its_type(cls, joined):
     """Faults: dashes not turned to underscores; bool("false") is true; the text kept instead of the number."""
     want = {f.name: other(f) for f in dataclasses.fields(cls)}
     flags = {name: f"--{name.replace('_', '-')}" for name in want}
-    words = [f"{flags[n]}={v}" for n, v in want.items()] if joined else [w for n, v in want.items() for w in (flags[n], v)]
+    joint = [f"{flags[n]}={v}" for n, v in want.items()]
+    words = joint if joined else [w for n, v in want.items() for w in (flags[n], v)]
     config = parse(*words, cls=cls)
     for f in dataclasses.fields(cls):
         value = getattr(config, f.name)
@@ -56,7 +58,8 @@ def test_every_option_of_every_script_is_read_as_its_type(cls, joined):
 def test_tuples_bools_and_defaults():
     """Faults: a tuple's members left as text; yes and 1 read as false."""
     assert parse("--path", "x") == Example("x")
-    assert parse("--path", "x", "--shares", "0.25,0.75", "--loud", "yes", "--rate", "-1e-3") == Example("x", (0.25, 0.75), 3, -1e-3, True)
+    config = parse("--path", "x", "--shares", "0.25,0.75", "--loud", "yes", "--rate", "-1e-3")
+    assert config == Example("x", (0.25, 0.75), 3, -1e-3, True)
     assert parse("--path", "x", "--loud", "1").loud and not parse("--path", "x", "--loud", "no").loud
 
 
@@ -79,7 +82,8 @@ def test_an_empty_value_behind_an_equals_sign_is_a_value():
     (["--path", "x", "--rate", "nan"], ["--rate", "'nan'"]),
 ])
 def test_refused(words, tell):
-    """Faults: an unknown option skipped; no near match offered; a single dash taken; the last of two values wins; a required option left None; nan taken."""
+    """Faults: an unknown option skipped; no near match offered; a single dash taken; the last of two values wins;
+    a required option left None; nan taken."""
     refused(*words, tell=tell)
 
 
@@ -92,7 +96,8 @@ def test_every_option_is_explained_in_the_help(capsys):
             parse("--help", cls=cls)
         said = capsys.readouterr().out
         assert ended.value.code == 0
-        assert all(f"--{f.name.replace('_', '-')}" in said and comments[f.name] in said for f in dataclasses.fields(cls))
+        for f in dataclasses.fields(cls):
+            assert f"--{f.name.replace('_', '-')}" in said and comments[f.name] in said, f.name
 
 
 def test_saved_configurations_come_back_and_other_versions_are_refused(tmp_path):
