@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROWS = re.findall(r"^\| (M\d+) \|[^|]*\| (.*) \|$", (Path(__file__).parent.parent / "README.md").read_text(), re.MULTILINE)
+README = (Path(__file__).parent.parent / "README.md").read_text()
+ROWS = re.findall(r"^\| (M\d+) \|[^|]*\| (.*) \|$", README, re.MULTILINE)
 
 
 def test_every_equation_has_a_row():
@@ -18,5 +19,6 @@ def test_every_equation_has_a_row():
 def test_the_source_that_the_readme_names_cites_the_equation(equation, cell):
     """Catches: a renamed function, an equation's number lost from the line that implements it."""
     for module, name in re.findall(r"`(\w+)\.(\w+)`", cell):
-        source = inspect.getsource(getattr(importlib.import_module(module if module == "train" else f"mixdpo.{module}"), name))
+        imported = importlib.import_module(module if module == "train" else f"mixdpo.{module}")
+        source = inspect.getsource(getattr(imported, name))
         assert re.search(rf"\b{equation}\b", source), f"{module}.{name} does not mention {equation}"
