@@ -19,9 +19,10 @@ COUNT = 7
 
 @pytest.mark.parametrize("family", small.FAMILIES)
 def test_log_probs_and_features_text_by_text(family):
-    """Each text alone, without padding, against the sum of its log-probs and the mean of the states that have read its response. Catches:
-    features of the states that predict (one too early), of prompt or padding, a mean over the row, pairs in another order, the last
-    incomplete batch lost."""
+    """Each text alone, without padding, against the sum of its log-probs and the mean of the states
+    that have read its response.
+    Catches: features of the states that predict (one too early), of prompt or padding, a mean over the row,
+    pairs in another order, the last incomplete batch lost."""
     model, pairs = small.model(family), small.pairs(COUNT)
     for size in (1, 3, 16):
         found = compute_reference(model, pairs, torch.float32, size=size)
@@ -38,10 +39,12 @@ def test_log_probs_and_features_text_by_text(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [dict(experts=1), dict(experts=2, rank=0), dict(experts=2), dict(experts=2, sharing="models")], ids=str)
+@pytest.mark.parametrize("options", [
+    dict(experts=1), dict(experts=2, rank=0), dict(experts=2), dict(experts=2, sharing="models"),
+], ids=str)
 def test_the_same_call_as_the_policys(options, dtype):
-    """On the same batch the policy's first margins are 0 to the bit, in either precision, and numbers are float32. Catches: a reference in
-    another dtype, from other code, or in another order of sums."""
+    """On the same batch the policy's first margins are 0 to the bit, in either precision, and numbers are float32.
+    Catches: a reference in another dtype, from other code, or in another order of sums."""
     pairs = small.pairs(COUNT)
     found = compute_reference(small.model(), pairs, dtype)
     assert found.logp.dtype == found.features.dtype == torch.float32 and not found.logp.requires_grad
@@ -56,10 +59,11 @@ def test_progress_and_parameters():
     before = [(p.clone(), p.requires_grad) for p in model.parameters()]
     compute_reference(model, small.pairs(COUNT), torch.float32, size=3, progress=lambda *call: calls.append(call))
     assert calls == [(3, COUNT), (6, COUNT), (7, COUNT)]
-    assert all(torch.equal(p, b) and p.requires_grad == r and p.grad is None for p, (b, r) in zip(model.parameters(), before))
+    for p, (b, r) in zip(model.parameters(), before):
+        assert torch.equal(p, b) and p.requires_grad == r and p.grad is None
 
 
-# --- the cache -----------------------------------------------------------------------------------------------------------------------
+# --- the cache --------------------------------------------------------------------------------------------------------
 
 
 def equal(a: Reference, b: Reference) -> bool:
@@ -71,19 +75,21 @@ def never():
 
 
 def test_with_and_without_the_cache(tmp_path):
-    """Bit for bit, and computed once. Catches: a cache that rounds, one that is never read, or one that is read for any key."""
+    """Bit for bit, and computed once.
+    Catches: a cache that rounds, one that is never read, or one that is read for any key."""
     made = [compute_reference(small.model(seed=s), small.pairs(COUNT), torch.float32) for s in (0, 1)]
     for s in (0, 1):
         assert equal(cached_reference(tmp_path / "new" / "folder", ("weights", s), lambda s=s: made[s]), made[s])
     for s in (0, 1):
         assert equal(cached_reference(tmp_path / "new" / "folder", ("weights", s), never), made[s])
-    assert cached_reference(tmp_path, ("a", "b"), lambda: made[0]) and equal(cached_reference(tmp_path, ("ab", ""), lambda: made[1]), made[1])
+    assert cached_reference(tmp_path, ("a", "b"), lambda: made[0])
+    assert equal(cached_reference(tmp_path, ("ab", ""), lambda: made[1]), made[1])
 
 
 @pytest.mark.parametrize("moment", ["compute", "save", "rename"])
 def test_a_half_written_file_is_never_used(moment, tmp_path, monkeypatch):
-    """Killed at any moment, the next call computes afresh and gets it right. Catches: the file written under its own name, a leftover read
-    back, a leftover in the way."""
+    """Killed at any moment, the next call computes afresh and gets it right.
+    Catches: the file written under its own name, a leftover read back, a leftover in the way."""
     made = compute_reference(small.model(), small.pairs(COUNT), torch.float32)
 
     class Killed(BaseException):
@@ -104,19 +110,21 @@ def test_a_half_written_file_is_never_used(moment, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
-# --- the key, as train.py makes it -----------------------------------------------------------------------------------------------------
+# --- the key, as train.py makes it ------------------------------------------------------------------------------------
 
 
 def prepared(folder, model, data, **options):
     """(reference, files in the cache) after train.py's preparation."""
-    config = train.TrainConfig(**tinyjob.SMALL | dict(data=str(data), model=str(model), out=str(folder / "run")) | options)
+    paths = dict(data=str(data), model=str(model), out=str(folder / "run"))
+    config = train.TrainConfig(**tinyjob.SMALL | paths | options)
     reference = train.prepare(config)[3]
     return reference, len(list((folder / "cache").glob("*.safetensors")))
 
 
 def test_whatever_changes_the_numbers_changes_the_key(tmp_path, model_dir, capsys):
-    """One change at a time: weights, data, lengths, dropping, dtype, tokenizer each make a new entry; what cannot matter (experts, beta,
-    seed, micro-batch) and the first one again find the old. Catches: any of them left out of the key; a key of file names."""
+    """One change at a time: weights, data, lengths, dropping, dtype, tokenizer each make a new entry;
+    what cannot matter (experts, beta, seed, micro-batch) and the first one again find the old.
+    Catches: any of them left out of the key; a key of file names."""
     data = tmp_path / "prefs.jsonl"
     records = tinyjob.make_records()
     tinyjob.write(data, records)
@@ -138,5 +146,7 @@ def test_whatever_changes_the_numbers_changes_the_key(tmp_path, model_dir, capsy
     assert count == 7 and not equal(spelt, first)
     tinyjob.write(data, records[::-1])                                       # under the same file name
     turned, count = prepared(tmp_path, model_dir, data)
-    assert count == 8 and torch.allclose(turned.logp, first.logp.flip(0), atol=1e-4) and not torch.equal(turned.logp, first.logp)
-    assert prepared(tmp_path, tinyjob.make_model(tmp_path / "copy"), data)[1] == 8          # the same bytes in another directory
+    assert count == 8 and not torch.equal(turned.logp, first.logp)
+    assert torch.allclose(turned.logp, first.logp.flip(0), atol=1e-4)
+    copy = tinyjob.make_model(tmp_path / "copy")                             # the same bytes in another directory
+    assert prepared(tmp_path, copy, data)[1] == 8
