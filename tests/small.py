@@ -1,4 +1,5 @@
-"""Models, pairs and experts small enough for a test, and trained far enough from their reference that a margin says something."""
+"""Models, pairs and experts small enough for a test, and trained far enough from their reference
+that a margin says something."""
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ def model(family="gpt2", seed=0, vocab=VOCAB, scale=4.0, context=64):
     if family == "gpt2":
         made = GPT2(GPT2Config(vocab=vocab, context=context, width=12, layers=2, heads=2))
     else:
-        made = Llama(LlamaConfig(vocab=vocab, context=context, width=12, inner=20, layers=2, heads=4, kv_heads=2, head_dim=4, tied=family != "untied"))
+        sizes = dict(width=12, inner=20, layers=2, heads=4, kv_heads=2, head_dim=4)
+        made = Llama(LlamaConfig(vocab=vocab, context=context, tied=family != "untied", **sizes))
     with torch.no_grad():
         for p in made.parameters():
             p.mul_(scale if p.ndim == 2 else 1)
@@ -31,9 +33,10 @@ def config(**options):
 
 
 def experts(family="gpt2", seed=0, moved=True, dtype=torch.float32, **options):
-    """Experts as the options of train.py ask for them; moved: every trained parameter is pushed off the start, each expert another way.
-    In float64 the parameters are too: what should be equal is then equal to 1e-12."""
-    made = make_experts(model(family, seed).to(torch.promote_types(dtype, torch.float32)), config(rank=options.pop("rank", 3), **options), dtype)
+    """Experts as the options of train.py ask for them; moved: every trained parameter is pushed off the start,
+    each expert another way. In float64 the parameters are too: what should be equal is then equal to 1e-12."""
+    start = model(family, seed).to(torch.promote_types(dtype, torch.float32))
+    made = make_experts(start, config(**dict(rank=3) | options), dtype)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in made.parameters():
@@ -43,15 +46,16 @@ def experts(family="gpt2", seed=0, moved=True, dtype=torch.float32, **options):
 
 
 def pairs(count=7, seed=0, users=None, context=()):
-    """Pairs of random ids, of very different lengths; the last id of each response stands for the end. users: how many judge, in turns
-    of growing length; context: indices of pairs that are set aside."""
+    """Pairs of random ids, of very different lengths; the last id of each response stands for the end.
+    users: how many judge, in turns of growing length; context: indices of pairs that are set aside."""
     rng = np.random.default_rng(seed)
     owner = np.sort(rng.permutation(count) % users) if users else [None] * count
 
     def ids(low, high):
         return rng.integers(1, VOCAB, rng.integers(low, high)).tolist()
 
-    return [Pair(ids(1, 6), ids(0, 9) + [0], ids(0, 9) + [0, 0][: 1 + n % 2], user=None if users is None else str(owner[n]), context=n in context, line=n + 1)
+    return [Pair(ids(1, 6), ids(0, 9) + [0], ids(0, 9) + [0, 0][: 1 + n % 2],
+                 user=None if users is None else str(owner[n]), context=n in context, line=n + 1)
             for n in range(count)]
 
 

@@ -1,7 +1,9 @@
-"""One step's gradient does not depend on how the step is cut: head micro-batches, forward micro-batches, the composable route, one number.
+"""One step's gradient does not depend on how the step is cut: head micro-batches, forward micro-batches,
+the composable route, one number.
 
-The oracle is the composable route with the one-line objective behind it: by Fisher's identity the gradient of one EM step is the gradient of
--log p, and no E-step, chunk or detach is needed to write that down. In float64, where nothing hides behind rounding, and in float32.
+The oracle is the composable route with the one-line objective behind it: by Fisher's identity the gradient
+of one EM step is the gradient of -log p, and no E-step, chunk or detach is needed to write that down.
+In float64, where nothing hides behind rounding, and in float32.
 """
 
 import pytest
@@ -16,8 +18,8 @@ from mixdpo.preferences import collate, groups
 from train import Micro, accumulate, micro_batches, step
 
 COUNT = 9
-SHARINGS = {"k1": dict(experts=1), "full": dict(experts=2, rank=0), "low-rank": dict(experts=3), "models": dict(experts=2, sharing="models"),
-            "frozen": dict(experts=2, train_trunk=False)}
+SHARINGS = {"k1": dict(experts=1), "full": dict(experts=2, rank=0), "low-rank": dict(experts=3),
+            "models": dict(experts=2, sharing="models"), "frozen": dict(experts=2, train_trunk=False)}
 DOUBLE, SINGLE = torch.float64, torch.float32
 LOG_W = {k: torch.log_softmax(torch.arange(k) * 0.7, 0).double() for k in (1, 2, 3)}
 HEAD_ROWS = [0, 1, 10, 25, 10_000]
@@ -25,7 +27,8 @@ HEAD_ROWS = [0, 1, 10, 25, 10_000]
 
 def gradient(experts):
     """All gradients by name, and gone from the experts; None and zero are the same."""
-    out = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in experts.named_parameters() if p.requires_grad}
+    out = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+           for n, p in experts.named_parameters() if p.requires_grad}
     experts.zero_grad(set_to_none=True)
     return out
 
@@ -46,22 +49,27 @@ def log_p(experts, pairs, ref, config, group=None, log_w=None):
     log_w = LOG_W[experts.K] if log_w is None else log_w
     if group is None:
         return log_marginal(log_w, h)
-    return torch.stack([torch.logsumexp(log_w + F.logsigmoid(h[group == g]).sum(0), 0) for g in range(int(group.max()) + 1)])
+    return torch.stack([torch.logsumexp(log_w + F.logsigmoid(h[group == g]).sum(0), 0)
+                        for g in range(int(group.max()) + 1)])
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, SINGLE])
 @pytest.mark.parametrize("family", small.FAMILIES)
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_head_micro_batches_equal_the_composable_route(family, sharing, dtype):
-    """Any head_rows, one type a pair. Catches: chunks that overlap or leave out a pair, states' gradients of the last chunk only, tokens
-    summed into a neighbour's response, the mean of chunks for the sum over pairs, log_q of another chunk, a trunk passed back twice."""
+    """Any head_rows, one type a pair.
+    Catches: chunks that overlap or leave out a pair, states' gradients of the last chunk only,
+    tokens summed into a neighbour's response, the mean of chunks for the sum over pairs, log_q of another chunk,
+    a trunk passed back twice."""
     config = small.config(beta=0.5)
-    experts, pairs, ref = small.experts(family, dtype=dtype, **SHARINGS[sharing]), small.pairs(COUNT), small.reference_logp(COUNT, dtype=dtype)
+    experts = small.experts(family, dtype=dtype, **SHARINGS[sharing])
+    pairs, ref = small.pairs(COUNT), small.reference_logp(COUNT, dtype=dtype)
     (-log_p(experts, pairs, ref, config).sum() / COUNT).backward()
     want = gradient(experts)
     micro = Micro(collate(pairs, list(range(COUNT)), "pair"), None, torch.arange(COUNT))
     for head_rows in HEAD_ROWS:
-        seen = accumulate(experts, micro, ref, LOG_W[experts.K], None, COUNT, small.config(beta=0.5, head_rows=head_rows))
+        config = small.config(beta=0.5, head_rows=head_rows)
+        seen = accumulate(experts, micro, ref, LOG_W[experts.K], None, COUNT, config)
         assert_equal(gradient(experts), want, head_rows)
         assert torch.cat([h for *_, h in seen]).shape == (COUNT, experts.K)
         assert len(seen) == {0: 1, 1: COUNT, 10_000: 1}.get(head_rows, len(seen)), head_rows
@@ -69,37 +77,43 @@ def test_head_micro_batches_equal_the_composable_route(family, sharing, dtype):
 
 @pytest.mark.parametrize("sharing", ["full", "low-rank", "models"])
 def test_users_are_whole_in_every_chunk(sharing):
-    """One type a user (M11): the posterior pools all of a user's pairs wherever chunks and micro-batches would like to cut. Catches: a user
-    cut by a chunk, the prior counted once a pair, groups numbered from the micro-batch instead of the chunk."""
-    experts, pairs, ref = small.experts(dtype=DOUBLE, **SHARINGS[sharing]), small.pairs(COUNT, users=4), small.reference_logp(COUNT, dtype=DOUBLE)
+    """One type a user (M11): the posterior pools all of a user's pairs wherever chunks
+    and micro-batches would like to cut.
+    Catches: a user cut by a chunk, the prior counted once a pair, groups numbered from
+    the micro-batch instead of the chunk."""
+    experts = small.experts(dtype=DOUBLE, **SHARINGS[sharing])
+    pairs, ref = small.pairs(COUNT, users=4), small.reference_logp(COUNT, dtype=DOUBLE)
     group = collate(pairs, list(range(COUNT)), "user").group
     (-log_p(experts, pairs, ref, small.config(beta=0.5), group).sum() / COUNT).backward()
     want = gradient(experts)
     for head_rows in HEAD_ROWS:
         config = small.config(beta=0.5, latent="user", head_rows=head_rows)
-        accumulate(experts, Micro(collate(pairs, list(range(COUNT)), "user"), None, torch.arange(4)), ref, LOG_W[experts.K], None, COUNT, config)
+        micro = Micro(collate(pairs, list(range(COUNT)), "user"), None, torch.arange(4))
+        accumulate(experts, micro, ref, LOG_W[experts.K], None, COUNT, config)
         assert_equal(gradient(experts), want, head_rows)
 
 
 @pytest.mark.parametrize("head_rows", [0, 25])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_one_expert_is_dpo_bit_for_bit(family, head_rows):
-    """K = 1: the same bits as DPO's loss written behind the same log-probs. Catches: a weight or a responsibility that is nearly 1, another
-    order of the sum, a second copy of the loss that drifts."""
+    """K = 1: the same bits as DPO's loss written behind the same log-probs.
+    Catches: a weight or a responsibility that is nearly 1, another order of the sum,
+    a second copy of the loss that drifts."""
     experts, pairs, ref = small.experts(family, experts=1), small.pairs(COUNT), small.reference_logp(COUNT)
     config = small.config(beta=0.5, head_rows=head_rows)
     batch = collate(pairs, list(range(COUNT)), "pair")
     seen = accumulate(experts, Micro(batch, None, torch.arange(COUNT)), ref, LOG_W[1], None, COUNT, config)
     got, h = gradient(experts), torch.cat([h for *_, h in seen])
-    assert all(not q.any() for pair in seen for q in pair[:2])                                  # log q is 0, not nearly 0
+    assert all(not q.any() for pair in seen for q in pair[:2])              # log q is 0, not nearly 0
     if head_rows == 0:
         margin = margins(pair_logp(experts, batch), ref[:, None], config.beta)[:, 0]
         assert torch.equal(margin, h[:, 0])
         (dpo_loss(margin).sum() / COUNT).backward()
         want = gradient(experts)
         assert all(torch.equal(got[name], want[name]) for name in want)
-    else:                                                                                         # by hand: d loss / d h is -sigma(-h)
-        (torch.sigmoid(-h[:, 0]) * -margins(pair_logp(experts, batch), ref[:, None], config.beta)[:, 0]).sum().div(COUNT).backward()
+    else:                                                                   # by hand: d loss / d h is -sigma(-h)
+        margin = margins(pair_logp(experts, batch), ref[:, None], config.beta)[:, 0]
+        (torch.sigmoid(-h[:, 0]) * -margin).sum().div(COUNT).backward()
         assert_equal(got, gradient(experts), head_rows)
 
 
@@ -124,7 +138,8 @@ def updated(experts, pairs, units, config, ref, given=None, order=None):
     optimizer = Plain(p for p in experts.parameters() if p.requires_grad)
     before = {n: p.detach().clone() for n, p in experts.named_parameters() if p.requires_grad}
     ids = list(range(len(units))) if order is None else order
-    figures, used = step(experts, optimizer, micro_batches(pairs, units, ids, config, "cpu"), ref, LOG_W[experts.K], given, config)
+    micros = micro_batches(pairs, units, ids, config, "cpu")
+    figures, used = step(experts, optimizer, micros, ref, LOG_W[experts.K], given, config)
     change = {n: before[n] - p.detach() for n, p in experts.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for n, p in experts.named_parameters():
@@ -145,20 +160,25 @@ CASES = {
 @pytest.mark.parametrize("sharing", ["k1", "full", "low-rank", "models"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_micro_batch_does_not_matter(sharing, case):
-    """A whole optimizer step, any `micro`, any head_rows, any order of the groups: the same update, figures and responsibilities. Catches:
-    a division by the micro-batch's number of pairs (or by all pairs where context pairs are set aside), a gradient that a later
-    micro-batch overwrites, context pairs trained on, responsibilities of group g given to group g - first, responsibilities taken
-    from the table for some micro-batches of a step and computed for others, clipping once a micro-batch."""
+    """A whole optimizer step, any `micro`, any head_rows, any order of the groups:
+    the same update, figures and responsibilities.
+    Catches: a division by the micro-batch's number of pairs (or by all pairs where context pairs are set aside),
+    a gradient that a later micro-batch overwrites, context pairs trained on, responsibilities of group g given
+    to group g - first, responsibilities taken from the table for some micro-batches of a step and computed for others,
+    clipping once a micro-batch."""
     options = CASES[case]
     pairs = small.pairs(COUNT, users=4, context=(0, 3, 6, 8) if "context" in case else ())
     experts, ref = small.experts(dtype=DOUBLE, **SHARINGS[sharing]), small.reference_logp(COUNT, dtype=DOUBLE)
     units, given = groups(pairs, options["latent"]), None
     if "given" in case:
-        given = torch.log_softmax(torch.randn(len(units), experts.K, generator=torch.Generator().manual_seed(2)), -1).double()
+        noise = torch.randn(len(units), experts.K, generator=torch.Generator().manual_seed(2))
+        given = torch.log_softmax(noise, -1).double()
         if "part" in case:
             given[[1, 4]] = torch.nan
     results = []
-    for micro, head_rows, order in [(100, 10_000, None), (1, 10_000, None), (3, 10, None), (4, 0, None), (3, 1, [2, 0, 3, 1, *range(4, len(units))])]:
+    turned = [2, 0, 3, 1, *range(4, len(units))]
+    cuts = [(100, 10_000, None), (1, 10_000, None), (3, 10, None), (4, 0, None), (3, 1, turned)]
+    for micro, head_rows, order in cuts:
         config = small.config(beta=0.5, micro=micro, head_rows=head_rows, clip=1e9, **options)
         change, figures, used = updated(experts, pairs, units, config, ref, given, order)
         used = used if order is None else used[torch.argsort(torch.tensor(order))]
@@ -173,15 +193,18 @@ def test_the_micro_batch_does_not_matter(sharing, case):
 
 
 def test_context_pairs_decide_and_are_not_trained_on():
-    """estep context: a user's posterior comes from the context pairs alone, and the gradient from the others alone, divided by their
-    number. Catches: the two exchanged, context pairs in either sum, the posterior of users in another order than the groups'."""
+    """estep context: a user's posterior comes from the context pairs alone, 
+    and the gradient from the others alone, divided by their number.
+    Catches: the two exchanged, context pairs in either sum,
+    the posterior of users in another order than the groups'."""
     context = (0, 3, 6, 8)
     pairs, ref = small.pairs(COUNT, users=4, context=context), small.reference_logp(COUNT, dtype=DOUBLE)
     experts = small.experts(experts=2, rank=0, dtype=DOUBLE)
     group = collate(pairs, list(range(COUNT)), "user").group
     aside = torch.zeros(COUNT, dtype=torch.bool).index_fill(0, torch.tensor(context), True)
     h = margins(pair_logp(experts, collate(pairs, list(range(COUNT)), "pair")), ref[:, None], 0.5)
-    log_q = torch.stack([torch.log_softmax(LOG_W[2] + F.logsigmoid(h[(group == g) & aside]).sum(0), 0) for g in range(4)]).detach()
+    log_q = torch.stack([torch.log_softmax(LOG_W[2] + F.logsigmoid(h[(group == g) & aside]).sum(0), 0)
+                         for g in range(4)]).detach()
     (-(log_q[group].exp() * F.logsigmoid(h))[~aside].sum() / (COUNT - len(context))).backward()
     want = gradient(experts)
     config = small.config(beta=0.5, latent="user", estep="context", context=1, micro=3, head_rows=10, clip=1e9)
