@@ -1,4 +1,5 @@
-"""eval.py end to end on a tiny job folder, its figures done again by hand. Docstrings name the faults that each test was seen to fail on."""
+"""eval.py end to end on a tiny job folder, its figures done again by hand.
+Docstrings name the faults that each test was seen to fail on."""
 
 import json
 import math
@@ -39,9 +40,15 @@ def job(tmp_path_factory):
         record["scores"] = dict(zip(("first", "second"), scores))
     tinyjob.write(folder / "heldout.jsonl", held)
     tinyjob.write(folder / "prompts.jsonl", [{"prompt": p} for p in PROMPTS])
-    (folder / "dataset.json").write_text(json.dumps({"rewards": ["first", "second"], "annotators": ["second"], "max_new": MAX_NEW}))
+    dataset = {"rewards": ["first", "second"], "annotators": ["second"], "max_new": MAX_NEW}
+    (folder / "dataset.json").write_text(json.dumps(dataset))
     common = dict(tinyjob.SMALL, model=str(model), data=str(folder / "train.jsonl"), beta=0.5, epochs=3, start_steps=5)
-    for name, options in {"dpo": dict(experts=1), "mix-pair": dict(rank=0, weights="0.3,0.7"), "mix-user": dict(latent="user", sharing="models", start="linear")}.items():
+    runs = {
+        "dpo": dict(experts=1),
+        "mix-pair": dict(rank=0, weights="0.3,0.7"),
+        "mix-user": dict(latent="user", sharing="models", start="linear"),
+    }
+    for name, options in runs.items():
         train.run(train.TrainConfig(**common | dict(out=str(folder / name)) | options))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "data.annotators", types.SimpleNamespace(score=score))
@@ -56,58 +63,74 @@ def slow_logp(model, head, prompt, response):
     return logps[torch.arange(len(response)), torch.tensor(response)].sum().item()
 
 
+def slow_ratios(run, reference, prompt, response):
+    """log pi_k - log pi_ref of one response, for every expert k."""
+    base = slow_logp(reference, reference.unembedding, prompt, response)
+    return [slow_logp(*run.experts.policy(k), prompt, response) - base for k in range(run.config.experts)]
+
+
 def slow_heldout(job, name):
     """Everything about a run's held-out pairs in plain numbers: records, h (P,K), w (K,), table of q (G,K)."""
     folder, _, model = job
     run, reference, tokenizer = evaluation.load_run(folder / name, "cpu", ""), load_model(model), load_tokenizer(model)
     records, h = tinyjob.lines(folder / "heldout.jsonl"), []
     for r in records:
-        prompt, responses = tokenizer.encode(r["prompt"]), [tokenizer.encode(r[side]) + [tokenizer.eos] for side in ("chosen", "rejected")]
-        ratio = [[slow_logp(*run.experts.policy(k), prompt, y) - slow_logp(reference, reference.unembedding, prompt, y) for y in responses] for k in range(run.config.experts)]
-        h.append([run.config.beta * (a - b) for a, b in ratio])
+        prompt = tokenizer.encode(r["prompt"])
+        chosen, rejected = (tokenizer.encode(r[side]) + [tokenizer.eos] for side in ("chosen", "rejected"))
+        ratios = zip(slow_ratios(run, reference, prompt, chosen), slow_ratios(run, reference, prompt, rejected))
+        h.append([run.config.beta * (a - b) for a, b in ratios])
     return records, np.array(h), run.log_w.exp().tolist(), run.table.exp().numpy()
 
 
 @pytest.mark.parametrize("name", ["dpo", "mix-pair", "mix-user"])
 def test_heldout_figures_by_hand(job, name):
-    """Faults: margins against another reference; M5 under uniform w; a tie for a win; each user's own weights not used, or those of another user;
-    accuracy of an annotator on all pairs; the gap with its sign turned."""
+    """Faults: margins against another reference; M5 under uniform w; a tie for a win; each user's own weights not used,
+    or those of another user; accuracy of an annotator on all pairs; the gap with its sign turned."""
     records, h, w, table = slow_heldout(job, name)
     got, users = job[1]["preferences"][name], [f"u{n}" for n in range(6)]   # in the training file's order
     own = [table[users.index(r["user"])].tolist() if name == "mix-user" and r["user"] in users else w for r in records]
     p, p_own = np.array(brute.marginal(w, h)), np.array(brute.marginal(own, h))
     assert (abs(h) > 0.01).any(), "the runs moved nowhere: nothing is compared"
-    for key, values in {"accuracy_mbt": p > 0.5, "accuracy_own": p_own > 0.5, "log_likelihood": np.log(p), "log_likelihood_own": np.log(p_own)}.items():
+    figures = {"accuracy_mbt": p > 0.5, "accuracy_own": p_own > 0.5,
+               "log_likelihood": np.log(p), "log_likelihood_own": np.log(p_own)}
+    for key, values in figures.items():
         assert got[key]["mean"] == pytest.approx(values.mean(), abs=1e-5), key
-        assert got[key]["se"] == pytest.approx(values.std(ddof=1) / math.sqrt(16), abs=1e-5) and got[key]["n"] == 16, key
+        assert got[key]["se"] == pytest.approx(values.std(ddof=1) / math.sqrt(16), abs=1e-5), key
+        assert got[key]["n"] == 16, key
     gap = [brute.kl(q, posterior) for q, posterior in zip(own, brute.posterior(own, h))]
     assert got["elbo_gap"]["mean"] == pytest.approx(np.mean(gap), abs=1e-5)
     for kind in ("first", "second"):
         mask = [r["annotator"] == kind for r in records]
         assert [a["mean"] for a in got["accuracy"][kind]] == pytest.approx((h[mask] > 0).mean(0).tolist()), kind
-    assert [a["mean"] for a in got["accuracy_all"]] == pytest.approx((h > 0).mean(0).tolist()) and got["weights"] == pytest.approx(w)
+    assert [a["mean"] for a in got["accuracy_all"]] == pytest.approx((h > 0).mean(0).tolist())
+    assert got["weights"] == pytest.approx(w)
     if name == "mix-user":
         assert np.abs(np.array(own) - w).max() > 0.2 and not np.allclose(p, p_own)
 
 
 def test_alignment_by_hand_and_beside_the_bayes_values(job):
-    """Faults: truth from another unit; the Bayes value of single pairs for users; scores of the model for those of the annotators."""
+    """Faults: truth from another unit; the Bayes value of single pairs for users;
+    scores of the model for those of the annotators."""
     records, h, w, table = slow_heldout(job, "mix-user")
     train_side, held_side = (job[1]["preferences"]["mix-user"][f"alignment_{side}"] for side in ("train", "heldout"))
     truth = [n % 2 for n in range(6)]
     found = table.argmax(1).tolist()
-    assert train_side["ari"] == pytest.approx(brute.adjusted_rand(found, truth)) and train_side["matched"] == pytest.approx(brute.best_matching(found, truth, 2))
+    assert train_side["ari"] == pytest.approx(brute.adjusted_rand(found, truth))
+    assert train_side["matched"] == pytest.approx(brute.best_matching(found, truth, 2))
     assert train_side["units"] == 6 and train_side["bayes_matched"] == train_side["bayes_ari"] == 1.0
     assert train_side["ari"] == 1.0, "the planted users are not found: naming cannot be tested"
     assert train_side["naming"] == {str(found[0]): "first", str(found[1]): "second"}
-    found, truth = np.array(brute.posterior(w, h)).argmax(1).tolist(), [int(r["annotator"] == "second") for r in records]
+    found = np.array(brute.posterior(w, h)).argmax(1).tolist()
+    truth = [int(r["annotator"] == "second") for r in records]
     assert held_side["ari"] == pytest.approx(brute.adjusted_rand(found, truth)) and held_side["units"] == 16
-    # Of 16 pairs, 14 tell who judged. The first three have scores of their own: one that tells, one on which both agree (1/2), one with a tie (2/3).
+    # Of 16 pairs, 14 tell who judged. The first three have scores of their own:
+    # one that tells, one on which both agree (1/2), one with a tie (2/3).
     assert held_side["bayes_matched"] == pytest.approx((14 + 1 / 2 + 2 / 3) / 16)
 
 
 def test_every_row_is_its_heads_text_and_heads_are_sampled_on_the_same_seeds(job):
-    """Faults (M13): the mixture draws another expert than it takes; sparse takes the least weight; a head samples from the shared trunk's own unembedding."""
+    """Faults (M13): the mixture draws another expert than it takes; sparse takes the least weight;
+    a head samples from the shared trunk's own unembedding."""
     folder, results, _ = job
     samples = tinyjob.lines(folder / "samples.jsonl")
     assert [s["prompt"] for s in samples] == PROMPTS and set(samples[0]["texts"]) == set(results["policies"])
@@ -116,23 +139,27 @@ def test_every_row_is_its_heads_text_and_heads_are_sampled_on_the_same_seeds(job
         assert heads[0] != heads[1]
         w = results["preferences"][name]["weights"]
         u = np.random.default_rng([1, 2**31]).random(len(PROMPTS))          # z = 0 where u < w_0
-        assert [s["texts"][f"{name} mixture"] for s in samples] == [heads[int(u[n] >= w[0])][n] for n in range(len(PROMPTS))]
+        want = [heads[int(u[n] >= w[0])][n] for n in range(len(PROMPTS))]
+        assert [s["texts"][f"{name} mixture"] for s in samples] == want
         assert [s["texts"][f"{name} sparse"] for s in samples] == heads[int(w[1] > w[0])]
         assert any(u < w[0]) and any(u >= w[0])
     assert all(s["texts"][row].startswith(s["prompt"]) for s in samples for row in s["texts"])
 
 
 def test_kl_of_every_row_by_hand(job):
-    """Faults: KL of the reference not 0; the mixture's (M14) as the drawn head's; a head's under another head; divided by the length."""
+    """Faults: KL of the reference not 0; the mixture's (M14) as the drawn head's;
+    a head's under another head; divided by the length."""
     folder, results, model = job
-    assert results["policies"]["reference"]["kl"] == {"mean": 0.0, "se": 0.0, "n": len(PROMPTS)} and results["policies"]["reference"]["gain"]["mean"] == 0.0
-    run, reference, tokenizer = evaluation.load_run(folder / "mix-pair", "cpu", ""), load_model(model), load_tokenizer(model)
-    rows = evaluation.policy_rows([run], reference, [tokenizer.encode(p) for p in PROMPTS], EvalConfig(dir=str(folder)), MAX_NEW, tokenizer.eos)
+    assert results["policies"]["reference"]["kl"] == {"mean": 0.0, "se": 0.0, "n": len(PROMPTS)}
+    assert results["policies"]["reference"]["gain"]["mean"] == 0.0
+    run = evaluation.load_run(folder / "mix-pair", "cpu", "")
+    reference, tokenizer = load_model(model), load_tokenizer(model)
+    prompts, config = [tokenizer.encode(p) for p in PROMPTS], EvalConfig(dir=str(folder))
+    rows = evaluation.policy_rows([run], reference, prompts, config, MAX_NEW, tokenizer.eos)
     for mode in ("mixture", "sparse", "head 0", "head 1"):
         row = rows[f"mix-pair {mode}"]
-        for n, (prompt, ids, z) in enumerate(zip(PROMPTS, row["ids"], row["z"])):
-            prompt = tokenizer.encode(prompt)
-            ratio = [math.exp(slow_logp(*run.experts.policy(k), prompt, ids) - slow_logp(reference, reference.unembedding, prompt, ids)) for k in range(2)]
+        for n, (prompt, ids, z) in enumerate(zip(prompts, row["ids"], row["z"])):
+            ratio = np.exp(slow_ratios(run, reference, prompt, ids))
             want = 0.3 * ratio[0] + 0.7 * ratio[1] if mode == "mixture" else ratio[z]
             assert row["kl"][n].item() == pytest.approx(math.log(want), abs=1e-4)
         assert results["policies"][f"mix-pair {mode}"]["kl"]["mean"] == pytest.approx(row["kl"].mean().item(), abs=1e-6)
@@ -140,15 +167,18 @@ def test_kl_of_every_row_by_hand(job):
 
 
 def test_rewards_are_those_of_the_texts(job):
-    """Faults: scores in another order than the texts; `trained` the mean of all rewards; gain against no reference; values not a prompt each."""
+    """Faults: scores in another order than the texts; `trained` the mean of all rewards; gain against no reference;
+    values not a prompt each."""
     folder, results, _ = job
     samples = tinyjob.lines(folder / "samples.jsonl")
     base = [len(s["texts"]["reference"]) / 100 for s in samples]
     for name, row in results["policies"].items():
         texts = [s["texts"][name] for s in samples]
         want = np.array(list(score(texts, ["first", "second"], None).values())).T
-        assert np.allclose(row["values"], want) and [row["first"]["mean"], row["second"]["mean"]] == pytest.approx(want.mean(0).tolist())
-        assert row["trained"]["mean"] == pytest.approx(want[:, 1].mean()) and row["gain"]["mean"] == pytest.approx((want[:, 1] - base).mean())
+        assert np.allclose(row["values"], want)
+        assert [row["first"]["mean"], row["second"]["mean"]] == pytest.approx(want.mean(0).tolist())
+        assert row["trained"]["mean"] == pytest.approx(want[:, 1].mean())
+        assert row["gain"]["mean"] == pytest.approx((want[:, 1] - base).mean())
         assert row["gain"]["se"] == pytest.approx((want[:, 1] - base).std(ddof=1) / math.sqrt(len(PROMPTS)))
 
 
@@ -170,8 +200,9 @@ def test_results_are_written_as_returned_and_runs_are_left_as_they_were(job):
     """Fault: a run is changed by its evaluation."""
     folder, results, _ = job
     assert json.loads((folder / "results.json").read_text()).keys() == results.keys()
+    files = {"config.json", "metrics.jsonl", "responsibilities.jsonl", "checkpoint"}
     for name in ("dpo", "mix-pair", "mix-user"):
-        assert {p.name for p in (folder / name).iterdir()} == {"config.json", "metrics.jsonl", "responsibilities.jsonl", "checkpoint"}
+        assert {p.name for p in (folder / name).iterdir()} == files
 
 
 def test_what_is_refused(tmp_path, model_dir, job, monkeypatch):
