@@ -48,15 +48,16 @@ def same_files(a, b):
 
 @pytest.mark.parametrize("case", CASES)
 def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(case, tmp_path, model_dir, monkeypatch):
-    """Faults: the optimizer's state not loaded; the table lost (first visit); w lost (updated weights); lines of repeated steps stand twice;
-    the order of batches drawn anew; moments of a parameter without gradient expected (untied)."""
+    """Faults: the optimizer's state not loaded; the table lost (first visit); w lost (updated weights);
+    lines of repeated steps stand twice; the order of batches drawn anew;
+    moments of a parameter without gradient expected (untied)."""
     model, records = model_dir, tinyjob.make_records()
     if case == "untied":
         model = tinyjob.make_model(tmp_path / "model", tied=False)
     data = tinyjob.write(tmp_path / "d.jsonl", records)
     options = CASES[case] | dict(data=data)
     whole = tinyjob.run(tmp_path, model, records, name="whole", **options)
-    for stop, count in (("step", 3), ("save_checkpoint", 2), ("step", 2)):    # in a step; after its lines, before its checkpoint; again
+    for stop, count in (("step", 3), ("save_checkpoint", 2), ("step", 2)):    # in a step; before its checkpoint; again
         with monkeypatch.context() as patch, pytest.raises(Stopped):
             stop_at(patch, stop, count)
             tinyjob.run(tmp_path, model, records, name="parts", save_minutes=0.0, **options)
@@ -84,11 +85,15 @@ def test_a_finished_run_returns_at_once(tmp_path, model_dir, monkeypatch, capsys
     out = tinyjob.run(tmp_path, model_dir, tinyjob.make_records())
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file()}
     monkeypatch.setattr(train, "prepare", lambda config: pytest.fail("prepared again"))
-    assert tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), save_minutes=3.0) == out and "finished before" in capsys.readouterr().out
+    assert tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), save_minutes=3.0) == out
+    assert "finished before" in capsys.readouterr().out
     assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("options,says", [(dict(beta=0.2), "beta: there 0.1, now 0.2"), (dict(experts=3, seed=5), "experts: there 2, now 3; seed: there 0, now 5")])
+@pytest.mark.parametrize("options,says", [
+    (dict(beta=0.2), "beta: there 0.1, now 0.2"),
+    (dict(experts=3, seed=5), "experts: there 2, now 3; seed: there 0, now 5"),
+])
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_run_of_another_configuration_is_refused(options, says, finished, tmp_path, model_dir, monkeypatch):
     """Faults: a finished run returned whatever was asked for; config.json overwritten before the refusal."""
@@ -124,7 +129,7 @@ def test_a_run_from_another_model_under_the_same_name_is_refused(tmp_path, monke
         tinyjob.run(tmp_path, model, None)
 
 
-# --- bad input -----------------------------------------------------------------------------------------------------------------------
+# --- bad input --------------------------------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_not_a_number_stops_with_its_lines_and_leaves_nothing_half_written(tmp_path, model_dir):

@@ -1,4 +1,5 @@
-"""A whole job small enough for seconds: a random model of width 16, a tokenizer of one token a byte, preferences of a few letters."""
+"""A whole job small enough for seconds: a random model of width 16, a tokenizer of one token a byte,
+preferences of a few letters."""
 
 import json
 
@@ -11,7 +12,8 @@ from mixdpo.llama import Llama, LlamaConfig
 from mixdpo.weights import save_model
 
 EOS = 256
-SMALL = dict(dtype="float32", rank=2, batch=8, micro=4, head_rows=12, lr=1e-3, head_lr=1e-2, warmup=1, start_steps=2, save_minutes=1e9)
+SMALL = dict(dtype="float32", rank=2, batch=8, micro=4, head_rows=12, lr=1e-3, head_lr=1e-2, warmup=1, start_steps=2,
+             save_minutes=1e9)
 
 
 def make_model(folder, seed=0, tied=True, context=64, scale=5.0):
@@ -56,7 +58,8 @@ def run(folder, model, records, name="run", **options):
     data = folder / f"{name}.jsonl"
     if not data.exists() or options.pop("rewrite", False):
         write(data, records)
-    return train.run(train.TrainConfig(**SMALL | dict(data=str(data), model=str(model), out=str(folder / name)) | options))
+    paths = dict(data=str(data), model=str(model), out=str(folder / name))
+    return train.run(train.TrainConfig(**SMALL | paths | options))
 
 
 def lines(path):
