@@ -1,4 +1,5 @@
-"""train.py end to end on a tiny model, against a slow twin of the whole loop. Docstrings name the faults that each test was seen to fail on."""
+"""train.py end to end on a tiny model, against a slow twin of the whole loop.
+Docstrings name the faults that each test was seen to fail on."""
 
 import copy
 import dataclasses
@@ -49,7 +50,7 @@ def untied_dir(tmp_path_factory):
     return tinyjob.make_model(tmp_path_factory.mktemp("untied"), tied=False)
 
 
-# --- the slow twin -------------------------------------------------------------------------------------------------------------------
+# --- the slow twin ----------------------------------------------------------------------------------------------------
 
 
 def slow_logp(hidden, head, prompt, response):
@@ -80,7 +81,8 @@ def slow_margins(experts, reference, pair, beta):
 
 
 def slow_run(config):
-    """The whole of train.run, pair by pair, q in Python floats. Returns parameters by name, table of q (G,K), w (K,)."""
+    """The whole of train.run, pair by pair, q in Python floats.
+    Returns parameters by name, table of q (G,K), w (K,)."""
     pairs = read_preferences(config.data, load_tokenizer(config.model), config.max_prompt, config.max_response)
     if config.estep == "context":
         pairs = mark_context(pairs, config.context, config.seed)
@@ -90,7 +92,9 @@ def slow_run(config):
     peak = {n: config.head_lr if n in ("A", "B") else config.lr for n in named}
     optimizer = torch.optim.AdamW([{"params": [p]} for p in named.values()], weight_decay=0.0, betas=(0.9, 0.99))
     w = [1 / K] * K if config.weights in ("uniform", "update") else [float(x) for x in config.weights.split(",")]
-    start = random_responsibilities(len(units), K, torch.Generator().manual_seed(config.seed)).exp() if config.start == "dirichlet" else None
+    start = None
+    if config.start == "dirichlet":
+        start = random_responsibilities(len(units), K, torch.Generator().manual_seed(config.seed)).exp()
     trained = [[i for i in unit if config.estep != "context" or not pairs[i].context] for unit in units]
     plan = [(e, ids) for e in range(config.epochs) for ids in batches(trained, config.batch, config.seed, e)]
     table = {}
@@ -123,8 +127,9 @@ def slow_run(config):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_loop_equals_its_slow_twin(case, tmp_path, model_dir, untied_dir):
-    """Faults: user's pairs not pooled; context pairs trained on, or q from the trained pairs; responsibilities of `first` not kept; loss divided by
-    the micro-batch; no clipping; weights updated with another prior, or never; the start used for too long; head_lr for the trunk; a frozen trunk trained."""
+    """Faults: user's pairs not pooled; context pairs trained on, or q from the trained pairs; responsibilities
+    of `first` not kept; loss divided by the micro-batch; no clipping; weights updated with another prior, or never;
+    the start used for too long; head_lr for the trunk; a frozen trunk trained."""
     options = dict(CASES[case])
     model = untied_dir if options.pop("model", None) else model_dir
     out = tinyjob.run(tmp_path, model, tinyjob.make_records(users=4), **dict(lr=3e-4, head_lr=3e-3, beta=0.5) | options)
@@ -132,28 +137,33 @@ def test_the_loop_equals_its_slow_twin(case, tmp_path, model_dir, untied_dir):
     named, table, w = slow_run(config)
     got, metrics = tinyjob.tensors(out), tinyjob.lines(out / "metrics.jsonl")
     for name, p in named.items():
-        assert torch.allclose(got[f"experts.{name}"], p, rtol=0, atol=1e-5), f"{name}: {(got[f'experts.{name}'] - p).abs().max():.2g}"
-    assert np.allclose(got["table"].exp().numpy(), table, atol=1e-5) and np.allclose(got["log_w"].exp().numpy(), w, atol=1e-5)
-    assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1)) and metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        off = (got[f"experts.{name}"] - p).abs().max()
+        assert torch.allclose(got[f"experts.{name}"], p, rtol=0, atol=1e-5), f"{name}: {off:.2g}"
+    assert np.allclose(got["table"].exp().numpy(), table, atol=1e-5)
+    assert np.allclose(got["log_w"].exp().numpy(), w, atol=1e-5)
+    assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1))
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert {n.removeprefix("experts.") for n in got if n.startswith("experts.")} == set(named)
     assert not any(n.startswith("optimizer.") for n in got)                 # a finished run needs no moments
     assert case != "heads alone" or set(named) == {"A", "B"}
 
 
-# --- step 0 --------------------------------------------------------------------------------------------------------------------------
+# --- step 0 -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_reference_of_another_model_stops_before_the_first_step(tmp_path, model_dir, monkeypatch):
     """Fault: the reference's log-probs are another model's (put in here); and check_start not called."""
     other = load_model(tinyjob.make_model(tmp_path / "other", seed=1))
-    monkeypatch.setattr(train, "compute_reference", lambda model, *rest, **more: compute_reference(other, *rest, **more))
+    monkeypatch.setattr(train, "compute_reference",
+                        lambda model, *rest, **more: compute_reference(other, *rest, **more))
     with pytest.raises(AssertionError, match="margins at step 0.*policy and reference differ"):
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records())
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
 @pytest.mark.parametrize("name,fault,says", [
-    ("e_step", lambda e: lambda w, h, g=None: (e(w, h, g)[0], torch.full_like(h, -math.log(2))), "responsibilities at step 0"),
+    ("e_step", lambda e: lambda w, h, g=None: (e(w, h, g)[0], torch.full_like(h, -math.log(2))),
+     "responsibilities at step 0"),
     ("e_step", lambda e: lambda w, h, g=None: (e(w, h, g)[0] + 0.1, e(w, h, g)[1]), "off ln 2"),
     ("elbo", lambda e: lambda *a: e(*a) - 1e-3, "bound is .* below"),
 ])
@@ -164,7 +174,7 @@ def test_the_other_invariants_of_step_0(tmp_path, model_dir, monkeypatch, name, 
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), weights="0.2,0.8")
 
 
-# --- the saddle ----------------------------------------------------------------------------------------------------------------------
+# --- the saddle -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{"rank": 0}, {"sharing": "models"}])
@@ -187,18 +197,21 @@ def test_without_a_start_equal_experts_stay_equal_and_with_one_they_part(options
             assert spread > 1e-3 and off > 1e-2 and margin > 1e-3, (spread, off, margin)
 
 
-# --- what training looks at ----------------------------------------------------------------------------------------------------------
+# --- what training looks at -------------------------------------------------------------------------------------------
 
 
 def test_context_pairs_are_never_trained_on(tmp_path, model_dir):
-    """Fault: the M-step takes all pairs. With one expert q is 1, so context pairs turned round must change nothing at all; other pairs must."""
+    """Fault: the M-step takes all pairs. With one expert q is 1, so context pairs turned round must change nothing
+    at all; other pairs must."""
     records = [r | {"context": n < 6} for n, r in enumerate(tinyjob.make_records())]
 
     def turned(context):
-        return [r | {"chosen": r["rejected"], "rejected": r["chosen"]} if r["context"] == context else r for r in records]
+        return [r | {"chosen": r["rejected"], "rejected": r["chosen"]} if r["context"] == context else r
+                for r in records]
 
     options = dict(experts=1, latent="user", estep="context", epochs=2)
-    runs = [tinyjob.run(tmp_path, model_dir, data, name=f"run{n}", **options) for n, data in enumerate((records, turned(True), turned(False)))]
+    runs = [tinyjob.run(tmp_path, model_dir, data, name=f"run{n}", **options)
+            for n, data in enumerate((records, turned(True), turned(False)))]
     assert tinyjob.equal(runs[0], runs[1]) and not tinyjob.equal(runs[0], runs[2])
     assert sum(m["pairs"] for m in tinyjob.lines(runs[0] / "metrics.jsonl")) == 2 * 12
 
@@ -206,7 +219,8 @@ def test_context_pairs_are_never_trained_on(tmp_path, model_dir):
 def test_first_freezes_responsibilities_at_the_first_visit_and_all_does_not(tmp_path, model_dir):
     """Faults: `first` computes them anew at every visit; `all` keeps them."""
     for estep, frozen in (("first", True), ("all", False)):
-        out, seen = tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name=estep, estep=estep, epochs=3, start="none", beta=1.0), {}
+        options = dict(estep=estep, epochs=3, start="none", beta=1.0)
+        out, seen = tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name=estep, **options), {}
         for line in tinyjob.lines(out / "responsibilities.jsonl"):
             for g, q in zip(line["groups"], line["q"]):
                 seen.setdefault(g, []).append(q)
@@ -216,9 +230,11 @@ def test_first_freezes_responsibilities_at_the_first_visit_and_all_does_not(tmp_
 
 
 def test_the_linear_start_finds_planted_users(tmp_path, model_dir, capsys):
-    """Faults: features of the chosen text alone; groups shuffled against pairs; features of the prompt. Users stand in no order in the file."""
+    """Faults: features of the chosen text alone; groups shuffled against pairs; features of the prompt.
+    Users stand in no order in the file."""
     records = tinyjob.make_records(users=10, each=6, letters=("aaab", "zzzy"))
-    config = train.TrainConfig(**tinyjob.SMALL | dict(data=tinyjob.write(tmp_path / "d.jsonl", records), model=str(model_dir), out=str(tmp_path / "r"), latent="user", start="linear"))
+    paths = dict(data=tinyjob.write(tmp_path / "d.jsonl", records), model=str(model_dir), out=str(tmp_path / "r"))
+    config = train.TrainConfig(**tinyjob.SMALL | paths, latent="user", start="linear")
     _, pairs, units, reference, _ = train.prepare(config)
     q = train.first_responsibilities(config, units, reference.features).exp()
     found, truth = q.argmax(1).tolist(), [int(pairs[unit[0]].user[1:]) % 2 for unit in units]
@@ -230,7 +246,8 @@ def test_the_linear_start_finds_planted_users(tmp_path, model_dir, capsys):
 
 def test_features_are_the_mean_states_of_the_response(tmp_path, model_dir):
     """Faults: the states that predict the tokens; the prompt's among them; padding counted."""
-    config = train.TrainConfig(**tinyjob.SMALL | dict(data=tinyjob.write(tmp_path / "d.jsonl", tinyjob.make_records()), model=str(model_dir), out=str(tmp_path / "r")))
+    data = tinyjob.write(tmp_path / "d.jsonl", tinyjob.make_records())
+    config = train.TrainConfig(**tinyjob.SMALL, data=data, model=str(model_dir), out=str(tmp_path / "r"))
     experts, pairs, _, reference, _ = train.prepare(config)
     for i in (0, 5, 11):
         for side, response in enumerate((pairs[i].chosen, pairs[i].rejected)):
@@ -240,10 +257,13 @@ def test_features_are_the_mean_states_of_the_response(tmp_path, model_dir):
 
 
 def test_results_depend_on_neither_micro_batches_nor_chunks(tmp_path, model_dir):
-    """Faults: the loss divided by the micro-batch's pairs; a chunk's E-step on part of a user; a chunk's last pair lost."""
+    """Faults: the loss divided by the micro-batch's pairs; a chunk's E-step on part of a user;
+    a chunk's last pair lost."""
     options = dict(latent="user", epochs=2, batch=9, lr=1e-4, head_lr=1e-3)
-    runs = [tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name=f"run{n}", micro=micro, head_rows=rows, **options)
-            for n, (micro, rows) in enumerate([(9, 0), (1, 0), (3, 1), (4, 30), (9, 1), (9, 40), (9, 10**6)])]
+    cuts = [(9, 0), (1, 0), (3, 1), (4, 30), (9, 1), (9, 40), (9, 10**6)]
+    runs = [tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name=f"run{n}",
+                        micro=micro, head_rows=rows, **options)
+            for n, (micro, rows) in enumerate(cuts)]
     for run in runs[1:]:
         assert tinyjob.equal(runs[0], run, slack=1e-6)
 
@@ -261,7 +281,8 @@ def test_chunks_cover_every_pair_once_and_cut_no_user():
         assert all((sequence[m:end] // 2 >= p).all() and (sequence[m:end] // 2 < q).all() for p, q, m, end in cuts)
         assert sum(end - m for *_, m, end in cuts) == len(sequence)
         assert not whole or all(q == 7 or batch.group[q - 1] != batch.group[q] for _, q, *_ in cuts)
-        assert len(cuts) == {(1, True): 4, (1, False): 7, (0, True): 1}.get((rows, whole), len(cuts)) and (rows != 12 or 1 < len(cuts) < 7)
+        assert len(cuts) == {(1, True): 4, (1, False): 7, (0, True): 1}.get((rows, whole), len(cuts))
+        assert rows != 12 or 1 < len(cuts) < 7
 
 
 def test_annotators_and_scores_never_reach_training(tmp_path, model_dir):
@@ -269,30 +290,38 @@ def test_annotators_and_scores_never_reach_training(tmp_path, model_dir):
     records = tinyjob.make_records()
     plain = [{k: v for k, v in r.items() if k not in ("annotator", "scores")} for r in records]
     other = [r | {"annotator": "nobody", "scores": {"x": [n, -n]}} for n, r in enumerate(records)]
-    runs = [tinyjob.run(tmp_path, model_dir, data, name=f"run{n}", latent="user", start="linear") for n, data in enumerate((records, plain, other))]
+    runs = [tinyjob.run(tmp_path, model_dir, data, name=f"run{n}", latent="user", start="linear")
+            for n, data in enumerate((records, plain, other))]
     assert tinyjob.equal(runs[0], runs[1]) and tinyjob.equal(runs[0], runs[2])
-    assert (runs[0] / "metrics.jsonl").read_text() == (runs[1] / "metrics.jsonl").read_text() == (runs[2] / "metrics.jsonl").read_text()
+    metrics = [(run / "metrics.jsonl").read_text() for run in runs]
+    assert metrics[0] == metrics[1] == metrics[2]
 
 
 def test_the_seed_and_only_the_seed_changes_a_run(tmp_path, model_dir):
     """Faults: a generator without a seed; the seed not used."""
-    runs = [tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name=f"run{n}", seed=seed) for n, seed in enumerate((0, 0, 1))]
+    runs = [tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name=f"run{n}", seed=seed)
+            for n, seed in enumerate((0, 0, 1))]
     assert tinyjob.equal(runs[0], runs[1]) and not tinyjob.equal(runs[0], runs[2])
 
 
-# --- options that are refused --------------------------------------------------------------------------------------------------------
+# --- options that are refused -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options,says", [
-    ({"sharing": "trunk"}, "--sharing.*'trunk'.*heads, models"), ({"latent": "group"}, "--latent"), ({"estep": "some"}, "--estep"), ({"start": "zero"}, "--start"),
-    ({"experts": 0}, "--experts"), ({"batch": 0}, "--batch"), ({"micro": 0}, "--micro"), ({"epochs": 0}, "--epochs"), ({"rank": -1}, "--rank"), ({"beta": 0.0}, "--beta"),
-    ({"clip": 0.0}, "--clip"), ({"head_rows": -1}, "--head-rows"), ({"start_steps": -1}, "--start-steps"), ({"lr": -1.0}, "--lr"),
+    ({"sharing": "trunk"}, "--sharing.*'trunk'.*heads, models"), ({"latent": "group"}, "--latent"),
+    ({"estep": "some"}, "--estep"), ({"start": "zero"}, "--start"),
+    ({"experts": 0}, "--experts"), ({"batch": 0}, "--batch"), ({"micro": 0}, "--micro"),
+    ({"epochs": 0}, "--epochs"), ({"rank": -1}, "--rank"), ({"beta": 0.0}, "--beta"),
+    ({"clip": 0.0}, "--clip"), ({"head_rows": -1}, "--head-rows"),
+    ({"start_steps": -1}, "--start-steps"), ({"lr": -1.0}, "--lr"),
     ({"start": "linear", "restarts": 0}, "--restarts"), ({"weights": "update", "prior": 0.5}, "--prior"),
     ({"context": 2}, "--context.*--estep context"), ({"estep": "context", "context": 1}, "--latent user"),
-    ({"train_trunk": False, "experts": 1}, "--train-trunk"), ({"train_trunk": False, "sharing": "models"}, "--train-trunk"),
+    ({"train_trunk": False, "experts": 1}, "--train-trunk"),
+    ({"train_trunk": False, "sharing": "models"}, "--train-trunk"),
     ({"estep": "first", "start": "dirichlet", "start_steps": 1}, "--estep first"),
     ({"prior": 2.0}, "--prior.*--weights update"), ({"restarts": 9}, "--restarts.*--start linear"),
-    ({"weights": "0.5,0.2,0.3"}, "--weights.*2 positive"), ({"weights": "1,0"}, "--weights"), ({"weights": "uniformly"}, "--weights.*'uniformly'"), ({"dtype": "half"}, "--dtype"),
+    ({"weights": "0.5,0.2,0.3"}, "--weights.*2 positive"), ({"weights": "1,0"}, "--weights"),
+    ({"weights": "uniformly"}, "--weights.*'uniformly'"), ({"dtype": "half"}, "--dtype"),
 ])
 def test_wrong_and_contradictory_options_are_refused_before_anything_is_written(options, says, tmp_path, model_dir):
     """Faults: each check taken out; an option that has no effect ignored in silence; a run directory left behind."""
