@@ -47,7 +47,8 @@ def load_reviews(data=None) -> tuple[list[Review], dict]:
 
 
 def clean(text: str) -> str:
-    """One line: breaks (<br />) and runs of white space become a space, stray Windows-1252 bytes what they stood for."""
+    """One line: breaks (<br />) and runs of white space become a space,
+    stray Windows-1252 bytes what they stood for."""
     text = re.sub(r"<br\s*/?>", " ", text)
     text = re.sub("[\x80-\x9f]", lambda m: m[0].encode("latin-1").decode("cp1252", "replace"), text)
     return " ".join(re.sub("[\x00-\x1f\x7f\ufffd]", " ", text).split())
@@ -77,7 +78,8 @@ def read_jsonl(path: Path):
                 yield row["text"], row["split"], LABELS[row["label"]]
             except (ValueError, KeyError, TypeError) as error:
                 wanted = '{"split": "train", "label": "pos", "text": ...}'
-                raise InputError(f"{path}:{number}: {type(error).__name__} {error}; wanted {wanted} on a line") from None
+                got = f"{type(error).__name__} {error}"
+                raise InputError(f"{path}:{number}: {got}; wanted {wanted} on a line") from None
 
 
 def read_archive(path: Path):
