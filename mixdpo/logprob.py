@@ -1,21 +1,26 @@
 """Token log-probabilities from hidden states: the one place where the unembedding is applied.
 
-    log pi(y_t | ...) = l_t[y_t] - logsumexp_v l_t[v],      l_t = W h_t                    (one head)
-                                                            l_t = W_k h_t                  (K full heads)
-                                                            l_t = W h_t + A_k (B_k h_t)    (K low-rank heads; W h_t is computed once)
+    log pi(y_t | ...) = l_t[y_t] - logsumexp_v l_t[v],    l_t = W h_t                     one head
+                                                          l_t = W_k h_t                   K full heads
+                                                          l_t = W h_t + A_k (B_k h_t)     K low-rank heads, W h_t once
 
-`token_logps_reference` is the plain form. `token_logps` equals it without allocating the logits: it walks over tiles of the vocabulary,
-keeps only the logsumexp, and computes each tile again in the backward pass. Its gradient flows to every input, so any loss can stand behind
-it; it knows no beta, no experts' weights, no loss. Products run in the dtype of `hidden` and `weight`, everything after them in float32.
-Tiles of the vocabulary rather than of tokens: each row of the weight's gradient is then written once, not once a tile.
+`token_logps_reference` is the plain form. `token_logps` equals it without allocating the logits: it walks over tiles of
+the vocabulary, keeps only the parts of the logsumexp, and computes each tile again in the backward pass. Its gradient
+flows to every input, so any loss can stand behind it; it knows no beta, no experts' weights, no loss. Products run in
+the dtype of `hidden` and `weight`, everything after them in float32. Tiles of the vocabulary rather than of tokens:
+each row of the weight's gradient is then written once, not once a tile. Experts take turns within a tile: what is done
+to its logits between two products is then done in the processor's cache. Left out: second derivatives.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
+
+TILE = 4096     # logits a row in one tile; on a CPU 2048 to 8192 take about the same time, smaller and larger ones more
 
 
 def token_logps_reference(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
                           low_rank: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-    """(..., C), (V, C) or (K, V, C), (...) -> (...) or (K, ...) log-probs in nats; low_rank = A (K, V, R), B (K, R, C) gives (K, ...)."""
+    """(..., C), (V, C) or (K, V, C), (...) -> (...) or (K, ...) nats. low_rank = A (K, V, R), B (K, R, C): (K, ...)."""
     logits = torch.einsum("...c,vc->...v" if weight.ndim == 2 else "...c,kvc->k...v", hidden, weight)
     if low_rank is not None:
         logits = logits + torch.einsum("...c,krc,kvr->k...v", hidden, low_rank[1], low_rank[0])
@@ -24,23 +29,26 @@ def token_logps_reference(hidden: torch.Tensor, weight: torch.Tensor, targets: t
 
 
 def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                low_rank: tuple[torch.Tensor, torch.Tensor] | None = None, tile: int | None = 4096) -> torch.Tensor:
-    """Equals token_logps_reference without allocating (..., V): no more than (K, ..., tile) of logits live at any time.
+                low_rank: tuple[torch.Tensor, torch.Tensor] | None = None, tile: int | None = TILE) -> torch.Tensor:
+    """Equals token_logps_reference without allocating (..., V): a few (..., tile) of logits live at any time.
 
-    hidden (..., C); weight (V, C) or (K, V, C); targets (...) int64 in 0..V-1; low_rank A (K, V, R) and B (K, R, C), which go with a (V, C)
-    weight. Returns float32 (float64 for float64 inputs) nats: (...) for one head, (K, ...) for K. tile=None keeps the logits of all rows
-    from forward to backward instead of computing them twice: 6 N V C FLOPs instead of 8, for callers that pass few rows at a time.
+    hidden (..., C); weight (V, C) or (K, V, C); targets (...) int64 in 0..V-1, and what lies outside gives nan;
+    low_rank A (K, V, R) and B (K, R, C), which go with a (V, C) weight. Returns float32 (float64 for float64 inputs)
+    nats: (...) for one head, (K, ...) for K. tile=None keeps the products of all rows with the weight, (..., V) in the
+    inputs' dtype, from forward to backward instead of computing them twice: 6 N V C FLOPs instead of 8, for callers
+    that pass few rows at a time.
     """
     assert hidden.dtype == weight.dtype, f"hidden is {hidden.dtype}, weight is {weight.dtype}: one compute dtype"
-    assert hidden.shape[:-1] == targets.shape, f"got hidden {tuple(hidden.shape)} and targets {tuple(targets.shape)}, want (..., C) and (...)"
-    rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)   # (N,C), (N,)
+    got = f"got hidden {tuple(hidden.shape)} and targets {tuple(targets.shape)}"
+    assert hidden.shape[:-1] == targets.shape, f"{got}, want (..., C) and (...)"
+    rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)  # (N,C), (N,)
     if weight.ndim == 3:                                                    # K full heads share nothing but the rows
         assert low_rank is None, "low-rank heads share one (V, C) weight"
         logps = torch.cat([TiledLogps.apply(rows, head, None, None, flat, tile) for head in weight])
         return logps.view(len(weight), *targets.shape)
     A, B = low_rank if low_rank is not None else (None, None)
     logps = TiledLogps.apply(rows, weight, A, B, flat, tile)                # (1,N) or (K,N)
-    return logps.view(targets.shape) if A is None else logps.view(-1, *targets.shape)
+    return logps.view(targets.shape) if A is None else logps.view(len(A), *targets.shape)
 
 
 class TiledLogps(torch.autograd.Function):
@@ -50,69 +58,81 @@ class TiledLogps(torch.autograd.Function):
     def forward(ctx, rows, W, A, B, targets, tile):
         u = None if A is None else torch.einsum("nc,krc->knr", rows, B)     # (K,N,R)
         experts, exact = 1 if A is None else len(A), torch.promote_types(rows.dtype, torch.float32)
-        lse = torch.full((experts, len(rows)), -torch.inf, dtype=exact, device=rows.device)
-        chosen = torch.zeros_like(lse)                                      # the target's logit
-        kept = None
-        for start, logits in tiles(rows, W, A, u, tile):                    # (K,N,v)
-            inside, where = locate(targets, start, logits)
-            lse = torch.logaddexp(lse, torch.logsumexp(logits, dim=-1))
-            chosen = torch.where(inside, logits.gather(-1, where).squeeze(-1), chosen)
-            kept = logits if tile is None else None
-        ctx.save_for_backward(rows, W, A, B, targets, lse, u)
+        top = torch.full((experts, len(rows)), -torch.inf, dtype=exact, device=rows.device)     # largest logit so far
+        total = torch.zeros_like(top)                                       # sum of exp(logit - top) so far
+        chosen = torch.full_like(top, torch.nan)                            # the target's logit, once its tile comes by
+        kept = []
+        for columns in tiles(W, tile):
+            product = rows @ W[columns].T                                   # (N,v) the one vocabulary product
+            inside, where = locate(targets, columns)
+            for k in range(experts):
+                logits = expert_logits(product, A, u, k, columns).to(exact)                     # (N,v)
+                chosen[k] = torch.where(inside, logits.gather(-1, where).squeeze(-1), chosen[k])
+                before, top[k] = top[k].clone(), torch.maximum(top[k], logits.amax(-1))
+                total[k] = total[k] * torch.exp(before - top[k]) + (logits - top[k, :, None]).exp_().sum(-1)
+            if tile is None:
+                kept.append(product)
+        ctx.save_for_backward(rows, W, A, B, targets, u, top, total)
         ctx.tile, ctx.kept = tile, kept
-        return chosen - lse
+        return chosen - top - torch.log(total)                              # in this order: a large top cancels
 
     @staticmethod
-    def backward(ctx, grad):                                                # grad (K,N): d logp_t[v] = grad_t (1[v = y_t] - p_t[v])
-        rows, W, A, B, targets, lse, u = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx, grad):                                            # (K,N): d l_t[v] = grad_t (1[v=y_t] - p_t[v])
+        rows, W, A, B, targets, u, top, total = ctx.saved_tensors
         need_rows, need_W, need_A, need_B = ctx.needs_input_grad[:4]
-        d_rows = torch.zeros_like(rows, dtype=lse.dtype) if need_rows else None
+        d_rows = torch.zeros_like(rows, dtype=top.dtype)
         d_W = torch.empty_like(W) if need_W else None
         d_A = torch.empty_like(A) if need_A else None
-        d_u = torch.zeros_like(u, dtype=lse.dtype) if need_B or (A is not None and need_rows) else None
-        for start, logits in tiles(rows, W, A, u, ctx.tile) if ctx.kept is None else [(0, ctx.kept)]:
-            stop = start + logits.shape[-1]
-            inside, where = locate(targets, start, logits)
-            d = logits.sub_(lse[..., None]).exp_().mul_(-grad[..., None])   # (K,N,v) in place: the tile is ours
-            d.scatter_add_(-1, where, torch.where(inside, grad, 0.0)[..., None].to(d.dtype))
-            if A is not None:
-                d_k = d.to(W.dtype)
-                if need_A:
-                    d_A[:, start:stop] = d_k.mT @ u
-                if d_u is not None:
-                    d_u += d_k @ A[:, start:stop]
-            total = (d[0] if A is None else d.sum(0)).to(W.dtype)           # (N,v): the K experts share one product
+        d_u = None if A is None else torch.zeros_like(u, dtype=top.dtype)
+        kept, ctx.kept = ctx.kept[::-1], []                                 # each is let go as soon as it is used
+        for columns in tiles(W, ctx.tile):
+            product = kept.pop() if kept else rows @ W[columns].T           # (N,v)
+            inside, where = locate(targets, columns)
+            d_product = None
+            for k in range(len(top)):
+                logits = expert_logits(product, A, u, k, columns).to(top.dtype)
+                d = logits.sub_(top[k, :, None]).exp_().mul_((-grad / total)[k, :, None])       # (N,v) the tile is ours
+                d.scatter_add_(-1, where, torch.where(inside, grad[k], 0.0)[:, None])
+                if A is not None:
+                    d_k = d.to(W.dtype)
+                    d_u[k] += d_k @ A[k, columns]
+                    if need_A:
+                        torch.mm(d_k.T, u[k], out=d_A[k, columns])
+                d_product = d if d_product is None else d_product.add_(d)   # the K experts share one product here too
+            d_product = d_product.to(W.dtype)
             if need_rows:
-                d_rows += total @ W[start:stop]
+                d_rows += d_product @ W[columns]
             if need_W:
-                torch.mm(total.T, rows, out=d_W[start:stop])
-        ctx.kept = None
-        d_B = torch.einsum("knr,nc->krc", d_u.to(rows.dtype), rows) if need_B else None
-        if need_rows and A is not None:
+                torch.mm(d_product.T, rows, out=d_W[columns])
+        if A is not None:
             d_rows += torch.einsum("knr,krc->nc", d_u.to(rows.dtype), B)
-        return None if d_rows is None else d_rows.to(rows.dtype), d_W, d_A, d_B, None, None
+        d_B = torch.einsum("knr,nc->krc", d_u.to(rows.dtype), rows) if need_B else None
+        return d_rows.to(rows.dtype) if need_rows else None, d_W, d_A, d_B, None, None
 
 
-def tiles(rows, W, A, u, tile):
-    """Yields (start, logits (K,N,v)) over the vocabulary, logits in float32 (float64 for float64 rows)."""
-    vocab, exact = len(W), torch.promote_types(rows.dtype, torch.float32)
-    for start in range(0, vocab, tile or vocab):
-        stop = min(start + (tile or vocab), vocab)
-        logits = (rows @ W[start:stop].T).to(exact)[None]                   # (1,N,v) the one vocabulary product
-        yield start, logits if A is None else logits + (u @ A[:, start:stop].mT).to(exact)
+def tiles(W: torch.Tensor, tile: int | None) -> list[slice]:
+    """Cuts the vocabulary into runs of `tile` tokens. None, for products that are kept: no cuts on a GPU."""
+    tile = tile or (TILE if W.device.type == "cpu" else len(W))
+    return [slice(start, min(start + tile, len(W))) for start in range(0, len(W), tile)]
 
 
-def locate(targets, start, logits):
-    """Which targets lie in this tile (N,), and their place in it (K,N,1), clamped where they do not."""
-    experts, _, width = logits.shape
-    inside = (targets >= start) & (targets < start + width)
-    return inside, (targets - start).clamp(0, width - 1).expand(experts, -1)[..., None]
+def expert_logits(product, A, u, k, columns):
+    """Expert k's logits in a tile, (N,v): the shared product, and on it A_k (B_k h) if there are factors."""
+    return product if A is None else torch.addmm(product, u[k], A[k, columns].T)
 
 
-# --- from tokens to responses ------------------------------------------------------------------------------------------------------------
+def locate(targets, columns):
+    """Which targets lie in this tile (N,), and their place in it (N,1), clamped where they do not."""
+    inside = (targets >= columns.start) & (targets < columns.stop)
+    return inside, (targets - columns.start).clamp(0, columns.stop - columns.start - 1)[:, None]
+
+
+# --- from tokens to responses -----------------------------------------------------------------------------------------
 
 
 def sum_responses(logps: torch.Tensor, sequence: torch.Tensor, pairs: int) -> torch.Tensor:
-    """Sums token log-probs over each response: (K,M) and the row (M,) in 0..2*pairs-1 of each token -> logp (pairs, K, 2) float32 nats."""
+    """Sums token log-probs over each response, in their dtype: (K,M), and each token's response (M,) in 0..2*pairs-1,
+    -> (pairs,K,2) nats."""
     logp = torch.zeros(len(logps), 2 * pairs, dtype=logps.dtype, device=logps.device).index_add(1, sequence, logps)
     return logp.view(len(logps), pairs, 2).transpose(0, 1)                  # (pairs,K,2)
