@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from data.annotators import NAMES, score
+from data.estimate import estimate
 from data.finetune import FinetuneConfig, finetune
 from data.pairs import judge_pairs, name_users, pair_facts, pair_line, spreads
 from data.presets import PRESETS
@@ -111,9 +112,10 @@ def split(job: Path, preset: dict, tokenizer, distilbert: str | None, data: str 
         labelled += [r for r, _ in taken["train"] if r.label is not None]
     fitted = [(r.text, r.label) for r in labelled[: preset["judge_reviews"]]]
     judge = use_distilbert(job, distilbert) if distilbert else fit_sentiment(fitted, job, preset["seed"])
-    counts |= {"kept_share": kept, **{name: len(rows) for name, rows in taken.items()}, "judge_of_sentiment": judge}
-    (job / "split.json").write_text(json.dumps(counts | {"judge_apart_from_prompts": apart}, indent=1) + "\n")
-    print(json.dumps(counts))
+    facts = {"texts": counts, "taken": {name: len(rows) for name, rows in taken.items()}, "share_of_asked": kept}
+    facts |= {"judge_of_sentiment": judge, "its_reviews_are_apart_from_all_prompts": apart or bool(distilbert)}
+    (job / "split.json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts))
 
 
 # ---- continuations and their scores
@@ -247,6 +249,7 @@ def main(argv: list[str]) -> None:
     job = Path(config.out or f"runs/imdb-{name}" + (f"-{Path(config.model).name}" if config.model else ""))
     print(f"preset {name} in {job}; model {model}: {why}")
     print(f"judge of sentiment: {distilbert or 'bag of words and word pairs'}: {why_judge}")
+    print(estimate(preset, model, MAX_PROMPT))
     prepare(job, preset, model, distilbert, config.data_folder)
     if config.data_only:
         return

@@ -12,7 +12,8 @@ prefers the one that its type scores higher. There is no noise, and no coin: a m
 A user walks through the prompts in an order of its own and takes at most one pair of each, until it has its agreeing
 and its conflicting ones. Both are needed: conflicts tell types apart, agreement is what makes types identifiable from
 single comparisons (two exactly opposed types leave each comparison at one half). Of several pairs of the wanted kind
-it sees the clearest: the one whose smallest |gap| among the annotators that make it so is largest. Should the prompts
+it sees the one that fewest users before it have seen, so that the data hold as many different pairs as they can; of
+these the clearest, whose smallest |gap| among the annotators that make it of its kind is largest. Should the prompts
 run out, any pair that is clear for the judge fills the place, and is counted.
 """
 
@@ -70,23 +71,32 @@ def judge_pairs(scores: list[dict], users: dict[str, str], each: int, agree: flo
 
     The last three are indices. Raises: InputError if the prompts do not hold that many pairs clear for a user.
     """
-    out = []
+    out, seen = [], Counter()                                               # (prompt, the two responses) -> users
     table = {judge: [kinds(s, judge, spread, margin) for s in scores] for judge in set(users.values())}
+
+    def fresh(p: int, pairs: list[tuple]) -> tuple[int, int]:
+        """(chosen, rejected) of the least seen of a prompt's pairs, the clearest of several; it is seen once more."""
+        _, _, i, j = min((seen[p, frozenset(pair[1:])], -pair[0], *pair[1:]) for pair in pairs)
+        seen[p, frozenset((i, j))] += 1
+        return i, j
+
     for u, (user, judge) in enumerate(users.items()):
         order = np.random.default_rng([seed, 11, u]).permutation(len(scores)).tolist()
         wanted = Counter(agree=round(agree * each))
         wanted["conflict"] = each - wanted["agree"]
         taken = {}                                                          # prompt -> (kind, chosen, rejected)
         for p in order:
+            if len(taken) == each:
+                break
             offered = [kind for kind in wanted if wanted[kind] and table[judge][p][kind]]
             if offered:
                 kind = max(offered, key=lambda k: wanted[k])                # the one it lacks most
                 wanted[kind] -= 1
-                taken[p] = (kind, *table[judge][p][kind][0][1:])
-        for p in order:                                                     # the prompts ran out
-            rest = [pair for kind in table[judge][p] for pair in table[judge][p][kind][:1]]
-            if len(taken) < each and p not in taken and rest:
-                taken[p] = ("filled", *rest[0][1:])
+                taken[p] = (kind, *fresh(p, table[judge][p][kind]))
+        for p in order if len(taken) < each else ():                        # they ran out
+            rest = [pair for kind in table[judge][p].values() for pair in kind]
+            if rest and p not in taken and len(taken) < each:
+                taken[p] = ("filled", *fresh(p, rest))
         if len(taken) < each:
             raise InputError(f"{user} ({judge}) finds {len(taken)} pairs on {len(scores)} prompts, wanted {each}: "
                              f"more prompts, more continuations of each, or a margin under {margin} would do")

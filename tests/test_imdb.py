@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import tarfile
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from data import imdb
+from data.estimate import estimate, work
 from data.imdb import PRESETS, divide, prompt_of, response_of, sample
 from data.pairs import judge_pairs, kinds, name_users, pair_facts, pair_line, spreads
 from data.reviews import Review, clean, load_reviews, read_archive, read_csv
@@ -210,7 +212,7 @@ def test_interrupted_sampling_goes_on_to_the_same_texts(tiny, tmp_path, monkeypa
 
 
 def test_kinds_of_a_prompt_by_hand():
-    """Caught: gaps not divided by the spread; the margin on the judge alone; chosen and rejected swapped; kinds mixed."""
+    """Caught: gaps not divided by the spread; a margin on the judge alone; chosen for rejected; kinds mixed."""
     scores = {"a": [0.0, 1.0, 2.0, 2.1], "b": [0.0, 30.0, 10.0, 12.0]}
     found = kinds(scores, "a", {"a": 1.0, "b": 10.0}, margin=0.5)
     assert found == {
@@ -258,6 +260,16 @@ def test_of_a_prompts_pairs_the_clearest_is_seen():
     scores = [{"a": [0.0, 2.0, 3.0], "b": [0.0, -2.0, -0.6]}]
     for p in judge_pairs(scores, {"u": "a"}, 1, 0.0, 0.5, {"a": 1.0, "b": 1.0}, seed=0):
         assert (p["chosen"], p["rejected"]) == (1, 0)           # (2, 0) has the judge's larger gap, and b's 0.6
+
+
+def test_users_see_different_pairs_while_there_are_any():
+    """Caught: the clearest pair for everybody; the two orders of a pair held for two pairs; a prompt's counts mixed up."""
+    scores = [{"a": [0.0, 2.0, 3.0], "b": [0.0, -2.0, -0.6]}] * 2           # clear conflicts: (1, 0), (2, 0); not (2, 1)
+    users = {"u": "a", "v": "b", "w": "a"}
+    judged = judge_pairs(scores, users, 2, 0.0, 0.5, {"a": 1.0, "b": 1.0}, seed=0)
+    seen = {(p["user"], p["prompt"]): (p["chosen"], p["rejected"]) for p in judged}
+    for prompt in (0, 1):
+        assert [seen[user, prompt] for user in users] == [(1, 0), (0, 2), (1, 0)]
 
 
 def test_where_prompts_run_out_pairs_are_filled_in_or_refused():
@@ -343,7 +355,7 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
     data = tmp_path / "data"
     data.mkdir()
     write_reviews(data, rows)
-    sizes = {"prompts": 20, "heldout": 10, "margin": 0.0, "max_response": 24, "seeds": [0], "users": 2}
+    sizes = {"prompts": 20, "heldout": 10, "margin": 0.0, "max_response": 24, "users": 2}
     preset = PRESETS["smoke"] | sizes | {"finetune": {"steps": 1, "batch": 2, "tokens": 32, "held": 4}}
     monkeypatch.setitem(imdb.PRESETS, "tiny", preset)
     trained, evaluated = [], []
@@ -364,7 +376,8 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
     facts = json.loads((job / "dataset.json").read_text())
     assert facts["annotators"] == ["sentiment", "informativeness"]
     assert facts["max_new"] == 24 and facts["train"]["pairs"] == 20
-    assert facts["reviews"]["train"] == 20 and facts["reviews"]["judge_of_sentiment"]["accuracy_whole"] >= 0.88
+    assert facts["reviews"]["taken"] == {"heldout": 10, "train": 20, "reviews": 60}
+    assert facts["reviews"]["judge_of_sentiment"]["accuracy_whole"] >= 0.88
     assert [c.out for c in trained] == [str(job / name) for name in ("dpo", "mix-pair", "mix-user")]
     assert [c.dir for c in evaluated] == [str(job)]
     capsys.readouterr()
@@ -373,6 +386,20 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
     assert {file: file.stat().st_mtime_ns for file in job.rglob("*") if file.is_file()} == times
     said = capsys.readouterr().out
     assert all(f"[{name}] is there" in said for name in ("split", "sample-train", "annotate-heldout", "judge"))
+
+
+def test_the_estimate_counts_what_a_preset_asks_for():
+    """Caught: a part of the work left out; backward counted as forward; an estimate of nothing for a directory."""
+    base = PRESETS["quick"]
+    first = work(base, 1e8, 16)
+    assert first["sampling"]["decode"] == 2e8 * 300 * 5 * 32
+    for name, stage_name in (("users", "training"), ("prompts", "sampling"), ("evaluate", "evaluation")):
+        more = work(base | {name: 2 * base[name]}, 1e8, 16)
+        assert sum(more[stage_name].values()) > 1.3 * sum(first[stage_name].values())
+    tuned = work(base | {"finetune": {"steps": 10, "batch": 2, "tokens": 64}}, 1e8, 16)["fine-tuning"]
+    assert tuned == {"pass": 6e8 * 10 * 2 * 64}
+    assert re.fullmatch(r"about \d+ minutes on this machine \(.+ GFLOP/s in \w+\): annotating \d+, .*",
+                        estimate(base, "smollm2", 16))
 
 
 def test_main_refuses_what_it_does_not_know(tmp_path):

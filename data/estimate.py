@@ -1,0 +1,66 @@
+"""How long a preset takes, said before it starts: tokens passed through the model, at this machine's rate.
+
+Passing a token forward costs 2 operations a parameter, backward 4 more. The rate is that of one matrix product in the
+compute dtype, measured here and now, times the share of it that the program reaches (measured with SmolLM2 on two CPU
+cores; on a GPU, where a small model leaves most of it idle, a cautious guess). Downloads are not counted.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+from mixdpo.rundir import compute_dtype
+
+PARAMETERS = {"gpt2": 124e6, "smollm2": 135e6, "llama-3.2-1b": 1236e6}
+REACHED = {"cpu": {"pass": 0.4, "decode": 0.19}, "cuda": {"pass": 0.2, "decode": 0.02}}  # share of the product's rate
+PARSED = 100  # texts a second and processor: spaCy
+JUDGE = 25  # seconds for 12,000 reviews: reading, hashing, fitting
+
+
+def work(preset: dict, parameters: float, prompt: int) -> dict[str, dict[str, float]]:
+    """Stage -> {"pass" | "decode": operations, "seconds": work of one processor}. prompt: tokens of a prompt."""
+    response, forward = preset["max_response"], 2 * parameters
+    continuations = (preset["prompts"] + preset["heldout"]) * preset["continuations"]
+    pairs, held = preset["users"] * preset["pairs"], preset["users"] * preset["heldout_pairs"]
+    tuned = {"steps": 100, "batch": 16, "tokens": 128} | preset["finetune"]
+    experts, epochs = [run["experts"] for run in preset["runs"].values()], preset["train"].get("epochs", 1)
+    seen = 2 * (prompt + response)                                          # tokens of a pair
+    completed = preset["evaluate"] * (1 + sum(experts))
+    return {
+        "annotating": {"seconds": JUDGE * preset["judge_reviews"] / 12000 + continuations / PARSED},
+        "fine-tuning": {"pass": 3 * forward * tuned["steps"] * tuned["batch"] * tuned["tokens"]},
+        "sampling": {"decode": forward * continuations * response},
+        "training": {"pass": forward * pairs * seen * (1 + 3 * epochs * len(experts))},     # 1: the reference
+        "evaluation": {"decode": forward * completed * response, "seconds": completed / PARSED,
+                       "pass": forward * ((1 + len(experts)) * held * seen + completed * seen)},
+    }
+
+
+def product_rate(device: str) -> tuple[float, torch.dtype]:
+    """Operations a second of a matrix product of 1,024 rows, and the dtype it was measured in."""
+    dtype = compute_dtype("auto", device)[0]
+    rows, matrix = (torch.randn(shape, device=device, dtype=dtype) for shape in ((1024, 768), (768, 3072)))
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    for _ in range(3):
+        rows @ matrix                                                       # the first ones set things up
+    wait()
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.3:
+        rows @ matrix
+        wait()
+        count += 1
+    return 2 * rows.numel() * 3072 * count / (time.perf_counter() - began), dtype
+
+
+def estimate(preset: dict, model: str, prompt: int) -> str:
+    """One line for the user: minutes by stage and in all."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rate, dtype = product_rate(device)
+    parameters = PARAMETERS.get(model) or sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) / 4
+    speed = {kind: rate * share for kind, share in REACHED[device].items()} | {"seconds": 1.0}
+    minutes = {stage: sum(amount / speed[kind] for kind, amount in parts.items()) / 60
+               for stage, parts in work(preset, parameters, prompt).items()}
+    name = f"{rate / 1e9:,.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}"
+    parts = ", ".join(f"{stage} {value:.0f}" for stage, value in minutes.items())
+    return f"about {sum(minutes.values()):.0f} minutes on this machine ({name}): {parts}; what is finished is skipped"
