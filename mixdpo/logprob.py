@@ -69,7 +69,8 @@ class TiledLogps(torch.autograd.Function):
                 logits = expert_logits(product, A, u, k, columns).to(exact)                     # (N,v)
                 chosen[k] = torch.where(inside, logits.gather(-1, where).squeeze(-1), chosen[k])
                 before, top[k] = top[k].clone(), torch.maximum(top[k], logits.amax(-1))
-                total[k] = total[k] * torch.exp(before - top[k]) + (logits - top[k, :, None]).exp_().sum(-1)
+                shifted = torch.sub(logits, top[k, :, None], out=logits if tile else None)      # in place if not kept
+                total[k] = total[k] * torch.exp(before - top[k]) + shifted.exp_().sum(-1)
             if tile is None:
                 kept.append(product)
         ctx.save_for_backward(rows, W, A, B, targets, u, top, total)
