@@ -100,10 +100,10 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, log_w: torch.Tenso
     where, targets, sequence = response_positions(batch)                    # (M,) each
     rows = experts.rows(experts.hidden(batch.ids.flatten(0, 1)), where)     # (M,C), or (K,M,C) for independent models
     split = config.head_rows > 0
-    states = rows.detach().requires_grad_(rows.requires_grad) if split else rows
+    states, heads = rows.detach().requires_grad_(rows.requires_grad) if split else rows, experts.heads()
     for p, p_end, m, m_end in chunks(batch, sequence, config.head_rows, whole_groups=known is None):
         tile = None if split else TILE                                      # few rows: keep their logits
-        logps = experts.token_logps(states[..., m:m_end, :], targets[m:m_end], tile)                # (K,m)
+        logps = experts.token_logps(states[..., m:m_end, :], targets[m:m_end], tile, heads)         # (K,m)
         logp = sum_responses(logps, sequence[m:m_end] - 2 * p, p_end - p)                           # (b,K,2)
         h = margins(logp, ref_logp[batch.pair[p:p_end], None].to(logp), config.beta)                # (b,K)  M4
         group = batch.group[p:p_end]

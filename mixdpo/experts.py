@@ -50,14 +50,18 @@ class Heads(nn.Module):
         """(N,T,C), flat positions (M,) -> (M,C)."""
         return hidden.flatten(0, 1)[where]
 
-    def token_logps(self, rows: torch.Tensor, targets: torch.Tensor, tile: int | None) -> torch.Tensor:
-        """(M,C), (M,) -> (K,M) float32 nats."""
+    def heads(self) -> tuple[torch.Tensor, ...]:
+        """What token_logps multiplies with, in `dtype`: W, or W_k, or W, A and B. Cast once for all chunks of a pass."""
         if self.K > 1 and self.rank == 0:
-            return token_logps(rows, self.W_k.to(self.dtype), targets, tile=tile)
+            return (self.W_k.to(self.dtype),)
         W = self.trunk.unembedding.to(self.dtype)
-        if self.K == 1:
-            return token_logps(rows, W, targets, tile=tile)[None]
-        return token_logps(rows, W, targets, (self.A.to(self.dtype), self.B.to(self.dtype)), tile)
+        return (W,) if self.K == 1 else (W, self.A.to(self.dtype), self.B.to(self.dtype))
+
+    def token_logps(self, rows: torch.Tensor, targets: torch.Tensor, tile: int | None, heads=None) -> torch.Tensor:
+        """(M,C), (M,) -> (K,M) float32 nats. heads: what self.heads() gave."""
+        W, *low_rank = self.heads() if heads is None else heads
+        logps = token_logps(rows, W, targets, tuple(low_rank) or None, tile)
+        return logps[None] if self.K == 1 else logps
 
     @torch.no_grad()
     def policy(self, k: int) -> tuple[nn.Module, torch.Tensor]:
@@ -85,10 +89,14 @@ class Models(nn.Module):
         """(K,N,T,C), flat positions (M,) -> (K,M,C)."""
         return hidden.flatten(1, 2)[:, where]
 
-    def token_logps(self, rows: torch.Tensor, targets: torch.Tensor, tile: int | None) -> torch.Tensor:
-        """(K,M,C), (M,) -> (K,M) float32 nats."""
-        return torch.stack([token_logps(r, m.unembedding.to(self.dtype), targets, tile=tile)
-                            for r, m in zip(rows, self.models)])
+    def heads(self) -> tuple[torch.Tensor, ...]:
+        """Each model's unembedding, in `dtype`."""
+        return tuple(model.unembedding.to(self.dtype) for model in self.models)
+
+    def token_logps(self, rows: torch.Tensor, targets: torch.Tensor, tile: int | None, heads=None) -> torch.Tensor:
+        """(K,M,C), (M,) -> (K,M) float32 nats. heads: what self.heads() gave."""
+        heads = self.heads() if heads is None else heads
+        return torch.stack([token_logps(r, W, targets, tile=tile) for r, W in zip(rows, heads)])
 
     def policy(self, k: int) -> tuple[nn.Module, torch.Tensor]:
         """Expert k as (model, unembedding (V,C))."""

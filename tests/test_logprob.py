@@ -104,21 +104,22 @@ def test_gradients_of_some_inputs(tile):
             assert torch.allclose(t.grad, want, atol=1e-11) if a else t.grad is None, asked
 
 
+@pytest.mark.parametrize("form", ["one", "low-rank"])
 @pytest.mark.parametrize("tile", [4, None])
-def test_backward_twice_and_no_second_derivative(tile):
+def test_backward_twice_and_no_second_derivative(form, tile):
     """A kept graph gives its gradient again; inputs and upstream gradient are not written on; a second derivative is
     refused. Catches: kept logits overwritten by the first backward and read by the second; a second derivative that is
     a wrong number."""
-    args = make("low-rank", 6, 4, 13)
-    inputs = leaves(args[0], args[1], args[3])
+    hidden, weight, targets, low_rank = make(form, 6, 4, 13)
+    inputs = leaves(hidden, weight, low_rank)
     before = [t.detach().clone() for t in inputs]
-    out = token_logps(inputs[0], inputs[1], args[2], tuple(inputs[2:]), tile=tile)
+    out = token_logps(inputs[0], inputs[1], targets, tuple(inputs[2:]) or None, tile=tile)
     upstream = torch.ones_like(out)
     first = torch.autograd.grad(out, inputs, upstream, retain_graph=True)
     second = torch.autograd.grad(out, inputs, upstream)
     assert all(torch.equal(a, b) for a, b in zip(first, second)) and torch.equal(upstream, torch.ones_like(out))
     assert all(torch.equal(a, b) for a, b in zip(before, inputs))
-    out = token_logps(inputs[0], inputs[1], args[2], tuple(inputs[2:]), tile=tile)
+    out = token_logps(inputs[0], inputs[1], targets, tuple(inputs[2:]) or None, tile=tile)
     gradient, = torch.autograd.grad(out.square().sum(), inputs[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()

@@ -75,6 +75,22 @@ def test_head_micro_batches_equal_the_composable_route(family, sharing, dtype):
         assert len(seen) == {0: 1, 1: COUNT, 10_000: 1}.get(head_rows, len(seen)), head_rows
 
 
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_chunks_in_bfloat16(sharing):
+    """Parameters and gradients are float32, and chunks share one cast of the heads: equal within the products' rounding.
+    Catches: a cast that only the first chunk can go back through, chunks' gradients summed in bfloat16."""
+    experts, pairs = small.experts(dtype=torch.bfloat16, **SHARINGS[sharing]), small.pairs(COUNT)
+    micro = Micro(collate(pairs, list(range(COUNT)), "pair"), None, torch.arange(COUNT))
+    gradients = []
+    for head_rows in (0, 1):
+        config = small.config(beta=0.5, head_rows=head_rows)
+        accumulate(experts, micro, small.reference_logp(COUNT), LOG_W[experts.K].float(), None, COUNT, config)
+        gradients.append(gradient(experts))
+    for name, want in gradients[0].items():
+        assert want.dtype == torch.float32
+        assert (gradients[1][name] - want).norm() <= 0.01 * want.norm() + 1e-6, name
+
+
 @pytest.mark.parametrize("sharing", ["full", "low-rank", "models"])
 def test_users_are_whole_in_every_chunk(sharing):
     """One type a user (M11): the posterior pools all of a user's pairs wherever chunks
