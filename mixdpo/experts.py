@@ -51,7 +51,7 @@ class Heads(nn.Module):
         return hidden.flatten(0, 1)[where]
 
     def heads(self) -> tuple[torch.Tensor, ...]:
-        """What token_logps multiplies with, in `dtype`: W, or W_k, or W, A and B. Cast once for all chunks of a pass."""
+        """What token_logps multiplies with, in `dtype`: W, or W_k, or W, A and B. Cast once for a pass's chunks."""
         if self.K > 1 and self.rank == 0:
             return (self.W_k.to(self.dtype),)
         W = self.trunk.unembedding.to(self.dtype)

@@ -77,7 +77,7 @@ def test_head_micro_batches_equal_the_composable_route(family, sharing, dtype):
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_chunks_in_bfloat16(sharing):
-    """Parameters and gradients are float32, and chunks share one cast of the heads: equal within the products' rounding.
+    """Gradients are float32, and chunks share one cast of the heads: equal within the rounding of products.
     Catches: a cast that only the first chunk can go back through, chunks' gradients summed in bfloat16."""
     experts, pairs = small.experts(dtype=torch.bfloat16, **SHARINGS[sharing]), small.pairs(COUNT)
     micro = Micro(collate(pairs, list(range(COUNT)), "pair"), None, torch.arange(COUNT))
