@@ -230,29 +230,32 @@ def test_extreme_logits(tile):
 
 
 PEAK = """
-    import resource, sys
+    import re, sys
     import torch
     from mixdpo.logprob import token_logps, token_logps_reference
     torch.set_num_threads(1)
     N, C, V = 1024, 256, 50257
     def inputs(n, v):
         return torch.randn(n, C).requires_grad_(), torch.randn(v, C).requires_grad_(), torch.randint(v, (n,))
+    def peak():                                              # KiB; not getrusage's, which starts at the parent's
+        return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
     def step(h, W, y):
         out = token_logps_reference(h, W, y) if sys.argv[1] == "plain" else token_logps(h, W, y, tile=int(sys.argv[1]))
         out.sum().backward()
     step(*inputs(64, 300))                                   # what a first call allocates for good
     held = inputs(N, V)
     gradients = torch.ones(V, C), torch.ones(N, C)           # as those to come: the peak before has them in it
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     del gradients
     step(*held)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((peak() - before) / 1024)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_peak_memory():
-    """Measured, one process each: above inputs and gradients, tiles take about two tiles (16 MiB each) where plain
-    PyTorch takes the full logits (196 MiB) two or three times. Catches: tiles kept from forward to backward, a gradient
+    """Measured, one process each: above inputs and gradients, tiles of 16 MiB take 57 MiB (a tile, what logsumexp and the
+    products need beside it, the allocator's slack), plain PyTorch 542 MiB, the logits nearly three times. Catches: tiles kept from forward to backward, a gradient
     of the weight made in a second buffer."""
     here = Path(__file__).resolve().parent.parent
     peak = {}
@@ -260,7 +263,7 @@ def test_peak_memory():
         call = [sys.executable, "-c", textwrap.dedent(PEAK), route]
         peak[route] = float(subprocess.run(call, cwd=here, capture_output=True, text=True, check=True).stdout)
     tile = 1024 * 4096 * 4 / 2**20
-    assert peak["4096"] < 3 * tile and peak["1024"] < 2 * tile < 24 * tile < peak["plain"], peak
+    assert peak["4096"] < 4 * tile and peak["1024"] < 2 * tile < 24 * tile < peak["plain"], peak
 
 
 # --- responses --------------------------------------------------------------------------------------------------------
