@@ -14,11 +14,8 @@ COMMON = {"agree": 0.3, "margin": 0.5, "seed": 0, "judge_reviews": 12000, "conti
 
 
 def runs(experts: int, seeds: int = 1, **of_users) -> dict:
-    """DPO, and the mixture with one type a pair, as in the paper, and with one type a user, this one once a seed.
-
-    The mixtures' heads learn on a frozen trunk: a trunk that both experts train follows the type that is easier to learn.
-    """
-    heads = {"experts": experts, "train_trunk": False, "head_lr": 5e-3, "start": "linear"}
+    """DPO, and the mixture with one type a pair, as in the paper, and with one type a user, this one once a seed."""
+    heads = {"experts": experts, "start": "linear"}
     out = {"dpo": {"experts": 1}, "mix-pair": heads | {"latent": "pair"}}
     for seed in range(seeds):
         out["mix-user" + f"-seed{seed}" * (seed > 0)] = heads | {"latent": "user", "seed": seed} | of_users
@@ -36,14 +33,14 @@ QUICK = COMMON | {
     "users": 40, "pairs": 16, "heldout_pairs": 8, "agree": 0.5, "reviews": 1500,
     "finetune": {"steps": 40, "batch": 8, "tokens": 128, "lr": 1e-4},
     "train": {"epochs": 1, "batch": 16, "micro": 16, "lr": 5e-5},
-    "runs": runs(2, epochs=2, start_steps=25, estep="context", context=6),
+    "runs": runs(2, start_steps=25, estep="context", context=6),
 }
 CPU = COMMON | {
     "annotators": TWO, "prompts": 600, "heldout": 200, "evaluate": 200, "continuations": 6, "max_response": 32,
     "users": 120, "pairs": 20, "heldout_pairs": 5, "reviews": 3000,
     "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4},
     "train": {"epochs": 1, "batch": 24, "micro": 24, "lr": 5e-5},
-    "runs": runs(2, seeds=3, epochs=2, start_steps=60, estep="context", context=8),
+    "runs": runs(2, seeds=3, start_steps=40, estep="context", context=8),
 }
 PAPER = COMMON | {
     "annotators": THREE, "prompts": 25000, "heldout": 10000, "evaluate": 10000,

@@ -254,9 +254,9 @@ PEAK = """
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_peak_memory():
-    """Measured, one process each: above inputs and gradients, tiles of 16 MiB take 57 MiB (a tile, what logsumexp and the
-    products need beside it, the allocator's slack), plain PyTorch 542 MiB, the logits nearly three times. Catches: tiles kept from forward to backward, a gradient
-    of the weight made in a second buffer."""
+    """Measured, one process each: above inputs and gradients, tiles of 16 MiB take 57 MiB (a tile, what logsumexp and
+    the products need beside it, the allocator's slack), plain PyTorch 542 MiB, the logits nearly three times.
+    Catches: tiles kept from forward to backward, a gradient of the weight made in a second buffer."""
     here = Path(__file__).resolve().parent.parent
     peak = {}
     for route in ("plain", "4096", "1024"):
