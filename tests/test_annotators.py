@@ -1,6 +1,7 @@
 """Annotators: scores computed by hand, and the judge of sentiment on reviews whose opinion is known."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -79,7 +80,8 @@ def test_each_check_tells_a_sentence_from_its_faulty_twin(good, bad, check):
 
 @pytest.mark.parametrize("text, value", [
     ("They are here.", 1), ("They is here.", 1 / 2), ("a film film", 1 / 32), ("They are here. a film film", 33 / 64),
-    ("Do watch it!", 1), ("A lot of films are long.", 1), ("He and she run.", 1), ("...", 0), ("", 0),
+    ("It was a good film and we like it. a film film", (9 + 3 / 32) / 12), ("Do watch it!", 1),
+    ("A lot of films are long.", 1), ("He and she run.", 1), ("...", 0), ("", 0),
 ])
 def test_grammar_by_hand(text, value):
     """Caught: sentences weighted alike whatever their length, a share of checks for halving, "a lot are" refused."""
@@ -150,8 +152,19 @@ def test_sentiment_is_the_probability_of_positive(judge):
     assert report["accuracy_whole"] >= NEEDED and report["reviews_fitted"] == 2100
 
 
+def test_slope_and_offset_are_used(judge, tmp_path):
+    """Caught: the sigmoid of the raw logit; slope or offset left out, or the offset's sign turned."""
+    folder, report = judge
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    write_judge(tmp_path, report | {"slope": 2 * report["slope"], "offset": report["offset"] - 1})
+    texts = ["a superb film", "a boring film that was moving", "a film"]
+    before, after = (np.array(sentiment(texts, place)) for place in (folder, tmp_path))
+    raw, new = np.log(before / (1 - before)) - report["offset"], np.log(after / (1 - after))
+    assert new == pytest.approx(2 * raw + report["offset"] - 1, abs=1e-6)
+
+
 def test_probabilities_are_calibrated(judge):
-    """Caught: the sigmoid of the raw logit: its mean is off, or its certainty is not met by the truth."""
+    """Caught: certainty that the truth does not bear out, as without Platt's fit."""
     folder, _ = judge
     fresh, rng = reviews(3000, seed=8), np.random.default_rng(1)
     p = np.array(sentiment([piece(text, 50, rng) for text, _ in fresh], folder))
@@ -164,9 +177,10 @@ def test_probabilities_are_calibrated(judge):
 
 def test_a_judge_no_better_than_chance_is_refused_and_not_written(tmp_path):
     """Caught: accuracy measured on the reviews it was fitted on (which it knows by heart), or not looked at."""
+    own_words = [" ".join(f"word{60 * n + i}" for i in range(60)) for n in range(480)]      # easily learnt by heart
     rng = np.random.default_rng(0)
     with pytest.raises(InputError, match=r"right on 0\.\d+ of 40 held-out reviews, wanted 0.88"):
-        fit_sentiment([(text, int(rng.integers(2))) for text, _ in reviews(480)], tmp_path)
+        fit_sentiment([(text, int(rng.integers(2))) for text in own_words], tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
