@@ -194,8 +194,8 @@ def _pip_download(package, folder):
             while pip.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     pip.wait(0.5)
-                largest = max(map(size_of, folder.rglob("*")), default=0)
-                progress.show(min(largest, package.bytes - 1))
+                if (came := _largest(folder)) < package.bytes:
+                    progress.show(came)
         finally:
             pip.kill()      # nothing is left to run if the user interrupts; a finished process takes no notice
     if pip.returncode:
@@ -204,6 +204,16 @@ def _pip_download(package, folder):
         raise Unavailable(f"pip download failed: {errors_first[0]}")
     progress.show(package.bytes)
     return folder / package.archive
+
+
+def _largest(folder):
+    """Bytes of the largest file below a folder whose files and folders may come and go meanwhile."""
+    sizes = [0]
+    for place, _, names in os.walk(folder):             # unlike a glob, passes over what is gone
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                sizes.append(os.path.getsize(os.path.join(place, name)))
+    return max(sizes)
 
 
 def _extract(archive, package, entry, part):

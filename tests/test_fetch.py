@@ -152,6 +152,44 @@ def test_pip_failing_is_told(index, place, monkeypatch):
     refused(lambda: asset("thing"), "No module named pip")
 
 
+class Listing:
+    """What os.scandir returns: an iterator that is a context too."""
+
+    def __init__(self, found):
+        self.rest = iter(found)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.rest)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def test_progress_does_not_mind_files_that_pip_removes(tmp_path, monkeypatch):
+    """A folder and a file that are gone between being listed and being looked at. Faults: a glob; no suppress."""
+    for name in ("kept", "goes/file", "stays/goes-too"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    scandir = os.scandir
+
+    def vanishing(path):
+        if os.path.basename(path) == "goes":
+            raise FileNotFoundError(path)
+        found = list(scandir(path))
+        if os.path.basename(path) == "stays":
+            (tmp_path / "stays" / "goes-too").unlink(missing_ok=True)
+        return Listing(found)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert fetch._largest(tmp_path) == 4
+
+
 @pytest.mark.parametrize("body, word", [(BODY[:-1] + b"?", "altered"), (BODY + b"more", "altered"), (b"", "altered")])
 def test_an_altered_member_is_refused(body, word, place, tmp_path):
     """Fault: the member believed because the archive's sum was right."""
