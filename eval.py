@@ -26,12 +26,12 @@ from mixdpo.dpo import accuracy, margins
 from mixdpo.experts import load_state, make_experts, pair_logp
 from mixdpo.generate import choose_expert, generate
 from mixdpo.mixture import e_step, elbo, log_marginal, mixture_logp
-from mixdpo.preferences import Pair, collate, data_key, encode_prompt, groups, read_preferences
+from mixdpo.preferences import Pair, collate, encode_prompt, groups, read_preferences
 from mixdpo.records import lines
-from mixdpo.reference import cached_reference, compute_reference
+from mixdpo.reference import compute_reference, reference_of
 from mixdpo.rundir import Progress, compute_dtype, environment, load_checkpoint
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import content_key, load_model
+from mixdpo.weights import load_model
 from train import TrainConfig
 
 
@@ -281,10 +281,7 @@ def heldout_figures(runs: list[Run], reference, tokenizer, path: Path, store: Pa
     """Name of a run -> its figures on the held-out preferences."""
     config, dtype, out = runs[0].config, runs[0].experts.dtype, {}
     pairs = read_preferences(path, tokenizer, config.max_prompt, config.max_response, config.drop)
-    key = (content_key(reference), data_key(path), tokenizer.key, config.max_prompt, config.max_response, config.drop,
-           str(dtype), str(reference.unembedding.device))
-    progress = Progress("reference held-out")
-    ref = cached_reference(store, key, lambda: compute_reference(reference, pairs, dtype, progress=progress))
+    ref = reference_of(path, pairs, reference, tokenizer, config, dtype, store)
     for run in runs:
         own = read_preferences(run.config.data, tokenizer, config.max_prompt, config.max_response, run.config.drop,
                                report=lambda line: None)

@@ -33,7 +33,7 @@ from mixdpo.mixture import e_step, expert_loss, update_weights
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.preferences import (Batch, Pair, batches, check_lengths, collate, data_key, groups, mark_context,
                                 read_preferences, response_positions)
-from mixdpo.reference import cached_reference, compute_reference
+from mixdpo.reference import reference_of
 from mixdpo.rundir import Progress, compute_dtype, environment, keep_lines, load_checkpoint, save_checkpoint
 from mixdpo.start import check_start, first_responsibilities, first_weights
 from mixdpo.tokenizer import load_tokenizer
@@ -76,6 +76,16 @@ class TrainConfig:
     seed: int = 0                   # of everything random
     save_minutes: float = 10.0      # between checkpoints
     data_folder: str = ""           # local files looked into before anything is fetched
+
+
+@dataclass(frozen=True)
+class Data:
+    """The preference file, and who is trained on when."""
+
+    pairs: list[Pair]
+    units: list[list[int]]          # the pairs of each group (a group shares one latent z)
+    trained: list[list[int]]        # those of them that the M-step sees
+    plan: list[tuple[int, list[int]]]   # (epoch, groups) of every optimizer step
 
 
 @dataclass(frozen=True)
@@ -207,25 +217,36 @@ def micro_batches(pairs: list[Pair], units: list[list[int]], ids: list[int], con
     return out
 
 
+def read_data(config, tokenizer, context: int) -> Data:
+    """The file as the loop wants it. Raises: InputError, naming the file, before anything is computed."""
+    pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
+    try:
+        check_lengths(pairs, context)
+        if config.estep == "context":
+            pairs = mark_context(pairs, config.context, config.seed)
+        units = groups(pairs, config.latent)
+        trained = [[i for i in unit if not (config.estep == "context" and pairs[i].context)] for unit in units]
+        plan = [(epoch, ids) for epoch in range(config.epochs)
+                for ids in batches(trained, config.batch, config.seed, epoch, pairs)]
+    except InputError as error:
+        raise InputError(f"{config.data}: {error}") from None
+    return Data(pairs, units, trained, plan)
+
+
 def prepare(config):
-    """Everything the loop needs: experts, pairs, units, reference, device. Prints what it found and decided."""
+    """Everything the loop needs: experts, data, reference, device. Prints what it found and decided."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, why = compute_dtype(config.dtype, device)
     folder = config.data_folder or None
     tokenizer = load_tokenizer(config.model, folder)
-    pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
-    if config.estep == "context":
-        pairs = mark_context(pairs, config.context, config.seed)
     model = load_model(config.model, device=device, data=folder)
-    check_lengths(pairs, model.config.context)
     model.checkpointing = config.checkpointing
-    units, name = groups(pairs, config.latent), str(dtype).removeprefix("torch.")
-    print(f"{len(pairs)} pairs in {len(units)} groups ({config.latent}); products in {name}: {why}")
-    key = (content_key(model), data_key(config.data), tokenizer.key, config.max_prompt, config.max_response,
-           config.drop, str(dtype), device)
-    reference = cached_reference(Path(config.out).parent / "cache", key,
-                                 lambda: compute_reference(model, pairs, dtype, progress=Progress("reference")))
-    return make_experts(model, config, dtype), pairs, units, reference, device
+    data = read_data(config, tokenizer, model.config.context)
+    name = str(dtype).removeprefix("torch.")
+    print(f"{len(data.pairs)} pairs in {len(data.units)} groups ({config.latent}); products in {name}: {why}")
+    cache = Path(config.out).parent / "cache"
+    reference = reference_of(config.data, data.pairs, model, tokenizer, config, dtype, cache)
+    return make_experts(model, config, dtype), data, reference, device
 
 
 def validate(config: TrainConfig) -> None:
@@ -268,18 +289,15 @@ def run(config: TrainConfig) -> Path:
         print(f"{out}: finished before")
         return out
     print(json.dumps(dataclasses.asdict(config) | environment()))
-    experts, pairs, units, reference, device = prepare(config)
+    experts, data, reference, device = prepare(config)
     same |= {"model_key": content_key(experts.policy(0)[0])}                # still the reference
     found = load_checkpoint(out, same)
     optimizer, names = make_optimizer(experts, config.lr, config.head_lr)
     ref_logp, log_w = reference.logp.to(device), first_weights(config).to(device)
-    start = first_responsibilities(config, units, reference.features)
-    trained = [[i for i in unit if not (config.estep == "context" and pairs[i].context)] for unit in units]
-    plan = [(epoch, ids) for epoch in range(config.epochs)
-            for ids in batches(trained, config.batch, config.seed, epoch, pairs)]
+    start, plan = first_responsibilities(config, data.units, reference.features), data.plan
     out.mkdir(parents=True, exist_ok=True)                                  # not before all input is known to be good
     configs.save(config, out / "config.json")
-    table, t = torch.full((len(units), config.experts), torch.nan), 0       # (G,K) last responsibilities; the step
+    table, t = torch.full((len(data.units), config.experts), torch.nan), 0       # (G,K) last responsibilities; the step
     if found:
         tensors, state = found
         own = {n.removeprefix("experts."): v for n, v in tensors.items() if n.startswith("experts.")}
@@ -288,7 +306,7 @@ def run(config: TrainConfig) -> Path:
         table, log_w, t = tensors["table"], tensors["log_w"].to(device), state["step"]
         print(f"resumed at step {t} of {len(plan)}")
     else:
-        first = micro_batches(pairs, units, plan[0][1], config, device)[0].train
+        first = micro_batches(data.pairs, data.units, plan[0][1], config, device)[0].train
         check_start(experts, first, ref_logp, log_w, config.beta)
 
     def save(finished: bool) -> None:
@@ -304,17 +322,18 @@ def run(config: TrainConfig) -> Path:
         if given is None and config.estep == "first":
             given = table
         set_rate(optimizer, t, len(plan), config.warmup)
-        micros = micro_batches(pairs, units, ids, config, device)
+        micros = micro_batches(data.pairs, data.units, ids, config, device)
         try:
             figures, log_q = step(experts, optimizer, micros, ref_logp, log_w, given, config)
         except FloatingPointError as error:
-            lines = sorted(pairs[i].line for g in ids for i in trained[g])
+            lines = sorted(data.pairs[i].line for g in ids for i in data.trained[g])
             raise InputError(f"{config.data}: step {t}: {error}; nothing was updated. Lines of this batch: {lines}. "
                              "Lower --lr, or look at these lines") from None
-        t, table[ids] = t + 1, log_q.cpu()
+        t, log_q, w = t + 1, log_q.cpu(), log_w.exp().tolist()              # w: what this step used
+        table[ids] = log_q
         if config.weights == "update" and (t == len(plan) or plan[t][0] > epoch):
             log_w = update_weights(table[~table.isnan().any(1)], config.prior).to(device)           # M10, once an epoch
-        rate, w, q = optimizer.param_groups[0]["lr"], log_w.exp().tolist(), table[ids].exp().mul(1e4).round().div(1e4)
+        rate, q = optimizer.param_groups[0]["lr"], log_q.exp().mul(1e4).round().div(1e4)
         log.write(json.dumps({"step": t, "epoch": epoch, "rate": rate, "w": w} | figures) + "\n")
         log_of_q.write(json.dumps({"step": t, "groups": ids, "q": q.tolist()}) + "\n")
         log.flush(), log_of_q.flush()

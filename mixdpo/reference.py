@@ -3,8 +3,8 @@ computed once, cached on disk by content.
 
 The log-probs come from the same functions, in the same dtype, as the policy's (experts.pair_logp's steps).
 The features are the mean hidden states over each response, what the linear start (mixture.linear_mixture) looks at.
-The cache key is a hash of the weights, the data, the tokenizer, the lengths, the dtype and the device
-(train.py makes it): another model or file can never be answered with these numbers.
+The cache key is a hash of the weights, the data, the tokenizer, the lengths, the dtype and the device:
+another model or file can never be answered with these numbers.
 """
 
 import hashlib
@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from mixdpo.experts import Heads
 from mixdpo.logprob import sum_responses
-from mixdpo.preferences import Pair, collate, response_positions
+from mixdpo.preferences import Pair, collate, data_key, response_positions
+from mixdpo.rundir import Progress
+from mixdpo.weights import content_key
 
 
 @dataclass(frozen=True)
@@ -58,3 +60,11 @@ def cached_reference(folder: Path, key: tuple, compute) -> Reference:
         save_file({"logp": made.logp, "features": made.features}, partial)
         os.replace(partial, path)                                           # whole or not at all
     return Reference(**load_file(path))
+
+
+def reference_of(path, pairs: list[Pair], model, tokenizer, config, dtype: torch.dtype, folder: Path) -> Reference:
+    """The reference of the pairs that were read from `path` with config's max_prompt, max_response and drop."""
+    key = (content_key(model), data_key(path), tokenizer.key, config.max_prompt, config.max_response, config.drop,
+           str(dtype), str(model.unembedding.device))
+    progress = Progress(f"reference, {Path(path).stem}")
+    return cached_reference(folder, key, lambda: compute_reference(model, pairs, dtype, progress=progress))

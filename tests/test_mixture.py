@@ -9,7 +9,8 @@ import torch
 
 import brute
 from mixdpo.dpo import dpo_loss
-from mixdpo.mixture import e_step, elbo, expert_loss, gate_loss, log_marginal, random_responsibilities, update_weights
+from mixdpo.mixture import (e_step, elbo, expert_loss, gate_loss, log_marginal, random_responsibilities, update_weights,
+                            vary)
 
 FP32, FP64 = torch.float32, torch.float64
 TOLERANCE = {FP32: 3e-6, FP64: 1e-12}
@@ -261,3 +262,49 @@ def test_random_responsibilities_use_their_generator_only():
     first, second = random_responsibilities(50, 3, generator), random_responsibilities(50, 3, generator)
     assert torch.equal(first, random_responsibilities(50, 3, torch.Generator().manual_seed(7)))
     assert not torch.equal(first, second) and torch.equal(before, torch.get_rng_state())
+
+
+# --- E-step variants (M12) --------------------------------------------------------------------------------------------
+
+
+def test_exact_tempered_and_hard_responsibilities():
+    """Catches: q^T for q^(1/T); a row left unnormalised; the least likely expert taken; a tie between experts counted
+    twice."""
+    _, _, log_q = draw()
+    q = log_q.exp()
+    assert vary(log_q, "exact") is log_q
+    for T in (0.5, 1.0, 3.0):
+        close(vary(log_q, "tempered", temperature=T).exp(), (q ** (1 / T) / (q ** (1 / T)).sum(-1, keepdim=True)).tolist())
+    hard = vary(torch.cat([log_q, torch.zeros(1, 3, dtype=FP64)]), "hard").exp()
+    assert hard.sum(-1).tolist() == [1.0] * 8 and torch.equal(hard[:7].argmax(-1), q.argmax(-1))
+
+
+@pytest.mark.parametrize("kind, options", [("monte-carlo", {}), ("monte-carlo", {"draws": 5}),
+                                           ("gumbel", {"temperature": 1e-3})])
+def test_random_responsibilities_have_the_mean_q(kind, options):
+    """A thousand calls, within five standard errors. Catches: noise -log u or log(-log u) for Gumbel's; sums of draws
+    for shares; one noise for all experts; draws without the generator."""
+    _, _, log_q = draw(B=4)
+    generator, q, n = torch.Generator().manual_seed(0), log_q.exp(), 1000
+    found = torch.stack([vary(log_q, kind, generator, **options) for _ in range(n)]).exp()          # (n,B,K)
+    close(found.sum(-1), torch.ones(n, 4).tolist())
+    counts = found * options.get("draws", 1)
+    assert torch.allclose(counts, counts.round(), atol=0.02) or kind == "gumbel", "shares of whole draws"
+    error = (q * (1 - q) / (n * options.get("draws", 1))).sqrt()
+    assert ((found.mean(0) - q).abs() < 5 * error + 1e-3).all(), f"{found.mean(0)}, wanted {q}"
+    again = vary(log_q, kind, torch.Generator().manual_seed(0), **options).exp()
+    assert torch.equal(again, found[0])
+
+
+def test_gumbel_softmax_between_its_limits():
+    """Catches: the temperature multiplied; noise left out. Cold it is a draw, hot it is uniform."""
+    _, _, log_q = draw(B=50)
+    cold, warm, hot = (vary(log_q, "gumbel", torch.Generator().manual_seed(1), T).exp() for T in (1e-4, 1.0, 1e4))
+    assert cold.max(-1).values.min() > 0.99 and (hot - 1 / 3).abs().max() < 1e-2
+    assert torch.equal(cold.argmax(-1), warm.argmax(-1)), "the same noise ranks the experts alike at any temperature"
+    assert not torch.equal(cold.argmax(-1), log_q.argmax(-1)) and warm.max(-1).values.median() < 0.99
+
+
+def test_an_unknown_variant_is_refused():
+    with pytest.raises(AssertionError, match="'soft', want exact, tempered, hard, monte-carlo or gumbel"):
+        vary(torch.zeros(1, 2), "soft")

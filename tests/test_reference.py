@@ -117,7 +117,7 @@ def prepared(folder, model, data, **options):
     """(reference, files in the cache) after train.py's preparation."""
     paths = dict(data=str(data), model=str(model), out=str(folder / "run"))
     config = train.TrainConfig(**tinyjob.SMALL | paths | options)
-    reference = train.prepare(config)[3]
+    reference = train.prepare(config)[2]
     return reference, len(list((folder / "cache").glob("*.safetensors")))
 
 

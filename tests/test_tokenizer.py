@@ -313,8 +313,8 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_vocabularies(name, tmp_path):
-    """The published vocabularies, fetched once, and known ids of their own tokenizers. Faults: GPT-2's pattern for SmolLM2,
-    or for Llama-3; special ids off by one."""
+    """The published vocabularies, fetched once, and known ids of their own tokenizers. Faults: GPT-2's pattern for
+    SmolLM2, or for Llama-3; special ids off by one."""
     try:
         tokenizer = load_tokenizer(name)
     except InputError as error:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import brute
 import tinyjob
 import train
+from mixdpo import reference as reference_module
 from mixdpo import start as start_module
 from mixdpo.config import InputError
 from mixdpo.experts import make_experts
@@ -154,7 +155,7 @@ def test_the_loop_equals_its_slow_twin(case, tmp_path, model_dir, untied_dir):
 def test_a_reference_of_another_model_stops_before_the_first_step(tmp_path, model_dir, monkeypatch):
     """Fault: the reference's log-probs are another model's (put in here); and check_start not called."""
     other = load_model(tinyjob.make_model(tmp_path / "other", seed=1))
-    monkeypatch.setattr(train, "compute_reference",
+    monkeypatch.setattr(reference_module, "compute_reference",
                         lambda model, *rest, **more: compute_reference(other, *rest, **more))
     with pytest.raises(AssertionError, match="margins at step 0.*policy and reference differ"):
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records())
@@ -235,7 +236,8 @@ def test_the_linear_start_finds_planted_users(tmp_path, model_dir, capsys):
     records = tinyjob.make_records(users=10, each=6, letters=("aaab", "zzzy"))
     paths = dict(data=tinyjob.write(tmp_path / "d.jsonl", records), model=str(model_dir), out=str(tmp_path / "r"))
     config = train.TrainConfig(**tinyjob.SMALL | paths, latent="user", start="linear")
-    _, pairs, units, reference, _ = train.prepare(config)
+    _, data, reference, _ = train.prepare(config)
+    pairs, units = data.pairs, data.units
     q = train.first_responsibilities(config, units, reference.features).exp()
     found, truth = q.argmax(1).tolist(), [int(pairs[unit[0]].user[1:]) % 2 for unit in units]
     assert brute.best_matching(found, truth, 2) == 1.0 and q.max(1).values.min() > 0.8
@@ -248,7 +250,8 @@ def test_features_are_the_mean_states_of_the_response(tmp_path, model_dir):
     """Faults: the states that predict the tokens; the prompt's among them; padding counted."""
     data = tinyjob.write(tmp_path / "d.jsonl", tinyjob.make_records())
     config = train.TrainConfig(**tinyjob.SMALL, data=data, model=str(model_dir), out=str(tmp_path / "r"))
-    experts, pairs, _, reference, _ = train.prepare(config)
+    experts, data, reference, _ = train.prepare(config)
+    pairs = data.pairs
     for i in (0, 5, 11):
         for side, response in enumerate((pairs[i].chosen, pairs[i].rejected)):
             with torch.no_grad():
