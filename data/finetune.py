@@ -2,13 +2,15 @@
 
 `python -m data.finetune --data reviews.jsonl --model smollm2 --out DIR` writes DIR in Hugging Face's
 layout with its tokenizer, and finetune.json with the perplexity on held-out blocks before and after.
-Texts are joined with an end token behind each and cut into blocks.
+Texts are joined with an end token behind each and cut into blocks. Interrupted, it goes on at its last checkpoint.
 """
 
 import dataclasses
 import json
 import math
+import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +18,11 @@ import torch
 
 from mixdpo import config as configs
 from mixdpo.config import InputError
-from mixdpo.experts import Heads
-from mixdpo.optimizer import make_optimizer, set_rate
+from mixdpo.experts import Heads, load_state, trained_state
+from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.preferences import data_key
 from mixdpo.records import lines
-from mixdpo.rundir import Progress, compute_dtype
+from mixdpo.rundir import Progress, compute_dtype, load_checkpoint, save_checkpoint
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import content_key, load_model, save_model
 from train import minimise
@@ -40,14 +42,18 @@ class FinetuneConfig:
     lr: float = 5e-5                # AdamW's peak learning rate; warm-up over a tenth of the steps
     dtype: str = "auto"             # of the products: auto, float32, bfloat16
     seed: int = 0                   # of the order of blocks
+    save_minutes: float = 10.0      # between checkpoints
     data_folder: str = ""           # local files looked into before anything is fetched
 
 
 def finetune(config: FinetuneConfig) -> Path:
     """Tunes and saves; a finished result of the same configuration and data is used again. Returns the directory."""
     out, device = Path(config.out), "cuda" if torch.cuda.is_available() else "cpu"
+    if low := [name for name in ("steps", "batch", "held") if getattr(config, name) < 1]:
+        raise InputError(f"--{low[0]}: got {getattr(config, low[0])}, wanted at least 1")
     model = load_model(config.model, device=device, data=config.data_folder or None)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "data_folder", "data")}
+    places = ("out", "data", "data_folder", "save_minutes")                 # what does not change the result
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in places}
     settings |= {"data_key": data_key(config.data), "model_key": content_key(model)}    # contents, not only names
     report = out / "finetune.json"
     if report.exists() and json.loads(report.read_text())["settings"] == settings:
@@ -55,34 +61,55 @@ def finetune(config: FinetuneConfig) -> Path:
         return out
     dtype, why = compute_dtype(config.dtype, device)
     tokenizer = load_tokenizer(config.model, config.data_folder or None)
-    blocks = read_blocks(config.data, tokenizer, config.tokens)              # (N,T)
+    blocks = read_blocks(config.data, tokenizer, config.tokens)             # (N,T)
     if len(blocks) < config.held + config.batch:
         raise InputError(f"{config.data}: {len(blocks)} blocks of {config.tokens} tokens, "
                          f"wanted at least {config.held + config.batch} (--held and one batch)")
-    policy = Heads(model, 1, dtype=dtype)
-    print(f"fine-tuning on {len(blocks) - config.held} blocks of {config.tokens} tokens, "
+    blocks, held = blocks[: -config.held], blocks[-config.held :]
+    print(f"fine-tuning on {len(blocks)} blocks of {config.tokens} tokens, "
           f"products in {str(dtype).removeprefix('torch.')}: {why}")
-    optimizer, _ = make_optimizer(policy, config.lr)
-    before, order, progress = perplexity(policy, blocks[-config.held :]), [], Progress("finetune")
-    generator = torch.Generator().manual_seed(config.seed)
-    for t in range(config.steps):
-        if len(order) < config.batch:
-            order = torch.randperm(len(blocks) - config.held, generator=generator).tolist()
-        ids, order = blocks[order[: config.batch]].to(device), order[config.batch :]
-        set_rate(optimizer, t, config.steps, config.steps // 10)
-        loss = -block_logps(policy, ids).mean()
-        try:
-            minimise(loss, optimizer, clip=1.0)
-        except FloatingPointError as error:
-            raise InputError(f"{config.data}: step {t}: {error}; nothing was saved. Lower --lr") from None
-        progress(t + 1, config.steps, f"loss {loss.item():.4f}")
-    after = perplexity(policy, blocks[-config.held :])
+    policy = Heads(model, 1, dtype=dtype)
+    before, unfinished = perplexity(policy, held), out.with_name(f"{out.name}-unfinished")
+    tune(policy, blocks, config, unfinished, settings)
+    after = perplexity(policy, held)
     print(f"perplexity on {config.held} held-out blocks: {before:.2f} before, {after:.2f} after")
     report.unlink(missing_ok=True)                              # a report vouches for all that lies beside it
     save_model(policy.trunk, out)
     tokenizer.save(out)
     report.write_text(json.dumps({"perplexity_before": before, "perplexity_after": after, "settings": settings}) + "\n")
+    shutil.rmtree(unfinished, ignore_errors=True)
     return out
+
+
+def tune(policy, blocks: torch.Tensor, config: FinetuneConfig, unfinished: Path, settings: dict) -> None:
+    """All steps on blocks (N,T), each block once before any a second time. Goes on at the checkpoint in `unfinished`;
+    one of other settings is passed over."""
+    optimizer, names = make_optimizer(policy, config.lr)
+    generator, passes = torch.Generator().manual_seed(config.seed), -(-config.steps // (len(blocks) // config.batch))
+    orders = [torch.randperm(len(blocks), generator=generator) for _ in range(passes)]
+    plan = [ids for order in orders for ids in order.split(config.batch) if len(ids) == config.batch]
+    t, saved, progress = 0, time.monotonic(), Progress("finetune")
+    if (unfinished / "checkpoint" / "state.json").exists():
+        tensors, state = load_checkpoint(unfinished, {})
+        if state["config"] == settings:
+            load_state(policy, {n: v for n, v in tensors.items() if not n.startswith("optimizer.")}, unfinished)
+            load_optimizer_state(optimizer, names, tensors)
+            t = state["step"]
+            print(f"resumed at step {t} of {config.steps}")
+    while t < config.steps:
+        set_rate(optimizer, t, config.steps, config.steps // 10)
+        loss = -block_logps(policy, blocks[plan[t]].to(policy.trunk.unembedding.device)).mean()
+        try:
+            minimise(loss, optimizer, clip=1.0)
+        except FloatingPointError as error:
+            raise InputError(f"{config.data}: step {t}: {error}; nothing was saved. Lower --lr") from None
+        t += 1
+        progress(t, config.steps, f"loss {loss.item():.4f}")
+        if time.monotonic() - saved > 60 * config.save_minutes and t < config.steps:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            tensors = trained_state(policy) | optimizer_state(optimizer, names)
+            save_checkpoint(unfinished, tensors, {"step": t, "config": settings})
+            saved = time.monotonic()
 
 
 def read_blocks(path: str, tokenizer, tokens: int) -> torch.Tensor:

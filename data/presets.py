@@ -15,7 +15,7 @@ COMMON = {"agree": 0.3, "margin": 0.5, "seed": 0, "judge_reviews": 12000, "conti
 
 def runs(experts: int, seeds: int = 1, **of_users) -> dict:
     """DPO, and the mixture with one type a pair, as in the paper, and with one type a user, this one once a seed."""
-    heads = {"experts": experts, "start": "linear"}
+    heads = {"experts": experts, "start": "linear", "head_lr": 3e-3}
     out = {"dpo": {"experts": 1}, "mix-pair": heads | {"latent": "pair"}}
     for seed in range(seeds):
         out["mix-user" + f"-seed{seed}" * (seed > 0)] = heads | {"latent": "user", "seed": seed} | of_users
@@ -37,7 +37,7 @@ QUICK = COMMON | {
 }
 CPU = COMMON | {
     "annotators": TWO, "prompts": 600, "heldout": 200, "evaluate": 200, "continuations": 6, "max_response": 32,
-    "users": 120, "pairs": 20, "heldout_pairs": 5, "reviews": 3000,
+    "users": 120, "pairs": 20, "heldout_pairs": 8, "reviews": 3000,
     "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4},
     "train": {"epochs": 1, "batch": 24, "micro": 24, "lr": 5e-5},
     "runs": runs(2, seeds=3, start_steps=40, estep="context", context=8),

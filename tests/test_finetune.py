@@ -82,6 +82,34 @@ def test_an_unchanged_result_is_used_again_and_a_changed_one_is_made_anew(tmp_pa
     assert not (out / "finetune.json").exists()                 # or the next call would take what lies there for whole
 
 
+def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path, model_dir, monkeypatch, capsys):
+    """Faults: moments or the order of blocks lost; the schedule begun anew; another configuration's checkpoint used;
+    a checkpoint left behind."""
+    folders = {name: tmp_path / name for name in ("whole", "cut")}
+    for folder in folders.values():
+        folder.mkdir()
+    whole = load_model(tune(folders["whole"], model_dir, steps=9)).state_dict()
+    real, steps = module.minimise, []
+
+    def stops(*args, **options):
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        steps.append(real(*args, **options))
+
+    for options in ({"lr": 3e-3}, {}):                                      # the first is another configuration's
+        steps.clear()
+        monkeypatch.setattr(module, "minimise", stops)
+        with pytest.raises(KeyboardInterrupt):
+            tune(folders["cut"], model_dir, save_minutes=0.0, **{"steps": 9} | options)
+        assert "resumed" not in capsys.readouterr().out and not (folders["cut"] / "tuned").exists()
+    monkeypatch.undo()
+    out = tune(folders["cut"], model_dir, steps=9)
+    assert "resumed at step 5 of 9" in capsys.readouterr().out
+    for name, value in load_model(out).state_dict().items():
+        assert torch.equal(value, whole[name]), name
+    assert sorted(path.name for path in folders["cut"].iterdir()) == ["reviews.jsonl", "tuned"]
+
+
 def test_other_weights_under_the_same_name_are_tuned_anew(tmp_path):
     """Fault: a model known by its name alone."""
     model = tinyjob.make_model(tmp_path / "model", seed=0)
@@ -105,7 +133,9 @@ def test_lines_that_hold_no_text_are_refused(line, says, tmp_path, model_dir):
 
 
 def test_too_few_texts_and_nan_are_refused_and_nothing_is_saved(tmp_path, model_dir):
-    """Faults: an endless loop over too few blocks; a NaN model saved."""
+    """Faults: an endless loop over too few blocks; a NaN model saved; no blocks held out, which would be all of them."""
+    with pytest.raises(InputError, match="--held: got 0, wanted at least 1"):
+        tune(tmp_path, model_dir, held=0)
     with pytest.raises(InputError, match="3 blocks of 24 tokens, wanted at least 8"):
         tune(tmp_path, model_dir, TEXTS[:1])
     with pytest.raises(InputError, match="step 1.*nan.*Lower --lr"):
