@@ -54,10 +54,16 @@ def config_from_json(path):
     common = {field: raw[key] for field, key in keys.items()}
     common.update(bos=raw.get("bos_token_id"), eos=tuple(eos) if isinstance(eos, list) else eos)
     if family == "gpt2":
-        return GPT2Config(**common, inner=raw.get("n_inner"), tied=raw.get("tie_word_embeddings", True))
-    theta, scaling = _rope(raw, path)
-    return LlamaConfig(**common, kv_heads=raw.get("num_key_value_heads") or common["heads"], theta=theta,
-                       head_dim=raw.get("head_dim"), scaling=scaling, tied=raw.get("tie_word_embeddings", False))
+        make, own = GPT2Config, dict(inner=raw.get("n_inner"), tied=raw.get("tie_word_embeddings", True))
+    else:
+        theta, scaling = _rope(raw, path)
+        make, own = LlamaConfig, dict(kv_heads=raw.get("num_key_value_heads") or common["heads"], theta=theta,
+                                      head_dim=raw.get("head_dim"), scaling=scaling,
+                                      tied=raw.get("tie_word_embeddings", False))
+    try:
+        return make(**common, **own)
+    except AssertionError as error:                     # sizes that do not go together
+        raise InputError(f"{path}: {error}; use the config.json that came with the weights") from None
 
 
 def _refuse_unless(value, accepted, key, path):

@@ -287,6 +287,17 @@ def test_config_json_missing_broken_or_incomplete(copy):
     refused(folder, "config.json", "is not there")
 
 
+@pytest.mark.parametrize("case, setting, value, words", [
+    ("gpt2", "n_head", 3, ["width 20 is not a multiple of heads 3"]),
+    ("llama-tied", "num_key_value_heads", 5, ["no multiple of kv_heads 5"]),
+    ("llama-tied", "head_dim", 3, ["head_dim 3 is odd"]),
+])
+def test_sizes_that_do_not_go_together(case, setting, value, words, copy):
+    """Fault: an AssertionError that names no file."""
+    folder = copy(case, **{setting: value})
+    refused(folder, str(folder / "config.json"), *words)
+
+
 def test_shards(copy, tmp_path):
     """Faults: a shard that is not there skipped; a file outside of the directory read; no word where no index is."""
     folder = copy("llama-untied")
