@@ -70,7 +70,7 @@ def load_run(path: Path, device: str, data_folder: str) -> Run:
         raise InputError(f"{path}: stopped at step {state['step']}; finish it with the options in its config.json")
     model = load_model(config.model, device=device, data=data_folder or None)
     experts = make_experts(model, config, compute_dtype(config.dtype, device)[0]).eval()
-    load_state(experts, {n.removeprefix("experts."): v for n, v in tensors.items() if n.startswith("experts.")}, path)
+    load_state(experts, tensors, path)
     return Run(path.name, config, experts, tensors["log_w"].to(device), tensors["table"], path)
 
 

@@ -300,8 +300,7 @@ def run(config: TrainConfig) -> Path:
     table, t = torch.full((len(data.units), config.experts), torch.nan), 0       # (G,K) last responsibilities; the step
     if found:
         tensors, state = found
-        own = {n.removeprefix("experts."): v for n, v in tensors.items() if n.startswith("experts.")}
-        load_state(experts, own, out)
+        load_state(experts, tensors, out)
         load_optimizer_state(optimizer, names, tensors)
         table, log_w, t = tensors["table"], tensors["log_w"].to(device), state["step"]
         print(f"resumed at step {t} of {len(plan)}")
@@ -310,9 +309,9 @@ def run(config: TrainConfig) -> Path:
         check_start(experts, first, ref_logp, log_w, config.beta)
 
     def save(finished: bool) -> None:
-        tensors = {f"experts.{n}": v for n, v in trained_state(experts).items()} | {"table": table, "log_w": log_w}
         moments = {} if finished else optimizer_state(optimizer, names)
-        save_checkpoint(out, tensors | moments, {"step": t, "finished": finished, "config": same})
+        tensors = trained_state(experts) | moments | {"table": table, "log_w": log_w}
+        save_checkpoint(out, tensors, {"step": t, "finished": finished, "config": same})
 
     progress, saved = Progress(out.name), time.monotonic()
     log, log_of_q = keep_lines(out / "metrics.jsonl", t), keep_lines(out / "responsibilities.jsonl", t)

@@ -92,7 +92,7 @@ def tune(policy, blocks: torch.Tensor, config: FinetuneConfig, unfinished: Path,
     if (unfinished / "checkpoint" / "state.json").exists():
         tensors, state = load_checkpoint(unfinished, {})
         if state["config"] == settings:
-            load_state(policy, {n: v for n, v in tensors.items() if not n.startswith("optimizer.")}, unfinished)
+            load_state(policy, tensors, unfinished)
             load_optimizer_state(optimizer, names, tensors)
             t = state["step"]
             print(f"resumed at step {t} of {config.steps}")

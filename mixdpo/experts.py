@@ -127,14 +127,15 @@ def pair_logp(experts: Heads | Models, batch: Batch, tile: int | None = 4096) ->
 
 
 def trained_state(experts: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that training may have changed, by name, for safetensors."""
-    return {name: p.detach().contiguous() for name, p in experts.named_parameters() if p.requires_grad}
+    """The parameters that training may have changed, as "experts." and their names, for safetensors."""
+    return {f"experts.{name}": p.detach().contiguous() for name, p in experts.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
-def load_state(experts: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+def load_state(experts: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Copies a saved state back. Raises: InputError naming every tensor that is missing, extra or of another shape."""
-    own = {name: p for name, p in experts.named_parameters() if p.requires_grad}
+    own = {f"experts.{name}": p for name, p in experts.named_parameters() if p.requires_grad}
+    state = {name: value for name, value in tensors.items() if name.startswith("experts.")}
     wrong = sorted(set(own) ^ set(state)) + [n for n in set(own) & set(state) if own[n].shape != state[n].shape]
     if wrong:
         raise InputError(f"{path}: its tensors do not fit this configuration: {', '.join(wrong[:8])}; "

@@ -86,7 +86,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         y = F.rms_norm(x, self.weight.shape, self.weight, self.eps)         # sums in fp32, also for bf16 x
-        kind = x.device.type                            # under autocast: cast here once, not in each projection that reads y
+        kind = x.device.type                            # under autocast: cast once, not in each projection that reads y
         return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
 
 

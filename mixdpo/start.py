@@ -1,8 +1,8 @@
-"""How a run starts: the weights before any update, the first responsibilities, and what must hold before the first step.
+"""How a run starts: the first weights, the first responsibilities, and what must hold before the first step.
 
-Experts that are all equal stay equal: every h is 0, q = w, and all get the same gradient, for ever (the symmetric saddle). So the first
-steps take responsibilities that differ between groups: random ones, or those of the same mixture with linear rewards on the reference's
-frozen features, which sees structure that experts equal to the reference cannot see yet.
+Experts that are all equal stay equal: every h is 0, q = w, and all get the same gradient, for ever (the symmetric
+saddle). So the first steps take responsibilities that differ between groups: random ones, or those of the same mixture
+with linear rewards on the reference's frozen features, which sees what experts equal to the reference cannot see yet.
 """
 
 import math
@@ -21,7 +21,8 @@ def first_weights(config) -> torch.Tensor:
         return torch.full((config.experts,), -math.log(config.experts))
     w = torch.tensor(convert(config.weights, tuple[float, ...], "--weights"))
     if len(w) != config.experts or (w <= 0).any():
-        raise InputError(f"--weights: got {config.weights!r}, wanted uniform, update, or {config.experts} positive numbers")
+        raise InputError(f"--weights: got {config.weights!r}, wanted uniform, update, "
+                         f"or {config.experts} positive numbers")
     return torch.log(w / w.sum())
 
 
@@ -40,7 +41,8 @@ def first_responsibilities(config, units: list[list[int]], features: torch.Tenso
     x = x / x.square().mean(0).sqrt().clamp_min(1e-6)
     fit = linear_mixture(x, torch.tensor(group), config.experts, 1e-2 * len(x), config.restarts, seed=config.seed)
     shares = ", ".join(f"{q:.2f}" for q in fit.log_q.exp().mean(0))
-    print(f"linear start: bounds {', '.join(f'{b:.1f}' for b in fit.bounds)} nats; best {fit.bound:.1f}, shares {shares}")
+    bounds = ", ".join(f"{bound:.1f}" for bound in fit.bounds)
+    print(f"linear start: bounds {bounds} nats; best {fit.bound:.1f}, shares {shares}")
     return fit.log_q
 
 
@@ -52,9 +54,10 @@ def check_start(experts, batch, ref_logp: torch.Tensor, log_w: torch.Tensor, bet
     """
     h = margins(pair_logp(experts, batch), ref_logp[batch.pair, None].to(log_w), beta)      # (B,K)
     log_p, log_q = e_step(log_w, h)
-    slack = beta * (1e-3 if experts.dtype == torch.float32 else 1.0)                        # nats a response, times beta
+    slack = beta * (1e-3 if experts.dtype == torch.float32 else 1.0)        # nats a response, times beta
     off = h.abs().max()
-    assert off <= slack, f"margins at step 0 are up to {off:.3g}, want 0 within {slack:.1g}: policy and reference differ"
+    assert off <= slack, (f"margins at step 0 are up to {off:.3g}, want 0 within {slack:.1g}: "
+                          "policy and reference differ")
     off = (log_p + math.log(2)).abs().max()
     assert off <= slack, f"the loss at step 0 is off ln 2 by {off:.3g}"
     off = (log_q.exp() - log_w.exp()).abs().max()

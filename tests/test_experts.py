@@ -98,7 +98,8 @@ def test_a_frozen_trunk_stays_bit_identical(family, rank):
     experts = small.experts(family, experts=2, rank=rank, train_trunk=False)
     before = {n: p.detach().clone() for n, p in experts.named_parameters()}
     trained = [n for n, p in experts.named_parameters() if p.requires_grad]
-    assert trained == (["W_k"] if rank == 0 else ["A", "B"]) and set(trained_state(experts)) == set(trained)
+    assert trained == (["W_k"] if rank == 0 else ["A", "B"])
+    assert set(trained_state(experts)) == {f"experts.{n}" for n in trained}
     pair_logp(experts, batch()).sum().backward()
     with torch.no_grad():
         for p in experts.parameters():
@@ -174,10 +175,11 @@ def test_a_state_that_does_not_fit_is_refused_whole(tmp_path):
     experts = small.experts(experts=2, train_trunk=False)
     before = copy.deepcopy(trained_state(experts))
     good = {n: t + 1 for n, t in before.items()}
-    faults = {"A": {"B": good["B"]}, "extra": good | {"extra": good["A"]}, "B": good | {"B": good["B"][:1]}}
+    A, B, extra = "experts.A", "experts.B", "experts.extra"
+    faults = {"A": {B: good[B]}, "extra": good | {extra: good[A]}, "B": good | {B: good[B][:1]}}
     for name, state in faults.items():
         with pytest.raises(InputError, match=rf"{re.escape(str(tmp_path))}: .*\b{name}\b"):
             load_state(experts, state, tmp_path)
         assert all(torch.equal(t, before[n]) for n, t in trained_state(experts).items())
-    with pytest.raises(InputError, match="A, B, extra"):
-        load_state(experts, {"extra": good["A"]}, tmp_path)
+    with pytest.raises(InputError, match="experts.A, experts.B, experts.extra"):
+        load_state(experts, {extra: good[A]}, tmp_path)

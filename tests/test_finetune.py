@@ -133,7 +133,7 @@ def test_lines_that_hold_no_text_are_refused(line, says, tmp_path, model_dir):
 
 
 def test_too_few_texts_and_nan_are_refused_and_nothing_is_saved(tmp_path, model_dir):
-    """Faults: an endless loop over too few blocks; a NaN model saved; no blocks held out, which would be all of them."""
+    """Faults: an endless loop over too few blocks; a NaN model saved; no block held out, read as all held out."""
     with pytest.raises(InputError, match="--held: got 0, wanted at least 1"):
         tune(tmp_path, model_dir, held=0)
     with pytest.raises(InputError, match="3 blocks of 24 tokens, wanted at least 8"):

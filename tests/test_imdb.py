@@ -263,8 +263,8 @@ def test_of_a_prompts_pairs_the_clearest_is_seen():
 
 
 def test_users_see_different_pairs_while_there_are_any():
-    """Caught: the clearest pair for everybody; the two orders of a pair held for two pairs; a prompt's counts mixed up."""
-    scores = [{"a": [0.0, 2.0, 3.0], "b": [0.0, -2.0, -0.6]}] * 2           # clear conflicts: (1, 0), (2, 0); not (2, 1)
+    """Caught: the clearest pair for everybody; the two orders of a pair held for two pairs; prompts' counts mixed up."""
+    scores = [{"a": [0.0, 2.0, 3.0], "b": [0.0, -2.0, -0.6]}] * 2         # clear conflicts: (1, 0), (2, 0); not (2, 1)
     users = {"u": "a", "v": "b", "w": "a"}
     judged = judge_pairs(scores, users, 2, 0.0, 0.5, {"a": 1.0, "b": 1.0}, seed=0)
     seen = {(p["user"], p["prompt"]): (p["chosen"], p["rejected"]) for p in judged}

@@ -274,7 +274,8 @@ def test_exact_tempered_and_hard_responsibilities():
     q = log_q.exp()
     assert vary(log_q, "exact") is log_q
     for T in (0.5, 1.0, 3.0):
-        close(vary(log_q, "tempered", temperature=T).exp(), (q ** (1 / T) / (q ** (1 / T)).sum(-1, keepdim=True)).tolist())
+        power = q ** (1 / T)
+        close(vary(log_q, "tempered", temperature=T).exp(), (power / power.sum(-1, keepdim=True)).tolist())
     hard = vary(torch.cat([log_q, torch.zeros(1, 3, dtype=FP64)]), "hard").exp()
     assert hard.sum(-1).tolist() == [1.0] * 8 and torch.equal(hard[:7].argmax(-1), q.argmax(-1))
 
