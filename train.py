@@ -31,8 +31,8 @@ from mixdpo.experts import load_state, make_experts, pair_logp, trained_state
 from mixdpo.logprob import TILE, sum_responses
 from mixdpo.mixture import e_step, expert_loss, update_weights
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
-from mixdpo.preferences import (Batch, Pair, batches, check_lengths, collate, data_key, groups, mark_context,
-                                read_preferences, response_positions)
+from mixdpo.plan import Micro, make_plan, micro_batches
+from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences, response_positions
 from mixdpo.reference import reference_of
 from mixdpo.rundir import Progress, compute_dtype, environment, keep_lines, load_checkpoint, save_checkpoint
 from mixdpo.start import check_start, first_responsibilities, first_weights
@@ -76,25 +76,6 @@ class TrainConfig:
     seed: int = 0                   # of everything random
     save_minutes: float = 10.0      # between checkpoints
     data_folder: str = ""           # local files looked into before anything is fetched
-
-
-@dataclass(frozen=True)
-class Data:
-    """The preference file, and who is trained on when."""
-
-    pairs: list[Pair]
-    units: list[list[int]]          # the pairs of each group (a group shares one latent z)
-    trained: list[list[int]]        # those of them that the M-step sees
-    plan: list[tuple[int, list[int]]]   # (epoch, groups) of every optimizer step
-
-
-@dataclass(frozen=True)
-class Micro:
-    """Whole groups for one forward pass."""
-
-    train: Batch                    # the pairs that are trained on
-    context: Batch | None           # the pairs that only the E-step looks at
-    groups: torch.Tensor            # (G,) the groups' numbers
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------
@@ -197,56 +178,24 @@ def minimise(loss: torch.Tensor, optimizer, clip: float) -> float:
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def micro_batches(pairs: list[Pair], units: list[list[int]], ids: list[int], config, device) -> list[Micro]:
-    """The groups `ids` in runs of whole groups with about config.micro trained pairs each."""
-    aside = [config.estep == "context" and bool(pair.context) for pair in pairs]
-    runs, size = [[]], 0
-    for g in ids:
-        count = sum(not aside[i] for i in units[g])
-        if runs[-1] and size + count > config.micro:
-            runs.append([])
-            size = 0
-        runs[-1].append(g)
-        size += count
-    out = []
-    for run in runs:
-        index = [i for g in run for i in units[g]]
-        train, held = [i for i in index if not aside[i]], [i for i in index if aside[i]]
-        context = collate(pairs, held, config.latent).to(device) if held else None
-        out.append(Micro(collate(pairs, train, config.latent).to(device), context, torch.tensor(run)))
-    return out
-
-
-def read_data(config, tokenizer, context: int) -> Data:
-    """The file as the loop wants it. Raises: InputError, naming the file, before anything is computed."""
-    pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
-    try:
-        check_lengths(pairs, context)
-        if config.estep == "context":
-            pairs = mark_context(pairs, config.context, config.seed)
-        units = groups(pairs, config.latent)
-        trained = [[i for i in unit if not (config.estep == "context" and pairs[i].context)] for unit in units]
-        plan = [(epoch, ids) for epoch in range(config.epochs)
-                for ids in batches(trained, config.batch, config.seed, epoch, pairs)]
-    except InputError as error:
-        raise InputError(f"{config.data}: {error}") from None
-    return Data(pairs, units, trained, plan)
-
-
 def prepare(config):
-    """Everything the loop needs: experts, data, reference, device. Prints what it found and decided."""
+    """Everything the loop needs: experts, plan, reference, device. Prints what it found and decided."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, why = compute_dtype(config.dtype, device)
     folder = config.data_folder or None
     tokenizer = load_tokenizer(config.model, folder)
     model = load_model(config.model, device=device, data=folder)
     model.checkpointing = config.checkpointing
-    data = read_data(config, tokenizer, model.config.context)
-    name = str(dtype).removeprefix("torch.")
-    print(f"{len(data.pairs)} pairs in {len(data.units)} groups ({config.latent}); products in {name}: {why}")
-    cache = Path(config.out).parent / "cache"
-    reference = reference_of(config.data, data.pairs, model, tokenizer, config, dtype, cache)
-    return make_experts(model, config, dtype), data, reference, device
+    pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
+    try:
+        check_lengths(pairs, model.config.context)
+        plan = make_plan(pairs, config)
+    except InputError as error:
+        raise InputError(f"{config.data}: {error}") from None
+    name, cache = str(dtype).removeprefix("torch."), Path(config.out).parent / "cache"
+    print(f"{len(pairs)} pairs in {len(plan.units)} groups ({config.latent}); products in {name}: {why}")
+    reference = reference_of(config.data, pairs, model, tokenizer, config, dtype, cache)
+    return make_experts(model, config, dtype), plan, reference, device
 
 
 def validate(config: TrainConfig) -> None:
@@ -289,23 +238,23 @@ def run(config: TrainConfig) -> Path:
         print(f"{out}: finished before")
         return out
     print(json.dumps(dataclasses.asdict(config) | environment()))
-    experts, data, reference, device = prepare(config)
+    experts, plan, reference, device = prepare(config)
     same |= {"model_key": content_key(experts.policy(0)[0])}                # still the reference
     found = load_checkpoint(out, same)
     optimizer, names = make_optimizer(experts, config.lr, config.head_lr)
     ref_logp, log_w = reference.logp.to(device), first_weights(config).to(device)
-    start, plan = first_responsibilities(config, data.units, reference.features), data.plan
+    start, steps = first_responsibilities(config, plan.units, reference.features), plan.steps
     out.mkdir(parents=True, exist_ok=True)                                  # not before all input is known to be good
     configs.save(config, out / "config.json")
-    table, t = torch.full((len(data.units), config.experts), torch.nan), 0       # (G,K) last responsibilities; the step
+    table, t = torch.full((len(plan.units), config.experts), torch.nan), 0       # (G,K) last responsibilities; the step
     if found:
         tensors, state = found
         load_state(experts, tensors, out)
         load_optimizer_state(optimizer, names, tensors)
         table, log_w, t = tensors["table"], tensors["log_w"].to(device), state["step"]
-        print(f"resumed at step {t} of {len(plan)}")
+        print(f"resumed at step {t} of {len(steps)}")
     else:
-        first = micro_batches(data.pairs, data.units, plan[0][1], config, device)[0].train
+        first = micro_batches(plan, steps[0][1], config, device)[0].train
         check_start(experts, first, ref_logp, log_w, config.beta)
 
     def save(finished: bool) -> None:
@@ -313,32 +262,32 @@ def run(config: TrainConfig) -> Path:
         tensors = trained_state(experts) | moments | {"table": table, "log_w": log_w}
         save_checkpoint(out, tensors, {"step": t, "finished": finished, "config": same})
 
-    progress, saved = Progress(out.name), time.monotonic()
+    progress, saved = Progress(out.name, t), time.monotonic()
     log, log_of_q = keep_lines(out / "metrics.jsonl", t), keep_lines(out / "responsibilities.jsonl", t)
-    while t < len(plan):
-        epoch, ids = plan[t]
+    while t < len(steps):
+        epoch, ids = steps[t]
         given = start if t < config.start_steps else None
         if given is None and config.estep == "first":
             given = table
-        set_rate(optimizer, t, len(plan), config.warmup)
-        micros = micro_batches(data.pairs, data.units, ids, config, device)
+        set_rate(optimizer, t, len(steps), config.warmup)
+        micros = micro_batches(plan, ids, config, device)
         try:
             figures, log_q = step(experts, optimizer, micros, ref_logp, log_w, given, config)
         except FloatingPointError as error:
-            lines = sorted(data.pairs[i].line for g in ids for i in data.trained[g])
+            lines = sorted(plan.pairs[i].line for g in ids for i in plan.trained[g])
             raise InputError(f"{config.data}: step {t}: {error}; nothing was updated. Lines of this batch: {lines}. "
                              "Lower --lr, or look at these lines") from None
         t, log_q, w = t + 1, log_q.cpu(), log_w.exp().tolist()              # w: what this step used
         table[ids] = log_q
-        if config.weights == "update" and (t == len(plan) or plan[t][0] > epoch):
+        if config.weights == "update" and (t == len(steps) or steps[t][0] > epoch):
             log_w = update_weights(table[~table.isnan().any(1)], config.prior).to(device)           # M10, once an epoch
         rate, q = optimizer.param_groups[0]["lr"], log_q.exp().mul(1e4).round().div(1e4)
         log.write(json.dumps({"step": t, "epoch": epoch, "rate": rate, "w": w} | figures) + "\n")
         log_of_q.write(json.dumps({"step": t, "groups": ids, "q": q.tolist()}) + "\n")
         log.flush(), log_of_q.flush()
         accuracy = " ".join(f"{a:.2f}" for a in figures["accuracy"])
-        progress(t, len(plan), f"loss {figures['loss']:.4f}  accuracy {accuracy}")
-        if time.monotonic() - saved > 60 * config.save_minutes and t < len(plan):
+        progress(t, len(steps), f"loss {figures['loss']:.4f}  accuracy {accuracy}")
+        if time.monotonic() - saved > 60 * config.save_minutes and t < len(steps):
             save(finished=False)
             saved = time.monotonic()
     log.close(), log_of_q.close()

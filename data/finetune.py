@@ -88,7 +88,7 @@ def tune(policy, blocks: torch.Tensor, config: FinetuneConfig, unfinished: Path,
     generator, passes = torch.Generator().manual_seed(config.seed), -(-config.steps // (len(blocks) // config.batch))
     orders = [torch.randperm(len(blocks), generator=generator) for _ in range(passes)]
     plan = [ids for order in orders for ids in order.split(config.batch) if len(ids) == config.batch]
-    t, saved, progress = 0, time.monotonic(), Progress("finetune")
+    t, saved = 0, time.monotonic()
     if (unfinished / "checkpoint" / "state.json").exists():
         tensors, state = load_checkpoint(unfinished, {})
         if state["config"] == settings:
@@ -96,6 +96,7 @@ def tune(policy, blocks: torch.Tensor, config: FinetuneConfig, unfinished: Path,
             load_optimizer_state(optimizer, names, tensors)
             t = state["step"]
             print(f"resumed at step {t} of {config.steps}")
+    progress = Progress("finetune", t)
     while t < config.steps:
         set_rate(optimizer, t, config.steps, config.steps // 10)
         loss = -block_logps(policy, blocks[plan[t]].to(policy.trunk.unembedding.device)).mean()

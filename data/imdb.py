@@ -133,8 +133,7 @@ def sample(job: Path, preset: dict, tokenizer, file: str, seed: int, key: str) -
     unfinished = job / f"sampled-{file}.{key[:12]}"                         # the key: another job's lines are not used
     done = read_lines(unfinished, whole=True) if unfinished.is_file() else []
     write_lines(unfinished, done)
-    progress, rows = Progress(f"sample {file}"), (AT_ONCE if device == "cpu" else 16 * AT_ONCE) // n * n
-    progress(len(done), len(prompts))
+    progress, rows = Progress(f"sample {file}", len(done)), (AT_ONCE if device == "cpu" else 16 * AT_ONCE) // n * n
     with unfinished.open("a", encoding="utf-8") as out:
         for start in range(len(done), len(prompts), rows // n):
             part = prompts[start : start + rows // n]

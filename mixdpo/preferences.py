@@ -16,9 +16,8 @@ none under right padding).
 import hashlib
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 
 from mixdpo.config import InputError, parse
@@ -158,49 +157,6 @@ def groups(pairs: list[Pair], latent: str) -> list[list[int]]:
     for i, pair in enumerate(pairs):
         of_user[pair.user].append(i)
     return list(of_user.values())
-
-
-def mark_context(pairs: list[Pair], count: int, seed: int) -> list[Pair]:
-    """The pairs, with `count` of each user's drawn by `seed` as context pairs, which the E-step alone looks at.
-
-    A user for whom the file says context, on any line, is left as the file has it. Raises: InputError unless every
-    user then has a context pair, without which its E-step is the prior, and another pair to train on.
-    """
-    generator, marked = np.random.default_rng(seed), list(pairs)
-    for group in groups(pairs, "user"):
-        drawn = set(generator.permutation(group)[:count].tolist())
-        if all(pairs[i].context is None for i in group):
-            for i in group:
-                marked[i] = replace(pairs[i], context=i in drawn)
-        aside = sum(bool(marked[i].context) for i in group)
-        if not 0 < aside < len(group):
-            fits = f"1 to {len(group) - 1} would fit" if len(group) > 1 else "take that user out"
-            raise InputError(
-                f"user {pairs[group[0]].user!r} has {len(group)} pairs, {aside} of them for context; "
-                f"one for context and one to train on are the least: {fits}"
-            )
-    return marked
-
-
-def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: list[Pair] = ()) -> list[list[int]]:
-    """One epoch as lists of indices into `groups`: whole groups, shuffled by (seed, epoch), none left out.
-
-    A batch holds at most `size` pairs and ends where the next group would not fit, so batches are ragged.
-    Raises: InputError if a group is larger than a batch; it names the user if `pairs` is given.
-    """
-    assert groups and all(groups), f"got {len(groups)} groups, {groups.count([])} of them empty; wanted pairs in each"
-    largest = max(range(len(groups)), key=lambda g: len(groups[g]))
-    if (needed := len(groups[largest])) > size:
-        name = f"user {pairs[groups[largest][0]].user!r}" if pairs else f"group {largest}"
-        raise InputError(f"{name} has {needed} pairs, and a batch holds {size}; choose a batch of {needed} or more")
-    out, room = [], 0
-    for g in np.random.default_rng([seed, epoch]).permutation(len(groups)).tolist():
-        if len(groups[g]) > room:
-            out.append([])
-            room = size
-        out[-1].append(g)
-        room -= len(groups[g])
-    return out
 
 
 # ---- ids -> tensors

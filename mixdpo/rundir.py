@@ -55,12 +55,11 @@ class Progress:
     """One line on stderr: steps, rate, time left. On a terminal it rewrites itself;
     in a file a line every 20 seconds."""
 
-    def __init__(self, name: str):
-        self.name, self.began, self.first, self.last = name, time.monotonic(), None, 0.0
+    def __init__(self, name: str, first: int = 0):                          # first: what was done before, not now
+        self.name, self.began, self.first, self.last = name, time.monotonic(), first, 0.0
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         now, live = time.monotonic(), sys.stderr.isatty()
-        self.first = done - 1 if self.first is None else self.first         # a resumed run's rate counts its own steps
         if done < total and now - self.last < (0.5 if live else 20):
             return
         self.last, rate = now, (done - self.first) / max(now - self.began, 1e-9)

@@ -42,3 +42,6 @@ def read(folder, *records, tokenizer=None, max_prompt=16, max_response=16, **opt
 
 def pair(prompt, chosen, rejected, **more):
     return Pair(list(prompt), list(chosen), list(rejected), **more)
+
+
+PEOPLE = [pair([1], [2], [3], user=u, line=i + 1) for i, u in enumerate("babcabbccbbb")]

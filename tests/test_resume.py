@@ -10,6 +10,7 @@ import pytest
 import tinyjob
 import train
 from mixdpo.config import InputError
+from mixdpo.plan import batches
 
 ROOT = Path(__file__).parent.parent
 CASES = {
@@ -139,7 +140,7 @@ def test_a_loss_that_is_not_a_number_stops_with_its_lines_and_leaves_nothing_hal
     message, out = str(caught.value), tmp_path / "run"
     assert all(part in message for part in ("run.jsonl", "step 1", "nan", "--lr")), message
     told = eval(message[message.index("[") : message.index("]") + 1])
-    plan = train.batches([[i] for i in range(18)], 8, 0, 0)
+    plan = batches([[i] for i in range(18)], 8, 0, 0)
     assert told == sorted(i + 1 for i in plan[1])                           # lines count from 1, steps from 0
     assert not (out / "checkpoint").exists() and not (out / "checkpoint.new").exists()
     assert len(tinyjob.lines(out / "metrics.jsonl")) == len(tinyjob.lines(out / "responsibilities.jsonl")) == 1

@@ -14,8 +14,9 @@ import small
 from mixdpo.dpo import dpo_loss, margins
 from mixdpo.experts import pair_logp
 from mixdpo.mixture import log_marginal
+from mixdpo.plan import Micro, make_plan, micro_batches
 from mixdpo.preferences import collate, groups
-from train import Micro, accumulate, micro_batches, step
+from train import accumulate, step
 
 COUNT = 9
 SHARINGS = {"k1": dict(experts=1), "full": dict(experts=2, rank=0), "low-rank": dict(experts=3),
@@ -149,12 +150,12 @@ class Plain:
             p.grad = None
 
 
-def updated(experts, pairs, units, config, ref, given=None, order=None):
+def updated(experts, pairs, config, ref, given=None, order=None):
     """How far one step on all groups moves the parameters, and what `step` returned; the experts are put back."""
     optimizer = Plain(p for p in experts.parameters() if p.requires_grad)
     before = {n: p.detach().clone() for n, p in experts.named_parameters() if p.requires_grad}
-    ids = list(range(len(units))) if order is None else order
-    micros = micro_batches(pairs, units, ids, config, "cpu")
+    plan = make_plan(pairs, config)
+    micros = micro_batches(plan, list(range(len(plan.units))) if order is None else order, config, "cpu")
     figures, used = step(experts, optimizer, micros, ref, LOG_W[experts.K], given, config)
     change = {n: before[n] - p.detach() for n, p in experts.named_parameters() if p.requires_grad}
     with torch.no_grad():
@@ -196,7 +197,7 @@ def test_the_micro_batch_does_not_matter(sharing, case):
     cuts = [(100, 10_000, None), (1, 10_000, None), (3, 10, None), (4, 0, None), (3, 1, turned)]
     for micro, head_rows, order in cuts:
         config = small.config(beta=0.5, micro=micro, head_rows=head_rows, clip=1e9, **options)
-        change, figures, used = updated(experts, pairs, units, config, ref, given, order)
+        change, figures, used = updated(experts, pairs, config, ref, given, order)
         used = used if order is None else used[torch.argsort(torch.tensor(order))]
         assert used.shape == (len(units), experts.K) and (used.exp().sum(-1) - 1).abs().max() < 1e-6
         results.append((change, figures, used))
@@ -209,7 +210,7 @@ def test_the_micro_batch_does_not_matter(sharing, case):
 
 
 def test_context_pairs_decide_and_are_not_trained_on():
-    """estep context: a user's posterior comes from the context pairs alone, 
+    """estep context: a user's posterior comes from the context pairs alone,
     and the gradient from the others alone, divided by their number.
     Catches: the two exchanged, context pairs in either sum,
     the posterior of users in another order than the groups'."""
@@ -224,6 +225,6 @@ def test_context_pairs_decide_and_are_not_trained_on():
     (-(log_q[group].exp() * F.logsigmoid(h))[~aside].sum() / (COUNT - len(context))).backward()
     want = gradient(experts)
     config = small.config(beta=0.5, latent="user", estep="context", context=1, micro=3, head_rows=10, clip=1e9)
-    change, figures, used = updated(experts, pairs, groups(pairs, "user"), config, ref)
+    change, figures, used = updated(experts, pairs, config, ref)
     assert_equal(change, want, "context")
     assert torch.allclose(used, log_q, atol=1e-12) and figures["pairs"] == COUNT - len(context)

@@ -151,8 +151,8 @@ def test_progress_says_rate_and_time_left(capsys, monkeypatch):
     """Faults: a resumed run's rate counts steps it did not do; the last line is not written."""
     now = iter([0.0, 10.0, 40.0])
     monkeypatch.setattr(rundir.time, "monotonic", lambda: next(now))
-    progress = rundir.Progress("name")
-    progress(101, 200)                                                      # resumed at 100
+    progress = rundir.Progress("name", 100)
+    progress(101, 200)
     progress(200, 200, "note")
     said = capsys.readouterr().err.splitlines()
     assert said[-1].split() == ["name", "200/200", "2.50/s", "00:00:00", "left", "note"], said

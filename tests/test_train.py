@@ -20,7 +20,8 @@ from mixdpo import start as start_module
 from mixdpo.config import InputError
 from mixdpo.experts import make_experts
 from mixdpo.mixture import random_responsibilities
-from mixdpo.preferences import batches, groups, mark_context, read_preferences
+from mixdpo.plan import batches, mark_context
+from mixdpo.preferences import groups, read_preferences
 from mixdpo.reference import compute_reference
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import load_model
@@ -236,8 +237,8 @@ def test_the_linear_start_finds_planted_users(tmp_path, model_dir, capsys):
     records = tinyjob.make_records(users=10, each=6, letters=("aaab", "zzzy"))
     paths = dict(data=tinyjob.write(tmp_path / "d.jsonl", records), model=str(model_dir), out=str(tmp_path / "r"))
     config = train.TrainConfig(**tinyjob.SMALL | paths, latent="user", start="linear")
-    _, data, reference, _ = train.prepare(config)
-    pairs, units = data.pairs, data.units
+    _, plan, reference, _ = train.prepare(config)
+    pairs, units = plan.pairs, plan.units
     q = train.first_responsibilities(config, units, reference.features).exp()
     found, truth = q.argmax(1).tolist(), [int(pairs[unit[0]].user[1:]) % 2 for unit in units]
     assert brute.best_matching(found, truth, 2) == 1.0 and q.max(1).values.min() > 0.8
@@ -250,8 +251,8 @@ def test_features_are_the_mean_states_of_the_response(tmp_path, model_dir):
     """Faults: the states that predict the tokens; the prompt's among them; padding counted."""
     data = tinyjob.write(tmp_path / "d.jsonl", tinyjob.make_records())
     config = train.TrainConfig(**tinyjob.SMALL, data=data, model=str(model_dir), out=str(tmp_path / "r"))
-    experts, data, reference, _ = train.prepare(config)
-    pairs = data.pairs
+    experts, plan, reference, _ = train.prepare(config)
+    pairs = plan.pairs
     for i in (0, 5, 11):
         for side, response in enumerate((pairs[i].chosen, pairs[i].rejected)):
             with torch.no_grad():

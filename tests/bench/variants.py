@@ -19,7 +19,8 @@ import train
 from mixdpo.experts import make_experts
 from mixdpo.gpt2 import GPT2, GPT2Config
 from mixdpo.optimizer import make_optimizer
-from mixdpo.preferences import Batch, Pair, collate, groups
+from mixdpo.plan import make_plan, micro_batches
+from mixdpo.preferences import Batch, Pair, collate
 from mixdpo.reference import compute_reference
 from mixdpo.weights import load_model, save_model
 
@@ -93,8 +94,7 @@ def ours(setting: Setting, experts: int, rank: int = 0) -> Stepper:
     ref_logp = compute_reference(model, setting.pairs, torch.float32).logp.to(setting.device)
     policies = make_experts(model, config, torch.float32)
     optimizer, _ = make_optimizer(policies, config.lr, config.head_lr)
-    units = groups(setting.pairs, config.latent)
-    micros = train.micro_batches(setting.pairs, units, list(range(len(units))), config, setting.device)
+    micros = micro_batches(make_plan(setting.pairs, config), list(range(len(setting.pairs))), config, setting.device)
     log_w = train.first_weights(config).to(setting.device)
 
     def step():

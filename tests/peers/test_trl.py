@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import train
 from mixdpo.experts import make_experts
 from mixdpo.gpt2 import GPT2, GPT2Config
-from mixdpo.preferences import Pair, groups
+from mixdpo.plan import make_plan, micro_batches
+from mixdpo.preferences import Pair
 from mixdpo.reference import compute_reference
 from mixdpo.weights import load_model, save_model
 
@@ -59,7 +60,7 @@ def ours(folders, pairs, head_rows=1024, **options):
     config = train.TrainConfig(data="", model="", out="", beta=BETA, dtype="float32", head_rows=head_rows, **options)
     reference = compute_reference(load_model(folders / "reference"), pairs, torch.float32).logp
     experts = make_experts(load_model(folders / "policy"), config, torch.float32)
-    micro, = train.micro_batches(pairs, groups(pairs, "pair"), list(range(len(pairs))), config, "cpu")
+    micro, = micro_batches(make_plan(pairs, config), list(range(len(pairs))), config, "cpu")
     seen = train.accumulate(experts, micro, reference, train.first_weights(config), None, len(pairs), config)
     h = torch.cat([h for *_, h in seen])                            # (B,K)
     return -F.logsigmoid(h).mean().item(), h[:, 0], {name: p.grad for name, p in experts.trunk.named_parameters()}

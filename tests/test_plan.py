@@ -1,0 +1,80 @@
+"""mixdpo/plan.py: what each test catches stands in its docstring."""
+
+import pytest
+import torch
+from letters import PEOPLE, pair
+
+import small
+from mixdpo.config import InputError
+from mixdpo.plan import batches, make_plan, mark_context, micro_batches
+from mixdpo.preferences import groups
+
+
+def test_context_pairs_are_drawn_per_user():
+    """Caught: one count over all users; the file's own word overwritten; always the first pairs; the input changed."""
+    marked = mark_context(PEOPLE, 1, seed=0)
+    assert [sum(marked[i].context for i in g) for g in groups(marked, "user")] == [1, 1, 1]
+    assert marked == mark_context(PEOPLE, 1, seed=0) and PEOPLE[0].context is None
+    assert len({tuple(p.context for p in mark_context(PEOPLE, 1, seed)) for seed in range(20)}) > 5
+    said = [pair([1], [2], [3], user="a", context=c) for c in (True, None, False)] + PEOPLE
+    assert [p.context for p in mark_context(said, 1, seed=0)[:3]] == [True, None, False]
+
+
+@pytest.mark.parametrize("count", [0, 2, 3])
+def test_user_without_both_kinds_of_pair_is_named(count):
+    """Caught: a user left with nothing to train on, or with no context, whose row the pooled E-step would not have."""
+    with pytest.raises(InputError, match="user '[ab]' has [27] pairs, [02] of them for .*: 1 to [16] would fit"):
+        mark_context(PEOPLE, count, seed=0)
+    for said in (True, False):
+        with pytest.raises(InputError, match="user 'd' has 2 pairs, [02] of them"):
+            mark_context([pair([1], [2], [3], user="d", context=said)] * 2 + PEOPLE, 1, seed=0)
+    with pytest.raises(InputError, match="has 1 pairs, 1 of them .* take that user out"):
+        mark_context(PEOPLE[:3], 1, seed=0)
+
+
+@pytest.mark.parametrize("size", [7, 8, 11, 100])
+def test_batches_hold_whole_groups_and_drop_none(size):
+    """Caught: the ragged last batch dropped; one overfull; a group in two batches; each group in one of its own."""
+    units = groups(PEOPLE * 9, "pair")[:20] + [[0] * n for n in (7, 1, 3, 5)]
+    made = batches(units, size, seed=1, epoch=0)
+    assert sorted(g for batch in made for g in batch) == list(range(24))
+    held = [sum(len(units[g]) for g in batch) for batch in made]
+    assert max(held) <= size and all(h + len(units[after[0]]) > size for h, after in zip(held, made[1:]))
+
+
+def test_batches_are_shuffled_by_seed_and_epoch():
+    """Caught: no shuffle; the epoch or the seed left out of it; seed + epoch; the global generator used."""
+    units = groups(PEOPLE * 4, "pair")
+    orders = {(s, e): batches(units, 5, s, e) for s in (0, 1) for e in (0, 1)}
+    assert len({str(order) for order in orders.values()}) == 4
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    assert batches(units, 5, 1, 1) == orders[1, 1] and torch.equal(state, torch.get_rng_state())
+
+
+def test_group_larger_than_a_batch_is_named():
+    """Caught: a user too large for a batch that is split or left out; a message without the size that fits."""
+    with pytest.raises(InputError, match="user 'b' has 7 pairs, and a batch holds 6; choose a batch of 7 or more"):
+        batches(groups(PEOPLE, "user"), 6, 0, 0, PEOPLE)
+
+
+# ---- the whole plan
+
+
+@pytest.mark.parametrize("estep, aside", [("context", 1), ("all", 0)])
+def test_a_plan_leaves_context_pairs_to_the_e_step(estep, aside):
+    """Caught: context pairs trained on, or lost; pairs set aside where the E-step looks at all; an epoch left out; a
+    group cut by a micro-batch, or a micro-batch for each group."""
+    config = small.config(latent="user", estep=estep, context=aside, epochs=3, batch=10, micro=5)
+    plan = make_plan(PEOPLE, config)
+    assert plan.units == groups(PEOPLE, "user")
+    assert [len(trained) for trained in plan.trained] == [len(unit) - aside for unit in plan.units]
+    assert [sorted(g for epoch, ids in plan.steps if epoch == e for g in ids) for e in range(3)] == [[0, 1, 2]] * 3
+    seen = []
+    for micro in micro_batches(plan, [0, 1, 2], config, "cpu"):
+        trained, held = micro.train.pair.tolist(), micro.context.pair.tolist() if micro.context else []
+        assert sorted(trained + held) == sorted(i for g in micro.groups.tolist() for i in plan.units[g])
+        assert trained == [i for g in micro.groups.tolist() for i in plan.trained[g]]
+        assert len(held) == aside * len(micro.groups) and (not held or bool(micro.context.context.all()))
+        seen.append(micro.groups.tolist())
+    assert seen == [[0], [1, 2]]
