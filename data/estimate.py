@@ -1,6 +1,7 @@
 """How long a preset takes, said before it starts: tokens passed through the model, at this machine's rate.
 
-Passing a token forward costs 2 operations a parameter, backward 4 more. The rate is that of one matrix product in the
+Passing a token forward costs 2 operations a parameter, backward 4 more, or next to none if the trunk is frozen; a pair
+that only the E-step looks at is passed forward. The rate is that of one matrix product in the
 compute dtype, measured here and now, times the share of it that the program reaches (measured with SmolLM2 on two CPU
 cores; on a GPU, where a small model leaves most of it idle, a cautious guess). Downloads are not counted.
 """
@@ -25,13 +26,16 @@ def work(preset: dict, parameters: float, prompt: int) -> dict[str, dict[str, fl
     pairs, held = preset["users"] * preset["pairs"], preset["users"] * preset["heldout_pairs"]
     tuned = {"steps": 100, "batch": 16, "tokens": 128} | preset["finetune"]
     experts, epochs = [run["experts"] for run in preset["runs"].values()], preset["train"].get("epochs", 1)
-    seen = 2 * (prompt + response)                                          # tokens of a pair
+    seen, passes = 2 * (prompt + response), 1.0                             # tokens of a pair; 1: the reference's pass
+    for run in preset["runs"].values():
+        aside = run.get("context", 0) / preset["pairs"]
+        passes += epochs * (aside + (1 - aside) * (3 if run.get("train_trunk", True) else 1.3))    # 1.3: measured
     completed = preset["evaluate"] * (1 + sum(experts))
     return {
         "annotating": {"seconds": JUDGE * preset["judge_reviews"] / 12000 + continuations / PARSED},
         "fine-tuning": {"pass": 3 * forward * tuned["steps"] * tuned["batch"] * tuned["tokens"]},
         "sampling": {"decode": forward * continuations * response},
-        "training": {"pass": forward * pairs * seen * (1 + 3 * epochs * len(experts))},     # 1: the reference
+        "training": {"pass": forward * pairs * seen * passes},
         "evaluation": {"decode": forward * completed * response, "seconds": completed / PARSED,
                        "pass": forward * ((1 + len(experts)) * held * seen + completed * seen)},
     }

@@ -263,7 +263,7 @@ def test_of_a_prompts_pairs_the_clearest_is_seen():
 
 
 def test_users_see_different_pairs_while_there_are_any():
-    """Caught: the clearest pair for everybody; the two orders of a pair held for two pairs; prompts' counts mixed up."""
+    """Caught: the clearest pair for everybody; the two orders of a pair held for two; prompts' counts mixed up."""
     scores = [{"a": [0.0, 2.0, 3.0], "b": [0.0, -2.0, -0.6]}] * 2         # clear conflicts: (1, 0), (2, 0); not (2, 1)
     users = {"u": "a", "v": "b", "w": "a"}
     judged = judge_pairs(scores, users, 2, 0.0, 0.5, {"a": 1.0, "b": 1.0}, seed=0)
@@ -389,7 +389,8 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_the_estimate_counts_what_a_preset_asks_for():
-    """Caught: a part of the work left out; backward counted as forward; an estimate of nothing for a directory."""
+    """Caught: a part of the work left out; backward counted as forward, or where there is none; a directory's size
+    taken for nothing."""
     base = PRESETS["quick"]
     first = work(base, 1e8, 16)
     assert first["sampling"]["decode"] == 2e8 * 300 * 5 * 32
@@ -398,6 +399,9 @@ def test_the_estimate_counts_what_a_preset_asks_for():
         assert sum(more[stage_name].values()) > 1.3 * sum(first[stage_name].values())
     tuned = work(base | {"finetune": {"steps": 10, "batch": 2, "tokens": 64}}, 1e8, 16)["fine-tuning"]
     assert tuned == {"pass": 6e8 * 10 * 2 * 64}
+    two = {"dpo": {"experts": 1}, "mix": {"experts": 2, "context": 4, "train_trunk": False}}
+    trained = work(base | {"runs": two, "pairs": 16, "train": {"epochs": 2}}, 1e8, 16)["training"]["pass"]
+    assert trained == pytest.approx(2e8 * 40 * 16 * 96 * (1 + 2 * 3 + 2 * (0.25 + 0.75 * 1.3)))
     assert re.fullmatch(r"about \d+ minutes on this machine \(.+ GFLOP/s in \w+\): annotating \d+, .*",
                         estimate(base, "smollm2", 16))
 
