@@ -4,14 +4,11 @@ The one-head, the K-full-heads and the low-rank form, in tiles that divide V, do
 """
 
 import math
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from mixdpo.logprob import sum_responses, token_logps, token_logps_reference
 
@@ -229,41 +226,30 @@ def test_extreme_logits(tile):
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-PEAK = """
-    import re, sys
-    import torch
-    from mixdpo.logprob import token_logps, token_logps_reference
-    torch.set_num_threads(1)
-    N, C, V = 1024, 256, 50257
-    def inputs(n, v):
-        return torch.randn(n, C).requires_grad_(), torch.randn(v, C).requires_grad_(), torch.randint(v, (n,))
-    def peak():                                              # KiB; not getrusage's, which starts at the parent's
-        return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
-    def step(h, W, y):
-        out = token_logps_reference(h, W, y) if sys.argv[1] == "plain" else token_logps(h, W, y, tile=int(sys.argv[1]))
-        out.sum().backward()
-    step(*inputs(64, 300))                                   # what a first call allocates for good
-    held = inputs(N, V)
-    gradients = torch.ones(V, C), torch.ones(N, C)           # as those to come: the peak before has them in it
-    before = peak()
-    del gradients
-    step(*held)
-    print((peak() - before) / 1024)
-"""
+def peak(step, *inputs):
+    """MiB that a step allocates at its height beyond what it leaves behind, counted allocation by allocation: unlike
+    the process's size, this is the same at every run."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        step(*inputs)
+    held = [0]
+    for event in run.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held.append(held[-1] + event.nbytes())
+    return (max(held) - held[-1]) / 2**20
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_peak_memory():
-    """Measured, one process each: above inputs and gradients, tiles of 16 MiB take 57 MiB (a tile, what logsumexp and
-    the products need beside it, the allocator's slack), plain PyTorch 542 MiB, the logits nearly three times.
-    Catches: tiles kept from forward to backward, a gradient of the weight made in a second buffer."""
-    here = Path(__file__).resolve().parent.parent
-    peak = {}
-    for route in ("plain", "4096", "1024"):
-        call = [sys.executable, "-c", textwrap.dedent(PEAK), route]
-        peak[route] = float(subprocess.run(call, cwd=here, capture_output=True, text=True, check=True).stdout)
-    tile = 1024 * 4096 * 4 / 2**20
-    assert peak["4096"] < 4 * tile and peak["1024"] < 2 * tile < 24 * tile < peak["plain"], peak
+    """Above the gradients that stay, two tiles of logits live at a time; plain PyTorch holds the logits nearly three
+    times. Catches: tiles kept from forward to backward, a gradient of the weight made in a second buffer."""
+    N, C, V = 1024, 256, 50257
+    hidden, W, targets = torch.randn(N, C).requires_grad_(), torch.randn(V, C).requires_grad_(), torch.randint(V, (N,))
+    one, logits = N * 4 / 2**20, N * V * 4 / 2**20                          # a column of logits, all of them
+    for tile in (4096, 1000):
+        used = peak(lambda h, W, y: token_logps(h, W, y, tile=tile).sum().backward(), hidden, W, targets)
+        assert 1.9 * tile * one < used < 2.1 * tile * one, f"{used:.1f} MiB with tiles of {tile * one:.1f} MiB"
+        hidden.grad = W.grad = None
+    used = peak(lambda h, W, y: token_logps_reference(h, W, y).sum().backward(), hidden, W, targets)
+    assert used > 2.5 * logits, f"{used:.1f} MiB, the logits are {logits:.1f}: what is compared with is not plain"
 
 
 # --- responses --------------------------------------------------------------------------------------------------------
