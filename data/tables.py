@@ -87,8 +87,8 @@ def what_was_run(job: Job) -> str:
     told = ("seed", "temperature", "limit", "max_new", "batch")
     facts["evaluation"] = plain({k: v for k, v in job.results.get("config", {}).items() if k in told})
     facts["environment"] = plain(job.results.get("environment", {}))
-    columns = ("experts", "sharing", "rank", "latent", "estep", "start", "weights", "beta", "lr", "head_lr", "epochs",
-               "batch", "dtype", "seed")
+    columns = ("experts", "sharing", "rank", "train_trunk", "latent", "estep", "start", "weights", "beta", "lr",
+               "head_lr", "epochs", "batch", "dtype", "seed")
     rows = [[escape(run.name), *(plain(run.config[c]) for c in columns), str(len(run.metrics)), duration(run.seconds)]
             for run in job.runs]
     return section(

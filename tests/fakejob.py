@@ -83,6 +83,7 @@ def make_run(path, K, latent, pairs, users, steps, rng):
         "experts": K,
         "sharing": "heads",
         "rank": 16,
+        "train_trunk": True,
         "latent": latent,
         "estep": "all",
         "start": "linear",

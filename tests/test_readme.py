@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 ROWS = re.findall(r"^\| (M\d+) \|[^|]*\| (.*) \|$", README, re.MULTILINE)
 
 
@@ -22,3 +23,16 @@ def test_the_source_that_the_readme_names_cites_the_equation(equation, cell):
         imported = importlib.import_module(module if module == "train" else f"mixdpo.{module}")
         source = inspect.getsource(getattr(imported, name))
         assert re.search(rf"\b{equation}\b", source), f"{module}.{name} does not mention {equation}"
+
+
+def test_every_figure_of_the_results_stands_in_the_committed_report():
+    """Catches: a figure in README that no run gave, or that a later run has changed."""
+    report = (ROOT / "docs/results/imdb-cpu/report.md").read_text()
+    results = README[README.index("\n## Results\n") : README.index("\n## Read it\n")]
+    rows = re.findall(r"^\| ([\w-].*) \|$", results, re.MULTILINE)
+    rows = [[cell.strip() for cell in row.split("|")] for row in rows if "±" in row]
+    assert len(rows) >= 8
+    for name, *cells in rows:
+        lines = [line for line in report.splitlines() if line.startswith(f"| {name} |")]
+        assert lines, f"{name} is no row of the report"
+        assert any(all(cell in line for cell in cells) for line in lines), f"{name}: {cells} are not in the report"
