@@ -10,7 +10,7 @@
 """
 
 TWO, THREE = ["sentiment", "informativeness"], ["sentiment", "informativeness", "grammar"]
-COMMON = {"agree": 0.3, "margin": 0.5, "seed": 0, "judge_reviews": 12000, "continuations": 4, "max_response": 48}
+COMMON = {"agree": 0.3, "margin": 1.0, "seed": 0, "judge_reviews": 12000, "continuations": 4, "max_response": 48}
 
 
 def runs(experts: int, seeds: int = 1, of_users: dict = {}, **of_mixtures) -> dict:
