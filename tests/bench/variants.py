@@ -53,6 +53,7 @@ class Stepper:
 
     step: Callable[[], torch.Tensor | float]
     parameters: list[torch.nn.Parameter]
+    first: float | None = None              # the loss of a step that building it took
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,8 @@ def trl(setting: Setting, **changes) -> Stepper:
     work = Path(tempfile.mkdtemp(dir=setting.directory))
     trainer = trl_peer.dpo_trainer(setting.directory, setting.pairs, setting.sizes.vocab, work, BETA, LR,
                                    cpu=setting.device == "cpu", **changes)
-    return Stepper(trl_peer.stepper(trainer), list(trainer.model.parameters()))
+    step, first = trl_peer.stepper(trainer)
+    return Stepper(step, list(trainer.model.parameters()), first)
 
 
 def trl_precomputed(setting: Setting) -> Stepper:
