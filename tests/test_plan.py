@@ -65,7 +65,7 @@ def test_group_larger_than_a_batch_is_named():
 def test_a_plan_leaves_context_pairs_to_the_e_step(estep, aside):
     """Caught: context pairs trained on, or lost; pairs set aside where the E-step looks at all; an epoch left out; a
     group cut by a micro-batch, a micro-batch for each group, or context pairs counted as trained ones."""
-    config = small.config(latent="user", estep=estep, context=aside, epochs=3, batch=10, micro=4)
+    config = small.config(latent="user", estep=estep, context=aside, epochs=3, batch=10, micro=3)
     plan = make_plan(PEOPLE, config)
     assert plan.units == groups(PEOPLE, "user")
     assert [len(trained) for trained in plan.trained] == [len(unit) - aside for unit in plan.units]
