@@ -5,7 +5,7 @@ responsibilities align with annotators, beside what the annotators' own scores w
 evaluation prompts by the reference and by every expert on the same seeds, scored by the reward functions that
 dataset.json names. A row's randomness is its own (generate.py), so the mixture's completion of a prompt is that of the
 expert it draws (M13): the mixture and sparse rows cost nothing more.
-Writes results.json, samples.jsonl and, if matplotlib is there, report.md with pictures. Nothing here changes a run.
+Writes results.json, samples.jsonl and, if matplotlib is there, report.md with pictures into DIR. No run is changed.
 """
 
 import copy
@@ -270,10 +270,10 @@ def evaluate(config: EvalConfig) -> dict:
         results["policies"], texts = reward_table(rows, ids, tokenizer, dataset, home)
         samples = [{"prompt": tokenizer.decode(prompt), "texts": {name: column[n] for name, column in texts.items()}}
                    for n, prompt in enumerate(ids)]
-        (home / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    (home / "results.json").write_text(json.dumps(results) + "\n")
+        (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    (folder / "results.json").write_text(json.dumps(results) + "\n")
     print_tables(results)
-    write_report(home)
+    write_report(folder)
     return results
 
 
@@ -311,14 +311,14 @@ def print_tables(results: dict) -> None:
                 print(f"  {where.replace('_', ' on ')}: {shown}")
 
 
-def write_report(home: Path) -> None:
+def write_report(folder: Path) -> None:
     """report.md with its pictures, if matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no pictures: matplotlib is not installed (the `plots` extra)")
         return
     from data.report import report
 
-    print(f"report: {report(home)}")
+    print(f"report: {report(folder)}")
 
 
 def main(argv: list[str]) -> None:

@@ -1,13 +1,16 @@
 """Mix-DPO by stochastic variational EM: `python train.py --data prefs.jsonl --model DIR --experts 2 --out runs/x`.
 
-One optimizer step, top to bottom, is `step` and `accumulate` below:
+One optimizer step is `step`, and for each of its micro-batches `accumulate`:
 
     hidden states of the trunk                                            one forward pass serves E and M
     for each chunk of whole pairs (whole users):
         log-probs of K experts -> margins h                               (M4)
         E-step:  q = posterior over experts, detached                     (M7, M11)
         M-step:  sum_k q_k * -log sigma(h_k), backward into states and heads  (M8)
-    one backward pass of the trunk, then AdamW
+    one backward pass of the trunk, then AdamW, and the weights' closed form (M10) if asked for
+
+q is known before where it comes from the start (start.py), from a pair's first visit, or from context pairs, which have
+a forward pass of their own (`posterior`).
 
 The loss is a sum over pairs divided by the step's number of trained pairs, so the result does not depend on how a
 step is cut into micro-batches or chunks. K = 1 is DPO. Only this file calls backward.
@@ -54,7 +57,7 @@ class TrainConfig:
     latent: str = "pair"            # one type a pair, or one a user (M11)
     estep: str = "all"              # E-step on: all pairs, context (never trained on), first (a pair's first visit)
     context: int = 0                # pairs of each user set aside for the E-step, where the file does not mark them
-    weights: str = "uniform"        # mixture weights (M10): uniform, update (closed form, each epoch), or 0.3,0.7
+    weights: str = "uniform"        # mixture weights (M10): uniform, update (closed form, each step), or 0.3,0.7
     prior: float = 1.0              # Dirichlet prior of the closed-form update
     start: str = "dirichlet"        # first responsibilities: dirichlet (random), linear (linear rewards), none (saddle)
     start_steps: int = 10           # optimizer steps that use them before the E-step takes over
@@ -128,10 +131,21 @@ def chunks(batch: Batch, sequence: torch.Tensor, head_rows: int, whole_groups: b
 
 
 @torch.no_grad()
-def context_posterior(experts, micro: Micro, ref_logp: torch.Tensor, log_w: torch.Tensor, config) -> torch.Tensor:
-    """The out-of-sample E-step: q of each group (G,K) from its context pairs, which the M-step never trains on."""
-    h = margins(pair_logp(experts, micro.context), ref_logp[micro.context.pair, None].to(log_w), config.beta)
-    return e_step(log_w, h, micro.context.group)[1]
+def posterior(experts, batch: Batch, ref_logp: torch.Tensor, log_w: torch.Tensor, config) -> torch.Tensor:
+    """An E-step by a pass of its own: q of each group (G,K) from the pairs of `batch`. Out of sample if these are
+    context pairs, which the M-step never trains on."""
+    h = margins(pair_logp(experts, batch), ref_logp[batch.pair, None].to(log_w), config.beta)       # (B,K)  M4
+    return e_step(log_w, h, batch.group)[1]                                 # M7, M11
+
+
+def last_e_step(experts, plan, ref_logp: torch.Tensor, log_w: torch.Tensor, config) -> torch.Tensor:
+    """Responsibilities of all groups under the finished experts: what a run says about who judged. (G,K) on the CPU."""
+    micros, table = micro_batches(plan, list(range(len(plan.units))), config, log_w.device), []
+    progress = Progress(f"{Path(config.out).name} last E-step")
+    for n, micro in enumerate(micros, 1):
+        table.append(posterior(experts, micro.context or micro.train, ref_logp, log_w, config).cpu())
+        progress(n, len(micros))
+    return torch.cat(table)
 
 
 def step(experts, optimizer, micros: list[Micro], ref_logp: torch.Tensor, log_w: torch.Tensor,
@@ -145,7 +159,7 @@ def step(experts, optimizer, micros: list[Micro], ref_logp: torch.Tensor, log_w:
     for micro in micros:
         log_q = given[micro.groups].to(log_w.device) if known else None
         if log_q is None and micro.context is not None:
-            log_q = context_posterior(experts, micro, ref_logp, log_w, config)
+            log_q = posterior(experts, micro.context, ref_logp, log_w, config)
         parts = accumulate(experts, micro, ref_logp, log_w, log_q, pairs, config)
         used.append(torch.cat([q for q, _, _ in parts]) if log_q is None else log_q)
         seen += parts
@@ -279,20 +293,28 @@ def run(config: TrainConfig) -> Path:
                              "Lower --lr, or look at these lines") from None
         t, log_q, w = t + 1, log_q.cpu(), log_w.exp().tolist()              # w: what this step used
         table[ids] = log_q
-        if config.weights == "update" and (t == len(steps) or steps[t][0] > epoch):
-            log_w = update_weights(table[~table.isnan().any(1)], config.prior).to(device)           # M10, once an epoch
-        rate, q = optimizer.param_groups[0]["lr"], log_q.exp().mul(1e4).round().div(1e4)
+        if config.weights == "update":
+            log_w = update_weights(table[~table.isnan().any(1)], config.prior).to(device)           # M10
+        rate = optimizer.param_groups[0]["lr"]
         log.write(json.dumps({"step": t, "epoch": epoch, "rate": rate, "w": w} | figures) + "\n")
-        log_of_q.write(json.dumps({"step": t, "groups": ids, "q": q.tolist()}) + "\n")
+        log_of_q.write(json.dumps({"step": t, "groups": ids, "q": rounded(log_q)}) + "\n")
         log.flush(), log_of_q.flush()
         accuracy = " ".join(f"{a:.2f}" for a in figures["accuracy"])
         progress(t, len(steps), f"loss {figures['loss']:.4f}  accuracy {accuracy}")
         if time.monotonic() - saved > 60 * config.save_minutes and t < len(steps):
             save(finished=False)
             saved = time.monotonic()
+    if config.experts > 1 and config.estep != "first":                      # a first visit is kept for good
+        table = last_e_step(experts, plan, ref_logp, log_w, config)
+        log_of_q.write(json.dumps({"step": t, "groups": list(range(len(table))), "q": rounded(table)}) + "\n")
     log.close(), log_of_q.close()
     save(finished=True)
     return out
+
+
+def rounded(log_q: torch.Tensor) -> list:
+    """Responsibilities to four digits."""
+    return log_q.exp().mul(1e4).round().div(1e4).tolist()
 
 
 def main(argv: list[str]) -> None:

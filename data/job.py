@@ -6,7 +6,8 @@
     by annotator        mean responsibilities of the groups of an annotator, over a stretch of consecutive steps
 
 A job is a folder with results.json and samples.jsonl (eval.py), dataset.json and preference files (the data script),
-reference/, and a directory for each run. Any of them may be missing. Left out: every figure that eval.py computes.
+reference/, and a directory for each run; or one run in such a folder, with results.json and samples.jsonl of its own.
+Any of them may be missing. Left out: every figure that eval.py computes.
 """
 
 import json
@@ -56,20 +57,21 @@ def records(path: Path, most: int | None = None) -> list[dict]:
     return [json.loads(line) for line in islice(lines(path), most) if line.strip()] if path.exists() else []
 
 
-def read_job(home: Path) -> Job:
+def read_job(folder: Path) -> Job:
     """The runs are those that results.json names, in its order; all in the folder if it names none."""
+    home = folder.parent if (folder / "metrics.jsonl").exists() else folder  # of a single run's data
 
-    def read(name: str) -> dict:
-        return json.loads((home / name).read_text()) if (home / name).exists() else {}
+    def read(path: Path) -> dict:
+        return json.loads(path.read_text()) if path.exists() else {}
 
-    results = {"preferences": {}, "policies": {}} | read("results.json")
+    results = {"preferences": {}, "policies": {}} | read(folder / "results.json")
     named = dict.fromkeys([*results["preferences"], *(run_of(row) for row in results["policies"])])
-    found = [path.parent.name for path in sorted(home.glob("*/metrics.jsonl"))]
+    found = [folder.name] if home != folder else [path.parent.name for path in sorted(home.glob("*/metrics.jsonl"))]
     runs = [read_run(home / name) for name in found if not named.keys() & set(found) or name in named]
     runs.sort(key=lambda run: [*named, run.name].index(run.name))
     files = {name: rows for name in ("train", "heldout", "prompts") if (rows := records(home / f"{name}.jsonl"))}
-    samples = records(home / "samples.jsonl", SAMPLES)
-    return Job(home, results, read("dataset.json"), samples, read("reference/finetune.json"), files, runs)
+    samples, tuned = records(folder / "samples.jsonl", SAMPLES), read(home / "reference" / "finetune.json")
+    return Job(home, results, read(home / "dataset.json"), samples, tuned, files, runs)
 
 
 def run_of(row: str) -> str:

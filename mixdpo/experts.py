@@ -3,9 +3,9 @@
     Heads    one trunk, K unembeddings: W_k (rank 0) or W + A_k B_k (rank R); K = 1: the model itself    (paper: Case 1)
     Models   K independent models                                                                       (paper: Case 2)
 
-Both offer the same four things, in the order in which a step uses them: `hidden` (the trunk's pass),
-`rows` (the states that predict response tokens), `token_logps` of those rows for all K experts,
-and `policy(k)`, expert k as a model and an unembedding to sample from.
+Both offer the same things, in the order in which a step uses them: `hidden` (the trunk's pass), `rows` (the states that
+predict response tokens), `heads` (what these are multiplied with) and `token_logps` for all K experts; and, to sample
+from, `policy(k)`: expert k as a model and an unembedding.
 At the start every expert is the reference, exactly: W_k = W, A_k = 0, or a copy. The reference itself is a separate
 frozen object or a cached number (reference.py), never a view of these parameters.
 Parameters are float32; products run in `dtype`.

@@ -6,8 +6,13 @@ A latent expert z in 1..K judges each pair (or each user). With weights w (the g
     log p(y+ > y- | x) = logsumexp_k [ log w_k + log sigma(h_k) ]             (M5, mixture of Bradley-Terry)
     ELBO(q)            = sum_k q_k [ log w_k + log sigma(h_k) - log q_k ]     (M6, <= log p by KL(q || posterior))
     E-step             : log q_k = log w_k + log sigma(h_k) - log p           (M7, makes the gap zero)
+                         with one expert a user: sum_i log sigma(h_ik) over the user's pairs i      (M11)
+                         or tempered, hard, sampled instead of exact          (M12)
     expert M-step      : - sum_k q_k log sigma(h_k),  q detached              (M8)
     gate M-step        : KL(q || w),                  q detached              (M9)
+    fixed weights      : w_k = mean of q_k, in closed form                    (M10)
+
+and as a policy, log pi(y|x) = logsumexp_k [ log w_k + log pi_k(y|x) ]        (M1, M14).
 
 With q from the E-step and detached, the gradient of M8 + M9 is the gradient of -log p (Fisher's identity):
 EM on minibatches is SGD on the marginal likelihood, and `log_marginal` is the whole method in one line.
@@ -17,7 +22,6 @@ maximises the decoupled objective, not the joint one: nothing here assumes eithe
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +66,7 @@ def e_step(
         joint = log_joint(log_w, h)                                         # (B,K)
     else:
         joint = pool(log_w, F.logsigmoid(h), group)                         # (G,K)
-    log_p = torch.logsumexp(joint, dim=-1)                                  # (B,) or (G,)
+    log_p = torch.logsumexp(joint, dim=-1)                                  # (B,) or (G,)  M5
     return log_p, joint - log_p[..., None]                                  # M7, M11
 
 
@@ -116,20 +120,20 @@ def weighted(log_q: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 def elbo(log_q: torch.Tensor, log_w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """Evidence lower bound in nats, for any q: (B,K), (B,K) or (K,), (B,K) -> (B,)  (M6)."""
     require_precise(log_q)
-    return weighted(log_q, log_joint(log_w, h) - log_q)
+    return weighted(log_q, log_joint(log_w, h) - log_q)                     # M6
 
 
 def expert_loss(log_q: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """- sum_k q_k log sigma(h_k), q a constant: (B,K), (B,K) -> (B,)  (M8). With K = 1 it is dpo_loss."""
     require_precise(log_q, h)
-    return -weighted(log_q.detach(), F.logsigmoid(h))
+    return -weighted(log_q.detach(), F.logsigmoid(h))                       # M8
 
 
 def gate_loss(log_q: torch.Tensor, log_w: torch.Tensor) -> torch.Tensor:
     """KL(q || w), q a constant: (B,K), (B,K) or (K,) -> (B,)  (M9)."""
     require_precise(log_q, log_w)
     log_q = log_q.detach()
-    return weighted(log_q, log_q - log_w.to(log_q.dtype))
+    return weighted(log_q, log_q - log_w.to(log_q.dtype))                   # M9
 
 
 def update_weights(log_q: torch.Tensor, prior: float = 1.0) -> torch.Tensor:
@@ -161,69 +165,6 @@ def random_responsibilities(
     shape = torch.full((groups, experts), concentration, dtype=torch.float64)           # the Gammas' shape parameter
     gamma = torch._standard_gamma(shape, generator=generator)
     return torch.log_softmax(gamma.clamp_min(1e-30).log(), dim=-1).float()
-
-
-@dataclass(frozen=True)
-class LinearMixture:
-    """K linear rewards theta_k . phi(y) with their responsibilities;
-    `bound` is the penalised log-likelihood of this start, `bounds` all starts'."""
-
-    theta: torch.Tensor     # (K,D)
-    log_w: torch.Tensor     # (K,)
-    log_q: torch.Tensor     # (G,K)
-    bound: float            # nats, summed over groups, of exactly these theta and log_w
-    bounds: list[float]
-
-
-@torch.no_grad()
-def linear_mixture(
-    x: torch.Tensor, group: torch.Tensor, experts: int, l2: float = 1e-2, starts: int = 5, iterations: int = 50,
-    seed: int = 0, log_w: torch.Tensor | None = None,
-) -> LinearMixture:
-    """The same EM with linear rewards, where the M-step is a convex problem: h_ik = theta_k . x_i.
-
-    x: (B,D) differences of features, chosen minus rejected; group: (B,) int64 in 0..G-1.
-    Each M-step is one damped Newton step per expert on sum_i q_ik log sigma(h_ik) - l2/2 |theta_k|^2
-    (generalised EM: the bound never falls). log_w: (K,) fixed weights, or None for the closed-form update.
-    The best of `starts` random starts by the bound is returned: EM finds local optima, and restarts matter.
-    """
-    dtype, x, generator = x.dtype, x.double(), torch.Generator().manual_seed(seed)
-    best, bounds = None, []
-    for _ in range(starts):
-        log_q = random_responsibilities(int(group.max()) + 1, experts, generator).double()
-        theta = torch.zeros(experts, x.shape[1], dtype=x.dtype)             # (K,D)
-        weights = torch.full((experts,), -torch.tensor(experts).log().item(), dtype=x.dtype)
-        last = -torch.inf
-        for _ in range(iterations):
-            weights = update_weights(log_q) if log_w is None else log_w.double()
-            theta = torch.stack([newton_step(x, log_q[group, k].exp(), theta[k], l2) for k in range(experts)])  # (K,D)
-            log_p, log_q = e_step(weights, x @ theta.T, group)
-            bound = (log_p.sum() - 0.5 * l2 * theta.square().sum()).item()
-            if bound - last < 1e-9 * abs(bound):
-                break
-            last = bound
-        bounds.append(bound)
-        if best is None or bound > best.bound:
-            best = LinearMixture(theta.to(dtype), weights.to(dtype), log_q.to(dtype), bound, bounds)
-    return best
-
-
-def newton_step(x: torch.Tensor, q: torch.Tensor, theta: torch.Tensor, ridge: float) -> torch.Tensor:
-    """One Newton step, halved until it does not fall, on sum_i q_i log sigma(theta . x_i) - ridge/2 |theta|^2:
-    (B,D), (B,), (D,) -> (D,)."""
-    def objective(t):
-        return (q * F.logsigmoid(x @ t)).sum() - 0.5 * ridge * t.square().sum()
-
-    miss = torch.sigmoid(-(x @ theta))                                      # (B,)  1 - sigma(h)
-    gradient = x.T @ (q * miss) - ridge * theta                             # (D,)
-    hessian = (x.T * (q * miss * (1 - miss))) @ x                           # (D,D)
-    hessian.diagonal().add_(ridge)
-    step, before = torch.linalg.solve(hessian, gradient), objective(theta)
-    for halving in range(30):
-        new = theta + step * 0.5**halving
-        if objective(new) >= before:
-            return new
-    return theta
 
 
 # --- the mixture as a policy ------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ def make_optimizer(module: torch.nn.Module, lr: float, head_lr: float = 0.0) -> 
 
 
 def set_rate(optimizer, t: int, total: int, warmup: int) -> None:
-    """Linear warm-up over `warmup` steps, then linear decay to a tenth at the last."""
-    scale = min(1.0, (t + 1) / max(warmup, 1)) * (1 - 0.9 * t / max(total, 1))
+    """Linear warm-up to the peak over `warmup` steps, then linear decay to a tenth at the last step, t = total - 1."""
+    scale = (t + 1) / warmup if t < warmup else 1 - 0.9 * (t - warmup + 1) / max(total - warmup, 1)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * scale
 

@@ -2,7 +2,7 @@
 computed once, cached on disk by content.
 
 The log-probs come from the same functions, in the same dtype, as the policy's (experts.pair_logp's steps).
-The features are the mean hidden states over each response, what the linear start (mixture.linear_mixture) looks at.
+The features are the mean hidden states over each response, what the linear start (linear.py) looks at.
 The cache key is a hash of the weights, the data, the tokenizer, the lengths, the dtype and the device:
 another model or file can never be answered with these numbers.
 """

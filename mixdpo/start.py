@@ -1,7 +1,7 @@
 """How a run starts: the first weights, the first responsibilities, and what must hold before the first step.
 
 Experts that are all equal stay equal: every h is 0, q = w, and all get the same gradient, for ever (the symmetric
-saddle). So the first steps take responsibilities that differ between groups: random ones, or those of the same mixture
+saddle; low-rank heads differ in their B_k, so they part, but by chance and not by what the data say). So the first steps take responsibilities that differ between groups: random ones, or those of the same mixture
 with linear rewards on the reference's frozen features, which sees what experts equal to the reference cannot see yet.
 """
 
@@ -12,7 +12,8 @@ import torch
 from mixdpo.config import InputError, convert
 from mixdpo.dpo import margins
 from mixdpo.experts import pair_logp
-from mixdpo.mixture import e_step, elbo, linear_mixture, log_marginal, random_responsibilities
+from mixdpo.linear import linear_mixture
+from mixdpo.mixture import e_step, elbo, log_marginal, random_responsibilities
 
 
 def first_weights(config) -> torch.Tensor:
@@ -39,7 +40,9 @@ def first_responsibilities(config, units: list[list[int]], features: torch.Tenso
     index, group = [i for unit in units for i in unit], [g for g, unit in enumerate(units) for _ in unit]
     x = features[index, 0] - features[index, 1]                             # (P,C) chosen minus rejected
     x = x / x.square().mean(0).sqrt().clamp_min(1e-6)
-    fit = linear_mixture(x, torch.tensor(group), config.experts, 1e-2 * len(x), config.restarts, seed=config.seed)
+    log_w = None if config.weights == "update" else first_weights(config)
+    fit = linear_mixture(x, torch.tensor(group), config.experts, 1e-2 * len(x), config.restarts, seed=config.seed,
+                         log_w=log_w)
     shares = ", ".join(f"{q:.2f}" for q in fit.log_q.exp().mean(0))
     bounds = ", ".join(f"{bound:.1f}" for bound in fit.bounds)
     print(f"linear start: bounds {bounds} nats; best {fit.bound:.1f}, shares {shares}")

@@ -14,6 +14,7 @@ import brute
 import eval as evaluation
 import tinyjob
 import train
+from data.job import read_job
 from eval import EvalConfig, evaluate
 from mixdpo.config import InputError
 from mixdpo.tokenizer import load_tokenizer
@@ -183,17 +184,21 @@ def test_rewards_are_those_of_the_texts(job):
 
 
 def test_nothing_depends_on_the_batch_and_one_run_can_be_evaluated_alone(job, monkeypatch):
-    """Faults: a row's noise depends on its place in the batch; data looked for inside the run."""
+    """Faults: a row's noise depends on its place in the batch; data looked for inside the run; the results of one run
+    written over those of all."""
     folder, results, _ = job
     monkeypatch.setattr(evaluation, "write_report", lambda home: None)
     monkeypatch.setitem(sys.modules, "data.annotators", types.SimpleNamespace(score=score))
-    kept = {name: (folder / name).read_text() for name in ("results.json", "samples.jsonl")}
+    kept = {path: path.read_text() for path in folder.glob("*.json*")}
     alone = evaluate(EvalConfig(dir=str(folder / "mix-user"), batch=64, limit=4))
     for row in alone["policies"]:
         assert alone["policies"][row]["values"] == results["policies"][row]["values"][:4]
     assert alone["preferences"] == {"mix-user": results["preferences"]["mix-user"]}
-    for name, text in kept.items():
-        (folder / name).write_text(text)                                    # other tests read them
+    assert kept == {path: path.read_text() for path in folder.glob("*.json*")}
+    shown = read_job(folder / "mix-user")
+    assert [run.name for run in shown.runs] == ["mix-user"] and len(shown.samples) == 4 and shown.dataset
+    for name in ("results.json", "samples.jsonl"):
+        (folder / "mix-user" / name).unlink()                               # other tests count its files
 
 
 def test_results_are_written_as_returned_and_runs_are_left_as_they_were(job):

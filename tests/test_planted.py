@@ -1,4 +1,4 @@
-"""mixdpo.mixture.linear_mixture on data whose truth is planted: the oracle's likelihood and assignments, for pairs and
+"""mixdpo.linear.linear_mixture on data whose truth is planted: the oracle's likelihood and assignments, for pairs and
 for users."""
 
 import math
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import brute
-from mixdpo.mixture import linear_mixture
+from mixdpo.linear import linear_mixture
 
 D = 8
 

@@ -1,0 +1,77 @@
+"""The same EM with linear rewards, h_ik = theta_k . x_i: small enough that its M-step is a convex problem.
+
+    E-step   q from w and h, as for any experts (M7, M11)
+    M-step   theta_k: one damped Newton step on sum_i q_ik log sigma(h_ik) - l2/2 |theta_k|^2;  w: given, or closed (M10)
+
+On the frozen reference's features it takes seconds, and gives a run of language models its start (start.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from mixdpo.mixture import e_step, random_responsibilities, update_weights
+
+
+@dataclass(frozen=True)
+class LinearMixture:
+    """K linear rewards theta_k . phi(y) with their responsibilities;
+    `bound` is the penalised log-likelihood of this start, `bounds` all starts'."""
+
+    theta: torch.Tensor     # (K,D)
+    log_w: torch.Tensor     # (K,)
+    log_q: torch.Tensor     # (G,K)
+    bound: float            # nats, summed over groups, of exactly these theta and log_w
+    bounds: list[float]
+
+
+@torch.no_grad()
+def linear_mixture(
+    x: torch.Tensor, group: torch.Tensor, experts: int, l2: float = 1e-2, starts: int = 5, iterations: int = 50,
+    seed: int = 0, log_w: torch.Tensor | None = None,
+) -> LinearMixture:
+    """The same EM with linear rewards, where the M-step is a convex problem: h_ik = theta_k . x_i.
+
+    x: (B,D) differences of features, chosen minus rejected; group: (B,) int64 in 0..G-1.
+    Each M-step is one damped Newton step per expert on sum_i q_ik log sigma(h_ik) - l2/2 |theta_k|^2
+    (generalised EM: the bound never falls). log_w: (K,) fixed weights, or None for the closed-form update.
+    The best of `starts` random starts by the bound is returned: EM finds local optima, and restarts matter.
+    """
+    dtype, x, generator = x.dtype, x.double(), torch.Generator().manual_seed(seed)
+    best, bounds = None, []
+    for _ in range(starts):
+        log_q = random_responsibilities(int(group.max()) + 1, experts, generator).double()
+        theta = torch.zeros(experts, x.shape[1], dtype=x.dtype)             # (K,D)
+        weights = torch.full((experts,), -torch.tensor(experts).log().item(), dtype=x.dtype)
+        last = -torch.inf
+        for _ in range(iterations):
+            weights = update_weights(log_q) if log_w is None else log_w.double()
+            theta = torch.stack([newton_step(x, log_q[group, k].exp(), theta[k], l2) for k in range(experts)])  # (K,D)
+            log_p, log_q = e_step(weights, x @ theta.T, group)
+            bound = (log_p.sum() - 0.5 * l2 * theta.square().sum()).item()
+            if bound - last < 1e-9 * abs(bound):
+                break
+            last = bound
+        bounds.append(bound)
+        if best is None or bound > best.bound:
+            best = LinearMixture(theta.to(dtype), weights.to(dtype), log_q.to(dtype), bound, bounds)
+    return best
+
+
+def newton_step(x: torch.Tensor, q: torch.Tensor, theta: torch.Tensor, ridge: float) -> torch.Tensor:
+    """One Newton step, halved until it does not fall, on sum_i q_i log sigma(theta . x_i) - ridge/2 |theta|^2:
+    (B,D), (B,), (D,) -> (D,)."""
+    def objective(t):
+        return (q * F.logsigmoid(x @ t)).sum() - 0.5 * ridge * t.square().sum()
+
+    miss = torch.sigmoid(-(x @ theta))                                      # (B,)  1 - sigma(h)
+    gradient = x.T @ (q * miss) - ridge * theta                             # (D,)
+    hessian = (x.T * (q * miss * (1 - miss))) @ x                           # (D,D)
+    hessian.diagonal().add_(ridge)
+    step, before = torch.linalg.solve(hessian, gradient), objective(theta)
+    for halving in range(30):
+        new = theta + step * 0.5**halving
+        if objective(new) >= before:
+            return new
+    return theta
