@@ -20,7 +20,7 @@ def test_every_equation_has_a_row():
 def test_the_source_that_the_readme_names_cites_the_equation(equation, cell):
     """Catches: a renamed function, an equation's number lost from the line that implements it."""
     for module, name in re.findall(r"`(\w+)\.(\w+)`", cell):
-        imported = importlib.import_module(module if module == "train" else f"mixdpo.{module}")
+        imported = importlib.import_module(module if module in ("train", "eval") else f"mixdpo.{module}")
         source = inspect.getsource(getattr(imported, name))
         assert re.search(rf"\b{equation}\b", source), f"{module}.{name} does not mention {equation}"
 
