@@ -20,18 +20,20 @@ from pathlib import Path
 import torch
 
 from mixdpo import config as configs
-from mixdpo.config import InputError
-from mixdpo.diagnostics import adjusted_rand_index, bayes_posterior, effective_experts, matched_accuracy
+from mixdpo.config import InputError, write_whole
+from mixdpo.diagnostics import (adjusted_rand_index, bayes_posterior, difference_se, effective_experts,
+                                matched_accuracy, mean_se)
 from mixdpo.dpo import accuracy, margins
 from mixdpo.experts import load_state, make_experts, pair_logp
 from mixdpo.generate import choose_expert, generate
 from mixdpo.mixture import e_step, elbo, log_marginal, mixture_logp
-from mixdpo.preferences import Pair, collate, encode_prompt, groups, read_preferences
+from mixdpo.plan import Plan, make_plan
+from mixdpo.preferences import Pair, check_lengths, collate, data_key, encode_prompt, read_preferences
 from mixdpo.records import lines
 from mixdpo.reference import compute_reference, reference_of
 from mixdpo.rundir import Progress, compute_dtype, environment, load_checkpoint
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import load_model
+from mixdpo.weights import content_key, load_model
 from train import TrainConfig
 
 
@@ -44,7 +46,7 @@ class EvalConfig:
     prompts: str = ""               # evaluation prompts, {"prompt": ...} a line; default: prompts.jsonl in the folder
     limit: int = 0                  # evaluate on the first so many prompts; 0: all
     max_new: int = 0                # tokens a completion; 0: what dataset.json says, else the runs' max_response
-    temperature: float = 1.0        # of sampling
+    temperature: float = 1.0        # of sampling; KL stays that of the policies themselves
     batch: int = 64                 # prompts sampled together
     seed: int = 1                   # of sampling; the same for every row
     data_folder: str = ""           # local files looked into before anything is fetched
@@ -69,19 +71,16 @@ def load_run(path: Path, device: str, data_folder: str) -> Run:
     if not state["finished"]:
         raise InputError(f"{path}: stopped at step {state['step']}; finish it with the options in its config.json")
     model = load_model(config.model, device=device, data=data_folder or None)
+    for what, now in (("model", content_key(model)), ("data", data_key(config.data))):
+        if state["config"][f"{what}_key"] != now:
+            raise InputError(f"{path}: was trained with another {what} than lies in {getattr(config, what)} now; "
+                             "put that back, or train again into another --out")
     experts = make_experts(model, config, compute_dtype(config.dtype, device)[0]).eval()
     load_state(experts, tensors, path)
     return Run(path.name, config, experts, tensors["log_w"].to(device), tensors["table"], path)
 
 
 # --- held-out preferences ---------------------------------------------------------------------------------------------
-
-
-def mean_se(values: torch.Tensor) -> dict:
-    """Mean and its standard error: (N,) -> {"mean", "se", "n"}."""
-    values = values.double()
-    se = (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
-    return {"mean": values.mean().item(), "se": se, "n": len(values)}
 
 
 @torch.no_grad()
@@ -96,11 +95,11 @@ def all_margins(run: Run, pairs: list[Pair], ref_logp: torch.Tensor, size: int =
     return torch.cat(out)
 
 
-def user_weights(run: Run, pairs: list[Pair], train_pairs: list[Pair]) -> torch.Tensor:
+def user_weights(run: Run, pairs: list[Pair], plan: Plan) -> torch.Tensor:
     """log weights of each held-out pair (P,K): its user's responsibilities from training (M11) where known, else w."""
     log_w = run.log_w.cpu().expand(len(pairs), -1).clone()
     if run.config.latent == "user":
-        row = {train_pairs[unit[0]].user: g for g, unit in enumerate(groups(train_pairs, "user"))}
+        row = {plan.pairs[unit[0]].user: g for g, unit in enumerate(plan.units)}
         known = [(n, row[p.user]) for n, p in enumerate(pairs) if p.user in row]
         log_w[[n for n, _ in known]] = run.table[[g for _, g in known]]
     return log_w
@@ -115,8 +114,8 @@ def alignment(log_q: torch.Tensor, units: list[list[int]], pairs: list[Pair]) ->
     share, naming = matched_accuracy(found, truth, log_q.shape[1])
     naming = {str(k): kind for k, kind in naming.items()}
     result = {"ari": adjusted_rand_index(found, truth), "matched": share, "naming": naming, "units": len(units)}
-    if all(p.scores for p in pairs):
-        kinds = sorted(set(truth))
+    kinds = sorted(set(truth))
+    if all(p.scores and p.scores.keys() >= set(kinds) for p in pairs):
         posterior = bayes_posterior([[pairs[i].scores for i in unit] for unit in units], kinds)     # (G,A)
         best = posterior.max(1).values
         bayes = [kinds[a] for a in posterior.argmax(1).tolist()]
@@ -124,26 +123,37 @@ def alignment(log_q: torch.Tensor, units: list[list[int]], pairs: list[Pair]) ->
     return result
 
 
-def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, train_pairs: list[Pair]) -> dict:
-    """Everything that a run's held-out margins h (P,K) say."""
-    log_w, own = run.log_w.cpu(), user_weights(run, pairs, train_pairs)
+def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, plan: Plan) -> dict:
+    """Everything that a run's held-out margins h (P,K) say. Pairs on one prompt are not independent: standard errors
+    count prompts. An expert is named by the training groups; held-out pairs have no say in it."""
+    log_w, own, right = run.log_w.cpu(), user_weights(run, pairs, plan), accuracy(h)        # right (P,K)
     log_p, log_q = e_step(log_w, h)
-    of = [p.annotator or "all" for p in pairs]
+    prompt, of = [tuple(p.prompt) for p in pairs], [p.annotator or "all" for p in pairs]
     by = {kind: torch.tensor([a == kind for a in of]) for kind in sorted(set(of))}
-    log_p_own, units = log_marginal(own, h), groups(train_pairs, run.config.latent)
+    log_p_own = log_marginal(own, h)
+    train_side = alignment(run.table, plan.units, plan.pairs) if run.config.experts > 1 else {}
+    named = [train_side.get("naming", {}).get(str(k)) for k in range(run.config.experts)]
+
+    def among(mask, values):
+        return mean_se(values[mask], [x for x, keep in zip(prompt, mask) if keep])
+
     return {
         "experts": run.config.experts,
         "weights": log_w.exp().tolist(),
-        "accuracy": {kind: [mean_se(accuracy(column)) for column in h[mask].T] for kind, mask in by.items()},
-        "accuracy_all": [mean_se(accuracy(column)) for column in h.T],      # of each expert
-        "accuracy_mbt": mean_se(accuracy(log_p + math.log(2))),             # M5 > 1/2 under w
-        "accuracy_own": mean_se(accuracy(log_p_own + math.log(2))),         # M5 > 1/2 under each user's own weights
-        "log_likelihood": mean_se(log_p),                                   # M5 under w
-        "log_likelihood_own": mean_se(log_p_own),                           # M5 under each user's own weights
-        "elbo_gap": mean_se(log_p_own - elbo(own, own, h)),                 # KL(q || posterior), q before the pair
+        "accuracy": {kind: [among(mask, column) for column in right.T] for kind, mask in by.items()},
+        "accuracy_all": [mean_se(column, prompt) for column in right.T],    # of each expert
+        "own": named,                                                       # the annotator that each stands for
+        "own_other": [difference_se(column, by[kind], prompt) if kind in by and len(by) > 1 else None
+                      for kind, column in zip(named, right.T)],             # its accuracy there, less that elsewhere
+        "accuracy_mbt": mean_se(accuracy(log_p + math.log(2)), prompt),     # M5 > 1/2 under w
+        "accuracy_own": mean_se(accuracy(log_p_own + math.log(2)), prompt), # M5 > 1/2 under each user's own weights
+        "log_likelihood": mean_se(log_p, prompt),                           # M5 under w
+        "log_likelihood_own": mean_se(log_p_own, prompt),                   # M5 under each user's own weights
+        "elbo_gap": mean_se(log_p_own - elbo(own, own, h), prompt),         # KL(q || posterior), q before the pair
+        "prompts": len(set(prompt)),
         "effective_experts": effective_experts(log_q),
         "alignment_heldout": alignment(log_q, [[i] for i in range(len(pairs))], pairs),
-        "alignment_train": alignment(run.table, units, train_pairs),
+        "alignment_train": train_side,
     }
 
 
@@ -192,15 +202,17 @@ def policy_rows(runs: list[Run], reference, prompts: list, config: EvalConfig, m
     return rows
 
 
+def plain_text(ids: list[int], tokenizer) -> str:
+    """The text, without start and end tokens."""
+    return tokenizer.decode([token for token in ids if token not in (tokenizer.bos, tokenizer.eos)])
+
+
 def reward_table(rows: dict, prompts: list[list[int]], tokenizer, dataset: dict, folder: Path) -> tuple[dict, dict]:
     """Rewards, KL and length of every row, and its texts. "trained" is the mean of the rewards that the annotators of
     the training pairs follow, "gain" the same less the reference's on the same prompts."""
     from data.annotators import score                                       # here: only this needs its packages
 
-    def text(prompt: list[int], response: list[int]) -> str:
-        return tokenizer.decode(prompt + [token for token in response if token != tokenizer.eos])
-
-    texts = {name: [text(p, y) for p, y in zip(prompts, row["ids"])] for name, row in rows.items()}
+    texts = {name: [plain_text(p + y, tokenizer) for p, y in zip(prompts, row["ids"])] for name, row in rows.items()}
     unique = sorted({text for column in texts.values() for text in column})
     scores = dict(zip(unique, zip(*score(unique, dataset["rewards"], folder).values())))
     table, base = {}, None
@@ -252,26 +264,35 @@ def evaluate(config: EvalConfig) -> dict:
     runs = [load_run(path, device, local) for path in find_runs(folder)]
     first, dtype = runs[0].config, runs[0].experts.dtype
     for run in runs:
-        if any(getattr(run.config, name) != getattr(first, name) for name in ("model", "max_prompt", "max_response")):
-            raise InputError(f"{run.path}: its model or lengths differ from {runs[0].path}'s; "
+        if any(getattr(run.config, name) != getattr(first, name) for name in ("model", "max_prompt", "max_response",
+                                                                              "dtype")):
+            raise InputError(f"{run.path}: its model, lengths or dtype differ from {runs[0].path}'s; "
                              "evaluate such runs one at a time")
     tokenizer = load_tokenizer(first.model, local or None)
     reference = load_model(first.model, device=device, data=local or None)
     facts = environment() | {"dtype": str(dtype).removeprefix("torch.")}
     results = {"environment": facts, "config": dataclasses.asdict(config), "preferences": {}, "policies": {}}
     heldout, prompts = Path(config.heldout or home / "heldout.jsonl"), Path(config.prompts or home / "prompts.jsonl")
+    scored = (home / "dataset.json").exists()                               # which names the rewards
+    for asked, path in ((config.heldout, heldout), (config.prompts, prompts), (config.prompts, home / "dataset.json")):
+        if asked and not path.exists():
+            raise InputError(f"{path}: no such file; --heldout wants preferences, and --prompts wants prompts and, in "
+                             "the folder of the runs, the dataset.json that names their reward functions")
+    if not heldout.exists() and not (prompts.exists() and scored):
+        raise InputError(f"{home}: nothing to evaluate on; wanted heldout.jsonl there, or --heldout FILE")
     if heldout.exists():
         results["preferences"] = heldout_figures(runs, reference, tokenizer, heldout, home / "cache")
-    if prompts.exists() and (home / "dataset.json").exists():
+    (folder / "samples.jsonl").unlink(missing_ok=True)                      # of an evaluation before
+    if prompts.exists() and scored:
         dataset = json.loads((home / "dataset.json").read_text())
         ids = read_prompts(prompts, tokenizer, first.max_prompt, config.limit)
         max_new = config.max_new or dataset.get("max_new") or first.max_response
         rows = policy_rows(runs, reference, ids, config, max_new, tokenizer.eos)
         results["policies"], texts = reward_table(rows, ids, tokenizer, dataset, home)
-        samples = [{"prompt": tokenizer.decode(prompt), "texts": {name: column[n] for name, column in texts.items()}}
+        samples = [{"prompt": plain_text(prompt, tokenizer), "texts": {name: column[n] for name, column in texts.items()}}
                    for n, prompt in enumerate(ids)]
-        (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    (folder / "results.json").write_text(json.dumps(results) + "\n")
+        write_whole(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+    write_whole(folder / "results.json", json.dumps(results) + "\n")
     print_tables(results)
     write_report(folder)
     return results
@@ -281,11 +302,12 @@ def heldout_figures(runs: list[Run], reference, tokenizer, path: Path, store: Pa
     """Name of a run -> its figures on the held-out preferences."""
     config, dtype, out = runs[0].config, runs[0].experts.dtype, {}
     pairs = read_preferences(path, tokenizer, config.max_prompt, config.max_response, config.drop)
+    check_lengths(pairs, reference.config.context, path)
     ref = reference_of(path, pairs, reference, tokenizer, config, dtype, store)
     for run in runs:
         own = read_preferences(run.config.data, tokenizer, config.max_prompt, config.max_response, run.config.drop,
                                report=lambda line: None)
-        out[run.name] = preference_figures(run, pairs, all_margins(run, pairs, ref.logp), own)
+        out[run.name] = preference_figures(run, pairs, all_margins(run, pairs, ref.logp), make_plan(own, run.config))
     return out
 
 

@@ -201,13 +201,15 @@ def prepare(config):
     model = load_model(config.model, device=device, data=folder)
     model.checkpointing = config.checkpointing
     pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
+    check_lengths(pairs, model.config.context, config.data)
     try:
-        check_lengths(pairs, model.config.context)
         plan = make_plan(pairs, config)
     except InputError as error:
         raise InputError(f"{config.data}: {error}") from None
     name, cache = str(dtype).removeprefix("torch."), Path(config.out).parent / "cache"
-    print(f"{len(pairs)} pairs in {len(plan.units)} groups ({config.latent}); products in {name}: {why}")
+    trained = sum(map(len, plan.trained))
+    print(f"{len(pairs)} pairs, {len(pairs) - trained} of them set aside as context; the {trained} others in "
+          f"{len(plan.units)} groups ({config.latent}); products in {name}: {why}")
     reference = reference_of(config.data, pairs, model, tokenizer, config, dtype, cache)
     return make_experts(model, config, dtype), plan, reference, device
 
@@ -226,9 +228,18 @@ def validate(config: TrainConfig) -> None:
         value, word = getattr(config, name), "more than" if name in above else "at least"
         if value < bound or (name in above and value == bound):
             raise InputError(f"--{name.replace('_', '-')}: got {value}, wanted {word} {bound}")
-    for name, other, value in (("prior", "weights", "update"), ("restarts", "start", "linear")):
-        if getattr(config, name) != getattr(TrainConfig, name) and getattr(config, other) != value:
-            raise InputError(f"--{name} has no effect without --{other} {value}; choose it, or leave --{name} out")
+    low_rank = config.experts > 1 and config.sharing == "heads" and config.rank > 0
+    several = config.experts > 1
+    needs = {"prior": (config.weights == "update", "--weights update"), "weights": (several, "--experts 2 or more"),
+             "start": (several, "--experts 2 or more"), "sharing": (several, "--experts 2 or more"),
+             "restarts": (config.start == "linear", "--start linear"),
+             "start_steps": (several and config.start != "none", "several experts and a --start"),
+             "rank": (several and config.sharing == "heads", "--experts 2 or more with --sharing heads"),
+             "head_lr": (low_rank, "low-rank heads")}
+    for name, (used, need) in needs.items():
+        if getattr(config, name) != getattr(TrainConfig, name) and not used:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} has no effect without {need}; choose that, or leave --{flag} out")
     first_weights(config), compute_dtype(config.dtype, "cpu")               # each refuses what it does not know
     if config.context and config.estep != "context":
         raise InputError("--context sets pairs aside for --estep context; choose it, or leave --context out")

@@ -27,9 +27,11 @@ def work(preset: dict, parameters: float, prompt: int) -> dict[str, dict[str, fl
     tuned = {"steps": 100, "batch": 16, "tokens": 128} | preset["finetune"]
     experts, epochs = [run["experts"] for run in preset["runs"].values()], preset["train"].get("epochs", 1)
     seen, passes = 2 * (prompt + response), 1.0                             # tokens of a pair; 1: the reference's pass
+    aside = preset["context"] / preset["pairs"]
     for run in preset["runs"].values():
-        aside = run.get("context", 0) / preset["pairs"]
-        passes += epochs * (aside + (1 - aside) * (3 if run.get("train_trunk", True) else 1.3))    # 1.3: measured
+        in_context = run.get("estep") == "context"
+        passes += epochs * (aside * in_context + (1 - aside) * (3 if run.get("train_trunk", True) else 1.3))   # measured
+        passes += 0 if run["experts"] == 1 else aside if in_context else 1 - aside          # the last E-step
     completed = preset["evaluate"] * (1 + sum(experts))
     return {
         "annotating": {"seconds": JUDGE * preset["judge_reviews"] / 12000 + continuations / PARSED},

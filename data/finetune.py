@@ -76,7 +76,8 @@ def finetune(config: FinetuneConfig) -> Path:
     report.unlink(missing_ok=True)                              # a report vouches for all that lies beside it
     save_model(policy.trunk, out)
     tokenizer.save(out)
-    report.write_text(json.dumps({"perplexity_before": before, "perplexity_after": after, "settings": settings}) + "\n")
+    facts = {"perplexity_before": before, "perplexity_after": after, "settings": settings}
+    configs.write_whole(report, json.dumps(facts) + "\n")
     shutil.rmtree(unfinished, ignore_errors=True)
     return out
 

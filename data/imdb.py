@@ -28,15 +28,16 @@ import torch
 from data.annotators import NAMES, score
 from data.estimate import estimate
 from data.finetune import FinetuneConfig, finetune
-from data.pairs import judge_pairs, name_users, pair_facts, pair_line, spreads
+from data.pairs import judge_apart, name_users, pair_facts, pair_line, spreads
 from data.presets import PRESETS
 from data.reviews import Review, load_reviews
 from data.sentiment import find_distilbert, fit_sentiment, use_distilbert
 from data.stages import key_of, read_lines, stage, write_lines
 from eval import EvalConfig, evaluate
 from mixdpo import fetch
-from mixdpo.config import InputError, parse
+from mixdpo.config import InputError, parse, write_whole
 from mixdpo.generate import generate
+from mixdpo.preferences import encode_prompt
 from mixdpo.rundir import Progress, compute_dtype
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import load_model
@@ -44,6 +45,7 @@ from train import TrainConfig, run
 
 JUDGE_LEAST = 5000  # labelled reviews that the judge of sentiment needs to reach its accuracy
 MAX_PROMPT = 16  # tokens of a review that make a prompt
+ARCHIVE = "aclImdb_v1.tar.gz"
 AT_ONCE = 64  # continuations sampled together on a CPU; sixteen times as many on a GPU
 FILES = {"train": "prompts-train.jsonl", "heldout": "prompts.jsonl"}
 
@@ -97,6 +99,11 @@ def prompt_of(text: str, tokenizer) -> str | None:
     return prompt if "\ufffd" not in prompt and tokenizer.encode(prompt) == ids else None
 
 
+def longest_prompt(tokenizer) -> int:
+    """Ids of a prompt, a start token counted where the tokenizer has one."""
+    return MAX_PROMPT + (tokenizer.bos is not None)
+
+
 def split(job: Path, preset: dict, tokenizer, distilbert: str | None, data: str | None) -> None:
     """Writes reviews.jsonl, the two files of prompts, the judge of sentiment, and what there was into split.json."""
     reviews, counts = load_reviews(data)
@@ -137,7 +144,7 @@ def sample(job: Path, preset: dict, tokenizer, file: str, seed: int, key: str) -
     with unfinished.open("a", encoding="utf-8") as out:
         for start in range(len(done), len(prompts), rows // n):
             part = prompts[start : start + rows // n]
-            ids = generate(model, [tokenizer.encode(prompt) for prompt in part for _ in range(n)],
+            ids = generate(model, [encode_prompt(prompt, tokenizer, 2 * MAX_PROMPT)[0] for prompt in part for _ in range(n)],
                            preset["max_response"], tokenizer.eos, seed=seed, batch=rows,
                            rows=list(range(start * n, (start + len(part)) * n)))
             texts = [response_of(response, tokenizer) for response in ids]
@@ -170,19 +177,21 @@ def annotate(job: Path, file: str) -> None:
 # ---- pairs
 
 
-def judge(job: Path, preset: dict) -> None:
+def judge(job: Path, preset: dict, max_prompt: int) -> None:
     """train.jsonl, heldout.jsonl (other prompts, the same users) and dataset.json, which says how they came about."""
     types, seed = preset["annotators"], preset["seed"]
     users = name_users(preset["users"], types, seed)
     scored = {name: read_lines(job / f"scored-{file}") for name, file in FILES.items()}
     spread = spreads([row["scores"] for row in scored["train"]], types)
-    facts = {"rewards": list(NAMES), "annotators": types, "max_new": preset["max_response"], "max_prompt": MAX_PROMPT}
-    facts |= {name: preset[name] for name in ("seed", "users", "pairs", "heldout_pairs", "continuations", "agree")}
+    facts = {"rewards": list(NAMES), "annotators": types, "max_new": preset["max_response"], "max_prompt": max_prompt}
+    names = ("seed", "users", "pairs", "context", "heldout_pairs", "continuations", "agree")
+    facts |= {name: preset[name] for name in names}
     facts |= {"margin": preset["margin"], "spread": spread, "ties": "none: a pair within the margin is not shown"}
-    for name, each, own_seed in (("train", preset["pairs"], seed), ("heldout", preset["heldout_pairs"], seed + 1)):
+    for name, each, context, own_seed in (("train", preset["pairs"], preset["context"], seed),
+                                          ("heldout", preset["heldout_pairs"], 0, seed + 1)):
         rows = scored[name]
         scores = [row["scores"] for row in rows]
-        judged = judge_pairs(scores, users, each, preset["agree"], preset["margin"], spread, own_seed)
+        judged = judge_apart(scores, users, each, context, preset["agree"], preset["margin"], spread, own_seed)
         write_lines(job / f"{name}.jsonl", (pair_line(rows[pair["prompt"]], pair) for pair in judged))
         lost = sum(row["lost"] for row in read_lines(job / f"sampled-{FILES[name]}"))
         facts[name] = {"prompts": len(rows), "continuations_lost": lost} | pair_facts(rows, judged, types, spread)
@@ -220,9 +229,8 @@ def choose_judge(config: ImdbConfig) -> tuple[str | None, str]:
 
 def prepare(job: Path, preset: dict, model: str, distilbert: str | None, data: str) -> None:
     """All stages up to the preference files."""
-    job.mkdir(parents=True, exist_ok=True)
-    tokenizer, own = load_tokenizer(model, data or None), Path(data) / "imdb.jsonl.gz"
-    source = fetch.sha256_of(own) if data and own.is_file() else "fetched"
+    tokenizer, own = load_tokenizer(model, data or None), [Path(data) / name for name in ("imdb.jsonl.gz", ARCHIVE)]
+    source = next((fetch.sha256_of(file) for file in own if data and file.is_file()), "fetched")
     sizes = {name: preset[name] for name in ("seed", "prompts", "heldout", "reviews", "judge_reviews")}
     files = ["reviews.jsonl", *FILES.values(), "split.json", "judge.json"]
     stage(job, "split", key_of(sizes, source, tokenizer.key, distilbert), files,
@@ -234,9 +242,9 @@ def prepare(job: Path, preset: dict, model: str, distilbert: str | None, data: s
         stage(job, f"sample-{name}", key, [f"sampled-{file}"], lambda: sample(job, preset, tokenizer, file, seed, key))
         key = key_of(job / f"sampled-{file}", job / "judge.json")
         stage(job, f"annotate-{name}", key, [f"scored-{file}"], lambda: annotate(job, file))
-    names = ("annotators", "seed", "margin", "agree", "users", "pairs", "heldout_pairs")
-    key = key_of({name: preset[name] for name in names}, *(job / f"scored-{file}" for file in FILES.values()))
-    stage(job, "judge", key, ["train.jsonl", "heldout.jsonl", "dataset.json"], lambda: judge(job, preset))
+    names = ("annotators", "seed", "margin", "agree", "users", "pairs", "context", "heldout_pairs")
+    key = key_of({name: preset[name] for name in names}, longest_prompt(tokenizer), *(job / f"scored-{file}" for file in FILES.values()))
+    stage(job, "judge", key, ["train.jsonl", "heldout.jsonl", "dataset.json"], lambda: judge(job, preset, longest_prompt(tokenizer)))
 
 
 def main(argv: list[str]) -> None:
@@ -244,8 +252,18 @@ def main(argv: list[str]) -> None:
     name = config.preset or ("paper" if torch.cuda.is_available() else "quick")
     if name not in PRESETS:
         raise InputError(f"--preset: got {name!r}, wanted one of {', '.join(PRESETS)}")
-    preset, (model, why), (distilbert, why_judge) = PRESETS[name], choose_model(config), choose_judge(config)
+    preset = PRESETS[name]
     job = Path(config.out or f"runs/imdb-{name}" + (f"-{Path(config.model).name}" if config.model else ""))
+    begun = json.loads((job / "job.json").read_text()) if (job / "job.json").exists() else {}
+    model, why = (begun["model"], "as the job began") if begun and not config.model else choose_model(config)
+    distilbert, why_judge = (begun["judge"], "as the job began") if begun and not config.sentiment else choose_judge(config)
+    facts = {"preset": name, "model": model, "judge": distilbert, "settings": json.loads(json.dumps(preset))}
+    if differ := [what for what in begun if begun[what] != facts[what]]:
+        raise InputError(f"{job} holds a job of another {', '.join(differ)}: it goes on with what it began with. "
+                         f"Remove {job}, or name another folder with --out")
+    job.mkdir(parents=True, exist_ok=True)
+    if not begun:
+        write_whole(job / "job.json", json.dumps(facts, indent=1) + "\n")
     print(f"preset {name} in {job}; model {model}: {why}")
     print(f"judge of sentiment: {distilbert or 'bag of words and word pairs'}: {why_judge}")
     print(estimate(preset, model, MAX_PROMPT))
@@ -253,7 +271,8 @@ def main(argv: list[str]) -> None:
     if config.data_only:
         return
     shared = {"data": str(job / "train.jsonl"), "model": str(job / "reference"), "data_folder": config.data_folder}
-    shared |= {"max_prompt": MAX_PROMPT, "max_response": preset["max_response"]} | preset["train"]
+    max_prompt = longest_prompt(load_tokenizer(model, config.data_folder or None))
+    shared |= {"max_prompt": max_prompt, "max_response": preset["max_response"]} | preset["train"]
     for run_name, options in preset["runs"].items():
         run(TrainConfig(out=str(job / run_name), **shared | options))
     evaluate(EvalConfig(dir=str(job), limit=preset["evaluate"], data_folder=config.data_folder))

@@ -1,8 +1,6 @@
 """A job, read back: what its files say, and the figures that the report makes of them.
 
     paired difference   mean over prompts of a(prompt) - b(prompt), with its standard error: same prompts, same seeds
-    own - other         an expert's accuracy on the pairs of the annotator it is named after, less that on other pairs;
-                        named by the training groups (best one-to-one matching): held-out pairs have no say in it
     by annotator        mean responsibilities of the groups of an annotator, over a stretch of consecutive steps
 
 A job is a folder with results.json and samples.jsonl (eval.py), dataset.json and preference files (the data script),
@@ -19,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mixdpo.diagnostics import mean_se
 from mixdpo.records import lines
 
 SAMPLES = 6  # prompts whose completions are shown
@@ -85,6 +84,8 @@ def read_run(path: Path) -> Run:
     data = beside if beside.exists() else Path(config["data"])              # a job's folder may have moved since
     units = {}
     for n, pair in enumerate(records(data) if not config["drop"] else []):  # dropped lines would shift the numbers
+        if pair.get("context") and config["estep"] != "context":
+            continue                                                        # in no group (mixdpo/plan.py)
         units.setdefault(pair["user"] if config["latent"] == "user" else n, pair.get("annotator") or "all")
     seconds = (path / "metrics.jsonl").stat().st_mtime - (path / "config.json").stat().st_mtime
     return Run(path.name, config, records(path / "metrics.jsonl"), records(path / "responsibilities.jsonl"),
@@ -117,36 +118,10 @@ def heads_of(job: Job) -> dict[str, list[str]]:
 # ---- figures
 
 
-def mean_se(values: list[float]) -> dict:
-    """Mean and its standard error."""
-    values = np.asarray(values, dtype=np.float64)
-    se = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return {"mean": float(values.mean()), "se": float(se), "n": len(values)}
-
-
 def paired(rows: dict, a: str, b: str) -> list[dict]:
     """Policy a minus policy b, one figure a reward."""
     difference = np.array(rows[a]["values"]) - np.array(rows[b]["values"])                  # (N,R)
     return [mean_se(column) for column in difference.T]
-
-
-def pool(parts: list[dict]) -> dict:
-    """Mean and standard error of samples put together, from the {"mean", "se", "n"} of each."""
-    n = sum(p["n"] for p in parts)
-    mean = sum(p["n"] * p["mean"] for p in parts) / n
-    squares = sum(p["n"] * (p["mean"] - mean) ** 2 for p in parts)                          # between the samples
-    squares += sum(p["se"] ** 2 * p["n"] * (p["n"] - 1) for p in parts if p["n"] > 1)       # within each
-    return {"mean": mean, "se": math.sqrt(squares / (n - 1) / n) if n > 1 else math.nan, "n": n}
-
-
-def own_other(figures: dict, k: int) -> tuple[str | None, dict | None]:
-    """The annotator that expert k is named after, and own - other; None where there is no name or nobody to compare."""
-    own = figures["alignment_train"].get("naming", {}).get(str(k)) if figures["experts"] > 1 else None
-    by = {name: column[k] for name, column in figures["accuracy"].items()}
-    if own not in by or len(by) < 2:
-        return own, None
-    other = pool([figure for name, figure in by.items() if name != own])
-    return own, {"mean": by[own]["mean"] - other["mean"], "se": math.hypot(by[own]["se"], other["se"])}
 
 
 def by_annotator(run: Run, stretches: int = 30) -> dict[str, tuple[np.ndarray, np.ndarray]]:

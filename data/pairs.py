@@ -105,6 +105,22 @@ def judge_pairs(scores: list[dict], users: dict[str, str], each: int, agree: flo
     return [out[i] for i in np.random.default_rng([seed, 12]).permutation(len(out))]
 
 
+def judge_apart(scores: list[dict], users: dict[str, str], each: int, context: int, agree: float, margin: float,
+                spread: dict, seed: int) -> list[dict]:
+    """judge_pairs, `context` of each user's `each` pairs on prompts of their own: {"context": bool} is added.
+
+    Users share texts. Were pairs set aside user by user, most of them would be somebody else's training pairs, and what
+    experts say of these is memory. So the first prompts, their share that of the context pairs, are context for all.
+    """
+    if not context:
+        return judge_pairs(scores, users, each, agree, margin, spread, seed)
+    cut, out = round(len(scores) * context / each), []
+    for part, first, count, own_seed in ((scores[:cut], 0, context, seed + 2), (scores[cut:], cut, each - context, seed)):
+        judged = judge_pairs(part, users, count, agree, margin, spread, own_seed)
+        out += [pair | {"prompt": pair["prompt"] + first, "context": first == 0} for pair in judged]
+    return out
+
+
 # ---- what is written down
 
 
@@ -112,7 +128,7 @@ def pair_line(row: dict, pair: dict) -> dict:
     """One line of a preference file. row: {"prompt", "responses", "scores": {name: [n]}}; pair: one of judge_pairs."""
     i, j = pair["chosen"], pair["rejected"]
     line = {"prompt": row["prompt"], "chosen": row["responses"][i], "rejected": row["responses"][j]}
-    line |= {"user": pair["user"], "annotator": pair["annotator"]}
+    line |= {name: pair[name] for name in ("user", "annotator", "context") if name in pair}
     return line | {"scores": {name: [column[i], column[j]] for name, column in row["scores"].items()}}
 
 
@@ -127,7 +143,7 @@ def pair_facts(rows: list[dict], judged: list[dict], types: list[str], spread: d
     for pair, s in zip(judged, scores):
         users.setdefault(pair["user"], []).append(s)
     return {
-        "pairs": len(judged), "users": len(users), "kinds": Counter(pair["kind"] for pair in judged),
+        "pairs": len(judged), "context": sum(pair.get("context", False) for pair in judged), "users": len(users), "kinds": Counter(pair["kind"] for pair in judged),
         "prompts_judged": len({pair["prompt"] for pair in judged}),
         "agreement": float(np.mean([len({g > 0 for g in gap.values()}) == 1 for gap in gaps])),
         "agreement_of_all_pairs": float(np.mean([len(set(prefers)) == 1 for prefers in everything])),

@@ -3,6 +3,7 @@
     annotators      the users' types                    users, pairs    users, and pairs each judges for training
     prompts         train prompts                       heldout         held-out prompts; `evaluate`: those completed
     continuations   sampled for each prompt             heldout_pairs   pairs each user judges on held-out prompts
+    context         of the pairs, for the E-step alone, on prompts that no other pair has (data/pairs.py)
     agree           share of pairs they agree on        margin          least gap, in spreads (data/pairs.py)
     reviews         for the supervised step             judge_reviews   most that the judge of sentiment is fitted on
     finetune        options of FinetuneConfig           train           options of TrainConfig that all runs share
@@ -24,22 +25,22 @@ def runs(experts: int, seeds: int = 1, of_users: dict = {}, **of_mixtures) -> di
 
 SMOKE = COMMON | {
     "annotators": TWO, "prompts": 24, "heldout": 12, "evaluate": 8, "max_response": 16, "margin": 0.1,
-    "users": 4, "pairs": 10, "heldout_pairs": 4, "reviews": 60, "judge_reviews": 8000,
+    "users": 4, "pairs": 10, "context": 3, "heldout_pairs": 4, "reviews": 60, "judge_reviews": 8000,
     "finetune": {"steps": 2, "batch": 4, "tokens": 64, "held": 8},
-    "train": {"epochs": 1, "batch": 20, "micro": 10}, "runs": runs(2),
+    "train": {"epochs": 1, "batch": 20, "micro": 10}, "runs": runs(2, of_users={"start_steps": 1, "estep": "context"}),
 }
 QUICK = COMMON | {
     "annotators": TWO, "prompts": 200, "heldout": 100, "evaluate": 100, "continuations": 5, "max_response": 32,
-    "users": 40, "pairs": 16, "heldout_pairs": 8, "agree": 0.5, "reviews": 1500,
+    "users": 40, "pairs": 16, "context": 6, "heldout_pairs": 8, "agree": 0.5, "reviews": 1500,
     "finetune": {"steps": 40, "batch": 8, "tokens": 128, "lr": 1e-4},
     "train": {"epochs": 1, "batch": 16, "micro": 16, "lr": 5e-5},
-    "runs": runs(2, of_users={"start_steps": 25, "estep": "context", "context": 6}),
+    "runs": runs(2, of_users={"start_steps": 25, "estep": "context"}),
 }
 # The trunk is frozen: one that learns follows the type that is easier to learn, as the run mix-user-trunk shows beside.
-CPU_USERS = {"start_steps": 40, "estep": "context", "context": 8}
+CPU_USERS = {"start_steps": 40, "estep": "context"}
 CPU = COMMON | {
     "annotators": TWO, "prompts": 600, "heldout": 200, "evaluate": 200, "continuations": 6, "max_response": 32,
-    "users": 120, "pairs": 20, "heldout_pairs": 8, "reviews": 3000,
+    "users": 120, "pairs": 20, "context": 8, "heldout_pairs": 8, "reviews": 3000,
     "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4},
     "train": {"epochs": 1, "batch": 24, "micro": 24, "lr": 5e-5},
     "runs": runs(2, seeds=3, of_users=CPU_USERS, train_trunk=False, head_lr=2e-3)
@@ -47,9 +48,9 @@ CPU = COMMON | {
 }
 PAPER = COMMON | {
     "annotators": THREE, "prompts": 25000, "heldout": 10000, "evaluate": 10000,
-    "users": 2520, "pairs": 20, "heldout_pairs": 4, "reviews": 20000, "judge_reviews": 22000,
+    "users": 2520, "pairs": 20, "context": 8, "heldout_pairs": 4, "reviews": 20000, "judge_reviews": 22000,
     "finetune": {"steps": 2000, "batch": 64, "tokens": 128, "held": 256},
     "train": {"epochs": 2, "batch": 80, "micro": 80},
-    "runs": runs(3, of_users={"start_steps": 300, "estep": "context", "context": 8}),
+    "runs": runs(3, of_users={"start_steps": 300, "estep": "context"}),
 }
 PRESETS = {"smoke": SMOKE, "quick": QUICK, "cpu": CPU, "paper": PAPER}

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from data.job import Job, annotators_of, heads_of, own_other, paired, rewards_of
+from data.job import Job, annotators_of, heads_of, paired, rewards_of
 
 PAPER_REWARDS = ("sentiment", "informativeness", "grammar")
 PAPER = {  # arXiv 2510.08256, its table for IMDb with GPT-2
@@ -177,7 +177,7 @@ def preferences(job: Job) -> str:
     for run, figures in job.results["preferences"].items():
         by = figures["accuracy"]
         for k in range(figures["experts"]):
-            own, gap = own_other(figures, k)
+            own, gap = figures["own"][k], figures["own_other"][k]
             shares = [pm(by[kind][k]) if kind in by else NONE for kind in kinds]
             of_expert.append([escape(run), str(k), escape(own or NONE), *shares, pm(figures["accuracy_all"][k]),
                               *([pm(gap, sign="+"), in_ses(gap)] if gap else [NONE, NONE])])
@@ -191,7 +191,9 @@ def preferences(job: Job) -> str:
     return section(
         title,
         "The share of held-out pairs on which an expert prefers the chosen response (0.5 is a coin); an expert that "
-        "learnt its annotator does better on that annotator's pairs (own) than on the others'.",
+        "learnt its annotator does better on that annotator's pairs (own) than on the others'. Users share prompts and "
+        "even pairs: standard errors count the prompts, not the pairs. An expert is named after the annotator whose "
+        "training groups it has most of.",
         table(head, of_expert, left=3),
         "The mixture of Bradley-Terry, per pair: a log-likelihood above -0.6931 beats a coin; the user's weights are "
         "its responsibilities from training where the user is known, else w; the ELBO gap is what the pair itself "

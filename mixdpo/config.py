@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import os
 import re
 import typing
 from pathlib import Path
@@ -85,9 +86,16 @@ def parse(cls, argv: list[str], program: str):
     return cls(**values)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
 def save(config, path: Path) -> None:
     """Writes the resolved configuration as JSON."""
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    write_whole(path, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
 
 
 def load(cls, path: Path):

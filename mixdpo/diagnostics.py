@@ -4,10 +4,12 @@
     ELBO gap            log p - ELBO(q) = KL(q || posterior) >= 0 for the q in use; 0 right after an exact E-step
     ARI                 adjusted Rand index (Hubert & Arabie 1985): 1 for the same partition, 0 on average by chance
     matched accuracy    share assigned rightly under the best one-to-one naming of experts
+    standard errors     of means over clusters: pairs on one prompt share texts and even judgements, so they are not
+                        independent; residuals are summed within a prompt first (Liang & Zeger 1986, with C / (C - 1))
 """
 
-import itertools
 import math
+from collections import Counter
 
 import torch
 
@@ -46,6 +48,35 @@ def step_summary(log_q: torch.Tensor, log_w: torch.Tensor, h: torch.Tensor) -> d
     }
 
 
+def clustered_se(influence: torch.Tensor, cluster: list | None) -> float:
+    """Standard error of a sum of centred terms (N,), of which those with equal entries in `cluster` (N) depend on each
+    other; NaN for a single cluster."""
+    if cluster is None:
+        sums = influence
+    else:
+        place = {name: n for n, name in enumerate(dict.fromkeys(cluster))}
+        index = torch.tensor([place[name] for name in cluster])
+        sums = influence.new_zeros(len(place)).index_add(0, index, influence)               # (C,)
+    C = len(sums)
+    return math.sqrt(C / (C - 1) * float(sums.square().sum())) if C > 1 else math.nan
+
+
+def mean_se(values, cluster: list | None = None) -> dict:
+    """Mean and its standard error: (N,) -> {"mean", "se", "n"}. cluster (N): the prompt of each, say; None: all apart."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    mean = values.mean()
+    return {"mean": mean.item(), "se": clustered_se((values - mean) / len(values), cluster), "n": len(values)}
+
+
+def difference_se(values, first: torch.Tensor, cluster: list | None = None) -> dict:
+    """Mean of the values where `first` (N,) bool, less that of the others, and its standard error. A cluster may lie
+    on both sides: what it adds to both means is then counted as one."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    a, b = values[first].mean(), values[~first].mean()
+    influence = torch.where(first, (values - a) / first.sum(), (b - values) / (~first).sum())
+    return {"mean": (a - b).item(), "se": clustered_se(influence, cluster)}
+
+
 def contingency(found: list, truth: list) -> torch.Tensor:
     """Counts n_ij of units with found label i and true label j."""
     rows, columns = sorted(set(found)), sorted(set(truth))
@@ -69,12 +100,21 @@ def adjusted_rand_index(found: list, truth: list) -> float:
 
 def matched_accuracy(found: list[int], truth: list, experts: int) -> tuple[float, dict[int, object]]:
     """Share of units assigned rightly under the best one-to-one naming of experts,
-    and that naming {expert: true label}. Wants small K (K! namings)."""
+    and that naming {expert: true label}; None: the expert stands for nobody."""
     kinds = sorted(set(truth))
-    names = kinds + [None] * max(0, experts - len(kinds))                   # an expert may stand for nobody
-    best = max(itertools.permutations(names, experts),
-               key=lambda naming: sum(naming[f] == t for f, t in zip(found, truth)))
-    return sum(best[f] == t for f, t in zip(found, truth)) / len(truth), dict(enumerate(best))
+    counts = Counter(zip(found, truth))
+    best = {0: (0, ())}                     # the kinds taken, as bits: most units named rightly so far, and the naming
+    for k in range(experts):
+        after = {}
+        for taken, (right, naming) in best.items():
+            for a in (*(a for a in range(len(kinds)) if not taken >> a & 1), None):
+                key = taken if a is None else taken | 1 << a
+                option = (right + (0 if a is None else counts[k, kinds[a]]), (*naming, None if a is None else kinds[a]))
+                if key not in after or option[0] > after[key][0]:
+                    after[key] = option
+        best = after
+    right, naming = max(best.values(), key=lambda option: (option[0], sum(name is not None for name in option[1])))
+    return right / len(truth), dict(enumerate(naming))
 
 
 def bayes_posterior(units: list[list[dict]], annotators: list[str]) -> torch.Tensor:
@@ -83,6 +123,7 @@ def bayes_posterior(units: list[list[dict]], annotators: list[str]) -> torch.Ten
 
     units: for each group the scores {annotator: [chosen, rejected]} of its pairs.
     An annotator chooses the higher score, and either of two equal ones with probability one half; the prior is uniform.
+    That a pair was shown to its judge at all is not used: with three types it would tell a little more.
     If no annotator can have made the choices (labels are noisy), the posterior is uniform.
     """
     rows = []

@@ -2,6 +2,7 @@
 
     pairs -> groups (a pair alone, or a user's) -> some of each set aside -> groups shuffled into steps -> micro-batches
 
+A context pair is never trained on, whatever the E-step looks at: where it does not look at context, they are left out.
 A group is never cut, neither by a step nor by a micro-batch, so the E-step that pools a user's pairs (M11) is exact.
 """
 
@@ -38,7 +39,11 @@ def make_plan(pairs: list[Pair], config) -> Plan:
     apart = config.estep == "context"
     pairs = mark_context(pairs, config.context, config.seed) if apart else pairs
     units = groups(pairs, config.latent)
-    trained = [[i for i in unit if not (apart and pairs[i].context)] for unit in units]
+    trained = [[i for i in unit if not pairs[i].context] for unit in units]
+    if not apart:
+        units = trained = sorted(filter(None, trained))
+    if not units:
+        raise InputError(f"all {len(pairs)} pairs are context pairs; wanted others to train on")
     steps = [(epoch, ids) for epoch in range(config.epochs)
              for ids in batches(trained, config.batch, config.seed, epoch, pairs)]
     return Plan(pairs, units, trained, steps)

@@ -14,9 +14,11 @@ none under right padding).
 """
 
 import hashlib
+import json
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 
@@ -121,12 +123,12 @@ def encode_prompt(text: str, tokenizer, max_prompt: int) -> tuple[list[int], boo
     return start + ids[extra:], extra == 0
 
 
-def check_lengths(pairs: list[Pair], context: int) -> None:
-    """Raises: InputError if a pair has more tokens than the model has positions."""
+def check_lengths(pairs: list[Pair], context: int, path) -> None:
+    """Raises: InputError if a pair, read from `path`, has more tokens than the model has positions."""
     worst = max(pairs, key=Pair.longest)
     if worst.longest() > context:
         raise InputError(
-            f"line {worst.line}: prompt ({len(worst.prompt)} ids) and response ({worst.longest() - len(worst.prompt)}) "
+            f"{path}:{worst.line}: prompt ({len(worst.prompt)} ids) and response ({worst.longest() - len(worst.prompt)}) "
             f"are longer than the model's context of {context}; choose max_prompt + max_response <= {context}"
         )
 
@@ -230,8 +232,8 @@ class ShowConfig:
 
     data: str  # preference file (.jsonl, .jsonl.gz); its flag may be left out
     model: str = "smollm2"  # whose tokenizer: gpt2, smollm2, llama-3.2-1b or a directory
-    max_prompt: int = 64  # ids kept of a prompt, from its end
-    max_response: int = 64  # ids kept of a response, EOS included
+    max_prompt: int = 0  # ids kept of a prompt, from its end; 0: as dataset.json beside the file says, else 64
+    max_response: int = 0  # ids kept of a response, EOS included; 0: the same
     drop: bool = False  # leave faulty lines out, and list them
     pairs: int = 4  # how many
     data_folder: str = ""  # local files looked into before anything is fetched
@@ -242,8 +244,10 @@ def main(argv: list[str]) -> None:
 
     flags = argv if argv and argv[0].startswith("-") else ["--data", *argv]
     config = parse(ShowConfig, flags, "python -m mixdpo.preferences FILE")
-    tokenizer = load_tokenizer(config.model, config.data_folder or None)
-    pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
+    tokenizer, beside = load_tokenizer(config.model, config.data_folder or None), Path(config.data).parent / "dataset.json"
+    facts = json.loads(beside.read_text()) if beside.exists() else {}
+    lengths = [config.max_prompt or facts.get("max_prompt", 64), config.max_response or facts.get("max_new", 64)]
+    pairs = read_preferences(config.data, tokenizer, *lengths, config.drop)
     batch = collate(pairs, list(range(min(config.pairs, len(pairs)))), "pair")
     print(show(batch, tokenizer, colour=sys.stdout.isatty()))
 

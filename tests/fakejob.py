@@ -141,6 +141,8 @@ def held_out(K, kinds, rng, n=40):
         "experts": K,
         "weights": [1 / K] * K,
         "accuracy": of,
+        "own": [kinds[k] if 1 < len(kinds) > k and K > 1 else None for k in range(K)],
+        "own_other": [{"mean": rng.normal(), "se": 0.03} if 1 < len(kinds) > k and K > 1 else None for k in range(K)],
         "accuracy_all": [figure(rng.random(50) < 0.6) for _ in range(K)],
         **{name: figure(rng.normal(level, 0.1, 50)) for name, level in (near | {"elbo_gap": 0.02}).items()},
         "effective_experts": 1 + 0.9 * (K - 1),

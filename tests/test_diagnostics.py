@@ -1,5 +1,6 @@
 """diagnostics.py against brute force that shares no code with it. Docstrings name the faults seen."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 
 import brute
 from mixdpo.diagnostics import (
-    adjusted_rand_index, bayes_posterior, effective_experts, entropy, matched_accuracy, step_summary
+    adjusted_rand_index, bayes_posterior, difference_se, effective_experts, entropy, matched_accuracy, mean_se,
+    step_summary
 )
 
 
@@ -94,3 +96,45 @@ def test_a_steps_figures_against_plain_python():
     assert got.keys() == want.keys()
     for name, value in want.items():
         assert got[name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_standard_errors_count_clusters():
+    """Against the plain formulas, and against the spread of many draws in which users share a prompt's outcome.
+    Faults: dependent values counted as independent; a prompt on both sides of a difference counted as two;
+    residuals from the mean of all instead of each side's; no C / (C - 1)."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=7)
+    got = mean_se(values)
+    assert got["se"] == pytest.approx(values.std(ddof=1) / math.sqrt(7)) and got["n"] == 7
+    assert mean_se(values, list("abcdefg")) == pytest.approx(got)
+    twice = mean_se(np.repeat(values, 2), [c for c in "abcdefg" for _ in range(2)])
+    assert twice["se"] == pytest.approx(got["se"]) and twice["mean"] == pytest.approx(got["mean"])
+    assert math.isnan(mean_se([1.0], None)["se"]) and math.isnan(mean_se([1.0, 2.0], ["a", "a"])["se"])
+    first = torch.tensor([n % 2 == 0 for n in range(8)])
+    apart = difference_se(rng.normal(size=8), first)
+    assert apart["se"] > 0
+    draws, told = [], []
+    for _ in range(400):
+        shared, prompts = rng.normal(size=30), [n // 4 for n in range(120)]
+        drawn = np.repeat(shared, 4) + 0.1 * rng.normal(size=120)           # four pairs of each prompt
+        side = torch.tensor([n % 4 == 0 or n >= 60 for n in range(120)])    # half of the prompts lie on both sides
+        found = difference_se(drawn, side, prompts)
+        draws.append(found["mean"])
+        told.append(found["se"])
+        assert found["mean"] == pytest.approx(drawn[side.numpy()].mean() - drawn[~side.numpy()].mean())
+    assert np.mean(told) == pytest.approx(np.std(draws), rel=0.12)
+
+
+def test_matching_of_many_experts_is_quick_and_right():
+    """Faults: each expert's own favourite, so two share a name; a search over all namings, which ten experts stop."""
+    rng = np.random.default_rng(1)
+    for experts, kinds in ((2, 3), (4, 2), (3, 3)):
+        found, truth = rng.integers(0, experts, 40).tolist(), rng.integers(0, kinds, 40).tolist()
+        share, naming = matched_accuracy(found, truth, experts)
+        orders = itertools.permutations(range(max(experts, kinds)), experts)
+        assert share == pytest.approx(max(np.mean([order[f] == t for f, t in zip(found, truth)]) for order in orders))
+        assert share == sum(naming[f] == t for f, t in zip(found, truth)) / 40
+        given = [name for name in naming.values() if name is not None]
+        assert len(set(given)) == len(given) == min(experts, kinds) and list(naming) == list(range(experts))
+    found = list(range(12)) * 3
+    assert matched_accuracy(found, [f"kind {11 - f}" for f in found], 12)[0] == 1.0

@@ -39,18 +39,20 @@ def job(tmp_path_factory):
     held = tinyjob.make_records(users=8, each=2, seed=5)                    # u6 and u7 are new
     for record, scores in zip(held, ([[1, 0], [0, 1]], [[1, 0], [1, 0]], [[0, 0], [1, 0]])):
         record["scores"] = dict(zip(("first", "second"), scores))
+    for n, record in enumerate(held):
+        record["prompt"] = held[n % 9]["prompt"]                            # users share prompts
     tinyjob.write(folder / "heldout.jsonl", held)
     tinyjob.write(folder / "prompts.jsonl", [{"prompt": p} for p in PROMPTS])
     dataset = {"rewards": ["first", "second"], "annotators": ["second"], "max_new": MAX_NEW}
     (folder / "dataset.json").write_text(json.dumps(dataset))
-    common = dict(tinyjob.SMALL, model=str(model), data=str(folder / "train.jsonl"), beta=0.5, epochs=3, start_steps=5)
+    common = dict(model=str(model), data=str(folder / "train.jsonl"), beta=0.5, epochs=3)
     runs = {
         "dpo": dict(experts=1),
-        "mix-pair": dict(rank=0, weights="0.3,0.7"),
-        "mix-user": dict(latent="user", sharing="models", start="linear"),
+        "mix-pair": dict(rank=0, weights="0.3,0.7", start_steps=5),
+        "mix-user": dict(latent="user", sharing="models", start="linear", start_steps=5),
     }
     for name, options in runs.items():
-        train.run(train.TrainConfig(**common | dict(out=str(folder / name)) | options))
+        train.run(train.TrainConfig(out=str(folder / name), **common | tinyjob.small(**options)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "data.annotators", types.SimpleNamespace(score=score))
         patch.setattr(evaluation, "write_report", lambda home: None)
@@ -70,6 +72,12 @@ def slow_ratios(run, reference, prompt, response):
     return [slow_logp(*run.experts.policy(k), prompt, response) - base for k in range(run.config.experts)]
 
 
+def slow_se(values, prompts):
+    """Prompt by prompt: the sum of its residuals, squared."""
+    sums = {p: sum(v - np.mean(values) for v, q in zip(values, prompts) if q == p) for p in prompts}
+    return math.sqrt(len(sums) / (len(sums) - 1) * sum(s**2 for s in sums.values())) / len(values)
+
+
 def slow_heldout(job, name):
     """Everything about a run's held-out pairs in plain numbers: records, h (P,K), w (K,), table of q (G,K)."""
     folder, _, model = job
@@ -86,23 +94,34 @@ def slow_heldout(job, name):
 @pytest.mark.parametrize("name", ["dpo", "mix-pair", "mix-user"])
 def test_heldout_figures_by_hand(job, name):
     """Faults: margins against another reference; M5 under uniform w; a tie for a win; each user's own weights not used,
-    or those of another user; accuracy of an annotator on all pairs; the gap with its sign turned."""
+    or those of another user; accuracy of an annotator on all pairs; the gap with its sign turned; pairs of one prompt
+    counted as independent, or prompts told apart by their first token; own - other of another annotator."""
     records, h, w, table = slow_heldout(job, name)
     got, users = job[1]["preferences"][name], [f"u{n}" for n in range(6)]   # in the training file's order
     own = [table[users.index(r["user"])].tolist() if name == "mix-user" and r["user"] in users else w for r in records]
     p, p_own = np.array(brute.marginal(w, h)), np.array(brute.marginal(own, h))
     assert (abs(h) > 0.01).any(), "the runs moved nowhere: nothing is compared"
+    prompts = [r["prompt"] for r in records]
     figures = {"accuracy_mbt": p > 0.5, "accuracy_own": p_own > 0.5,
                "log_likelihood": np.log(p), "log_likelihood_own": np.log(p_own)}
     for key, values in figures.items():
         assert got[key]["mean"] == pytest.approx(values.mean(), abs=1e-5), key
-        assert got[key]["se"] == pytest.approx(values.std(ddof=1) / math.sqrt(16), abs=1e-5), key
+        assert got[key]["se"] == pytest.approx(slow_se(values, prompts), abs=1e-5), key
         assert got[key]["n"] == 16, key
+    assert got["prompts"] == len(set(prompts)) < 16
     gap = [brute.kl(q, posterior) for q, posterior in zip(own, brute.posterior(own, h))]
     assert got["elbo_gap"]["mean"] == pytest.approx(np.mean(gap), abs=1e-5)
     for kind in ("first", "second"):
         mask = [r["annotator"] == kind for r in records]
         assert [a["mean"] for a in got["accuracy"][kind]] == pytest.approx((h[mask] > 0).mean(0).tolist()), kind
+        of_kind = [q for q, keep in zip(prompts, mask) if keep]
+        se = [slow_se(column, of_kind) for column in (h[mask] > 0).T]
+        assert [a["se"] for a in got["accuracy"][kind]] == pytest.approx(se, abs=1e-5)
+        for k in np.flatnonzero([own == kind for own in got["own"]]):
+            apart = (h[mask, k] > 0).mean() - (h[~np.array(mask), k] > 0).mean()
+            assert got["own_other"][k]["mean"] == pytest.approx(apart)
+    assert got["own"] == ([None] if name == "dpo" else [got["alignment_train"]["naming"][k] for k in "01"])
+    assert [gap is None for gap in got["own_other"]] == [own is None for own in got["own"]]
     assert [a["mean"] for a in got["accuracy_all"]] == pytest.approx((h > 0).mean(0).tolist())
     assert got["weights"] == pytest.approx(w)
     if name == "mix-user":
@@ -211,12 +230,14 @@ def test_results_are_written_as_returned_and_runs_are_left_as_they_were(job):
 
 
 def test_what_is_refused(tmp_path, model_dir, job, monkeypatch):
-    """Faults: an empty folder, an unfinished run, or runs of different lengths evaluated."""
+    """Faults: an empty folder, an unfinished run, or runs of different lengths evaluated; --heldout or --prompts that
+    are not there passed over in silence; nothing to evaluate on; a run on another model or file than it was trained
+    on."""
     with pytest.raises(InputError, match="no run in it"):
         evaluate(EvalConfig(dir=str(tmp_path)))
     tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name="a")
     tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name="b", max_prompt=32)
-    with pytest.raises(InputError, match="lengths differ.*one at a time"):
+    with pytest.raises(InputError, match="lengths or dtype differ.*one at a time"):
         evaluate(EvalConfig(dir=str(tmp_path)))
     state = tmp_path / "b" / "checkpoint" / "state.json"
     state.write_text(state.read_text().replace('"finished": true', '"finished": false'))
@@ -226,5 +247,13 @@ def test_what_is_refused(tmp_path, model_dir, job, monkeypatch):
         (tmp_path / "prompts.jsonl").write_text('{"prompt": "x"}\n\n' + line + "\n")
         with pytest.raises(InputError, match=r"prompts\.jsonl:3"):
             evaluation.read_prompts(tmp_path / "prompts.jsonl", load_tokenizer(model_dir), 8, 0)
+    for options in ({"heldout": "typo.jsonl"}, {"prompts": "typo.jsonl"}, {"prompts": str(tmp_path / "prompts.jsonl")}):
+        with pytest.raises(InputError, match="(typo.jsonl|dataset.json): no such file; --heldout wants"):
+            evaluate(EvalConfig(dir=str(tmp_path / "a"), **options))
+    with pytest.raises(InputError, match="nothing to evaluate on; wanted heldout.jsonl"):
+        evaluate(EvalConfig(dir=str(tmp_path / "a")))
+    (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text() + "\n")
+    with pytest.raises(InputError, match="a: was trained with another data than lies in .*a.jsonl now"):
+        evaluate(EvalConfig(dir=str(tmp_path / "a")))
     with pytest.raises(SystemExit, match="error: .*no run in it"):
         evaluation.main([str(tmp_path / "nothing")])

@@ -371,8 +371,10 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
     prompts = [tokenizer.encode(row["prompt"]) for row in read_lines(job / "prompts.jsonl")]
     assert all(p.prompt in prompts for p in pairs["heldout"])
     for p in pairs["train"]:
-        assert p.scores.keys() == {"sentiment", "informativeness", "grammar"} and p.context is None
+        assert p.scores.keys() == {"sentiment", "informativeness", "grammar"} and p.context is not None
         assert p.scores[p.annotator][0] > p.scores[p.annotator][1]
+    apart = [{tuple(p.prompt) for p in pairs["train"] if p.context == context} for context in (True, False)]
+    assert not apart[0] & apart[1] and sum(p.context for p in pairs["train"]) == 2 * 3
     facts = json.loads((job / "dataset.json").read_text())
     assert facts["annotators"] == ["sentiment", "informativeness"]
     assert facts["max_new"] == 24 and facts["train"]["pairs"] == 20
@@ -399,9 +401,10 @@ def test_the_estimate_counts_what_a_preset_asks_for():
         assert sum(more[stage_name].values()) > 1.3 * sum(first[stage_name].values())
     tuned = work(base | {"finetune": {"steps": 10, "batch": 2, "tokens": 64}}, 1e8, 16)["fine-tuning"]
     assert tuned == {"pass": 6e8 * 10 * 2 * 64}
-    two = {"dpo": {"experts": 1}, "mix": {"experts": 2, "context": 4, "train_trunk": False}}
-    trained = work(base | {"runs": two, "pairs": 16, "train": {"epochs": 2}}, 1e8, 16)["training"]["pass"]
-    assert trained == pytest.approx(2e8 * 40 * 16 * 96 * (1 + 2 * 3 + 2 * (0.25 + 0.75 * 1.3)))
+    two = {"dpo": {"experts": 1}, "mix": {"experts": 2, "estep": "context", "train_trunk": False}}
+    trained = work(base | {"runs": two, "pairs": 16, "context": 4, "train": {"epochs": 2}}, 1e8, 16)["training"]["pass"]
+    passes = 1 + 2 * 0.75 * 3 + 2 * (0.25 + 0.75 * 1.3) + 0.25              # the reference, dpo, mix, its last E-step
+    assert trained == pytest.approx(2e8 * 40 * 16 * 96 * passes)
     assert re.fullmatch(r"about \d+ minutes on this machine \(.+ GFLOP/s in \w+\): annotating \d+, .*",
                         estimate(base, "smollm2", 16))
 

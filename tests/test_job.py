@@ -5,7 +5,7 @@ import json
 import numpy as np
 from fakejob import figure, make_job, write
 
-from data.job import by_annotator, last_responsibilities, own_other, pool, read_job, smooth
+from data.job import by_annotator, last_responsibilities, read_job, smooth
 
 # ---- reading
 
@@ -47,37 +47,6 @@ def test_groups_are_pairs_in_file_order_and_users_by_first_appearance(tmp_path):
 
 
 # ---- figures
-
-
-def test_pooled_samples_are_the_joined_sample():
-    """Caught: a mean of means; the spread between the samples left out; n of one sample."""
-    rng = np.random.default_rng(2)
-    parts = [rng.normal(m, s, n) for m, s, n in ((0, 1, 5), (3, 2, 40), (-1, 0.5, 1))]
-    joined, found = np.concatenate(parts), pool([figure(part) for part in parts])
-    assert found["n"] == 46
-    assert np.isclose(found["mean"], joined.mean()) and np.isclose(found["se"], joined.std(ddof=1) / 46**0.5)
-
-
-def test_own_less_other_is_by_the_training_groups_names():
-    """Caught: named by the held-out pairs; other = all pairs; other = an unweighted mean of annotators; SEs added,
-    not their squares.
-    """
-    rng = np.random.default_rng(3)
-    right = {name: rng.random(n) < p for name, n, p in (("a", 30, 0.9), ("b", 200, 0.5), ("c", 20, 0.2))}
-    figures = {
-        "experts": 3,
-        "accuracy": {name: [figure(r), figure(~r), figure(r)] for name, r in right.items()},
-        "alignment_train": {"naming": {"0": "b", "1": "a", "2": None}},
-        "alignment_heldout": {"naming": {"0": "a", "1": "b", "2": "c"}},
-    }
-    own, gap = own_other(figures, 0)
-    other = np.concatenate([right["a"], right["c"]])
-    assert own == "b" and np.isclose(gap["mean"], right["b"].mean() - other.mean())
-    assert np.isclose(gap["se"], (right["b"].var(ddof=1) / 200 + other.var(ddof=1) / 50) ** 0.5)
-    own, gap = own_other(figures, 1)
-    other = np.concatenate([~right["b"], ~right["c"]])
-    assert own == "a" and np.isclose(gap["mean"], (~right["a"]).mean() - other.mean())
-    assert own_other(figures, 2) == (None, None)  # it stands for nobody
 
 
 def test_responsibilities_by_annotator_pool_all_groups_of_a_stretch(tmp_path):

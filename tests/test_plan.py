@@ -78,3 +78,13 @@ def test_a_plan_leaves_context_pairs_to_the_e_step(estep, aside):
         assert len(held) == aside * len(micro.groups) and (not held or bool(micro.context.context.all()))
         seen.append(micro.groups.tolist())
     assert seen == ([[0], [1, 2]] if aside else [[0], [1], [2]])             # 1 + 2 trained pairs fit, 2 + 3 do not
+
+
+@pytest.mark.parametrize("latent", ["pair", "user"])
+def test_what_the_file_sets_aside_is_never_trained_on(latent):
+    """Caught: context pairs trained on, or a group of nothing made of them, where the E-step does not look at context."""
+    marked = [pair([1], [2], [3], user=u, context=c) for u, c in zip("aabbcc", (True, True, False, True, None, False))]
+    plan = make_plan(marked, small.config(latent=latent, batch=10))
+    assert plan.trained == plan.units == ([[2], [4], [5]] if latent == "pair" else [[2], [4, 5]])
+    with pytest.raises(InputError, match="all 2 pairs are context pairs"):
+        make_plan(marked[:2], small.config(latent=latent))

@@ -71,9 +71,9 @@ def test_start_token_stays_before_the_prompt(tmp_path):
 def test_pair_longer_than_the_model(tmp_path):
     """Caught: only one of the two responses looked at; off by one at the context's end."""
     pairs = [pair("abc", "d", "efg", line=8), pair("a", "b", "c", line=9)]
-    check_lengths(pairs, 6)
-    with pytest.raises(InputError, match=r"line 8: prompt \(3 ids\) and response \(3\) .* context of 5; choose"):
-        check_lengths(pairs, 5)
+    check_lengths(pairs, 6, "f.jsonl")
+    with pytest.raises(InputError, match=r"f\.jsonl:8: prompt \(3 ids\) and response \(3\) .* context of 5; choose"):
+        check_lengths(pairs, 5, "f.jsonl")
 
 
 # ---- units of the latent

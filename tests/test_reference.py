@@ -116,7 +116,7 @@ def test_a_half_written_file_is_never_used(moment, tmp_path, monkeypatch):
 def prepared(folder, model, data, **options):
     """(reference, files in the cache) after train.py's preparation."""
     paths = dict(data=str(data), model=str(model), out=str(folder / "run"))
-    config = train.TrainConfig(**tinyjob.SMALL | paths | options)
+    config = train.TrainConfig(**paths | tinyjob.small(**options))
     reference = train.prepare(config)[2]
     return reference, len(list((folder / "cache").glob("*.safetensors")))
 

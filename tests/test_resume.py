@@ -164,7 +164,7 @@ def test_descend_steps_nowhere_on_nan_and_clips_the_norm(model_dir):
 @pytest.mark.parametrize("change,options,says", [
     ({}, dict(latent="user", batch=2),
      r"run\.jsonl: user 'u[0-5]' has 3 pairs, and a batch holds 2; choose a batch of 3 or more"),
-    ({"prompt": "m" * 40, "chosen": "a" * 40}, {}, r"run\.jsonl: line 5.*40.*41.*context of 64.*<= 64"),
+    ({"prompt": "m" * 40, "chosen": "a" * 40}, {}, r"run\.jsonl:5: prompt.*40.*41.*context of 64.*<= 64"),
     ({"chosen": ""}, {}, r"run\.jsonl:5.*empty chosen"),
     ({"chosen": "ab", "rejected": "ab"}, {}, r"run\.jsonl:5.*identical"),
     ({"user": None}, dict(latent="user"), r"run\.jsonl: line 5: no user"),

@@ -91,10 +91,7 @@ def test_preference_tables(home):
             assert row[f"judged by {kind}"] == f"{a['mean']:.3f} ± {a['se']:.3f}"
         assert row["named after"] == ("–" if row["run"] == "dpo" else ["sentiment", "informativeness"][k])
         if row["run"] != "dpo":
-            own, other = (
-                figures["accuracy"][kind][k] for kind in (row["named after"], ["informativeness", "sentiment"][k])
-            )
-            gap, se = own["mean"] - other["mean"], (own["se"] ** 2 + other["se"] ** 2) ** 0.5
+            gap, se = figures["own_other"][k]["mean"], figures["own_other"][k]["se"]
             assert (row["own - other"], row["in SEs"]) == (f"{gap:+.3f} ± {se:.3f}", f"{gap / se:+.1f}")
     for row in of_run:
         figures = job.results["preferences"][row["run"]]

@@ -141,7 +141,8 @@ def test_the_loop_equals_its_slow_twin(case, tmp_path, model_dir, untied_dir):
     before its last step, or of the start, or of the trained pairs where there are context pairs."""
     options = dict(CASES[case])
     model = untied_dir if options.pop("model", None) else model_dir
-    out = tinyjob.run(tmp_path, model, tinyjob.make_records(users=4), **dict(lr=3e-4, head_lr=3e-3, beta=0.5) | options)
+    options |= {"head_lr": 3e-3} if "head_lr" in tinyjob.small(**options) else {}
+    out = tinyjob.run(tmp_path, model, tinyjob.make_records(users=4), **dict(lr=3e-4, beta=0.5) | options)
     config = train.configs.load(train.TrainConfig, out / "config.json")
     named, table, w = slow_run(config)
     got, metrics = tinyjob.tensors(out), tinyjob.lines(out / "metrics.jsonl")
@@ -332,6 +333,10 @@ def test_the_seed_and_only_the_seed_changes_a_run(tmp_path, model_dir):
     ({"train_trunk": False, "sharing": "models"}, "--train-trunk"),
     ({"estep": "first", "start": "dirichlet", "start_steps": 1}, "--estep first"),
     ({"prior": 2.0}, "--prior.*--weights update"), ({"restarts": 9}, "--restarts.*--start linear"),
+    ({"experts": 1, "weights": "update"}, "--weights.*--experts 2"), ({"experts": 1, "start": "linear"}, "--start has"),
+    ({"experts": 1, "sharing": "models"}, "--sharing has"), ({"experts": 1, "start_steps": 3}, "--start-steps has"),
+    ({"start": "none", "start_steps": 3}, "--start-steps has"), ({"experts": 1, "rank": 2}, "--rank has"),
+    ({"sharing": "models", "rank": 2}, "--rank has"), ({"rank": 0, "head_lr": 0.1}, "--head-lr has"),
     ({"weights": "0.5,0.2,0.3"}, "--weights.*2 positive"), ({"weights": "1,0"}, "--weights"),
     ({"weights": "uniformly"}, "--weights.*'uniformly'"), ({"dtype": "half"}, "--dtype"),
 ])

@@ -53,13 +53,21 @@ def write(path, records):
     return str(path)
 
 
+def small(**options):
+    """SMALL and `options`, less what would have no effect beside them."""
+    several, heads = options.get("experts", 2) > 1, options.get("sharing", "heads") == "heads"
+    used = {"rank": several and heads, "head_lr": several and heads and options.get("rank", 2) > 0,
+            "start_steps": several and options.get("start") != "none"}
+    return {name: value for name, value in SMALL.items() if used.get(name, True)} | options
+
+
 def run(folder, model, records, name="run", **options):
     """train.run on `records` in folder/NAME; returns the run's directory."""
     data = folder / f"{name}.jsonl"
     if not data.exists() or options.pop("rewrite", False):
         write(data, records)
     paths = dict(data=str(data), model=str(model), out=str(folder / name))
-    return train.run(train.TrainConfig(**SMALL | paths | options))
+    return train.run(train.TrainConfig(**paths | small(**options)))
 
 
 def lines(path):
