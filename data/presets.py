@@ -36,15 +36,12 @@ QUICK = COMMON | {
     "train": {"epochs": 1, "batch": 16, "micro": 16, "lr": 5e-5},
     "runs": runs(2, of_users={"start_steps": 25, "estep": "context"}),
 }
-# The trunk is frozen: one that learns follows the type that is easier to learn, as the run mix-user-trunk shows beside.
-CPU_USERS = {"start_steps": 40, "estep": "context"}
-CPU = COMMON | {
-    "annotators": TWO, "prompts": 600, "heldout": 200, "evaluate": 200, "continuations": 6, "max_response": 32,
+CPU = COMMON | {  # heads on a frozen trunk: a trunk that learns follows the type that is easier to learn
+    "annotators": TWO, "prompts": 800, "heldout": 300, "evaluate": 200, "continuations": 6, "max_response": 32,
     "users": 120, "pairs": 20, "context": 8, "heldout_pairs": 8, "reviews": 3000,
     "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4},
     "train": {"epochs": 1, "batch": 24, "micro": 24, "lr": 5e-5},
-    "runs": runs(2, seeds=3, of_users=CPU_USERS, train_trunk=False, head_lr=2e-3)
-    | {"mix-user-trunk": runs(2, of_users=CPU_USERS)["mix-user"]},
+    "runs": runs(2, seeds=3, of_users={"start_steps": 40, "estep": "context"}, train_trunk=False),
 }
 PAPER = COMMON | {
     "annotators": THREE, "prompts": 25000, "heldout": 10000, "evaluate": 10000,
