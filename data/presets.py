@@ -37,7 +37,7 @@ QUICK = COMMON | {
     "runs": runs(2, of_users={"start_steps": 25, "estep": "context"}),
 }
 CPU = COMMON | {  # heads on a frozen trunk: a trunk that learns follows the type that is easier to learn
-    "annotators": TWO, "prompts": 800, "heldout": 300, "evaluate": 200, "continuations": 6, "max_response": 32,
+    "annotators": TWO, "prompts": 800, "heldout": 600, "evaluate": 200, "continuations": 6, "max_response": 32,
     "users": 120, "pairs": 20, "context": 8, "heldout_pairs": 8, "reviews": 3000,
     "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4},
     "train": {"epochs": 1, "batch": 24, "micro": 24, "lr": 5e-5},
