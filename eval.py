@@ -25,16 +25,17 @@ from mixdpo.diagnostics import (adjusted_rand_index, bayes_posterior, difference
                                 matched_accuracy, mean_se)
 from mixdpo.dpo import accuracy, margins
 from mixdpo.experts import load_state, make_experts, pair_logp
+from mixdpo.gates import Gate, gate_inputs, saved_gate
 from mixdpo.generate import choose_expert, generate
 from mixdpo.mixture import e_step, elbo, log_marginal, mixture_logp
+from mixdpo.options import TrainConfig
 from mixdpo.plan import Plan, make_plan
 from mixdpo.preferences import Pair, check_lengths, collate, data_key, encode_prompt, read_preferences
 from mixdpo.records import lines
-from mixdpo.reference import compute_reference, reference_of
+from mixdpo.reference import compute_reference, prompt_features, reference_of
 from mixdpo.rundir import Progress, compute_dtype, environment, load_checkpoint
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import content_key, load_model
-from train import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Run:
     name: str
     config: TrainConfig
     experts: torch.nn.Module
-    log_w: torch.Tensor             # (K,)
+    gate: Gate
+    plan: Plan                      # of its training pairs
     table: torch.Tensor             # (G,K) log q
     path: Path
 
@@ -77,7 +79,14 @@ def load_run(path: Path, device: str, data_folder: str) -> Run:
                              "put that back, or train again into another --out")
     experts = make_experts(model, config, compute_dtype(config.dtype, device)[0]).eval()
     load_state(experts, tensors, path)
-    return Run(path.name, config, experts, tensors["log_w"].to(device), tensors["table"], path)
+    pairs = read_preferences(config.data, load_tokenizer(config.model, data_folder or None), config.max_prompt,
+                             config.max_response, config.drop, report=lambda line: None)
+    plan = make_plan(pairs, config)
+    return Run(path.name, config, experts, saved_gate(config, tensors, plan.pairs), plan, tensors["table"], path)
+
+
+def device_of(run: Run) -> torch.device:
+    return next(run.experts.parameters()).device
 
 
 # --- held-out preferences ---------------------------------------------------------------------------------------------
@@ -86,7 +95,7 @@ def load_run(path: Path, device: str, data_folder: str) -> Run:
 @torch.no_grad()
 def all_margins(run: Run, pairs: list[Pair], ref_logp: torch.Tensor, size: int = 16) -> torch.Tensor:
     """h of every pair under every expert: (P,K) float32, on the CPU."""
-    device, out, progress = run.log_w.device, [], Progress(f"{run.name} held-out")
+    device, out, progress = device_of(run), [], Progress(f"{run.name} held-out")
     for start in range(0, len(pairs), size):
         batch = collate(pairs, list(range(start, min(start + size, len(pairs)))), "pair").to(device)
         ref = ref_logp[batch.pair.cpu(), None].to(device)                   # (B,1,2)
@@ -95,11 +104,18 @@ def all_margins(run: Run, pairs: list[Pair], ref_logp: torch.Tensor, size: int =
     return torch.cat(out)
 
 
-def user_weights(run: Run, pairs: list[Pair], plan: Plan) -> torch.Tensor:
+@torch.no_grad()
+def weights(run: Run, pairs: list[Pair], prompts: torch.Tensor) -> torch.Tensor:
+    """log w(x) of each pair (P,K), from its prompt's states (P,2,C), user and domain."""
+    prompts = prompts[:, ("last", "mean").index(run.config.gate_features)]
+    return run.gate(gate_inputs(run.config.gate, pairs, prompts, run.plan.pairs))
+
+
+def user_weights(run: Run, pairs: list[Pair], log_w: torch.Tensor) -> torch.Tensor:
     """log weights of each held-out pair (P,K): its user's responsibilities from training (M11) where known, else w."""
-    log_w = run.log_w.cpu().expand(len(pairs), -1).clone()
+    log_w = log_w.clone()
     if run.config.latent == "user":
-        row = {plan.pairs[unit[0]].user: g for g, unit in enumerate(plan.units)}
+        row = {run.plan.pairs[unit[0]].user: g for g, unit in enumerate(run.plan.units)}
         known = [(n, row[p.user]) for n, p in enumerate(pairs) if p.user in row]
         log_w[[n for n, _ in known]] = run.table[[g for _, g in known]]
     return log_w
@@ -123,15 +139,15 @@ def alignment(log_q: torch.Tensor, units: list[list[int]], pairs: list[Pair]) ->
     return result
 
 
-def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, plan: Plan) -> dict:
-    """Everything that a run's held-out margins h (P,K) say. Pairs on one prompt are not independent: standard errors
+def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor) -> dict:
+    """Everything that a run's held-out margins h (P,K) and weights log_w (P,K) say. Pairs on one prompt are not independent: standard errors
     count prompts. An expert is named by the training groups; held-out pairs have no say in it."""
-    log_w, own, right = run.log_w.cpu(), user_weights(run, pairs, plan), accuracy(h)        # right (P,K)
+    own, right = user_weights(run, pairs, log_w), accuracy(h)               # (P,K), (P,K)
     log_p, log_q = e_step(log_w, h)
     prompt, of = [tuple(p.prompt) for p in pairs], [p.annotator or "all" for p in pairs]
     by = {kind: torch.tensor([a == kind for a in of]) for kind in sorted(set(of))}
     log_p_own = log_marginal(own, h)
-    train_side = alignment(run.table, plan.units, plan.pairs) if run.config.experts > 1 else {}
+    train_side = alignment(run.table, run.plan.units, run.plan.pairs) if run.config.experts > 1 else {}
     named = [train_side.get("naming", {}).get(str(k)) for k in range(run.config.experts)]
 
     def among(mask, values):
@@ -139,7 +155,7 @@ def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, plan: Plan)
 
     return {
         "experts": run.config.experts,
-        "weights": log_w.exp().tolist(),
+        "weights": log_w.exp().mean(0).tolist(),
         "accuracy": {kind: [among(mask, column) for column in right.T] for kind, mask in by.items()},
         "accuracy_all": [mean_se(column, prompt) for column in right.T],    # of each expert
         "own": named,                                                       # the annotator that each stands for
@@ -169,30 +185,31 @@ def sample(model, head: torch.Tensor, prompts, config: EvalConfig, max_new: int,
 @torch.no_grad()
 def divergence(run: Run, ref_logp: torch.Tensor, pairs: list[Pair], size: int = 16) -> torch.Tensor:
     """log pi_k - log pi_ref of completions, every expert: pairs hold the completion as chosen; (P,K) nats."""
-    device, out = run.log_w.device, []
+    device, out = device_of(run), []
     for start in range(0, len(pairs), size):
         batch = collate(pairs, list(range(start, min(start + size, len(pairs)))), "pair").to(device)
         out.append((pair_logp(run.experts, batch)[..., 0] - ref_logp[batch.pair.cpu(), None, 0].to(device)).cpu())
     return torch.cat(out)
 
 
-def policy_rows(runs: list[Run], reference, prompts: list, config: EvalConfig, max_new: int, eos: int) -> dict:
+def policy_rows(runs: list[Run], reference, prompts: list[Pair], config: EvalConfig, max_new: int, eos: int) -> dict:
     """Completions of every row of the table: name -> {"ids": of each prompt, "kl": (N,) log pi - log pi_ref of each in
     nats, "z": the expert of each, or None}."""
-    dtype = runs[0].experts.dtype                                           # cast whole: a cast a token would cost more
-    cast = copy.deepcopy(reference).to(dtype)
-    plain = sample(cast, cast.unembedding, prompts, config, max_new, eos, "reference")
+    dtype, of = runs[0].experts.dtype, [p.prompt for p in prompts]
+    states = prompt_features(reference, of, dtype)                          # (N,2,C)
+    cast = copy.deepcopy(reference).to(dtype)                               # whole: a cast a token would cost more
+    plain = sample(cast, cast.unembedding, of, config, max_new, eos, "reference")
     rows = {"reference": {"ids": plain, "kl": torch.zeros(len(prompts)), "z": None}}
     for run in runs:
         K, ids, kl = run.config.experts, [], []
         for k in range(K):
             model, head = run.experts.policy(k)
             cast = copy.deepcopy(model).to(dtype) if k == 0 or run.config.sharing == "models" else cast
-            ids.append(sample(cast, head, prompts, config, max_new, eos, f"{run.name} expert {k}"))
-            pairs = [Pair(prompt, own, other) for prompt, own, other in zip(prompts, ids[k], plain)]
+            ids.append(sample(cast, head, of, config, max_new, eos, f"{run.name} expert {k}"))
+            pairs = [Pair(prompt, own, other) for prompt, own, other in zip(of, ids[k], plain)]
             ref_logp = compute_reference(reference, pairs, dtype).logp
             kl.append(divergence(run, ref_logp, pairs))                     # (N,K): of k's texts, under every expert
-        log_w, n = run.log_w.cpu(), torch.arange(len(prompts))
+        log_w, n = weights(run, prompts, states), torch.arange(len(prompts))
         for mode in ("mixture", "sparse", *range(K)) if K > 1 else (0,):
             z = choose_expert(log_w, len(prompts), str(mode), config.seed)                          # (N,)  M13
             drawn = torch.stack(kl)[z, n]                                                           # (N,K)
@@ -240,16 +257,16 @@ def find_runs(folder: Path) -> list[Path]:
     return found
 
 
-def read_prompts(path: Path, tokenizer, max_prompt: int, limit: int) -> list[list[int]]:
-    """The first `limit` prompts (0: all) as ids."""
+def read_prompts(path: Path, tokenizer, max_prompt: int, limit: int) -> list[Pair]:
+    """The first `limit` prompts (0: all), as pairs without responses."""
     prompts = []
     for number, line in enumerate(lines(path), 1):
         if not line.strip():
             continue
         try:
-            if not isinstance(prompt := json.loads(line)["prompt"], str) or not prompt:
+            if not isinstance(prompt := (row := json.loads(line))["prompt"], str) or not prompt:
                 raise TypeError("prompt is no string, or empty")
-            prompts.append(encode_prompt(prompt, tokenizer, max_prompt)[0])
+            prompts.append(Pair(encode_prompt(prompt, tokenizer, max_prompt)[0], [], [], domain=row.get("domain")))
         except (ValueError, KeyError, TypeError) as error:                  # no JSON, no prompt, no token for a letter
             got = f"{line[:80]!r} ({error})"
             raise InputError(f'{path}:{number}: wanted {{"prompt": "some text"}}, got {got}') from None
@@ -285,9 +302,9 @@ def evaluate(config: EvalConfig) -> dict:
     (folder / "samples.jsonl").unlink(missing_ok=True)                      # of an evaluation before
     if prompts.exists() and scored:
         dataset = json.loads((home / "dataset.json").read_text())
-        ids = read_prompts(prompts, tokenizer, first.max_prompt, config.limit)
-        max_new = config.max_new or dataset.get("max_new") or first.max_response
-        rows = policy_rows(runs, reference, ids, config, max_new, tokenizer.eos)
+        asked = read_prompts(prompts, tokenizer, first.max_prompt, config.limit)
+        max_new, ids = config.max_new or dataset.get("max_new") or first.max_response, [p.prompt for p in asked]
+        rows = policy_rows(runs, reference, asked, config, max_new, tokenizer.eos)
         results["policies"], texts = reward_table(rows, ids, tokenizer, dataset, home)
         samples = [{"prompt": plain_text(prompt, tokenizer), "texts": {name: column[n] for name, column in texts.items()}}
                    for n, prompt in enumerate(ids)]
@@ -305,9 +322,8 @@ def heldout_figures(runs: list[Run], reference, tokenizer, path: Path, store: Pa
     check_lengths(pairs, reference.config.context, path)
     ref = reference_of(path, pairs, reference, tokenizer, config, dtype, store)
     for run in runs:
-        own = read_preferences(run.config.data, tokenizer, config.max_prompt, config.max_response, run.config.drop,
-                               report=lambda line: None)
-        out[run.name] = preference_figures(run, pairs, all_margins(run, pairs, ref.logp), make_plan(own, run.config))
+        log_w = weights(run, pairs, ref.prompt)
+        out[run.name] = preference_figures(run, pairs, all_margins(run, pairs, ref.logp), log_w)
     return out
 
 

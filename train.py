@@ -1,4 +1,4 @@
-"""Mix-DPO by stochastic variational EM: `python train.py --data prefs.jsonl --model DIR --experts 2 --out runs/x`.
+"""Mix-DPO and MoE-DPO by stochastic variational EM: `python train.py --data prefs.jsonl --model DIR --experts 2 --out runs/x`.
 
 One optimizer step is `step`, and for each of its micro-batches `accumulate`:
 
@@ -7,7 +7,9 @@ One optimizer step is `step`, and for each of its micro-batches `accumulate`:
         log-probs of K experts -> margins h                               (M4)
         E-step:  q = posterior over experts, detached                     (M7, M11)
         M-step:  sum_k q_k * -log sigma(h_k), backward into states and heads  (M8)
-    one backward pass of the trunk, then AdamW, and the weights' closed form (M10) if asked for
+    one backward pass of the trunk
+    M-step of the gate, on all groups of the step:  KL(q || w(x))         (M9), or the closed form of fixed weights (M10)
+    AdamW
 
 q is known before where it comes from the start (start.py), from a pair's first visit, or from context pairs, which have
 a forward pass of their own (`posterior`).
@@ -24,73 +26,74 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mixdpo import config as configs
 from mixdpo.config import InputError
-from mixdpo.diagnostics import step_summary
+from mixdpo.diagnostics import alarms, step_summary
 from mixdpo.dpo import margins
 from mixdpo.experts import load_state, make_experts, pair_logp, trained_state
+from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
 from mixdpo.logprob import TILE, sum_responses
-from mixdpo.mixture import e_step, expert_loss, update_weights
+from mixdpo.mixture import SAMPLED, balance, damp, e_step, entropy, expert_loss, gate_loss, update_weights, vary
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
+from mixdpo.options import TrainConfig, validate
 from mixdpo.plan import Micro, make_plan, micro_batches
 from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences, response_positions
 from mixdpo.reference import reference_of
 from mixdpo.rundir import Progress, compute_dtype, environment, keep_lines, load_checkpoint, save_checkpoint
-from mixdpo.start import check_start, first_responsibilities, first_weights
+from mixdpo.start import check_start, first_responsibilities
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import content_key, load_model
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Trains DPO (experts = 1) or a mixture on preferences (JSON Lines: prompt, chosen, rejected, maybe user)."""
-
-    data: str                       # preference file, .jsonl or .jsonl.gz
-    model: str                      # reference and start: gpt2, smollm2, llama-3.2-1b or a Hugging Face directory
-    out: str                        # run directory; an unfinished run in it is resumed
-    experts: int = 2                # K; 1 is DPO
-    sharing: str = "heads"          # heads: one trunk, K unembeddings; models: K independent models
-    rank: int = 16                  # rank of the heads W + A_k B_k; 0: full heads
-    train_trunk: bool = True        # false: only the heads learn
-    latent: str = "pair"            # one type a pair, or one a user (M11)
-    estep: str = "all"              # E-step on: all pairs, context (never trained on), first (a pair's first visit)
-    context: int = 0                # pairs of each user set aside for the E-step, where the file does not mark them
-    weights: str = "uniform"        # mixture weights (M10): uniform, update (closed form, each step), or 0.3,0.7
-    prior: float = 1.0              # Dirichlet prior of the closed-form update
-    start: str = "dirichlet"        # first responsibilities: dirichlet (random), linear (linear rewards), none (saddle)
-    start_steps: int = 10           # optimizer steps that use them before the E-step takes over
-    restarts: int = 5               # starts of the linear mixture; the best bound is taken
-    beta: float = 0.1               # strength of the pull to the reference, per nat
-    lr: float = 2e-5                # AdamW's peak learning rate
-    head_lr: float = 1e-3           # the same for the low-rank factors A_k, B_k
-    epochs: int = 1                 # passes over the data
-    batch: int = 32                 # pairs an optimizer step, at most; whole users
-    micro: int = 16                 # pairs a forward pass, at most; whole users, so one large user may exceed it
-    head_rows: int = 1024           # response tokens a head micro-batch, about; 0: all at once, in vocabulary tiles
-    warmup: int = 10                # steps of linear warm-up; then linear decay to a tenth
-    clip: float = 1.0               # largest gradient norm
-    max_prompt: int = 256           # tokens; longer prompts are cut from the left
-    max_response: int = 256         # tokens, the end token among them
-    drop: bool = False              # true: faulty lines are dropped and reported, not an error
-    checkpointing: bool = False     # activation checkpointing: less memory, one more forward pass
-    dtype: str = "auto"             # of the products: auto, float32, bfloat16; parameters stay float32
-    seed: int = 0                   # of everything random
-    save_minutes: float = 10.0      # between checkpoints
-    data_folder: str = ""           # local files looked into before anything is fetched
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------
 
 
-def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, log_w: torch.Tensor, log_q: torch.Tensor | None,
-               pairs: int, config) -> list[tuple]:
-    """Adds one micro-batch's gradient of sum M8 / pairs. log_q (G,K) if the responsibilities are known, else None.
+@dataclass(frozen=True)
+class Latent:
+    """What is known of the latent of G groups before their pairs are looked at."""
 
-    Returns (log_q of the groups, log_q of the pairs, h) of every chunk, detached.
+    inputs: Inputs                  # (G,...) what the gate looks at
+    log_w: torch.Tensor             # (G,K) what it makes of that, detached
+    given: torch.Tensor | None      # (G,K) log q to take as it is
+    kept: torch.Tensor | None       # (G,K) log q of the visit before, NaN at the first; only damping looks at it
+    uniform: torch.Tensor | None    # (S,G,K) noise of the sampled variants: a group's own, however a step is cut
+
+    def __getitem__(self, part: slice) -> "Latent":
+        given, kept = (None if rows is None else rows[part] for rows in (self.given, self.kept))
+        uniform = None if self.uniform is None else self.uniform[:, part]
+        return Latent(self.inputs[part], self.log_w[part], given, kept, uniform)
+
+
+@torch.no_grad()
+def latent_of(gate, inputs: Inputs, ids: list[int], given: torch.Tensor | None, table: torch.Tensor, t: int,
+              config) -> Latent:
+    """Of the groups `ids` at step t. inputs, table and given are of all groups: table holds the responsibilities of
+    each one's visit before, given those to use, if none of the step's is NaN (all or none)."""
+    own, device, uniform = inputs[ids], inputs.user.device, None
+    if given is not None:
+        given = None if given[ids].isnan().any() else given[ids].to(device)
+    log_w = gate(own)                                                       # (G,K)
+    if config.variant in SAMPLED:
+        drawn = np.random.default_rng([config.seed, 13, t]).random((config.draws, *log_w.shape))
+        uniform = torch.from_numpy(drawn).to(device)
+    return Latent(own, log_w, given, table[ids].to(device) if config.damping else None, uniform)
+
+
+def settle(log_q: torch.Tensor, latent: Latent, config) -> torch.Tensor:
+    """The responsibilities that the M-step uses, from the exact ones: (G,K) -> (G,K)  (M12)."""
+    log_q = vary(log_q, config.variant, latent.uniform, config.variant_temperature)
+    return damp(log_q, latent.kept, config.damping) if config.damping else log_q
+
+
+def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pairs: int, config) -> list[tuple]:
+    """Adds one micro-batch's gradient of sum M8 / pairs.
+
+    Returns (log_q of the groups, log_q of the pairs, log_w of the pairs, h) of every chunk, detached.
     """
-    batch, known, seen = micro.train, log_q, []
+    batch, known, seen = micro.train, latent.given, []
     where, targets, sequence = response_positions(batch)                    # (M,) each
     rows = experts.rows(experts.hidden(batch.ids.flatten(0, 1)), where)     # (M,C), or (K,M,C) for independent models
     split = config.head_rows > 0
@@ -102,14 +105,16 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, log_w: torch.Tenso
         h = margins(logp, ref_logp[batch.pair[p:p_end], None].to(logp), config.beta)                # (b,K)  M4
         group = batch.group[p:p_end]
         if known is None:
-            first = int(group[0])
-            log_q = e_step(log_w, h, group - first)[1]                                              # (g,K)  M7, M11
+            first, last = int(group[0]), int(group[-1])
+            log_q = e_step(latent.log_w[group], h, group - first)[1]                                # (g,K)  M7, M11
+            log_q = settle(log_q, latent[first : last + 1], config)
             of_pair = log_q[group - first]
         else:
-            of_pair = known[group]
+            log_q, of_pair = None, known[group]
         loss = expert_loss(of_pair, h).sum() / pairs                                                # M8
-        loss.backward()
-        seen.append((log_q, of_pair, h.detach()))
+        if loss.requires_grad:                                              # false if all experts are frozen
+            loss.backward()
+        seen.append((log_q, of_pair, latent.log_w[group], h.detach()))
     if split and rows.requires_grad:
         rows.backward(states.grad)                                          # one pass through the trunk
     return seen
@@ -132,41 +137,57 @@ def chunks(batch: Batch, sequence: torch.Tensor, head_rows: int, whole_groups: b
 
 @torch.no_grad()
 def posterior(experts, batch: Batch, ref_logp: torch.Tensor, log_w: torch.Tensor, config) -> torch.Tensor:
-    """An E-step by a pass of its own: q of each group (G,K) from the pairs of `batch`. Out of sample if these are
-    context pairs, which the M-step never trains on."""
+    """An E-step by a pass of its own: q of each group (G,K) from the pairs of `batch`, log_w (G,K). Out of sample if
+    these are context pairs, which the M-step never trains on."""
     h = margins(pair_logp(experts, batch), ref_logp[batch.pair, None].to(log_w), config.beta)       # (B,K)  M4
-    return e_step(log_w, h, batch.group)[1]                                 # M7, M11
+    return e_step(log_w[batch.group], h, batch.group)[1]                    # M7, M11
 
 
-def last_e_step(experts, plan, ref_logp: torch.Tensor, log_w: torch.Tensor, config) -> torch.Tensor:
-    """Responsibilities of all groups under the finished experts: what a run says about who judged. (G,K) on the CPU."""
-    micros, table = micro_batches(plan, list(range(len(plan.units))), config, log_w.device), []
-    progress = Progress(f"{Path(config.out).name} last E-step")
+@torch.no_grad()
+def full_e_step(experts, gate, plan, ref_logp, inputs: Inputs, config, name: str) -> torch.Tensor:
+    """Responsibilities of all groups under the experts and the gate as they are: (G,K) on the CPU."""
+    micros, table = micro_batches(plan, list(range(len(plan.units))), config, ref_logp.device), []
+    progress = Progress(f"{Path(config.out).name} {name}")
     for n, micro in enumerate(micros, 1):
-        table.append(posterior(experts, micro.context or micro.train, ref_logp, log_w, config).cpu())
+        pairs, log_w = micro.context or micro.train, gate(inputs[micro.groups])
+        table.append(posterior(experts, pairs, ref_logp, log_w, config).cpu())
         progress(n, len(micros))
     return torch.cat(table)
 
 
-def step(experts, optimizer, micros: list[Micro], ref_logp: torch.Tensor, log_w: torch.Tensor,
-         given: torch.Tensor | None, config) -> tuple[dict, torch.Tensor]:
-    """One optimizer step on whole groups. given (all groups, K): responsibilities to use, if none of the step's is NaN.
+def step(experts, gate, optimizer, micros: list[Micro], ref_logp: torch.Tensor, latent: Latent,
+         config) -> tuple[dict, torch.Tensor]:
+    """One optimizer step on whole groups, those of `latent` in the order of the micro-batches.
 
-    Returns the step's figures (parameters before the update) and the responsibilities used, (groups of the step, K).
+    Returns the step's figures (parameters before the update) and the responsibilities used, (G,K).
     """
-    pairs, used, seen = sum(len(m.train.ids) for m in micros), [], []
-    known = given is not None and not given[torch.cat([m.groups for m in micros])].isnan().any()    # all or none
+    pairs, used, seen, first = sum(len(m.train.ids) for m in micros), [], [], 0
     for micro in micros:
-        log_q = given[micro.groups].to(log_w.device) if known else None
-        if log_q is None and micro.context is not None:
-            log_q = posterior(experts, micro.context, ref_logp, log_w, config)
-        parts = accumulate(experts, micro, ref_logp, log_w, log_q, pairs, config)
-        used.append(torch.cat([q for q, _, _ in parts]) if log_q is None else log_q)
+        part = latent[first : first + len(micro.groups)]
+        first += len(micro.groups)
+        if part.given is None and micro.context is not None:
+            log_q = posterior(experts, micro.context, ref_logp, part.log_w, config)
+            part = dataclasses.replace(part, given=settle(log_q, part, config))
+        parts = accumulate(experts, micro, ref_logp, part, pairs, config)
+        used.append(torch.cat([q for q, *_ in parts]) if part.given is None else part.given)
         seen += parts
-    h, of_pair = torch.cat([h for *_, h in seen]), torch.cat([q for _, q, _ in seen])
-    figures = step_summary(of_pair, log_w, h) | {"pairs": pairs}
+    log_q = torch.cat(used)                                                 # (G,K)
+    if gate.kind in TRAINED:
+        (gate_objective(gate, latent.inputs, log_q, config) / pairs).backward()
+    of_pair, w_of_pair, h = (torch.cat(column) for column in list(zip(*seen))[1:])
+    figures = step_summary(of_pair, w_of_pair, h) | {"pairs": pairs}
     figures["grad_norm"] = descend(optimizer, figures["loss"], config.clip)
-    return figures, torch.cat(used)
+    return figures, log_q
+
+
+def gate_objective(gate, inputs: Inputs, log_q: torch.Tensor, config) -> torch.Tensor:
+    """The gate's loss, summed over groups: M9, less what the entropy of each group's weights and that of their mean are
+    worth. The two pull apart: the first wants every w(x) flat, the second all experts used, by weights however sharp."""
+    log_w = gate(inputs)                                                    # (G,K), with gradient
+    loss = gate_loss(log_q, log_w).sum()                                    # M9
+    if gate.kind in ("user", "prompt-user"):
+        loss = loss + gate_loss(log_q, gate.generic(inputs)).sum()
+    return loss - config.gate_entropy * entropy(log_w).sum() - config.gate_balance * len(log_w) * balance(log_w)
 
 
 def descend(optimizer, loss: float, clip: float) -> float:
@@ -214,44 +235,6 @@ def prepare(config):
     return make_experts(model, config, dtype), plan, reference, device
 
 
-def validate(config: TrainConfig) -> None:
-    """Refuses options that contradict each other; nothing is ignored in silence."""
-    choices = {"sharing": ("heads", "models"), "latent": ("pair", "user"), "estep": ("all", "context", "first"),
-               "start": ("dirichlet", "linear", "none")}
-    for name, known in choices.items():
-        if getattr(config, name) not in known:
-            raise InputError(f"--{name}: got {getattr(config, name)!r}, wanted one of {', '.join(known)}")
-    least = {"experts": 1, "batch": 1, "micro": 1, "epochs": 1, "restarts": 1, "prior": 1, "rank": 0, "start_steps": 0,
-             "warmup": 0, "head_rows": 0, "context": 0}
-    above = {"beta": 0, "clip": 0, "lr": 0, "head_lr": 0}
-    for name, bound in (least | above).items():
-        value, word = getattr(config, name), "more than" if name in above else "at least"
-        if value < bound or (name in above and value == bound):
-            raise InputError(f"--{name.replace('_', '-')}: got {value}, wanted {word} {bound}")
-    low_rank = config.experts > 1 and config.sharing == "heads" and config.rank > 0
-    several = config.experts > 1
-    needs = {"prior": (config.weights == "update", "--weights update"), "weights": (several, "--experts 2 or more"),
-             "start": (several, "--experts 2 or more"), "sharing": (several, "--experts 2 or more"),
-             "restarts": (config.start == "linear", "--start linear"),
-             "start_steps": (several and config.start != "none", "several experts and a --start"),
-             "rank": (several and config.sharing == "heads", "--experts 2 or more with --sharing heads"),
-             "head_lr": (low_rank, "low-rank heads")}
-    for name, (used, need) in needs.items():
-        if getattr(config, name) != getattr(TrainConfig, name) and not used:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} has no effect without {need}; choose that, or leave --{flag} out")
-    first_weights(config), compute_dtype(config.dtype, "cpu")               # each refuses what it does not know
-    if config.context and config.estep != "context":
-        raise InputError("--context sets pairs aside for --estep context; choose it, or leave --context out")
-    if config.estep == "context" and config.latent != "user":
-        raise InputError("--estep context looks at other pairs of the same user: it wants --latent user")
-    if config.estep == "first" and config.start == "dirichlet" and config.start_steps and config.experts > 1:
-        raise InputError("--estep first keeps a pair's first responsibilities, and random ones would stay for ever: "
-                         "it wants --start linear or none, or --start-steps 0")
-    if not config.train_trunk and (config.sharing == "models" or config.experts == 1):
-        raise InputError("--train-trunk false trains expert heads alone: it wants --experts 2 or more, --sharing heads")
-
-
 def run(config: TrainConfig) -> Path:
     """Trains, or goes on where an interrupted run of the same configuration stopped; returns the run directory."""
     validate(config)
@@ -266,57 +249,75 @@ def run(config: TrainConfig) -> Path:
     experts, plan, reference, device = prepare(config)
     same |= {"model_key": content_key(experts.policy(0)[0])}                # still the reference
     found = load_checkpoint(out, same)
-    optimizer, names = make_optimizer(experts, config.lr, config.head_lr)
-    ref_logp, log_w = reference.logp.to(device), first_weights(config).to(device)
-    start, steps = first_responsibilities(config, plan.units, reference.features), plan.steps
+    ref_logp, (gate, inputs) = reference.logp.to(device), make_gate(plan, reference, config, device)
+    optimizer, names = make_optimizer(experts, config.lr, config.head_lr, gate, config.gate_lr)
+    kept = gate.kind not in TRAINED and config.weights != "update"
+    log_w, read = gate(inputs).cpu() if kept else None, inputs.features.cpu() if gate.kind in TRAINED else None
+    read = read if read is not None and read.shape[1] else None             # a gate of users reads no prompt
+    start, steps = first_responsibilities(config, plan.units, reference.features, log_w, read), plan.steps
     out.mkdir(parents=True, exist_ok=True)                                  # not before all input is known to be good
     configs.save(config, out / "config.json")
     table, t = torch.full((len(plan.units), config.experts), torch.nan), 0       # (G,K) last responsibilities; the step
+    phase = table.clone()                                                   # (G,K) those of this M-phase (em = full)
     if found:
         tensors, state = found
         load_state(experts, tensors, out)
+        load_gate(gate, tensors)
         load_optimizer_state(optimizer, names, tensors)
-        table, log_w, t = tensors["table"], tensors["log_w"].to(device), state["step"]
+        table, phase, t = tensors["table"], tensors["phase"], state["step"]
         print(f"resumed at step {t} of {len(steps)}")
     else:
-        first = micro_batches(plan, steps[0][1], config, device)[0].train
-        check_start(experts, first, ref_logp, log_w, config.beta)
+        first = micro_batches(plan, steps[0][1], config, device)[0]
+        check_start(experts, first.train, ref_logp, gate(inputs[first.groups]).detach()[first.train.group], config.beta)
 
     def save(finished: bool) -> None:
         moments = {} if finished else optimizer_state(optimizer, names)
-        tensors = trained_state(experts) | moments | {"table": table, "log_w": log_w}
+        tensors = trained_state(experts) | gate_state(gate) | moments | {"table": table, "phase": phase}
         save_checkpoint(out, tensors, {"step": t, "finished": finished, "config": same})
 
     progress, saved = Progress(out.name, t), time.monotonic()
     log, log_of_q = keep_lines(out / "metrics.jsonl", t), keep_lines(out / "responsibilities.jsonl", t)
+    history, rung = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], set()
     while t < len(steps):
         epoch, ids = steps[t]
+        gate.temperature = config.gate_temperature ** max(0.0, 1 - 2 * t / len(steps))      # 1 from half the run on
         given = start if t < config.start_steps else None
         if given is None and config.estep == "first":
             given = table
+        if given is None and config.em == "full":
+            if phase.isnan().any() or t == 0 or steps[t - 1][0] < epoch:
+                phase = full_e_step(experts, gate, plan, ref_logp, inputs, config, f"E-step {epoch + 1}")
+                phase = vary(phase, config.variant, None, config.variant_temperature)       # M12
+            given = phase
         set_rate(optimizer, t, len(steps), config.warmup)
         micros = micro_batches(plan, ids, config, device)
         try:
-            figures, log_q = step(experts, optimizer, micros, ref_logp, log_w, given, config)
+            latent = latent_of(gate, inputs, ids, given, table, t, config)
+            figures, log_q = step(experts, gate, optimizer, micros, ref_logp, latent, config)
         except FloatingPointError as error:
             lines = sorted(plan.pairs[i].line for g in ids for i in plan.trained[g])
             raise InputError(f"{config.data}: step {t}: {error}; nothing was updated. Lines of this batch: {lines}. "
                              "Lower --lr, or look at these lines") from None
-        t, log_q, w = t + 1, log_q.cpu(), log_w.exp().tolist()              # w: what this step used
+        t, log_q = t + 1, log_q.cpu()
         table[ids] = log_q
         if config.weights == "update":
-            log_w = update_weights(table[~table.isnan().any(1)], config.prior).to(device)           # M10
+            gate.log_w.copy_(update_weights(table[~table.isnan().any(1)], config.prior))            # M10
         rate = optimizer.param_groups[0]["lr"]
-        log.write(json.dumps({"step": t, "epoch": epoch, "rate": rate, "w": w} | figures) + "\n")
+        history.append({"step": t, "epoch": epoch, "rate": rate} | figures)
+        log.write(json.dumps(history[-1]) + "\n")
         log_of_q.write(json.dumps({"step": t, "groups": ids, "q": rounded(log_q)}) + "\n")
         log.flush(), log_of_q.flush()
         accuracy = " ".join(f"{a:.2f}" for a in figures["accuracy"])
         progress(t, len(steps), f"loss {figures['loss']:.4f}  accuracy {accuracy}")
+        for name, what in alarms(history, config.experts, config.start_steps).items():
+            if name not in rung:
+                print(f"ALARM at step {t}, {name}: {what}")
+                rung.add(name)
         if time.monotonic() - saved > 60 * config.save_minutes and t < len(steps):
             save(finished=False)
             saved = time.monotonic()
     if config.experts > 1 and config.estep != "first":                      # a first visit is kept for good
-        table = last_e_step(experts, plan, ref_logp, log_w, config)
+        table = full_e_step(experts, gate, plan, ref_logp, inputs, config, "last E-step")
         log_of_q.write(json.dumps({"step": t, "groups": list(range(len(table))), "q": rounded(table)}) + "\n")
     log.close(), log_of_q.close()
     save(finished=True)

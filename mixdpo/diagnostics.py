@@ -1,6 +1,9 @@
 """What to look at while a mixture trains, and how to say whether it found anything.
 
     effective experts   exp(entropy of the mean responsibilities): K when all are used alike, 1 when one does all
+    information         I(z; x) = entropy of the mean weights less the mean entropy of the weights: what the gate knows
+    alarms              posterior collapse: q = w in every batch, nothing is learnt about who judged;
+                        expert collapse: gate or responsibilities on one expert, the others starve
     ELBO gap            log p - ELBO(q) = KL(q || posterior) >= 0 for the q in use; 0 right after an exact E-step
     ARI                 adjusted Rand index (Hubert & Arabie 1985): 1 for the same partition, 0 on average by chance
     matched accuracy    share assigned rightly under the best one-to-one naming of experts
@@ -14,12 +17,7 @@ from collections import Counter
 import torch
 
 from mixdpo.dpo import accuracy
-from mixdpo.mixture import elbo, expert_loss, log_marginal
-
-
-def entropy(log_q: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats over the last axis, 0 log 0 = 0: (..., K) -> (...)."""
-    return -(log_q.exp() * log_q.masked_fill(log_q == -torch.inf, 0.0)).sum(-1)
+from mixdpo.mixture import balance, elbo, entropy, expert_loss, gate_loss, log_marginal
 
 
 def effective_experts(log_q: torch.Tensor) -> float:
@@ -29,7 +27,7 @@ def effective_experts(log_q: torch.Tensor) -> float:
 
 @torch.no_grad()
 def step_summary(log_q: torch.Tensor, log_w: torch.Tensor, h: torch.Tensor) -> dict:
-    """A step's figures from its trained pairs: log_q (B,K) as the M-step used it, log_w (K,),
+    """A step's figures from its trained pairs: log_q (B,K) as the M-step used it, log_w (B,K) the gate's,
     h (B,K) before the update.
 
     loss is M8 a pair; log_marginal M5 a pair, one type a pair, whatever the latent unit; elbo is for the q in use.
@@ -44,8 +42,38 @@ def step_summary(log_q: torch.Tensor, log_w: torch.Tensor, h: torch.Tensor) -> d
         "margin": h.mean(0).tolist(),
         "q": log_q.exp().mean(0).tolist(),
         "q_entropy": entropy(log_q).mean().item(),
+        "q_gain": gate_loss(log_q, log_w).mean().item(),                    # KL(q || w): what the pairs tell of z
         "effective_experts": effective_experts(log_q),
+        "w": log_w.exp().mean(0).tolist(),
+        "gate_entropy": entropy(log_w).mean().item(),                       # of a pair's weights, on average
+        "gate_information": balance(log_w).item() - entropy(log_w).mean().item(),          # I(z; x): what x tells of z
     }
+
+
+def alarms(metrics: list[dict], experts: int, start_steps: int, window: int = 20) -> dict[str, str]:
+    """Name -> what is wrong and what to do, from the last `window` steps behind the start's; none while there are fewer.
+
+    Posterior collapse: responsibilities move from the weights by less than a hundredth of ln K, and these are no sharper
+    than half of it. Expert collapse: one expert has over 0.95 of all weight, or of all responsibilities.
+    """
+    recent = [step for step in metrics if step["step"] > start_steps][-window:]
+    if experts == 1 or len(recent) < window:
+        return {}
+
+    def share(key) -> float:
+        return sum(key(step) for step in recent) / window / math.log(experts)
+
+    found = {}
+    if share(lambda step: step["q_gain"]) < 0.01 and share(lambda step: step["gate_entropy"]) > 0.5:
+        found["posterior collapse"] = (
+            f"responsibilities have stayed at the prior for {window} steps: the experts say the same of every pair. Raise "
+            "--beta or the learning rates if margins are small, start with --start linear, and check that the data hold "
+            "distinct tastes at all (one type a user tells more than one a pair)")
+    if max(sum(step[what][k] for step in recent) / window for what in ("w", "q") for k in range(experts)) > 0.95:
+        found["expert collapse"] = (
+            f"one expert has had nearly all weight for {window} steps, and the others learn nothing. Raise --gate-entropy "
+            "or --gate-balance, begin with --gate-temperature above 1, or lower --gate-lr")
+    return found
 
 
 def clustered_se(influence: torch.Tensor, cluster: list | None) -> float:

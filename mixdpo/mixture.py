@@ -26,6 +26,9 @@ import math
 import torch
 import torch.nn.functional as F
 
+SAMPLED = ("monte-carlo", "gumbel", "straight-through")
+VARIANTS = ("exact", "tempered", "hard", *SAMPLED)                          # of the E-step (M12)
+
 
 def require_precise(*tensors: torch.Tensor) -> None:
     """Everything over K wants float32 or float64: bfloat16's spacing at 300 nats is 2 nats."""
@@ -84,15 +87,16 @@ def pool(log_w: torch.Tensor, log_lik: torch.Tensor, group: torch.Tensor) -> tor
 
 
 def vary(
-    log_q: torch.Tensor, kind: str, generator: torch.Generator | None = None, temperature: float = 1.0, draws: int = 1
+    log_q: torch.Tensor, kind: str, uniform: torch.Tensor | None = None, temperature: float = 1.0
 ) -> torch.Tensor:
     """Responsibilities for the M-step other than the exact posterior log_q (...,K):
-    exact, tempered, hard, monte-carlo, gumbel (M12).
+    exact, tempered, hard, monte-carlo, gumbel, straight-through (M12).
 
     tempered: q^(1/temperature), normalised; hard: all on the likeliest expert;
-    monte-carlo: the shares among `draws` samples of z, whose mean is q;
-    gumbel: softmax((log q + Gumbel noise) / temperature), hard samples as the temperature falls.
-    Noise is for training only.
+    monte-carlo: the shares among S samples of z, whose mean is q;
+    gumbel: softmax((log q + Gumbel noise) / temperature), hard samples as the temperature falls;
+    straight-through: its hard form. With q a constant, as here, that is one sample of monte-carlo.
+    uniform: the noise, (S,...,K) in [0, 1); gumbel takes the first of the S. Noise is for training only.
     """
     if kind == "exact":
         return log_q
@@ -100,13 +104,20 @@ def vary(
         return torch.log_softmax(log_q / temperature, dim=-1)
     if kind == "hard":
         return F.one_hot(log_q.argmax(-1), log_q.shape[-1]).to(log_q.dtype).log()
-    shape = (draws if kind == "monte-carlo" else 1, *log_q.shape)           # (S,...,K)
-    uniform = torch.rand(shape, generator=generator, dtype=torch.float64).to(log_q.device)
-    noisy = log_q.double() - torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))    # log q + Gumbel noise
-    if kind == "monte-carlo":                                               # the argmax of `noisy` is a draw from q
-        return F.one_hot(noisy.argmax(-1), log_q.shape[-1]).double().mean(0).log().to(log_q.dtype)
-    assert kind == "gumbel", f"E-step variant {kind!r}, want exact, tempered, hard, monte-carlo or gumbel"
-    return torch.log_softmax(noisy[0] / temperature, dim=-1).to(log_q.dtype)
+    assert kind in VARIANTS, f"E-step variant {kind!r}, want one of {', '.join(VARIANTS)}"
+    noisy = log_q.double() - torch.log(-torch.log(uniform.double().clamp(1e-300, 1 - 1e-16)))       # + Gumbel noise
+    if kind == "gumbel":
+        return torch.log_softmax(noisy[0] / temperature, dim=-1).to(log_q.dtype)
+    noisy = noisy[:1] if kind == "straight-through" else noisy              # the argmax of `noisy` is a draw from q
+    return F.one_hot(noisy.argmax(-1), log_q.shape[-1]).double().mean(0).log().to(log_q.dtype)
+
+
+def damp(log_q: torch.Tensor, kept: torch.Tensor, damping: float) -> torch.Tensor:
+    """Incremental EM (Neal & Hinton 1998): damping times the responsibilities kept from the visit before, and the rest
+    new: (...,K), (...,K) -> (...,K). Any such step from one posterior towards the next still raises the bound, which
+    is concave in q. Rows kept as NaN were never visited: they are new as a whole."""
+    mixed = torch.logaddexp(log_q + math.log1p(-damping), kept + math.log(damping))
+    return torch.where(kept.isnan().any(-1, keepdim=True), log_q, mixed)
 
 
 # --- the bound and the M-step's losses --------------------------------------------------------------------------------
@@ -134,6 +145,17 @@ def gate_loss(log_q: torch.Tensor, log_w: torch.Tensor) -> torch.Tensor:
     require_precise(log_q, log_w)
     log_q = log_q.detach()
     return weighted(log_q, log_q - log_w.to(log_q.dtype))                   # M9
+
+
+def entropy(log_q: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats over the last axis, 0 log 0 = 0: (...,K) -> (...)."""
+    return -(log_q.exp() * log_q.masked_fill(log_q == -torch.inf, 0.0)).sum(-1)
+
+
+def balance(log_w: torch.Tensor) -> torch.Tensor:
+    """Entropy of the batch's mean weights: (B,K) -> (), ln K where all experts are used alike. Not the mean entropy of
+    the rows: that is highest where no row chooses, this also where each row chooses and choices differ."""
+    return entropy(torch.logsumexp(log_w, dim=0) - math.log(len(log_w)))
 
 
 def update_weights(log_q: torch.Tensor, prior: float = 1.0) -> torch.Tensor:

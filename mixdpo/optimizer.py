@@ -3,12 +3,14 @@
 import torch
 
 
-def make_optimizer(module: torch.nn.Module, lr: float, head_lr: float = 0.0) -> tuple[torch.optim.AdamW, list[str]]:
-    """AdamW without weight decay (the reference is the regulariser), the low-rank factors at their own rate;
-    and the parameters' names in its order."""
+def make_optimizer(module: torch.nn.Module, lr: float, head_lr: float = 0.0, gate: torch.nn.Module | None = None,
+                   gate_lr: float = 0.0) -> tuple[torch.optim.AdamW, list[str]]:
+    """AdamW without weight decay (the reference is the regulariser), the low-rank factors and the gate at their own
+    rates; and the parameters' names in its order."""
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     low, rest = [(n, p) for n, p in named if n in ("A", "B")], [(n, p) for n, p in named if n not in ("A", "B")]
-    sets = [(part, peak) for part, peak in ((rest, lr), (low, head_lr)) if part]
+    of_gate = [(f"gate.{n}", p) for n, p in gate.named_parameters() if p.requires_grad] if gate else []
+    sets = [(part, peak) for part, peak in ((rest, lr), (low, head_lr), (of_gate, gate_lr)) if part]
     groups = [{"params": [p for _, p in part], "lr": peak, "peak": peak} for part, peak in sets]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
     return optimizer, [n for part, _ in sets for n, _ in part]

@@ -37,6 +37,7 @@ class Pair:
     annotator: str | None = None  # evaluation only, as are the scores: neither reaches a Batch
     scores: dict[str, list[float]] | None = None
     context: bool | None = None  # True: for the E-step alone. None: the file does not say
+    domain: str | None = None  # what the prompt is about
     line: int = 0  # in the file, from 1
 
     def longest(self) -> int:

@@ -4,6 +4,7 @@ One line is one JSON object, one comparison:
 
     {"prompt": str, "chosen": str, "rejected": str}           always
     {"user": str}                                             who judged; training may use it (M11: one latent a user)
+    {"domain": str}                                           what the prompt is about; only a gate of domains reads it
     {"annotator": str, "scores": {name: [chosen, rejected]}}  the truth about the judge; evaluation only
     {"context": bool}                                         true: a pair for the E-step, never for the M-step
 
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from mixdpo.config import InputError
 
-TEXTS, OPTIONAL = ("prompt", "chosen", "rejected"), ("user", "annotator", "scores", "context")
+TEXTS, OPTIONAL = ("prompt", "chosen", "rejected"), ("user", "annotator", "scores", "context", "domain")
 
 
 class Fault(InputError):
@@ -61,7 +62,7 @@ def read_record(raw: bytes) -> dict:
     if missing := [field for field in TEXTS if field not in record]:
         raise Fault("missing field", ", ".join(missing), f"every line needs {', '.join(TEXTS)}")
     record = {field: value for field, value in record.items() if value is not None or field in TEXTS}
-    for field in record.keys() & {*TEXTS, "user", "annotator"}:
+    for field in record.keys() & {*TEXTS, "user", "annotator", "domain"}:
         check_string(field, record[field])
     if not isinstance(record.get("context", False), bool):
         raise Fault("wrong type", f"context is {record['context']!r}", "wanted true or false")

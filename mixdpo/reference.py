@@ -2,11 +2,13 @@
 computed once, cached on disk by content.
 
 The log-probs come from the same functions, in the same dtype, as the policy's (experts.pair_logp's steps).
-The features are the mean hidden states over each response, what the linear start (linear.py) looks at.
+The features are the mean hidden states over each response, what the linear start (linear.py) looks at, and of each
+prompt the last and the mean hidden state, what a gate may look at (gates.py).
 The cache key is a hash of the weights, the data, the tokenizer, the lengths, the dtype and the device:
 another model or file can never be answered with these numbers.
 """
 
+import dataclasses
 import hashlib
 import os
 from dataclasses import dataclass
@@ -21,18 +23,21 @@ from mixdpo.preferences import Pair, collate, data_key, response_positions
 from mixdpo.rundir import Progress
 from mixdpo.weights import content_key
 
+VERSION = 2     # part of every key: raise it when what is kept changes
+
 
 @dataclass(frozen=True)
 class Reference:
     logp: torch.Tensor      # (P,2) float32 nats
-    features: torch.Tensor  # (P,2,C) float32
+    features: torch.Tensor  # (P,2,C) float32, of the responses
+    prompt: torch.Tensor    # (P,2,C) float32, of the prompt: last state, mean state
 
 
 @torch.no_grad()
 def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 16, progress=None) -> Reference:
     """One pass over the pairs in file order, `size` pairs a batch, on the model's device; results on the CPU."""
     policy, device = Heads(model, 1, dtype=dtype), model.unembedding.device
-    logps, features = [], []
+    logps, features, prompts = [], [], []
     for start in range(0, len(pairs), size):
         batch = collate(pairs, range(start, min(start + size, len(pairs))), "pair").to(device)
         where, targets, sequence = response_positions(batch)
@@ -43,9 +48,31 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
         count = torch.bincount(sequence, minlength=2 * len(batch.ids)).clamp_min(1)
         mean = read.new_zeros(2 * len(batch.ids), read.shape[1]).index_add(0, sequence, read) / count[:, None]
         features.append(mean.view(len(batch.ids), 2, -1))
+        prompts.append(states_of_prompts(hidden[::2], batch.start))         # chosen and rejected have the same
         if progress:
             progress(min(start + size, len(pairs)), len(pairs))
-    return Reference(torch.cat(logps).cpu(), torch.cat(features).cpu())
+    return Reference(torch.cat(logps).cpu(), torch.cat(features).cpu(), torch.cat(prompts).cpu())
+
+
+def states_of_prompts(hidden: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """The last and the mean hidden state of each prompt: (N,T,C), lengths (N,) -> (N,2,C) float32."""
+    inside = torch.arange(hidden.shape[1], device=hidden.device) < start[:, None]           # (N,T)
+    mean = hidden.float().masked_fill(~inside[..., None], 0.0).sum(1) / start[:, None]      # (N,C)
+    return torch.stack([hidden[torch.arange(len(start), device=hidden.device), start - 1].float(), mean], dim=1)
+
+
+@torch.no_grad()
+def prompt_features(model, prompts: list[list[int]], dtype: torch.dtype, size: int = 64) -> torch.Tensor:
+    """The same of prompts alone, which no response follows: (N,2,C) float32, on the CPU."""
+    policy, device, out = Heads(model, 1, dtype=dtype), model.unembedding.device, []
+    for first in range(0, len(prompts), size):
+        part = prompts[first : first + size]
+        ids = torch.zeros(len(part), max(map(len, part)), dtype=torch.int64)
+        for row, prompt in zip(ids, part):
+            row[: len(prompt)] = torch.tensor(prompt)
+        lengths = torch.tensor([len(prompt) for prompt in part], device=device)
+        out.append(states_of_prompts(policy.hidden(ids.to(device)), lengths).cpu())
+    return torch.cat(out)
 
 
 def cached_reference(folder: Path, key: tuple, compute) -> Reference:
@@ -57,14 +84,14 @@ def cached_reference(folder: Path, key: tuple, compute) -> Reference:
         made = compute()
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file({"logp": made.logp, "features": made.features}, partial)
+        save_file(dataclasses.asdict(made), partial)
         os.replace(partial, path)                                           # whole or not at all
     return Reference(**load_file(path))
 
 
 def reference_of(path, pairs: list[Pair], model, tokenizer, config, dtype: torch.dtype, folder: Path) -> Reference:
     """The reference of the pairs that were read from `path` with config's max_prompt, max_response and drop."""
-    key = (content_key(model), data_key(path), tokenizer.key, config.max_prompt, config.max_response, config.drop,
+    key = (VERSION, content_key(model), data_key(path), tokenizer.key, config.max_prompt, config.max_response, config.drop,
            str(dtype), str(model.unembedding.device))
     progress = Progress(f"reference, {Path(path).stem}")
     return cached_reference(folder, key, lambda: compute_reference(model, pairs, dtype, progress=progress))

@@ -27,10 +27,13 @@ def first_weights(config) -> torch.Tensor:
     return torch.log(w / w.sum())
 
 
-def first_responsibilities(config, units: list[list[int]], features: torch.Tensor) -> torch.Tensor | None:
+@torch.no_grad()
+def first_responsibilities(config, units: list[list[int]], features: torch.Tensor, log_w: torch.Tensor | None = None,
+                           prompts: torch.Tensor | None = None) -> torch.Tensor | None:
     """log q (G,K) of all groups for the first config.start_steps steps; None to start at the saddle.
 
-    units: the pairs of each group; features (P,2,C): the reference's mean hidden state over each response.
+    units: the pairs of each group; features (P,2,C): the reference's mean hidden state over each response; log_w (K,)
+    or (G,K): weights that training keeps, None if it does not; prompts (G,C): what a gate that is trained reads.
     """
     if config.experts == 1 or config.start == "none":
         return None
@@ -40,9 +43,10 @@ def first_responsibilities(config, units: list[list[int]], features: torch.Tenso
     index, group = [i for unit in units for i in unit], [g for g, unit in enumerate(units) for _ in unit]
     x = features[index, 0] - features[index, 1]                             # (P,C) chosen minus rejected
     x = x / x.square().mean(0).sqrt().clamp_min(1e-6)
-    log_w = None if config.weights == "update" else first_weights(config)
+    if prompts is not None:
+        prompts = (prompts - prompts.mean(0)) / prompts.std(0, correction=0).clamp_min(1e-6)
     fit = linear_mixture(x, torch.tensor(group), config.experts, 1e-2 * len(x), config.restarts, seed=config.seed,
-                         log_w=log_w)
+                         log_w=log_w, c=prompts)
     shares = ", ".join(f"{q:.2f}" for q in fit.log_q.exp().mean(0))
     bounds = ", ".join(f"{bound:.1f}" for bound in fit.bounds)
     print(f"linear start: bounds {bounds} nats; best {fit.bound:.1f}, shares {shares}")

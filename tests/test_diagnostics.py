@@ -83,7 +83,7 @@ def test_a_steps_figures_against_plain_python():
     rng = np.random.default_rng(0)
     h, q, w = rng.normal(size=(5, 2)), rng.dirichlet([1, 1], 5), [0.3, 0.7]
     h[2, 1] = 0.0                                                           # a tie counts one half
-    got = step_summary(torch.tensor(q).log(), torch.tensor(w, dtype=torch.float64).log(), torch.tensor(h))
+    got = step_summary(torch.tensor(q).log(), torch.tensor([w] * 5, dtype=torch.float64).log(), torch.tensor(h))
     p = brute.marginal(w, h)
     want = {
         "loss": np.mean([-sum(q[b][k] * math.log(brute.sigma(h[b][k])) for k in range(2)) for b in range(5)]),
@@ -92,10 +92,12 @@ def test_a_steps_figures_against_plain_python():
         "accuracy_mbt": np.mean([a > 0.5 for a in p]), "margin": h.mean(0), "q": q.mean(0),
         "q_entropy": np.mean([-sum(x * math.log(x) for x in row) for row in q]),
         "effective_experts": math.exp(-sum(x * math.log(x) for x in q.mean(0))),
+        "q_gain": np.mean([brute.kl(row, w) for row in q]), "w": w,
+        "gate_entropy": -sum(x * math.log(x) for x in w), "gate_information": 0.0,
     }
     assert got.keys() == want.keys()
     for name, value in want.items():
-        assert got[name] == pytest.approx(value, rel=1e-6), name
+        assert got[name] == pytest.approx(value, rel=1e-6, abs=1e-12), name
 
 
 def test_standard_errors_count_clusters():

@@ -17,6 +17,7 @@ import train
 from data.job import read_job
 from eval import EvalConfig, evaluate
 from mixdpo.config import InputError
+from mixdpo.preferences import Pair
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import load_model
 
@@ -88,7 +89,7 @@ def slow_heldout(job, name):
         chosen, rejected = (tokenizer.encode(r[side]) + [tokenizer.eos] for side in ("chosen", "rejected"))
         ratios = zip(slow_ratios(run, reference, prompt, chosen), slow_ratios(run, reference, prompt, rejected))
         h.append([run.config.beta * (a - b) for a, b in ratios])
-    return records, np.array(h), run.log_w.exp().tolist(), run.table.exp().numpy()
+    return records, np.array(h), run.gate.log_w.exp().tolist(), run.table.exp().numpy()
 
 
 @pytest.mark.parametrize("name", ["dpo", "mix-pair", "mix-user"])
@@ -174,12 +175,12 @@ def test_kl_of_every_row_by_hand(job):
     assert results["policies"]["reference"]["gain"]["mean"] == 0.0
     run = evaluation.load_run(folder / "mix-pair", "cpu", "")
     reference, tokenizer = load_model(model), load_tokenizer(model)
-    prompts, config = [tokenizer.encode(p) for p in PROMPTS], EvalConfig(dir=str(folder))
+    prompts, config = [Pair(tokenizer.encode(p), [], []) for p in PROMPTS], EvalConfig(dir=str(folder))
     rows = evaluation.policy_rows([run], reference, prompts, config, MAX_NEW, tokenizer.eos)
     for mode in ("mixture", "sparse", "head 0", "head 1"):
         row = rows[f"mix-pair {mode}"]
         for n, (prompt, ids, z) in enumerate(zip(prompts, row["ids"], row["z"])):
-            ratio = np.exp(slow_ratios(run, reference, prompt, ids))
+            ratio = np.exp(slow_ratios(run, reference, prompt.prompt, ids))
             want = 0.3 * ratio[0] + 0.7 * ratio[1] if mode == "mixture" else ratio[z]
             assert row["kl"][n].item() == pytest.approx(math.log(want), abs=1e-4)
         assert results["policies"][f"mix-pair {mode}"]["kl"]["mean"] == pytest.approx(row["kl"].mean().item(), abs=1e-6)
@@ -257,3 +258,40 @@ def test_what_is_refused(tmp_path, model_dir, job, monkeypatch):
         evaluate(EvalConfig(dir=str(tmp_path / "a")))
     with pytest.raises(SystemExit, match="error: .*no run in it"):
         evaluation.main([str(tmp_path / "nothing")])
+
+
+def test_a_gate_gives_each_prompt_its_own_weights(job, tmp_path, monkeypatch):
+    """Faults: the mean weights for all; weights of the training pairs in their order; features of prompt and response;
+    an expert drawn by the mean weights, or by another prompt's."""
+    folder, _, model = job
+    for name in ("train.jsonl", "heldout.jsonl", "prompts.jsonl", "dataset.json"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    options = dict(gate="linear", gate_lr=0.5, gate_features="mean", epochs=4, beta=0.5)
+    out = train.run(train.TrainConfig(out=str(tmp_path / "moe"), data=str(tmp_path / "train.jsonl"), model=str(model),
+                                      **tinyjob.small(**options)))
+    monkeypatch.setattr(evaluation, "write_report", lambda home: None)
+    monkeypatch.setitem(sys.modules, "data.annotators", types.SimpleNamespace(score=score))
+    got, run = evaluate(EvalConfig(dir=str(tmp_path))), evaluation.load_run(out, "cpu", "")
+    reference, tokenizer = load_model(model), load_tokenizer(model)
+
+    def w(text):
+        with torch.no_grad():
+            f = (reference(torch.tensor([tokenizer.encode(text)]))[0].mean(0) - run.gate.mean) / run.gate.scale
+            return torch.softmax(run.gate.W @ f + run.gate.b, 0).tolist()
+
+    records = tinyjob.lines(tmp_path / "heldout.jsonl")
+    by_pair, h = [w(r["prompt"]) for r in records], []
+    assert np.std(by_pair, axis=0).min() > 0.02, "weights that hardly differ test nothing"
+    for r in records:
+        prompt = tokenizer.encode(r["prompt"])
+        sides = (tokenizer.encode(r[side]) + [tokenizer.eos] for side in ("chosen", "rejected"))
+        chosen, rejected = (slow_ratios(run, reference, prompt, side) for side in sides)
+        h.append([0.5 * (a - b) for a, b in zip(chosen, rejected)])
+    figures = got["preferences"]["moe"]
+    assert figures["log_likelihood"]["mean"] == pytest.approx(np.log(brute.marginal(by_pair, h)).mean(), abs=1e-4)
+    assert figures["weights"] == pytest.approx(np.mean(by_pair, axis=0).tolist(), abs=1e-4)
+    u, texts = np.random.default_rng([1, 2**31]).random(len(PROMPTS)), tinyjob.lines(tmp_path / "samples.jsonl")
+    for n, prompt in enumerate(PROMPTS):
+        drawn, likely = int(u[n] >= w(prompt)[0]), int(np.argmax(w(prompt)))
+        assert texts[n]["texts"]["moe mixture"] == texts[n]["texts"][f"moe head {drawn}"]
+        assert texts[n]["texts"]["moe sparse"] == texts[n]["texts"][f"moe head {likely}"]

@@ -9,7 +9,8 @@ import torch
 
 import brute
 from mixdpo.dpo import dpo_loss
-from mixdpo.mixture import (e_step, elbo, expert_loss, gate_loss, log_marginal, random_responsibilities, update_weights,
+from mixdpo.mixture import (balance, damp, e_step, elbo, entropy, expert_loss, gate_loss, log_marginal,
+                            random_responsibilities, update_weights,
                             vary)
 
 FP32, FP64 = torch.float32, torch.float64
@@ -280,32 +281,65 @@ def test_exact_tempered_and_hard_responsibilities():
     assert hard.sum(-1).tolist() == [1.0] * 8 and torch.equal(hard[:7].argmax(-1), q.argmax(-1))
 
 
-@pytest.mark.parametrize("kind, options", [("monte-carlo", {}), ("monte-carlo", {"draws": 5}),
+@pytest.mark.parametrize("kind, options", [("monte-carlo", {}), ("monte-carlo", {"draws": 5}), ("straight-through", {}),
                                            ("gumbel", {"temperature": 1e-3})])
 def test_random_responsibilities_have_the_mean_q(kind, options):
     """A thousand calls, within five standard errors. Catches: noise -log u or log(-log u) for Gumbel's; sums of draws
-    for shares; one noise for all experts; draws without the generator."""
+    for shares; one noise for all experts; noise that depends on the other rows."""
     _, _, log_q = draw(B=4)
-    generator, q, n = torch.Generator().manual_seed(0), log_q.exp(), 1000
-    found = torch.stack([vary(log_q, kind, generator, **options) for _ in range(n)]).exp()          # (n,B,K)
+    generator, q, n, S = torch.Generator().manual_seed(0), log_q.exp(), 1000, options.get("draws", 1)
+    options = {name: value for name, value in options.items() if name != "draws"}
+    noise = torch.rand(n, S, 4, 3, generator=generator, dtype=FP64)
+    found = torch.stack([vary(log_q, kind, uniform, **options) for uniform in noise]).exp()         # (n,B,K)
     close(found.sum(-1), torch.ones(n, 4).tolist())
-    counts = found * options.get("draws", 1)
-    assert torch.allclose(counts, counts.round(), atol=0.02) or kind == "gumbel", "shares of whole draws"
-    error = (q * (1 - q) / (n * options.get("draws", 1))).sqrt()
+    assert torch.allclose(found * S, (found * S).round(), atol=0.02) or kind == "gumbel", "shares of whole draws"
+    error = (q * (1 - q) / (n * S)).sqrt()
     assert ((found.mean(0) - q).abs() < 5 * error + 1e-3).all(), f"{found.mean(0)}, wanted {q}"
-    again = vary(log_q, kind, torch.Generator().manual_seed(0), **options).exp()
-    assert torch.equal(again, found[0])
+    first = vary(log_q[:2], kind, noise[0][:, :2], **options).exp()         # a row's noise is its own
+    assert torch.equal(first, found[0, :2])
 
 
 def test_gumbel_softmax_between_its_limits():
     """Catches: the temperature multiplied; noise left out. Cold it is a draw, hot it is uniform."""
     _, _, log_q = draw(B=50)
-    cold, warm, hot = (vary(log_q, "gumbel", torch.Generator().manual_seed(1), T).exp() for T in (1e-4, 1.0, 1e4))
+    noise = torch.rand(3, 50, 3, generator=torch.Generator().manual_seed(1), dtype=FP64)
+    cold, warm, hot = (vary(log_q, "gumbel", noise, T).exp() for T in (1e-4, 1.0, 1e4))
+    assert torch.equal(vary(log_q, "straight-through", noise).exp().argmax(-1), cold.argmax(-1))
+    assert torch.equal(vary(log_q, "straight-through", noise), vary(log_q, "monte-carlo", noise[:1]))
     assert cold.max(-1).values.min() > 0.99 and (hot - 1 / 3).abs().max() < 1e-2
     assert torch.equal(cold.argmax(-1), warm.argmax(-1)), "the same noise ranks the experts alike at any temperature"
     assert not torch.equal(cold.argmax(-1), log_q.argmax(-1)) and warm.max(-1).values.median() < 0.99
 
 
+def test_damping_moves_from_the_kept_to_the_new_and_never_lowers_the_bound():
+    """Catches: the shares exchanged; a mean of logs, which is no mean; a first visit that is NaN; a row not normalised."""
+    h, log_w, kept = draw(B=6)
+    exact = e_step(log_w, h)[1]
+    for share in (0.2, 0.9):
+        got = damp(exact, kept, share)
+        close(got.exp(), ((1 - share) * exact.exp() + share * kept.exp()).tolist())
+        assert (elbo(got, log_w, h) >= elbo(kept, log_w, h)).all() and (elbo(got, log_w, h) <= elbo(exact, log_w, h)).all()
+    kept[2] = torch.nan
+    assert torch.equal(damp(exact, kept, 0.5)[2], exact[2])
+
+
+def test_entropy_of_rows_and_balance_of_a_batch_pull_apart():
+    """Sharp weights that differ: no entropy, full balance. Sharp weights that agree: neither. Their difference is
+    I(z; x). Catches: one taken for the other; the mean of logs for the log of means; NaN at weight 0."""
+    sharp = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=FP64).log()
+    for log_w, rows, batch in ((sharp, 0.0, math.log(2)), (sharp[:1].expand(2, 2), 0.0, 0.0),
+                               (torch.full((2, 2), -math.log(2), dtype=FP64), math.log(2), math.log(2))):
+        assert entropy(log_w).mean().item() == pytest.approx(rows) and balance(log_w).item() == pytest.approx(batch)
+    logits = torch.tensor([[2.0, -2.0], [-2.0, 2.0]], dtype=FP64, requires_grad=True)       # confident, and balanced
+    flatter, = torch.autograd.grad(entropy(torch.log_softmax(logits, -1)).sum(), logits)
+    assert (flatter * logits).sum() < 0                                     # each row's entropy asks for smaller logits
+    skewed = torch.tensor([[2.0, -2.0], [1.0, -1.0]], dtype=FP64, requires_grad=True)       # confident, one expert
+    asks, = torch.autograd.grad(balance(torch.log_softmax(skewed, -1)), skewed)
+    assert (asks[:, 1] > 0).all() and (asks[:, 0] < 0).all()                # more of the other expert
+    even, = torch.autograd.grad(balance(torch.log_softmax(logits, -1)), logits)
+    assert even.abs().max() < 1e-12 < flatter.abs().max()                   # nothing to ask where the first still does
+
+
 def test_an_unknown_variant_is_refused():
-    with pytest.raises(AssertionError, match="'soft', want exact, tempered, hard, monte-carlo or gumbel"):
+    with pytest.raises(AssertionError, match="'soft', want one of exact, tempered, hard, monte-carlo, gumbel"):
         vary(torch.zeros(1, 2), "soft")

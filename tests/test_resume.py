@@ -19,6 +19,9 @@ CASES = {
     "first visit": dict(estep="first", start="none", epochs=3, beta=0.5),
     "context, linear": dict(latent="user", estep="context", context=1, start="linear", start_steps=3, epochs=3),
     "models": dict(sharing="models", epochs=2),
+    "gate, incremental, sampled": dict(gate="mlp", em="incremental", damping=0.5, variant="monte-carlo", draws=3, epochs=3),
+    "full EM": dict(em="full", epochs=3, beta=0.5),
+    "gate of users": dict(latent="user", gate="user", epochs=3, gate_temperature=2.0),
     "untied": dict(rank=0, epochs=2),
 }
 

@@ -16,7 +16,8 @@ from mixdpo.experts import pair_logp
 from mixdpo.mixture import log_marginal
 from mixdpo.plan import Micro, make_plan, micro_batches
 from mixdpo.preferences import collate, groups
-from train import accumulate, step
+from mixdpo.gates import Gate, Inputs
+from train import Latent, accumulate, latent_of, step
 
 COUNT = 9
 SHARINGS = {"k1": dict(experts=1), "full": dict(experts=2, rank=0), "low-rank": dict(experts=3),
@@ -41,6 +42,16 @@ def assert_equal(got, want, where):
     for name in want:
         error = float((got[name] - want[name]).abs().max())
         assert error <= (1e-12 if want[name].dtype == DOUBLE else 1e-6), (where, name, error)
+
+
+def nothing(G):
+    """Inputs of a gate that looks at nothing."""
+    return Inputs(torch.zeros(G, 0), torch.zeros(G, dtype=torch.int64))
+
+
+def latent(log_w, G, given=None):
+    """Of G groups with the same weights."""
+    return Latent(nothing(G), log_w.expand(G, -1), given, None, None)
 
 
 def log_p(experts, pairs, ref, config, group=None, log_w=None):
@@ -70,7 +81,7 @@ def test_head_micro_batches_equal_the_composable_route(family, sharing, dtype):
     micro = Micro(collate(pairs, list(range(COUNT)), "pair"), None, torch.arange(COUNT))
     for head_rows in HEAD_ROWS:
         config = small.config(beta=0.5, head_rows=head_rows)
-        seen = accumulate(experts, micro, ref, LOG_W[experts.K], None, COUNT, config)
+        seen = accumulate(experts, micro, ref, latent(LOG_W[experts.K], COUNT), COUNT, config)
         assert_equal(gradient(experts), want, head_rows)
         assert torch.cat([h for *_, h in seen]).shape == (COUNT, experts.K)
         assert len(seen) == {0: 1, 1: COUNT, 10_000: 1}.get(head_rows, len(seen)), head_rows
@@ -85,7 +96,7 @@ def test_chunks_in_bfloat16(sharing):
     gradients = []
     for head_rows in (0, 1):
         config = small.config(beta=0.5, head_rows=head_rows)
-        accumulate(experts, micro, small.reference_logp(COUNT), LOG_W[experts.K].float(), None, COUNT, config)
+        accumulate(experts, micro, small.reference_logp(COUNT), latent(LOG_W[experts.K].float(), COUNT), COUNT, config)
         gradients.append(gradient(experts))
     for name, want in gradients[0].items():
         assert want.dtype == torch.float32
@@ -106,7 +117,7 @@ def test_users_are_whole_in_every_chunk(sharing):
     for head_rows in HEAD_ROWS:
         config = small.config(beta=0.5, latent="user", head_rows=head_rows)
         micro = Micro(collate(pairs, list(range(COUNT)), "user"), None, torch.arange(4))
-        accumulate(experts, micro, ref, LOG_W[experts.K], None, COUNT, config)
+        accumulate(experts, micro, ref, latent(LOG_W[experts.K], 4), COUNT, config)
         assert_equal(gradient(experts), want, head_rows)
 
 
@@ -119,7 +130,7 @@ def test_one_expert_is_dpo_bit_for_bit(family, head_rows):
     experts, pairs, ref = small.experts(family, experts=1), small.pairs(COUNT), small.reference_logp(COUNT)
     config = small.config(beta=0.5, head_rows=head_rows)
     batch = collate(pairs, list(range(COUNT)), "pair")
-    seen = accumulate(experts, Micro(batch, None, torch.arange(COUNT)), ref, LOG_W[1], None, COUNT, config)
+    seen = accumulate(experts, Micro(batch, None, torch.arange(COUNT)), ref, latent(LOG_W[1], COUNT), COUNT, config)
     got, h = gradient(experts), torch.cat([h for *_, h in seen])
     assert all(not q.any() for pair in seen for q in pair[:2])              # log q is 0, not nearly 0
     if head_rows == 0:
@@ -155,8 +166,10 @@ def updated(experts, pairs, config, ref, given=None, order=None):
     optimizer = Plain(p for p in experts.parameters() if p.requires_grad)
     before = {n: p.detach().clone() for n, p in experts.named_parameters() if p.requires_grad}
     plan = make_plan(pairs, config)
-    micros = micro_batches(plan, list(range(len(plan.units))) if order is None else order, config, "cpu")
-    figures, used = step(experts, optimizer, micros, ref, LOG_W[experts.K], given, config)
+    ids = list(range(len(plan.units))) if order is None else order
+    gate = Gate("fixed", experts.K, nothing(1), LOG_W[experts.K])
+    of_step = latent_of(gate, nothing(len(plan.units)), ids, given, torch.zeros(len(plan.units), experts.K), 0, config)
+    figures, used = step(experts, gate, optimizer, micro_batches(plan, ids, config, "cpu"), ref, of_step, config)
     change = {n: before[n] - p.detach() for n, p in experts.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for n, p in experts.named_parameters():

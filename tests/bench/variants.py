@@ -96,10 +96,13 @@ def ours(setting: Setting, experts: int, rank: int = 0) -> Stepper:
     policies = make_experts(model, config, torch.float32)
     optimizer, _ = make_optimizer(policies, config.lr, config.head_lr)
     micros = micro_batches(make_plan(setting.pairs, config), list(range(len(setting.pairs))), config, setting.device)
-    log_w = train.first_weights(config).to(setting.device)
+    G = len(setting.pairs)
+    inputs = Inputs(torch.zeros(G, 0), torch.zeros(G, dtype=torch.int64)).to(setting.device)
+    gate = Gate("fixed", experts, inputs, first_weights(config)).to(setting.device)
+    latent = train.latent_of(gate, inputs, list(range(G)), None, torch.zeros(G, experts), 0, config)
 
     def step():
-        figures, _ = train.step(policies, optimizer, micros, ref_logp, log_w, None, config)
+        figures, _ = train.step(policies, gate, optimizer, micros, ref_logp, latent, config)
         return figures["loss"]
 
     return Stepper(step, [p for p in policies.parameters() if p.requires_grad])

@@ -1,0 +1,154 @@
+"""Gates: the mixture's weights w_k(x), from what is known of a pair before anybody judges it (M9, M10).
+
+    fixed         log w                                             the same for all pairs: given, or the closed form (M10)
+    linear        log w(x)    = log softmax(W f(x) + b)             f(x): the frozen reference's states of the prompt
+    mlp           log w(x)    = log softmax(W gelu(V f(x) + c) + b)
+    user          log w(u)    = log softmax(E[u])                   E[0] is the generic user, whom unknown ones are
+    prompt-user   log w(x,u)  = log softmax(W f(x) + b + E[u])
+    random        linear with random W, never trained
+    domain        all weight on the expert of the pair's domain, by the label in the file; uniform where there is none
+
+A row of weights is of one unit of the latent (a pair, or a user: M11 has one prior a user), and of that unit alone: rows
+never mix. Every trained gate starts uniform: W and E are 0, so that the step-0 invariant q = w holds. f is centred and
+scaled by the training units' mean and deviation, which the gate keeps. Softmax is of logits / temperature, 1 but while
+a run anneals it.
+Left out: gates that read the response. The weights are a prior; what a response says belongs to the posterior (M7).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mixdpo.config import InputError
+from mixdpo.plan import Plan
+from mixdpo.preferences import Pair
+from mixdpo.start import first_weights
+
+TRAINED = ("linear", "mlp", "user", "prompt-user")
+KINDS = ("fixed", *TRAINED, "random", "domain")
+READS_PROMPT = ("linear", "mlp", "prompt-user", "random")
+HIDDEN = 64                         # width inside the mlp
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a gate may look at, of N units."""
+
+    features: torch.Tensor          # (N,D) float32: of the prompt; for `domain` one-hot; D = 0 where nothing is read
+    user: torch.Tensor              # (N,) int64: 0 unknown, else the user's place among the training users, from 1
+
+    def __getitem__(self, index) -> "Inputs":
+        return Inputs(self.features[index], self.user[index])
+
+    def to(self, device) -> "Inputs":
+        return Inputs(self.features.to(device), self.user.to(device))
+
+
+def gate_inputs(kind: str, pairs: list[Pair], prompts: torch.Tensor, known: list[Pair]) -> Inputs:
+    """The gate's inputs for `pairs`, one a unit. prompts (N,C): features of their prompts; known: the training pairs,
+    whose users and domains are the ones that have a place."""
+    users = {user: n for n, user in enumerate(dict.fromkeys(p.user for p in known if p.user is not None), start=1)}
+    user = torch.tensor([users.get(p.user, 0) for p in pairs], dtype=torch.int64)
+    if kind == "domain":
+        domains = domains_of(known)
+        labels = torch.tensor([domains.index(p.domain) if p.domain in domains else -1 for p in pairs])
+        return Inputs((labels[:, None] == torch.arange(len(domains))).float(), user)        # (N,D), a row of 0: unknown
+    return Inputs(prompts if kind in READS_PROMPT else prompts[:, :0], user)
+
+
+def domains_of(pairs: list[Pair]) -> list[str]:
+    """Expert k of a `domain` gate is that of the k-th domain."""
+    return sorted({p.domain for p in pairs if p.domain is not None})
+
+
+class Gate(nn.Module):
+    """gate(inputs) -> log w (N,K) float32, rows normalised. inputs: of the training units, for sizes and scale.
+
+    Raises: InputError if a domain gate has other than K domains, or a gate of users no users.
+    """
+
+    def __init__(self, kind: str, experts: int, inputs: Inputs, log_w: torch.Tensor, seed: int = 0):
+        super().__init__()
+        assert kind in KINDS, f"got gate {kind!r}, want one of {KINDS}"
+        self.kind, self.K, self.temperature = kind, experts, 1.0            # the loop sets the temperature (train.py)
+        D, users = inputs.features.shape[1], int(inputs.user.max())
+        generator = torch.Generator().manual_seed(seed)
+        if kind == "fixed":
+            self.register_buffer("log_w", log_w.clone())                                    # (K,)
+        if kind == "domain" and D != experts:
+            raise InputError(f"--gate domain: the training pairs name {D} domains, and there are {experts} experts; "
+                             'wanted one domain an expert: {"domain": ...} on each line, and --experts of that number')
+        if kind in READS_PROMPT:
+            self.register_buffer("mean", inputs.features.mean(0))                           # (D,)
+            self.register_buffer("scale", inputs.features.std(0, correction=0).clamp_min(1e-6) * math.sqrt(D))
+            width = HIDDEN if kind == "mlp" else D
+            self.W, self.b = nn.Parameter(torch.zeros(experts, width)), nn.Parameter(torch.zeros(experts))
+        if kind == "mlp":                                                   # features have length 1, about: so has V f
+            self.V = nn.Parameter(torch.randn(HIDDEN, D, generator=generator))              # (H,D)
+            self.c = nn.Parameter(torch.zeros(HIDDEN))
+        if kind in ("user", "prompt-user"):
+            if not users:
+                raise InputError(f"--gate {kind}: no line of the training pairs names a user")
+            self.E = nn.Parameter(torch.zeros(users + 1, experts))                          # (U+1,K)
+        if kind == "random":
+            self.W.data = torch.randn(experts, D, generator=generator)                      # logits of deviation 1
+            self.requires_grad_(False)
+
+    def logits(self, inputs: Inputs) -> torch.Tensor | float:
+        """The prompt's share of the logits: (N,K), or 0 for a gate that does not read it."""
+        if self.kind not in READS_PROMPT:
+            return 0.0
+        f = (inputs.features - self.mean) / self.scale                      # (N,D), of length 1, about
+        return (F.gelu(f @ self.V.T + self.c) if self.kind == "mlp" else f) @ self.W.T + self.b
+
+    def forward(self, inputs: Inputs) -> torch.Tensor:
+        N = len(inputs.user)
+        if self.kind == "fixed":
+            return self.log_w.expand(N, self.K)
+        if self.kind == "domain":
+            known = inputs.features.any(1, keepdim=True)                    # (N,1)
+            return torch.where(known, inputs.features.log(), -math.log(self.K))
+        logits = self.logits(inputs)
+        if self.kind in ("user", "prompt-user"):
+            logits = logits + self.E[inputs.user]                           # (N,K)
+        return torch.log_softmax(logits / self.temperature, dim=-1)
+
+    def generic(self, inputs: Inputs) -> torch.Tensor:
+        """The same with the generic user for every row, and with gradient for that user's row alone. Trained on
+        everybody's responsibilities, its optimum is their mean: the best weights for a user of whom nothing is known."""
+        logits = self.logits(inputs)
+        logits = logits.detach() if torch.is_tensor(logits) else logits
+        return torch.log_softmax((logits + self.E[0]).expand(len(inputs.user), -1) / self.temperature, dim=-1)
+
+
+# --- of a run, and files ----------------------------------------------------------------------------------------------
+
+
+def make_gate(plan: Plan, reference, config, device) -> tuple[Gate, Inputs]:
+    """A run's gate and its inputs, a row a group of the plan. reference: that of the plan's pairs (reference.py)."""
+    first = [unit[0] for unit in plan.units]                                # a group has one prior: any of its pairs tells
+    prompts = reference.prompt[first, ("last", "mean").index(config.gate_features)]         # (G,C)
+    inputs = gate_inputs(config.gate, [plan.pairs[i] for i in first], prompts, plan.pairs).to(device)
+    return Gate(config.gate, config.experts, inputs, first_weights(config).to(device), config.seed).to(device), inputs
+
+
+def gate_state(gate: Gate) -> dict[str, torch.Tensor]:
+    """All that gate(inputs) depends on, as "gate." and a name, for safetensors."""
+    return {f"gate.{name}": value.detach().contiguous() for name, value in gate.state_dict().items()}
+
+
+def load_gate(gate: Gate, tensors: dict[str, torch.Tensor]) -> None:
+    """Copies a saved state back."""
+    gate.load_state_dict({n.removeprefix("gate."): value for n, value in tensors.items() if n.startswith("gate.")})
+
+
+def saved_gate(config, tensors: dict[str, torch.Tensor], known: list[Pair]) -> Gate:
+    """The gate that gate_state saved, on the CPU. known: the pairs it was trained on."""
+    width = len(domains_of(known)) if config.gate == "domain" else len(tensors.get("gate.mean", ()))
+    sizes = Inputs(torch.zeros(1, width), torch.tensor([max(0, len(tensors.get("gate.E", ())) - 1)]))
+    gate = Gate(config.gate, config.experts, sizes, first_weights(config), config.seed)
+    load_gate(gate, {name: value.cpu() for name, value in tensors.items()})
+    return gate

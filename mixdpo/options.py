@@ -1,0 +1,116 @@
+"""What can be asked of a run, and what goes together."""
+
+from dataclasses import dataclass
+
+from mixdpo.config import InputError
+from mixdpo.gates import KINDS, READS_PROMPT, TRAINED
+from mixdpo.mixture import SAMPLED, VARIANTS
+from mixdpo.rundir import compute_dtype
+from mixdpo.start import first_weights
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains DPO (experts = 1) or a mixture on preferences (JSON Lines: prompt, chosen, rejected, maybe user)."""
+
+    data: str                       # preference file, .jsonl or .jsonl.gz
+    model: str                      # reference and start: gpt2, smollm2, llama-3.2-1b or a Hugging Face directory
+    out: str                        # run directory; an unfinished run in it is resumed
+    experts: int = 2                # K; 1 is DPO
+    sharing: str = "heads"          # heads: one trunk, K unembeddings; models: K independent models
+    rank: int = 16                  # rank of the heads W + A_k B_k; 0: full heads
+    train_trunk: bool = True        # false: only the heads learn
+    latent: str = "pair"            # one type a pair, or one a user (M11)
+    estep: str = "all"              # E-step on: all pairs, context (never trained on), first (a pair's first visit)
+    context: int = 0                # pairs of each user set aside for the E-step, where the file does not mark them
+    em: str = "minibatch"           # E-step on: minibatch (each step's groups), full (all, before each epoch), incremental
+    damping: float = 0.0            # share of the responsibilities kept from a group's visit before (incremental)
+    variant: str = "exact"          # of the E-step (M12): exact, tempered, hard, monte-carlo, gumbel, straight-through
+    variant_temperature: float = 1.0    # of tempered and gumbel
+    draws: int = 1                  # samples of z a group (monte-carlo)
+    gate: str = "fixed"             # w(x) (M9): fixed (--weights), linear, mlp, user, prompt-user, random, domain
+    gate_features: str = "last"     # of the prompt: last or mean hidden state of the reference
+    gate_lr: float = 1e-2           # AdamW's peak learning rate of the gate
+    gate_temperature: float = 1.0   # of the gate's softmax at the start; falls geometrically to 1 over half the run
+    gate_entropy: float = 0.0       # bonus a nat of the entropy of each group's weights
+    gate_balance: float = 0.0       # bonus a nat of the entropy of the step's mean weights
+    weights: str = "uniform"        # of a fixed gate (M10): uniform, update (closed form, each step), or 0.3,0.7
+    prior: float = 1.0              # Dirichlet prior of the closed-form update
+    start: str = "dirichlet"        # first responsibilities: dirichlet (random), linear (linear rewards), none (saddle)
+    start_steps: int = 10           # optimizer steps that use them before the E-step takes over
+    restarts: int = 5               # starts of the linear mixture; the best bound is taken
+    beta: float = 0.1               # strength of the pull to the reference, per nat
+    lr: float = 2e-5                # AdamW's peak learning rate
+    head_lr: float = 1e-3           # the same for the low-rank factors A_k, B_k
+    epochs: int = 1                 # passes over the data
+    batch: int = 32                 # pairs an optimizer step, at most; whole users
+    micro: int = 16                 # pairs a forward pass, at most; whole users, so one large user may exceed it
+    head_rows: int = 1024           # response tokens a head micro-batch, about; 0: all at once, in vocabulary tiles
+    warmup: int = 10                # steps of linear warm-up; then linear decay to a tenth
+    clip: float = 1.0               # largest gradient norm
+    max_prompt: int = 256           # tokens; longer prompts are cut from the left
+    max_response: int = 256         # tokens, the end token among them
+    drop: bool = False              # true: faulty lines are dropped and reported, not an error
+    checkpointing: bool = False     # activation checkpointing: less memory, one more forward pass
+    dtype: str = "auto"             # of the products: auto, float32, bfloat16; parameters stay float32
+    seed: int = 0                   # of everything random
+    save_minutes: float = 10.0      # between checkpoints
+    data_folder: str = ""           # local files looked into before anything is fetched
+
+
+def validate(config: TrainConfig) -> None:
+    """Refuses options that contradict each other; nothing is ignored in silence."""
+    choices = {"sharing": ("heads", "models"), "latent": ("pair", "user"), "estep": ("all", "context", "first"),
+               "start": ("dirichlet", "linear", "none"), "em": ("minibatch", "full", "incremental"), "gate": KINDS,
+               "gate_features": ("last", "mean"), "variant": VARIANTS}
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise InputError(f"--{name.replace('_', '-')}: got {getattr(config, name)!r}, wanted one of {', '.join(known)}")
+    least = {"experts": 1, "batch": 1, "micro": 1, "epochs": 1, "restarts": 1, "prior": 1, "rank": 0, "start_steps": 0,
+             "warmup": 0, "head_rows": 0, "context": 0, "damping": 0, "draws": 1, "gate_entropy": 0, "gate_balance": 0}
+    above = {"beta": 0, "clip": 0, "lr": 0, "head_lr": 0, "gate_lr": 0, "gate_temperature": 0, "variant_temperature": 0}
+    for name, bound in (least | above).items():
+        value, word = getattr(config, name), "more than" if name in above else "at least"
+        if value < bound or (name in above and value == bound):
+            raise InputError(f"--{name.replace('_', '-')}: got {value}, wanted {word} {bound}")
+    low_rank = config.experts > 1 and config.sharing == "heads" and config.rank > 0
+    several = config.experts > 1
+    trained = several and config.gate in TRAINED
+    needs = {"prior": (config.weights == "update", "--weights update"),
+             "weights": (several and config.gate == "fixed", "--experts 2 or more and a fixed gate"),
+             "gate": (several, "--experts 2 or more"), "gate_lr": (trained, "a gate that is trained"),
+             "gate_temperature": (trained, "a gate that is trained"), "gate_entropy": (trained, "a gate that is trained"),
+             "gate_balance": (trained, "a gate that is trained"),
+             "gate_features": (config.gate in READS_PROMPT, "a gate that reads prompts"),
+             "em": (several, "--experts 2 or more"), "damping": (config.em == "incremental", "--em incremental"),
+             "variant": (several, "--experts 2 or more"), "draws": (config.variant == "monte-carlo", "--variant monte-carlo"),
+             "variant_temperature": (config.variant in ("tempered", "gumbel"), "--variant tempered or gumbel"),
+             "start": (several, "--experts 2 or more"), "sharing": (several, "--experts 2 or more"),
+             "restarts": (config.start == "linear", "--start linear"),
+             "start_steps": (several and config.start != "none", "several experts and a --start"),
+             "rank": (several and config.sharing == "heads", "--experts 2 or more with --sharing heads"),
+             "head_lr": (low_rank, "low-rank heads")}
+    for name, (used, need) in needs.items():
+        if getattr(config, name) != getattr(TrainConfig, name) and not used:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} has no effect without {need}; choose that, or leave --{flag} out")
+    first_weights(config), compute_dtype(config.dtype, "cpu")               # each refuses what it does not know
+    if config.context and config.estep != "context":
+        raise InputError("--context sets pairs aside for --estep context; choose it, or leave --context out")
+    if config.damping >= 1:
+        raise InputError(f"--damping: got {config.damping}, wanted less than 1: 1 would keep the first for ever")
+    if config.em == "full" and config.variant in SAMPLED:
+        raise InputError(f"--variant {config.variant} draws anew at each step, and --em full keeps responsibilities over "
+                         "an epoch: choose one")
+    if config.em != "minibatch" and config.estep == "first":
+        raise InputError(f"--em {config.em} computes responsibilities anew, and --estep first never does: choose one")
+    if config.latent == "user" and config.gate not in ("fixed", "user"):
+        raise InputError(f"--gate {config.gate} gives each pair its own weights, and --latent user has one prior a user: "
+                         "choose --gate user, or --latent pair")
+    if config.estep == "context" and config.latent != "user":
+        raise InputError("--estep context looks at other pairs of the same user: it wants --latent user")
+    if config.estep == "first" and config.start == "dirichlet" and config.start_steps and config.experts > 1:
+        raise InputError("--estep first keeps a pair's first responsibilities, and random ones would stay for ever: "
+                         "it wants --start linear or none, or --start-steps 0")
+    if not config.train_trunk and (config.sharing == "models" or config.experts == 1):
+        raise InputError("--train-trunk false trains expert heads alone: it wants --experts 2 or more, --sharing heads")
