@@ -65,7 +65,8 @@ def domains_of(pairs: list[Pair]) -> list[str]:
 
 
 class Gate(nn.Module):
-    """gate(inputs) -> log w (N,K) float32, rows normalised. inputs: of the training units, for sizes and scale.
+    """gate(inputs) -> log w (N,K) float32, rows normalised (M9; fixed: M10). inputs: of the training units, for sizes
+    and scale.
 
     Raises: InputError if a domain gate has other than K domains, or a gate of users no users.
     """
