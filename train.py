@@ -23,10 +23,8 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from mixdpo import config as configs
@@ -35,8 +33,9 @@ from mixdpo.diagnostics import alarms, step_summary
 from mixdpo.dpo import margins
 from mixdpo.experts import load_state, make_experts, pair_logp, trained_state
 from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
+from mixdpo.latent import Latent, latent_of, settle
 from mixdpo.logprob import TILE, sum_responses
-from mixdpo.mixture import SAMPLED, balance, damp, e_step, entropy, expert_loss, gate_loss, update_weights, vary
+from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, update_weights, vary
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.options import TrainConfig, validate
 from mixdpo.plan import Micro, make_plan, micro_batches
@@ -49,43 +48,6 @@ from mixdpo.weights import content_key, load_model
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Latent:
-    """What is known of the latent of G groups before their pairs are looked at."""
-
-    inputs: Inputs                  # (G,...) what the gate looks at
-    log_w: torch.Tensor             # (G,K) what it makes of that, detached
-    given: torch.Tensor | None      # (G,K) log q to take as it is
-    kept: torch.Tensor | None       # (G,K) log q of the visit before, NaN at the first; only damping looks at it
-    uniform: torch.Tensor | None    # (S,G,K) noise of the sampled variants: a group's own, however a step is cut
-
-    def __getitem__(self, part: slice) -> "Latent":
-        given, kept = (None if rows is None else rows[part] for rows in (self.given, self.kept))
-        uniform = None if self.uniform is None else self.uniform[:, part]
-        return Latent(self.inputs[part], self.log_w[part], given, kept, uniform)
-
-
-@torch.no_grad()
-def latent_of(gate, inputs: Inputs, ids: list[int], given: torch.Tensor | None, table: torch.Tensor, t: int,
-              config) -> Latent:
-    """Of the groups `ids` at step t. inputs, table and given are of all groups: table holds the responsibilities of
-    each one's visit before, given those to use, if none of the step's is NaN (all or none)."""
-    own, device, uniform = inputs[ids], inputs.user.device, None
-    if given is not None:
-        given = None if given[ids].isnan().any() else given[ids].to(device)
-    log_w = gate(own)                                                       # (G,K)
-    if config.variant in SAMPLED:
-        drawn = np.random.default_rng([config.seed, 13, t]).random((config.draws, *log_w.shape))
-        uniform = torch.from_numpy(drawn).to(device)
-    return Latent(own, log_w, given, table[ids].to(device) if config.damping else None, uniform)
-
-
-def settle(log_q: torch.Tensor, latent: Latent, config) -> torch.Tensor:
-    """The responsibilities that the M-step uses, from the exact ones: (G,K) -> (G,K)  (M12)."""
-    log_q = vary(log_q, config.variant, latent.uniform, config.variant_temperature)
-    return damp(log_q, latent.kept, config.damping) if config.damping else log_q
 
 
 def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pairs: int, config) -> list[tuple]:

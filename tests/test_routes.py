@@ -13,11 +13,12 @@ import torch.nn.functional as F
 import small
 from mixdpo.dpo import dpo_loss, margins
 from mixdpo.experts import pair_logp
+from mixdpo.gates import Gate, Inputs
+from mixdpo.latent import Latent, latent_of
 from mixdpo.mixture import log_marginal
 from mixdpo.plan import Micro, make_plan, micro_batches
 from mixdpo.preferences import collate, groups
-from mixdpo.gates import Gate, Inputs
-from train import Latent, accumulate, latent_of, step
+from train import accumulate, step
 
 COUNT = 9
 SHARINGS = {"k1": dict(experts=1), "full": dict(experts=2, rank=0), "low-rank": dict(experts=3),

@@ -17,11 +17,14 @@ import torch.nn.functional as F
 
 import train
 from mixdpo.experts import make_experts
+from mixdpo.gates import Gate, Inputs
 from mixdpo.gpt2 import GPT2, GPT2Config
+from mixdpo.latent import latent_of
 from mixdpo.optimizer import make_optimizer
 from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Batch, Pair, collate
 from mixdpo.reference import compute_reference
+from mixdpo.start import first_weights
 from mixdpo.weights import load_model, save_model
 
 BETA, LR, CLIP = 0.1, 1e-6, 1.0
@@ -99,7 +102,7 @@ def ours(setting: Setting, experts: int, rank: int = 0) -> Stepper:
     G = len(setting.pairs)
     inputs = Inputs(torch.zeros(G, 0), torch.zeros(G, dtype=torch.int64)).to(setting.device)
     gate = Gate("fixed", experts, inputs, first_weights(config)).to(setting.device)
-    latent = train.latent_of(gate, inputs, list(range(G)), None, torch.zeros(G, experts), 0, config)
+    latent = latent_of(gate, inputs, list(range(G)), None, torch.zeros(G, experts), 0, config)
 
     def step():
         figures, _ = train.step(policies, gate, optimizer, micros, ref_logp, latent, config)
