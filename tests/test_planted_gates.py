@@ -1,8 +1,8 @@
 """Gates on planted worlds: prompts c, weights w(c) that are known, annotators theta_z, and choices alone to learn from.
 
 The learned gate is held to the oracle, the planted w(c) itself: its held-out cross-entropy -E log w_z(c) on the true z
-within 0.02 nats, and the mixture's held-out log-likelihood (M5) within 0.01, for ten seeds of each world. Regions are
-linear, or XOR-shaped: a linear gate cannot tell those, and the test shows by how much.
+within 0.02 nats, and the mixture's held-out log-likelihood (M5) within 0.01, for ten seeds of each world of two experts.
+Regions are linear, or XOR-shaped: a linear gate cannot tell those, and the test shows by how much.
 """
 
 import itertools
@@ -39,17 +39,17 @@ def world(K, shape, seed):
     return c, torch.where(right[:, None], x, -x), z, log_w, theta
 
 
-def learned(kind, c, x, K, seed, steps=400):
+def learned(kind, c, x, K, seed, steps=200):
     """Expert rewards (K,D) and a gate by EM on all of x, from the linear start, with Adam."""
     group = torch.arange(len(x))
     start = linear_mixture(x, group, K, l2=1.0, starts=3, iterations=60, seed=seed)
     inputs = Inputs(c, torch.zeros(len(c), dtype=torch.int64))
     gate = Gate(kind, K, inputs, torch.zeros(K), seed)
     theta = torch.nn.Parameter(start.theta.clone())
-    optimizer = torch.optim.Adam([{"params": [theta], "lr": 0.02}, {"params": gate.parameters(), "lr": 0.2 if kind == "linear" else 0.03}])
+    optimizer = torch.optim.Adam([{"params": [theta], "lr": 0.05}, {"params": gate.parameters(), "lr": 0.2 if kind == "linear" else 0.03}])
     for t in range(steps):
         for part in optimizer.param_groups:
-            part["lr"] *= 0.99
+            part["lr"] *= 0.98
         h, log_w = x @ theta.T, gate(inputs)
         log_q = start.log_q if t < 20 else e_step(log_w.detach(), h.detach())[1]            # M7
         optimizer.zero_grad()
@@ -71,8 +71,7 @@ def distance(kind, K, shape, seed):
     return behind, (p - p_got).mean().item()
 
 
-@pytest.mark.parametrize("kind, K, shape", [("linear", 2, "linear"), ("linear", 4, "linear"), ("mlp", 2, "xor"),
-                                            ("mlp", 4, "xor")])
+@pytest.mark.parametrize("kind, K, shape", [("linear", 2, "linear"), ("mlp", 2, "xor")])
 def test_the_learned_gate_reaches_the_oracle(kind, K, shape):
     """Catches: a gate that row 0 decides; M9 with q and w exchanged; features not looked at; experts that a gate starves."""
     for seed in range(10):
