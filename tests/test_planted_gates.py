@@ -46,7 +46,7 @@ def learned(kind, c, x, K, seed, steps=200):
     inputs = Inputs(c, torch.zeros(len(c), dtype=torch.int64))
     gate = Gate(kind, K, inputs, torch.zeros(K), seed)
     theta = torch.nn.Parameter(start.theta.clone())
-    optimizer = torch.optim.Adam([{"params": [theta], "lr": 0.05}, {"params": gate.parameters(), "lr": 0.2 if kind == "linear" else 0.03}])
+    optimizer = torch.optim.Adam([{"params": [theta], "lr": 0.05}, {"params": gate.parameters(), "lr": 0.4 if kind == "linear" else 0.05}])
     for t in range(steps):
         for part in optimizer.param_groups:
             part["lr"] *= 0.98
