@@ -177,7 +177,7 @@ def policy_rows(runs: list[Run], reference, prompts: list, config: EvalConfig, m
         K, ids, kl = run.config.experts, [], []
         for k in range(K):
             model, head = run.experts.policy(k)
-            cast = copy.deepcopy(model).to(dtype) if k == 0 or run.config.sharing == "models" else cast
+            cast = cast if k and run.config.sharing == "heads" else copy.deepcopy(model).to(dtype)
             ids.append(sample(cast, head, prompts, config, max_new, eos, f"{run.name} expert {k}"))
             pairs = [Pair(prompt, own, other) for prompt, own, other in zip(prompts, ids[k], plain)]
             ref_logp = compute_reference(reference, pairs, dtype).logp

@@ -27,7 +27,7 @@ from mixdpo import config as configs
 from mixdpo.config import InputError
 from mixdpo.diagnostics import step_summary
 from mixdpo.dpo import margins
-from mixdpo.experts import load_state, make_experts, pair_logp, trained_state
+from mixdpo.experts import load_state, make_experts, pair_logp, projections, trained_state
 from mixdpo.logprob import TILE, sum_responses
 from mixdpo.mixture import e_step, expert_loss, update_weights
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
@@ -48,8 +48,9 @@ class TrainConfig:
     model: str                      # reference and start: gpt2, smollm2, llama-3.2-1b or a Hugging Face directory
     out: str                        # run directory; an unfinished run in it is resumed
     experts: int = 2                # K; 1 is DPO
-    sharing: str = "heads"          # heads: one trunk, K unembeddings; models: K independent models
-    rank: int = 16                  # rank of the heads W + A_k B_k; 0: full heads
+    sharing: str = "heads"          # heads: one trunk, K unembeddings; lora: frozen model, K adapters; models: K models
+    rank: int = 16                  # rank of the heads W + A_k B_k (0: full heads) or of the adapters W + 2 B_k A_k
+    targets: str = ""               # lora: projections with adapters, comma-separated; empty: c_attn, or q_proj,v_proj
     train_trunk: bool = True        # false: only the heads learn
     latent: str = "pair"            # one type a pair, or one a user (M11)
     estep: str = "all"              # E-step on: all pairs, context (never trained on), first (a pair's first visit)
@@ -61,7 +62,7 @@ class TrainConfig:
     restarts: int = 5               # starts of the linear mixture; the best bound is taken
     beta: float = 0.1               # strength of the pull to the reference, per nat
     lr: float = 2e-5                # AdamW's peak learning rate
-    head_lr: float = 1e-3           # the same for the low-rank factors A_k, B_k
+    head_lr: float = 1e-3           # the same for the low-rank factors A_k, B_k of heads or adapters
     epochs: int = 1                 # passes over the data
     batch: int = 32                 # pairs an optimizer step, at most; whole users
     micro: int = 16                 # pairs a forward pass, at most; whole users, so one large user may exceed it
@@ -89,7 +90,7 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, log_w: torch.Tenso
     """
     batch, known, seen = micro.train, log_q, []
     where, targets, sequence = response_positions(batch)                    # (M,) each
-    rows = experts.rows(experts.hidden(batch.ids.flatten(0, 1)), where)     # (M,C), or (K,M,C) for independent models
+    rows = experts.rows(experts.hidden(batch.ids.flatten(0, 1)), where)     # (M,C), or (K,M,C): states of their own
     split = config.head_rows > 0
     states, heads = rows.detach().requires_grad_(rows.requires_grad) if split else rows, experts.heads()
     for p, p_end, m, m_end in chunks(batch, sequence, config.head_rows, whole_groups=known is None):
@@ -186,6 +187,8 @@ def prepare(config):
     tokenizer = load_tokenizer(config.model, folder)
     model = load_model(config.model, device=device, data=folder)
     model.checkpointing = config.checkpointing
+    if config.sharing == "lora":
+        projections(model, config.targets)                                  # an unknown one is told before long passes
     pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
     try:
         check_lengths(pairs, model.config.context)
@@ -200,7 +203,7 @@ def prepare(config):
 
 def validate(config: TrainConfig) -> None:
     """Refuses options that contradict each other; nothing is ignored in silence."""
-    choices = {"sharing": ("heads", "models"), "latent": ("pair", "user"), "estep": ("all", "context", "first"),
+    choices = {"sharing": ("heads", "lora", "models"), "latent": ("pair", "user"), "estep": ("all", "context", "first"),
                "start": ("dirichlet", "linear", "none")}
     for name, known in choices.items():
         if getattr(config, name) not in known:
@@ -212,7 +215,8 @@ def validate(config: TrainConfig) -> None:
         value, word = getattr(config, name), "more than" if name in above else "at least"
         if value < bound or (name in above and value == bound):
             raise InputError(f"--{name.replace('_', '-')}: got {value}, wanted {word} {bound}")
-    for name, other, value in (("prior", "weights", "update"), ("restarts", "start", "linear")):
+    for name, other, value in (("prior", "weights", "update"), ("restarts", "start", "linear"),
+                               ("targets", "sharing", "lora")):
         if getattr(config, name) != getattr(TrainConfig, name) and getattr(config, other) != value:
             raise InputError(f"--{name} has no effect without --{other} {value}; choose it, or leave --{name} out")
     first_weights(config), compute_dtype(config.dtype, "cpu")               # each refuses what it does not know
@@ -223,8 +227,12 @@ def validate(config: TrainConfig) -> None:
     if config.estep == "first" and config.start == "dirichlet" and config.start_steps and config.experts > 1:
         raise InputError("--estep first keeps a pair's first responsibilities, and random ones would stay for ever: "
                          "it wants --start linear or none, or --start-steps 0")
-    if not config.train_trunk and (config.sharing == "models" or config.experts == 1):
+    if not config.train_trunk and (config.sharing != "heads" or config.experts == 1):
         raise InputError("--train-trunk false trains expert heads alone: it wants --experts 2 or more, --sharing heads")
+    if config.sharing == "lora" and config.rank == 0:
+        raise InputError("--rank 0 means full heads; --sharing lora wants a rank of 1 or more")
+    if config.sharing == "lora" and config.lr != TrainConfig.lr:
+        raise InputError("--lr has no effect with --sharing lora, whose adapters learn at --head-lr; give that instead")
 
 
 def run(config: TrainConfig) -> Path:

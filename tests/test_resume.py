@@ -20,6 +20,7 @@ CASES = {
     "context, linear": dict(latent="user", estep="context", context=1, start="linear", start_steps=3, epochs=3),
     "models": dict(sharing="models", epochs=2),
     "untied": dict(rank=0, epochs=2),
+    "lora": dict(sharing="lora", lr=train.TrainConfig.lr, epochs=2),
 }
 
 

@@ -44,6 +44,8 @@ CASES = {
     "clipped": {"clip": 1e-3, "start": "none"},
     "checkpointing": {"checkpointing": True},
     "untied": {"rank": 0, "model": "untied"},
+    "lora": {"sharing": "lora", "lr": train.TrainConfig.lr, "epochs": 2, "targets": "q_proj,up_proj"},
+    "lora, users": USER | {"sharing": "lora", "lr": train.TrainConfig.lr, "experts": 3, "checkpointing": True},
 }
 
 
@@ -62,6 +64,14 @@ def slow_logp(hidden, head, prompt, response):
     return logps[torch.arange(len(response)), torch.tensor(response)].sum()
 
 
+def merged(experts, reference, k):
+    """Expert k of adapters as a function of ids: the reference with W + 2 B_k A_k in the place of W, with gradient."""
+    factors = {path: experts.trunk.get_submodule(path) for path in experts.targets}
+    changed = {f"{path}.weight": reference.get_submodule(path).weight + 2 * f.B[k] @ f.A[k]
+               for path, f in factors.items()}
+    return lambda ids: torch.func.functional_call(reference, changed, (ids,))
+
+
 def slow_margins(experts, reference, pair, beta):
     """h of one pair under each expert, (K,) with gradient."""
     out = []
@@ -71,6 +81,8 @@ def slow_margins(experts, reference, pair, beta):
             ids = torch.tensor([pair.prompt + response])
             model = experts.models[k] if hasattr(experts, "models") else experts.trunk
             head = model.unembedding
+            if hasattr(experts, "targets"):
+                model = merged(experts, reference, k)
             if hasattr(experts, "A"):
                 head = head + experts.A[k] @ experts.B[k]
             elif hasattr(experts, "W_k"):
@@ -91,7 +103,7 @@ def slow_run(config):
     model, units, K = load_model(config.model), groups(pairs, config.latent), config.experts
     reference, experts = copy.deepcopy(model), make_experts(model, config, torch.float32)
     named = {n: p for n, p in experts.named_parameters() if p.requires_grad}
-    peak = {n: config.head_lr if n in ("A", "B") else config.lr for n in named}
+    peak = {n: config.head_lr if n.split(".")[-1] in ("A", "B") else config.lr for n in named}
     optimizer = torch.optim.AdamW([{"params": [p]} for p in named.values()], weight_decay=0.0, betas=(0.9, 0.99))
     w = [1 / K] * K if config.weights in ("uniform", "update") else [float(x) for x in config.weights.split(",")]
     start = None
@@ -312,7 +324,7 @@ def test_the_seed_and_only_the_seed_changes_a_run(tmp_path, model_dir):
 
 
 @pytest.mark.parametrize("options,says", [
-    ({"sharing": "trunk"}, "--sharing.*'trunk'.*heads, models"), ({"latent": "group"}, "--latent"),
+    ({"sharing": "trunk"}, "--sharing.*'trunk'.*heads, lora, models"), ({"latent": "group"}, "--latent"),
     ({"estep": "some"}, "--estep"), ({"start": "zero"}, "--start"),
     ({"experts": 0}, "--experts"), ({"batch": 0}, "--batch"), ({"micro": 0}, "--micro"),
     ({"epochs": 0}, "--epochs"), ({"rank": -1}, "--rank"), ({"beta": 0.0}, "--beta"),
@@ -324,6 +336,10 @@ def test_the_seed_and_only_the_seed_changes_a_run(tmp_path, model_dir):
     ({"train_trunk": False, "sharing": "models"}, "--train-trunk"),
     ({"estep": "first", "start": "dirichlet", "start_steps": 1}, "--estep first"),
     ({"prior": 2.0}, "--prior.*--weights update"), ({"restarts": 9}, "--restarts.*--start linear"),
+    ({"targets": "q_proj"}, "--targets.*--sharing lora"), ({"sharing": "lora", "rank": 0}, "--rank 0.*lora"),
+    ({"sharing": "lora", "train_trunk": False}, "--train-trunk"), ({"sharing": "lora"}, "--lr.*give that"),
+    ({"sharing": "lora", "lr": train.TrainConfig.lr, "targets": "q_proj,c_attn"},
+     "--targets: got 'c_attn', wanted some of down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
     ({"weights": "0.5,0.2,0.3"}, "--weights.*2 positive"), ({"weights": "1,0"}, "--weights"),
     ({"weights": "uniformly"}, "--weights.*'uniformly'"), ({"dtype": "half"}, "--dtype"),
 ])
