@@ -6,6 +6,7 @@ evaluation prompts by the reference and by every expert on the same seeds, score
 dataset.json names. A row's randomness is its own (generate.py), so the mixture's completion of a prompt is that of the
 expert it draws (M13): the mixture and sparse rows cost nothing more.
 Writes results.json, samples.jsonl and, if matplotlib is there, report.md with pictures. Nothing here changes a run.
+`python eval.py RUN --export OUT` evaluates nothing and writes the run's experts to OUT/expert-k (mixdpo/export.py).
 """
 
 import copy
@@ -24,6 +25,7 @@ from mixdpo.config import InputError
 from mixdpo.diagnostics import adjusted_rand_index, bayes_posterior, effective_experts, matched_accuracy
 from mixdpo.dpo import accuracy, margins
 from mixdpo.experts import load_state, make_experts, pair_logp
+from mixdpo.export import export_experts
 from mixdpo.generate import choose_expert, generate
 from mixdpo.mixture import e_step, elbo, log_marginal, mixture_logp
 from mixdpo.preferences import Pair, collate, encode_prompt, groups, read_preferences
@@ -48,6 +50,7 @@ class EvalConfig:
     batch: int = 64                 # prompts sampled together
     seed: int = 1                   # of sampling; the same for every row
     data_folder: str = ""           # local files looked into before anything is fetched
+    export: str = ""                # write the run's experts into this folder, as models or adapters, and stop there
 
 
 @dataclass
@@ -277,6 +280,21 @@ def evaluate(config: EvalConfig) -> dict:
     return results
 
 
+def export(config: EvalConfig) -> list[Path]:
+    """Writes the experts of the run config.dir into config.export; returns their directories."""
+    path, used = Path(config.dir).resolve(), ("dir", "export", "data_folder")
+    idle = [f.name for f in dataclasses.fields(config) if f.name not in used and getattr(config, f.name) != f.default]
+    if idle:
+        raise InputError(f"--export evaluates nothing; leave --{idle[0].replace('_', '-')} out")
+    if not (path / "checkpoint").exists():
+        raise InputError(f"{path}: is no run; --export takes one run, a directory that train.py wrote")
+    run = load_run(path, "cpu", config.data_folder)
+    places = export_experts(run.experts, config.export, run.config.model, config.data_folder or None)
+    for place, w in zip(places, run.log_w.exp().tolist()):
+        print(f"{place}: mixture weight {w:.4f}")
+    return places
+
+
 def heldout_figures(runs: list[Run], reference, tokenizer, path: Path, store: Path) -> dict:
     """Name of a run -> its figures on the held-out preferences."""
     config, dtype, out = runs[0].config, runs[0].experts.dtype, {}
@@ -324,7 +342,8 @@ def write_report(home: Path) -> None:
 def main(argv: list[str]) -> None:
     try:
         flags = argv if argv and argv[0].startswith("-") else ["--dir", *argv]
-        evaluate(configs.parse(EvalConfig, flags, "python eval.py DIR"))
+        config = configs.parse(EvalConfig, flags, "python eval.py DIR")
+        export(config) if config.export else evaluate(config)
     except InputError as error:
         sys.exit(f"error: {error}")
 

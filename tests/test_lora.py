@@ -1,23 +1,33 @@
-"""K adapters in one frozen base: where they start, what they compute, and what learns.
+"""K adapters in one frozen base: where they start, what they compute, what learns, and the files that they become.
 
 The oracle is K plain models whose weights W + 2 B_k A_k are put together by hand, and the chain rule through them.
 """
 
+import json
+import re
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import small
 import tinyjob
 import train
+from mixdpo import export as exporting
+from mixdpo import weights
 from mixdpo.config import InputError
 from mixdpo.experts import Adapters, Heads, LoRALinear, load_state, pair_logp, projections, trained_state
+from mixdpo.export import export_experts
 from mixdpo.generate import generate
 from mixdpo.optimizer import make_optimizer
+from mixdpo.peft import factors, load_adapter, save_adapter
 from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import collate
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import load_model
+from test_experts import SHARINGS
+from test_weights import as_gguf, write_gguf
 
 COUNT = 8       # 16 rows: no remainder behind the vector units' lanes, where silu rounds otherwise
 ALL = {"gpt2": "c_attn,c_proj,c_fc", "llama": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"}
@@ -222,3 +232,143 @@ def test_state_of_other_projections_is_refused(tmp_path):
     """Fault: names compared without their paths."""
     with pytest.raises(InputError, match="q_proj"):
         load_state(lora("llama"), trained_state(lora("llama", targets="k_proj,v_proj")), tmp_path)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", small.FAMILIES)
+def test_an_adapter_there_and_back(family, tmp_path):
+    """Exact to the bit, into one expert of several, under PEFT's names.
+    Faults: expert 0 written whatever k is; the prefix of the other family; fan_in_fan_out left out; alpha = r."""
+    moved, fresh = lora(family, targets=ALL[family]), lora(family, targets=ALL[family], moved=False)
+    before = {n: t.clone() for n, t in trained_state(fresh).items()}
+    save_adapter(moved, 1, tmp_path, "some/base")
+    tensors, settings = (load_file(tmp_path / "adapter_model.safetensors"),
+                         json.loads((tmp_path / "adapter_config.json").read_text()))
+    first = {"gpt2": "transformer.h.0.attn.c_attn"}.get(family, "model.layers.0.self_attn.q_proj")
+    assert tensors[f"base_model.model.{first}.lora_A.weight"].shape == (3, 12)
+    assert tensors[f"base_model.model.{first}.lora_B.weight"].shape == ({"gpt2": 36}.get(family, 16), 3)
+    assert len(tensors) == 2 * len(moved.targets)
+    wanted = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "some/base", "r": 3,
+              "lora_alpha": 6, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": family == "gpt2"}
+    assert settings.items() >= wanted.items() and set(settings["target_modules"]) == set(ALL[family].split(","))
+    load_adapter(fresh, 2, tmp_path)
+    for (name, got), want in zip(trained_state(fresh).items(), trained_state(moved).values()):
+        assert torch.equal(got[2], want[1]) and torch.equal(got[:2], before[name][:2]), name
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_copied(tmp_path):
+    """The file, what was got and wanted. Faults: each check taken out; names compared and not shapes; copied before
+    the check."""
+    experts, name = lora(), "base_model.model.transformer.h.1.attn.c_attn.lora_A.weight"
+    save_adapter(lora(moved=False), 0, tmp_path, "base")
+    before = {n: t.clone() for n, t in trained_state(experts).items()}
+    file, settings = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    tensors, text = load_file(file), settings.read_text()
+
+    def refused(says):
+        with pytest.raises(InputError, match=says):
+            load_adapter(experts, 1, tmp_path)
+        assert all(torch.equal(t, before[n]) for n, t in trained_state(experts).items())
+
+    own = re.escape(str(file))
+    save_file(tensors | {name: torch.zeros(2, 12)}, file)
+    refused(rf"{own}: {re.escape(name)}: got \(2, 12\), wanted \(3, 12\).*rank 3 and targets \['c_attn'\]")
+    save_file({n: t for n, t in tensors.items() if n != name}, file)
+    refused(rf"{own}: {re.escape(name)}: got none, wanted \(3, 12\)")
+    save_file(tensors | {"base_model.model.lm_head.lora_A.weight": torch.zeros(3, 12)}, file)
+    refused(rf"{own}: base_model\.model\.lm_head\.lora_A\.weight: got \(3, 12\), wanted none")
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(rf"{own}: is not a whole safetensors file")
+    save_file(tensors, file)
+    for key, value in {"peft_type": "IA3", "use_dora": True, "use_rslora": True, "bias": "all", "r": 0,
+                       "lora_alpha": None, "alpha_pattern": {"c_attn": 1}}.items():
+        settings.write_text(json.dumps(json.loads(text) | {key: value}))
+        refused(rf"{re.escape(str(settings))}: .*{key} (is )?{re.escape(repr(value))}.*wanted")
+    settings.unlink()
+    refused("adapter_config.json: is not there")
+
+
+def test_another_alpha_goes_into_b(tmp_path):
+    """Fault: lora_alpha not read."""
+    moved, experts = lora(), lora(moved=False)
+    save_adapter(moved, 0, tmp_path, "base")
+    settings = tmp_path / "adapter_config.json"
+    settings.write_text(settings.read_text().replace('"lora_alpha": 6', '"lora_alpha": 15'))
+    load_adapter(experts, 0, tmp_path)
+    for (name, got), want in zip(factors(experts, 0).items(), factors(moved, 0).values()):
+        assert torch.equal(got, want * 2.5 if "lora_B" in name else want), name
+
+
+def test_an_adapter_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Fault: written under its own name."""
+    save_adapter(lora(moved=False), 0, tmp_path, "base")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def broken(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", broken)
+    with pytest.raises(OSError):
+        save_adapter(lora(), 0, tmp_path, "other")
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("family", small.FAMILIES)
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_every_expert_of_every_sharing_is_saved_as_a_model(sharing, family, tmp_path):
+    """policy(k), saved and loaded: the same logits; ties stay where the expert has no unembedding of its own.
+    Faults: the model's own unembedding in place of the expert's; a tied model untied by its own embedding."""
+    experts, ids = small.experts(family, **SHARINGS[sharing]), batch().ids.flatten(0, 1)
+    for k in range(experts.K):
+        model, unembedding = experts.policy(k)
+        weights.save_model(model, tmp_path / str(k), unembedding)
+        got = load_model(tmp_path / str(k))
+        with torch.no_grad():
+            assert torch.equal(got(ids) @ got.unembedding.T, model(ids) @ unembedding.T)
+        assert got.config.tied == (family != "untied" and sharing not in ("full", "low-rank"))
+
+
+def test_the_command_writes_every_expert_of_a_run(job, model_dir, tmp_path, capsys):
+    """Adapters name the model's directory and carry its tokenizer; heads become models.
+    Faults: one run's experts beside another's; all experts expert 0; the tokenizer left out; a folder of runs taken;
+    options of the evaluation ignored."""
+    evaluation.main([str(job), "--export", str(tmp_path / "lora")])
+    run, experts = evaluation.load_run(job, "cpu", ""), Adapters(load_model(model_dir), 1, 2, "v_proj,down_proj")
+    assert re.search(rf"{tmp_path}/lora/expert-1: mixture weight 0\.5000", capsys.readouterr().out)
+    for k in range(2):
+        place = tmp_path / "lora" / f"expert-{k}"
+        assert json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model_dir)
+        assert load_tokenizer(place).key == load_tokenizer(model_dir).key
+        load_adapter(experts, 0, place)
+        for got, want in zip(trained_state(experts).values(), trained_state(run.experts).values()):
+            assert torch.equal(got[0], want[k])
+    out = tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name="heads")
+    evaluation.main([str(out), "--export", str(tmp_path / "models")])
+    run, ids = evaluation.load_run(out, "cpu", ""), torch.arange(30)[None]
+    for k in range(2):
+        model, (trunk, W) = load_model(tmp_path / "models" / f"expert-{k}"), run.experts.policy(k)
+        assert load_tokenizer(tmp_path / "models" / f"expert-{k}").key == load_tokenizer(model_dir).key
+        assert torch.equal(model(ids) @ model.unembedding.T, trunk(ids) @ W.T)
+    for words, says in (([str(job), "--export", str(tmp_path / "models")], "not an empty folder"),
+                        ([str(tmp_path), "--export", str(tmp_path / "x")], "is no run"),
+                        ([str(job), "--export", str(tmp_path / "x"), "--limit", "3"], "leave --limit out")):
+        with pytest.raises(SystemExit, match=f"error: .*{says}"):
+            evaluation.main(words)
+    assert not (tmp_path / "x").exists()
+
+
+def test_adapters_of_a_model_that_is_no_directory_bring_their_base(tmp_path, model_dir, monkeypatch):
+    """A GGUF file cannot be opened as a PEFT adapter's base: it is written beside them.
+    Faults: the file named as the base; the base written without its tokenizer."""
+    monkeypatch.setattr(exporting, "load_tokenizer", lambda name, data: load_tokenizer(model_dir))
+    metadata, tensors = as_gguf(small.model("llama"))
+    write_gguf(tmp_path / "m.gguf", {name: value for name, value in metadata.items() if value is not None}, tensors)
+    export_experts(lora("llama", experts=2), tmp_path / "out", str(tmp_path / "m.gguf"))
+    base = tmp_path / "out" / "base"
+    assert weights.content_key(load_model(base)) == weights.content_key(load_model(tmp_path / "m.gguf"))
+    for place in (base, tmp_path / "out" / "expert-0", tmp_path / "out" / "expert-1"):
+        assert (place / "tokenizer.json").is_file()
+        assert place == base or str(base) in (place / "adapter_config.json").read_text()
