@@ -24,7 +24,7 @@ test: .venv/ready         ## the test suite
 bench: .venv/peers        ## time and memory of a step, side by side with plain PyTorch and TRL
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m tests.bench.step
 
-peers: .venv/peers        ## the same numbers as transformers, tokenizers and TRL give
+peers: .venv/peers        ## the same numbers as transformers, tokenizers, PEFT and TRL give
 	$(PY) -m pytest tests/peers
 
 .venv/ready: requirements.txt

@@ -6,6 +6,7 @@ evaluation prompts by the reference and by every expert on the same seeds, score
 dataset.json names. A row's randomness is its own (generate.py), so the mixture's completion of a prompt is that of the
 expert it draws (M13): the mixture and sparse rows cost nothing more.
 Writes results.json, samples.jsonl and, if matplotlib is there, report.md with pictures into DIR. No run is changed.
+`python eval.py RUN --export OUT` evaluates nothing and writes the run's experts to OUT/expert-k (mixdpo/export.py).
 """
 
 import copy
@@ -25,6 +26,7 @@ from mixdpo.diagnostics import (adjusted_rand_index, bayes_posterior, difference
                                 matched_accuracy, mean_se)
 from mixdpo.dpo import accuracy, margins
 from mixdpo.experts import load_state, make_experts, pair_logp
+from mixdpo.export import export_experts
 from mixdpo.gates import Gate, gate_inputs, saved_gate
 from mixdpo.generate import choose_expert, generate
 from mixdpo.mixture import e_step, elbo, log_marginal, mixture_logp
@@ -51,6 +53,7 @@ class EvalConfig:
     batch: int = 64                 # prompts sampled together
     seed: int = 1                   # of sampling; the same for every row
     data_folder: str = ""           # local files looked into before anything is fetched
+    export: str = ""                # write the run's experts into this folder, as models or adapters, and stop there
 
 
 @dataclass
@@ -204,7 +207,7 @@ def policy_rows(runs: list[Run], reference, prompts: list[Pair], config: EvalCon
         K, ids, kl = run.config.experts, [], []
         for k in range(K):
             model, head = run.experts.policy(k)
-            cast = copy.deepcopy(model).to(dtype) if k == 0 or run.config.sharing == "models" else cast
+            cast = cast if k and run.config.sharing == "heads" else copy.deepcopy(model).to(dtype)
             ids.append(sample(cast, head, of, config, max_new, eos, f"{run.name} expert {k}"))
             pairs = [Pair(prompt, own, other) for prompt, own, other in zip(of, ids[k], plain)]
             ref_logp = compute_reference(reference, pairs, dtype).logp
@@ -315,6 +318,21 @@ def evaluate(config: EvalConfig) -> dict:
     return results
 
 
+def export(config: EvalConfig) -> list[Path]:
+    """Writes the experts of the run config.dir into config.export; returns their directories."""
+    path, used = Path(config.dir).resolve(), ("dir", "export", "data_folder")
+    idle = [f.name for f in dataclasses.fields(config) if f.name not in used and getattr(config, f.name) != f.default]
+    if idle:
+        raise InputError(f"--export evaluates nothing; leave --{idle[0].replace('_', '-')} out")
+    if not (path / "checkpoint").exists():
+        raise InputError(f"{path}: is no run; --export takes one run, a directory that train.py wrote")
+    run = load_run(path, "cpu", config.data_folder)
+    places = export_experts(run.experts, config.export, run.config.model, config.data_folder or None)
+    for k, place in enumerate(places):
+        print(f"{place}" + (f": mixture weight {run.gate.log_w[k].exp():.4f}" if run.config.gate == "fixed" else ""))
+    return places
+
+
 def heldout_figures(runs: list[Run], reference, tokenizer, path: Path, store: Path) -> dict:
     """Name of a run -> its figures on the held-out preferences."""
     config, dtype, out = runs[0].config, runs[0].experts.dtype, {}
@@ -362,7 +380,8 @@ def write_report(folder: Path) -> None:
 def main(argv: list[str]) -> None:
     try:
         flags = argv if argv and argv[0].startswith("-") else ["--dir", *argv]
-        evaluate(configs.parse(EvalConfig, flags, "python eval.py DIR"))
+        config = configs.parse(EvalConfig, flags, "python eval.py DIR")
+        export(config) if config.export else evaluate(config)
     except InputError as error:
         sys.exit(f"error: {error}")
 

@@ -31,7 +31,7 @@ from mixdpo import config as configs
 from mixdpo.config import InputError
 from mixdpo.diagnostics import alarms, step_summary
 from mixdpo.dpo import margins
-from mixdpo.experts import load_state, make_experts, pair_logp, trained_state
+from mixdpo.experts import load_state, make_experts, pair_logp, projections, trained_state
 from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
 from mixdpo.latent import Latent, latent_of, settle
 from mixdpo.logprob import TILE, sum_responses
@@ -57,7 +57,7 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
     """
     batch, known, seen = micro.train, latent.given, []
     where, targets, sequence = response_positions(batch)                    # (M,) each
-    rows = experts.rows(experts.hidden(batch.ids.flatten(0, 1)), where)     # (M,C), or (K,M,C) for independent models
+    rows = experts.rows(experts.hidden(batch.ids.flatten(0, 1)), where)     # (M,C), or (K,M,C): states of their own
     split = config.head_rows > 0
     states, heads = rows.detach().requires_grad_(rows.requires_grad) if split else rows, experts.heads()
     for p, p_end, m, m_end in chunks(batch, sequence, config.head_rows, whole_groups=known is None):
@@ -183,6 +183,8 @@ def prepare(config):
     tokenizer = load_tokenizer(config.model, folder)
     model = load_model(config.model, device=device, data=folder)
     model.checkpointing = config.checkpointing
+    if config.sharing == "lora":
+        projections(model, config.targets)                                  # an unknown one is told before long passes
     pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
     check_lengths(pairs, model.config.context, config.data)
     try:

@@ -1,14 +1,16 @@
 """K expert policies and what they share: the one place that knows.
 
-    Heads    one trunk, K unembeddings: W_k (rank 0) or W + A_k B_k (rank R); K = 1: the model itself    (paper: Case 1)
-    Models   K independent models                                                                       (paper: Case 2)
+    Heads      one trunk, K unembeddings: W_k (rank 0) or W + A_k B_k (rank R); K = 1: the model itself  (paper: Case 1)
+    Adapters   one frozen model, K low-rank adapters in it: W + 2 B_k A_k in place of some projections W         (LoRA)
+    Models     K independent models                                                                     (paper: Case 2)
 
-Both offer the same things, in the order in which a step uses them: `hidden` (the trunk's pass), `rows` (the states that
+All offer the same things, in the order in which a step uses them: `hidden` (the trunk's pass), `rows` (the states that
 predict response tokens), `heads` (what these are multiplied with) and `token_logps` for all K experts; and, to sample
 from, `policy(k)`: expert k as a model and an unembedding.
-At the start every expert is the reference, exactly: W_k = W, A_k = 0, or a copy. The reference itself is a separate
-frozen object or a cached number (reference.py), never a view of these parameters.
-Parameters are float32; products run in `dtype`.
+At the start every expert is the reference, exactly: W_k = W, a factor that is 0, or a copy. The reference itself is a
+separate frozen object or a cached number (reference.py), never a view of parameters that are trained.
+Parameters are float32; products run in `dtype`. LoRA: Hu et al. 2021, arXiv 2106.09685; left out of it: dropout, biases
+that learn, and alpha as an option.
 """
 
 import copy
@@ -21,6 +23,12 @@ from torch import nn
 from mixdpo.config import InputError
 from mixdpo.logprob import sum_responses, token_logps
 from mixdpo.preferences import Batch, response_positions
+
+# alpha / rank. Fixed, since Adam makes another one act like another learning rate (Hu et al., section 4.1).
+SCALE = 2.0
+
+# The projections that have adapters if nothing else is asked for: GPT-2's, and Llama's.
+TARGETS = ("c_attn", "q_proj", "v_proj")
 
 
 class Heads(nn.Module):
@@ -72,6 +80,93 @@ class Heads(nn.Module):
         return self.trunk, (self.W_k[k] if self.rank == 0 else W + self.A[k] @ self.B[k])
 
 
+class LoRALinear(nn.Module):
+    """A frozen projection W and K adapters on it: y = W x + b + SCALE B_k A_k x in the rows of expert k.
+
+    A (K,R,in) is uniform in +-1/sqrt(in), as kaiming_uniform with a = sqrt(5) makes it; B (K,out,R) is 0.
+    """
+
+    def __init__(self, linear: nn.Linear, experts: int, rank: int, generator: torch.Generator):
+        super().__init__()
+        self.linear, W = linear, linear.weight                              # (out,in)
+        noise = torch.rand(experts, rank, W.shape[1], generator=generator) * 2 - 1
+        self.A = nn.Parameter(noise.to(W) / math.sqrt(W.shape[1]))                                # (K,R,in)
+        self.B = nn.Parameter(W.new_zeros(experts, W.shape[0], rank))                             # (K,out,R)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(K*N,T,in) -> (K*N,T,out): the first N rows are expert 0's. One product with W for all."""
+        low = x.reshape(len(self.A), -1, x.shape[-1]) @ self.A.mT           # (K,N*T,R)
+        y = self.linear(x)
+        return y + (SCALE * low @ self.B.mT).view(y.shape)
+
+    @torch.no_grad()
+    def merged(self, k: int) -> nn.Linear:
+        """A plain projection with expert k's weight, W + SCALE B_k A_k, in new memory."""
+        linear = copy.deepcopy(self.linear)
+        linear.weight += SCALE * self.B[k] @ self.A[k]
+        return linear
+
+
+class Adapters(nn.Module):
+    """One frozen model and K adapters of rank R on its `targets` (see projections). The base is never written to, so
+    the model given may go on as the reference: here stand new modules around the same numbers."""
+
+    def __init__(
+        self, base: nn.Module, experts: int, rank: int, targets: str = "", dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.trunk, self.K, self.rank, self.dtype = frozen_twin(base), experts, rank, dtype
+        self.targets, generator = projections(base, targets), torch.Generator().manual_seed(seed)
+        for path in self.targets:
+            linear = self.trunk.get_submodule(path)
+            self.trunk.set_submodule(path, LoRALinear(linear, experts, rank, generator))
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """(N,T) -> (K,N,T,C): one pass over K*N rows, the rows once for each expert."""
+        with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype.itemsize < 4):
+            hidden = self.trunk(ids.repeat(self.K, 1))                      # (K*N,T,C)
+        return hidden.unflatten(0, (self.K, -1)).to(self.dtype)
+
+    def rows(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """(K,N,T,C), flat positions (M,) -> (K,M,C)."""
+        return hidden.flatten(1, 2)[:, where]
+
+    def heads(self) -> tuple[torch.Tensor, ...]:
+        """The one unembedding, in `dtype`."""
+        return (self.trunk.unembedding.to(self.dtype),)
+
+    def token_logps(self, rows: torch.Tensor, targets: torch.Tensor, tile: int | None, heads=None) -> torch.Tensor:
+        """(K,M,C), (M,) -> (K,M) float32 nats. heads: what self.heads() gave."""
+        (W,) = self.heads() if heads is None else heads
+        return torch.stack([token_logps(r, W, targets, tile=tile) for r in rows])
+
+    def policy(self, k: int) -> tuple[nn.Module, torch.Tensor]:
+        """Expert k as (model, unembedding (V,C)): a plain model with merged weights, which training does not change."""
+        model = frozen_twin(self.trunk)
+        for path in self.targets:
+            model.set_submodule(path, self.trunk.get_submodule(path).merged(k))
+        return model, model.unembedding
+
+
+def frozen_twin(model: nn.Module) -> nn.Module:
+    """New modules around the same numbers, which need no gradient: to replace a module here changes nothing there."""
+    frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, frozen)                                     # takes these where it meets the parameters
+
+
+def projections(model: nn.Module, targets: str) -> list[str]:
+    """The linear layers of the model's blocks whose name is one of `targets` (comma-separated; empty: those of TARGETS
+    that it has), as paths like "h.0.attn.c_attn". Raises: InputError naming an unknown one and the known ones."""
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and "." in path]
+    known = sorted({path.rpartition(".")[2] for path in linear})            # no dot: the unembedding, outside of blocks
+    wanted = targets.split(",") if targets else [name for name in TARGETS if name in known]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise InputError(f"--targets: got {unknown[0]!r}, wanted some of {', '.join(known)}")
+    return [path for path in linear if path.rpartition(".")[2] in wanted]
+
+
 class Models(nn.Module):
     """K independent models, each a copy of the one given."""
 
@@ -103,9 +198,11 @@ class Models(nn.Module):
         return self.models[k], self.models[k].unembedding
 
 
-def make_experts(model: nn.Module, config, dtype: torch.dtype) -> Heads | Models:
+def make_experts(model: nn.Module, config, dtype: torch.dtype) -> Heads | Adapters | Models:
     """The experts that `config` (a TrainConfig) asks for, on top of `model`, which becomes theirs.
     Freezes the trunk if asked."""
+    if config.sharing == "lora":
+        return Adapters(model, config.experts, config.rank, config.targets, dtype, config.seed)
     if config.sharing == "models" and config.experts > 1:
         return Models(model, config.experts, dtype)
     experts = Heads(model, config.experts, config.rank, dtype, config.seed)
@@ -114,7 +211,7 @@ def make_experts(model: nn.Module, config, dtype: torch.dtype) -> Heads | Models
     return experts
 
 
-def pair_logp(experts: Heads | Models, batch: Batch, tile: int | None = 4096) -> torch.Tensor:
+def pair_logp(experts: Heads | Adapters | Models, batch: Batch, tile: int | None = 4096) -> torch.Tensor:
     """Summed response log-probs of every expert, with gradient: (B,K,2) float32 nats.
     The composable route, text ids to log-probs in four lines."""
     where, targets, sequence = response_positions(batch)                    # (M,), (M,), (M,)

@@ -17,8 +17,9 @@ class TrainConfig:
     model: str                      # reference and start: gpt2, smollm2, llama-3.2-1b or a Hugging Face directory
     out: str                        # run directory; an unfinished run in it is resumed
     experts: int = 2                # K; 1 is DPO
-    sharing: str = "heads"          # heads: one trunk, K unembeddings; models: K independent models
-    rank: int = 16                  # rank of the heads W + A_k B_k; 0: full heads
+    sharing: str = "heads"          # heads: one trunk, K unembeddings; lora: frozen model, K adapters; models: K models
+    rank: int = 16                  # rank of the heads W + A_k B_k (0: full heads) or of the adapters W + 2 B_k A_k
+    targets: str = ""               # lora: projections with adapters, comma-separated; empty: c_attn, or q_proj,v_proj
     train_trunk: bool = True        # false: only the heads learn
     latent: str = "pair"            # one type a pair, or one a user (M11)
     estep: str = "all"              # E-step on: all pairs, context (never trained on), first (a pair's first visit)
@@ -41,7 +42,7 @@ class TrainConfig:
     restarts: int = 5               # starts of the linear mixture; the best bound is taken
     beta: float = 0.1               # strength of the pull to the reference, per nat
     lr: float = 2e-5                # AdamW's peak learning rate
-    head_lr: float = 1e-3           # the same for the low-rank factors A_k, B_k
+    head_lr: float = 1e-3           # the same for the low-rank factors A_k, B_k of heads or adapters
     epochs: int = 1                 # passes over the data
     batch: int = 32                 # pairs an optimizer step, at most; whole users
     micro: int = 16                 # pairs a forward pass, at most; whole users, so one large user may exceed it
@@ -60,7 +61,7 @@ class TrainConfig:
 
 def validate(config: TrainConfig) -> None:
     """Refuses options that contradict each other; nothing is ignored in silence."""
-    choices = {"sharing": ("heads", "models"), "latent": ("pair", "user"), "estep": ("all", "context", "first"),
+    choices = {"sharing": ("heads", "lora", "models"), "latent": ("pair", "user"), "estep": ("all", "context", "first"),
                "start": ("dirichlet", "linear", "none"), "em": ("minibatch", "full", "incremental"), "gate": KINDS,
                "gate_features": ("last", "mean"), "variant": VARIANTS}
     for name, known in choices.items():
@@ -73,8 +74,8 @@ def validate(config: TrainConfig) -> None:
         value, word = getattr(config, name), "more than" if name in above else "at least"
         if value < bound or (name in above and value == bound):
             raise InputError(f"--{name.replace('_', '-')}: got {value}, wanted {word} {bound}")
-    low_rank = config.experts > 1 and config.sharing == "heads" and config.rank > 0
-    several = config.experts > 1
+    several, lora = config.experts > 1, config.sharing == "lora"
+    low_rank = lora or several and config.sharing == "heads" and config.rank > 0
     trained = several and config.gate in TRAINED
     needs = {"prior": (config.weights == "update", "--weights update"),
              "weights": (several and config.gate == "fixed", "--experts 2 or more and a fixed gate"),
@@ -85,11 +86,12 @@ def validate(config: TrainConfig) -> None:
              "em": (several, "--experts 2 or more"), "damping": (config.em == "incremental", "--em incremental"),
              "variant": (several, "--experts 2 or more"), "draws": (config.variant == "monte-carlo", "--variant monte-carlo"),
              "variant_temperature": (config.variant in ("tempered", "gumbel"), "--variant tempered or gumbel"),
-             "start": (several, "--experts 2 or more"), "sharing": (several, "--experts 2 or more"),
+             "start": (several, "--experts 2 or more"), "sharing": (several or lora, "--experts 2 or more"),
              "restarts": (config.start == "linear", "--start linear"),
              "start_steps": (several and config.start != "none", "several experts and a --start"),
-             "rank": (several and config.sharing == "heads", "--experts 2 or more with --sharing heads"),
-             "head_lr": (low_rank, "low-rank heads")}
+             "rank": (lora or several and config.sharing == "heads", "--experts 2 or more with --sharing heads, or lora"),
+             "targets": (lora, "--sharing lora"), "head_lr": (low_rank, "low-rank heads or adapters"),
+             "lr": (not lora, "parameters other than adapters, which learn at --head-lr")}
     for name, (used, need) in needs.items():
         if getattr(config, name) != getattr(TrainConfig, name) and not used:
             flag = name.replace("_", "-")
@@ -112,5 +114,7 @@ def validate(config: TrainConfig) -> None:
     if config.estep == "first" and config.start == "dirichlet" and config.start_steps and config.experts > 1:
         raise InputError("--estep first keeps a pair's first responsibilities, and random ones would stay for ever: "
                          "it wants --start linear or none, or --start-steps 0")
-    if not config.train_trunk and (config.sharing == "models" or config.experts == 1):
+    if lora and config.rank == 0:
+        raise InputError("--rank 0 means full heads; --sharing lora wants a rank of 1 or more")
+    if not config.train_trunk and (config.sharing != "heads" or config.experts == 1):
         raise InputError("--train-trunk false trains expert heads alone: it wants --experts 2 or more, --sharing heads")

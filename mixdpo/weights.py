@@ -70,17 +70,9 @@ def load_model(name, dtype=None, device=None, data=None):
     data: a local folder that is looked into before anything is fetched; a model directory `name` in it counts.
     Raises: InputError naming the file and what is wrong with it.
     """
-    path = Path(name)
-    if data is not None and (Path(data) / name / "config.json").is_file():
-        path = Path(data) / name
-    elif name == "llama-3.2-1b":
-        path = fetch.directory(name, data)
-    elif name == "smollm2":
-        path = fetch.asset(name, data)
-    elif name == "gpt2":
-        path = fetch.asset(name, data)
+    path = locate(name, data)
+    if name == "gpt2" and path.is_file():               # the hub's one file: its configuration is known
         return _build(GPT2Config(bos=50256, eos=50256), _open_safetensors([path]), path, dtype, device)
-
     if path.is_dir():
         config, tensors = config_from_json(path / "config.json"), _open_safetensors(_weight_files(path))
     elif path.is_file() and path.suffix == ".gguf":
@@ -91,6 +83,15 @@ def load_model(name, dtype=None, device=None, data=None):
         raise InputError(f"{name}: wanted smollm2, gpt2, llama-3.2-1b, a directory with config.json and *.safetensors, "
                          "or a .gguf file; it is none of these")
     return _build(config, tensors, path, dtype, device)
+
+
+def locate(name, data=None):
+    """-> Path of what load_model(name, data=data) reads: a Hugging Face directory, or a file, which may be fetched."""
+    if data is not None and (Path(data) / name / "config.json").is_file():
+        return Path(data) / name
+    if name == "llama-3.2-1b":
+        return fetch.directory(name, data)
+    return fetch.asset(name, data) if name in ("smollm2", "gpt2") else Path(name)
 
 
 def _build(config, tensors, where, dtype, device):
@@ -232,13 +233,14 @@ def unpermute(weight, head_dim):
 
 
 def save_model(model, directory, unembedding=None):
-    """Writes config.json and model.safetensors, each under another name first and then renamed: never half a file.
+    """Writes config.json and model.safetensors, never half a file.
 
-    unembedding: an expert's own (V, C), saved in the place of the model's; what is saved is then an untied model.
+    unembedding: an expert's own (V, C), saved in the place of the model's; what is saved is then an untied model. The
+    model's own changes nothing.
     """
     family, config = type(model), model.config
     tensors = {name: p.detach() for name, p in model.named_parameters()}
-    if unembedding is not None:
+    if unembedding is not None and unembedding is not model.unembedding:
         want = tuple(model.unembedding.shape)
         assert tuple(unembedding.shape) == want, f"got an unembedding {tuple(unembedding.shape)}, want {want}"
         config, tensors["lm_head.weight"] = dataclasses.replace(config, tied=False), unembedding.detach()
@@ -247,13 +249,17 @@ def save_model(model, directory, unembedding=None):
         prefix = "" if name == "lm_head.weight" else PREFIX[family]
         transposed = family is GPT2 and name.endswith(TRANSPOSED)
         out[prefix + name] = (tensor.t() if transposed else tensor).contiguous()
+    write_pair(directory, "model.safetensors", out, "config.json", config_to_json(config, model.unembedding.dtype))
+
+
+def write_pair(directory, weights, tensors, settings, document):
+    """directory/weights (safetensors) and directory/settings (JSON): each under another name first, then renamed."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    weights, text = directory / "model.safetensors.part", directory / "config.json.part"
-    save_file(out, weights, metadata={"format": "pt"})
-    text.write_text(json.dumps(config_to_json(config, model.unembedding.dtype), indent=2) + "\n")
-    os.replace(weights, directory / "model.safetensors")
-    os.replace(text, directory / "config.json")
+    save_file(tensors, directory / f"{weights}.part", metadata={"format": "pt"})
+    (directory / f"{settings}.part").write_text(json.dumps(document, indent=2) + "\n")
+    for name in (weights, settings):
+        os.replace(directory / f"{name}.part", directory / name)
 
 
 def content_key(model):

@@ -9,12 +9,13 @@ import torch
 import small
 from mixdpo.config import InputError
 from mixdpo.dpo import margins
-from mixdpo.experts import Heads, Models, load_state, make_experts, pair_logp, trained_state
+from mixdpo.experts import Adapters, Heads, Models, load_state, make_experts, pair_logp, trained_state
 from mixdpo.preferences import collate
 
 COUNT = 6
 SHARINGS = {"k1": dict(experts=1), "full": dict(experts=3, rank=0), "low-rank": dict(experts=3),
-            "models": dict(experts=2, sharing="models")}
+            "models": dict(experts=2, sharing="models"), "lora": dict(experts=3, sharing="lora"),
+            "lora k1": dict(experts=1, sharing="lora")}
 
 
 def batch(context=()):
@@ -39,7 +40,7 @@ def plain_logp(model, unembedding, one):
 def test_every_expert_starts_as_the_reference_exactly(family, sharing, dtype):
     """h is 0, not small, in either precision, against a model that the experts have never touched.
     Catches: random A_k, heads that start apart, a second cast or another order of operations for K > 1,
-    a reference that shares parameters with what is trained."""
+    a reference that shares parameters with what is trained, adapters whose B_k is random too."""
     reference = small.model(family)
     experts = small.experts(family, moved=False, dtype=dtype, **SHARINGS[sharing])
     with torch.no_grad():
@@ -112,24 +113,28 @@ def test_a_frozen_trunk_stays_bit_identical(family, rank):
 @pytest.mark.parametrize("family", ["gpt2", "untied"])
 def test_gradient_reaches_all_that_is_trained(family, sharing):
     """And what shares no loss gets none: experts that are not in the loss.
-    Catches: a detach too many, K experts on one B, models that are one model, heads that are views of one tensor."""
+    Catches: a detach too many, K experts on one B, models that are one model, heads that are views of one tensor,
+    rows that go through all experts' adapters, a base that learns beside them."""
     experts = small.experts(family, **SHARINGS[sharing])
     trained = {n: p for n, p in experts.named_parameters() if p.requires_grad}
     idle = set(dict(experts.named_parameters())) - set(trained)
-    assert idle == ({"trunk.lm_head.weight"} if family == "untied" and sharing == "full" else set())
+    if "lora" in sharing:
+        assert {n[-2:] for n in trained} == {".A", ".B"} and not any(n[-2:] in (".A", ".B") for n in idle)
+    else:
+        assert idle == ({"trunk.lm_head.weight"} if family == "untied" and sharing == "full" else set())
     loss = pair_logp(experts, batch())[:, 0].square().sum()
     gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     for name, g in zip(trained, gradients):
         if name.startswith("models.1."):
             assert g is None or not g.any(), name
-        elif name in ("W_k", "A", "B"):
+        elif name.rpartition(".")[2] in ("W_k", "A", "B"):
             assert g[0].any() and not g[1:].any(), name
         else:
             assert g.any(), name
 
 
 def test_make_experts_follows_the_configuration():
-    """Catches: an option that is ignored (rank, seed, sharing, train_trunk), models that share parameters,
+    """Catches: an option that is ignored (rank, seed, sharing, targets, train_trunk), models that share parameters,
     K = 1 with a head of its own."""
     def make(**options):
         return make_experts(small.model(), small.config(**options), torch.float32)
@@ -149,6 +154,10 @@ def test_make_experts_follows_the_configuration():
     two = make(experts=3, sharing="models")
     assert len({p.data_ptr() for p in two.parameters()}) == 3 * len(list(small.model().parameters()))
     assert not any(p.requires_grad for p in make(experts=2, train_trunk=False).trunk.parameters())
+    adapted = [make(experts=k, sharing="lora", rank=4, targets="c_fc", seed=s) for k, s in ((1, 0), (2, 0), (2, 1))]
+    A = [experts.trunk.h[1].mlp.c_fc.A for experts in adapted]
+    assert [a.shape for a in A] == [(1, 4, 12), (2, 4, 12), (2, 4, 12)] and not (A[1] == A[2]).any()
+    assert all(isinstance(e, Adapters) and e.targets == ["h.0.mlp.c_fc", "h.1.mlp.c_fc"] for e in adapted)
 
 
 # --- saved and loaded -------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ def test_log_probs_and_features_text_by_text(family):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [
     dict(experts=1), dict(experts=2, rank=0), dict(experts=2), dict(experts=2, sharing="models"),
+    dict(experts=2, sharing="lora"),
 ], ids=str)
 def test_the_same_call_as_the_policys(options, dtype):
     """On the same batch the policy's first margins are 0 to the bit, in either precision, and numbers are float32.

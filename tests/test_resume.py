@@ -23,6 +23,7 @@ CASES = {
     "full EM": dict(em="full", epochs=3, beta=0.5),
     "gate of users": dict(latent="user", gate="user", epochs=3, gate_temperature=2.0),
     "untied": dict(rank=0, epochs=2),
+    "lora": dict(sharing="lora", lr=train.TrainConfig.lr, epochs=2),
 }
 
 

@@ -22,7 +22,8 @@ from train import accumulate, step
 
 COUNT = 9
 SHARINGS = {"k1": dict(experts=1), "full": dict(experts=2, rank=0), "low-rank": dict(experts=3),
-            "models": dict(experts=2, sharing="models"), "frozen": dict(experts=2, train_trunk=False)}
+            "models": dict(experts=2, sharing="models"), "frozen": dict(experts=2, train_trunk=False),
+            "lora": dict(experts=2, sharing="lora")}
 DOUBLE, SINGLE = torch.float64, torch.float32
 LOG_W = {k: torch.log_softmax(torch.arange(k) * 0.7, 0).double() for k in (1, 2, 3)}
 HEAD_ROWS = [0, 1, 10, 25, 10_000]
@@ -104,7 +105,7 @@ def test_chunks_in_bfloat16(sharing):
         assert (gradients[1][name] - want).norm() <= 0.01 * want.norm() + 1e-6, name
 
 
-@pytest.mark.parametrize("sharing", ["full", "low-rank", "models"])
+@pytest.mark.parametrize("sharing", ["full", "low-rank", "models", "lora"])
 def test_users_are_whole_in_every_chunk(sharing):
     """One type a user (M11): the posterior pools all of a user's pairs wherever chunks
     and micro-batches would like to cut.
@@ -188,7 +189,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("sharing", ["k1", "full", "low-rank", "models"])
+@pytest.mark.parametrize("sharing", ["k1", "full", "low-rank", "models", "lora"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_micro_batch_does_not_matter(sharing, case):
     """A whole optimizer step, any `micro`, any head_rows, any order of the groups:

@@ -50,6 +50,8 @@ CASES = {
     "clipped": {"clip": 1e-3, "start": "none"},
     "checkpointing": {"checkpointing": True},
     "untied": {"rank": 0, "model": "untied"},
+    "lora": {"sharing": "lora", "lr": train.TrainConfig.lr, "epochs": 2, "targets": "q_proj,up_proj"},
+    "lora, users": USER | {"sharing": "lora", "lr": train.TrainConfig.lr, "experts": 3, "checkpointing": True},
 }
 
 
@@ -68,6 +70,14 @@ def slow_logp(hidden, head, prompt, response):
     return logps[torch.arange(len(response)), torch.tensor(response)].sum()
 
 
+def merged(experts, reference, k):
+    """Expert k of adapters as a function of ids: the reference with W + 2 B_k A_k in the place of W, with gradient."""
+    factors = {path: experts.trunk.get_submodule(path) for path in experts.targets}
+    changed = {f"{path}.weight": reference.get_submodule(path).weight + 2 * f.B[k] @ f.A[k]
+               for path, f in factors.items()}
+    return lambda ids: torch.func.functional_call(reference, changed, (ids,))
+
+
 def slow_margins(experts, reference, pair, beta):
     """h of one pair under each expert, (K,) with gradient."""
     out = []
@@ -77,6 +87,8 @@ def slow_margins(experts, reference, pair, beta):
             ids = torch.tensor([pair.prompt + response])
             model = experts.models[k] if hasattr(experts, "models") else experts.trunk
             head = model.unembedding
+            if hasattr(experts, "targets"):
+                model = merged(experts, reference, k)
             if hasattr(experts, "A"):
                 head = head + experts.A[k] @ experts.B[k]
             elif hasattr(experts, "W_k"):
@@ -131,7 +143,7 @@ def slow_run(config):
     model, units, K = load_model(config.model), groups(pairs, config.latent), config.experts
     reference, experts = copy.deepcopy(model), make_experts(model, config, torch.float32)
     named = {n: p for n, p in experts.named_parameters() if p.requires_grad}
-    peak = {n: config.head_lr if n in ("A", "B") else config.lr for n in named}
+    peak = {n: config.head_lr if n.split(".")[-1] in ("A", "B") else config.lr for n in named}
     slow_gate = SlowGate(config, model, pairs, units)
     named |= slow_gate.named
     peak |= dict.fromkeys(slow_gate.named, config.gate_lr)
@@ -387,7 +399,7 @@ def test_the_seed_and_only_the_seed_changes_a_run(tmp_path, model_dir):
 
 
 @pytest.mark.parametrize("options,says", [
-    ({"sharing": "trunk"}, "--sharing.*'trunk'.*heads, models"), ({"latent": "group"}, "--latent"),
+    ({"sharing": "trunk"}, "--sharing.*'trunk'.*heads, lora, models"), ({"latent": "group"}, "--latent"),
     ({"estep": "some"}, "--estep"), ({"start": "zero"}, "--start"),
     ({"experts": 0}, "--experts"), ({"batch": 0}, "--batch"), ({"micro": 0}, "--micro"),
     ({"epochs": 0}, "--epochs"), ({"rank": -1}, "--rank"), ({"beta": 0.0}, "--beta"),
@@ -403,6 +415,10 @@ def test_the_seed_and_only_the_seed_changes_a_run(tmp_path, model_dir):
     ({"experts": 1, "sharing": "models"}, "--sharing has"), ({"experts": 1, "start_steps": 3}, "--start-steps has"),
     ({"start": "none", "start_steps": 3}, "--start-steps has"), ({"experts": 1, "rank": 2}, "--rank has"),
     ({"sharing": "models", "rank": 2}, "--rank has"), ({"rank": 0, "head_lr": 0.1}, "--head-lr has"),
+    ({"targets": "q_proj"}, "--targets.*--sharing lora"), ({"sharing": "lora", "rank": 0}, "--rank 0.*lora"),
+    ({"sharing": "lora", "train_trunk": False}, "--train-trunk"), ({"sharing": "lora", "lr": 1e-3}, "--lr has"),
+    ({"sharing": "lora", "lr": train.TrainConfig.lr, "targets": "q_proj,c_attn"},
+     "--targets: got 'c_attn', wanted some of down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
     ({"weights": "0.5,0.2,0.3"}, "--weights.*2 positive"), ({"weights": "1,0"}, "--weights"),
     ({"weights": "uniformly"}, "--weights.*'uniformly'"), ({"dtype": "half"}, "--dtype"),
 ])

@@ -55,8 +55,9 @@ def write(path, records):
 
 def small(**options):
     """SMALL and `options`, less what would have no effect beside them."""
-    several, heads = options.get("experts", 2) > 1, options.get("sharing", "heads") == "heads"
-    used = {"rank": several and heads, "head_lr": several and heads and options.get("rank", 2) > 0,
+    several, lora = options.get("experts", 2) > 1, options.get("sharing") == "lora"
+    heads = lora or several and options.get("sharing", "heads") == "heads"
+    used = {"rank": heads, "head_lr": heads and options.get("rank", 2) > 0, "lr": not lora,
             "start_steps": several and options.get("start") != "none"}
     return {name: value for name, value in SMALL.items() if used.get(name, True)} | options
 

@@ -1,0 +1,47 @@
+"""A run's experts as files that other programs open.
+
+    heads, models   OUT/expert-k    a Hugging Face model directory, parameters in float32
+    lora            OUT/expert-k    a PEFT adapter on the run's own model directory; where the run's model is none (a
+                                    name, a GGUF file), on OUT/base, which is then written first
+
+Tokenizer files go with each: those of the model's directory, or else what load_tokenizer made. The mixture's weights
+are no part of an expert: they stand in the run's checkpoint, and eval.py prints them.
+"""
+
+import shutil
+from pathlib import Path
+
+from mixdpo.config import InputError
+from mixdpo.experts import Adapters, Heads, Models
+from mixdpo.peft import save_adapter
+from mixdpo.tokenizer import load_tokenizer
+from mixdpo.weights import load_model, locate, save_model
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+             "merges.txt", "chat_template.jinja", "generation_config.json")
+
+
+def export_experts(experts: Heads | Adapters | Models, out, model: str, data=None) -> list[Path]:
+    """Writes all K experts; returns their directories. model, data: what the run's model was loaded by (load_model).
+    Raises: InputError if there is something in `out`: files of two exports would be taken for one."""
+    out, source = Path(out), locate(model, data)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: is not an empty folder; choose another one for the export")
+    places = [out / f"expert-{k}" for k in range(experts.K)]
+    if isinstance(experts, Adapters) and not source.is_dir():
+        save_model(load_model(model, data=data), out / "base")
+        load_tokenizer(model, data).save(out / "base")
+        source = out / "base"
+    for k, place in enumerate(places):
+        if isinstance(experts, Adapters):
+            save_adapter(experts, k, place, str(source.resolve()))
+        else:
+            trunk, unembedding = experts.policy(k)
+            save_model(trunk, place, unembedding)
+        if source.is_dir():
+            for file in (source / name for name in TOKENIZER):
+                if file.is_file():
+                    shutil.copyfile(file, place / file.name)
+        else:
+            load_tokenizer(model, data).save(place)
+    return places

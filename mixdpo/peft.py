@@ -1,0 +1,79 @@
+"""Adapters in and out, in the layout of Hugging Face's PEFT library, which opens them on transformers' models.
+
+    adapter_config.json         rank R, lora_alpha = SCALE R, the projections' names, the model that they belong to
+    adapter_model.safetensors   base_model.model.PATH.lora_A.weight (R,in) and .lora_B.weight (out,R) of each projection
+
+PATH is the projection's in transformers' model: transformer.h.0.attn.c_attn, model.layers.0.self_attn.q_proj. GPT-2's
+projections are a Conv1D there, W (in,out): fan_in_fan_out says so, and the factors stay as they are. PEFT itself is not
+imported. Left out: what is not plain LoRA (DoRA, rank-stabilised scaling, ranks or alphas that differ between layers).
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from mixdpo.config import InputError
+from mixdpo.experts import SCALE, Adapters
+from mixdpo.gpt2 import GPT2
+from mixdpo.hfconfig import read_json
+from mixdpo.weights import PREFIX, write_pair
+
+SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# Settings that would change the function: key -> the value that is computed here. An absent key means that too.
+ONLY = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "alpha_pattern": {}}
+
+
+def factors(experts: Adapters, k: int) -> dict[str, torch.Tensor]:
+    """PEFT's names -> expert k's A_k (R,in) and B_k (out,R): the numbers themselves, no copies."""
+    out = {}
+    for path in experts.targets:
+        name, layer = f"base_model.model.{PREFIX[type(experts.trunk)]}{path}", experts.trunk.get_submodule(path)
+        out |= {f"{name}.lora_A.weight": layer.A.detach()[k], f"{name}.lora_B.weight": layer.B.detach()[k]}
+    return out
+
+
+def save_adapter(experts: Adapters, k: int, directory, base: str) -> None:
+    """Writes expert k as a PEFT adapter, never half a file. base: the model that it belongs to, a directory or a name
+    on the hub, as transformers' from_pretrained takes it."""
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "r": experts.rank, "lora_alpha": int(SCALE * experts.rank), "lora_dropout": 0.0, "bias": "none",
+        "target_modules": sorted({path.rpartition(".")[2] for path in experts.targets}),
+        "fan_in_fan_out": isinstance(experts.trunk, GPT2),
+    }
+    write_pair(directory, WEIGHTS, factors(experts, k), SETTINGS, settings)
+
+
+@torch.no_grad()
+def load_adapter(experts: Adapters, k: int, directory) -> None:
+    """Copies a PEFT adapter into expert k: the inverse of save_adapter, exact to the bit. Another alpha than ours goes
+    into B. Raises: InputError naming the file and what does not fit; nothing is copied then."""
+    settings, weights = Path(directory) / SETTINGS, Path(directory) / WEIGHTS
+    for path in (settings, weights):
+        if not path.is_file():
+            raise InputError(f"{path}: is not there; an adapter's directory holds {SETTINGS} and {WEIGHTS}")
+    raw = read_json(settings)
+    for key, value in ONLY.items():
+        if raw.get(key, value) != value:
+            raise InputError(f"{settings}: {key} is {raw[key]!r}, wanted {value!r}; use a plain LoRA adapter")
+    if not raw.get("r") or not raw.get("lora_alpha"):
+        raise InputError(f"{settings}: r is {raw.get('r')!r} and lora_alpha {raw.get('lora_alpha')!r}, wanted a number "
+                         "each; get the file again")
+    try:
+        found = load_file(weights)
+    except SafetensorError as error:
+        raise InputError(f"{weights}: is not a whole safetensors file ({error}); get it again") from None
+    own = factors(experts, k)
+    want, got = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (own, found))
+    wrong = [f"{name}: got {got.get(name, 'none')}, wanted {want.get(name, 'none')}"
+             for name in sorted(want | got) if got.get(name) != want.get(name)]
+    if wrong:
+        more = f", and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise InputError(f"{weights}: {'; '.join(wrong[:8])}{more}. Load it into experts with the adapter's base, rank "
+                         f"{raw['r']} and targets {raw.get('target_modules')}")
+    gain = raw["lora_alpha"] / raw["r"] / SCALE
+    for name, tensor in own.items():
+        tensor.copy_(found[name] * gain if name.endswith("lora_B.weight") else found[name])
