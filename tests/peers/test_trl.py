@@ -13,10 +13,13 @@ import torch.nn.functional as F
 
 import train
 from mixdpo.experts import make_experts
+from mixdpo.gates import Inputs
 from mixdpo.gpt2 import GPT2, GPT2Config
+from mixdpo.latent import Latent
 from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Pair
 from mixdpo.reference import compute_reference
+from mixdpo.start import first_weights
 from mixdpo.weights import load_model, save_model
 
 VOCAB, BETA = 4603, 0.3             # more than one tile of the vocabulary
@@ -61,7 +64,9 @@ def ours(folders, pairs, head_rows=1024, **options):
     reference = compute_reference(load_model(folders / "reference"), pairs, torch.float32).logp
     experts = make_experts(load_model(folders / "policy"), config, torch.float32)
     micro, = micro_batches(make_plan(pairs, config), list(range(len(pairs))), config, "cpu")
-    seen = train.accumulate(experts, micro, reference, train.first_weights(config), None, len(pairs), config)
+    inputs = Inputs(torch.zeros(len(pairs), 0), torch.zeros(len(pairs), dtype=torch.int64))
+    latent = Latent(inputs, first_weights(config).expand(len(pairs), -1), None, None, None)
+    seen = train.accumulate(experts, micro, reference, latent, len(pairs), config)
     h = torch.cat([h for *_, h in seen])                            # (B,K)
     return -F.logsigmoid(h).mean().item(), h[:, 0], {name: p.grad for name, p in experts.trunk.named_parameters()}
 
