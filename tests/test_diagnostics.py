@@ -120,6 +120,7 @@ def test_standard_errors_count_clusters():
         shared, prompts = rng.normal(size=30), [n // 4 for n in range(120)]
         drawn = np.repeat(shared, 4) + 0.1 * rng.normal(size=120)           # four pairs of each prompt
         side = torch.tensor([n % 4 == 0 or n >= 60 for n in range(120)])    # half of the prompts lie on both sides
+        drawn = drawn + 3 * side.numpy()                                    # and the sides' means are far apart
         found = difference_se(drawn, side, prompts)
         draws.append(found["mean"])
         told.append(found["se"])

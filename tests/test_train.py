@@ -210,8 +210,8 @@ def test_the_loop_equals_its_slow_twin(case, tmp_path, model_dir, untied_dir):
     """Faults: user's pairs not pooled; context pairs trained on, or q from the trained pairs; responsibilities
     of `first` not kept; loss divided by the micro-batch; no clipping; weights updated with another prior, or never;
     the start used for too long; head_lr for the trunk; a frozen trunk trained; the run's last responsibilities those of
-    before its last step, or of the start, or of the trained pairs where there are context pairs; the gate's loss a pair and not a group, or counted once for each
-    micro-batch; its temperature not annealed; entropy and balance exchanged; the generic user not trained; `full` that
+    before its last step, or of the start, or of the trained pairs where there are context pairs; the gate's temperature
+    not annealed; entropy and balance exchanged; the generic user not trained; `full` that
     computes responsibilities at each step, or never again; damping with the shares exchanged; a variant at the last
     E-step."""
     options = dict(CASES[case])
