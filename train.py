@@ -280,6 +280,7 @@ def run(config: TrainConfig) -> Path:
         if time.monotonic() - saved > 60 * config.save_minutes and t < len(steps):
             save(finished=False)
             saved = time.monotonic()
+    gate.temperature = 1.0                                                  # a run of one step ends before it is there
     if config.experts > 1 and config.estep != "first":                      # a first visit is kept for good
         table = full_e_step(experts, gate, plan, ref_logp, inputs, config, "last E-step")
         log_of_q.write(json.dumps({"step": t, "groups": list(range(len(table))), "q": rounded(table)}) + "\n")
