@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import importlib.util
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,22 +21,18 @@ import torch
 
 from mixdpo import config as configs
 from mixdpo.config import InputError, write_whole
-from mixdpo.diagnostics import (adjusted_rand_index, bayes_posterior, difference_se, effective_experts,
-                                matched_accuracy, mean_se)
-from mixdpo.dpo import accuracy, margins
-from mixdpo.experts import load_state, make_experts, pair_logp
+from mixdpo.diagnostics import mean_se
 from mixdpo.export import export_experts
-from mixdpo.gates import Gate, gate_inputs, saved_gate
+from mixdpo.finished import Run, find_runs, load_run
 from mixdpo.generate import choose_expert, generate
-from mixdpo.mixture import e_step, elbo, log_marginal, mixture_logp
-from mixdpo.options import TrainConfig
-from mixdpo.plan import Plan, make_plan
-from mixdpo.preferences import Pair, check_lengths, collate, data_key, encode_prompt, read_preferences
+from mixdpo.heldout import expert_logp, heldout_figures, weights
+from mixdpo.mixture import mixture_logp
+from mixdpo.preferences import Pair, encode_prompt
 from mixdpo.records import lines
-from mixdpo.reference import compute_reference, prompt_features, reference_of
-from mixdpo.rundir import Progress, compute_dtype, environment, load_checkpoint
+from mixdpo.reference import compute_reference, prompt_features
+from mixdpo.rundir import Progress, environment
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import content_key, load_model
+from mixdpo.weights import load_model
 
 
 @dataclass(frozen=True)
@@ -56,126 +51,6 @@ class EvalConfig:
     export: str = ""                # write the run's experts into this folder, as models or adapters, and stop there
 
 
-@dataclass
-class Run:
-    """A finished run, loaded."""
-
-    name: str
-    config: TrainConfig
-    experts: torch.nn.Module
-    gate: Gate
-    plan: Plan                      # of its training pairs
-    table: torch.Tensor             # (G,K) log q
-    path: Path
-
-
-def load_run(path: Path, device: str, data_folder: str) -> Run:
-    """Rebuilds a run's experts from its model and its checkpoint."""
-    config = dataclasses.replace(configs.load(TrainConfig, path / "config.json"), data_folder=data_folder)
-    tensors, state = load_checkpoint(path, {})
-    if not state["finished"]:
-        raise InputError(f"{path}: stopped at step {state['step']}; finish it with the options in its config.json")
-    model = load_model(config.model, device=device, data=data_folder or None)
-    for what, now in (("model", content_key(model)), ("data", data_key(config.data))):
-        if state["config"][f"{what}_key"] != now:
-            raise InputError(f"{path}: was trained with another {what} than lies in {getattr(config, what)} now; "
-                             "put that back, or train again into another --out")
-    experts = make_experts(model, config, compute_dtype(config.dtype, device)[0]).eval()
-    load_state(experts, tensors, path)
-    pairs = read_preferences(config.data, load_tokenizer(config.model, data_folder or None), config.max_prompt,
-                             config.max_response, config.drop, report=lambda line: None)
-    plan = make_plan(pairs, config)
-    return Run(path.name, config, experts, saved_gate(config, tensors, plan.pairs), plan, tensors["table"], path)
-
-
-def device_of(run: Run) -> torch.device:
-    return next(run.experts.parameters()).device
-
-
-# --- held-out preferences ---------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def all_margins(run: Run, pairs: list[Pair], ref_logp: torch.Tensor, size: int = 16) -> torch.Tensor:
-    """h of every pair under every expert: (P,K) float32, on the CPU."""
-    device, out, progress = device_of(run), [], Progress(f"{run.name} held-out")
-    for start in range(0, len(pairs), size):
-        batch = collate(pairs, list(range(start, min(start + size, len(pairs)))), "pair").to(device)
-        ref = ref_logp[batch.pair.cpu(), None].to(device)                   # (B,1,2)
-        out.append(margins(pair_logp(run.experts, batch), ref, run.config.beta).cpu())
-        progress(min(start + size, len(pairs)), len(pairs))
-    return torch.cat(out)
-
-
-@torch.no_grad()
-def weights(run: Run, pairs: list[Pair], prompts: torch.Tensor) -> torch.Tensor:
-    """log w(x) of each pair (P,K), from its prompt's states (P,2,C), user and domain."""
-    prompts = prompts[:, ("last", "mean").index(run.config.gate_features)]
-    return run.gate(gate_inputs(run.config.gate, pairs, prompts, run.plan.pairs))
-
-
-def user_weights(run: Run, pairs: list[Pair], log_w: torch.Tensor) -> torch.Tensor:
-    """log weights of each held-out pair (P,K): its user's responsibilities from training (M11) where known, else w."""
-    log_w = log_w.clone()
-    if run.config.latent == "user":
-        row = {run.plan.pairs[unit[0]].user: g for g, unit in enumerate(run.plan.units)}
-        known = [(n, row[p.user]) for n, p in enumerate(pairs) if p.user in row]
-        log_w[[n for n, _ in known]] = run.table[[g for _, g in known]]
-    return log_w
-
-
-def alignment(log_q: torch.Tensor, units: list[list[int]], pairs: list[Pair]) -> dict:
-    """How well responsibilities (G,K) find the units' annotators, beside Bayes-optimal assignment by their scores."""
-    truth = [pairs[unit[0]].annotator for unit in units]
-    if any(t is None for t in truth) or len(set(truth)) < 2:
-        return {}
-    found = log_q.argmax(1).tolist()
-    share, naming = matched_accuracy(found, truth, log_q.shape[1])
-    naming = {str(k): kind for k, kind in naming.items()}
-    result = {"ari": adjusted_rand_index(found, truth), "matched": share, "naming": naming, "units": len(units)}
-    kinds = sorted(set(truth))
-    if all(p.scores and p.scores.keys() >= set(kinds) for p in pairs):
-        posterior = bayes_posterior([[pairs[i].scores for i in unit] for unit in units], kinds)     # (G,A)
-        best = posterior.max(1).values
-        bayes = [kinds[a] for a in posterior.argmax(1).tolist()]
-        result |= {"bayes_matched": best.mean().item(), "bayes_ari": adjusted_rand_index(bayes, truth)}
-    return result
-
-
-def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor) -> dict:
-    """Everything that a run's held-out margins h (P,K) and weights log_w (P,K) say. Pairs on one prompt are not independent: standard errors
-    count prompts. An expert is named by the training groups; held-out pairs have no say in it."""
-    own, right = user_weights(run, pairs, log_w), accuracy(h)               # (P,K), (P,K)
-    log_p, log_q = e_step(log_w, h)
-    prompt, of = [tuple(p.prompt) for p in pairs], [p.annotator or "all" for p in pairs]
-    by = {kind: torch.tensor([a == kind for a in of]) for kind in sorted(set(of))}
-    log_p_own = log_marginal(own, h)
-    train_side = alignment(run.table, run.plan.units, run.plan.pairs) if run.config.experts > 1 else {}
-    named = [train_side.get("naming", {}).get(str(k)) for k in range(run.config.experts)]
-
-    def among(mask, values):
-        return mean_se(values[mask], [x for x, keep in zip(prompt, mask) if keep])
-
-    return {
-        "experts": run.config.experts,
-        "weights": log_w.exp().mean(0).tolist(),
-        "accuracy": {kind: [among(mask, column) for column in right.T] for kind, mask in by.items()},
-        "accuracy_all": [mean_se(column, prompt) for column in right.T],    # of each expert
-        "own": named,                                                       # the annotator that each stands for
-        "own_other": [difference_se(column, by[kind], prompt) if kind in by and len(by) > 1 else None
-                      for kind, column in zip(named, right.T)],             # its accuracy there, less that elsewhere
-        "accuracy_mbt": mean_se(accuracy(log_p + math.log(2)), prompt),     # M5 > 1/2 under w
-        "accuracy_own": mean_se(accuracy(log_p_own + math.log(2)), prompt), # M5 > 1/2 under each user's own weights
-        "log_likelihood": mean_se(log_p, prompt),                           # M5 under w
-        "log_likelihood_own": mean_se(log_p_own, prompt),                   # M5 under each user's own weights
-        "elbo_gap": mean_se(log_p_own - elbo(own, own, h), prompt),         # KL(q || posterior), q before the pair
-        "prompts": len(set(prompt)),
-        "effective_experts": effective_experts(log_q),
-        "alignment_heldout": alignment(log_q, [[i] for i in range(len(pairs))], pairs),
-        "alignment_train": train_side,
-    }
-
-
 # --- completions ------------------------------------------------------------------------------------------------------
 
 
@@ -183,16 +58,6 @@ def sample(model, head: torch.Tensor, prompts, config: EvalConfig, max_new: int,
     """Completions by `model` (already in its sampling dtype) with the unembedding `head`."""
     return generate(model, prompts, max_new, eos, config.temperature, config.seed, config.batch,
                     head.to(model.unembedding), progress=Progress(name))
-
-
-@torch.no_grad()
-def divergence(run: Run, ref_logp: torch.Tensor, pairs: list[Pair], size: int = 16) -> torch.Tensor:
-    """log pi_k - log pi_ref of completions, every expert: pairs hold the completion as chosen; (P,K) nats."""
-    device, out = device_of(run), []
-    for start in range(0, len(pairs), size):
-        batch = collate(pairs, list(range(start, min(start + size, len(pairs)))), "pair").to(device)
-        out.append((pair_logp(run.experts, batch)[..., 0] - ref_logp[batch.pair.cpu(), None, 0].to(device)).cpu())
-    return torch.cat(out)
 
 
 def policy_rows(runs: list[Run], reference, prompts: list[Pair], config: EvalConfig, max_new: int, eos: int) -> dict:
@@ -211,7 +76,7 @@ def policy_rows(runs: list[Run], reference, prompts: list[Pair], config: EvalCon
             ids.append(sample(cast, head, of, config, max_new, eos, f"{run.name} expert {k}"))
             pairs = [Pair(prompt, own, other) for prompt, own, other in zip(of, ids[k], plain)]
             ref_logp = compute_reference(reference, pairs, dtype).logp
-            kl.append(divergence(run, ref_logp, pairs))                     # (N,K): of k's texts, under every expert
+            kl.append(expert_logp(run, pairs, f"KL {k}")[..., 0] - ref_logp[:, None, 0])            # (N,K)
         log_w, n = weights(run, prompts, states), torch.arange(len(prompts))
         for mode in ("mixture", "sparse", *range(K)) if K > 1 else (0,):
             z = choose_expert(log_w, len(prompts), str(mode), config.seed)                          # (N,)  M13
@@ -248,16 +113,6 @@ def reward_table(rows: dict, prompts: list[list[int]], tokenizer, dataset: dict,
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
-
-
-def find_runs(folder: Path) -> list[Path]:
-    """The folder itself if it is a run, else the runs in it in the order in which they were begun."""
-    found = [path.parent for path in sorted(folder.glob("*/checkpoint"), key=lambda path: path.stat().st_mtime)]
-    if (folder / "checkpoint").exists():
-        return [folder]
-    if not found:
-        raise InputError(f"{folder}: no run in it; wanted a directory that train.py wrote, or a folder of such")
-    return found
 
 
 def read_prompts(path: Path, tokenizer, max_prompt: int, limit: int) -> list[Pair]:
@@ -331,18 +186,6 @@ def export(config: EvalConfig) -> list[Path]:
     for k, place in enumerate(places):
         print(f"{place}" + (f": mixture weight {run.gate.log_w[k].exp():.4f}" if run.config.gate == "fixed" else ""))
     return places
-
-
-def heldout_figures(runs: list[Run], reference, tokenizer, path: Path, store: Path) -> dict:
-    """Name of a run -> its figures on the held-out preferences."""
-    config, dtype, out = runs[0].config, runs[0].experts.dtype, {}
-    pairs = read_preferences(path, tokenizer, config.max_prompt, config.max_response, config.drop)
-    check_lengths(pairs, reference.config.context, path)
-    ref = reference_of(path, pairs, reference, tokenizer, config, dtype, store)
-    for run in runs:
-        log_w = weights(run, pairs, ref.prompt)
-        out[run.name] = preference_figures(run, pairs, all_margins(run, pairs, ref.logp), log_w)
-    return out
 
 
 def print_tables(results: dict) -> None:

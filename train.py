@@ -29,7 +29,7 @@ import torch
 
 from mixdpo import config as configs
 from mixdpo.config import InputError
-from mixdpo.diagnostics import alarms, step_summary
+from mixdpo.diagnostics import step_summary
 from mixdpo.dpo import margins
 from mixdpo.experts import load_state, make_experts, pair_logp, projections, trained_state
 from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
@@ -41,8 +41,8 @@ from mixdpo.options import TrainConfig, validate
 from mixdpo.plan import Micro, make_plan, micro_batches
 from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences, response_positions
 from mixdpo.reference import reference_of
-from mixdpo.rundir import Progress, compute_dtype, environment, keep_lines, load_checkpoint, save_checkpoint
-from mixdpo.start import check_start, first_responsibilities
+from mixdpo.rundir import Log, Progress, compute_dtype, environment, load_checkpoint, save_checkpoint
+from mixdpo.start import check_start, make_start
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import content_key, load_model
 
@@ -58,8 +58,9 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
     batch, known, seen = micro.train, latent.given, []
     where, targets, sequence = response_positions(batch)                    # (M,) each
     rows = experts.rows(experts.hidden(batch.ids.flatten(0, 1)), where)     # (M,C), or (K,M,C): states of their own
-    split = config.head_rows > 0
-    states, heads = rows.detach().requires_grad_(rows.requires_grad) if split else rows, experts.heads()
+    split, made = config.head_rows > 0, [rows, *experts.heads()]
+    cut = [x.detach().requires_grad_() if split and x.grad_fn else x for x in made]         # what has a history
+    states, heads = cut[0], [x.to(experts.dtype) for x in cut[1:]]
     for p, p_end, m, m_end in chunks(batch, sequence, config.head_rows, whole_groups=known is None):
         tile = None if split else TILE                                      # few rows: keep their logits
         logps = experts.token_logps(states[..., m:m_end, :], targets[m:m_end], tile, heads)         # (K,m)
@@ -77,8 +78,9 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
         if loss.requires_grad:                                              # false if all experts are frozen
             loss.backward()
         seen.append((log_q, of_pair, latent.log_w[group], h.detach()))
-    if split and rows.requires_grad:
-        rows.backward(states.grad)                                          # one pass through the trunk
+    for whole, part in zip(made, cut):
+        if whole is not part:
+            whole.backward(part.grad)                                       # one pass through the trunk, or the factors
     return seen
 
 
@@ -199,6 +201,20 @@ def prepare(config):
     return make_experts(model, config, dtype), plan, reference, device
 
 
+def given_responsibilities(t: int, plan, start, table, phase, e_step_of_all, config):
+    """What step t takes as known, log q of all groups (G,K), or None: its E-step is its own. And `phase`, log q of this
+    M-phase, which an epoch's first step computes anew (em = full)."""
+    if start is not None and t < config.start_steps:
+        return start, phase
+    if config.estep == "first":
+        return table, phase
+    if config.em == "full":
+        if phase.isnan().any() or t == 0 or plan.steps[t - 1][0] < plan.steps[t][0]:
+            phase = vary(e_step_of_all(f"E-step {plan.steps[t][0] + 1}"), config.variant, None, config.variant_temperature)
+        return phase, phase
+    return None, phase
+
+
 def run(config: TrainConfig) -> Path:
     """Trains, or goes on where an interrupted run of the same configuration stopped; returns the run directory."""
     validate(config)
@@ -215,14 +231,11 @@ def run(config: TrainConfig) -> Path:
     found = load_checkpoint(out, same)
     ref_logp, (gate, inputs) = reference.logp.to(device), make_gate(plan, reference, config, device)
     optimizer, names = make_optimizer(experts, config.lr, config.head_lr, gate, config.gate_lr)
-    kept = gate.kind not in TRAINED and config.weights != "update"
-    log_w, read = gate(inputs).cpu() if kept else None, inputs.features.cpu() if gate.kind in TRAINED else None
-    read = read if read is not None and read.shape[1] else None             # a gate of users reads no prompt
-    start, steps = first_responsibilities(config, plan.units, reference.features, log_w, read), plan.steps
+    start = make_start(gate, inputs, plan, reference.features, config)
     out.mkdir(parents=True, exist_ok=True)                                  # not before all input is known to be good
     configs.save(config, out / "config.json")
-    table, t = torch.full((len(plan.units), config.experts), torch.nan), 0       # (G,K) last responsibilities; the step
-    phase = table.clone()                                                   # (G,K) those of this M-phase (em = full)
+    table, t = torch.full((len(plan.units), config.experts), torch.nan), 0  # (G,K) last responsibilities; the step
+    phase, steps = table.clone(), plan.steps                                # (G,K) those of this M-phase (em = full)
     if found:
         tensors, state = found
         load_state(experts, tensors, out)
@@ -234,25 +247,19 @@ def run(config: TrainConfig) -> Path:
         first = micro_batches(plan, steps[0][1], config, device)[0]
         check_start(experts, first.train, ref_logp, gate(inputs[first.groups]).detach()[first.train.group], config.beta)
 
+    def e_step_of_all(name: str) -> torch.Tensor:
+        return full_e_step(experts, gate, plan, ref_logp, inputs, config, name)
+
     def save(finished: bool) -> None:
         moments = {} if finished else optimizer_state(optimizer, names)
         tensors = trained_state(experts) | gate_state(gate) | moments | {"table": table, "phase": phase}
         save_checkpoint(out, tensors, {"step": t, "finished": finished, "config": same})
 
-    progress, saved = Progress(out.name, t), time.monotonic()
-    log, log_of_q = keep_lines(out / "metrics.jsonl", t), keep_lines(out / "responsibilities.jsonl", t)
-    history, rung = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], set()
+    log, saved = Log(out, t, len(steps), config), time.monotonic()
     while t < len(steps):
         epoch, ids = steps[t]
         gate.temperature = config.gate_temperature ** max(0.0, 1 - 2 * t / len(steps))      # 1 from half the run on
-        given = start if t < config.start_steps else None
-        if given is None and config.estep == "first":
-            given = table
-        if given is None and config.em == "full":
-            if phase.isnan().any() or t == 0 or steps[t - 1][0] < epoch:
-                phase = full_e_step(experts, gate, plan, ref_logp, inputs, config, f"E-step {epoch + 1}")
-                phase = vary(phase, config.variant, None, config.variant_temperature)       # M12
-            given = phase
+        given, phase = given_responsibilities(t, plan, start, table, phase, e_step_of_all, config)
         set_rate(optimizer, t, len(steps), config.warmup)
         micros = micro_batches(plan, ids, config, device)
         try:
@@ -262,36 +269,20 @@ def run(config: TrainConfig) -> Path:
             lines = sorted(plan.pairs[i].line for g in ids for i in plan.trained[g])
             raise InputError(f"{config.data}: step {t}: {error}; nothing was updated. Lines of this batch: {lines}. "
                              "Lower --lr, or look at these lines") from None
-        t, log_q = t + 1, log_q.cpu()
-        table[ids] = log_q
+        t, table[ids] = t + 1, log_q.cpu()
         if config.weights == "update":
             gate.log_w.copy_(update_weights(table[~table.isnan().any(1)], config.prior))            # M10
-        rate = optimizer.param_groups[0]["lr"]
-        history.append({"step": t, "epoch": epoch, "rate": rate} | figures)
-        log.write(json.dumps(history[-1]) + "\n")
-        log_of_q.write(json.dumps({"step": t, "groups": ids, "q": rounded(log_q)}) + "\n")
-        log.flush(), log_of_q.flush()
-        accuracy = " ".join(f"{a:.2f}" for a in figures["accuracy"])
-        progress(t, len(steps), f"loss {figures['loss']:.4f}  accuracy {accuracy}")
-        for name, what in alarms(history, config.experts, config.start_steps).items():
-            if name not in rung:
-                print(f"ALARM at step {t}, {name}: {what}")
-                rung.add(name)
+        log.step({"step": t, "epoch": epoch, "rate": optimizer.param_groups[0]["lr"]} | figures, ids, table[ids])
         if time.monotonic() - saved > 60 * config.save_minutes and t < len(steps):
             save(finished=False)
             saved = time.monotonic()
     gate.temperature = 1.0                                                  # a run of one step ends before it is there
     if config.experts > 1 and config.estep != "first":                      # a first visit is kept for good
-        table = full_e_step(experts, gate, plan, ref_logp, inputs, config, "last E-step")
-        log_of_q.write(json.dumps({"step": t, "groups": list(range(len(table))), "q": rounded(table)}) + "\n")
-    log.close(), log_of_q.close()
+        table = e_step_of_all("last E-step")
+        log.responsibilities(t, list(range(len(table))), table)
+    log.close()
     save(finished=True)
     return out
-
-
-def rounded(log_q: torch.Tensor) -> list:
-    """Responsibilities to four digits."""
-    return log_q.exp().mul(1e4).round().div(1e4).tolist()
 
 
 def main(argv: list[str]) -> None:

@@ -5,6 +5,7 @@ was measured says so. "In SEs" is a figure over its standard error; beyond 2 in 
 verdicts.
 """
 
+import dataclasses
 import math
 import re
 import time
@@ -12,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from data.job import Job, annotators_of, heads_of, paired, rewards_of
+from mixdpo.options import TrainConfig
 
 PAPER_REWARDS = ("sentiment", "informativeness", "grammar")
 PAPER = {  # arXiv 2510.08256, its table for IMDb with GPT-2
@@ -87,13 +89,15 @@ def what_was_run(job: Job) -> str:
     told = ("seed", "temperature", "limit", "max_new", "batch")
     facts["evaluation"] = plain({k: v for k, v in job.results.get("config", {}).items() if k in told})
     facts["environment"] = plain(job.results.get("environment", {}))
-    columns = ("experts", "sharing", "rank", "train_trunk", "latent", "estep", "start", "weights", "beta", "lr",
-               "head_lr", "epochs", "batch", "dtype", "seed")
+    paths = ("data", "model", "out", "data_folder", "save_minutes")
+    usual = {field.name: field.default for field in dataclasses.fields(TrainConfig) if field.name not in paths}
+    columns = [name for name, default in usual.items() if name in ("experts", "latent", "beta", "lr", "seed")
+               or any(run.config[name] != default for run in job.runs)]
     rows = [[escape(run.name), *(plain(run.config[c]) for c in columns), str(len(run.metrics)), duration(run.seconds)]
             for run in job.runs]
     return section(
         "What was run",
-        "What the numbers below depend on; the rest of a run's options stand in its config.json.",
+        "What the numbers below depend on. An option that no run has a column for is at its default in all of them.",
         "\n".join(f"- {escape(name)}: {value}" for name, value in facts.items() if value),
         table(["run", *columns, "steps", "time"], rows) if rows else "")
 

@@ -1,6 +1,6 @@
 """K expert policies and what they share: the one place that knows.
 
-    Heads      one trunk, K unembeddings: W_k (rank 0) or W + A_k B_k (rank R); K = 1: the model itself  (paper: Case 1)
+    Heads      one trunk, K unembeddings: W_k (rank 0) or W + W A_k B_k (rank R); K = 1: the model itself (paper: Case 1)
     Adapters   one frozen model, K low-rank adapters in it: W + 2 B_k A_k in place of some projections W         (LoRA)
     Models     K independent models                                                                     (paper: Case 2)
 
@@ -33,7 +33,10 @@ TARGETS = ("c_attn", "q_proj", "v_proj")
 
 class Heads(nn.Module):
     """One trunk and K unembeddings. rank = 0: K full heads (V,C) that start as copies;
-    rank > 0: W + A_k B_k with A_k = 0 and B_k random."""
+    rank > 0: W (1 + A_k B_k) with A_k = 0 and B_k random.
+
+    The factors turn the state, and W turns it into tokens: what is learnt of a word holds for words like it. Factors
+    with a row of their own for every token, (V,R), learn the words of the training pairs by heart instead."""
 
     def __init__(
         self, trunk: nn.Module, experts: int, rank: int = 0, dtype: torch.dtype = torch.float32, seed: int = 0
@@ -46,7 +49,7 @@ class Heads(nn.Module):
             W.requires_grad_(trunk.config.tied)                             # untied, nothing reads it: no gradient
         elif experts > 1:
             noise = torch.randn(experts, rank, W.shape[1], generator=torch.Generator().manual_seed(seed))
-            self.A = nn.Parameter(W.new_zeros(experts, W.shape[0], rank))                             # (K,V,R)
+            self.A = nn.Parameter(W.new_zeros(experts, W.shape[1], rank))                             # (K,C,R)
             self.B = nn.Parameter(noise.to(W) / math.sqrt(W.shape[1]))                                # (K,R,C)
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
@@ -59,15 +62,15 @@ class Heads(nn.Module):
         return hidden.flatten(0, 1)[where]
 
     def heads(self) -> tuple[torch.Tensor, ...]:
-        """What token_logps multiplies with, in `dtype`: W, or W_k, or W, A and B. Cast once for a pass's chunks."""
+        """What token_logps multiplies with, in float32: W (V,C), or W_k (K,V,C), or W, W A_k (K,V,R) and B_k (K,R,C)."""
         if self.K > 1 and self.rank == 0:
-            return (self.W_k.to(self.dtype),)
-        W = self.trunk.unembedding.to(self.dtype)
-        return (W,) if self.K == 1 else (W, self.A.to(self.dtype), self.B.to(self.dtype))
+            return (self.W_k,)
+        W = self.trunk.unembedding
+        return (W,) if self.K == 1 else (W, W @ self.A, self.B)
 
     def token_logps(self, rows: torch.Tensor, targets: torch.Tensor, tile: int | None, heads=None) -> torch.Tensor:
-        """(M,C), (M,) -> (K,M) float32 nats. heads: what self.heads() gave."""
-        W, *low_rank = self.heads() if heads is None else heads
+        """(M,C), (M,) -> (K,M) float32 nats. heads: those of self.heads() in `dtype`, for callers that come often."""
+        W, *low_rank = [x.to(self.dtype) for x in self.heads()] if heads is None else heads
         logps = token_logps(rows, W, targets, tuple(low_rank) or None, tile)
         return logps[None] if self.K == 1 else logps
 
@@ -77,7 +80,7 @@ class Heads(nn.Module):
         W = self.trunk.unembedding
         if self.K == 1:
             return self.trunk, W
-        return self.trunk, (self.W_k[k] if self.rank == 0 else W + self.A[k] @ self.B[k])
+        return self.trunk, (self.W_k[k] if self.rank == 0 else W + W @ self.A[k] @ self.B[k])
 
 
 class LoRALinear(nn.Module):
@@ -133,12 +136,12 @@ class Adapters(nn.Module):
         return hidden.flatten(1, 2)[:, where]
 
     def heads(self) -> tuple[torch.Tensor, ...]:
-        """The one unembedding, in `dtype`."""
-        return (self.trunk.unembedding.to(self.dtype),)
+        """The one unembedding."""
+        return (self.trunk.unembedding,)
 
     def token_logps(self, rows: torch.Tensor, targets: torch.Tensor, tile: int | None, heads=None) -> torch.Tensor:
-        """(K,M,C), (M,) -> (K,M) float32 nats. heads: what self.heads() gave."""
-        (W,) = self.heads() if heads is None else heads
+        """(K,M,C), (M,) -> (K,M) float32 nats. heads: as for Heads."""
+        (W,) = [x.to(self.dtype) for x in self.heads()] if heads is None else heads
         return torch.stack([token_logps(r, W, targets, tile=tile) for r in rows])
 
     def policy(self, k: int) -> tuple[nn.Module, torch.Tensor]:
@@ -185,12 +188,12 @@ class Models(nn.Module):
         return hidden.flatten(1, 2)[:, where]
 
     def heads(self) -> tuple[torch.Tensor, ...]:
-        """Each model's unembedding, in `dtype`."""
-        return tuple(model.unembedding.to(self.dtype) for model in self.models)
+        """Each model's unembedding."""
+        return tuple(model.unembedding for model in self.models)
 
     def token_logps(self, rows: torch.Tensor, targets: torch.Tensor, tile: int | None, heads=None) -> torch.Tensor:
-        """(K,M,C), (M,) -> (K,M) float32 nats. heads: what self.heads() gave."""
-        heads = self.heads() if heads is None else heads
+        """(K,M,C), (M,) -> (K,M) float32 nats. heads: as for Heads."""
+        heads = [x.to(self.dtype) for x in self.heads()] if heads is None else heads
         return torch.stack([token_logps(r, W, targets, tile=tile) for r, W in zip(rows, heads)])
 
     def policy(self, k: int) -> tuple[nn.Module, torch.Tensor]:

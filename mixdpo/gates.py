@@ -22,15 +22,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mixdpo.config import InputError
+from mixdpo.config import InputError, convert
 from mixdpo.plan import Plan
 from mixdpo.preferences import Pair
-from mixdpo.start import first_weights
 
 TRAINED = ("linear", "mlp", "user", "prompt-user")
 KINDS = ("fixed", *TRAINED, "random", "domain")
 READS_PROMPT = ("linear", "mlp", "prompt-user", "random")
 HIDDEN = 64                         # width inside the mlp
+
+
+def first_weights(config) -> torch.Tensor:
+    """log w (K,) at the start (M10): uniform, or as given."""
+    if config.weights in ("uniform", "update"):
+        return torch.full((config.experts,), -math.log(config.experts))
+    w = torch.tensor(convert(config.weights, tuple[float, ...], "--weights"))
+    if len(w) != config.experts or (w <= 0).any():
+        raise InputError(f"--weights: got {config.weights!r}, wanted uniform, update, "
+                         f"or {config.experts} positive numbers")
+    return torch.log(w / w.sum())
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 from mixdpo.config import InputError
-from mixdpo.gates import KINDS, READS_PROMPT, TRAINED
+from mixdpo.gates import KINDS, READS_PROMPT, TRAINED, first_weights
 from mixdpo.mixture import SAMPLED, VARIANTS
 from mixdpo.rundir import compute_dtype
-from mixdpo.start import first_weights
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class TrainConfig:
     out: str                        # run directory; an unfinished run in it is resumed
     experts: int = 2                # K; 1 is DPO
     sharing: str = "heads"          # heads: one trunk, K unembeddings; lora: frozen model, K adapters; models: K models
-    rank: int = 16                  # rank of the heads W + A_k B_k (0: full heads) or of the adapters W + 2 B_k A_k
+    rank: int = 16                  # rank of the heads W + W A_k B_k (0: full) or of the adapters W + 2 B_k A_k
     targets: str = ""               # lora: projections with adapters, comma-separated; empty: c_attn, or q_proj,v_proj
     train_trunk: bool = True        # false: only the heads learn
     latent: str = "pair"            # one type a pair, or one a user (M11)

@@ -1,5 +1,5 @@
-"""A run's directory: config.json, metrics.jsonl, checkpoint/, and what a run prints about itself.
-No pickle: tensors are safetensors, the rest JSON."""
+"""A run's directory: config.json, metrics.jsonl, responsibilities.jsonl, checkpoint/, and what a run prints about
+itself. No pickle: tensors are safetensors, the rest JSON."""
 
 import json
 import os
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixdpo.config import InputError
+from mixdpo.diagnostics import alarms
 
 
 def revision() -> str:
@@ -67,6 +68,37 @@ class Progress:
         line = f"{self.name} {done}/{total}  {rate:.2f}/s  {left} left  {note}"
         end = "\n" if done >= total or not live else ""
         print(f"\r{line:<118}" if live else line, end=end, file=sys.stderr, flush=True)
+
+
+class Log:
+    """metrics.jsonl and responsibilities.jsonl, a line a step each, the progress line, and alarms, each told once."""
+
+    def __init__(self, run: Path, t: int, total: int, config):              # t: steps done before; what came after is redone
+        self.metrics, self.q = keep_lines(run / "metrics.jsonl", t), keep_lines(run / "responsibilities.jsonl", t)
+        self.history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        self.total, self.config, self.progress, self.rung = total, config, Progress(run.name, t), set()
+
+    def step(self, figures: dict, groups: list[int], log_q: torch.Tensor) -> None:
+        """One step's figures, and the responsibilities (G,K) that it used."""
+        t = figures["step"]
+        self.history.append(figures)
+        self.metrics.write(json.dumps(figures) + "\n")
+        self.metrics.flush()
+        self.responsibilities(t, groups, log_q)
+        accuracy = " ".join(f"{a:.2f}" for a in figures["accuracy"])
+        self.progress(t, self.total, f"loss {figures['loss']:.4f}  accuracy {accuracy}")
+        for name, what in alarms(self.history, self.config.experts, self.config.start_steps).items():
+            if name not in self.rung:
+                print(f"ALARM at step {t}, {name}: {what}")
+                self.rung.add(name)
+
+    def responsibilities(self, t: int, groups: list[int], log_q: torch.Tensor) -> None:
+        q = log_q.exp().mul(1e4).round().div(1e4).tolist()                  # to four digits
+        self.q.write(json.dumps({"step": t, "groups": groups, "q": q}) + "\n")
+        self.q.flush()
+
+    def close(self) -> None:
+        self.metrics.close(), self.q.close()
 
 
 def save_checkpoint(run: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:

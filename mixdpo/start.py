@@ -1,30 +1,20 @@
-"""How a run starts: the first weights, the first responsibilities, and what must hold before the first step.
+"""How a run starts: the first responsibilities, and what must hold before the first step.
 
 Experts that are all equal stay equal: every h is 0, q = w, and all get the same gradient, for ever (the symmetric
-saddle; low-rank heads differ in their B_k, so they part, but by chance and not by what the data say). So the first steps take responsibilities that differ between groups: random ones, or those of the same mixture
-with linear rewards on the reference's frozen features, which sees what experts equal to the reference cannot see yet.
+saddle; low-rank heads differ in their B_k, so they part, but by chance and not by what the data say). So the first steps
+take responsibilities that differ between groups: random ones, or those of the same mixture with linear rewards on the
+reference's frozen features, which sees what experts equal to the reference cannot see yet.
 """
 
 import math
 
 import torch
 
-from mixdpo.config import InputError, convert
 from mixdpo.dpo import margins
 from mixdpo.experts import pair_logp
+from mixdpo.gates import TRAINED
 from mixdpo.linear import linear_mixture
 from mixdpo.mixture import e_step, elbo, log_marginal, random_responsibilities
-
-
-def first_weights(config) -> torch.Tensor:
-    """log w (K,) at the start (M10): uniform, or as given."""
-    if config.weights in ("uniform", "update"):
-        return torch.full((config.experts,), -math.log(config.experts))
-    w = torch.tensor(convert(config.weights, tuple[float, ...], "--weights"))
-    if len(w) != config.experts or (w <= 0).any():
-        raise InputError(f"--weights: got {config.weights!r}, wanted uniform, update, "
-                         f"or {config.experts} positive numbers")
-    return torch.log(w / w.sum())
 
 
 @torch.no_grad()
@@ -51,6 +41,15 @@ def first_responsibilities(config, units: list[list[int]], features: torch.Tenso
     bounds = ", ".join(f"{bound:.1f}" for bound in fit.bounds)
     print(f"linear start: bounds {bounds} nats; best {fit.bound:.1f}, shares {shares}")
     return fit.log_q
+
+
+@torch.no_grad()
+def make_start(gate, inputs, plan, features: torch.Tensor, config) -> torch.Tensor | None:
+    """first_responsibilities of a plan's groups, under the weights that training keeps or by what its gate reads."""
+    kept = gate.kind not in TRAINED and config.weights != "update"
+    reads = gate.kind in TRAINED and inputs.features.shape[1] > 0           # a gate of users reads no prompt
+    return first_responsibilities(config, plan.units, features, gate(inputs).cpu() if kept else None,
+                                  inputs.features.cpu() if reads else None)
 
 
 @torch.no_grad()

@@ -1,9 +1,12 @@
 """A made-up job directory with the files that data.imdb, train.py and eval.py write, and numbers from a seed."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
+
+from mixdpo.options import TrainConfig
 
 NAMES = ["sentiment", "informativeness", "grammar"]
 
@@ -77,28 +80,9 @@ def make_job(
 
 def make_run(path, K, latent, pairs, users, steps, rng):
     path.mkdir(exist_ok=True)
-    config = {
-        "data": "elsewhere/train.jsonl",
-        "model": "elsewhere/reference",
-        "experts": K,
-        "sharing": "heads",
-        "rank": 16,
-        "train_trunk": True,
-        "latent": latent,
-        "estep": "all",
-        "start": "linear",
-        "start_steps": 2,
-        "weights": "uniform",
-        "beta": 0.1,
-        "lr": 2e-5,
-        "head_lr": 1e-3,
-        "epochs": 2,
-        "batch": 6,
-        "dtype": "auto",
-        "seed": 0,
-        "drop": False,
-    }
-    (path / "config.json").write_text(json.dumps(config))
+    config = TrainConfig("elsewhere/train.jsonl", "elsewhere/reference", str(path), experts=K, latent=latent, start="linear",
+                         start_steps=2, epochs=2, batch=6)
+    (path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     metrics, logged, groups = [], [], users if latent == "user" else len(pairs)
     kinds = list(dict.fromkeys(pair.get("annotator", "all") for pair in pairs))
     for t in range(1, steps + 1):

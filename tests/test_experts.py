@@ -64,7 +64,7 @@ def test_every_expert_starts_as_the_reference_exactly(family, sharing, dtype):
 def test_pair_logp_is_the_sum_over_the_response(family, sharing):
     """Against each text alone, unpadded, with full logits of policy(k): what is trained is what is sampled from.
     Catches: off by one in the predicted positions, the prompt's or the padding's tokens counted, the end token left
-    out, expert k's factors with expert j's, policy(k) without its head, the trunk's head in place of W + A_k B_k."""
+    out, expert k's factors with expert j's, policy(k) without its head, the trunk's head in place of W + W A_k B_k."""
     experts, one = small.experts(family, **SHARINGS[sharing]), batch()
     with torch.no_grad():
         logp = pair_logp(experts, one)
@@ -148,7 +148,7 @@ def test_make_experts_follows_the_configuration():
     assert isinstance(make(experts=2, sharing="models"), Models)
     assert names(experts=1) == names(experts=1, rank=0)
     low = make(experts=2, rank=4)
-    assert low.A.shape == (2, small.VOCAB, 4) and low.B.shape == (2, 4, 12) and not low.A.any()
+    assert low.A.shape == (2, 12, 4) and low.B.shape == (2, 4, 12) and not low.A.any()
     assert (low.B[0] != low.B[1]).all(), "equal factors would learn alike"
     assert torch.equal(low.B, make(experts=2, rank=4).B) and not torch.equal(low.B, make(experts=2, rank=4, seed=1).B)
     full = make(experts=2, rank=0)

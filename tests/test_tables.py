@@ -1,6 +1,7 @@
 """data/tables.py on a made-up job: cells against what was put in. What each test catches stands in its docstring."""
 
 import html
+import json
 import re
 
 import numpy as np
@@ -126,7 +127,8 @@ def test_alignment_has_a_row_a_seed_beside_bayes(tmp_path):
 
 
 def test_what_was_run_names_what_numbers_depend_on(home):
-    """Caught: a fact left out; another run's options; nested facts of dataset.json as Python objects."""
+    """Caught: a fact left out; another run's options; nested facts of dataset.json as Python objects; an option that
+    some run has and no column tells."""
     text = tables.what_was_run(read_job(home))
     for fact in (
         "smollm2",
@@ -143,6 +145,10 @@ def test_what_was_run_names_what_numbers_depend_on(home):
         ("mix-pair", "2", "pair", "6"),
         ("mix-user", "2", "user", "6"),
     ]
+    assert {"start", "start_steps", "epochs", "batch"} < rows_of(text)[0].keys() and "estep" not in rows_of(text)[0]
+    path = home / "mix-user/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"estep": "context"}))
+    assert [row["estep"] for row in rows_of(tables.what_was_run(read_job(home)))] == ["all", "all", "context"]
 
 
 def test_heads_differ_by_paired_differences(home):

@@ -90,7 +90,7 @@ def slow_margins(experts, reference, pair, beta):
             if hasattr(experts, "targets"):
                 model = merged(experts, reference, k)
             if hasattr(experts, "A"):
-                head = head + experts.A[k] @ experts.B[k]
+                head = head + head @ experts.A[k] @ experts.B[k]
             elif hasattr(experts, "W_k"):
                 head = experts.W_k[k]
             with torch.no_grad():
@@ -325,7 +325,7 @@ def test_the_linear_start_finds_planted_users(tmp_path, model_dir, capsys):
     config = train.TrainConfig(**tinyjob.SMALL | paths, latent="user", start="linear")
     _, plan, reference, _ = train.prepare(config)
     pairs, units = plan.pairs, plan.units
-    q = train.first_responsibilities(config, units, reference.features).exp()
+    q = start_module.first_responsibilities(config, units, reference.features).exp()
     found, truth = q.argmax(1).tolist(), [int(pairs[unit[0]].user[1:]) % 2 for unit in units]
     assert brute.best_matching(found, truth, 2) == 1.0 and q.max(1).values.min() > 0.8
     assert re.search(r"linear start: bounds( -[0-9.]+,?){5} nats", capsys.readouterr().out)

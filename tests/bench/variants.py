@@ -17,14 +17,13 @@ import torch.nn.functional as F
 
 import train
 from mixdpo.experts import make_experts
-from mixdpo.gates import Gate, Inputs
+from mixdpo.gates import Gate, Inputs, first_weights
 from mixdpo.gpt2 import GPT2, GPT2Config
 from mixdpo.latent import latent_of
 from mixdpo.optimizer import make_optimizer
 from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Batch, Pair, collate
 from mixdpo.reference import compute_reference
-from mixdpo.start import first_weights
 from mixdpo.weights import load_model, save_model
 
 BETA, LR, CLIP = 0.1, 1e-6, 1.0

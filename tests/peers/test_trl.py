@@ -13,13 +13,12 @@ import torch.nn.functional as F
 
 import train
 from mixdpo.experts import make_experts
-from mixdpo.gates import Inputs
+from mixdpo.gates import Inputs, first_weights
 from mixdpo.gpt2 import GPT2, GPT2Config
 from mixdpo.latent import Latent
 from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Pair
 from mixdpo.reference import compute_reference
-from mixdpo.start import first_weights
 from mixdpo.weights import load_model, save_model
 
 VOCAB, BETA = 4603, 0.3             # more than one tile of the vocabulary

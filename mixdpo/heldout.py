@@ -1,0 +1,114 @@
+"""What a finished run says of preferences that it never saw, with standard errors that count prompts.
+
+    h of every pair under every expert                                        (M4)
+    w: the gate's weights; own: a known user's responsibilities from training   (M9, M11)
+    accuracy of each expert, by annotator; log p(y+ > y-) (M5); the gap to the bound (M6); alignment with the annotators
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+from mixdpo.diagnostics import (adjusted_rand_index, bayes_posterior, difference_se, effective_experts,
+                                matched_accuracy, mean_se)
+from mixdpo.dpo import accuracy, margins
+from mixdpo.experts import pair_logp
+from mixdpo.finished import Run
+from mixdpo.gates import gate_inputs
+from mixdpo.mixture import e_step, elbo, log_marginal
+from mixdpo.preferences import Pair, check_lengths, collate, read_preferences
+from mixdpo.reference import reference_of
+from mixdpo.rundir import Progress
+
+
+def heldout_figures(runs: list[Run], reference, tokenizer, path: Path, store: Path) -> dict:
+    """Name of a run -> its figures on the held-out preferences."""
+    config, dtype, out = runs[0].config, runs[0].experts.dtype, {}
+    pairs = read_preferences(path, tokenizer, config.max_prompt, config.max_response, config.drop)
+    check_lengths(pairs, reference.config.context, path)
+    ref = reference_of(path, pairs, reference, tokenizer, config, dtype, store)
+    for run in runs:
+        h = margins(expert_logp(run, pairs, "held-out"), ref.logp[:, None], run.config.beta)        # (P,K)  M4
+        out[run.name] = preference_figures(run, pairs, h, weights(run, pairs, ref.prompt))
+    return out
+
+
+@torch.no_grad()
+def expert_logp(run: Run, pairs: list[Pair], what: str, size: int = 16) -> torch.Tensor:
+    """Summed response log-probs of every pair under every expert: (P,K,2) float32 nats, on the CPU."""
+    device, out, progress = next(run.experts.parameters()).device, [], Progress(f"{run.name} {what}")
+    for start in range(0, len(pairs), size):
+        batch = collate(pairs, list(range(start, min(start + size, len(pairs)))), "pair").to(device)
+        out.append(pair_logp(run.experts, batch).cpu())
+        progress(min(start + size, len(pairs)), len(pairs))
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def weights(run: Run, pairs: list[Pair], prompts: torch.Tensor) -> torch.Tensor:
+    """log w(x) of each pair (P,K), from its prompt's states (P,2,C), user and domain."""
+    prompts = prompts[:, ("last", "mean").index(run.config.gate_features)]
+    return run.gate(gate_inputs(run.config.gate, pairs, prompts, run.plan.pairs))
+
+
+def user_weights(run: Run, pairs: list[Pair], log_w: torch.Tensor) -> torch.Tensor:
+    """log weights of each held-out pair (P,K): its user's responsibilities from training (M11) where known, else w."""
+    log_w = log_w.clone()
+    if run.config.latent == "user":
+        row = {run.plan.pairs[unit[0]].user: g for g, unit in enumerate(run.plan.units)}
+        known = [(n, row[p.user]) for n, p in enumerate(pairs) if p.user in row]
+        log_w[[n for n, _ in known]] = run.table[[g for _, g in known]]
+    return log_w
+
+
+def alignment(log_q: torch.Tensor, units: list[list[int]], pairs: list[Pair]) -> dict:
+    """How well responsibilities (G,K) find the units' annotators, beside Bayes-optimal assignment by their scores."""
+    truth = [pairs[unit[0]].annotator for unit in units]
+    if any(t is None for t in truth) or len(set(truth)) < 2:
+        return {}
+    found = log_q.argmax(1).tolist()
+    share, naming = matched_accuracy(found, truth, log_q.shape[1])
+    naming = {str(k): kind for k, kind in naming.items()}
+    result = {"ari": adjusted_rand_index(found, truth), "matched": share, "naming": naming, "units": len(units)}
+    kinds = sorted(set(truth))
+    if all(p.scores and p.scores.keys() >= set(kinds) for p in pairs):
+        posterior = bayes_posterior([[pairs[i].scores for i in unit] for unit in units], kinds)     # (G,A)
+        best = posterior.max(1).values
+        bayes = [kinds[a] for a in posterior.argmax(1).tolist()]
+        result |= {"bayes_matched": best.mean().item(), "bayes_ari": adjusted_rand_index(bayes, truth)}
+    return result
+
+
+def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor) -> dict:
+    """Everything that a run's held-out margins h (P,K) and weights log_w (P,K) say. Pairs on one prompt are not
+    independent: standard errors count prompts. An expert is named by the training groups; held-out pairs have no say."""
+    own, right = user_weights(run, pairs, log_w), accuracy(h)               # (P,K), (P,K)
+    log_p, log_q = e_step(log_w, h)
+    prompt, of = [tuple(p.prompt) for p in pairs], [p.annotator or "all" for p in pairs]
+    by = {kind: torch.tensor([a == kind for a in of]) for kind in sorted(set(of))}
+    log_p_own = log_marginal(own, h)
+    train_side = alignment(run.table, run.plan.units, run.plan.pairs) if run.config.experts > 1 else {}
+    named = [train_side.get("naming", {}).get(str(k)) for k in range(run.config.experts)]
+
+    def among(mask, values):
+        return mean_se(values[mask], [x for x, keep in zip(prompt, mask) if keep])
+
+    return {
+        "experts": run.config.experts,
+        "weights": log_w.exp().mean(0).tolist(),
+        "accuracy": {kind: [among(mask, column) for column in right.T] for kind, mask in by.items()},
+        "accuracy_all": [mean_se(column, prompt) for column in right.T],    # of each expert
+        "own": named,                                                       # the annotator that each stands for
+        "own_other": [difference_se(column, by[kind], prompt) if kind in by and len(by) > 1 else None
+                      for kind, column in zip(named, right.T)],             # its accuracy there, less that elsewhere
+        "accuracy_mbt": mean_se(accuracy(log_p + math.log(2)), prompt),     # M5 > 1/2 under w
+        "accuracy_own": mean_se(accuracy(log_p_own + math.log(2)), prompt), # M5 > 1/2 under each user's own weights
+        "log_likelihood": mean_se(log_p, prompt),                           # M5 under w
+        "log_likelihood_own": mean_se(log_p_own, prompt),                   # M5 under each user's own weights
+        "elbo_gap": mean_se(log_p_own - elbo(own, own, h), prompt),         # KL(q || posterior), q before the pair
+        "prompts": len(set(prompt)),
+        "effective_experts": effective_experts(log_q),
+        "alignment_heldout": alignment(log_q, [[i] for i in range(len(pairs))], pairs),
+        "alignment_train": train_side,
+    }
