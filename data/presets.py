@@ -14,10 +14,11 @@ TWO, THREE = ["sentiment", "informativeness"], ["sentiment", "informativeness", 
 COMMON = {"agree": 0.3, "margin": 1.0, "seed": 0, "judge_reviews": 12000, "continuations": 4, "max_response": 48}
 
 
-def runs(experts: int, seeds: int = 1, of_users: dict = {}, **of_mixtures) -> dict:
-    """DPO, and the mixture with one type a pair, as in the paper, and with one type a user, this one once a seed."""
-    heads = {"experts": experts, "start": "linear", "head_lr": 3e-3} | of_mixtures
-    out = {"dpo": {"experts": 1}, "mix-pair": heads | {"latent": "pair"}}
+def runs(experts: int, of_users: dict, seeds: int = 1, **of_dpo) -> dict:
+    """DPO, and the mixture with one type a pair, as in the paper, and with one type a user, this one once a seed.
+    Heads on a frozen trunk: one that learns follows the type that is easier to learn."""
+    heads = {"experts": experts, "train_trunk": False, "start": "linear"}
+    out = {"dpo": {"experts": 1} | of_dpo, "mix-pair": heads | {"latent": "pair"}}
     for seed in range(seeds):
         out["mix-user" + f"-seed{seed}" * (seed > 0)] = heads | {"latent": "user", "seed": seed} | of_users
     return out
@@ -27,27 +28,27 @@ SMOKE = COMMON | {
     "annotators": TWO, "prompts": 24, "heldout": 12, "evaluate": 8, "max_response": 16, "margin": 0.1,
     "users": 4, "pairs": 10, "context": 3, "heldout_pairs": 4, "reviews": 60, "judge_reviews": 8000,
     "finetune": {"steps": 2, "batch": 4, "tokens": 64, "held": 8},
-    "train": {"epochs": 1, "batch": 20, "micro": 10}, "runs": runs(2, of_users={"start_steps": 1, "estep": "context"}),
+    "train": {"epochs": 1, "batch": 20, "micro": 10}, "runs": runs(2, {"start_steps": 1, "estep": "context"}),
 }
 QUICK = COMMON | {
     "annotators": TWO, "prompts": 200, "heldout": 100, "evaluate": 100, "continuations": 5, "max_response": 32,
     "users": 40, "pairs": 16, "context": 6, "heldout_pairs": 8, "agree": 0.5, "reviews": 1500,
     "finetune": {"steps": 40, "batch": 8, "tokens": 128, "lr": 1e-4},
-    "train": {"epochs": 1, "batch": 16, "micro": 16, "lr": 5e-5},
-    "runs": runs(2, of_users={"start_steps": 25, "estep": "context"}),
+    "train": {"epochs": 1, "batch": 16, "micro": 16},
+    "runs": runs(2, {"start_steps": 25, "estep": "context"}, lr=5e-5),
 }
-CPU = COMMON | {  # heads on a frozen trunk: a trunk that learns follows the type that is easier to learn
+CPU = COMMON | {
     "annotators": TWO, "prompts": 800, "heldout": 600, "evaluate": 200, "continuations": 6, "max_response": 32,
     "users": 120, "pairs": 20, "context": 8, "heldout_pairs": 8, "reviews": 3000,
     "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4},
-    "train": {"epochs": 1, "batch": 24, "micro": 24, "lr": 5e-5},
-    "runs": runs(2, seeds=3, of_users={"start_steps": 40, "estep": "context"}, train_trunk=False),
+    "train": {"epochs": 1, "batch": 24, "micro": 24},
+    "runs": runs(2, {"start_steps": 40, "estep": "context"}, seeds=3, lr=5e-5),
 }
 PAPER = COMMON | {
     "annotators": THREE, "prompts": 25000, "heldout": 10000, "evaluate": 10000,
     "users": 2520, "pairs": 20, "context": 8, "heldout_pairs": 4, "reviews": 20000, "judge_reviews": 22000,
     "finetune": {"steps": 2000, "batch": 64, "tokens": 128, "held": 256},
     "train": {"epochs": 2, "batch": 80, "micro": 80},
-    "runs": runs(3, of_users={"start_steps": 300, "estep": "context"}),
+    "runs": runs(3, {"start_steps": 300, "estep": "context"}),
 }
 PRESETS = {"smoke": SMOKE, "quick": QUICK, "cpu": CPU, "paper": PAPER}

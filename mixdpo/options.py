@@ -41,7 +41,7 @@ class TrainConfig:
     restarts: int = 5               # starts of the linear mixture; the best bound is taken
     beta: float = 0.1               # strength of the pull to the reference, per nat
     lr: float = 2e-5                # AdamW's peak learning rate
-    head_lr: float = 1e-3           # the same for the low-rank factors A_k, B_k of heads or adapters
+    head_lr: float = 3e-4           # the same for the low-rank factors A_k, B_k of heads or adapters
     epochs: int = 1                 # passes over the data
     batch: int = 32                 # pairs an optimizer step, at most; whole users
     micro: int = 16                 # pairs a forward pass, at most; whole users, so one large user may exceed it
@@ -90,7 +90,8 @@ def validate(config: TrainConfig) -> None:
              "start_steps": (several and config.start != "none", "several experts and a --start"),
              "rank": (lora or several and config.sharing == "heads", "--experts 2 or more with --sharing heads, or lora"),
              "targets": (lora, "--sharing lora"), "head_lr": (low_rank, "low-rank heads or adapters"),
-             "lr": (not lora, "parameters other than adapters, which learn at --head-lr")}
+             "lr": (not lora and (config.train_trunk or config.rank == 0), "a trunk or full heads that learn: low-rank "
+                    "heads and adapters learn at --head-lr")}
     for name, (used, need) in needs.items():
         if getattr(config, name) != getattr(TrainConfig, name) and not used:
             flag = name.replace("_", "-")

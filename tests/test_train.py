@@ -216,8 +216,9 @@ def test_the_loop_equals_its_slow_twin(case, tmp_path, model_dir, untied_dir):
     E-step."""
     options = dict(CASES[case])
     model = untied_dir if options.pop("model", None) else model_dir
-    options |= {"head_lr": 3e-3} if "head_lr" in tinyjob.small(**options) else {}
-    out = tinyjob.run(tmp_path, model, tinyjob.make_records(users=4), **dict(lr=3e-4, beta=0.5) | options)
+    rates = {"lr": 3e-4, "head_lr": 3e-3}
+    options = {name: rate for name, rate in rates.items() if name in tinyjob.small(**options)} | {"beta": 0.5} | options
+    out = tinyjob.run(tmp_path, model, tinyjob.make_records(users=4), **options)
     config = train.configs.load(train.TrainConfig, out / "config.json")
     named, table, w = slow_run(config)
     got, metrics = tinyjob.tensors(out), tinyjob.lines(out / "metrics.jsonl")
@@ -417,6 +418,7 @@ def test_the_seed_and_only_the_seed_changes_a_run(tmp_path, model_dir):
     ({"sharing": "models", "rank": 2}, "--rank has"), ({"rank": 0, "head_lr": 0.1}, "--head-lr has"),
     ({"targets": "q_proj"}, "--targets.*--sharing lora"), ({"sharing": "lora", "rank": 0}, "--rank 0.*lora"),
     ({"sharing": "lora", "train_trunk": False}, "--train-trunk"), ({"sharing": "lora", "lr": 1e-3}, "--lr has"),
+    ({"train_trunk": False, "lr": 1e-3}, "--lr has"),
     ({"sharing": "lora", "lr": train.TrainConfig.lr, "targets": "q_proj,c_attn"},
      "--targets: got 'c_attn', wanted some of down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
     ({"weights": "0.5,0.2,0.3"}, "--weights.*2 positive"), ({"weights": "1,0"}, "--weights"),

@@ -57,7 +57,8 @@ def small(**options):
     """SMALL and `options`, less what would have no effect beside them."""
     several, lora = options.get("experts", 2) > 1, options.get("sharing") == "lora"
     heads = lora or several and options.get("sharing", "heads") == "heads"
-    used = {"rank": heads, "head_lr": heads and options.get("rank", 2) > 0, "lr": not lora,
+    used = {"rank": heads, "head_lr": heads and options.get("rank", 2) > 0,
+            "lr": not lora and (options.get("train_trunk", True) or options.get("rank", 2) == 0),
             "start_steps": several and options.get("start") != "none"}
     return {name: value for name, value in SMALL.items() if used.get(name, True)} | options
 
