@@ -29,10 +29,8 @@ from mixdpo.heldout import expert_logp, heldout_figures, weights
 from mixdpo.mixture import mixture_logp
 from mixdpo.preferences import Pair, encode_prompt
 from mixdpo.records import lines
-from mixdpo.reference import compute_reference, prompt_features
+from mixdpo.reference import compute_reference, load_references, prompt_features
 from mixdpo.rundir import Progress, environment
-from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import load_model
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def sample(model, head: torch.Tensor, prompts, config: EvalConfig, max_new: int,
 
 def policy_rows(runs: list[Run], reference, prompts: list[Pair], config: EvalConfig, max_new: int, eos: int) -> dict:
     """Completions of every row of the table: name -> {"ids": of each prompt, "kl": (N,) log pi - log pi_ref of each in
-    nats, "z": the expert of each, or None}."""
+    nats, "z": the expert of each, or None}. Where experts have references of their own, the first is the row's and KL's."""
     dtype, of = runs[0].experts.dtype, [p.prompt for p in prompts]
     states = prompt_features(reference, of, dtype)                          # (N,2,C)
     cast = copy.deepcopy(reference).to(dtype)                               # whole: a cast a token would cost more
@@ -76,7 +74,7 @@ def policy_rows(runs: list[Run], reference, prompts: list[Pair], config: EvalCon
             ids.append(sample(cast, head, of, config, max_new, eos, f"{run.name} expert {k}"))
             pairs = [Pair(prompt, own, other) for prompt, own, other in zip(of, ids[k], plain)]
             ref_logp = compute_reference(reference, pairs, dtype).logp
-            kl.append(expert_logp(run, pairs, f"KL {k}")[..., 0] - ref_logp[:, None, 0])            # (N,K)
+            kl.append(expert_logp(run, pairs, f"KL {k}")[..., 0] - ref_logp[..., 0])                # (N,K)
         log_w, n = weights(run, prompts, states), torch.arange(len(prompts))
         for mode in ("mixture", "sparse", *range(K)) if K > 1 else (0,):
             z = choose_expert(log_w, len(prompts), str(mode), config.seed)                          # (N,)  M13
@@ -143,8 +141,7 @@ def evaluate(config: EvalConfig) -> dict:
                                                                               "dtype")):
             raise InputError(f"{run.path}: its model, lengths or dtype differ from {runs[0].path}'s; "
                              "evaluate such runs one at a time")
-    tokenizer = load_tokenizer(first.model, local or None)
-    reference = load_model(first.model, device=device, data=local or None)
+    references, tokenizer = load_references(runs[0].config, device)
     facts = environment() | {"dtype": str(dtype).removeprefix("torch.")}
     results = {"environment": facts, "config": dataclasses.asdict(config), "preferences": {}, "policies": {}}
     heldout, prompts = Path(config.heldout or home / "heldout.jsonl"), Path(config.prompts or home / "prompts.jsonl")
@@ -156,13 +153,13 @@ def evaluate(config: EvalConfig) -> dict:
     if not heldout.exists() and not (prompts.exists() and scored):
         raise InputError(f"{home}: nothing to evaluate on; wanted heldout.jsonl there, or --heldout FILE")
     if heldout.exists():
-        results["preferences"] = heldout_figures(runs, reference, tokenizer, heldout, home / "cache")
+        results["preferences"] = heldout_figures(runs, references, tokenizer, heldout, home / "cache")
     (folder / "samples.jsonl").unlink(missing_ok=True)                      # of an evaluation before
     if prompts.exists() and scored:
         dataset = json.loads((home / "dataset.json").read_text())
         asked = read_prompts(prompts, tokenizer, first.max_prompt, config.limit)
         max_new, ids = config.max_new or dataset.get("max_new") or first.max_response, [p.prompt for p in asked]
-        rows = policy_rows(runs, reference, asked, config, max_new, tokenizer.eos)
+        rows = policy_rows(runs, references[0], asked, config, max_new, tokenizer.eos)
         results["policies"], texts = reward_table(rows, ids, tokenizer, dataset, home)
         samples = [{"prompt": plain_text(prompt, tokenizer), "texts": {name: column[n] for name, column in texts.items()}}
                    for n, prompt in enumerate(ids)]
@@ -182,7 +179,7 @@ def export(config: EvalConfig) -> list[Path]:
     if not (path / "checkpoint").exists():
         raise InputError(f"{path}: is no run; --export takes one run, a directory that train.py wrote")
     run = load_run(path, "cpu", config.data_folder)
-    places = export_experts(run.experts, config.export, run.config.model, config.data_folder or None)
+    places = export_experts(run.experts, config.export, run.config.models, config.data_folder or None)
     for k, place in enumerate(places):
         print(f"{place}" + (f": mixture weight {run.gate.log_w[k].exp():.4f}" if run.config.gate == "fixed" else ""))
     return places

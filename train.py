@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from mixdpo import config as configs
+from mixdpo.adopt import adopt
 from mixdpo.config import InputError
 from mixdpo.diagnostics import step_summary
 from mixdpo.dpo import margins
@@ -40,11 +41,10 @@ from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_sta
 from mixdpo.options import TrainConfig, validate
 from mixdpo.plan import Micro, make_plan, micro_batches
 from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences, response_positions
-from mixdpo.reference import reference_of
+from mixdpo.reference import load_references, reference_of
 from mixdpo.rundir import Log, Progress, compute_dtype, environment, load_checkpoint, save_checkpoint
 from mixdpo.start import check_start, make_start
-from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import content_key, load_model
+from mixdpo.weights import content_key
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
         tile = None if split else TILE                                      # few rows: keep their logits
         logps = experts.token_logps(states[..., m:m_end, :], targets[m:m_end], tile, heads)         # (K,m)
         logp = sum_responses(logps, sequence[m:m_end] - 2 * p, p_end - p)                           # (b,K,2)
-        h = margins(logp, ref_logp[batch.pair[p:p_end], None].to(logp), config.beta)                # (b,K)  M4
+        h = margins(logp, ref_logp[batch.pair[p:p_end]].to(logp), config.beta)                # (b,K)  M4
         group = batch.group[p:p_end]
         if known is None:
             first, last = int(group[0]), int(group[-1])
@@ -103,7 +103,7 @@ def chunks(batch: Batch, sequence: torch.Tensor, head_rows: int, whole_groups: b
 def posterior(experts, batch: Batch, ref_logp: torch.Tensor, log_w: torch.Tensor, config) -> torch.Tensor:
     """An E-step by a pass of its own: q of each group (G,K) from the pairs of `batch`, log_w (G,K). Out of sample if
     these are context pairs, which the M-step never trains on."""
-    h = margins(pair_logp(experts, batch), ref_logp[batch.pair, None].to(log_w), config.beta)       # (B,K)  M4
+    h = margins(pair_logp(experts, batch), ref_logp[batch.pair].to(log_w), config.beta)       # (B,K)  M4
     return e_step(log_w[batch.group], h, batch.group)[1]                    # M7, M11
 
 
@@ -178,17 +178,16 @@ def minimise(loss: torch.Tensor, optimizer, clip: float) -> float:
 
 
 def prepare(config):
-    """Everything the loop needs: experts, plan, reference, device. Prints what it found and decided."""
+    """Everything the loop needs: experts, plan, reference, the models' key, device. Prints what it found and decided."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, why = compute_dtype(config.dtype, device)
-    folder = config.data_folder or None
-    tokenizer = load_tokenizer(config.model, folder)
-    model = load_model(config.model, device=device, data=folder)
-    model.checkpointing = config.checkpointing
+    models, tokenizer = load_references(config, device)
+    for model in models:
+        model.checkpointing = config.checkpointing
     if config.sharing == "lora":
-        projections(model, config.targets)                                  # an unknown one is told before long passes
+        projections(models[0], config.targets)                              # an unknown one is told before long passes
     pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
-    check_lengths(pairs, model.config.context, config.data)
+    check_lengths(pairs, min(model.config.context for model in models), config.data)
     try:
         plan = make_plan(pairs, config)
     except InputError as error:
@@ -197,8 +196,10 @@ def prepare(config):
     trained = sum(map(len, plan.trained))
     print(f"{len(pairs)} pairs, {len(pairs) - trained} of them set aside as context; the {trained} others in "
           f"{len(plan.units)} groups ({config.latent}); products in {name}: {why}")
-    reference = reference_of(config.data, pairs, model, tokenizer, config, dtype, cache)
-    return make_experts(model, config, dtype), plan, reference, device
+    reference, keys = reference_of(config.data, pairs, models, tokenizer, config, dtype, cache), [*map(content_key, models)]
+    experts = make_experts(models, config, dtype)
+    adopt(experts, config, keys)
+    return experts, plan, reference, "+".join(keys), device
 
 
 def given_responsibilities(t: int, plan, start, table, phase, e_step_of_all, config):
@@ -226,8 +227,8 @@ def run(config: TrainConfig) -> Path:
         print(f"{out}: finished before")
         return out
     print(json.dumps(dataclasses.asdict(config) | environment()))
-    experts, plan, reference, device = prepare(config)
-    same |= {"model_key": content_key(experts.policy(0)[0])}                # still the reference
+    experts, plan, reference, model_key, device = prepare(config)
+    same |= {"model_key": model_key}
     found = load_checkpoint(out, same)
     ref_logp, (gate, inputs) = reference.logp.to(device), make_gate(plan, reference, config, device)
     optimizer, names = make_optimizer(experts, config.lr, config.head_lr, gate, config.gate_lr)
@@ -245,7 +246,8 @@ def run(config: TrainConfig) -> Path:
         print(f"resumed at step {t} of {len(steps)}")
     else:
         first = micro_batches(plan, steps[0][1], config, device)[0]
-        check_start(experts, first.train, ref_logp, gate(inputs[first.groups]).detach()[first.train.group], config.beta)
+        if not config.init_experts:
+            check_start(experts, first.train, ref_logp, gate(inputs[first.groups]).detach()[first.train.group], config.beta)
 
     def e_step_of_all(name: str) -> torch.Tensor:
         return full_e_step(experts, gate, plan, ref_logp, inputs, config, name)

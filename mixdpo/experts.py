@@ -14,6 +14,7 @@ that learn, and alpha as an option.
 """
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 
@@ -171,12 +172,11 @@ def projections(model: nn.Module, targets: str) -> list[str]:
 
 
 class Models(nn.Module):
-    """K independent models, each a copy of the one given."""
+    """K independent models, of the same vocabulary and width."""
 
-    def __init__(self, model: nn.Module, experts: int, dtype: torch.dtype = torch.float32):
+    def __init__(self, models: list[nn.Module], dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.models = nn.ModuleList([model] + [copy.deepcopy(model) for _ in range(experts - 1)])
-        self.K, self.dtype = experts, dtype
+        self.models, self.K, self.dtype = nn.ModuleList(models), len(models), dtype
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """(N,T) -> (K,N,T,C)."""
@@ -200,14 +200,25 @@ class Models(nn.Module):
         """Expert k as (model, unembedding (V,C))."""
         return self.models[k], self.models[k].unembedding
 
+    @torch.no_grad()
+    def untie(self, k: int) -> nn.Module:
+        """Gives model k an unembedding of its own, which starts as its embedding; returns the model."""
+        old = self.models[k]
+        new = type(old)(dataclasses.replace(old.config, tied=False)).to(old.unembedding.device)
+        new.load_state_dict(old.state_dict() | {"lm_head.weight": old.unembedding})
+        self.models[k] = new
+        return new
 
-def make_experts(model: nn.Module, config, dtype: torch.dtype) -> Heads | Adapters | Models:
-    """The experts that `config` (a TrainConfig) asks for, on top of `model`, which becomes theirs.
+
+def make_experts(models: list[nn.Module], config, dtype: torch.dtype) -> Heads | Adapters | Models:
+    """The experts that `config` (a TrainConfig) asks for, on top of `models`, one or one each, which become theirs.
     Freezes the trunk if asked."""
+    model = models[0]
     if config.sharing == "lora":
         return Adapters(model, config.experts, config.rank, config.targets, dtype, config.seed)
     if config.sharing == "models" and config.experts > 1:
-        return Models(model, config.experts, dtype)
+        return Models(models if len(models) > 1 else [model] + [copy.deepcopy(model) for _ in range(config.experts - 1)],
+                      dtype)
     experts = Heads(model, config.experts, config.rank, dtype, config.seed)
     if not config.train_trunk:
         experts.trunk.requires_grad_(False)
@@ -227,14 +238,23 @@ def pair_logp(experts: Heads | Adapters | Models, batch: Batch, tile: int | None
 
 
 def trained_state(experts: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that training may have changed, as "experts." and their names, for safetensors."""
-    return {f"experts.{name}": p.detach().contiguous() for name, p in experts.named_parameters() if p.requires_grad}
+    """The parameters that are not the reference's any more, as "experts." and their names, for safetensors."""
+    return {f"experts.{name}": p.detach().contiguous() for name, p in own_parameters(experts)}
+
+
+def own_parameters(experts: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Those that learn, and those that would if their expert were not frozen (adopt.py)."""
+    return [(name, p) for name, p in experts.named_parameters() if p.requires_grad or getattr(p, "frozen", False)]
 
 
 @torch.no_grad()
 def load_state(experts: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Copies a saved state back. Raises: InputError naming every tensor that is missing, extra or of another shape."""
-    own = {f"experts.{name}": p for name, p in experts.named_parameters() if p.requires_grad}
+    if isinstance(experts, Models):
+        for k, model in enumerate(experts.models):
+            if model.config.tied and f"experts.models.{k}.lm_head.weight" in tensors:               # taken over: adopt.py
+                experts.untie(k)
+    own = {f"experts.{name}": p for name, p in own_parameters(experts)}
     state = {name: value for name, value in tensors.items() if name.startswith("experts.")}
     wrong = sorted(set(own) ^ set(state)) + [n for n in set(own) & set(state) if own[n].shape != state[n].shape]
     if wrong:

@@ -21,18 +21,21 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
              "merges.txt", "chat_template.jinja", "generation_config.json")
 
 
-def export_experts(experts: Heads | Adapters | Models, out, model: str, data=None) -> list[Path]:
-    """Writes all K experts; returns their directories. model, data: what the run's model was loaded by (load_model).
+def export_experts(experts: Heads | Adapters | Models, out, models: list[str], data=None) -> list[Path]:
+    """Writes all K experts; returns their directories. models, data: what the run's model was loaded by
+    (load_model), or each expert's.
     Raises: InputError if there is something in `out`: files of two exports would be taken for one."""
-    out, source = Path(out), locate(model, data)
+    out, model = Path(out), models[0]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: is not an empty folder; choose another one for the export")
     places = [out / f"expert-{k}" for k in range(experts.K)]
-    if isinstance(experts, Adapters) and not source.is_dir():
+    sources = [locate(name, data) for name in models]
+    if isinstance(experts, Adapters) and not sources[0].is_dir():
         save_model(load_model(model, data=data), out / "base")
         load_tokenizer(model, data).save(out / "base")
-        source = out / "base"
+        sources = [out / "base"]
     for k, place in enumerate(places):
+        source = sources[k % len(sources)]
         if isinstance(experts, Adapters):
             save_adapter(experts, k, place, str(source.resolve()))
         else:
@@ -43,5 +46,5 @@ def export_experts(experts: Heads | Adapters | Models, out, model: str, data=Non
                 if file.is_file():
                     shutil.copyfile(file, place / file.name)
         else:
-            load_tokenizer(model, data).save(place)
+            load_tokenizer(models[k % len(models)], data).save(place)
     return places

@@ -13,9 +13,10 @@ from mixdpo.gates import Gate, saved_gate
 from mixdpo.options import TrainConfig
 from mixdpo.plan import Plan, make_plan
 from mixdpo.preferences import data_key, read_preferences
+from mixdpo.reference import load_references
 from mixdpo.rundir import compute_dtype, load_checkpoint
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import content_key, load_model
+from mixdpo.weights import content_key
 
 
 @dataclass
@@ -31,20 +32,33 @@ class Run:
     path: Path
 
 
-def load_run(path: Path, device: str, data_folder: str) -> Run:
-    """Rebuilds a run's experts from its model and its checkpoint."""
+def load_experts(path: Path, device, data_folder: str) -> tuple[TrainConfig, torch.nn.Module, dict, dict]:
+    """A finished run's options, experts, and the tensors and the state of its checkpoint."""
+    if (found := load_checkpoint(path, {})) is None:
+        raise InputError(f"{path}: no checkpoint in it; wanted a directory that train.py wrote")
     config = dataclasses.replace(configs.load(TrainConfig, path / "config.json"), data_folder=data_folder)
-    tensors, state = load_checkpoint(path, {})
+    tensors, state = found
     if not state["finished"]:
         raise InputError(f"{path}: stopped at step {state['step']}; finish it with the options in its config.json")
-    model = load_model(config.model, device=device, data=data_folder or None)
-    for what, now in (("model", content_key(model)), ("data", data_key(config.data))):
-        if state["config"][f"{what}_key"] != now:
-            raise InputError(f"{path}: was trained with another {what} than lies in {getattr(config, what)} now; "
-                             "put that back, or train again into another --out")
-    experts = make_experts(model, config, compute_dtype(config.dtype, device)[0]).eval()
+    models, _ = load_references(config, device)
+    unchanged(path, "model", state, "+".join(map(content_key, models)), config)
+    experts = make_experts(models, config, compute_dtype(config.dtype, str(device))[0]).eval()
     load_state(experts, tensors, path)
-    pairs = read_preferences(config.data, load_tokenizer(config.model, data_folder or None), config.max_prompt,
+    return config, experts, tensors, state
+
+
+def unchanged(path: Path, what: str, state: dict, now: str, config) -> None:
+    """Raises: InputError if a run's model or data are not what it was trained with."""
+    if state["config"][f"{what}_key"] != now:
+        raise InputError(f"{path}: was trained with another {what} than lies in {getattr(config, what)} now; "
+                         "put that back, or train again into another --out")
+
+
+def load_run(path: Path, device: str, data_folder: str) -> Run:
+    """A finished run, whole: also who was trained on, which the data tell."""
+    config, experts, tensors, state = load_experts(path, device, data_folder)
+    unchanged(path, "data", state, data_key(config.data), config)
+    pairs = read_preferences(config.data, load_tokenizer(config.models[0], data_folder or None), config.max_prompt,
                              config.max_response, config.drop, report=lambda line: None)
     plan = make_plan(pairs, config)
     return Run(path.name, config, experts, saved_gate(config, tensors, plan.pairs), plan, tensors["table"], path)

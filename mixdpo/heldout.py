@@ -22,14 +22,14 @@ from mixdpo.reference import reference_of
 from mixdpo.rundir import Progress
 
 
-def heldout_figures(runs: list[Run], reference, tokenizer, path: Path, store: Path) -> dict:
+def heldout_figures(runs: list[Run], references: list, tokenizer, path: Path, store: Path) -> dict:
     """Name of a run -> its figures on the held-out preferences."""
     config, dtype, out = runs[0].config, runs[0].experts.dtype, {}
     pairs = read_preferences(path, tokenizer, config.max_prompt, config.max_response, config.drop)
-    check_lengths(pairs, reference.config.context, path)
-    ref = reference_of(path, pairs, reference, tokenizer, config, dtype, store)
+    check_lengths(pairs, min(model.config.context for model in references), path)
+    ref = reference_of(path, pairs, references, tokenizer, config, dtype, store)
     for run in runs:
-        h = margins(expert_logp(run, pairs, "held-out"), ref.logp[:, None], run.config.beta)        # (P,K)  M4
+        h = margins(expert_logp(run, pairs, "held-out"), ref.logp, run.config.beta)        # (P,K)  M4
         out[run.name] = preference_figures(run, pairs, h, weights(run, pairs, ref.prompt))
     return out
 

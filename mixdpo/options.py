@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mixdpo.config import InputError
+from mixdpo.config import InputError, convert
 from mixdpo.gates import KINDS, READS_PROMPT, TRAINED, first_weights
 from mixdpo.mixture import SAMPLED, VARIANTS
 from mixdpo.rundir import compute_dtype
@@ -13,7 +13,7 @@ class TrainConfig:
     """Trains DPO (experts = 1) or a mixture on preferences (JSON Lines: prompt, chosen, rejected, maybe user)."""
 
     data: str                       # preference file, .jsonl or .jsonl.gz
-    model: str                      # reference and start: gpt2, smollm2, llama-3.2-1b or a Hugging Face directory
+    model: str                      # reference and start: gpt2, smollm2, llama-3.2-1b, a directory; models: one, or K: a,b
     out: str                        # run directory; an unfinished run in it is resumed
     experts: int = 2                # K; 1 is DPO
     sharing: str = "heads"          # heads: one trunk, K unembeddings; lora: frozen model, K adapters; models: K models
@@ -36,6 +36,8 @@ class TrainConfig:
     gate_balance: float = 0.0       # bonus a nat of the entropy of the step's mean weights
     weights: str = "uniform"        # of a fixed gate (M10): uniform, update (closed form, each step), or 0.3,0.7
     prior: float = 1.0              # Dirichlet prior of the closed-form update
+    init_experts: str = ""          # where each begins: K of RUN:k (expert k of a run) and fresh, comma-separated
+    freeze: str = ""                # experts that stay as they are: 0,2 and so on, or all
     start: str = "dirichlet"        # first responsibilities: dirichlet (random), linear (linear rewards), none (saddle)
     start_steps: int = 10           # optimizer steps that use them before the E-step takes over
     restarts: int = 5               # starts of the linear mixture; the best bound is taken
@@ -56,6 +58,16 @@ class TrainConfig:
     seed: int = 0                   # of everything random
     save_minutes: float = 10.0      # between checkpoints
     data_folder: str = ""           # local files looked into before anything is fetched
+
+    @property
+    def models(self) -> list[str]:
+        """The reference of all experts, or one for each."""
+        return self.model.split(",") if self.sharing == "models" else [self.model]
+
+    @property
+    def frozen(self) -> list[int]:
+        """The experts that stay as they are."""
+        return list(range(self.experts)) if self.freeze == "all" else sorted(convert(self.freeze, tuple[int, ...], "--freeze"))
 
 
 def validate(config: TrainConfig) -> None:
@@ -114,7 +126,29 @@ def validate(config: TrainConfig) -> None:
     if config.estep == "first" and config.start == "dirichlet" and config.start_steps and config.experts > 1:
         raise InputError("--estep first keeps a pair's first responsibilities, and random ones would stay for ever: "
                          "it wants --start linear or none, or --start-steps 0")
+    validate_modules(config)
     if lora and config.rank == 0:
         raise InputError("--rank 0 means full heads; --sharing lora wants a rank of 1 or more")
     if not config.train_trunk and (config.sharing != "heads" or config.experts == 1):
         raise InputError("--train-trunk false trains expert heads alone: it wants --experts 2 or more, --sharing heads")
+
+
+def validate_modules(config: TrainConfig) -> None:
+    """What --model a,b, --init-experts and --freeze want of the rest."""
+    if len(config.models) not in (1, config.experts):
+        raise InputError(f"--model: got {len(config.models)} models for {config.experts} experts; wanted one, or one each")
+    begun, frozen, heads = config.init_experts.split(",") if config.init_experts else [], config.frozen, config.sharing == "heads"
+    if begun and len(begun) != config.experts:
+        raise InputError(f"--init-experts: got {len(begun)} entries for {config.experts} experts; wanted RUN:k or fresh for each")
+    if frozen and (frozen[0] < 0 or frozen[-1] >= config.experts or len(set(frozen)) < len(frozen)):
+        raise InputError(f"--freeze: got {config.freeze!r}, wanted some of 0 to {config.experts - 1}, or all")
+    if (begun or frozen) and config.experts == 1:
+        raise InputError("--init-experts and --freeze want --experts 2 or more; one expert alone is its run")
+    if (begun or frozen) and heads and config.train_trunk:
+        raise InputError("--init-experts and --freeze with --sharing heads want --train-trunk false: a head means nothing "
+                         "on a trunk that moves")
+    if begun and config.start != "none":
+        raise InputError("--init-experts: experts that are taken over tell pairs apart from the first step on; add --start none")
+    if len(frozen) == config.experts and config.gate not in TRAINED and config.weights != "update":
+        raise InputError("--freeze all leaves nothing to learn but the weights: choose a gate that is trained, "
+                         "or --weights update")

@@ -17,20 +17,36 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from mixdpo.config import InputError
 from mixdpo.experts import Heads
 from mixdpo.logprob import sum_responses
 from mixdpo.preferences import Pair, collate, data_key, response_positions
 from mixdpo.rundir import Progress
-from mixdpo.weights import content_key
+from mixdpo.tokenizer import load_tokenizer
+from mixdpo.weights import content_key, load_model
 
-VERSION = 2     # part of every key: raise it when what is kept changes
+VERSION = 3     # part of every key: raise it when what is kept changes
 
 
 @dataclass(frozen=True)
 class Reference:
-    logp: torch.Tensor      # (P,2) float32 nats
+    logp: torch.Tensor      # (P,1,2) float32 nats, or (P,K,2) where each expert has a reference of its own
     features: torch.Tensor  # (P,2,C) float32, of the responses
     prompt: torch.Tensor    # (P,2,C) float32, of the prompt: last state, mean state
+
+
+def load_references(config, device) -> tuple[list, object]:
+    """The run's models, one for all experts or one for each, and their tokenizer.
+    Raises: InputError if they do not go together: experts share text, tokens and the width of their states."""
+    folder, models, keys = config.data_folder or None, [], []
+    for name in config.models:
+        tokenizer = load_tokenizer(name, folder)
+        models.append(load_model(name, device=device, data=folder))
+        keys.append((tokenizer.key, tuple(models[-1].unembedding.shape)))
+        if keys[-1] != keys[0]:
+            raise InputError(f"--model: {name} has another tokenizer, vocabulary or width than {config.models[0]}; "
+                             "experts of one mixture want the same")
+    return models, tokenizer
 
 
 @torch.no_grad()
@@ -43,7 +59,7 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
         where, targets, sequence = response_positions(batch)
         hidden = policy.hidden(batch.ids.flatten(0, 1))                     # (2B,T,C)
         of_tokens = policy.token_logps(policy.rows(hidden, where), targets, 4096)           # (1,M)
-        logps.append(sum_responses(of_tokens, sequence, len(batch.ids))[:, 0])
+        logps.append(sum_responses(of_tokens, sequence, len(batch.ids)))                    # (B,1,2)
         read = policy.rows(hidden, where + 1).float()           # (M,C) states that have read each response token
         count = torch.bincount(sequence, minlength=2 * len(batch.ids)).clamp_min(1)
         mean = read.new_zeros(2 * len(batch.ids), read.shape[1]).index_add(0, sequence, read) / count[:, None]
@@ -89,9 +105,12 @@ def cached_reference(folder: Path, key: tuple, compute) -> Reference:
     return Reference(**load_file(path))
 
 
-def reference_of(path, pairs: list[Pair], model, tokenizer, config, dtype: torch.dtype, folder: Path) -> Reference:
-    """The reference of the pairs that were read from `path` with config's max_prompt, max_response and drop."""
-    key = (VERSION, content_key(model), data_key(path), tokenizer.key, config.max_prompt, config.max_response, config.drop,
-           str(dtype), str(model.unembedding.device))
-    progress = Progress(f"reference, {Path(path).stem}")
-    return cached_reference(folder, key, lambda: compute_reference(model, pairs, dtype, progress=progress))
+def reference_of(path, pairs: list[Pair], models: list, tokenizer, config, dtype: torch.dtype, folder: Path) -> Reference:
+    """The reference of the pairs that were read from `path` with config's max_prompt, max_response and drop: one for
+    each of the models. Features are the first's."""
+    found, progress = [], Progress(f"reference, {Path(path).stem}")
+    for model in models:
+        key = (VERSION, content_key(model), data_key(path), tokenizer.key, config.max_prompt, config.max_response,
+               config.drop, str(dtype), str(model.unembedding.device))
+        found.append(cached_reference(folder, key, lambda: compute_reference(model, pairs, dtype, progress=progress)))
+    return dataclasses.replace(found[0], logp=torch.cat([each.logp for each in found], dim=1))

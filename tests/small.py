@@ -36,7 +36,7 @@ def experts(family="gpt2", seed=0, moved=True, dtype=torch.float32, **options):
     """Experts as the options of train.py ask for them; moved: every trained parameter is pushed off the start,
     each expert another way. In float64 the parameters are too: what should be equal is then equal to 1e-12."""
     start = model(family, seed).to(torch.promote_types(dtype, torch.float32))
-    made = make_experts(start, config(**dict(rank=3) | options), dtype)
+    made = make_experts([start], config(**dict(rank=3) | options), dtype)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in made.parameters():
@@ -60,5 +60,5 @@ def pairs(count=7, seed=0, users=None, context=()):
 
 
 def reference_logp(count, seed=5, dtype=torch.float32):
-    """Made-up reference log-probs: margins then differ from pair to pair. (P,2)"""
-    return -20 + 5 * torch.randn(count, 2, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    """Made-up reference log-probs: margins then differ from pair to pair. (P,1,2)"""
+    return -20 + 5 * torch.randn(count, 1, 2, generator=torch.Generator().manual_seed(seed), dtype=dtype)

@@ -139,7 +139,7 @@ def test_make_experts_follows_the_configuration():
     """Catches: an option that is ignored (rank, seed, sharing, targets, train_trunk), models that share parameters,
     K = 1 with a head of its own."""
     def make(**options):
-        return make_experts(small.model(), small.config(**options), torch.float32)
+        return make_experts([small.model()], small.config(**options), torch.float32)
 
     def names(**options):
         return {n for n, _ in make(**options).named_parameters()}

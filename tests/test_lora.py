@@ -374,7 +374,7 @@ def test_adapters_of_a_model_that_is_no_directory_bring_their_base(tmp_path, mod
     monkeypatch.setattr(exporting, "load_tokenizer", lambda name, data: load_tokenizer(model_dir))
     metadata, tensors = as_gguf(small.model("llama"))
     write_gguf(tmp_path / "m.gguf", {name: value for name, value in metadata.items() if value is not None}, tensors)
-    export_experts(lora("llama", experts=2), tmp_path / "out", str(tmp_path / "m.gguf"))
+    export_experts(lora("llama", experts=2), tmp_path / "out", [str(tmp_path / "m.gguf")])
     base = tmp_path / "out" / "base"
     assert weights.content_key(load_model(base)) == weights.content_key(load_model(tmp_path / "m.gguf"))
     for place in (base, tmp_path / "out" / "expert-0", tmp_path / "out" / "expert-1"):

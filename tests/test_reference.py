@@ -26,7 +26,7 @@ def test_log_probs_and_features_text_by_text(family):
     model, pairs = small.model(family), small.pairs(COUNT)
     for size in (1, 3, 16):
         found = compute_reference(model, pairs, torch.float32, size=size)
-        assert found.logp.shape == (COUNT, 2) and found.features.shape == (COUNT, 2, 12)
+        assert found.logp.shape == (COUNT, 1, 2) and found.features.shape == (COUNT, 2, 12)
         for n, pair in enumerate(pairs):
             for side, response in enumerate((pair.chosen, pair.rejected)):
                 with torch.no_grad():
@@ -34,7 +34,7 @@ def test_log_probs_and_features_text_by_text(family):
                 logps = torch.log_softmax(states @ model.unembedding.detach().T, -1)
                 start = len(pair.prompt)
                 want = sum(float(logps[start + t - 1, id]) for t, id in enumerate(response))
-                assert abs(float(found.logp[n, side]) - want) < 1e-4
+                assert abs(float(found.logp[n, 0, side]) - want) < 1e-4
                 assert torch.allclose(found.features[n, side], states[start:].mean(0), atol=1e-5)
 
 
@@ -53,7 +53,7 @@ def test_the_same_call_as_the_policys(options, dtype):
     with torch.no_grad():
         logp = pair_logp(small.experts(moved=False, dtype=dtype, **options), collate(pairs, range(COUNT), "pair"))
     slack = 0.0 if options.get("sharing") != "lora" else 1e-5 if dtype == torch.float32 else 0.1
-    assert margins(logp, found.logp[:, None], 0.5).abs().max() <= slack
+    assert margins(logp, found.logp, 0.5).abs().max() <= slack
 
 
 def test_progress_and_parameters():

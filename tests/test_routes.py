@@ -59,7 +59,7 @@ def latent(log_w, G, given=None):
 def log_p(experts, pairs, ref, config, group=None, log_w=None):
     """Composable: log marginal of each pair, or of each user from all of the user's pairs, with gradient."""
     batch = collate(pairs, list(range(len(pairs))), "pair")
-    h = margins(pair_logp(experts, batch, tile=17), ref[:, None], config.beta)                    # (B,K)
+    h = margins(pair_logp(experts, batch, tile=17), ref, config.beta)                    # (B,K)
     log_w = LOG_W[experts.K] if log_w is None else log_w
     if group is None:
         return log_marginal(log_w, h)
@@ -136,13 +136,13 @@ def test_one_expert_is_dpo_bit_for_bit(family, head_rows):
     got, h = gradient(experts), torch.cat([h for *_, h in seen])
     assert all(not q.any() for pair in seen for q in pair[:2])              # log q is 0, not nearly 0
     if head_rows == 0:
-        margin = margins(pair_logp(experts, batch), ref[:, None], config.beta)[:, 0]
+        margin = margins(pair_logp(experts, batch), ref, config.beta)[:, 0]
         assert torch.equal(margin, h[:, 0])
         (dpo_loss(margin).sum() / COUNT).backward()
         want = gradient(experts)
         assert all(torch.equal(got[name], want[name]) for name in want)
     else:                                                                   # by hand: d loss / d h is -sigma(-h)
-        margin = margins(pair_logp(experts, batch), ref[:, None], config.beta)[:, 0]
+        margin = margins(pair_logp(experts, batch), ref, config.beta)[:, 0]
         (torch.sigmoid(-h[:, 0]) * -margin).sum().div(COUNT).backward()
         assert_equal(got, gradient(experts), head_rows)
 
@@ -234,7 +234,7 @@ def test_context_pairs_decide_and_are_not_trained_on():
     experts = small.experts(experts=2, rank=0, dtype=DOUBLE)
     group = collate(pairs, list(range(COUNT)), "user").group
     aside = torch.zeros(COUNT, dtype=torch.bool).index_fill(0, torch.tensor(context), True)
-    h = margins(pair_logp(experts, collate(pairs, list(range(COUNT)), "pair")), ref[:, None], 0.5)
+    h = margins(pair_logp(experts, collate(pairs, list(range(COUNT)), "pair")), ref, 0.5)
     log_q = torch.stack([torch.log_softmax(LOG_W[2] + F.logsigmoid(h[(group == g) & aside]).sum(0), 0)
                          for g in range(4)]).detach()
     (-(log_q[group].exp() * F.logsigmoid(h))[~aside].sum() / (COUNT - len(context))).backward()

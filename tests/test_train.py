@@ -141,7 +141,7 @@ def slow_run(config):
     if config.estep == "context":
         pairs = mark_context(pairs, config.context, config.seed)
     model, units, K = load_model(config.model), groups(pairs, config.latent), config.experts
-    reference, experts = copy.deepcopy(model), make_experts(model, config, torch.float32)
+    reference, experts = copy.deepcopy(model), make_experts([model], config, torch.float32)
     named = {n: p for n, p in experts.named_parameters() if p.requires_grad}
     peak = {n: config.head_lr if n.split(".")[-1] in ("A", "B") else config.lr for n in named}
     slow_gate = SlowGate(config, model, pairs, units)
@@ -324,7 +324,7 @@ def test_the_linear_start_finds_planted_users(tmp_path, model_dir, capsys):
     records = tinyjob.make_records(users=10, each=6, letters=("aaab", "zzzy"))
     paths = dict(data=tinyjob.write(tmp_path / "d.jsonl", records), model=str(model_dir), out=str(tmp_path / "r"))
     config = train.TrainConfig(**tinyjob.SMALL | paths, latent="user", start="linear")
-    _, plan, reference, _ = train.prepare(config)
+    _, plan, reference, *_ = train.prepare(config)
     pairs, units = plan.pairs, plan.units
     q = start_module.first_responsibilities(config, units, reference.features).exp()
     found, truth = q.argmax(1).tolist(), [int(pairs[unit[0]].user[1:]) % 2 for unit in units]
@@ -339,7 +339,7 @@ def test_features_are_the_mean_states_of_the_response(tmp_path, model_dir):
     """Faults: the states that predict the tokens; the prompt's among them; padding counted."""
     data = tinyjob.write(tmp_path / "d.jsonl", tinyjob.make_records())
     config = train.TrainConfig(**tinyjob.SMALL, data=data, model=str(model_dir), out=str(tmp_path / "r"))
-    experts, plan, reference, _ = train.prepare(config)
+    experts, plan, reference, *_ = train.prepare(config)
     pairs = plan.pairs
     for i in (0, 5, 11):
         for side, response in enumerate((pairs[i].chosen, pairs[i].rejected)):

@@ -95,7 +95,7 @@ def ours(setting: Setting, experts: int, rank: int = 0) -> Stepper:
                                clip=CLIP, batch=len(setting.pairs), micro=len(setting.pairs), dtype="float32")
     model = load_model(setting.directory, device=setting.device)
     ref_logp = compute_reference(model, setting.pairs, torch.float32).logp.to(setting.device)
-    policies = make_experts(model, config, torch.float32)
+    policies = make_experts([model], config, torch.float32)
     optimizer, _ = make_optimizer(policies, config.lr, config.head_lr)
     micros = micro_batches(make_plan(setting.pairs, config), list(range(len(setting.pairs))), config, setting.device)
     G = len(setting.pairs)

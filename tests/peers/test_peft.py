@@ -106,8 +106,8 @@ def test_an_export_opens_expert_by_expert(sharing, name, tmp_path):
     options = {"full": dict(rank=0), "low-rank": dict(rank=4)}.get(sharing, dict(sharing=sharing, rank=4))
     model, folder = base(name, tinyjob.make_model(tmp_path / "base"))       # whose tokenizer stays there
     config = TrainConfig(data="", model=str(folder), out="", experts=2, **options)
-    experts, ids = moved(make_experts(model, config, torch.float32)), torch.randint(VOCAB, (3, 40))
-    places = export_experts(experts, tmp_path / "out", str(folder))
+    experts, ids = moved(make_experts([model], config, torch.float32)), torch.randint(VOCAB, (3, 40))
+    places = export_experts(experts, tmp_path / "out", [str(folder)])
     assert [place.name for place in places] == ["expert-0", "expert-1"]
     for k, place in enumerate(places):
         kind = peft.AutoPeftModelForCausalLM if sharing == "lora" else transformers.AutoModelForCausalLM

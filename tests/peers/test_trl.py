@@ -61,7 +61,7 @@ def ours(folders, pairs, head_rows=1024, **options):
     """What train.py accumulates for one step: (loss, margins (B,), gradients by our names)."""
     config = train.TrainConfig(data="", model="", out="", beta=BETA, dtype="float32", head_rows=head_rows, **options)
     reference = compute_reference(load_model(folders / "reference"), pairs, torch.float32).logp
-    experts = make_experts(load_model(folders / "policy"), config, torch.float32)
+    experts = make_experts([load_model(folders / "policy")], config, torch.float32)
     micro, = micro_batches(make_plan(pairs, config), list(range(len(pairs))), config, "cpu")
     inputs = Inputs(torch.zeros(len(pairs), 0), torch.zeros(len(pairs), dtype=torch.int64))
     latent = Latent(inputs, first_weights(config).expand(len(pairs), -1), None, None, None)

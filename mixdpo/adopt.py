@@ -1,0 +1,88 @@
+"""Modular deployment: experts taken over from finished runs, fresh ones beside them, and experts that stay as they are.
+
+    --init-experts runs/a:0,runs/b:1,fresh     expert 0 begins as run a's expert 0, ..., the third as the reference
+    --freeze 0,1 (or all)                       these keep every bit; what learns is the others, and the gate
+
+An expert is taken over with what it was trained on: heads by heads of the same rank on the same frozen trunk, adapters
+by adapters of the same rank and projections on the same base, whole models (--sharing models) by any run's expert. Its
+reference has to be this run's, since its margins (M3, M4) mean nothing beside another one.
+"""
+
+from pathlib import Path
+
+import torch
+
+from mixdpo.config import InputError
+from mixdpo.experts import Adapters, Heads, Models
+from mixdpo.finished import load_experts
+
+
+def adopt(experts: Heads | Adapters | Models, config, keys: list[str]) -> None:
+    """Begins and freezes experts as --init-experts and --freeze say. keys: the content key of each reference.
+    Raises: InputError naming the run that does not fit, and why; nothing has been copied then."""
+    begun, sources = config.init_experts.split(",") if config.init_experts else [], {}
+    for k, entry in enumerate(begun):
+        if entry == "fresh":
+            continue
+        path, _, number = entry.rpartition(":")
+        if not path or not number.isdigit():
+            raise InputError(f"--init-experts: got {entry!r}, wanted RUN:k, a run's directory and the number of its expert")
+        if path not in sources:
+            sources[path] = load_experts(Path(path), "cpu", config.data_folder)
+        its, source, _, state = sources[path]
+        if int(number) >= source.K:
+            raise InputError(f"--init-experts {entry}: that run has experts 0 to {source.K - 1}")
+        if state["config"]["model_key"] != keys[k % len(keys)]:
+            raise InputError(f"--init-experts {entry}: was trained against another reference, {its.model}, than expert {k} "
+                             f"has here, {config.models[k % len(keys)]}; name its model in --model")
+        take_over(experts, k, source, int(number), entry)
+    if config.frozen:
+        freeze(experts, config.frozen)
+
+
+@torch.no_grad()
+def take_over(experts, k: int, source, j: int, entry: str) -> None:
+    """Expert k becomes the source's expert j."""
+    if isinstance(experts, Models):
+        model, head = source.policy(j)
+        own = experts.models[k]
+        if head is not model.unembedding and own.config.tied:
+            own = experts.untie(k)
+        given = model.state_dict() | ({"lm_head.weight": head} if not own.config.tied else {})
+        for name, value in own.state_dict().items():
+            value.copy_(given[name])
+        return
+    wanted = {name: value.shape[1:] for name, value in experts.named_parameters() if is_factor(name)}
+    given = {name: value for name, value in source.named_parameters() if is_factor(name)}
+    if type(source) is not type(experts) or {name: value.shape[1:] for name, value in given.items()} != wanted:
+        raise InputError(f"--init-experts {entry}: is no {type(experts).__name__[:-1].lower()} of the same kind and rank as "
+                         "those here; choose that run's --sharing, --rank and --targets, or --sharing models, which takes "
+                         "any expert over")
+    if isinstance(source, Heads) and any(p.requires_grad for p in source.trunk.parameters()):
+        raise InputError(f"--init-experts {entry}: its trunk has learnt too, and its heads mean nothing on another one; "
+                         "take it over with --sharing models")
+    for name, value in experts.named_parameters():
+        if is_factor(name):
+            value[k] = given[name][j]
+
+
+def freeze(experts, frozen: list[int]) -> None:
+    """Keeps these experts as they are, to the bit: Adam without weight decay leaves what never had a gradient."""
+    whole = len(frozen) == experts.K
+    for name, p in experts.named_parameters():
+        if isinstance(experts, Models):
+            kept = int(name.split(".")[1]) in frozen                        # models.K.NAME
+        else:
+            kept = whole
+        if kept and p.requires_grad:
+            p.requires_grad_(False)
+            p.frozen = True                                                 # still part of what a checkpoint holds
+        elif p.requires_grad and not isinstance(experts, Models):
+            others = torch.ones(experts.K, *[1] * (p.ndim - 1), device=p.device)
+            others[frozen] = 0
+            p.register_hook(lambda grad, others=others: grad * others)
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter has one row an expert: the factors A and B, or the full heads."""
+    return name.rpartition(".")[2] in ("A", "B", "W_k")
