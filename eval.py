@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from mixdpo import config as configs
 from mixdpo.config import InputError, write_whole
 from mixdpo.diagnostics import mean_se
 from mixdpo.export import export_experts
 from mixdpo.finished import Run, find_runs, load_run
+from mixdpo.gates import READS_PROMPT
 from mixdpo.generate import choose_expert, generate
 from mixdpo.heldout import expert_logp, heldout_figures, weights
 from mixdpo.mixture import mixture_logp
@@ -60,7 +62,7 @@ def sample(model, head: torch.Tensor, prompts, config: EvalConfig, max_new: int,
 
 def policy_rows(runs: list[Run], reference, prompts: list[Pair], config: EvalConfig, max_new: int, eos: int) -> dict:
     """Completions of every row of the table: name -> {"ids": of each prompt, "kl": (N,) log pi - log pi_ref of each in
-    nats, "z": the expert of each, or None}. Where experts have references of their own, the first is the row's and KL's."""
+    nats, "z": the expert of each, or None, "w": of a mixture, (N,K)}. Where experts have references of their own, the first is the row's and KL's."""
     dtype, of = runs[0].experts.dtype, [p.prompt for p in prompts]
     states = prompt_features(reference, of, dtype)                          # (N,2,C)
     cast = copy.deepcopy(reference).to(dtype)                               # whole: a cast a token would cost more
@@ -82,6 +84,7 @@ def policy_rows(runs: list[Run], reference, prompts: list[Pair], config: EvalCon
             log_ratio = mixture_logp(log_w, drawn) if mode == "mixture" else drawn[n, z]            # M14
             name = run.name if K == 1 else f"{run.name} {mode if mode in ('mixture', 'sparse') else f'head {mode}'}"
             rows[name] = {"ids": [ids[k][i] for i, k in enumerate(z.tolist())], "kl": log_ratio, "z": z.tolist()}
+            rows[name] |= {"w": log_w.exp()} if mode == "mixture" else {}
     return rows
 
 
@@ -107,6 +110,7 @@ def reward_table(rows: dict, prompts: list[list[int]], tokenizer, dataset: dict,
         table[name] |= {"trained": mean_se(trained), "gain": mean_se(trained - base), "kl": mean_se(row["kl"])}
         table[name] |= {"length": mean_se(torch.tensor([len(y) for y in row["ids"]]))}
         table[name] |= {"values": values.tolist()}                          # by prompt: rows are compared in pairs
+        table[name] |= {"w": row["w"].tolist()} if "w" in row else {}
     return table, texts
 
 
@@ -127,6 +131,12 @@ def read_prompts(path: Path, tokenizer, max_prompt: int, limit: int) -> list[Pai
             got = f"{line[:80]!r} ({error})"
             raise InputError(f'{path}:{number}: wanted {{"prompt": "some text"}}, got {got}') from None
     return prompts[: limit or None]
+
+
+def told_of_prompts(path: Path, limit: int) -> list[dict]:
+    """What the file says of each prompt besides its text."""
+    rows = [json.loads(line) for line in lines(path) if line.strip()][: limit or None]
+    return [{name: row[name] for name in ("domain", "set") if name in row} for row in rows]
 
 
 def evaluate(config: EvalConfig) -> dict:
@@ -161,6 +171,9 @@ def evaluate(config: EvalConfig) -> dict:
         max_new, ids = config.max_new or dataset.get("max_new") or first.max_response, [p.prompt for p in asked]
         rows = policy_rows(runs, references[0], asked, config, max_new, tokenizer.eos)
         results["policies"], texts = reward_table(rows, ids, tokenizer, dataset, home)
+        results["asked"] = told_of_prompts(prompts, config.limit)
+        if any(run.config.gate in READS_PROMPT for run in runs):            # what they look at, for pictures
+            save_file({"states": prompt_features(references[0], ids, dtype)}, folder / "prompt-states.safetensors")
         samples = [{"prompt": plain_text(prompt, tokenizer), "texts": {name: column[n] for name, column in texts.items()}}
                    for n, prompt in enumerate(ids)]
         write_whole(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
@@ -187,7 +200,7 @@ def export(config: EvalConfig) -> list[Path]:
 
 def print_tables(results: dict) -> None:
     """The figures as plain text."""
-    rewards = [name for name in next(iter(results["policies"].values()), {}) if name != "values"]
+    rewards = [name for name in next(iter(results["policies"].values()), {}) if name not in ("values", "w")]
     if rewards:
         print(f"\n{'policy':<24}" + "".join(f"{name:>18}" for name in rewards))
         for name, row in results["policies"].items():

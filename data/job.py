@@ -103,7 +103,7 @@ def annotators_of(job: Job) -> list[str]:
 def rewards_of(job: Job) -> list[str]:
     """Names of the rewards in the order of each policy's "values"; none if no completions were evaluated."""
     row = next(iter(job.results["policies"].values()), {})
-    return [name for name in row if name not in ("trained", "gain", "kl", "length", "values")]
+    return [name for name in row if name not in ("trained", "gain", "kl", "length", "values", "w")]
 
 
 def heads_of(job: Job) -> dict[str, list[str]]:

@@ -129,6 +129,7 @@ def pair_line(row: dict, pair: dict) -> dict:
     i, j = pair["chosen"], pair["rejected"]
     line = {"prompt": row["prompt"], "chosen": row["responses"][i], "rejected": row["responses"][j]}
     line |= {name: pair[name] for name in ("user", "annotator", "context") if name in pair}
+    line |= {"domain": row["domain"]} if "domain" in row else {}
     return line | {"scores": {name: [column[i], column[j]] for name, column in row["scores"].items()}}
 
 

