@@ -95,7 +95,7 @@ def slow_heldout(job, name):
 @pytest.mark.parametrize("name", ["dpo", "mix-pair", "mix-user"])
 def test_heldout_figures_by_hand(job, name):
     """Faults: margins against another reference; M5 under uniform w; a tie for a win; each user's own weights not used,
-    or those of another user; accuracy of an annotator on all pairs; the gap with its sign turned; pairs of one prompt
+    or those of another user; pairs to compare runs by under other weights; accuracy of an annotator on all pairs; the gap with its sign turned; pairs of one prompt
     counted as independent, or prompts told apart by their first token; own - other of another annotator."""
     records, h, w, table = slow_heldout(job, name)
     got, users = job[1]["preferences"][name], [f"u{n}" for n in range(6)]   # in the training file's order
@@ -110,6 +110,8 @@ def test_heldout_figures_by_hand(job, name):
         assert got[key]["se"] == pytest.approx(slow_se(values, prompts), abs=1e-5), key
         assert got[key]["n"] == 16, key
     assert got["prompts"] == len(set(prompts)) < 16
+    assert got["by_pair"] == pytest.approx(np.log(p).tolist(), abs=1e-5)
+    assert [got["prompt_of_pair"].index(n) for n in got["prompt_of_pair"]] == [prompts.index(q) for q in prompts]
     gap = [brute.kl(q, posterior) for q, posterior in zip(own, brute.posterior(own, h))]
     assert got["elbo_gap"]["mean"] == pytest.approx(np.mean(gap), abs=1e-5)
     for kind in ("first", "second"):
@@ -213,6 +215,8 @@ def test_nothing_depends_on_the_batch_and_one_run_can_be_evaluated_alone(job, mo
     alone = evaluate(EvalConfig(dir=str(folder / "mix-user"), batch=64, limit=4))
     for row in alone["policies"]:
         assert alone["policies"][row]["values"] == results["policies"][row]["values"][:4]
+    assert len(alone["asked"]) == 4 < len(results["asked"]) == len(PROMPTS)
+    assert np.allclose(results["policies"]["mix-pair mixture"]["w"], [[0.3, 0.7]] * len(PROMPTS))
     assert alone["preferences"] == {"mix-user": results["preferences"]["mix-user"]}
     assert kept == {path: path.read_text() for path in folder.glob("*.json*")}
     shown = read_job(folder / "mix-user")
