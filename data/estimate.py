@@ -25,11 +25,11 @@ def work(preset: dict, parameters: float, prompt: int) -> dict[str, dict[str, fl
     continuations = (preset["prompts"] + preset["heldout"]) * preset["continuations"]
     pairs, held = preset["users"] * preset["pairs"], preset["users"] * preset["heldout_pairs"]
     tuned = {"steps": 100, "batch": 16, "tokens": 128} | preset["finetune"]
-    experts, epochs = [run["experts"] for run in preset["runs"].values()], preset["train"].get("epochs", 1)
+    experts = [run["experts"] for run in preset["runs"].values()]
     seen, passes = 2 * (prompt + response), 1.0                             # tokens of a pair; 1: the reference's pass
     aside = preset["context"] / preset["pairs"]
     for run in preset["runs"].values():
-        in_context = run.get("estep") == "context"
+        in_context, epochs = run.get("estep") == "context", (preset["train"] | run).get("epochs", 1)
         passes += epochs * (aside * in_context + (1 - aside) * (3 if run.get("train_trunk", True) else 1.3))   # measured
         passes += 0 if run["experts"] == 1 else aside if in_context else 1 - aside          # the last E-step
     completed = preset["evaluate"] * (1 + sum(experts))

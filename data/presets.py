@@ -15,10 +15,10 @@ TWO, THREE = ["sentiment", "informativeness"], ["sentiment", "informativeness", 
 COMMON = {"agree": 0.3, "margin": 1.0, "seed": 0, "judge_reviews": 12000, "continuations": 4, "max_response": 48}
 
 
-def runs(experts: int, of_users: dict, seeds: int = 1, **of_dpo) -> dict:
+def runs(experts: int, of_users: dict, of_mixtures: dict = {}, seeds: int = 1, **of_dpo) -> dict:
     """DPO, and the mixture with one type a pair, as in the paper, and with one type a user, this one once a seed.
     Heads on a frozen trunk: one that learns follows the type that is easier to learn."""
-    heads = {"experts": experts, "train_trunk": False, "start": "linear"}
+    heads = {"experts": experts, "train_trunk": False, "start": "linear"} | of_mixtures
     out = {"dpo": {"experts": 1} | of_dpo, "mix-pair": heads | {"latent": "pair"}}
     for seed in range(seeds):
         out["mix-user" + f"-seed{seed}" * (seed > 0)] = heads | {"latent": "user", "seed": seed} | of_users
@@ -32,11 +32,11 @@ SMOKE = COMMON | {
     "train": {"epochs": 1, "batch": 20, "micro": 10}, "runs": runs(2, {"start_steps": 1, "estep": "context"}),
 }
 QUICK = COMMON | {
-    "annotators": TWO, "prompts": 200, "heldout": 100, "evaluate": 100, "continuations": 5, "max_response": 32,
+    "annotators": TWO, "prompts": 200, "heldout": 150, "evaluate": 150, "continuations": 5, "max_response": 32,
     "users": 40, "pairs": 16, "context": 6, "heldout_pairs": 8, "agree": 0.5, "reviews": 1500,
     "finetune": {"steps": 40, "batch": 8, "tokens": 128, "lr": 1e-4},
-    "train": {"epochs": 1, "batch": 16, "micro": 16},
-    "runs": runs(2, {"start_steps": 25, "estep": "context"}, lr=5e-5),
+    "train": {"batch": 16, "micro": 16},
+    "runs": runs(2, {"start_steps": 25, "estep": "context"}, {"epochs": 2}, lr=5e-5),
 }
 CPU = COMMON | {
     "annotators": TWO, "prompts": 800, "heldout": 600, "evaluate": 200, "continuations": 6, "max_response": 32,

@@ -195,7 +195,7 @@ def test_only_what_its_text_gives_back_is_kept(tiny):
 def test_interrupted_sampling_goes_on_to_the_same_texts(tiny, tmp_path, monkeypatch):
     """Caught: lines lost or repeated after an interruption, a torn line kept, randomness by place in the part."""
     tokenizer, preset = load_tokenizer(tiny), {"continuations": 3, "max_response": 5}
-    monkeypatch.setattr(imdb, "AT_ONCE", 6)                                 # two prompts a part
+    monkeypatch.setattr(experiment, "AT_ONCE", 6)                                 # two prompts a part
     (tmp_path / "reference").symlink_to(tiny)
     write_lines(tmp_path / "p.jsonl", ({"prompt": f"prompt {n}"} for n in range(7)))
     sample(tmp_path, preset, tokenizer, "p.jsonl", seed=3, key="k" * 64)
@@ -404,7 +404,7 @@ def test_the_estimate_counts_what_a_preset_asks_for():
     taken for nothing."""
     base = IMDB["quick"]
     first = work(base, 1e8, 16)
-    assert first["sampling"]["decode"] == 2e8 * 300 * 5 * 32
+    assert first["sampling"]["decode"] == 2e8 * 350 * 5 * 32
     for name, stage_name in (("users", "training"), ("prompts", "sampling"), ("evaluate", "evaluation")):
         more = work(base | {name: 2 * base[name]}, 1e8, 16)
         assert sum(more[stage_name].values()) > 1.3 * sum(first[stage_name].values())
