@@ -66,11 +66,11 @@ def gates(case_2: list[str], **of_whole) -> dict:
     return out | {f"{name}-models": both | {"sharing": "models"} | of_whole | gate[name] for name in case_2}
 
 
-TWO_DOMAINS = COMMON | {"annotators": TWO, "domains": {"movie": ["informativeness"], "book": ["sentiment"]}, "context": 0}
+TWO_DOMAINS = COMMON | {"annotators": TWO, "domains": {"movie": ["informativeness"], "book": ["sentiment"]}, "context": 0, "judge_reviews": 22000}
 REVIEWS = {
     "smoke": TWO_DOMAINS | {
         "prompts": 24, "heldout": 12, "evaluate": 12, "apart": 2, "max_response": 16, "margin": 0.1, "users": 4, "pairs": 5,
-        "heldout_pairs": 3, "reviews": 60, "judge_reviews": 8000,
+        "heldout_pairs": 3, "reviews": 60, "judge_reviews": 14000,
         "finetune": {"steps": 2, "batch": 4, "tokens": 64, "held": 8},
         "train": {"epochs": 1, "batch": 10, "micro": 10}, "runs": gates(["moe-linear"]),
     },
