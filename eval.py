@@ -62,7 +62,8 @@ def sample(model, head: torch.Tensor, prompts, config: EvalConfig, max_new: int,
 
 def policy_rows(runs: list[Run], reference, prompts: list[Pair], config: EvalConfig, max_new: int, eos: int) -> dict:
     """Completions of every row of the table: name -> {"ids": of each prompt, "kl": (N,) log pi - log pi_ref of each in
-    nats, "z": the expert of each, or None, "w": of a mixture, (N,K)}. Where experts have references of their own, the first is the row's and KL's."""
+    nats, "z": the expert of each, or None, "w": of a mixture, (N,K)}. Where experts have references of their own, the
+    first is the row's and KL's."""
     dtype, of = runs[0].experts.dtype, [p.prompt for p in prompts]
     states = prompt_features(reference, of, dtype)                          # (N,2,C)
     cast = copy.deepcopy(reference).to(dtype)                               # whole: a cast a token would cost more
@@ -174,7 +175,7 @@ def evaluate(config: EvalConfig) -> dict:
         results["asked"] = told_of_prompts(prompts, config.limit)
         if any(run.config.gate in READS_PROMPT for run in runs):            # what they look at, for pictures
             save_file({"states": prompt_features(references[0], ids, dtype)}, folder / "prompt-states.safetensors")
-        samples = [{"prompt": plain_text(prompt, tokenizer), "texts": {name: column[n] for name, column in texts.items()}}
+        samples = [{"prompt": plain_text(prompt, tokenizer), "texts": {name: of[n] for name, of in texts.items()}}
                    for n, prompt in enumerate(ids)]
         write_whole(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     write_whole(folder / "results.json", json.dumps(results) + "\n")

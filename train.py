@@ -1,4 +1,5 @@
-"""Mix-DPO and MoE-DPO by stochastic variational EM: `python train.py --data prefs.jsonl --model DIR --experts 2 --out runs/x`.
+"""Mix-DPO and MoE-DPO by stochastic variational EM:
+`python train.py --data prefs.jsonl --model DIR --experts 2 --out runs/x`.
 
 One optimizer step is `step`, and for each of its micro-batches `accumulate`:
 
@@ -196,8 +197,8 @@ def prepare(config):
     trained = sum(map(len, plan.trained))
     print(f"{len(pairs)} pairs, {len(pairs) - trained} of them set aside as context; the {trained} others in "
           f"{len(plan.units)} groups ({config.latent}); products in {name}: {why}")
-    reference, keys = reference_of(config.data, pairs, models, tokenizer, config, dtype, cache), [*map(content_key, models)]
-    experts = make_experts(models, config, dtype)
+    reference = reference_of(config.data, pairs, models, tokenizer, config, dtype, cache)
+    keys, experts = [content_key(model) for model in models], make_experts(models, config, dtype)
     adopt(experts, config, keys)
     return experts, plan, reference, "+".join(keys), device
 
@@ -211,7 +212,8 @@ def given_responsibilities(t: int, plan, start, table, phase, e_step_of_all, con
         return table, phase
     if config.em == "full":
         if phase.isnan().any() or t == 0 or plan.steps[t - 1][0] < plan.steps[t][0]:
-            phase = vary(e_step_of_all(f"E-step {plan.steps[t][0] + 1}"), config.variant, None, config.variant_temperature)
+            phase = e_step_of_all(f"E-step {plan.steps[t][0] + 1}")
+            phase = vary(phase, config.variant, None, config.variant_temperature)       # M12
         return phase, phase
     return None, phase
 
@@ -246,8 +248,9 @@ def run(config: TrainConfig) -> Path:
         print(f"resumed at step {t} of {len(steps)}")
     else:
         first = micro_batches(plan, steps[0][1], config, device)[0]
+        log_w = gate(inputs[first.groups]).detach()[first.train.group]
         if not config.init_experts:
-            check_start(experts, first.train, ref_logp, gate(inputs[first.groups]).detach()[first.train.group], config.beta)
+            check_start(experts, first.train, ref_logp, log_w, config.beta)
 
     def e_step_of_all(name: str) -> torch.Tensor:
         return full_e_step(experts, gate, plan, ref_logp, inputs, config, name)

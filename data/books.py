@@ -28,8 +28,8 @@ def load_products(data) -> tuple[dict[str, list[Review]], dict]:
     Raises: InputError if there is no source, or it is not what it should be."""
     path = next((Path(data) / name for name in OWN if data is not None and (Path(data) / name).is_file()), None)
     if path is None:
-        raise InputError(f"book reviews: none of {', '.join(OWN)} lies in {data or 'a folder of yours'}; get the second from "
-                         f"{PAGE}, put it into a folder, and name that with DATA=FOLDER")
+        raise InputError(f"book reviews: none of {', '.join(OWN)} lies in {data or 'a folder of yours'}; get the second "
+                         f"from {PAGE}, put it into a folder, and name that with DATA=FOLDER")
     read = read_archive if path.suffixes[-2:] == [".tar", ".gz"] else read_jsonl
     found, seen, count = {}, set(), 0
     for domain, label, text in read(path):

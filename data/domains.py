@@ -32,8 +32,9 @@ def rewards_by_domain(job: Job) -> str:
             body.append([escape(name), *cells])
     return section(
         title,
-        "The reward that a domain's judges follow (mean of all where nothing was trained on), ± standard error, on prompts "
-        "that were held out, on reviews that speak of the other domain (crossed), and on domains never trained on (other).",
+        "The reward that a domain's judges follow (mean of all where nothing was trained on), ± standard error, on "
+        "prompts that were held out, on reviews that speak of the other domain (crossed), and on domains never trained on "
+        "(other).",
         table(["policy", *(f"{escape(d)}, {s}: {plain(wanted[s, d])}" for s, d in parts)], body))
 
 
@@ -70,7 +71,7 @@ def gates(job: Job) -> str:
         "Information and effective experts on held-out prompts; then, for each set of prompts, the share whose likeliest "
         "expert is the domain's own (0.5 is a coin; none where weights are the same for all) and the mean entropy of the "
         "weights in nats (0.69: undecided). A gate that knows what it does not know is undecided on other domains.",
-        table(["run", "gate", "I(z; x) (nats)", "effective experts", *(f"{escape(d)}, {s}" for s, d in parts)], body, left=2))
+        table(["run", "gate", "I(z; x) (nats)", "effective experts", *(f"{escape(d)}, {s}" for s, d in parts)], body, 2))
 
 
 def likelihoods(job: Job) -> str:

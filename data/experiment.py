@@ -51,7 +51,7 @@ class DataSet:
     presets: dict               # name -> settings (data/presets.py)
     sources: tuple              # names of the user's own files that are looked into; what lies there is part of the key
     sizes: tuple                # the settings that the split depends on
-    split: Callable             # (job, preset, tokenizer, distilbert, data): writes reviews.jsonl, FILES, the judge, split.json
+    split: Callable             # (job, preset, tokenizer, distilbert, data): writes what `prepare` says of it
     evaluate: str = "prompts.jsonl"         # the prompts that are completed
 
 
@@ -104,8 +104,8 @@ def sample(job: Path, preset: dict, tokenizer, file: str, seed: int, key: str) -
     with unfinished.open("a", encoding="utf-8") as out:
         for start in range(len(done), len(prompts), rows // n):
             part = prompts[start : start + rows // n]
-            ids = generate(model, [encode_prompt(prompt, tokenizer, 2 * MAX_PROMPT)[0] for prompt in part for _ in range(n)],
-                           preset["max_response"], tokenizer.eos, seed=seed, batch=rows,
+            encoded = [encode_prompt(prompt, tokenizer, 2 * MAX_PROMPT)[0] for prompt in part for _ in range(n)]
+            ids = generate(model, encoded, preset["max_response"], tokenizer.eos, seed=seed, batch=rows,
                            rows=list(range(start * n, (start + len(part)) * n)))
             texts = [response_of(response, tokenizer) for response in ids]
             for i, row in enumerate(asked[start : start + len(part)]):
@@ -208,8 +208,9 @@ def prepare(job: Path, of: DataSet, preset: dict, model: str, distilbert: str | 
         key = key_of(job / f"sampled-{file}", job / "judge.json")
         stage(job, f"annotate-{name}", key, [f"scored-{file}"], lambda: annotate(job, file))
     names = ("annotators", "domains", "seed", "margin", "agree", "users", "pairs", "context", "heldout_pairs")
-    key = key_of({name: preset.get(name) for name in names}, longest_prompt(tokenizer), *(job / f"scored-{file}" for file in FILES.values()))
-    stage(job, "judge", key, ["train.jsonl", "heldout.jsonl", "dataset.json"], lambda: judge(job, preset, longest_prompt(tokenizer)))
+    longest, scored = longest_prompt(tokenizer), [job / f"scored-{file}" for file in FILES.values()]
+    key = key_of({name: preset.get(name) for name in names}, longest, *scored)
+    stage(job, "judge", key, ["train.jsonl", "heldout.jsonl", "dataset.json"], lambda: judge(job, preset, longest))
 
 
 def main(of: DataSet, argv: list[str]) -> None:

@@ -144,7 +144,8 @@ def pair_facts(rows: list[dict], judged: list[dict], types: list[str], spread: d
     for pair, s in zip(judged, scores):
         users.setdefault(pair["user"], []).append(s)
     return {
-        "pairs": len(judged), "context": sum(pair.get("context", False) for pair in judged), "users": len(users), "kinds": Counter(pair["kind"] for pair in judged),
+        "pairs": len(judged), "context": sum(pair.get("context", False) for pair in judged),
+        "users": len(users), "kinds": Counter(pair["kind"] for pair in judged),
         "prompts_judged": len({pair["prompt"] for pair in judged}),
         "agreement": float(np.mean([len({g > 0 for g in gap.values()}) == 1 for gap in gaps])),
         "agreement_of_all_pairs": float(np.mean([len(set(prefers)) == 1 for prefers in everything])),

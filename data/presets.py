@@ -66,7 +66,10 @@ def gates(case_2: list[str], **of_whole) -> dict:
     return out | {f"{name}-models": both | {"sharing": "models"} | of_whole | gate[name] for name in case_2}
 
 
-TWO_DOMAINS = COMMON | {"annotators": TWO, "domains": {"movie": ["informativeness"], "book": ["sentiment"]}, "context": 0, "judge_reviews": 22000}
+TWO_DOMAINS = COMMON | {
+    "annotators": TWO, "domains": {"movie": ["informativeness"], "book": ["sentiment"]}, "context": 0,
+    "judge_reviews": 22000,
+}
 REVIEWS = {
     "smoke": TWO_DOMAINS | {
         "prompts": 24, "heldout": 12, "evaluate": 12, "apart": 2, "max_response": 16, "margin": 0.1, "users": 4, "pairs": 5,

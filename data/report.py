@@ -18,7 +18,8 @@ from data.job import (Job, Run, annotators_of, by_annotator, heads_of, last_resp
 
 EXPERTS = ["#0b5394", "#e07b00", "#4f9d69", "#a64d79", "#7f7f7f", "#9c7a00"]  # then from the start, with another line
 LINES, HATCHES = ["-", "--", ":", "-."], ["", "///", "...", "xx", "\\\\\\", "++"]
-ANNOTATORS, MARKERS = ["#6a1b4d", "#1b9e9e", "#d4a017", "#555555", "#8c6bb1"], ["o", "s", "^", "D", "v"]
+ANNOTATORS = ["#6a1b4d", "#1b9e9e", "#d4a017", "#555555", "#8c6bb1", "#7a9a01"]
+MARKERS = ["o", "s", "^", "D", "v", "P"]
 STYLE = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4",
@@ -46,10 +47,10 @@ def panels(count: int, columns: int, width: float, height: float, **options) -> 
     return figure, axes[:count]
 
 
-def legend(figure: Figure, axes: list) -> None:
+def legend(figure: Figure, axes: list, columns: int = 6) -> None:
     """One legend under the panels, each label once."""
     once = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=min(6, len(once)))
+    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=min(columns, len(once)))
 
 
 # ---- the pictures: a job -> file name: figure; none where there is nothing to draw
@@ -214,7 +215,7 @@ def prompt_features(job: Job) -> dict[str, Figure]:
         figure.colorbar(dots, ax=axes[2 * row + 1], label="weight of expert 0")
         axes[2 * row].set_title(f"{name}: domain and set")
         axes[2 * row + 1].set_title(f"{name}: {run.name}")
-    legend(figure, axes)
+    legend(figure, axes, columns=3)
     return {"prompts": figure}
 
 
@@ -275,8 +276,8 @@ OF_GATES = [
     ),
     (
         "Gate weights by domain",
-        "A dot is an evaluation prompt, a line the mean of its set: domains at opposite ends are told apart; the sets below "
-        "show what the gate makes of prompts that cross domains or come from others.",
+        "A dot is an evaluation prompt, a line the mean of its set: domains at opposite ends are told apart; the sets "
+        "below show what the gate makes of prompts that cross domains or come from others.",
         gate_weights,
     ),
     (

@@ -65,8 +65,8 @@ def divide(domain: str, reviews: list[Review], preset: dict, tokenizer) -> tuple
                 rest.append(review)
         free = rest
         if len(taken[name]) < count:
-            raise InputError(f"{len(reviews)} {domain} reviews give {len(taken[name])} for {name}, wanted {count}: a smaller "
-                             "preset would do, or more reviews")
+            raise InputError(f"{len(reviews)} {domain} reviews give {len(taken[name])} for {name}, wanted {count}: a "
+                             "smaller preset would do, or more reviews")
     return taken, free
 
 
@@ -80,9 +80,9 @@ def split(job: Path, preset: dict, tokenizer, distilbert: str | None, data: str 
         rest.append([r for r in left if r.label is not None])
     for name, file in FILES.items():
         write_lines(job / file, mixed({d: parts[d][name] for d in parts}))
-    asked = [*mixed({d: parts[d]["evaluate"] for d in parts}, "held out"), *mixed({d: parts[d]["crossed"] for d in parts}, "crossed")]
     other = {d: [p for r in products.get(d, []) if (p := prompt_of(r.text, tokenizer))][: preset["apart"]] for d in OTHER}
-    asked += mixed(other, "other")
+    held, crossed = ({d: parts[d][name] for d in parts} for name in ("evaluate", "crossed"))
+    asked = [*mixed(held, "held out"), *mixed(crossed, "crossed"), *mixed(other, "other")]
     write_lines(job / "evaluate.jsonl", asked)
     write_lines(job / "reviews.jsonl", ({"text": row["prompt"]} for row in mixed({d: parts[d]["reviews"] for d in parts})))
     fitted = [(r.text, r.label) for r in [*rest[1], *rest[0]]][: preset["judge_reviews"]]

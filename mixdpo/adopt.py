@@ -55,9 +55,9 @@ def take_over(experts, k: int, source, j: int, entry: str) -> None:
     wanted = {name: value.shape[1:] for name, value in experts.named_parameters() if is_factor(name)}
     given = {name: value for name, value in source.named_parameters() if is_factor(name)}
     if type(source) is not type(experts) or {name: value.shape[1:] for name, value in given.items()} != wanted:
-        raise InputError(f"--init-experts {entry}: is no {type(experts).__name__[:-1].lower()} of the same kind and rank as "
-                         "those here; choose that run's --sharing, --rank and --targets, or --sharing models, which takes "
-                         "any expert over")
+        raise InputError(f"--init-experts {entry}: is no {type(experts).__name__[:-1].lower()} of the same kind and "
+                         "rank as those here; choose that run's --sharing, --rank and --targets, or --sharing models, which "
+                         "takes any expert over")
     if isinstance(source, Heads) and any(p.requires_grad for p in source.trunk.parameters()):
         raise InputError(f"--init-experts {entry}: its trunk has learnt too, and its heads mean nothing on another one; "
                          "take it over with --sharing models")

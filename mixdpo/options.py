@@ -67,7 +67,9 @@ class TrainConfig:
     @property
     def frozen(self) -> list[int]:
         """The experts that stay as they are."""
-        return list(range(self.experts)) if self.freeze == "all" else sorted(convert(self.freeze, tuple[int, ...], "--freeze"))
+        if self.freeze == "all":
+            return list(range(self.experts))
+        return sorted(convert(self.freeze, tuple[int, ...], "--freeze"))
 
 
 def validate(config: TrainConfig) -> None:
@@ -137,18 +139,20 @@ def validate_modules(config: TrainConfig) -> None:
     """What --model a,b, --init-experts and --freeze want of the rest."""
     if len(config.models) not in (1, config.experts):
         raise InputError(f"--model: got {len(config.models)} models for {config.experts} experts; wanted one, or one each")
-    begun, frozen, heads = config.init_experts.split(",") if config.init_experts else [], config.frozen, config.sharing == "heads"
+    begun, frozen = config.init_experts.split(",") if config.init_experts else [], config.frozen
     if begun and len(begun) != config.experts:
-        raise InputError(f"--init-experts: got {len(begun)} entries for {config.experts} experts; wanted RUN:k or fresh for each")
+        raise InputError(f"--init-experts: got {len(begun)} entries for {config.experts} experts; wanted RUN:k or fresh "
+                         "for each")
     if frozen and (frozen[0] < 0 or frozen[-1] >= config.experts or len(set(frozen)) < len(frozen)):
         raise InputError(f"--freeze: got {config.freeze!r}, wanted some of 0 to {config.experts - 1}, or all")
     if (begun or frozen) and config.experts == 1:
         raise InputError("--init-experts and --freeze want --experts 2 or more; one expert alone is its run")
-    if (begun or frozen) and heads and config.train_trunk:
+    if (begun or frozen) and config.sharing == "heads" and config.train_trunk:
         raise InputError("--init-experts and --freeze with --sharing heads want --train-trunk false: a head means nothing "
                          "on a trunk that moves")
     if begun and config.start != "none":
-        raise InputError("--init-experts: experts that are taken over tell pairs apart from the first step on; add --start none")
+        raise InputError("--init-experts: experts that are taken over tell pairs apart from the first step on; "
+                         "add --start none")
     if len(frozen) == config.experts and config.gate not in TRAINED and config.weights != "update":
         raise InputError("--freeze all leaves nothing to learn but the weights: choose a gate that is trained, "
                          "or --weights update")

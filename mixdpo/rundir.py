@@ -73,7 +73,7 @@ class Progress:
 class Log:
     """metrics.jsonl and responsibilities.jsonl, a line a step each, the progress line, and alarms, each told once."""
 
-    def __init__(self, run: Path, t: int, total: int, config):              # t: steps done before; what came after is redone
+    def __init__(self, run: Path, t: int, total: int, config):              # t: steps done before; later lines go
         self.metrics, self.q = keep_lines(run / "metrics.jsonl", t), keep_lines(run / "responsibilities.jsonl", t)
         self.history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         self.total, self.config, self.progress, self.rung = total, config, Progress(run.name, t), set()
