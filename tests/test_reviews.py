@@ -90,7 +90,8 @@ def test_a_crossing_prompt_begins_with_the_sentence_that_crosses(tiny):
     """Caught: a word within a word; the review's first sentence; a prompt that ends before the word."""
     tokenizer, tail = load_tokenizer(tiny), " " + "word " * 60
     assert reviews.crossing("It bookends. The novel is old. So." + tail, ["book", "novel"], tokenizer).startswith("The novel is")
-    assert reviews.crossing("It bookends here." + tail, ["book"], tokenizer) is None
+    for text in ("It bookends here.", "It ebook here."):
+        assert reviews.crossing(text + tail, ["book"], tokenizer) is None
     assert reviews.crossing("No. " + "word " * 40 + "and the novel is old." + tail, ["novel"], tokenizer) is None
     assert reviews.crossing("A Book! It is." + tail, ["book"], tokenizer).startswith("A Book")
 
@@ -191,6 +192,9 @@ def test_gates_are_named_by_held_out_prompts(job):
     assert rows["moe"][:3] == ["linear", f"{np.log(2) - sure:.3f}", "2.00"]
     assert [cell.split(",")[0] for cell in rows["moe"][3:]] == ["1.00", "1.00", "0.00", "1.00", "0.69"]
     assert rows["moe"][3] == f"1.00, {sure:.2f}"
+    job.results["asked"] += [{"domain": "movie", "set": "crossed"}] * 9
+    w = np.array(job.results["policies"]["moe mixture"]["w"] + [[0.2, 0.8]] * 9)
+    assert domains.names_of(job, w) == {0: "movie", 1: "book"}
 
 
 def test_runs_are_compared_pair_by_pair_in_clusters(job):
