@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 
 from mixdpo import fetch
-from mixdpo.config import InputError
 from mixdpo.fetch import Asset
 
 BODY = bytes(range(256)) * 1200         # 307,200 bytes: several blocks
@@ -97,10 +96,3 @@ def place(tmp_path, monkeypatch):
         return SimpleNamespace(target=target, part=target.with_name(target.name + ".part"))
 
     return put
-
-
-def refused(call, *words):
-    with pytest.raises(InputError) as caught:
-        call()
-    for word in words:
-        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"

