@@ -33,9 +33,11 @@ def first_responsibilities(config, units: list[list[int]], features: torch.Tenso
     index, group = [i for unit in units for i in unit], [g for g, unit in enumerate(units) for _ in unit]
     x = features[index, 0] - features[index, 1]                             # (P,C) chosen minus rejected
     x = x / x.square().mean(0).sqrt().clamp_min(1e-6)
-    if prompts is not None:
+    l2 = 1e-2 * len(x)                                                      # little: without a gate, fits that differ
+    if prompts is not None:                                                 # part the experts; with one, they hide types
         prompts = (prompts - prompts.mean(0)) / prompts.std(0, correction=0).clamp_min(1e-6)
-    fit = linear_mixture(x, torch.tensor(group), config.experts, 1e-2 * len(x), config.restarts, seed=config.seed,
+        l2 = x.shape[1]                                                     # margins and logits have deviation 1 a priori
+    fit = linear_mixture(x, torch.tensor(group), config.experts, l2, config.restarts, seed=config.seed,
                          log_w=log_w, c=prompts)
     shares = ", ".join(f"{q:.2f}" for q in fit.log_q.exp().mean(0))
     bounds = ", ".join(f"{bound:.1f}" for bound in fit.bounds)
