@@ -55,43 +55,48 @@ PAPER = COMMON | {
 IMDB = {"smoke": SMOKE, "quick": QUICK, "cpu": CPU, "paper": PAPER}
 
 
-def gates(case_2: list[str], **of_whole) -> dict:
+def gates(case_2: list[str], steps: int = 2, **of_whole) -> dict:
     """DPO, Mix-DPO, and MoE-DPO with gates that are frozen (by the domain's label, random) and learnt (linear, mlp). In
-    case 1 the experts are heads, in case 2 whole models, which learn at the rate that DPO's has."""
-    gate = {"mix": {}, "moe-domain": {"gate": "domain"}, "moe-random": {"gate": "random"},
-            "moe-linear": {"gate": "linear"}, "moe-mlp": {"gate": "mlp"}}
+    case 1 the experts are heads, in case 2 whole models, which learn at the rate that DPO's has. For `steps` steps,
+    half of a run, responsibilities are the linear start's; heads see the data twice."""
+    gate = {"mix": {}, "moe-domain": {"gate": "domain"}, "moe-random": {"gate": "random", "gate_features": "mean"},
+            "moe-linear": {"gate": "linear", "gate_features": "mean", "gate_lr": 0.05},
+            "moe-mlp": {"gate": "mlp", "gate_features": "mean", "gate_lr": 0.02}}
     both = {"experts": 2, "start": "linear"}
-    out = {"dpo": {"experts": 1} | of_whole}
-    out |= {name: both | {"train_trunk": False} | options for name, options in gate.items()}
-    return out | {f"{name}-models": both | {"sharing": "models"} | of_whole | gate[name] for name in case_2}
+    of_heads = {"train_trunk": False, "start_steps": steps, "epochs": 2}
+    of_models = {"sharing": "models", "start_steps": steps // 2, "epochs": 1} | of_whole
+    out = {"dpo": {"experts": 1} | of_whole} | {name: both | of_heads | options for name, options in gate.items()}
+    return out | {f"{name}-models": both | of_models | gate[name] for name in case_2}
 
 
+ALL = ["mix", "moe-domain", "moe-random", "moe-linear", "moe-mlp"]
 TWO_DOMAINS = COMMON | {
     "annotators": TWO, "domains": {"movie": ["informativeness"], "book": ["sentiment"]}, "context": 0,
     "judge_reviews": 22000,
 }
 REVIEWS = {
     "smoke": TWO_DOMAINS | {
-        "prompts": 24, "heldout": 12, "evaluate": 12, "apart": 2, "max_response": 16, "margin": 0.1, "users": 4, "pairs": 5,
-        "heldout_pairs": 3, "reviews": 60, "judge_reviews": 14000,
+        "prompts": 24, "heldout": 12, "evaluate": 12, "apart": 2, "max_response": 16, "margin": 0.1, "users": 4,
+        "pairs": 5, "heldout_pairs": 3, "reviews": 60, "judge_reviews": 14000,
         "finetune": {"steps": 2, "batch": 4, "tokens": 64, "held": 8},
         "train": {"epochs": 1, "batch": 10, "micro": 10}, "runs": gates(["moe-linear"]),
     },
     "quick": TWO_DOMAINS | {
-        "prompts": 240, "heldout": 120, "evaluate": 160, "apart": 20, "continuations": 5, "max_response": 32, "users": 40,
-        "pairs": 10, "heldout_pairs": 8, "reviews": 1500, "finetune": {"steps": 40, "batch": 8, "tokens": 128, "lr": 1e-4},
-        "train": {"epochs": 1, "batch": 16, "micro": 16}, "runs": gates(["mix", "moe-linear"], lr=5e-5),
+        "prompts": 240, "heldout": 120, "evaluate": 160, "apart": 20, "continuations": 5, "max_response": 32,
+        "users": 40, "pairs": 10, "heldout_pairs": 8, "reviews": 1500,
+        "finetune": {"steps": 40, "batch": 8, "tokens": 128, "lr": 1e-4},
+        "train": {"batch": 16, "micro": 16}, "runs": gates(["moe-linear"], 25, lr=5e-5),
     },
     "cpu": TWO_DOMAINS | {
-        "prompts": 800, "heldout": 400, "evaluate": 320, "apart": 40, "continuations": 6, "max_response": 32, "users": 120,
-        "pairs": 12, "heldout_pairs": 8, "reviews": 1500, "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4},
-        "train": {"epochs": 1, "batch": 24, "micro": 24},
-        "runs": gates(["mix", "moe-domain", "moe-random", "moe-linear", "moe-mlp"], lr=5e-5),
+        "prompts": 480, "heldout": 320, "evaluate": 240, "apart": 30, "continuations": 6, "max_response": 32,
+        "users": 60, "pairs": 12, "heldout_pairs": 8, "reviews": 1500,
+        "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4},
+        "train": {"batch": 24, "micro": 24}, "runs": gates(ALL, 30, lr=5e-5),
     },
     "paper": TWO_DOMAINS | {
-        "prompts": 1200, "heldout": 400, "evaluate": 320, "apart": 40, "continuations": 8, "users": 200,
-        "pairs": 20, "heldout_pairs": 8, "reviews": 1200, "finetune": {"steps": 200, "batch": 32, "tokens": 128},
-        "train": {"epochs": 2, "batch": 40, "micro": 40},
-        "runs": gates(["mix", "moe-domain", "moe-random", "moe-linear", "moe-mlp"]),
+        "prompts": 1200, "heldout": 400, "evaluate": 320, "apart": 40, "continuations": 8,
+        "users": 200, "pairs": 20, "heldout_pairs": 8, "reviews": 1200,
+        "finetune": {"steps": 200, "batch": 32, "tokens": 128},
+        "train": {"batch": 40, "micro": 40}, "runs": gates(ALL, 100),
     },
 }

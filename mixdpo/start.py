@@ -27,9 +27,9 @@ def first_responsibilities(config, units: list[list[int]], features: torch.Tenso
     """
     if config.experts == 1 or config.start == "none":
         return None
+    drawn = random_responsibilities(len(units), config.experts, torch.Generator().manual_seed(config.seed))
     if config.start == "dirichlet":
-        generator = torch.Generator().manual_seed(config.seed)
-        return random_responsibilities(len(units), config.experts, generator)
+        return drawn
     index, group = [i for unit in units for i in unit], [g for g, unit in enumerate(units) for _ in unit]
     x = features[index, 0] - features[index, 1]                             # (P,C) chosen minus rejected
     x = x / x.square().mean(0).sqrt().clamp_min(1e-6)
@@ -42,6 +42,10 @@ def first_responsibilities(config, units: list[list[int]], features: torch.Tenso
     shares = ", ".join(f"{q:.2f}" for q in fit.log_q.exp().mean(0))
     bounds = ", ".join(f"{bound:.1f}" for bound in fit.bounds)
     print(f"linear start: bounds {bounds} nats; best {fit.bound:.1f}, shares {shares}")
+    apart = (fit.theta - fit.theta.mean(0)).square().sum() / fit.theta.square().sum()
+    if apart < 1e-2:
+        print("linear start: its experts are equal, the features show no types; starting at random responsibilities")
+        return drawn
     return fit.log_q
 
 

@@ -8,13 +8,16 @@ Regions are linear, or XOR-shaped: a linear gate cannot tell those, and the test
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mixdpo.diagnostics import matched_accuracy
 from mixdpo.gates import Gate, Inputs
 from mixdpo.linear import linear_mixture
 from mixdpo.mixture import e_step, expert_loss, gate_loss, log_marginal
+from mixdpo.start import first_responsibilities
 
 N, HELD, D, SHARP = 60000, 8000, 4, 3.0                                     # N: pairs for each expert
 
@@ -89,3 +92,33 @@ def test_a_linear_gate_cannot_tell_xor_regions():
     cross_entropy, _ = distance("linear", 2, "xor", 0)
     print(f"linear 2 xor: behind the oracle by {cross_entropy:.4f} nats")
     assert cross_entropy > 0.3
+
+
+def few_pairs(seed, types=2, n=400, D=300):
+    """Features (n,2,D) of responses and (n,D) of prompts that move in a few directions, and the type z (n,)."""
+    generator = torch.Generator().manual_seed(seed)
+    def directions(rows):
+        few, out = torch.randn(rows, 6, generator=generator), torch.randn(6, D, generator=generator)
+        return few, few @ out + 2 * torch.randn(rows, D, generator=generator)
+    (of_prompt, prompts), (of_x, x) = directions(n), directions(n)
+    z = (of_prompt[:, 0] > 0).long() % types
+    right = torch.rand(n, generator=generator) < torch.sigmoid(4 * of_x[torch.arange(n), z])
+    x = torch.where(right[:, None], x, -x)
+    return torch.stack([x, torch.zeros_like(x)], 1), prompts, z
+
+
+def test_the_start_finds_regions_from_fewer_pairs_than_it_has_features_for():
+    """Catches: a prior that is too weak, under which each pair is explained by itself and no region is seen."""
+    for seed in range(3):
+        features, prompts, z = few_pairs(seed)
+        config = SimpleNamespace(experts=2, start="linear", restarts=3, seed=seed)
+        q = first_responsibilities(config, [[i] for i in range(len(z))], features, prompts=prompts).exp()
+        assert matched_accuracy(q.argmax(1).tolist(), z.tolist(), 2)[0] > 0.85, seed
+
+
+def test_a_start_that_sees_no_types_is_random_and_says_so(capsys):
+    """Catches: experts that begin equal, and stay so."""
+    features, prompts, z = few_pairs(0, types=1)
+    config = SimpleNamespace(experts=2, start="linear", restarts=3, seed=0)
+    q = first_responsibilities(config, [[i] for i in range(len(z))], features, prompts=prompts).exp()
+    assert q.std(0).min() > 0.1 and "random responsibilities" in capsys.readouterr().out
