@@ -9,7 +9,7 @@ One optimizer step is `step`, and for each of its micro-batches `accumulate`:
         E-step:  q = posterior over experts, detached                     (M7, M11)
         M-step:  sum_k q_k * -log sigma(h_k), backward into states and heads  (M8)
     one backward pass of the trunk
-    M-step of the gate, on all groups of the step:  KL(q || w(x))         (M9), or the closed form of fixed weights (M10)
+    M-step of the gate, on all groups of the step:  KL(q || w(x))         (M9), or fixed weights' closed form (M10)
     AdamW
 
 q is known before where it comes from the start (start.py), from a pair's first visit, or from context pairs, which have
@@ -147,7 +147,7 @@ def step(experts, gate, optimizer, micros: list[Micro], ref_logp: torch.Tensor, 
 
 def gate_objective(gate, inputs: Inputs, log_q: torch.Tensor, config) -> torch.Tensor:
     """The gate's loss, summed over groups: M9, less what the entropy of each group's weights and that of their mean are
-    worth. The two pull apart: the first wants every w(x) flat, the second all experts used, by weights however sharp."""
+    worth. The two pull apart: the first wants each w(x) flat, the second all experts used, by weights however sharp."""
     log_w = gate(inputs)                                                    # (G,K), with gradient
     loss = gate_loss(log_q, log_w).sum()                                    # M9
     if gate.kind in ("user", "prompt-user"):
@@ -179,7 +179,7 @@ def minimise(loss: torch.Tensor, optimizer, clip: float) -> float:
 
 
 def prepare(config):
-    """Everything the loop needs: experts, plan, reference, the models' key, device. Prints what it found and decided."""
+    """Everything the loop needs: experts, plan, reference, the models' key, device. Prints what it decided."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, why = compute_dtype(config.dtype, device)
     models, tokenizer = load_references(config, device)

@@ -6,7 +6,7 @@ download could be checked by:
     amazon_multidomain.jsonl.gz      {"domain": "books", "label": "pos" | "neg", "text": ...} a line
     domain_sentiment_data.tar.gz     the official archive: members sorted_data_acl/DOMAIN/positive.review and
                                      negative.review, each review's text between <review_text> and </review_text>
-    books.jsonl.gz                   as the first, books alone: the tests on other domains are then left out, and said so
+    books.jsonl.gz                   as the first, books alone: tests on other domains are then left out, and said so
 """
 
 import gzip
@@ -28,8 +28,8 @@ def load_products(data) -> tuple[dict[str, list[Review]], dict]:
     Raises: InputError if there is no source, or it is not what it should be."""
     path = next((Path(data) / name for name in OWN if data is not None and (Path(data) / name).is_file()), None)
     if path is None:
-        raise InputError(f"book reviews: none of {', '.join(OWN)} lies in {data or 'a folder of yours'}; get the second "
-                         f"from {PAGE}, put it into a folder, and name that with DATA=FOLDER")
+        raise InputError(f"book reviews: none of {', '.join(OWN)} lies in {data or 'a folder of yours'}; get the "
+                         f"second from {PAGE}, put it into a folder, and name that with DATA=FOLDER")
     read = read_archive if path.suffixes[-2:] == [".tar", ".gz"] else read_jsonl
     found, seen, count = {}, set(), 0
     for domain, label, text in read(path):
@@ -50,8 +50,8 @@ def read_jsonl(path: Path):
                 row = json.loads(line)
                 yield str(row["domain"]), LABELS[row["label"]], str(row["text"])
             except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f'{path}:{number}: {type(error).__name__} {error}; wanted {{"domain": "books", "label": '
-                                 '"pos", "text": ...} on a line') from None
+                raise InputError(f'{path}:{number}: {type(error).__name__} {error}; wanted {{"domain": "books", '
+                                 '"label": "pos", "text": ...} on a line') from None
 
 
 def read_archive(path: Path):

@@ -1,8 +1,8 @@
 """Tables of an experiment on several domains: rewards where they are wanted, what gates know, and who explains best.
 
     reward of a domain    of the annotators who judge there, mean over its prompts
-    gate accuracy         share of prompts whose likeliest expert is the one that the domain's held-out prompts have most of
-    information           I(z; x) = entropy of the mean weights less the mean entropy (nats): ln 2 if a gate of two is sure
+    gate accuracy         share of prompts whose likeliest expert is that of most held-out prompts of the domain
+    information           I(z; x) = entropy of the mean weights less mean entropy (nats): ln 2 if a gate of two is sure
     likelihood            log p(y+ > y-) (M5) of held-out pairs; runs are compared pair by pair, errors count prompts
 """
 
@@ -28,13 +28,13 @@ def rewards_by_domain(job: Job) -> str:
     for name, row in job.results["policies"].items():
         if " head " not in name:
             values = np.array(row["values"])                                # (N,R)
-            cells = [pm(mean_se(values[np.ix_(parts[p], [rewards.index(r) for r in wanted[p]])].mean(1))) for p in parts]
-            body.append([escape(name), *cells])
+            of = {part: values[rows][:, [rewards.index(r) for r in wanted[part]]] for part, rows in parts.items()}
+            body.append([escape(name), *(pm(mean_se(columns.mean(1))) for columns in of.values())])
     return section(
         title,
         "The reward that a domain's judges follow (mean of all where nothing was trained on), ± standard error, on "
-        "prompts that were held out, on reviews that speak of the other domain (crossed), and on domains never trained on "
-        "(other).",
+        "prompts that were held out, on reviews that speak of the other domain (crossed), and on domains never trained "
+        "on (other).",
         table(["policy", *(f"{escape(d)}, {s}: {plain(wanted[s, d])}" for s, d in parts)], body))
 
 
@@ -68,10 +68,12 @@ def gates(job: Job) -> str:
         body.append([escape(run), escape(kind), f"{known:.3f}", f"{np.exp(entropy(w[held].mean(0))):.2f}", *cells])
     return section(
         title,
-        "Information and effective experts on held-out prompts; then, for each set of prompts, the share whose likeliest "
-        "expert is the domain's own (0.5 is a coin; none where weights are the same for all) and the mean entropy of the "
-        "weights in nats (0.69: undecided). A gate that knows what it does not know is undecided on other domains.",
-        table(["run", "gate", "I(z; x) (nats)", "effective experts", *(f"{escape(d)}, {s}" for s, d in parts)], body, 2))
+        "Information and effective experts on held-out prompts; then, for each set of prompts, the share whose "
+        "likeliest expert is the domain's own (0.5 is a coin; none where weights are the same for all) and the mean "
+        "entropy of the weights in nats (0.69: undecided). A gate that knows what it does not know is undecided on "
+        "other domains.",
+        table(["run", "gate", "I(z; x) (nats)", "effective experts", *(f"{escape(d)}, {s}" for s, d in parts)], body,
+              2))
 
 
 def likelihoods(job: Job) -> str:

@@ -30,7 +30,8 @@ def work(preset: dict, parameters: float, prompt: int) -> dict[str, dict[str, fl
     aside = preset["context"] / preset["pairs"]
     for run in preset["runs"].values():
         in_context, epochs = run.get("estep") == "context", (preset["train"] | run).get("epochs", 1)
-        passes += epochs * (aside * in_context + (1 - aside) * (3 if run.get("train_trunk", True) else 1.3))   # measured
+        of_step = 3 if run.get("train_trunk", True) else 1.3                # measured
+        passes += epochs * (aside * in_context + (1 - aside) * of_step)
         passes += 0 if run["experts"] == 1 else aside if in_context else 1 - aside          # the last E-step
     completed = preset["evaluate"] * (1 + sum(experts))
     return {

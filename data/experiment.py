@@ -222,7 +222,8 @@ def main(of: DataSet, argv: list[str]) -> None:
     job = Path(config.out or f"runs/{of.name}-{name}" + (f"-{Path(config.model).name}" if config.model else ""))
     begun = json.loads((job / "job.json").read_text()) if (job / "job.json").exists() else {}
     model, why = (begun["model"], "as the job began") if begun and not config.model else choose_model(config)
-    distilbert, why_judge = (begun["judge"], "as the job began") if begun and not config.sentiment else choose_judge(config)
+    goes_on = begun and not config.sentiment
+    distilbert, why_judge = (begun["judge"], "as the job began") if goes_on else choose_judge(config)
     facts = {"preset": name, "model": model, "judge": distilbert, "settings": json.loads(json.dumps(preset))}
     if differ := [what for what in begun if begun[what] != facts[what]]:
         raise InputError(f"{job} holds a job of another {', '.join(differ)}: it goes on with what it began with. "

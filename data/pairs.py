@@ -115,7 +115,8 @@ def judge_apart(scores: list[dict], users: dict[str, str], each: int, context: i
     if not context:
         return judge_pairs(scores, users, each, agree, margin, spread, seed)
     cut, out = round(len(scores) * context / each), []
-    for part, first, count, own_seed in ((scores[:cut], 0, context, seed + 2), (scores[cut:], cut, each - context, seed)):
+    shares = (scores[:cut], 0, context, seed + 2), (scores[cut:], cut, each - context, seed)
+    for part, first, count, own_seed in shares:
         judged = judge_pairs(part, users, count, agree, margin, spread, own_seed)
         out += [pair | {"prompt": pair["prompt"] + first, "context": first == 0} for pair in judged]
     return out

@@ -270,8 +270,8 @@ PICTURES = [  # title, how to read it, drawing
 OF_GATES = [
     (
         "What is known of the expert, by step",
-        "A gate learns where I(z; x) rises and KL(q || w), what a pair adds to its prompt, falls; effective experts near 1 "
-        "would be a gate that gives all to one.",
+        "A gate learns where I(z; x) rises and KL(q || w), what a pair adds to its prompt, falls; effective experts "
+        "near 1 would be a gate that gives all to one.",
         knowledge,
     ),
     (
@@ -282,8 +282,8 @@ OF_GATES = [
     ),
     (
         "What the gate reads",
-        "The prompts' features in two dimensions, by domain and by what the gate makes of them: where colours on the right "
-        "follow the groups on the left, the gate has found the domains.",
+        "The prompts' features in two dimensions, by domain and by what the gate makes of them: where colours on the "
+        "right follow the groups on the left, the gate has found the domains.",
         prompt_features,
     ),
 ]

@@ -80,11 +80,13 @@ def split(job: Path, preset: dict, tokenizer, distilbert: str | None, data: str 
         rest.append([r for r in left if r.label is not None])
     for name, file in FILES.items():
         write_lines(job / file, mixed({d: parts[d][name] for d in parts}))
-    other = {d: [p for r in products.get(d, []) if (p := prompt_of(r.text, tokenizer))][: preset["apart"]] for d in OTHER}
+    made = {d: [prompt_of(r.text, tokenizer) for r in products.get(d, [])] for d in OTHER}
+    other = {d: [prompt for prompt in prompts if prompt][: preset["apart"]] for d, prompts in made.items()}
     held, crossed = ({d: parts[d][name] for d in parts} for name in ("evaluate", "crossed"))
     asked = [*mixed(held, "held out"), *mixed(crossed, "crossed"), *mixed(other, "other")]
     write_lines(job / "evaluate.jsonl", asked)
-    write_lines(job / "reviews.jsonl", ({"text": row["prompt"]} for row in mixed({d: parts[d]["reviews"] for d in parts})))
+    texts = mixed({d: parts[d]["reviews"] for d in parts})
+    write_lines(job / "reviews.jsonl", ({"text": row["prompt"]} for row in texts))
     fitted = [(r.text, r.label) for r in [*rest[1], *rest[0]]][: preset["judge_reviews"]]
     judge = use_distilbert(job, distilbert) if distilbert else fit_sentiment(fitted, job, preset["seed"])
     missing = [d for d in OTHER if not other[d]]
@@ -105,7 +107,8 @@ def mixed(of: dict[str, list[str]], part: str = "") -> list[dict]:
 
 
 DATASET = DataSet("reviews", REVIEWS, (OWN, ARCHIVE, *OWN_BOOKS),
-                  ("seed", "prompts", "heldout", "evaluate", "apart", "reviews", "judge_reviews"), split, "evaluate.jsonl")
+                  ("seed", "prompts", "heldout", "evaluate", "apart", "reviews", "judge_reviews"), split,
+                  "evaluate.jsonl")
 
 if __name__ == "__main__":
     command(DATASET)

@@ -51,9 +51,9 @@ def step_summary(log_q: torch.Tensor, log_w: torch.Tensor, h: torch.Tensor) -> d
 
 
 def alarms(metrics: list[dict], experts: int, start_steps: int, window: int = 20) -> dict[str, str]:
-    """Name -> what is wrong and what to do, from the last `window` steps behind the start's; none while there are fewer.
+    """Name -> what is wrong and what to do, from the last `window` steps behind the start's; none while they are fewer.
 
-    Posterior collapse: responsibilities move from the weights by less than a hundredth of ln K, and these are no sharper
+    Posterior collapse: responsibilities move from the weights by less than a hundredth of ln K, these are no sharper
     than half of it. Expert collapse: one expert has over 0.95 of all weight, or of all responsibilities.
     """
     recent = [step for step in metrics if step["step"] > start_steps][-window:]
@@ -66,13 +66,13 @@ def alarms(metrics: list[dict], experts: int, start_steps: int, window: int = 20
     found = {}
     if share(lambda step: step["q_gain"]) < 0.01 and share(lambda step: step["gate_entropy"]) > 0.5:
         found["posterior collapse"] = (
-            f"responsibilities have stayed at the prior for {window} steps: the experts say the same of every pair. Raise "
-            "--beta or the learning rates if margins are small, start with --start linear, and check that the data hold "
-            "distinct tastes at all (one type a user tells more than one a pair)")
+            f"responsibilities have stayed at the prior for {window} steps: the experts say the same of every pair. "
+            "Raise --beta or the learning rates if margins are small, start with --start linear, and check that the "
+            "data hold distinct tastes at all (one type a user tells more than one a pair)")
     if max(sum(step[what][k] for step in recent) / window for what in ("w", "q") for k in range(experts)) > 0.95:
         found["expert collapse"] = (
-            f"one expert has had nearly all weight for {window} steps, and the others learn nothing. Raise --gate-entropy "
-            "or --gate-balance, begin with --gate-temperature above 1, or lower --gate-lr")
+            f"one expert has had nearly all weight for {window} steps, and the others learn nothing. Raise "
+            "--gate-entropy or --gate-balance, begin with --gate-temperature above 1, or lower --gate-lr")
     return found
 
 
@@ -90,7 +90,7 @@ def clustered_se(influence: torch.Tensor, cluster: list | None) -> float:
 
 
 def mean_se(values, cluster: list | None = None) -> dict:
-    """Mean and its standard error: (N,) -> {"mean", "se", "n"}. cluster (N): the prompt of each, say; None: all apart."""
+    """Mean and its standard error: (N,) -> {"mean", "se", "n"}. cluster (N): say, its prompt; None: all apart."""
     values = torch.as_tensor(values, dtype=torch.float64)
     mean = values.mean()
     return {"mean": mean.item(), "se": clustered_se((values - mean) / len(values), cluster), "n": len(values)}

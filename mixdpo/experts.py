@@ -1,6 +1,6 @@
 """K expert policies and what they share: the one place that knows.
 
-    Heads      one trunk, K unembeddings: W_k (rank 0) or W + W A_k B_k (rank R); K = 1: the model itself (paper: Case 1)
+    Heads      one trunk, K unembeddings: W_k (rank 0) or W + W A_k B_k (rank R). K = 1: the model (paper: Case 1)
     Adapters   one frozen model, K low-rank adapters in it: W + 2 B_k A_k in place of some projections W         (LoRA)
     Models     K independent models                                                                     (paper: Case 2)
 
@@ -63,7 +63,7 @@ class Heads(nn.Module):
         return hidden.flatten(0, 1)[where]
 
     def heads(self) -> tuple[torch.Tensor, ...]:
-        """What token_logps multiplies with, in float32: W (V,C), or W_k (K,V,C), or W, W A_k (K,V,R) and B_k (K,R,C)."""
+        """What token_logps multiplies with, in float32: W (V,C), or W_k (K,V,C), or W, W A_k (K,V,R), B_k (K,R,C)."""
         if self.K > 1 and self.rank == 0:
             return (self.W_k,)
         W = self.trunk.unembedding
@@ -217,8 +217,8 @@ def make_experts(models: list[nn.Module], config, dtype: torch.dtype) -> Heads |
     if config.sharing == "lora":
         return Adapters(model, config.experts, config.rank, config.targets, dtype, config.seed)
     if config.sharing == "models" and config.experts > 1:
-        return Models(models if len(models) > 1 else [model] + [copy.deepcopy(model) for _ in range(config.experts - 1)],
-                      dtype)
+        copies = [copy.deepcopy(model) for _ in range(config.experts - 1)] if len(models) == 1 else []
+        return Models(models + copies, dtype)
     experts = Heads(model, config.experts, config.rank, dtype, config.seed)
     if not config.train_trunk:
         experts.trunk.requires_grad_(False)
@@ -252,7 +252,7 @@ def load_state(experts: nn.Module, tensors: dict[str, torch.Tensor], path: Path)
     """Copies a saved state back. Raises: InputError naming every tensor that is missing, extra or of another shape."""
     if isinstance(experts, Models):
         for k, model in enumerate(experts.models):
-            if model.config.tied and f"experts.models.{k}.lm_head.weight" in tensors:               # taken over: adopt.py
+            if model.config.tied and f"experts.models.{k}.lm_head.weight" in tensors:             # taken over: adopt.py
                 experts.untie(k)
     own = {f"experts.{name}": p for name, p in own_parameters(experts)}
     state = {name: value for name, value in tensors.items() if name.startswith("experts.")}

@@ -1,6 +1,6 @@
 """Gates: the mixture's weights w_k(x), from what is known of a pair before anybody judges it (M9, M10).
 
-    fixed         log w                                             the same for all pairs: given, or the closed form (M10)
+    fixed         log w                                             the same for all pairs: given, or closed form (M10)
     linear        log w(x)    = log softmax(W f(x) + b)             f(x): the frozen reference's states of the prompt
     mlp           log w(x)    = log softmax(W gelu(V f(x) + c) + b)
     user          log w(u)    = log softmax(E[u])                   E[0] is the generic user, whom unknown ones are
@@ -8,7 +8,7 @@
     random        linear with random W, never trained
     domain        all weight on the expert of the pair's domain, by the label in the file; uniform where there is none
 
-A row of weights is of one unit of the latent (a pair, or a user: M11 has one prior a user), and of that unit alone: rows
+A row of weights is of one unit of the latent (a pair, or a user: M11 has one prior a user), of that unit alone: rows
 never mix. Every trained gate starts uniform: W and E are 0, so that the step-0 invariant q = w holds. f is centred and
 scaled by the training units' mean and deviation, which the gate keeps. Softmax is of logits / temperature, 1 but while
 a run anneals it.
@@ -129,7 +129,7 @@ class Gate(nn.Module):
 
     def generic(self, inputs: Inputs) -> torch.Tensor:
         """The same with the generic user for every row, and with gradient for that user's row alone. Trained on
-        everybody's responsibilities, its optimum is their mean: the best weights for a user of whom nothing is known."""
+        everybody's responsibilities, its optimum is their mean: best for a user of whom nothing is known."""
         logits = self.logits(inputs)
         logits = logits.detach() if torch.is_tensor(logits) else logits
         return torch.log_softmax((logits + self.E[0]).expand(len(inputs.user), -1) / self.temperature, dim=-1)
@@ -140,7 +140,7 @@ class Gate(nn.Module):
 
 def make_gate(plan: Plan, reference, config, device) -> tuple[Gate, Inputs]:
     """A run's gate and its inputs, a row a group of the plan. reference: that of the plan's pairs (reference.py)."""
-    first = [unit[0] for unit in plan.units]                                # a group has one prior: any of its pairs tells
+    first = [unit[0] for unit in plan.units]                                # a group has one prior: any pair tells
     prompts = reference.prompt[first, ("last", "mean").index(config.gate_features)]         # (G,C)
     inputs = gate_inputs(config.gate, [plan.pairs[i] for i in first], prompts, plan.pairs).to(device)
     return Gate(config.gate, config.experts, inputs, first_weights(config).to(device), config.seed).to(device), inputs

@@ -82,7 +82,7 @@ def alignment(log_q: torch.Tensor, units: list[list[int]], pairs: list[Pair]) ->
 
 def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor) -> dict:
     """Everything that a run's held-out margins h (P,K) and weights log_w (P,K) say. Pairs on one prompt are not
-    independent: standard errors count prompts. An expert is named by the training groups; held-out pairs have no say."""
+    independent: standard errors count prompts. Experts are named by the training groups: held-out pairs have no say."""
     own, right = user_weights(run, pairs, log_w), accuracy(h)               # (P,K), (P,K)
     log_p, log_q = e_step(log_w, h)
     number = {p: n for n, p in enumerate(dict.fromkeys(tuple(pair.prompt) for pair in pairs))}

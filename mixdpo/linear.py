@@ -2,7 +2,7 @@
 
     E-step   q from w and h, as for any experts (M7, M11)
     M-step   theta_k: one damped Newton step on sum_i q_ik log sigma(h_ik) - l2/2 |theta_k|^2
-             w: given; or closed (M10); or log w(c) = log softmax(V c), one step on sum_g q_g . log w(c_g) - l2/2 |V|^2 (M9)
+             w: given; or closed (M10); or log softmax(V c), one step on sum_g q_g . log w(c_g) - l2/2 |V|^2 (M9)
 
 On the frozen reference's features it takes seconds, and gives a run of language models its start (start.py).
 """

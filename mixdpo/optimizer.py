@@ -6,7 +6,7 @@ import torch
 def make_optimizer(module: torch.nn.Module, lr: float, head_lr: float = 0.0, gate: torch.nn.Module | None = None,
                    gate_lr: float = 0.0) -> tuple[torch.optim.AdamW, list[str]]:
     """AdamW without weight decay (the reference is the regulariser), the low-rank factors and the gate at their own
-    rates; and the parameters' names in its order. Factors, of heads as of adapters, are the parameters named A and B."""
+    rates; and the parameters' names in its order. Factors, of heads or adapters, are the parameters named A and B."""
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     factors = {n for n, _ in named if n.rpartition(".")[2] in ("A", "B")}
     low, rest = [(n, p) for n, p in named if n in factors], [(n, p) for n, p in named if n not in factors]

@@ -13,7 +13,7 @@ class TrainConfig:
     """Trains DPO (experts = 1) or a mixture on preferences (JSON Lines: prompt, chosen, rejected, maybe user)."""
 
     data: str                       # preference file, .jsonl or .jsonl.gz
-    model: str                      # reference and start: gpt2, smollm2, llama-3.2-1b, a directory; models: one, or K: a,b
+    model: str                      # reference and start: gpt2, smollm2, llama-3.2-1b, a directory; or K of them: a,b
     out: str                        # run directory; an unfinished run in it is resumed
     experts: int = 2                # K; 1 is DPO
     sharing: str = "heads"          # heads: one trunk, K unembeddings; lora: frozen model, K adapters; models: K models
@@ -23,7 +23,7 @@ class TrainConfig:
     latent: str = "pair"            # one type a pair, or one a user (M11)
     estep: str = "all"              # E-step on: all pairs, context (never trained on), first (a pair's first visit)
     context: int = 0                # pairs of each user set aside for the E-step, where the file does not mark them
-    em: str = "minibatch"           # E-step on: minibatch (each step's groups), full (all, before each epoch), incremental
+    em: str = "minibatch"           # E-step on: minibatch (a step's groups), full (all, before each epoch), incremental
     damping: float = 0.0            # share of the responsibilities kept from a group's visit before (incremental)
     variant: str = "exact"          # of the E-step (M12): exact, tempered, hard, monte-carlo, gumbel, straight-through
     variant_temperature: float = 1.0    # of tempered and gumbel
@@ -79,7 +79,8 @@ def validate(config: TrainConfig) -> None:
                "gate_features": ("last", "mean"), "variant": VARIANTS}
     for name, known in choices.items():
         if getattr(config, name) not in known:
-            raise InputError(f"--{name.replace('_', '-')}: got {getattr(config, name)!r}, wanted one of {', '.join(known)}")
+            raise InputError(f"--{name.replace('_', '-')}: got {getattr(config, name)!r}, "
+                             f"wanted one of {', '.join(known)}")
     least = {"experts": 1, "batch": 1, "micro": 1, "epochs": 1, "restarts": 1, "prior": 1, "rank": 0, "start_steps": 0,
              "warmup": 0, "head_rows": 0, "context": 0, "damping": 0, "draws": 1, "gate_entropy": 0, "gate_balance": 0}
     above = {"beta": 0, "clip": 0, "lr": 0, "head_lr": 0, "gate_lr": 0, "gate_temperature": 0, "variant_temperature": 0}
@@ -93,16 +94,17 @@ def validate(config: TrainConfig) -> None:
     needs = {"prior": (config.weights == "update", "--weights update"),
              "weights": (several and config.gate == "fixed", "--experts 2 or more and a fixed gate"),
              "gate": (several, "--experts 2 or more"), "gate_lr": (trained, "a gate that is trained"),
-             "gate_temperature": (trained, "a gate that is trained"), "gate_entropy": (trained, "a gate that is trained"),
-             "gate_balance": (trained, "a gate that is trained"),
+             "gate_temperature": (trained, "a gate that is trained"),
+             "gate_entropy": (trained, "a gate that is trained"), "gate_balance": (trained, "a gate that is trained"),
              "gate_features": (config.gate in READS_PROMPT, "a gate that reads prompts"),
              "em": (several, "--experts 2 or more"), "damping": (config.em == "incremental", "--em incremental"),
-             "variant": (several, "--experts 2 or more"), "draws": (config.variant == "monte-carlo", "--variant monte-carlo"),
+             "variant": (several, "--experts 2 or more"),
+             "draws": (config.variant == "monte-carlo", "--variant monte-carlo"),
              "variant_temperature": (config.variant in ("tempered", "gumbel"), "--variant tempered or gumbel"),
              "start": (several, "--experts 2 or more"), "sharing": (several or lora, "--experts 2 or more"),
              "restarts": (config.start == "linear", "--start linear"),
              "start_steps": (several and config.start != "none", "several experts and a --start"),
-             "rank": (lora or several and config.sharing == "heads", "--experts 2 or more with --sharing heads, or lora"),
+             "rank": (lora or several and config.sharing == "heads", "--experts 2 or more heads, or --sharing lora"),
              "targets": (lora, "--sharing lora"), "head_lr": (low_rank, "low-rank heads or adapters"),
              "lr": (not lora and (config.train_trunk or config.rank == 0), "a trunk or full heads that learn: low-rank "
                     "heads and adapters learn at --head-lr")}
@@ -116,13 +118,13 @@ def validate(config: TrainConfig) -> None:
     if config.damping >= 1:
         raise InputError(f"--damping: got {config.damping}, wanted less than 1: 1 would keep the first for ever")
     if config.em == "full" and config.variant in SAMPLED:
-        raise InputError(f"--variant {config.variant} draws anew at each step, and --em full keeps responsibilities over "
-                         "an epoch: choose one")
+        raise InputError(f"--variant {config.variant} draws anew at each step, and --em full keeps responsibilities "
+                         "over an epoch: choose one")
     if config.em != "minibatch" and config.estep == "first":
         raise InputError(f"--em {config.em} computes responsibilities anew, and --estep first never does: choose one")
     if config.latent == "user" and config.gate not in ("fixed", "user"):
-        raise InputError(f"--gate {config.gate} gives each pair its own weights, and --latent user has one prior a user: "
-                         "choose --gate user, or --latent pair")
+        raise InputError(f"--gate {config.gate} gives each pair its own weights, and --latent user has one prior a "
+                         "user: choose --gate user, or --latent pair")
     if config.estep == "context" and config.latent != "user":
         raise InputError("--estep context looks at other pairs of the same user: it wants --latent user")
     if config.estep == "first" and config.start == "dirichlet" and config.start_steps and config.experts > 1:
@@ -138,18 +140,18 @@ def validate(config: TrainConfig) -> None:
 def validate_modules(config: TrainConfig) -> None:
     """What --model a,b, --init-experts and --freeze want of the rest."""
     if len(config.models) not in (1, config.experts):
-        raise InputError(f"--model: got {len(config.models)} models for {config.experts} experts; wanted one, or one each")
+        raise InputError(f"--model: got {len(config.models)} for {config.experts} experts; wanted one, or one each")
     begun, frozen = config.init_experts.split(",") if config.init_experts else [], config.frozen
     if begun and len(begun) != config.experts:
-        raise InputError(f"--init-experts: got {len(begun)} entries for {config.experts} experts; wanted RUN:k or fresh "
-                         "for each")
+        raise InputError(f"--init-experts: got {len(begun)} entries for {config.experts} experts; wanted RUN:k or "
+                         "fresh for each")
     if frozen and (frozen[0] < 0 or frozen[-1] >= config.experts or len(set(frozen)) < len(frozen)):
         raise InputError(f"--freeze: got {config.freeze!r}, wanted some of 0 to {config.experts - 1}, or all")
     if (begun or frozen) and config.experts == 1:
         raise InputError("--init-experts and --freeze want --experts 2 or more; one expert alone is its run")
     if (begun or frozen) and config.sharing == "heads" and config.train_trunk:
-        raise InputError("--init-experts and --freeze with --sharing heads want --train-trunk false: a head means nothing "
-                         "on a trunk that moves")
+        raise InputError("--init-experts and --freeze with --sharing heads want --train-trunk false: a head means "
+                         "nothing on a trunk that moves")
     if begun and config.start != "none":
         raise InputError("--init-experts: experts that are taken over tell pairs apart from the first step on; "
                          "add --start none")

@@ -129,8 +129,9 @@ def check_lengths(pairs: list[Pair], context: int, path) -> None:
     worst = max(pairs, key=Pair.longest)
     if worst.longest() > context:
         raise InputError(
-            f"{path}:{worst.line}: prompt ({len(worst.prompt)} ids) and response ({worst.longest() - len(worst.prompt)}) "
-            f"are longer than the model's context of {context}; choose max_prompt + max_response <= {context}"
+            f"{path}:{worst.line}: prompt ({len(worst.prompt)} ids) and response "
+            f"({worst.longest() - len(worst.prompt)}) are longer than the model's context of {context}; choose "
+            f"max_prompt + max_response <= {context}"
         )
 
 
@@ -245,7 +246,8 @@ def main(argv: list[str]) -> None:
 
     flags = argv if argv and argv[0].startswith("-") else ["--data", *argv]
     config = parse(ShowConfig, flags, "python -m mixdpo.preferences FILE")
-    tokenizer, beside = load_tokenizer(config.model, config.data_folder or None), Path(config.data).parent / "dataset.json"
+    tokenizer = load_tokenizer(config.model, config.data_folder or None)
+    beside = Path(config.data).parent / "dataset.json"
     facts = json.loads(beside.read_text()) if beside.exists() else {}
     lengths = [config.max_prompt or facts.get("max_prompt", 64), config.max_response or facts.get("max_new", 64)]
     pairs = read_preferences(config.data, tokenizer, *lengths, config.drop)

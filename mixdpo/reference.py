@@ -105,7 +105,8 @@ def cached_reference(folder: Path, key: tuple, compute) -> Reference:
     return Reference(**load_file(path))
 
 
-def reference_of(path, pairs: list[Pair], models: list, tokenizer, config, dtype: torch.dtype, folder: Path) -> Reference:
+def reference_of(path, pairs: list[Pair], models: list, tokenizer, config, dtype: torch.dtype,
+                 folder: Path) -> Reference:
     """The reference of the pairs that were read from `path` with config's max_prompt, max_response and drop: one for
     each of the models. Features are the first's."""
     found, progress = [], Progress(f"reference, {Path(path).stem}")

@@ -1,7 +1,7 @@
 """How a run starts: the first responsibilities, and what must hold before the first step.
 
 Experts that are all equal stay equal: every h is 0, q = w, and all get the same gradient, for ever (the symmetric
-saddle; low-rank heads differ in their B_k, so they part, but by chance and not by what the data say). So the first steps
+saddle; low-rank heads differ in their B_k, so they part, but by chance, not by what the data say). So the first steps
 take responsibilities that differ between groups: random ones, or those of the same mixture with linear rewards on the
 reference's frozen features, which sees what experts equal to the reference cannot see yet.
 """
@@ -33,10 +33,10 @@ def first_responsibilities(config, units: list[list[int]], features: torch.Tenso
     index, group = [i for unit in units for i in unit], [g for g, unit in enumerate(units) for _ in unit]
     x = features[index, 0] - features[index, 1]                             # (P,C) chosen minus rejected
     x = x / x.square().mean(0).sqrt().clamp_min(1e-6)
-    l2 = 1e-2 * len(x)                                                      # little: without a gate, fits that differ
-    if prompts is not None:                                                 # part the experts; with one, they hide types
+    l2 = 1e-2 * len(x)                                              # little: without a gate, chance parts the experts;
+    if prompts is not None:                                         # with one, it would hide the types, and
         prompts = (prompts - prompts.mean(0)) / prompts.std(0, correction=0).clamp_min(1e-6)
-        l2 = x.shape[1]                                                     # margins and logits have deviation 1 a priori
+        l2 = x.shape[1]                                             # margins and logits have deviation 1 a priori
     fit = linear_mixture(x, torch.tensor(group), config.experts, l2, config.restarts, seed=config.seed,
                          log_w=log_w, c=prompts)
     shares = ", ".join(f"{q:.2f}" for q in fit.log_q.exp().mean(0))

@@ -80,8 +80,8 @@ def make_job(
 
 def make_run(path, K, latent, pairs, users, steps, rng):
     path.mkdir(exist_ok=True)
-    config = TrainConfig("elsewhere/train.jsonl", "elsewhere/reference", str(path), experts=K, latent=latent, start="linear",
-                         start_steps=2, epochs=2, batch=6)
+    config = TrainConfig("elsewhere/train.jsonl", "elsewhere/reference", str(path), experts=K, latent=latent,
+                         start="linear", start_steps=2, epochs=2, batch=6)
     (path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     metrics, logged, groups = [], [], users if latent == "user" else len(pairs)
     kinds = list(dict.fromkeys(pair.get("annotator", "all") for pair in pairs))

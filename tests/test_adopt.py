@@ -49,8 +49,8 @@ def logits(run, k):
 
 
 def begin(tmp_path, model_dir, begun, name="new", **options):
-    return tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name=name, start="none", init_experts=",".join(begun),
-                       experts=len(begun), **options)
+    return tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name=name, start="none",
+                       init_experts=",".join(begun), experts=len(begun), **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,7 +71,8 @@ def test_a_frozen_expert_keeps_every_bit_and_the_others_learn(kind, sources, tmp
             assert torch.equal(now, before), name
             rows += 1
     assert rows and torch.equal(logits(out, 0), logits(source, 1))
-    learnt = [(logits(out, k) - other).abs().max() for k, other in ((1, reference_logits(model_dir)), (2, logits(source, 0)))]
+    began = {1: reference_logits(model_dir), 2: logits(source, 0)}
+    learnt = [(logits(out, k) - other).abs().max() for k, other in began.items()]
     assert min(learnt) > 1e-4, "what is not frozen learns"
 
 
@@ -100,8 +101,8 @@ def test_whole_models_take_over_experts_of_any_kind(sources, tmp_path, model_dir
     """DPO's model, a head (which unties its model), adapters merged. They train, are saved, and open again.
     Faults: the trunk's head for the expert's; an untied model that loads as a tied one."""
     begun = {"dpo": 0, "low-rank heads": 1, "full heads": 0, "adapters": 1, "models": 0}
-    out = begin(tmp_path, model_dir, [f"{sources[kind]}:{k}" for kind, k in begun.items()], sharing="models", freeze="0,1,2,3,4",
-                gate="linear")
+    out = begin(tmp_path, model_dir, [f"{sources[kind]}:{k}" for kind, k in begun.items()], sharing="models",
+                freeze="0,1,2,3,4", gate="linear")
     for n, (kind, k) in enumerate(begun.items()):
         assert torch.allclose(logits(out, n), logits(sources[kind], k), atol=1e-6), kind
 
@@ -121,12 +122,14 @@ def test_a_gate_alone_learns_on_frozen_experts(kind, sources, tmp_path, model_di
 
 
 @pytest.mark.parametrize(("options", "says"), [
-    (dict(init_experts="RUN:0"), "got 1 entries for 2 experts"), (dict(init_experts="RUN:2,fresh"), "has experts 0 to 1"),
-    (dict(init_experts="RUN,fresh"), "wanted RUN:k"), (dict(init_experts="RUN:0,fresh", rank=3), "same kind and rank"),
+    (dict(init_experts="RUN:0"), "got 1 entries for 2 experts"),
+    (dict(init_experts="RUN:2,fresh"), "has experts 0 to 1"), (dict(init_experts="RUN,fresh"), "wanted RUN:k"),
+    (dict(init_experts="RUN:0,fresh", rank=3), "same kind and rank"),
     (dict(init_experts="RUN:0,fresh", sharing="lora", train_trunk=True), "same kind and rank"),
     (dict(init_experts="RUN:0,fresh", start="linear"), "add --start none"),
     (dict(init_experts="RUN:0,fresh", train_trunk=True), "--train-trunk false"),
-    (dict(init_experts="OTHER:0,fresh"), "another reference"), (dict(init_experts="NONE:0,fresh"), "no checkpoint in it"),
+    (dict(init_experts="OTHER:0,fresh"), "another reference"),
+    (dict(init_experts="NONE:0,fresh"), "no checkpoint in it"),
     (dict(freeze="2"), "wanted some of 0 to 1"), (dict(freeze="0,0"), "wanted some of 0 to 1"),
     (dict(freeze="all"), "nothing to learn but the weights"), (dict(freeze="x"), "--freeze: got 'x'"),
     (dict(experts=1, freeze="0", train_trunk=True), "--experts 2 or more"),
@@ -137,9 +140,10 @@ def test_what_does_not_fit_is_refused(options, says, sources, tmp_path, model_di
     other = tinyjob.make_model(tmp_path / "other", seed=1)
     if "OTHER" in options.get("init_experts", ""):
         tinyjob.run(tmp_path, other, tinyjob.make_records(), name="elsewhere", **KINDS["low-rank heads"])
-    places = {"RUN": sources["low-rank heads"], "OTHER": tmp_path / "elsewhere", "NONE": tmp_path / "none", "MODEL": model_dir}
+    places = {"RUN": sources["low-rank heads"], "OTHER": tmp_path / "elsewhere", "NONE": tmp_path / "none",
+              "MODEL": model_dir}
     for word, place in places.items():
-        options = {name: value.replace(word, str(place)) if isinstance(value, str) else value for name, value in options.items()}
+        options |= {name: value.replace(word, str(place)) for name, value in options.items() if isinstance(value, str)}
     begins = {"start": "none"} if "init_experts" in options else {}
     with pytest.raises(InputError, match=says):
         tinyjob.run(tmp_path, options.pop("model", model_dir), tinyjob.make_records(), name="bad",

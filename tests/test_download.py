@@ -67,7 +67,8 @@ def test_a_part_of_another_file_does_no_harm(left, server, place):
 def test_an_altered_file_is_refused_and_not_kept(server, place):
     """Faults: no sum; the file renamed before its sum is known; altered bytes kept as something to resume."""
     at = place(server.url + "altered")
-    assert_refused(lambda: asset("thing"), "altered", SUM, server.url + "altered", "By hand", str(at.target), "DATA=FOLDER")
+    told = "altered", SUM, server.url + "altered", "By hand", str(at.target), "DATA=FOLDER"
+    assert_refused(lambda: asset("thing"), *told)
     assert not at.target.exists() and not at.part.exists() and len(server.seen) == 1
 
 

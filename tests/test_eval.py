@@ -95,8 +95,9 @@ def slow_heldout(job, name):
 @pytest.mark.parametrize("name", ["dpo", "mix-pair", "mix-user"])
 def test_heldout_figures_by_hand(job, name):
     """Faults: margins against another reference; M5 under uniform w; a tie for a win; each user's own weights not used,
-    or those of another user; pairs to compare runs by under other weights; accuracy of an annotator on all pairs; the gap with its sign turned; pairs of one prompt
-    counted as independent, or prompts told apart by their first token; own - other of another annotator."""
+    or those of another user; pairs to compare runs by under other weights; accuracy of an annotator on all pairs; the
+    gap with its sign turned; pairs of one prompt counted as independent, or prompts told apart by their first token;
+    own - other of another annotator."""
     records, h, w, table = slow_heldout(job, name)
     got, users = job[1]["preferences"][name], [f"u{n}" for n in range(6)]   # in the training file's order
     own = [table[users.index(r["user"])].tolist() if name == "mix-user" and r["user"] in users else w for r in records]

@@ -61,7 +61,8 @@ def test_an_altered_file_in_the_data_folder_is_an_error(found, server, place, tm
     """Fault: passed over in silence, and another file fetched than the user thinks is used."""
     place(server.url + "whole")
     (tmp_path / "thing.bin").write_bytes(found)
-    assert_refused(lambda: asset("thing", data=tmp_path), str(tmp_path / "thing.bin"), "truncated or altered", f"{len(found)}")
+    told = str(tmp_path / "thing.bin"), "truncated or altered", f"{len(found)}"
+    assert_refused(lambda: asset("thing", data=tmp_path), *told)
     assert not server.seen
     assert_refused(lambda: asset("thing", data=tmp_path / "nowhere"), str(tmp_path / "nowhere"), "not a folder")
 

@@ -347,7 +347,8 @@ def test_presets_fit_together():
         assert preset["train"]["batch"] >= preset["pairs"]                  # whole users fit a batch
     for preset in REVIEWS.values():
         assert preset["prompts"] / 2 >= preset["pairs"] and preset["heldout"] / 2 >= preset["heldout_pairs"]
-        assert preset["evaluate"] > 4 * preset["apart"] and set(preset["annotators"]) == {a for d in preset["domains"].values() for a in d}
+        assert preset["evaluate"] > 4 * preset["apart"]
+        assert set(preset["annotators"]) == {a for judges in preset["domains"].values() for a in judges}
         for options in preset["runs"].values():
             validate(experiment.TrainConfig(data="", model="", out="", **preset["train"] | options))
         experiment.FinetuneConfig(data="", model="", out="", **preset["finetune"])

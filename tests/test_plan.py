@@ -82,7 +82,7 @@ def test_a_plan_leaves_context_pairs_to_the_e_step(estep, aside):
 
 @pytest.mark.parametrize("latent", ["pair", "user"])
 def test_what_the_file_sets_aside_is_never_trained_on(latent):
-    """Caught: context pairs trained on, or a group of nothing made of them, where the E-step does not look at context."""
+    """Caught: context pairs trained on, or a group of nothing made of them, if no E-step looks at them."""
     marked = [pair([1], [2], [3], user=u, context=c) for u, c in zip("aabbcc", (True, True, False, True, None, False))]
     plan = make_plan(marked, small.config(latent=latent, batch=10))
     assert plan.trained == plan.units == ([[2], [4], [5]] if latent == "pair" else [[2], [4, 5]])

@@ -33,7 +33,7 @@ def planted_gate(c, K, shape):
 
 
 def world(K, shape, seed):
-    """c (n,D), x (n,D) differences of features, z (n,) and log w(c) (n,K), of n = K N + HELD judged pairs; theta (K,D)."""
+    """c (n,D), x (n,D) differences of features, z (n,) and log w(c) (n,K), of n = K N + HELD pairs; theta (K,D)."""
     generator = torch.Generator().manual_seed(seed)
     c, x = (torch.randn(K * N + HELD, D, generator=generator) for _ in range(2))
     theta = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q[:K] * 6.0             # tastes that differ
@@ -44,7 +44,7 @@ def world(K, shape, seed):
 
 
 def learned(kind, c, x, K, seed, batch=16000, first=24000):
-    """Expert rewards (K,D) and a gate by EM in minibatches, with Adam, from the linear mixture of the first pairs, which
+    """Expert rewards (K,D) and a gate by EM in minibatches, with Adam, from the linear mixture of the first pairs. It
     looks at c only for a linear gate: XOR regions it would miss."""
     start = linear_mixture(x[:first], torch.arange(first), K, l2=1.0, starts=4, iterations=60, seed=seed,
                            c=c[:first] if kind == "linear" else None)

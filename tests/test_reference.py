@@ -44,7 +44,7 @@ def test_log_probs_and_features_text_by_text(family):
     dict(experts=2, sharing="lora"),
 ], ids=str)
 def test_the_same_call_as_the_policys(options, dtype):
-    """On the same batch the policy's first margins are 0 to the bit, in either precision, and numbers are float32; those
+    """On the same batch the policy's first margins are 0 to the bit, in either precision, and are float32; those
     of adapters, whose products have K times the rows, are 0 to rounding.
     Catches: a reference in another dtype, from other code, or in another order of sums."""
     pairs = small.pairs(COUNT)

@@ -49,8 +49,10 @@ def test_product_reviews_are_clean_and_stand_once(tmp_path):
 def test_the_official_archive_of_products_is_read(tmp_path):
     """Caught: the label of the file's name exchanged; a domain named with its tail; reviews of a file run together;
     a cut archive taken."""
-    bodies = {"books/positive": "<review>\n<review_text>\nGood.\n</review_text>\n</review>\n<review><review_text>Fine.</review_text></review>",
-              "books/negative": "<review_text>Dull.</review_text>", "kitchen_&_housewares/negative": "<review_text>Rust.</review_text>",
+    bodies = {"books/positive": "<review>\n<review_text>\nGood.\n</review_text>\n</review>\n"
+                                "<review><review_text>Fine.</review_text></review>",
+              "books/negative": "<review_text>Dull.</review_text>",
+              "kitchen_&_housewares/negative": "<review_text>Rust.</review_text>",
               "books/unlabeled": "<review_text>No.</review_text>"}
     path = tmp_path / "domain_sentiment_data.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
@@ -66,8 +68,9 @@ def test_the_official_archive_of_products_is_read(tmp_path):
         load_products(tmp_path)
 
 
-@pytest.mark.parametrize(("line", "says"), [("{", ":1: JSONDecodeError"), ('{"domain": "books", "text": "a"}', ":1: KeyError"),
-                                            ('{"domain": "toys", "label": "pos", "text": "a"}', "none of them of books")])
+@pytest.mark.parametrize(("line", "says"), [
+    ("{", ":1: JSONDecodeError"), ('{"domain": "books", "text": "a"}', ":1: KeyError"),
+    ('{"domain": "toys", "label": "pos", "text": "a"}', "none of them of books")])
 def test_faulty_product_reviews_are_named(tmp_path, line, says):
     """Caught: a line passed over; another domain taken for books."""
     with gzip.open(tmp_path / "books.jsonl.gz", "wt") as file:
@@ -89,7 +92,8 @@ def test_no_source_says_what_to_do(tmp_path, data):
 def test_a_crossing_prompt_begins_with_the_sentence_that_crosses(tiny):
     """Caught: a word within a word; the review's first sentence; a prompt that ends before the word."""
     tokenizer, tail = load_tokenizer(tiny), " " + "word " * 60
-    assert reviews.crossing("It bookends. The novel is old. So." + tail, ["book", "novel"], tokenizer).startswith("The novel is")
+    made = reviews.crossing("It bookends. The novel is old. So." + tail, ["book", "novel"], tokenizer)
+    assert made.startswith("The novel is")
     for text in ("It bookends here.", "It ebook here."):
         assert reviews.crossing(text + tail, ["book"], tokenizer) is None
     assert reviews.crossing("No. " + "word " * 40 + "and the novel is old." + tail, ["novel"], tokenizer) is None
@@ -97,7 +101,8 @@ def test_a_crossing_prompt_begins_with_the_sentence_that_crosses(tiny):
 
 
 def texts(words, count, label=None):
-    return [Review(f"{words} number {n} is here. " + "word " * 60, "train", n % 2 if label is None else label) for n in range(count)]
+    return [Review(f"{words} number {n} is here. " + "word " * 60, "train", n % 2 if label is None else label)
+            for n in range(count)]
 
 
 def test_shares_of_a_domain_are_apart(tiny):
@@ -105,7 +110,8 @@ def test_shares_of_a_domain_are_apart(tiny):
     preset = {"seed": 0, "prompts": 20, "heldout": 10, "evaluate": 24, "apart": 3, "reviews": 30}
     own, crossed = texts("A tale", 60), texts("The film", 5)
     taken, rest = reviews.divide("book", own + crossed, preset, load_tokenizer(tiny))
-    assert {name: len(rows) for name, rows in taken.items()} == {"crossed": 3, "heldout": 5, "train": 10, "evaluate": 6, "reviews": 15}
+    counts = {"crossed": 3, "heldout": 5, "train": 10, "evaluate": 6, "reviews": 15}
+    assert {name: len(rows) for name, rows in taken.items()} == counts
     assert all("film" in prompt for prompt in taken["crossed"])
     assert len(rest) == 65 - 39
     with pytest.raises(InputError, match="book reviews give 2 for crossed, wanted 3"):
@@ -120,10 +126,12 @@ def test_a_whole_tiny_job_of_two_domains(tiny, tmp_path, monkeypatch):
     data.mkdir()
 
     def some(first, count):
-        return [f"{first} {n}. " + " ".join([*rng.choice(list("abcdefgh"), 60), *words[n % 2], str(n)]) for n in range(count)]
+        return [f"{first} {n}. " + " ".join([*rng.choice(list("abcdefgh"), 60), *words[n % 2], str(n)])
+                for n in range(count)]
 
     labels = ("neg", "pos")
-    movies = [{"split": "train", "label": labels[n % 2], "text": t} for n, t in enumerate([*some("m", 300), *some("A book", 4)])]
+    movies = [{"split": "train", "label": labels[n % 2], "text": t}
+              for n, t in enumerate([*some("m", 300), *some("A book", 4)])]
     products = [{"domain": d, "label": labels[n % 2], "text": t} for d, first, count in (
         ("books", "b", 200), ("books", "A film", 4), ("kitchen", "k", 5)) for n, t in enumerate(some(first, count))]
     write_reviews(data, movies)
@@ -135,17 +143,21 @@ def test_a_whole_tiny_job_of_two_domains(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "run", trained.append)
     monkeypatch.setattr(experiment, "evaluate", evaluated.append)
     job = tmp_path / "job"
-    experiment.main(reviews.DATASET, ["--preset", "tiny", "--model", str(tiny), "--out", str(job), "--data-folder", str(data)])
+    flags = {"--preset": "tiny", "--model": tiny, "--out": job, "--data-folder": data}
+    experiment.main(reviews.DATASET, [str(word) for flag in flags.items() for word in flag])
     for name, each in (("train", 5), ("heldout", 3)):
         pairs = read_preferences(job / f"{name}.jsonl", load_tokenizer(tiny), 16, 24)
         assert len(pairs) == 2 * each
         assert {(p.domain, p.annotator) for p in pairs} == {("movie", "informativeness"), ("book", "sentiment")}
-        of = {row["prompt"]: row["domain"] for file in ("prompts-train.jsonl", "prompts.jsonl") for row in read_lines(job / file)}
+        of = {row["prompt"]: row["domain"]
+              for file in ("prompts-train.jsonl", "prompts.jsonl") for row in read_lines(job / file)}
         assert all(of[row["prompt"]] == row["domain"] for row in read_lines(job / f"{name}.jsonl"))
     asked = [(row["domain"], row["set"]) for row in read_lines(job / "evaluate.jsonl")]
-    assert asked == [("movie", "held out"), ("book", "held out")] * 2 + [("movie", "crossed"), ("book", "crossed")] * 2 + [("kitchen", "other")] * 2
+    both = [[("movie", part), ("book", part)] * 2 for part in ("held out", "crossed")]
+    assert asked == [*both[0], *both[1], *[("kitchen", "other")] * 2]
     assert json.loads((job / "split.json").read_text())["domains_left_out"] == ["electronics"]
-    assert json.loads((job / "dataset.json").read_text())["domains"] == {"movie": ["informativeness"], "book": ["sentiment"]}
+    facts = json.loads((job / "dataset.json").read_text())
+    assert facts["domains"] == {"movie": ["informativeness"], "book": ["sentiment"]}
     assert [c.gate for c in trained] == ["fixed", "fixed", "domain", "random", "linear", "mlp", "linear"]
     assert [c.sharing for c in trained] == ["heads"] * 6 + ["models"]
     assert evaluated[0].prompts == str(job / "evaluate.jsonl")
@@ -157,12 +169,13 @@ def test_a_whole_tiny_job_of_two_domains(tiny, tmp_path, monkeypatch):
 @pytest.fixture
 def job(tmp_path):
     """Four held-out prompts, two crossed and one of another domain; a sure gate that is wrong on one crossed prompt."""
-    asked = [{"domain": d, "set": s} for d, s in (("movie", "held out"), ("book", "held out"), ("movie", "held out"),
-                                                  ("book", "held out"), ("movie", "crossed"), ("book", "crossed"), ("pan", "other"))]
+    held = [("movie", "held out"), ("book", "held out")] * 2
+    asked = [{"domain": d, "set": s} for d, s in (*held, ("movie", "crossed"), ("book", "crossed"), ("pan", "other"))]
     w = [[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.1, 0.9], [0.2, 0.8], [0.2, 0.8], [0.5, 0.5]]
     values = [[0.1 * n, 1 - 0.1 * n] for n in range(7)]
     se = {"mean": 0.0, "se": 0.1, "n": 7}
-    policies = {"reference": {"values": values}, "moe mixture": {"values": values, "w": w}, "moe head 0": {"values": values}}
+    policies = {name: {"values": values} for name in ("reference", "moe mixture", "moe head 0")}
+    policies["moe mixture"]["w"] = w
     of = {"log_likelihood": se, "accuracy_mbt": se, "prompt_of_pair": [0, 0, 1, 2]}
     preferences = {"moe": of | {"by_pair": [-0.1, -0.2, -0.3, -0.4]}, "dpo": of | {"by_pair": [-0.2, -0.4, -0.5, -0.3]}}
     dataset = {"rewards": ["sentiment", "informativeness"], "annotators": ["sentiment", "informativeness"],
@@ -179,8 +192,9 @@ def cells(text):
 def test_rewards_by_domain_are_those_its_judges_follow(job):
     """Caught: the other domain's reward; prompts of another set; heads among the policies."""
     head, rows = cells(domains.rewards_by_domain(job))
-    assert head[1:] == ["movie, held out: informativeness", "book, held out: sentiment", "movie, crossed: informativeness",
-                        "book, crossed: sentiment", "pan, other: sentiment, informativeness"]
+    assert head[1:] == ["movie, held out: informativeness", "book, held out: sentiment",
+                        "movie, crossed: informativeness", "book, crossed: sentiment",
+                        "pan, other: sentiment, informativeness"]
     assert set(rows) == {"reference", "moe mixture"}
     assert [float(cell.split()[0]) for cell in rows["reference"]] == pytest.approx([0.9, 0.2, 0.6, 0.5, 0.5])
 
@@ -219,5 +233,6 @@ def test_pictures_of_gates_are_drawn(job):
     assert np.allclose(dots.get_xdata(), [0.9, 0.9])
     assert report.prompt_features(job) == {}
     job.runs[1].config["gate_features"] = "mean"
-    save_file({"states": torch.randn(7, 2, 6, generator=torch.Generator().manual_seed(0))}, job.home / "prompt-states.safetensors")
+    states = torch.randn(7, 2, 6, generator=torch.Generator().manual_seed(0))
+    save_file({"states": states}, job.home / "prompt-states.safetensors")
     assert len(report.prompt_features(job)["prompts"].axes) == 4 + 2

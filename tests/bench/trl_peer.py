@@ -80,7 +80,7 @@ def one_batch(trainer: DPOTrainer) -> dict:
 def stepper(trainer: DPOTrainer):
     """A function that makes one optimizer step of `trainer`, and the loss of the step that was made before.
 
-    train() runs first, for that one step: it alone switches checkpointing on, builds the optimizer and prepares the model.
+    train() runs first, for that one step: it alone switches checkpointing on, builds the optimizer, prepares the model.
     After that the function calls what the trainer's loop calls, in its order, less the loop's callbacks, NaN check and
     counters: what is left out favours TRL.
     """
