@@ -41,7 +41,7 @@ from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, upd
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.options import TrainConfig, validate
 from mixdpo.plan import Micro, make_plan, micro_batches
-from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences, response_positions
+from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences, rows_of
 from mixdpo.reference import load_references, reference_of
 from mixdpo.rundir import Log, Progress, compute_dtype, environment, load_checkpoint, save_checkpoint
 from mixdpo.start import check_start, make_start
@@ -57,8 +57,9 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
     Returns (log_q of the groups, log_q of the pairs, log_w of the pairs, h) of every chunk, detached.
     """
     batch, known, seen = micro.train, latent.given, []
-    where, targets, sequence = response_positions(batch)                    # (M,) each
-    rows = experts.rows(experts.hidden(batch.ids.flatten(0, 1)), where)     # (M,C), or (K,M,C): states of their own
+    text = rows_of(batch)
+    targets, sequence = text.targets, text.sequence                         # (M,) each
+    rows = experts.rows(experts.hidden(text.ids, text.window), text.where)  # (M,C), or (K,M,C): states of their own
     split, made = config.head_rows > 0, [rows, *experts.heads()]
     cut = [x.detach().requires_grad_() if split and x.grad_fn else x for x in made]         # what has a history
     states, heads = cut[0], [x.to(experts.dtype) for x in cut[1:]]

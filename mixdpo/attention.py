@@ -62,6 +62,31 @@ class Window:
         return seen
 
 
+@dataclass(frozen=True)
+class Branches:
+    """A window without a cache, with gradient: rows that hold a prompt once and several continuations behind it."""
+
+    positions: torch.Tensor         # (N, T): of each token in its own text, prompt and continuation
+    mask: torch.Tensor              # (N, 1, T, T), True where a token sees another
+
+    def extend(self, layer, k, v):
+        """The row's own keys and values: there are no others."""
+        return k, v
+
+    def repeat(self, times):
+        """For the same rows `times` over."""
+        return Branches(self.positions.repeat(times, 1), self.mask.repeat(times, 1, 1, 1))
+
+
+def branches(branch):
+    """branch (N, T): 0 in the prompt, n in its n-th continuation, -1 in padding, in this order. A token sees those
+    before it in the prompt and in its own continuation, and stands where it would stand behind the prompt alone."""
+    place = torch.arange(branch.shape[1], device=branch.device)
+    own = (branch[:, :, None] == branch[:, None, :]) & (branch >= 0)[:, None, :]            # (N, T, T)
+    seen = (own | (branch == 0)[:, None, :]) & (place[:, None] >= place)
+    return Branches(seen.sum(-1) - 1, seen[:, None])
+
+
 def attend(q, k, v, layer=0, window=None):
     """q (N, H, T, D), k and v (N, H_kv, T, D), already rotated where the family rotates -> (N, T, H * D)."""
     (N, H, T, D), H_kv = q.shape, k.shape[1]

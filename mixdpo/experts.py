@@ -23,7 +23,7 @@ from torch import nn
 
 from mixdpo.config import InputError
 from mixdpo.logprob import sum_responses, token_logps
-from mixdpo.preferences import Batch, response_positions
+from mixdpo.preferences import Batch, rows_of
 
 # alpha / rank. Fixed, since Adam makes another one act like another learning rate (Hu et al., section 4.1).
 SCALE = 2.0
@@ -53,10 +53,10 @@ class Heads(nn.Module):
             self.A = nn.Parameter(W.new_zeros(experts, W.shape[1], rank))                             # (K,C,R)
             self.B = nn.Parameter(noise.to(W) / math.sqrt(W.shape[1]))                                # (K,R,C)
 
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """(N,T) -> (N,T,C): one pass for all experts."""
+    def hidden(self, ids: torch.Tensor, window=None) -> torch.Tensor:
+        """(N,T) -> (N,T,C): one pass for all experts. window: who sees whom, where not plainly causal."""
         with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype.itemsize < 4):
-            return self.trunk(ids).to(self.dtype)
+            return self.trunk(ids, window=window).to(self.dtype)
 
     def rows(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """(N,T,C), flat positions (M,) -> (M,C)."""
@@ -126,10 +126,11 @@ class Adapters(nn.Module):
             linear = self.trunk.get_submodule(path)
             self.trunk.set_submodule(path, LoRALinear(linear, experts, rank, generator))
 
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+    def hidden(self, ids: torch.Tensor, window=None) -> torch.Tensor:
         """(N,T) -> (K,N,T,C): one pass over K*N rows, the rows once for each expert."""
+        window = window and window.repeat(self.K)
         with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype.itemsize < 4):
-            hidden = self.trunk(ids.repeat(self.K, 1))                      # (K*N,T,C)
+            hidden = self.trunk(ids.repeat(self.K, 1), window=window)       # (K*N,T,C)
         return hidden.unflatten(0, (self.K, -1)).to(self.dtype)
 
     def rows(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -178,10 +179,10 @@ class Models(nn.Module):
         super().__init__()
         self.models, self.K, self.dtype = nn.ModuleList(models), len(models), dtype
 
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+    def hidden(self, ids: torch.Tensor, window=None) -> torch.Tensor:
         """(N,T) -> (K,N,T,C)."""
         with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype.itemsize < 4):
-            return torch.stack([model(ids).to(self.dtype) for model in self.models])
+            return torch.stack([model(ids, window=window).to(self.dtype) for model in self.models])
 
     def rows(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """(K,N,T,C), flat positions (M,) -> (K,M,C)."""
@@ -225,13 +226,14 @@ def make_experts(models: list[nn.Module], config, dtype: torch.dtype) -> Heads |
     return experts
 
 
-def pair_logp(experts: Heads | Adapters | Models, batch: Batch, tile: int | None = 4096) -> torch.Tensor:
+def pair_logp(experts: Heads | Adapters | Models, batch: Batch, tile: int | None = 4096,
+              shared: bool | None = None) -> torch.Tensor:
     """Summed response log-probs of every expert, with gradient: (B,K,2) float32 nats.
-    The composable route, text ids to log-probs in four lines."""
-    where, targets, sequence = response_positions(batch)                    # (M,), (M,), (M,)
-    rows = experts.rows(experts.hidden(batch.ids.flatten(0, 1)), where)     # (M,C) or (K,M,C)
-    logps = experts.token_logps(rows, targets, tile)                        # (K,M)
-    return sum_responses(logps, sequence, len(batch.ids))                   # (B,K,2)
+    The composable route, text ids to log-probs in four lines. shared: prompts (preferences.rows_of)."""
+    text = rows_of(batch, shared)
+    states = experts.rows(experts.hidden(text.ids, text.window), text.where)                # (M,C) or (K,M,C)
+    logps = experts.token_logps(states, text.targets, tile)                 # (K,M)
+    return sum_responses(logps, text.sequence, len(batch.ids))              # (B,K,2)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -116,10 +116,10 @@ class GPT2(nn.Module):
         assert tokens <= c.context, f"got {tokens} tokens a row, want at most the context of {c.context}"
         return KVCache(c.layers, rows, c.heads, tokens, c.width // c.heads, weight.dtype, weight.device)
 
-    def forward(self, ids, cache=None):
-        N, T = ids.shape
-        assert T <= self.config.context, f"got rows of {T} tokens, want at most the context of {self.config.context}"
-        window = None if cache is None else cache.window(N, T)
+    def forward(self, ids, cache=None, window=None):
+        (N, T), most = ids.shape, self.config.context
+        assert T <= most or window is not None, f"got rows of {T} tokens, want at most the context of {most}"
+        window = window if cache is None else cache.window(N, T)
         positions = torch.arange(T, device=ids.device) if window is None else window.positions      # (T,) or (N, T)
         x = self.wte(ids) + self.wpe(positions)         # (N, T, C)
         for layer, block in enumerate(self.h):

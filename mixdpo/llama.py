@@ -159,10 +159,10 @@ class Llama(nn.Module):
         assert tokens <= c.context, f"got {tokens} tokens a row, want at most the context of {c.context}"
         return KVCache(c.layers, rows, c.kv_heads, tokens, c.head_dim, weight.dtype, weight.device)
 
-    def forward(self, ids, cache=None):
-        N, T = ids.shape
-        assert T <= self.config.context, f"got rows of {T} tokens, want at most the context of {self.config.context}"
-        window = None if cache is None else cache.window(N, T)
+    def forward(self, ids, cache=None, window=None):
+        (N, T), most = ids.shape, self.config.context
+        assert T <= most or window is not None, f"got rows of {T} tokens, want at most the context of {most}"
+        window = window if cache is None else cache.window(N, T)
         positions = torch.arange(T, device=ids.device) if window is None else window.positions[:, None]
         angles = positions[..., None] * rope_frequencies(self.config, ids.device)   # (T, D/2) or (N, 1, T, D/2)
         cos, sin = angles.cos(), angles.sin()           # once for all layers

@@ -22,8 +22,12 @@ from pathlib import Path
 
 import torch
 
+from mixdpo.attention import Branches, branches
 from mixdpo.config import InputError, parse
 from mixdpo.records import OPTIONAL, TEXTS, Fault, lines, read_record
+
+
+SHARED = 0.9  # of the tokens of plain rows: prompts are shared where no more than these are left
 
 
 @dataclass(frozen=True)
@@ -183,17 +187,42 @@ def collate(pairs: list[Pair], index: list[int], latent: str) -> Batch:
     return Batch(ids, start, length, group, torch.tensor(index), context)
 
 
-def response_positions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where the log-probs of the batch's M response tokens, EOS among them, are to be had.
+@dataclass(frozen=True)
+class Rows:
+    """The rows of ids that pass through a model, and where the log-probs of the M response tokens, EOS among them, are
+    to be had. From the lengths, never from the ids."""
 
-    Returns where (M,): the hidden state that predicts the token, an index into (B*2*T, C); targets (M,): the token;
-    sequence (M,): the response it belongs to, an index into B*2. From the lengths, never from the ids.
-    """
-    T = batch.ids.shape[-1]
-    position = torch.arange(T, device=batch.ids.device)
-    is_response = (position >= batch.start[:, None, None]) & (position < batch.length[..., None])  # (B, 2, T)
+    ids: torch.Tensor  # (N, T): each response behind its prompt, N = 2B; or both behind one prompt, N = B
+    window: Branches | None  # who sees whom, where that is not plainly causal
+    token: torch.Tensor  # (M,) of each response token, its place in (N*T)
+    where: torch.Tensor  # (M,) of the hidden state that predicts it
+    targets: torch.Tensor  # (M,) the token
+    sequence: torch.Tensor  # (M,) the response it belongs to, an index into B*2
+
+
+def rows_of(batch: Batch, shared: bool | None = None) -> Rows:
+    """The batch as rows. shared: each prompt once, both responses behind it; None: where that saves enough (SHARED)."""
+    (B, _, T), start, device = batch.ids.shape, batch.start, batch.ids.device
+    position = torch.arange(T, device=device)
+    is_response = (position >= start[:, None, None]) & (position < batch.length[..., None])  # (B, 2, T)
     token = is_response.flatten().nonzero().squeeze(1)  # (M,) into B*2*T
-    return token - 1, batch.ids.flatten()[token], token // T  # token - 1 stays in its row: no prompt is empty
+    targets, sequence = batch.ids.flatten()[token], token // T
+    end = batch.length.sum(1) - start  # (B,) of prompt, chosen and rejected in one row
+    if shared is None:
+        shared = int(end.max()) <= SHARED * 2 * T
+    if not shared:
+        return Rows(batch.ids.flatten(0, 1), None, token, token - 1, targets, sequence)  # - 1: no prompt is empty
+    pair, shift = sequence // 2, sequence % 2 * (batch.length[:, 0] - start)[sequence // 2]  # behind the chosen
+    place = token % T + shift  # (M,) in its row
+    ids = torch.zeros(B, int(end.max()), dtype=torch.int64, device=device)
+    ids[:, :T] = batch.ids[:, 0].where(position < start[:, None], 0)
+    ids[pair, place] = targets
+    branch = torch.full_like(ids, -1)
+    branch[:, :T].masked_fill_(position < start[:, None], 0)
+    branch[pair, place] = 1 + sequence % 2
+    before = torch.where(place - shift == start[pair], start[pair], place) - 1  # both begin behind the prompt
+    first = pair * ids.shape[1]
+    return Rows(ids, branches(branch), first + place, first + before, targets, sequence)
 
 
 # ---- to look at

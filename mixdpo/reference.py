@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from mixdpo.config import InputError
 from mixdpo.experts import Heads
 from mixdpo.logprob import sum_responses
-from mixdpo.preferences import Pair, collate, data_key, response_positions
+from mixdpo.preferences import Pair, collate, data_key, rows_of
 from mixdpo.rundir import Progress
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import content_key, load_model
@@ -56,15 +56,15 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
     logps, features, prompts = [], [], []
     for start in range(0, len(pairs), size):
         batch = collate(pairs, range(start, min(start + size, len(pairs))), "pair").to(device)
-        where, targets, sequence = response_positions(batch)
-        hidden = policy.hidden(batch.ids.flatten(0, 1))                     # (2B,T,C)
-        of_tokens = policy.token_logps(policy.rows(hidden, where), targets, 4096)           # (1,M)
-        logps.append(sum_responses(of_tokens, sequence, len(batch.ids)))                    # (B,1,2)
-        read = policy.rows(hidden, where + 1).float()           # (M,C) states that have read each response token
-        count = torch.bincount(sequence, minlength=2 * len(batch.ids)).clamp_min(1)
-        mean = read.new_zeros(2 * len(batch.ids), read.shape[1]).index_add(0, sequence, read) / count[:, None]
-        features.append(mean.view(len(batch.ids), 2, -1))
-        prompts.append(states_of_prompts(hidden[::2], batch.start))         # chosen and rejected have the same
+        text, B = rows_of(batch), len(batch.ids)
+        hidden = policy.hidden(text.ids, text.window)                       # (2B,T,C), or (B,T,C): shared prompts
+        of_tokens = policy.token_logps(policy.rows(hidden, text.where), text.targets, 4096)                # (1,M)
+        logps.append(sum_responses(of_tokens, text.sequence, B))            # (B,1,2)
+        read = policy.rows(hidden, text.token).float()          # (M,C) states that have read each response token
+        count = torch.bincount(text.sequence, minlength=2 * B).clamp_min(1)
+        mean = read.new_zeros(2 * B, read.shape[1]).index_add(0, text.sequence, read) / count[:, None]
+        features.append(mean.view(B, 2, -1))
+        prompts.append(states_of_prompts(hidden[:: len(hidden) // B], batch.start))       # a pair's rows have the same
         if progress:
             progress(min(start + size, len(pairs)), len(pairs))
     return Reference(torch.cat(logps).cpu(), torch.cat(features).cpu(), torch.cat(prompts).cpu())

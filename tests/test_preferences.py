@@ -15,7 +15,7 @@ from mixdpo.preferences import (
     encode_prompt,
     groups,
     main,
-    response_positions,
+    rows_of,
     show,
 )
 
@@ -110,11 +110,32 @@ def test_positions_of_every_response_token(tmp_path, tokenizer):
     pairs = read(tmp_path, *(dict(zip(GOOD, text)) for text in texts), tokenizer=tokenizer)
     for index in ([0, 1, 2], [2], [1, 0]):
         batch = collate(pairs, index, "pair")
-        where, targets, sequence = response_positions(batch)
+        text = rows_of(batch, shared=False)
+        where, targets, sequence = text.where, text.targets, text.sequence
         by_hand = positions_by_hand(pairs, index, batch.ids.shape[-1])
         assert list(zip(where.tolist(), targets.tolist(), sequence.tolist())) == by_hand
         ends = torch.stack([targets[sequence == n][-1] for n in range(2 * len(index))])
         assert (ends == tokenizer.eos).all()
+
+
+def test_a_shared_prompt_is_one_row_a_pair():
+    """Caught: the rejected response's first token predicted by the chosen's last; positions that run on from one response
+    to the other; a response that sees the other; padding seen, or nothing for it to see."""
+    pairs = [pair([5, 6], [7, 8], [9]), pair([3], [1, 2, 4], [5, 6])]
+    text = rows_of(collate(pairs, [0, 1], "pair"), shared=True)
+    assert text.ids.tolist() == [[5, 6, 7, 8, 9, 0], [3, 1, 2, 4, 5, 6]]
+    assert text.window.positions.tolist() == [[0, 1, 2, 3, 2, 1], [0, 1, 2, 3, 1, 2]]
+    assert text.token.tolist() == [2, 3, 4, 7, 8, 9, 10, 11] and text.where.tolist() == [1, 2, 1, 6, 7, 8, 6, 10]
+    assert text.targets.tolist() == [7, 8, 9, 1, 2, 4, 5, 6] and text.sequence.tolist() == [0, 0, 1, 2, 2, 2, 3, 3]
+    seen = [[n for n in range(6) if row[n]] for row in text.window.mask[0, 0]]
+    assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1]]
+
+
+def test_prompts_are_shared_where_that_saves_a_tenth():
+    """Caught: short prompts shared, long ones not; the longest row not counted."""
+    for prompt, shared in ((4, False), (6, True)):
+        batch = collate([pair(range(prompt), [1] * 20, [2] * 20), pair([1], [1], [2])], [0, 1], "pair")
+        assert (rows_of(batch).window is not None) == shared
 
 
 def test_padding_shifts_nothing():
@@ -124,7 +145,8 @@ def test_padding_shifts_nothing():
     assert alone.ids.tolist() == [[[5, 6, 7, 8], [5, 6, 9, 0]]] and beside.ids.shape == (2, 2, 39)
     assert torch.equal(beside.ids[:1, :, :4], alone.ids) and not beside.ids[0, :, 4:].any()
     for batch in (alone, beside):
-        where, targets, _ = (part[:3].tolist() for part in response_positions(batch))  # the first pair's
+        text = rows_of(batch, shared=False)
+        where, targets = text.where[:3].tolist(), text.targets[:3].tolist()  # the first pair's
         assert [w % batch.ids.shape[-1] for w in where] == [1, 2, 1] and targets == [7, 8, 9]
 
 

@@ -363,11 +363,11 @@ def test_results_depend_on_neither_micro_batches_nor_chunks(tmp_path, model_dir)
 
 def test_chunks_cover_every_pair_once_and_cut_no_user():
     """Faults: a chunk that ends inside a user; the last chunk forgotten; one chunk whatever head_rows is."""
-    from mixdpo.preferences import Pair, collate, response_positions
+    from mixdpo.preferences import Pair, collate, rows_of
 
     pairs = [Pair([1], [2] * n, [3] * (n + 1), user=u) for n, u in zip((1, 4, 2, 7, 1, 1, 3), "aabbbcd")]
     batch = collate(pairs, range(7), "user")
-    sequence = response_positions(batch)[2]
+    sequence = rows_of(batch).sequence
     for rows, whole in ((1, True), (1, False), (12, True), (12, False), (0, True)):
         cuts = list(train.chunks(batch, sequence, rows, whole))
         assert [c[0] for c in cuts] == [0, *(c[1] for c in cuts[:-1])] and cuts[-1][1] == 7

@@ -43,9 +43,9 @@ def moved(module, scale=0.1):
     return module
 
 
-def base(name, folder):
+def base(name, folder, seed=0):
     """(model, its directory)"""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = moved(OURS[name]().eval(), 0.05)
     save_model(model, folder)
     return model, folder
@@ -98,21 +98,23 @@ def test_we_open_an_adapter_that_peft_made(name, targets, tmp_path):
 
 
 @pytest.mark.parametrize("name", OURS)
-@pytest.mark.parametrize("sharing", ["full", "low-rank", "models", "lora"])
+@pytest.mark.parametrize("sharing", ["full", "low-rank", "models", "own models", "lora"])
 @torch.no_grad()
 def test_an_export_opens_expert_by_expert(sharing, name, tmp_path):
-    """Logits and the tokenizer. Faults: the model's unembedding for the expert's; every expert the first; the tokenizer
-    left out."""
-    options = {"full": dict(rank=0), "low-rank": dict(rank=4)}.get(sharing, dict(sharing=sharing, rank=4))
-    model, folder = base(name, tinyjob.make_model(tmp_path / "base"))       # whose tokenizer stays there
-    config = TrainConfig(data="", model=str(folder), out="", experts=2, **options)
-    experts, ids = moved(make_experts([model], config, torch.float32)), torch.randint(VOCAB, (3, 40))
-    places = export_experts(experts, tmp_path / "out", [str(folder)])
+    """Logits and the tokenizer, of experts that begin as one model or each as its own. Faults: the model's unembedding
+    for the expert's; every expert the first; the tokenizer left out."""
+    options = {"full": dict(rank=0), "low-rank": dict(rank=4)}.get(sharing, dict(sharing=sharing.split()[-1], rank=4))
+    bases = [base(name, tinyjob.make_model(tmp_path / f"base-{seed}"), seed)               # whose tokenizer stays there
+             for seed in range(2 if sharing == "own models" else 1)]
+    models, folders = [model for model, _ in bases], [str(folder) for _, folder in bases]
+    config = TrainConfig(data="", model=",".join(folders), out="", experts=2, **options)
+    experts, ids = moved(make_experts(models, config, torch.float32)), torch.randint(VOCAB, (3, 40))
+    places = export_experts(experts, tmp_path / "out", folders)
     assert [place.name for place in places] == ["expert-0", "expert-1"]
     for k, place in enumerate(places):
         kind = peft.AutoPeftModelForCausalLM if sharing == "lora" else transformers.AutoModelForCausalLM
         assert far(kind.from_pretrained(place).eval()(ids).logits, logits(experts.policy(k), ids)) <= 1e-4
         assert json.loads((place / "tokenizer_config.json").read_text())["eos_token"] == "<end>"
-        assert load_tokenizer(place).key == load_tokenizer(folder).key
+        assert load_tokenizer(place).key == load_tokenizer(folders[0]).key
     if sharing != "lora":
         assert far(*(logits((m, m.unembedding), ids) for m in map(load_model, places))) > 0.1
