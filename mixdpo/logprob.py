@@ -7,10 +7,13 @@
 `token_logps_reference` is the plain form. `token_logps` equals it without allocating the logits: it walks over tiles of
 the vocabulary, keeps only the parts of the logsumexp, and computes each tile again in the backward pass. Its gradient
 flows to every input, so any loss can stand behind it; it knows no beta, no experts' weights, no loss. Products run in
-the dtype of `hidden` and `weight`, everything after them in float32. Tiles of the vocabulary rather than of tokens:
-each row of the weight's gradient is then written once, not once a tile. Experts take turns within a tile: what is done
-to its logits between two products is then done in the processor's cache. Left out: second derivatives.
+the dtype of `hidden` and `weight`, everything after them in float32. Tiles of the vocabulary rather than of tokens: each
+row of the weight's gradient is then written once, not once a tile. Experts take turns within a tile: what is done to its
+logits between two products is then done in the processor's cache. On a GPU with Triton, 16-bit inputs go through
+kernels.py, which does the same. Left out: second derivatives.
 """
+
+import functools
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -44,11 +47,31 @@ def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)  # (N,C), (N,)
     if weight.ndim == 3:                                                    # K full heads share nothing but the rows
         assert low_rank is None, "low-rank heads share one (V, C) weight"
-        logps = torch.cat([TiledLogps.apply(rows, head, None, None, flat, tile) for head in weight])
+        logps = torch.cat([head_logps(rows, head, None, None, flat, tile) for head in weight])
         return logps.view(len(weight), *targets.shape)
     A, B = low_rank if low_rank is not None else (None, None)
-    logps = TiledLogps.apply(rows, weight, A, B, flat, tile)                # (1,N) or (K,N)
+    logps = head_logps(rows, weight, A, B, flat, tile)                      # (1,N) or (K,N)
     return logps.view(targets.shape) if A is None else logps.view(len(A), *targets.shape)
+
+
+def head_logps(rows, W, A, B, targets, tile) -> torch.Tensor:
+    """One head, or K low-rank ones, by the fastest route there is: as TiledLogps."""
+    triton = kernels() if rows.is_cuda and rows.dtype.itemsize == 2 else None
+    if triton is None:
+        return TiledLogps.apply(rows, W, A, B, targets, tile)
+    if tile is None and A is None:
+        return triton.KeptLogps.apply(rows, W, targets)
+    return triton.FusedLogps.apply(rows, W, A, B, targets)
+
+
+@functools.cache
+def kernels():
+    """kernels.py, or None where there is no Triton."""
+    try:
+        from mixdpo import kernels
+    except ImportError:
+        return None
+    return kernels
 
 
 class TiledLogps(torch.autograd.Function):

@@ -1,0 +1,228 @@
+"""logprob.py's two routes in Triton, for CUDA: the same numbers from fewer passes through memory.
+
+    forward_kernel    l = W h (+ A_k (B_k h)) tile by tile; of each row only the largest logit, the sum of exponentials
+                      and the target's logit leave the chip: the logits (N,V) never exist
+    backward_kernel   the same tile once more, and of it the gradient d l_k[v] = grad_k (1[v=y] - p_k[v]), summed over
+                      the experts, which large matrix products turn into those of rows and weight; on its way what the
+                      low-rank factors get
+    rows_kernel       logits that are kept become their own gradient, in place: one read, one write
+
+The vocabulary product is made once for K low-rank experts. Rows are split among programs, and so is the vocabulary:
+few rows fill a GPU too; the parts of each logsumexp are joined outside. Sums are float32 whatever the inputs' dtype,
+and float32 products are exact products (no tf32). No size has to be a multiple of anything. Left out: the two products
+behind backward_kernel, which the matrix library does at the rate of the hardware; and full heads, which share nothing.
+TRITON_INTERPRET=1 runs all of this on the CPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+CHUNK = 64 * 2**20                  # bytes of gradient of logits that live at any time, in backward
+SPLITS = 264                        # programs that fill an H100: two for each of its 132 processors
+
+
+@triton.jit
+def tile_product(rows, weight, n, v, N, V, C: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr):
+    """rows[n] @ weight[v].T, float32 (BN,BV)."""
+    product = tl.zeros((BN, BV), tl.float32)
+    for c in range(0, C, BC):
+        at = c + tl.arange(0, BC)
+        x = tl.load(rows + n[:, None] * C + at, mask=(n < N)[:, None] & (at < C), other=0.0)
+        w = tl.load(weight + v[:, None].to(tl.int64) * C + at, mask=(v < V)[:, None] & (at < C), other=0.0)
+        product = tl.dot(x, tl.trans(w), product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def expert_logits(product, u, A, k, n, v, N, V, R: tl.constexpr, RP: tl.constexpr):
+    """Expert k's logits of the tile: the product, and on it A_k u_k where there are factors; -inf beyond V."""
+    logits = product
+    if R > 0:
+        r = tl.arange(0, RP)
+        low = tl.load(u + (k * N + n)[:, None] * R + r, mask=(n < N)[:, None] & (r < R), other=0.0)
+        a = tl.load(A + (k * V + v)[:, None].to(tl.int64) * R + r, mask=(v < V)[:, None] & (r < R), other=0.0)
+        logits = tl.dot(low, tl.trans(a), logits, input_precision="ieee")
+    return tl.where(v < V, logits, -float("inf"))
+
+
+@triton.jit
+def forward_kernel(rows, weight, u, A, targets, top, total, chosen, N, V, span, C: tl.constexpr, K: tl.constexpr,
+                   KP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
+                   BC: tl.constexpr):
+    """Program (i, s): BN rows, `span` tokens of the vocabulary -> top, total, chosen (S,K,N) of that part."""
+    n, part = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1)
+    target = tl.load(targets + n, mask=n < N, other=-1)
+    experts = tl.arange(0, KP)
+    best = tl.full((KP, BN), -float("inf"), tl.float32)
+    mass, hit = tl.zeros((KP, BN), tl.float32), tl.zeros((KP, BN), tl.float32)
+    for first in range(part * span, tl.minimum(part * span + span, V), BV):
+        v = first + tl.arange(0, BV)
+        product = tile_product(rows, weight, n, v, N, V, C, BN, BV, BC)
+        for k in range(K):
+            logits = expert_logits(product, u, A, k, n, v, N, V, R, RP)
+            mine = (experts == k)[:, None]
+            before = tl.max(tl.where(mine, best, -float("inf")), 0)         # (BN,) of this expert
+            now = tl.maximum(before, tl.max(logits, 1))
+            grown = tl.sum(tl.exp(logits - now[:, None]), 1)
+            mass = tl.where(mine, mass * tl.exp(before - now) + grown, mass)
+            best = tl.where(mine, now[None, :], best)
+            hit = tl.where(mine, hit + tl.sum(tl.where(v == target[:, None], logits, 0.0), 1), hit)
+    place = (part * K + experts)[:, None] * N + n
+    inside = (experts < K)[:, None] & (n < N)
+    tl.store(top + place, best, mask=inside)
+    tl.store(total + place, mass, mask=inside)
+    tl.store(chosen + place, hit, mask=inside)
+
+
+@triton.jit
+def backward_kernel(rows, weight, u, A, targets, top, total, grad, d, d_u, d_A, N, V, begin, width, C: tl.constexpr,
+                    K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
+                    BC: tl.constexpr):
+    """Program (i, j): BN rows, BV of the tokens begin .. begin + width - 1 -> d (N,width), the experts' gradients of
+    the logits, summed; added to d_u (K,N,R) and d_A (K,V,R), float32, what the tile gives to the factors."""
+    n, at = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BV + tl.arange(0, BV)
+    v = tl.where(at < width, begin + at, V)                                 # V: beyond the vocabulary, no gradient
+    target = tl.load(targets + n, mask=n < N, other=-1)
+    product = tile_product(rows, weight, n, v, N, V, C, BN, BV, BC)
+    d_product = tl.zeros((BN, BV), tl.float32)
+    for k in range(K):
+        logits = expert_logits(product, u, A, k, n, v, N, V, R, RP)
+        of_row = k * N + n
+        largest = tl.load(top + of_row, mask=n < N, other=0.0)
+        mass = tl.load(total + of_row, mask=n < N, other=1.0)
+        g = tl.load(grad + of_row, mask=n < N, other=0.0)
+        p = tl.exp(logits - largest[:, None]) / mass[:, None]
+        d_k = g[:, None] * (tl.where(v == target[:, None], 1.0, 0.0) - p)
+        d_product += d_k
+        if R > 0:
+            r = tl.arange(0, RP)
+            low_at, a_at = of_row[:, None] * R + r, (k * V + v)[:, None].to(tl.int64) * R + r
+            low_in, a_in = (n < N)[:, None] & (r < R), (v < V)[:, None] & (r < R)
+            low, a = tl.load(u + low_at, mask=low_in, other=0.0), tl.load(A + a_at, mask=a_in, other=0.0)
+            d_k = d_k.to(low.dtype)
+            tl.atomic_add(d_u + low_at, tl.dot(d_k, a, input_precision="ieee"), mask=low_in)
+            tl.atomic_add(d_A + a_at, tl.dot(tl.trans(d_k), low, input_precision="ieee"), mask=a_in)
+    tl.store(d + n[:, None].to(tl.int64) * width + at, d_product.to(d.dtype.element_ty),
+             mask=(n < N)[:, None] & (at < width))
+
+
+@triton.jit
+def rows_kernel(logits, targets, grad, top, total, chosen, V, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+    """Program n: a row of logits (V,). Forward: its top, total and chosen. Backward: the row becomes its gradient."""
+    n = tl.program_id(0)
+    row, target = logits + n.to(tl.int64) * V, tl.load(targets + n)
+    if BACKWARD:
+        largest, mass, g = tl.load(top + n), tl.load(total + n), tl.load(grad + n)
+        for first in range(0, V, BLOCK):
+            v = first + tl.arange(0, BLOCK)
+            x = tl.load(row + v, mask=v < V, other=-float("inf")).to(tl.float32)
+            d = g * (tl.where(v == target, 1.0, 0.0) - tl.exp(x - largest) / mass)
+            tl.store(row + v, d.to(logits.dtype.element_ty), mask=v < V)
+    else:
+        best = tl.full((BLOCK,), -float("inf"), tl.float32)                 # of each lane; joined at the end
+        mass = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, V, BLOCK):
+            v = first + tl.arange(0, BLOCK)
+            x = tl.load(row + v, mask=v < V, other=-float("inf")).to(tl.float32)
+            now = tl.maximum(best, x)
+            shift = tl.where(now == -float("inf"), 0.0, now)                # a lane beyond a short vocabulary has none
+            mass = mass * tl.exp(best - shift) + tl.exp(x - shift)
+            best = now
+        largest = tl.max(best, 0)
+        tl.store(top + n, largest)
+        tl.store(total + n, tl.sum(mass * tl.exp(best - largest), 0))
+        known = (target >= 0) & (target < V)
+        tl.store(chosen + n, tl.load(row + target, mask=known, other=float("nan")).to(tl.float32))
+
+
+def tiling(dtype: torch.dtype, experts: int) -> dict[str, int]:
+    """Rows, vocabulary and width of a tile, and how many warps work on it: the largest that spill no register on an
+    H100, where 16-bit products run on matrix units and exact float32 ones do not."""
+    sizes = (32, 64, 32) if dtype == torch.float32 else (128, 128, 64) if experts == 1 else (128, 64, 64)
+    stages = 2 if dtype == torch.float32 else 3
+    return dict(zip(("BN", "BV", "BC"), sizes)) | {"num_warps": 8, "num_stages": stages}
+
+
+def padded(size: int) -> int:
+    """What a matrix unit wants of the inner size of a product: a power of two, 16 or more."""
+    return max(16, triton.next_power_of_2(size))
+
+
+class FusedLogps(torch.autograd.Function):
+    """As logprob.TiledLogps: rows (N,C), W (V,C), A (K,V,R) or None, B (K,R,C) or None, targets (N,) -> (K,N)."""
+
+    @staticmethod
+    def forward(ctx, rows, W, A, B, targets):
+        (N, C), V = rows.shape, len(W)
+        K, R = (1, 0) if A is None else (len(A), A.shape[-1])
+        rows, W, targets = rows.contiguous(), W.contiguous(), targets.contiguous()
+        u, A = (None, None) if A is None else (torch.einsum("nc,krc->knr", rows, B).contiguous(), A.contiguous())
+        sizes = {"C": C, "K": K, "R": R, "RP": padded(R)} | tiling(W.dtype, K)
+        blocks, tiles = triton.cdiv(N, sizes["BN"]), triton.cdiv(V, sizes["BV"])
+        span = triton.cdiv(tiles, min(tiles, triton.cdiv(SPLITS, max(blocks, 1)))) * sizes["BV"]
+        parts = triton.cdiv(V, span)
+        top, total, chosen = (torch.empty(parts, K, N, dtype=torch.float32, device=rows.device) for _ in range(3))
+        if N:
+            forward_kernel[(blocks, parts)](rows, W, u, A, targets, top, total, chosen, N, V, span,
+                                            KP=triton.next_power_of_2(K), **sizes)
+        best = top.amax(0)                                                  # (K,N)
+        mass = (total * torch.exp(top - best)).sum(0)
+        known = (targets >= 0) & (targets < V)
+        ctx.save_for_backward(rows, W, A, B, targets, u, best, mass)
+        return torch.where(known, chosen.sum(0), torch.nan) - best - torch.log(mass)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, W, A, B, targets, u, top, total = ctx.saved_tensors
+        need_rows, need_W, need_A, need_B = ctx.needs_input_grad[:4]
+        (N, C), V = rows.shape, len(W)
+        K, R = (1, 0) if A is None else (len(A), A.shape[-1])
+        sizes, grad = {"C": C, "K": K, "R": R, "RP": padded(R)} | tiling(W.dtype, K), grad.contiguous()
+        BN, BV = sizes["BN"], sizes["BV"]
+        width = min(V, max(BV, CHUNK // max(1, N * W.element_size()) // BV * BV))
+        d_rows = torch.zeros(N, C, dtype=torch.float32, device=rows.device)
+        d_W = torch.empty_like(W) if need_W else None
+        d_u = None if A is None else torch.zeros_like(u, dtype=torch.float32)
+        d_A = None if A is None else torch.zeros_like(A, dtype=torch.float32)
+        held = torch.empty(N * width, dtype=W.dtype, device=W.device)       # one allocation, used by every chunk
+        for begin in range(0, V, width):
+            here = min(width, V - begin)
+            d = held[: N * here].view(N, here)
+            if N:
+                backward_kernel[(triton.cdiv(N, BN), triton.cdiv(here, BV))](
+                    rows, W, u, A, targets, top, total, grad, d, d_u, d_A, N, V, begin, here, **sizes)
+            if need_rows:
+                d_rows += d @ W[begin : begin + here]
+            if need_W:
+                torch.mm(d.T, rows, out=d_W[begin : begin + here])
+        if A is not None:
+            d_rows += torch.einsum("knr,krc->nc", d_u.to(rows.dtype), B)
+        d_B = torch.einsum("knr,nc->krc", d_u.to(rows.dtype), rows) if need_B else None
+        return d_rows.to(rows.dtype) if need_rows else None, d_W, d_A.to(A.dtype) if need_A else None, d_B, None
+
+
+class KeptLogps(torch.autograd.Function):
+    """The same for one head and few rows: the logits are kept, and in backward become their own gradient in place."""
+
+    @staticmethod
+    def forward(ctx, rows, W, targets):
+        logits = rows @ W.T                                                 # (N,V) the first of three large products
+        top, total, chosen = (torch.empty(len(rows), dtype=torch.float32, device=rows.device) for _ in range(3))
+        if len(rows):
+            rows_kernel[(len(rows),)](logits, targets.contiguous(), top, top, total, chosen, len(W), False, BLOCK=1024)
+        ctx.save_for_backward(rows, W, targets, top, total)
+        ctx.logits = logits
+        return (chosen - top - torch.log(total))[None]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, W, targets, top, total = ctx.saved_tensors
+        need_rows, need_W = ctx.needs_input_grad[:2]
+        logits, ctx.logits = ctx.logits, None
+        if len(rows):
+            rows_kernel[(len(rows),)](logits, targets.contiguous(), grad[0].contiguous(), top, total, top, len(W), True,
+                                      BLOCK=1024)
+        return logits @ W if need_rows else None, logits.T @ rows if need_W else None, None
