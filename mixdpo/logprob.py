@@ -7,10 +7,10 @@
 `token_logps_reference` is the plain form. `token_logps` equals it without allocating the logits: it walks over tiles of
 the vocabulary, keeps only the parts of the logsumexp, and computes each tile again in the backward pass. Its gradient
 flows to every input, so any loss can stand behind it; it knows no beta, no experts' weights, no loss. Products run in
-the dtype of `hidden` and `weight`, everything after them in float32. Tiles of the vocabulary rather than of tokens: each
-row of the weight's gradient is then written once, not once a tile. Experts take turns within a tile: what is done to its
-logits between two products is then done in the processor's cache. On a GPU with Triton, 16-bit inputs go through
-kernels.py, which does the same. Left out: second derivatives.
+the dtype of `hidden` and `weight`, everything after them in float32. Tiles of the vocabulary rather than of tokens:
+each row of the weight's gradient is then written once, not once a tile. Experts take turns within a tile: what is done
+to its logits between two products is then done in the processor's cache. On a GPU with Triton, 16-bit inputs go
+through kernels.py, which does the same. Left out: second derivatives.
 """
 
 import functools
