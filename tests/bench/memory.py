@@ -9,7 +9,7 @@ On a CPU the figures are resident set sizes of the whole process, from Linux's /
                 gradient for every trained parameter are allocated. The interpreter, the libraries and their scratch
                 space, cached reference log-probs and, where a variant has one, the reference model belong to it too
     peak        the highest during one step that starts there
-    step        peak - level: what a step needs beyond all of that; the figure that is compared
+    step        peak - level: what a step needs beyond all of that and beyond gradients it returns; what is compared
     state       by count, not measured: weight, gradient and AdamW's two moments of every trained parameter
 
 Gradients are allocated before that step, as zeros, and nothing frees them before they are used: every byte of the
@@ -79,17 +79,17 @@ def peak_of(step, device: str) -> float:
 def main(name: str, directory: str, sizes: str, device: str) -> None:
     import torch
 
-    from tests.bench.variants import VARIANTS, Sizes, make_setting
+    from tests.bench.parts import ROWS
+    from tests.bench.variants import Sizes, make_setting
 
     setting = make_setting(Sizes(**json.loads(sizes)), Path(directory), device)
-    made = VARIANTS[name].build(setting)
+    made = ROWS[name].build(setting)
     for _ in range(2):
         made.step()
     for p in made.parameters:
         p.grad = torch.full_like(p, 0.0)                                    # written, hence resident
     level = now(device)
-    kept = peak_of(made.step, device)
-    freed = peak_of(made.step, device)
+    kept, freed = (peak_of(made.step, device) - made.gradient / MB for _ in range(2))
     state = sum(4 * p.numel() * p.element_size() for p in made.parameters) / MB
     print(json.dumps({"level": level, "state": state, "step": kept - level, "freed": freed - level}))
 

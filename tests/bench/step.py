@@ -4,7 +4,7 @@ Time: all variants live in this one process; in every round each makes one step,
 whatever disturbs the machine disturbs all of them. Medians over the rounds, of CPU-seconds (all threads; idle workers
 sleep) beside wall time; on a GPU, of the device's event clock beside wall time. Memory: each variant in a process of
 its own, see memory.py. Targets are printed beside the ratios, reached or missed; nothing is asserted. Absolute times
-belong to the machine, ratios are the result. All seven variants together want about 16 GB and a machine of their own.
+belong to the machine, ratios are the result. All rows together want about 20 GB and a machine of their own.
 """
 
 import os
@@ -12,6 +12,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle workers that spin count as CPU time
 
 import importlib.metadata  # noqa: E402
+import importlib.util  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import random  # noqa: E402
@@ -27,7 +28,8 @@ import torch  # noqa: E402
 from mixdpo.config import InputError, parse  # noqa: E402
 from mixdpo.rundir import environment  # noqa: E402
 from tests.bench import memory  # noqa: E402
-from tests.bench.variants import GPT2_124M, QUICK, VARIANTS, Setting, Stepper, make_setting, missing  # noqa: E402
+from tests.bench.parts import ROWS  # noqa: E402
+from tests.bench.variants import GPT2_124M, QUICK, VARIANTS, Setting, Stepper, make_setting  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,21 @@ class BenchConfig:
 
 # (row, compared with, figure, at most)
 TARGETS = [
-    ("k1", "trl", "time", 0.5),
-    ("k1", "trl-precomputed", "time", 0.7),
-    ("k4-low-rank", "k1", "time", 1.25),
+    ("k1", "trl", "time", 0.40),
+    ("k1", "trl-precomputed", "time", 0.53),
+    ("k1", "plain", "time", 0.77),
+    ("k1-bf16", "k1", "time", 0.65),
+    ("k4-low-rank", "k1", "time", 1.15),
+    ("k4-full", "k1", "time", 1.85),
+    ("k4-models", "k1", "time", 4.0),
+    ("em", "k1", "time", 0.01),
+    ("head-tiled", "head-full", "time", 1.1),
+    ("head-kept", "head-products", "time", 1.3),
+    ("long-shared", "long-plain", "time", 0.70),
+    ("generate", "generate-transformers", "time", 0.6),
     ("k1", "plain", "memory", 0.5),
     ("k1", "plain-transformers", "memory", 0.5),
+    ("head-tiled", "head-full", "memory", 0.10),
 ]
 
 
@@ -70,10 +82,11 @@ def timed(step, device: str) -> tuple[float, float]:
 
 
 def build(name: str, setting: Setting) -> Stepper:
-    """A variant, warmed up by two steps. A variant whose first loss is not DPO's, ln 2, computes something else."""
-    made = VARIANTS[name].build(setting)
-    loss = float(made.step()) if made.first is None else made.first
-    assert abs(loss - math.log(2)) < 0.02, f"{name}: the first loss is {loss}, want ln 2: the policy is the reference"
+    """A row, warmed up by two steps. An optimizer step whose first loss is not DPO's, ln 2, computes something else."""
+    made = ROWS[name].build(setting)
+    loss = made.step() if made.first is None else made.first
+    if name in VARIANTS:
+        assert abs(float(loss) - math.log(2)) < 0.02, f"{name}: the first loss is {loss}, want ln 2, the reference's"
     made.step()
     return made
 
@@ -116,13 +129,13 @@ def table(rows: dict[str, dict], found: list[dict], skipped: dict[str, list[str]
     for name, row in rows.items():
         used = row["memory"]
         figures = "".join(f"{used[key]:10.0f}" for key in ("step", "state", "freed")) if used else f"{'-':>10}" * 3
-        lines.append(f"{VARIANTS[name].title:58}{row['cpu']:9.3f}{row['wall']:9.3f}{figures}")
+        lines.append(f"{ROWS[name].title:58}{row['cpu']:9.3f}{row['wall']:9.3f}{figures}")
     for name, packages in skipped.items():
-        lines.append(f"{VARIANTS[name].title:58}  skipped: {', '.join(packages)} not installed")
+        lines.append(f"{ROWS[name].title:58}  skipped: {', '.join(packages)} not installed")
     lines.append("")
     for target in found:
         values = ", ".join(f"{value:.2f} ({clock if key == 'cpu' else key})" for key, value in target["ratio"].items())
-        lines.append(f"{target['figure']}: {VARIANTS[target['row']].title} / {VARIANTS[target['base']].title}")
+        lines.append(f"{target['figure']}: {ROWS[target['row']].title} / {ROWS[target['base']].title}")
         lines.append(f"    {values}; wanted at most {target['limit']}: {'reached' if target['reached'] else 'MISSED'}")
     return "\n".join(lines)
 
@@ -140,11 +153,16 @@ def versions() -> dict[str, str]:
     return {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"] in wanted}
 
 
+def missing(name: str) -> list[str]:
+    """The packages that a row needs and that are not installed."""
+    return [package for package in ROWS[name].needs if importlib.util.find_spec(package) is None]
+
+
 def main(argv: list[str]) -> dict:
     config = parse(BenchConfig, argv, "python -m tests.bench.step")
-    names = list(config.variants or VARIANTS)
-    if unknown := [name for name in names if name not in VARIANTS]:
-        raise InputError(f"--variants: got {', '.join(unknown)}, wanted some of {', '.join(VARIANTS)}")
+    names = list(config.variants or ROWS)
+    if unknown := [name for name in names if name not in ROWS]:
+        raise InputError(f"--variants: got {', '.join(unknown)}, wanted some of {', '.join(ROWS)}")
     skipped = {name: missing(name) for name in names if missing(name)}
     names = [name for name in names if name not in skipped]
     sizes = QUICK if config.quick else GPT2_124M

@@ -1,4 +1,5 @@
-"""The steps that are compared. Each builder gives one optimizer step on the same pairs, from the same weights.
+"""The optimizer steps that are compared (parts.py: their parts). Each builder gives one step on the same pairs, from
+the same weights.
 
 Equal for all: a randomly initialised GPT-2 (float32), the pairs, beta, AdamW with one learning rate and no weight
 decay, gradients clipped at norm 1 and freed (set to None) at the end of a step, the batch made before the clock starts.
@@ -6,7 +7,6 @@ Not equal, and the point: what each of them computes to get there. Every step re
 the start, where policy and reference are equal.
 """
 
-import importlib.util
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,19 +43,26 @@ class Sizes:
     response: int = 96          # EOS counts
     experts: int = 4
     rank: int = 16
+    rows: int = 1024            # of the head alone
+    long_prompt: int = 256      # of the pairs that share prompts or do not, with responses of
+    short_response: int = 64
+    prompts: int = 64           # that are completed, by as many tokens
+    new: int = 64
 
 
 GPT2_124M = Sizes()
-QUICK = Sizes(layers=2, heads=2, width=32, vocab=503, context=64, pairs=3, prompt=7, response=13, rank=2)
+QUICK = Sizes(layers=2, heads=2, width=32, vocab=503, context=64, pairs=3, prompt=7, response=13, rank=2,
+              rows=9, long_prompt=20, short_response=4, prompts=3, new=5)
 
 
 @dataclass(frozen=True)
 class Stepper:
-    """One optimizer step as a function that returns the loss, and the parameters that it trains."""
+    """One optimizer step as a function that returns the loss, and the parameters that it trains; or a part of one."""
 
-    step: Callable[[], torch.Tensor | float]
+    step: Callable[[], torch.Tensor | float | None]
     parameters: list[torch.nn.Parameter]
     first: float | None = None              # the loss of a step that building it took
+    gradient: int = 0                       # bytes of gradient that the step returns, no part of what it needs
 
 
 @dataclass(frozen=True)
@@ -89,13 +96,13 @@ def make_setting(sizes: Sizes, directory: Path, device: str = "cpu", seed: int =
 # --- this project's own step ----------------------------------------------------------------------------------------
 
 
-def ours(setting: Setting, experts: int, rank: int = 0) -> Stepper:
+def ours(setting: Setting, experts: int, rank: int = 0, dtype: torch.dtype = torch.float32, **options) -> Stepper:
     """train.step itself, its optimizer, its batches; one micro-batch. The tie stays unbroken, which costs the same."""
     config = train.TrainConfig(data="", model="", out="", experts=experts, rank=rank, beta=BETA, lr=LR, head_lr=LR,
-                               clip=CLIP, batch=len(setting.pairs), micro=len(setting.pairs), dtype="float32")
+                               clip=CLIP, batch=len(setting.pairs), micro=len(setting.pairs), **options)
     model = load_model(setting.directory, device=setting.device)
-    ref_logp = compute_reference(model, setting.pairs, torch.float32).logp.to(setting.device)
-    policies = make_experts([model], config, torch.float32)
+    ref_logp = compute_reference(model, setting.pairs, dtype).logp.to(setting.device)
+    policies = make_experts([model], config, dtype)
     optimizer, _ = make_optimizer(policies, config.lr, config.head_lr)
     micros = micro_batches(make_plan(setting.pairs, config), list(range(len(setting.pairs))), config, setting.device)
     G = len(setting.pairs)
@@ -193,13 +200,10 @@ VARIANTS = {
     "k1": Variant("mixdpo, K=1 (DPO)", lambda s: ours(s, experts=1)),
     "k4-low-rank": Variant("mixdpo, K=4, low-rank heads", lambda s: ours(s, s.sizes.experts, s.sizes.rank)),
     "k4-full": Variant("mixdpo, K=4, full heads", lambda s: ours(s, s.sizes.experts)),
+    "k4-models": Variant("mixdpo, K=4, models", lambda s: ours(s, s.sizes.experts, sharing="models")),
+    "k1-bf16": Variant("mixdpo, K=1, products in bf16", lambda s: ours(s, 1, dtype=torch.bfloat16)),
     "plain": Variant("plain PyTorch, full logits, our GPT-2", plain_ours),
     "plain-transformers": Variant("plain PyTorch, full logits, transformers' GPT-2", plain_transformers, PEERS[:1]),
     "trl": Variant("TRL DPOTrainer, default", trl, PEERS),
     "trl-precomputed": Variant("TRL DPOTrainer, precomputed reference, no checkpointing", trl_precomputed, PEERS),
 }
-
-
-def missing(name: str) -> list[str]:
-    """The packages that a row needs and that are not installed."""
-    return [package for package in VARIANTS[name].needs if importlib.util.find_spec(package) is None]

@@ -1,0 +1,117 @@
+"""Parts of a step, each beside what it is measured by: the head alone, long prompts, what EM adds, sampling."""
+
+import torch
+
+from mixdpo.diagnostics import step_summary
+from mixdpo.experts import Heads, pair_logp
+from mixdpo.generate import generate
+from mixdpo.logprob import token_logps, token_logps_reference
+from mixdpo.mixture import e_step, expert_loss
+from mixdpo.preferences import Pair, collate
+from mixdpo.weights import load_model
+from tests.bench.variants import VARIANTS, Setting, Stepper, Variant
+
+
+def drawn(setting: Setting, *shape: int) -> torch.Tensor:
+    """Normal numbers, the same every time."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(setting.device)
+
+
+def head(setting: Setting, logps) -> Stepper:
+    """Log-probs of some rows, and their sum's gradients of rows and weight, by logps(hidden, weight, targets)."""
+    N, C, V = setting.sizes.rows, setting.sizes.width, setting.sizes.vocab
+    hidden, weight = drawn(setting, N, C).requires_grad_(), (drawn(setting, V, C) / C**0.5).requires_grad_()
+    targets = torch.arange(N, device=setting.device) % V
+
+    def step():
+        torch.autograd.grad(logps(hidden, weight, targets).sum(), (hidden, weight))
+
+    return Stepper(step, [], gradient=4 * (N + V) * C)
+
+
+def products(setting: Setting) -> Stepper:
+    """The three matrix products of a head, and nothing else."""
+    N, C, V = setting.sizes.rows, setting.sizes.width, setting.sizes.vocab
+    hidden, weight = drawn(setting, N, C), drawn(setting, V, C)
+
+    def step():
+        logits = hidden @ weight.T
+        return (logits @ weight, logits.T @ hidden)[0][0, 0]
+
+    return Stepper(step, [], gradient=4 * (N + V) * C)
+
+
+def long_prompts(setting: Setting, shared: bool) -> Stepper:
+    """Forward and backward of pairs whose prompts are long."""
+    sizes, generator = setting.sizes, torch.Generator().manual_seed(0)
+
+    def ids(count):
+        return torch.randint(sizes.vocab - 1, (count,), generator=generator).tolist()
+
+    pairs = [Pair(ids(sizes.long_prompt), ids(sizes.short_response), ids(sizes.short_response))
+             for _ in range(sizes.pairs)]
+    policy = Heads(load_model(setting.directory, device=setting.device), 1)
+    batch, parameters = collate(pairs, list(range(len(pairs))), "pair").to(setting.device), list(policy.parameters())
+
+    def step():
+        pair_logp(policy, batch, shared=shared).sum().backward()
+        policy.zero_grad(set_to_none=True)
+
+    return Stepper(step, parameters)
+
+
+def bookkeeping(setting: Setting) -> Stepper:
+    """What a mixture computes and one policy does not: all of EM over K, from margins to figures."""
+    B, K = setting.sizes.pairs, setting.sizes.experts
+    h, log_w = drawn(setting, B, K), torch.full((B, K), 1 / K, device=setting.device).log()
+
+    def step():
+        margins = h.detach().requires_grad_()
+        log_q = e_step(log_w, margins.detach())[1]
+        expert_loss(log_q, margins).sum().backward()
+        return step_summary(log_q, log_w, margins.detach())["loss"]
+
+    return Stepper(step, [])
+
+
+def prompts_of(setting: Setting) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (setting.sizes.prompts, setting.sizes.prompt)
+    return torch.randint(setting.sizes.vocab - 1, shape, generator=generator).tolist()
+
+
+def sampling(setting: Setting) -> Stepper:
+    """Completions of a fixed length."""
+    model, prompts = load_model(setting.directory, device=setting.device).eval(), prompts_of(setting)
+    return Stepper(lambda: len(generate(model, prompts, setting.sizes.new, eos=-1, batch=len(prompts))), [])
+
+
+def sampling_transformers(setting: Setting) -> Stepper:
+    """The same by transformers' generate, sampling from the whole vocabulary."""
+    from transformers import GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = GPT2LMHeadModel.from_pretrained(setting.directory, dtype=torch.float32).to(setting.device).eval()
+    ids, new = torch.tensor(prompts_of(setting), device=setting.device), setting.sizes.new
+    options = dict(do_sample=True, top_k=0, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+
+    @torch.no_grad()
+    def step():
+        return len(model.generate(ids, attention_mask=torch.ones_like(ids), **options))
+
+    return Stepper(step, [])
+
+
+PARTS = {
+    "head-tiled": Variant("head, tiles of the vocabulary", lambda s: head(s, token_logps)),
+    "head-full": Variant("head, full logits", lambda s: head(s, token_logps_reference)),
+    "head-kept": Variant("head, products kept", lambda s: head(s, lambda *inputs: token_logps(*inputs, tile=None))),
+    "head-products": Variant("head, its three matrix products alone", products),
+    "long-shared": Variant("pairs with long prompts, shared", lambda s: long_prompts(s, True)),
+    "long-plain": Variant("pairs with long prompts, twice each", lambda s: long_prompts(s, False)),
+    "em": Variant("EM over K, without the experts", bookkeeping),
+    "generate": Variant("mixdpo, sampling", sampling),
+    "generate-transformers": Variant("transformers, sampling", sampling_transformers, ("transformers",)),
+}
+ROWS = VARIANTS | PARTS
