@@ -6,6 +6,8 @@ A row holds prompt and response. With start = len(prompt) and length = start + l
     token         prompt        | response              EOS      | padding, 0
     predicted at                | start-1 ... length-3  length-2 |
 
+Where prompts are long, both responses of a pair stand behind one prompt instead, and do not see each other (rows_of).
+
 Prompt and response are tokenised apart and their ids joined, so no token straddles the boundary and log pi(y|x) scores
 the same y after every x. EOS is appended once, as an id; a response cut at max_response ids is unfinished and has none.
 Everything that asks "is this a response token?" asks the lengths, never the ids: 0 pads, and 0 is one vocabulary's EOS
@@ -202,26 +204,31 @@ class Rows:
 
 def rows_of(batch: Batch, shared: bool | None = None) -> Rows:
     """The batch as rows. shared: each prompt once, both responses behind it; None: where that saves enough (SHARED)."""
-    (B, _, T), start, device = batch.ids.shape, batch.start, batch.ids.device
-    position = torch.arange(T, device=device)
-    is_response = (position >= start[:, None, None]) & (position < batch.length[..., None])  # (B, 2, T)
+    T = batch.ids.shape[-1]
+    position = torch.arange(T, device=batch.ids.device)
+    is_response = (position >= batch.start[:, None, None]) & (position < batch.length[..., None])  # (B, 2, T)
     token = is_response.flatten().nonzero().squeeze(1)  # (M,) into B*2*T
     targets, sequence = batch.ids.flatten()[token], token // T
-    end = batch.length.sum(1) - start  # (B,) of prompt, chosen and rejected in one row
+    longest = int((batch.length.sum(1) - batch.start).max())  # of prompt, chosen and rejected in one row
     if shared is None:
-        shared = int(end.max()) <= SHARED * 2 * T
-    if not shared:
-        return Rows(batch.ids.flatten(0, 1), None, token, token - 1, targets, sequence)  # - 1: no prompt is empty
-    pair, shift = sequence // 2, sequence % 2 * (batch.length[:, 0] - start)[sequence // 2]  # behind the chosen
-    place = token % T + shift  # (M,) in its row
-    ids = torch.zeros(B, int(end.max()), dtype=torch.int64, device=device)
-    ids[:, :T] = batch.ids[:, 0].where(position < start[:, None], 0)
+        shared = longest <= SHARED * 2 * T
+    if shared:
+        return behind_one_prompt(batch, token % T, targets, sequence, longest)
+    return Rows(batch.ids.flatten(0, 1), None, token, token - 1, targets, sequence)  # - 1: no prompt is empty
+
+
+def behind_one_prompt(batch: Batch, position, targets, sequence, longest: int) -> Rows:
+    """A row a pair: prompt | chosen | rejected | padding. position (M,): of each response token, in its row so far."""
+    start, (pair, side) = batch.start, (sequence // 2, sequence % 2)
+    place = position + side * (batch.length[:, 0] - start)[pair]  # (M,) in the row: the rejected behind the chosen
+    before = torch.where(position == start[pair], position, place) - 1  # both begin behind the prompt's last token
+    ids = torch.zeros(len(batch.ids), longest, dtype=torch.int64, device=start.device)
+    in_prompt = torch.arange(longest, device=start.device) < start[:, None]  # (B, longest)
+    ids[in_prompt] = batch.ids[:, 0][in_prompt[:, : batch.ids.shape[-1]]]
     ids[pair, place] = targets
-    branch = torch.full_like(ids, -1)
-    branch[:, :T].masked_fill_(position < start[:, None], 0)
-    branch[pair, place] = 1 + sequence % 2
-    before = torch.where(place - shift == start[pair], start[pair], place) - 1  # both begin behind the prompt
-    first = pair * ids.shape[1]
+    branch = in_prompt.long() - 1  # 0 in the prompt, -1 in padding
+    branch[pair, place] = 1 + side
+    first = pair * longest
     return Rows(ids, branches(branch), first + place, first + before, targets, sequence)
 
 
