@@ -82,7 +82,7 @@ def backward_kernel(rows, weight, u, A, targets, top, total, grad, d, d_u, d_A, 
     """Program (i, j): BN rows, BV of the tokens begin .. begin + width - 1 -> d (N,width), the experts' gradients of
     the logits, summed; added to d_u (K,N,R) and d_A (K,V,R), float32, what the tile gives to the factors."""
     n, at = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BV + tl.arange(0, BV)
-    v = tl.where(at < width, begin + at, V)                                 # V: beyond the vocabulary, no gradient
+    v = begin + at                                      # width: a multiple of BV, but at the vocabulary's end
     target = tl.load(targets + n, mask=n < N, other=-1)
     product = tile_product(rows, weight, n, v, N, V, C, BN, BV, BC)
     d_product = tl.zeros((BN, BV), tl.float32)
