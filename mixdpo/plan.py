@@ -4,6 +4,7 @@
 
 A context pair is never trained on, whatever the E-step looks at: where it does not look at context, they are left out.
 A group is never cut, neither by a step nor by a micro-batch, so the E-step that pools a user's pairs (M11) is exact.
+Within a step, whose sum has no order, groups stand by their longest text: micro-batches then hold little padding.
 """
 
 from dataclasses import dataclass, replace
@@ -44,7 +45,8 @@ def make_plan(pairs: list[Pair], config) -> Plan:
         units = trained = sorted(filter(None, trained))
     if not units:
         raise InputError(f"all {len(pairs)} pairs are context pairs; wanted others to train on")
-    steps = [(epoch, ids) for epoch in range(config.epochs)
+    longest = [max(pairs[i].longest() for i in unit) for unit in trained]
+    steps = [(epoch, sorted(ids, key=longest.__getitem__)) for epoch in range(config.epochs)
              for ids in batches(trained, config.batch, config.seed, epoch, pairs)]
     return Plan(pairs, units, trained, steps)
 

@@ -1,5 +1,6 @@
 """mixdpo/plan.py: what each test catches stands in its docstring."""
 
+import numpy as np
 import pytest
 import torch
 from letters import PEOPLE, pair
@@ -88,3 +89,15 @@ def test_what_the_file_sets_aside_is_never_trained_on(latent):
     assert plan.trained == plan.units == ([[2], [4], [5]] if latent == "pair" else [[2], [4, 5]])
     with pytest.raises(InputError, match="all 2 pairs are context pairs"):
         make_plan(marked[:2], small.config(latent=latent))
+
+
+def test_groups_of_like_length_stand_together_in_a_step():
+    """Caught: short and long texts by turns, where padding costs as much as text; a step's groups exchanged with
+    another's."""
+    pairs = [pair([1] * n, [2], [3]) for n in np.random.default_rng(0).permutation(40) + 1]
+    plan = make_plan(pairs, small.config(batch=16, micro=4, epochs=2))
+    drawn = [ids for epoch in range(2) for ids in batches(plan.trained, 16, 0, epoch)]
+    assert [sorted(ids) for _, ids in plan.steps] == [sorted(ids) for ids in drawn]
+    for _, ids in plan.steps:
+        lengths = [pairs[plan.trained[g][0]].longest() for g in ids]
+        assert lengths == sorted(lengths)
