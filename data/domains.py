@@ -78,15 +78,26 @@ def gates(job: Job) -> str:
 
 def likelihoods(job: Job) -> str:
     title, of, body = "Who explains the held-out choices", job.results["preferences"], []
-    learnt = next((r.name for r in job.runs if r.config["gate"] in ("linear", "mlp") and r.name in of), None)
+    runs = {run.name: run.config for run in job.runs if run.name in of}
+
+    def less(run: str, base: str | None) -> list[str]:
+        if base is None or run == base:
+            return [NONE, NONE]
+        gap = mean_se(np.array(of[run]["by_pair"]) - np.array(of[base]["by_pair"]), of[run]["prompt_of_pair"])
+        return [pm(gap, 4, sign="+"), in_ses(gap)]
+
+    def first(holds) -> str | None:
+        return next((name for name, config in runs.items() if holds(config)), None)
+
+    dpo, chance = first(lambda config: config["experts"] == 1), lambda config: config["gate"] == "random"
     for run, figures in of.items():
-        gap = None
-        if learnt and run != learnt:
-            gap = mean_se(np.array(of[learnt]["by_pair"]) - np.array(figures["by_pair"]), figures["prompt_of_pair"])
+        kind = runs.get(run, {}).get("sharing")
+        random = first(lambda config: chance(config) and config["sharing"] == kind) or first(chance)
         shares = [pm(f) for f in (figures["log_likelihood"], figures["accuracy_mbt"])]
-        body.append([escape(run), *shares, *([pm(gap, 4, sign="+"), in_ses(gap)] if gap else [NONE, NONE])])
+        body.append([escape(run), *shares, *less(run, dpo), *less(run, random)])
     return section(
         title,
-        f"Log-likelihood of held-out choices (nats a pair; a coin has -0.693) and the share explained, and by how much "
-        f"{escape(learnt or 'a learnt gate')} explains them better, pair by pair: beyond 2 SEs it is hardly chance.",
-        table(["run", "log-likelihood", "accuracy", f"{escape(learnt or NONE)} less it", "in SEs"], body))
+        "Log-likelihood of held-out choices (nats a pair; a coin has -0.693) and the share explained; and how much "
+        "better than by DPO and than by a random gate on the same kind of experts, where there is one, pair by pair: "
+        "beyond 2 SEs it is hardly chance.",
+        table(["run", "log-likelihood", "accuracy", "less DPO's", "in SEs", "less the random gate's", "in SEs"], body))

@@ -177,10 +177,14 @@ def job(tmp_path):
     policies = {name: {"values": values} for name in ("reference", "moe mixture", "moe head 0")}
     policies["moe mixture"]["w"] = w
     of = {"log_likelihood": se, "accuracy_mbt": se, "prompt_of_pair": [0, 0, 1, 2]}
-    preferences = {"moe": of | {"by_pair": [-0.1, -0.2, -0.3, -0.4]}, "dpo": of | {"by_pair": [-0.2, -0.4, -0.5, -0.3]}}
+    by_pair = {"moe": [-0.1, -0.2, -0.3, -0.4], "dpo": [-0.2, -0.4, -0.5, -0.3], "random": [-0.9] * 4,
+               "random models": [-0.6, -0.2, -0.3, -0.4]}
+    preferences = {name: of | {"by_pair": values} for name, values in by_pair.items()}
     dataset = {"rewards": ["sentiment", "informativeness"], "annotators": ["sentiment", "informativeness"],
                "domains": {"movie": ["informativeness"], "book": ["sentiment"]}}
-    runs = [Run(name, {"gate": gate}, [], [], [], 0.0) for name, gate in (("dpo", "fixed"), ("moe", "linear"))]
+    runs = [Run(name, {"gate": gate, "experts": K, "sharing": sharing}, [], [], [], 0.0)
+            for name, gate, K, sharing in (("dpo", "fixed", 1, "heads"), ("moe", "linear", 2, "models"),
+                                           ("random", "random", 2, "heads"), ("random models", "random", 2, "models"))]
     return Job(tmp_path, {"policies": policies, "preferences": preferences, "asked": asked}, dataset, [], {}, {}, runs)
 
 
@@ -212,11 +216,13 @@ def test_gates_are_named_by_held_out_prompts(job):
 
 
 def test_runs_are_compared_pair_by_pair_in_clusters(job):
-    """Caught: unpaired errors; the sign; pairs for prompts."""
+    """Caught: unpaired errors; the sign; pairs for prompts; the random gate on another kind of experts."""
     _, rows = cells(domains.likelihoods(job))
     gap = np.array([0.1, 0.2, 0.2, -0.1])
     sums = np.array([(gap - gap.mean())[:2].sum(), (gap - gap.mean())[2], (gap - gap.mean())[3]]) / 4
-    assert rows["dpo"][2] == f"{gap.mean():+.4f} ± {np.sqrt(1.5 * (sums**2).sum()):.4f}" and rows["moe"][2] == "–"
+    assert rows["moe"][2] == f"{gap.mean():+.4f} ± {np.sqrt(1.5 * (sums**2).sum()):.4f}" and rows["dpo"][2] == "–"
+    assert rows["moe"][4].startswith("+0.1250") and rows["dpo"][4].startswith("+0.5500")
+    assert rows["random models"][4] == "–" and rows["random"][4] == "–"
 
 
 def test_pictures_of_gates_are_drawn(job):
