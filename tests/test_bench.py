@@ -15,7 +15,8 @@ def row(cpu, wall, used=None):
 
 def test_a_target_is_reached_by_every_clock_or_missed():
     """Seen to fail with: base / row instead of row / base, the better of two clocks deciding, `<` for `at most`."""
-    rows = {"k1": row(1.0, 1.25, 100.0), "trl": row(4.0, 3.125), "k4-low-rank": row(1.5, 1.0), "plain": row(9, 9, 160.0)}
+    rows = {"k1": row(1.0, 1.25, 100.0), "trl": row(4.0, 3.125), "k4-low-rank": row(1.5, 1.0),
+            "plain": row(9, 9, 160.0)}
     found = {(t["row"], t["base"], t["figure"]): (t["ratio"], t["reached"]) for t in step.ratios(rows)}
     assert found["k1", "trl", "time"] == ({"cpu": 0.25, "wall": 0.4}, True)
     assert found["k4-low-rank", "k1", "time"] == ({"cpu": 1.5, "wall": 0.8}, False)
@@ -39,7 +40,8 @@ def test_a_quick_run_prints_a_table_and_writes_every_sample(tmp_path, monkeypatc
     words = "--quick true --rounds 2 --variants k1,k4-full,plain,em,head-kept,trl --memory false --out".split()
     step.main([*words, str(out)])
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
-    assert list(result["rows"]) == ["k1", "k4-full", "plain", "em", "head-kept"] and result["skipped"] == {"trl": ["no_such_package"]}
+    assert list(result["rows"]) == ["k1", "k4-full", "plain", "em", "head-kept"]
+    assert result["skipped"] == {"trl": ["no_such_package"]}
     assert "TRL DPOTrainer, default" in printed and "no_such_package not installed" in printed
     for figures in result["rows"].values():
         assert len(figures["samples"]["cpu"]) == len(figures["samples"]["wall"]) == 2 and figures["cpu"] > 0

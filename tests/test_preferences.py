@@ -119,8 +119,8 @@ def test_positions_of_every_response_token(tmp_path, tokenizer):
 
 
 def test_a_shared_prompt_is_one_row_a_pair():
-    """Caught: the rejected response's first token predicted by the chosen's last; positions that run on from one response
-    to the other; a response that sees the other; padding seen, or nothing for it to see."""
+    """Caught: the rejected response's first token predicted by the chosen's last; positions that run on from one
+    response to the other; a response that sees the other; padding seen, or nothing for it to see."""
     pairs = [pair([5, 6], [7, 8], [9]), pair([3], [1, 2, 4], [5, 6])]
     text = rows_of(collate(pairs, [0, 1], "pair"), shared=True)
     assert text.ids.tolist() == [[5, 6, 7, 8, 9, 0], [3, 1, 2, 4, 5, 6]]
