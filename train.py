@@ -36,7 +36,7 @@ from mixdpo.dpo import margins
 from mixdpo.experts import load_state, make_experts, pair_logp, projections, trained_state
 from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
 from mixdpo.latent import Latent, latent_of, settle
-from mixdpo.logprob import TILE, sum_responses
+from mixdpo.logprob import sum_responses
 from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, update_weights, vary
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.options import TrainConfig, validate
@@ -64,7 +64,7 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
     cut = [x.detach().requires_grad_() if split and x.grad_fn else x for x in made]         # what has a history
     states, heads = cut[0], [x.to(experts.dtype) for x in cut[1:]]
     for p, p_end, m, m_end in chunks(batch, sequence, config.head_rows, whole_groups=known is None):
-        tile = None if split else TILE                                      # few rows: keep their logits
+        tile = None if split else 0                                         # few rows: keep their logits
         logps = experts.token_logps(states[..., m:m_end, :], targets[m:m_end], tile, heads)         # (K,m)
         logp = sum_responses(logps, sequence[m:m_end] - 2 * p, p_end - p)                           # (b,K,2)
         h = margins(logp, ref_logp[batch.pair[p:p_end]].to(logp), config.beta)                # (b,K)  M4

@@ -226,7 +226,7 @@ def make_experts(models: list[nn.Module], config, dtype: torch.dtype) -> Heads |
     return experts
 
 
-def pair_logp(experts: Heads | Adapters | Models, batch: Batch, tile: int | None = 4096,
+def pair_logp(experts: Heads | Adapters | Models, batch: Batch, tile: int | None = 0,
               shared: bool | None = None) -> torch.Tensor:
     """Summed response log-probs of every expert, with gradient: (B,K,2) float32 nats.
     The composable route, text ids to log-probs in four lines. shared: prompts (preferences.rows_of)."""

@@ -9,8 +9,8 @@ the vocabulary, keeps only the parts of the logsumexp, and computes each tile ag
 flows to every input, so any loss can stand behind it; it knows no beta, no experts' weights, no loss. Products run in
 the dtype of `hidden` and `weight`, everything after them in float32. Tiles of the vocabulary rather than of tokens:
 each row of the weight's gradient is then written once, not once a tile. Experts take turns within a tile: what is done
-to its logits between two products is then done in the processor's cache. On a GPU with Triton, 16-bit inputs go
-through kernels.py, which does the same. Left out: second derivatives.
+to its logits between two products is then done in the processor's cache, in place, in memory that all tiles share. On a
+GPU with Triton, 16-bit inputs go through kernels.py, which does the same. Left out: second derivatives.
 """
 
 import functools
@@ -18,7 +18,8 @@ import functools
 import torch
 from torch.autograd.function import once_differentiable
 
-TILE = 4096     # logits a row in one tile; on a CPU 2048 to 8192 take about the same time, smaller and larger ones more
+HELD = 16 * 2**20       # bytes of logits in one tile: 4096 of each of 1024 rows in float32; twice or half as many take about
+                        # the same time on a CPU, others more
 
 
 def token_logps_reference(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
@@ -32,8 +33,9 @@ def token_logps_reference(hidden: torch.Tensor, weight: torch.Tensor, targets: t
 
 
 def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                low_rank: tuple[torch.Tensor, torch.Tensor] | None = None, tile: int | None = TILE) -> torch.Tensor:
-    """Equals token_logps_reference without allocating (..., V): a few (..., tile) of logits live at any time.
+                low_rank: tuple[torch.Tensor, torch.Tensor] | None = None, tile: int | None = 0) -> torch.Tensor:
+    """Equals token_logps_reference without allocating (..., V): one to three (..., tile) of logits live at any time,
+    16 MiB each (HELD) unless `tile` is given.
 
     hidden (..., C); weight (V, C) or (K, V, C); targets (...) int64 in 0..V-1, and what lies outside gives nan;
     low_rank A (K, V, R) and B (K, R, C), which go with a (V, C) weight. Returns float32 (float64 for float64 inputs)
@@ -45,23 +47,16 @@ def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
     got = f"got hidden {tuple(hidden.shape)} and targets {tuple(targets.shape)}"
     assert hidden.shape[:-1] == targets.shape, f"{got}, want (..., C) and (...)"
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)  # (N,C), (N,)
-    if weight.ndim == 3:                                                    # K full heads share nothing but the rows
-        assert low_rank is None, "low-rank heads share one (V, C) weight"
-        logps = torch.cat([head_logps(rows, head, None, None, flat, tile) for head in weight])
-        return logps.view(len(weight), *targets.shape)
+    assert weight.ndim == 2 or low_rank is None, "low-rank heads share one (V, C) weight"
     A, B = low_rank if low_rank is not None else (None, None)
-    logps = head_logps(rows, weight, A, B, flat, tile)                      # (1,N) or (K,N)
-    return logps.view(targets.shape) if A is None else logps.view(len(A), *targets.shape)
-
-
-def head_logps(rows, W, A, B, targets, tile) -> torch.Tensor:
-    """One head, or K low-rank ones, by the fastest route there is: as TiledLogps."""
     triton = kernels() if rows.is_cuda and rows.dtype.itemsize == 2 else None
     if triton is None:
-        return TiledLogps.apply(rows, W, A, B, targets, tile)
-    if tile is None and A is None:
-        return triton.KeptLogps.apply(rows, W, targets)
-    return triton.FusedLogps.apply(rows, W, A, B, targets)
+        logps = TiledLogps.apply(rows, weight, A, B, flat, tile)            # (1,N) or (K,N)
+    elif tile is None and A is None:
+        logps = torch.cat([triton.KeptLogps.apply(rows, W, flat) for W in weight.view(-1, *weight.shape[-2:])])
+    else:
+        logps = torch.cat([triton.FusedLogps.apply(rows, W, A, B, flat) for W in weight.view(-1, *weight.shape[-2:])])
+    return logps.view(targets.shape) if weight.ndim == 2 and A is None else logps.view(len(logps), *targets.shape)
 
 
 @functools.cache
@@ -75,27 +70,30 @@ def kernels():
 
 
 class TiledLogps(torch.autograd.Function):
-    """rows (N,C), W (V,C), A (K,V,R) or None, B (K,R,C) or None, targets (N,) -> (K,N)."""
+    """rows (N,C), W (V,C) or (K,V,C), A (K,V,R) or None, B (K,R,C) or None, targets (N,) -> (K,N)."""
 
     @staticmethod
     def forward(ctx, rows, W, A, B, targets, tile):
+        heads, experts = heads_and_experts(W, A)
         u = None if A is None else torch.einsum("nc,krc->knr", rows, B)     # (K,N,R)
-        experts, exact = 1 if A is None else len(A), torch.promote_types(rows.dtype, torch.float32)
-        top = torch.full((experts, len(rows)), -torch.inf, dtype=exact, device=rows.device)     # largest logit so far
+        exact, cuts = torch.promote_types(rows.dtype, torch.float32), tiles(rows, W, tile)
+        top = rows.new_full((sum(map(len, experts)), len(rows)), -torch.inf, dtype=exact)       # largest logit so far
         total = torch.zeros_like(top)                                       # sum of exp(logit - top) so far
         chosen = torch.full_like(top, torch.nan)                            # the target's logit, once its tile comes by
-        kept = []
-        for columns in tiles(W, tile):
-            product = rows @ W[columns].T                                   # (N,v) the one vocabulary product
+        in_place, kept = tile is not None and A is None and W.dtype == exact, []
+        product_of = scratch(rows, cuts, W.dtype) if tile is not None else lambda columns: None     # None: new memory
+        shifted_of = product_of if in_place else scratch(rows, cuts, exact)
+        for columns in cuts:
             inside, where = locate(targets, columns)
-            for k in range(experts):
-                logits = expert_logits(product, A, u, k, columns).to(exact)                     # (N,v)
-                chosen[k] = torch.where(inside, logits.gather(-1, where).squeeze(-1), chosen[k])
-                before, top[k] = top[k].clone(), torch.maximum(top[k], logits.amax(-1))
-                shifted = torch.sub(logits, top[k, :, None], out=logits if tile else None)      # in place if not kept
-                total[k] = total[k] * torch.exp(before - top[k]) + shifted.exp_().sum(-1)
-            if tile is None:
-                kept.append(product)
+            for head, its_experts in zip(heads, experts):
+                product = torch.mm(rows, head[columns].T, out=product_of(columns))              # (N,v)
+                kept += [product] if tile is None else []
+                for k in its_experts:
+                    logits = expert_logits(product, A, u, k, columns)
+                    chosen[k] = torch.where(inside, logits.gather(-1, where).squeeze(-1).to(exact), chosen[k])
+                    before, top[k] = top[k].clone(), torch.maximum(top[k], logits.amax(-1))
+                    shifted = torch.sub(logits, top[k, :, None], out=shifted_of(columns))
+                    total[k] = total[k] * torch.exp(before - top[k]) + shifted.exp_().sum(-1)
         ctx.save_for_backward(rows, W, A, B, targets, u, top, total)
         ctx.tile, ctx.kept = tile, kept
         return chosen - top - torch.log(total)                              # in this order: a large top cancels
@@ -105,44 +103,66 @@ class TiledLogps(torch.autograd.Function):
     def backward(ctx, grad):                                            # (K,N): d l_t[v] = grad_t (1[v=y_t] - p_t[v])
         rows, W, A, B, targets, u, top, total = ctx.saved_tensors
         need_rows, need_W, need_A, need_B = ctx.needs_input_grad[:4]
-        d_rows = torch.zeros_like(rows, dtype=top.dtype)
+        heads, experts = heads_and_experts(W, A)
+        exact, cuts = top.dtype, tiles(rows, W, ctx.tile)
+        d_rows = torch.zeros_like(rows, dtype=exact)
         d_W = torch.empty_like(W) if need_W else None
         d_A = torch.empty_like(A) if need_A else None
-        d_u = None if A is None else torch.zeros_like(u, dtype=top.dtype)
+        d_u = None if A is None else torch.zeros_like(u, dtype=exact)
         kept, ctx.kept = ctx.kept[::-1], []                                 # each is let go as soon as it is used
-        for columns in tiles(W, ctx.tile):
-            product = kept.pop() if kept else rows @ W[columns].T           # (N,v)
+        in_place = A is None and W.dtype == exact
+        product_of = None if kept else scratch(rows, cuts, W.dtype)
+        d_of, sum_of = (None if unused else scratch(rows, cuts, exact) for unused in (in_place, A is None))
+        for columns in cuts:
             inside, where = locate(targets, columns)
-            d_product = None
-            for k in range(len(top)):
-                logits = expert_logits(product, A, u, k, columns).to(top.dtype)
-                d = logits.sub_(top[k, :, None]).exp_().mul_((-grad / total)[k, :, None])       # (N,v) the tile is ours
-                d.scatter_add_(-1, where, torch.where(inside, grad[k], 0.0)[:, None])
-                if A is not None:
-                    d_k = d.to(W.dtype)
-                    d_u[k] += d_k @ A[k, columns]
-                    if need_A:
-                        torch.mm(d_k.T, u[k], out=d_A[k, columns])
-                d_product = d if d_product is None else d_product.add_(d)   # the K experts share one product here too
-            d_product = d_product.to(W.dtype)
-            if need_rows:
-                d_rows += d_product @ W[columns]
-            if need_W:
-                torch.mm(d_product.T, rows, out=d_W[columns])
+            for h, its_experts in enumerate(experts):
+                product = kept.pop() if kept else torch.mm(rows, heads[h][columns].T, out=product_of(columns))
+                for k in its_experts:
+                    logits = expert_logits(product, A, u, k, columns)
+                    d = torch.sub(logits, top[k, :, None], out=product if in_place else d_of(columns))      # (N,v)
+                    d.exp_().mul_((-grad / total)[k, :, None])
+                    d.scatter_add_(-1, where, torch.where(inside, grad[k], 0.0)[:, None])
+                    if A is not None:
+                        d_k = d.to(W.dtype)
+                        d_u[k] += d_k @ A[k, columns]
+                        if need_A:
+                            torch.mm(d_k.T, u[k], out=d_A[k, columns])
+                        d = sum_of(columns).copy_(d) if k == 0 else sum_of(columns).add_(d)
+                d = d if in_place else product.copy_(d)                     # the experts share one product here too
+                if need_rows:
+                    d_rows += d @ heads[h][columns]
+                if need_W:
+                    torch.mm(d.T, rows, out=d_W.view_as(heads)[h, columns])
         if A is not None:
             d_rows += torch.einsum("knr,krc->nc", d_u.to(rows.dtype), B)
         d_B = torch.einsum("knr,nc->krc", d_u.to(rows.dtype), rows) if need_B else None
         return d_rows.to(rows.dtype) if need_rows else None, d_W, d_A, d_B, None, None
 
 
-def tiles(W: torch.Tensor, tile: int | None) -> list[slice]:
-    """Cuts the vocabulary into runs of `tile` tokens. None, for products that are kept: no cuts on a GPU."""
-    tile = tile or (TILE if W.device.type == "cpu" else len(W))
-    return [slice(start, min(start + tile, len(W))) for start in range(0, len(W), tile)]
+def heads_and_experts(W: torch.Tensor, A: torch.Tensor | None) -> tuple[torch.Tensor, list]:
+    """The heads (1,V,C) or (K,V,C), and which experts each serves: all of them, or its own."""
+    heads = W if W.ndim == 3 else W[None]
+    return heads, [[k] for k in range(len(heads))] if A is None else [list(range(len(A)))]
+
+
+def tiles(rows: torch.Tensor, W: torch.Tensor, tile: int | None) -> list[slice]:
+    """Cuts the vocabulary into runs of `tile` tokens; 0: as many as HELD bytes hold; None, for products that are kept:
+    the same on a CPU, no cuts on a GPU."""
+    V = W.shape[-2]
+    if tile is None and W.is_cuda:
+        tile = V
+    tile = tile or max(256, HELD // max(1, len(rows) * rows.element_size()))
+    return [slice(start, min(start + tile, V)) for start in range(0, V, tile)]
+
+
+def scratch(rows: torch.Tensor, cuts: list[slice], dtype: torch.dtype):
+    """columns -> an uninitialised (N,v), always in the same memory, allocated once."""
+    held = rows.new_empty(len(rows) * (cuts[0].stop - cuts[0].start), dtype=dtype)          # the first is the widest
+    return lambda c: held[: len(rows) * (c.stop - c.start)].view(len(rows), c.stop - c.start)
 
 
 def expert_logits(product, A, u, k, columns):
-    """Expert k's logits in a tile, (N,v): the shared product, and on it A_k (B_k h) if there are factors."""
+    """Expert k's logits in a tile, (N,v): the product, and on it A_k (B_k h) if there are factors."""
     return product if A is None else torch.addmm(product, u[k], A[k, columns].T)
 
 

@@ -58,7 +58,7 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
         batch = collate(pairs, range(start, min(start + size, len(pairs))), "pair").to(device)
         text, B = rows_of(batch), len(batch.ids)
         hidden = policy.hidden(text.ids, text.window)                       # (2B,T,C), or (B,T,C): shared prompts
-        of_tokens = policy.token_logps(policy.rows(hidden, text.where), text.targets, 4096)                # (1,M)
+        of_tokens = policy.token_logps(policy.rows(hidden, text.where), text.targets, 0)                   # (1,M)
         logps.append(sum_responses(of_tokens, text.sequence, B))            # (B,1,2)
         read = policy.rows(hidden, text.token).float()          # (M,C) states that have read each response token
         count = torch.bincount(text.sequence, minlength=2 * B).clamp_min(1)
