@@ -28,6 +28,7 @@ from mixdpo.finished import Run, find_runs, load_run
 from mixdpo.gates import READS_PROMPT
 from mixdpo.generate import choose_expert, generate
 from mixdpo.heldout import expert_logp, heldout_figures, weights
+from mixdpo.memory import retain_pages
 from mixdpo.mixture import mixture_logp
 from mixdpo.preferences import Pair, encode_prompt
 from mixdpo.records import lines
@@ -54,10 +55,27 @@ class EvalConfig:
 # --- completions ------------------------------------------------------------------------------------------------------
 
 
-def sample(model, head: torch.Tensor, prompts, config: EvalConfig, max_new: int, eos: int, name: str) -> list:
-    """Completions by `model` (already in its sampling dtype) with the unembedding `head`."""
-    return generate(model, prompts, max_new, eos, config.temperature, config.seed, config.batch,
-                    head.to(model.unembedding), progress=Progress(name))
+def sample(policies: list[tuple], dtype, prompts, config: EvalConfig, max_new: int, eos: int, name: str) -> list[list]:
+    """Completions of all prompts by each of some experts, (model, unembedding), that share a trunk and decode together:
+    each expert's, on the same uniforms."""
+    N, K = len(prompts), len(policies)
+    model = copy.deepcopy(policies[0][0]).to(dtype)                         # whole: a cast a token would cost more
+    heads = [head.to(model.unembedding) for _, head in policies]
+    ids = generate(model, prompts * K, max_new, eos, config.temperature, config.seed, config.batch * K, heads,
+                   list(range(N)) * K, Progress(name), [k for k in range(K) for _ in range(N)])
+    return [ids[k * N : (k + 1) * N] for k in range(K)]
+
+
+def log_ratios(run: Run, reference, texts: list[list], of: list[list[int]], spare: list) -> torch.Tensor:
+    """log pi_j - log pi_ref of every expert's completions (K,N), under all experts: (K,N,K) nats. Two experts'
+    completions of a prompt go through the model behind one prompt; an odd one out beside `spare`."""
+    out = []
+    for k in range(0, len(texts), 2):
+        two = [*texts[k : k + 2], spare][:2]
+        pairs = [Pair(prompt, *both) for prompt, *both in zip(of, *two)]
+        ref_logp = compute_reference(reference, pairs, run.experts.dtype).logp                      # (N,1,2)
+        out.append((expert_logp(run, pairs, f"KL {k}") - ref_logp).permute(2, 0, 1))                # (2,N,K)
+    return torch.cat(out)[: len(texts)]
 
 
 def policy_rows(runs: list[Run], reference, prompts: list[Pair], config: EvalConfig, max_new: int, eos: int) -> dict:
@@ -66,22 +84,18 @@ def policy_rows(runs: list[Run], reference, prompts: list[Pair], config: EvalCon
     first is the row's and KL's."""
     dtype, of = runs[0].experts.dtype, [p.prompt for p in prompts]
     states = prompt_features(reference, of, dtype)                          # (N,2,C)
-    cast = copy.deepcopy(reference).to(dtype)                               # whole: a cast a token would cost more
-    plain = sample(cast, cast.unembedding, of, config, max_new, eos, "reference")
+    plain, = sample([(reference, reference.unembedding)], dtype, of, config, max_new, eos, "reference")
     rows = {"reference": {"ids": plain, "kl": torch.zeros(len(prompts)), "z": None}}
     for run in runs:
-        K, ids, kl = run.config.experts, [], []
-        for k in range(K):
-            model, head = run.experts.policy(k)
-            cast = cast if k and run.config.sharing == "heads" else copy.deepcopy(model).to(dtype)
-            ids.append(sample(cast, head, of, config, max_new, eos, f"{run.name} expert {k}"))
-            pairs = [Pair(prompt, own, other) for prompt, own, other in zip(of, ids[k], plain)]
-            ref_logp = compute_reference(reference, pairs, dtype).logp
-            kl.append(expert_logp(run, pairs, f"KL {k}")[..., 0] - ref_logp[..., 0])                # (N,K)
+        K, ids = run.config.experts, []
+        for experts in [range(K)] if run.config.sharing == "heads" else [[k] for k in range(K)]:
+            policies, name = [run.experts.policy(k) for k in experts], f"{run.name} expert {'+'.join(map(str, experts))}"
+            ids += sample(policies, dtype, of, config, max_new, eos, name)
+        kl = log_ratios(run, reference, ids, of, plain)                     # (K,N,K)
         log_w, n = weights(run, prompts, states), torch.arange(len(prompts))
         for mode in ("mixture", "sparse", *range(K)) if K > 1 else (0,):
             z = choose_expert(log_w, len(prompts), str(mode), config.seed)                          # (N,)  M13
-            drawn = torch.stack(kl)[z, n]                                                           # (N,K)
+            drawn = kl[z, n]                                                # (N,K)
             log_ratio = mixture_logp(log_w, drawn) if mode == "mixture" else drawn[n, z]            # M14
             name = run.name if K == 1 else f"{run.name} {mode if mode in ('mixture', 'sparse') else f'head {mode}'}"
             rows[name] = {"ids": [ids[k][i] for i, k in enumerate(z.tolist())], "kl": log_ratio, "z": z.tolist()}
@@ -232,6 +246,7 @@ def write_report(folder: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
+    retain_pages()
     try:
         flags = argv if argv and argv[0].startswith("-") else ["--dir", *argv]
         config = configs.parse(EvalConfig, flags, "python eval.py DIR")

@@ -33,10 +33,11 @@ from mixdpo.adopt import adopt
 from mixdpo.config import InputError
 from mixdpo.diagnostics import step_summary
 from mixdpo.dpo import margins
-from mixdpo.experts import load_state, make_experts, pair_logp, projections, trained_state
+from mixdpo.experts import load_state, make_experts, once_a_step, pair_logp, projections, trained_state, trunks
 from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
 from mixdpo.latent import Latent, latent_of, settle
 from mixdpo.logprob import sum_responses
+from mixdpo.memory import retain_pages
 from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, update_weights, vary
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.options import TrainConfig, validate
@@ -50,27 +51,34 @@ from mixdpo.weights import content_key
 
 # --- one step ---------------------------------------------------------------------------------------------------------
 
+KEPT = {"cpu": 2**27, "cuda": 2**29}        # bytes of logits that a head micro-batch keeps for its backward pass
+
 
 def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pairs: int, config) -> list[tuple]:
     """Adds one micro-batch's gradient of sum M8 / pairs.
 
     Returns (log_q of the groups, log_q of the pairs, log_w of the pairs, h) of every chunk, detached.
     """
-    batch, known, seen = micro.train, latent.given, []
-    text = rows_of(batch)
+    batch, known, seen, device = micro.train, latent.given, [], ref_logp.device
+    text = rows_of(batch).to(device)                                        # made on the CPU: nothing waits for a GPU
+    pair, groups = batch.pair.to(device), batch.group.to(device)            # (B,) each
     targets, sequence = text.targets, text.sequence                         # (M,) each
     rows = experts.rows(experts.hidden(text.ids, text.window), text.where)  # (M,C), or (K,M,C): states of their own
-    split, made = config.head_rows > 0, [rows, *experts.heads()]
+    made = [rows, *experts.heads()]
+    products = made[0].shape[:-2].numel() * made[1].shape[:-2].numel()                      # with the vocabulary, a token
+    held = made[1].shape[-2] * experts.dtype.itemsize * products                            # bytes of logits a token
+    head_rows = config.head_rows if config.head_rows >= 0 else max(1, KEPT[device.type] // held)
+    split = head_rows > 0
     cut = [x.detach().requires_grad_() if split and x.grad_fn else x for x in made]         # what has a history
     states, heads = cut[0], [x.to(experts.dtype) for x in cut[1:]]
-    for p, p_end, m, m_end in chunks(batch, sequence, config.head_rows, whole_groups=known is None):
+    for p, p_end, m, m_end in chunks(batch, head_rows, whole_groups=known is None):
         tile = None if split else 0                                         # few rows: keep their logits
         logps = experts.token_logps(states[..., m:m_end, :], targets[m:m_end], tile, heads)         # (K,m)
         logp = sum_responses(logps, sequence[m:m_end] - 2 * p, p_end - p)                           # (b,K,2)
-        h = margins(logp, ref_logp[batch.pair[p:p_end]].to(logp), config.beta)                # (b,K)  M4
-        group = batch.group[p:p_end]
+        h = margins(logp, ref_logp[pair[p:p_end]].to(logp), config.beta)                      # (b,K)  M4
+        group = groups[p:p_end]
         if known is None:
-            first, last = int(group[0]), int(group[-1])
+            first, last = int(batch.group[p]), int(batch.group[p_end - 1])
             log_q = e_step(latent.log_w[group], h, group - first)[1]                                # (g,K)  M7, M11
             log_q = settle(log_q, latent[first : last + 1], config)
             of_pair = log_q[group - first]
@@ -80,18 +88,20 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
         if loss.requires_grad:                                              # false if all experts are frozen
             loss.backward()
         seen.append((log_q, of_pair, latent.log_w[group], h.detach()))
+    if config.in_backward and not all(h.isfinite().all() for *_, h in seen):
+        raise FloatingPointError("margins that are not finite")             # while nothing is updated yet
     for whole, part in zip(made, cut):
         if whole is not part:
             whole.backward(part.grad)                                       # one pass through the trunk, or the factors
     return seen
 
 
-def chunks(batch: Batch, sequence: torch.Tensor, head_rows: int, whole_groups: bool):
+def chunks(batch: Batch, head_rows: int, whole_groups: bool):
     """Cuts a micro-batch into runs of whole pairs (groups) of about head_rows response tokens; 0: no cut.
 
     Yields (first pair, one past the last, first token, one past the last).
     """
-    ends = torch.bincount(sequence // 2, minlength=len(batch.ids)).cumsum(0).tolist()       # where its tokens end
+    ends = (batch.length.sum(1) - 2 * batch.start).cumsum(0).tolist()       # one past each pair's last token
     group, first, begin = batch.group.tolist(), 0, 0
     for b, end in enumerate(ends):
         last = b + 1 == len(ends)
@@ -105,14 +115,15 @@ def chunks(batch: Batch, sequence: torch.Tensor, head_rows: int, whole_groups: b
 def posterior(experts, batch: Batch, ref_logp: torch.Tensor, log_w: torch.Tensor, config) -> torch.Tensor:
     """An E-step by a pass of its own: q of each group (G,K) from the pairs of `batch`, log_w (G,K). Out of sample if
     these are context pairs, which the M-step never trains on."""
-    h = margins(pair_logp(experts, batch), ref_logp[batch.pair].to(log_w), config.beta)       # (B,K)  M4
-    return e_step(log_w[batch.group], h, batch.group)[1]                    # M7, M11
+    pair, group = batch.pair.to(log_w.device), batch.group.to(log_w.device)                   # (B,) each
+    h = margins(pair_logp(experts, batch), ref_logp[pair].to(log_w), config.beta)             # (B,K)  M4
+    return e_step(log_w[group], h, group)[1]                                # M7, M11
 
 
 @torch.no_grad()
 def full_e_step(experts, gate, plan, ref_logp, inputs: Inputs, config, name: str) -> torch.Tensor:
     """Responsibilities of all groups under the experts and the gate as they are: (G,K) on the CPU."""
-    micros, table = micro_batches(plan, list(range(len(plan.units))), config, ref_logp.device), []
+    micros, table = micro_batches(plan, list(range(len(plan.units))), config), []
     progress = Progress(f"{Path(config.out).name} {name}")
     for n, micro in enumerate(micros, 1):
         pairs, log_w = micro.context or micro.train, gate(inputs[micro.groups])
@@ -161,9 +172,12 @@ def descend(optimizer, loss: float, clip: float) -> float:
 
     Raises: FloatingPointError, and steps nowhere, if the loss or the norm is NaN or infinite.
     """
-    norm = float(torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+    if norm > clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -201,6 +215,9 @@ def prepare(config):
     reference = reference_of(config.data, pairs, models, tokenizer, config, dtype, cache)
     keys, experts = [content_key(model) for model in models], make_experts(models, config, dtype)
     adopt(experts, config, keys)
+    if config.compile:
+        for model in trunks(experts):
+            model.compile(dynamic=True)
     return experts, plan, reference, "+".join(keys), device
 
 
@@ -234,7 +251,8 @@ def run(config: TrainConfig) -> Path:
     same |= {"model_key": model_key}
     found = load_checkpoint(out, same)
     ref_logp, (gate, inputs) = reference.logp.to(device), make_gate(plan, reference, config, device)
-    optimizer, names = make_optimizer(experts, config.lr, config.head_lr, gate, config.gate_lr)
+    optimizer, names = make_optimizer(experts, config.lr, config.head_lr, gate, config.gate_lr, config.moments,
+                                      config.seed, once_a_step(experts) if config.in_backward else [])
     start = make_start(gate, inputs, plan, reference.features, config)
     out.mkdir(parents=True, exist_ok=True)                                  # not before all input is known to be good
     configs.save(config, out / "config.json")
@@ -248,8 +266,8 @@ def run(config: TrainConfig) -> Path:
         table, phase, t = tensors["table"], tensors["phase"], state["step"]
         print(f"resumed at step {t} of {len(steps)}")
     else:
-        first = micro_batches(plan, steps[0][1], config, device)[0]
-        log_w = gate(inputs[first.groups]).detach()[first.train.group]
+        first = micro_batches(plan, steps[0][1], config)[0]
+        log_w = gate(inputs[first.groups]).detach()[first.train.group.to(device)]
         if not config.init_experts:
             check_start(experts, first.train, ref_logp, log_w, config.beta)
 
@@ -267,7 +285,7 @@ def run(config: TrainConfig) -> Path:
         gate.temperature = config.gate_temperature ** max(0.0, 1 - 2 * t / len(steps))      # 1 from half the run on
         given, phase = given_responsibilities(t, plan, start, table, phase, e_step_of_all, config)
         set_rate(optimizer, t, len(steps), config.warmup)
-        micros = micro_batches(plan, ids, config, device)
+        micros = micro_batches(plan, ids, config)
         try:
             latent = latent_of(gate, inputs, ids, given, table, t, config)
             figures, log_q = step(experts, gate, optimizer, micros, ref_logp, latent, config)
@@ -292,6 +310,7 @@ def run(config: TrainConfig) -> Path:
 
 
 def main(argv: list[str]) -> None:
+    retain_pages()
     try:
         run(configs.parse(TrainConfig, argv, "python train.py"))
     except InputError as error:

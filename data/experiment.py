@@ -32,6 +32,7 @@ from eval import EvalConfig, evaluate
 from mixdpo import fetch
 from mixdpo.config import InputError, parse, write_whole
 from mixdpo.generate import generate
+from mixdpo.memory import retain_pages
 from mixdpo.preferences import encode_prompt
 from mixdpo.rundir import Progress, compute_dtype
 from mixdpo.tokenizer import load_tokenizer
@@ -248,6 +249,7 @@ def main(of: DataSet, argv: list[str]) -> None:
 
 def command(of: DataSet) -> None:
     """The data set's command."""
+    retain_pages()
     try:
         main(of, sys.argv[1:])
     except InputError as error:

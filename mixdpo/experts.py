@@ -181,8 +181,11 @@ class Models(nn.Module):
 
     def hidden(self, ids: torch.Tensor, window=None) -> torch.Tensor:
         """(N,T) -> (K,N,T,C)."""
-        with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype.itemsize < 4):
-            return torch.stack([model(ids, window=window).to(self.dtype) for model in self.models])
+        hidden = []
+        for model in self.models:                                           # weights cast for one do not wait for all
+            with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype.itemsize < 4):
+                hidden.append(model(ids, window=window).to(self.dtype))
+        return torch.stack(hidden)
 
     def rows(self, hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """(K,N,T,C), flat positions (M,) -> (K,M,C)."""
@@ -211,6 +214,18 @@ class Models(nn.Module):
         return new
 
 
+def trunks(experts: Heads | Adapters | Models) -> list[nn.Module]:
+    """The models that ids pass through."""
+    return list(experts.models) if isinstance(experts, Models) else [experts.trunk]
+
+
+def once_a_step(experts: Heads | Adapters | Models) -> list[nn.Parameter]:
+    """The parameters that get their whole gradient at one time, however a head's rows are cut: all but heads, which a
+    tied embedding is too."""
+    heads = {id(x) for x in experts.heads()}
+    return [p for p in experts.parameters() if p.requires_grad and id(p) not in heads]
+
+
 def make_experts(models: list[nn.Module], config, dtype: torch.dtype) -> Heads | Adapters | Models:
     """The experts that `config` (a TrainConfig) asks for, on top of `models`, one or one each, which become theirs.
     Freezes the trunk if asked."""
@@ -230,7 +245,7 @@ def pair_logp(experts: Heads | Adapters | Models, batch: Batch, tile: int | None
               shared: bool | None = None) -> torch.Tensor:
     """Summed response log-probs of every expert, with gradient: (B,K,2) float32 nats.
     The composable route, text ids to log-probs in four lines. shared: prompts (preferences.rows_of)."""
-    text = rows_of(batch, shared)
+    text = rows_of(batch, shared).to(experts.heads()[0].device)
     states = experts.rows(experts.hidden(text.ids, text.window), text.where)                # (M,C) or (K,M,C)
     logps = experts.token_logps(states, text.targets, tile)                 # (K,M)
     return sum_responses(logps, text.sequence, len(batch.ids))              # (B,K,2)

@@ -19,19 +19,38 @@ Left out: top-k, top-p, beams. They change the policy that is evaluated.
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from mixdpo.mixture import mixture_logp, require_precise
 
+RUN = 256       # tokens summed together at first
 
+
+@torch.no_grad()
 def generate(
     model, prompts: list[list[int]], max_new: int, eos: int, temperature: float = 1.0, seed: int = 0, batch: int = 64,
-    unembedding: torch.Tensor | None = None, rows: list[int] | None = None, progress=None,
+    unembedding: torch.Tensor | list[torch.Tensor] | None = None, rows: list[int] | None = None, progress=None,
+    expert: list[int] | None = None,
 ) -> list[list[int]]:
-    """One expert's continuations of `prompts`. unembedding (V,C): its own head on this trunk, default the model's.
-    The rest is as in `generate_tokenwise`, of which this is the case K = 1."""
-    head = model.unembedding if unembedding is None else unembedding
-    return generate_tokenwise([(model, head)], torch.zeros(1), prompts, max_new, eos, temperature, seed, batch, rows,
-                              progress)
+    """One expert's continuations of `prompts`. unembedding (V,C): its own head on this trunk, default the model's. Or
+    K heads, and `expert` (N), the one that continues each prompt: heads of one trunk decode together, in one pass.
+    The rest is as in `generate_tokenwise`."""
+    heads = [model.unembedding if unembedding is None else unembedding] if expert is None else unembedding
+    of = torch.zeros(len(prompts), dtype=torch.int64) if expert is None else torch.tensor(expert)
+
+    def chooser(part):
+        mine = [(of[part] == k).nonzero().squeeze(1).to(head.device) for k, head in enumerate(heads)]
+
+        def choose(last, u):
+            states = last[model]                                            # (N,C)
+            logits = states.new_empty(len(part), len(heads[0]), dtype=torch.float32)
+            for own, head in zip(mine, heads):
+                logits[own] = (states[own].to(head.dtype) @ head.T).float()
+            return draw(logits, temperature, u)
+
+        return choose
+
+    return in_batches([model], prompts, chooser, max_new, eos, temperature, seed, batch, rows, progress)
 
 
 @torch.no_grad()
@@ -50,16 +69,34 @@ def generate_tokenwise(
     Raises: AssertionError for an empty prompt, a text longer than a model's context, weights of another shape,
     in low precision, or with no expert for a prompt.
     """
-    rows = list(range(len(prompts))) if rows is None else rows
-    assert all(prompts), "an empty prompt has no position to predict from"
-    longest = max(map(len, prompts), default=0) + max_new
-    context = min(model.config.context for model, _ in policies)
-    assert longest <= context, f"prompt and continuation take {longest} tokens, the model's context is {context}"
     N, K = len(prompts), len(policies)
     assert log_w.shape in ((K,), (N, K)), f"got log_w {tuple(log_w.shape)}, want ({K},) or ({N}, {K})"
     require_precise(log_w)
     log_w = torch.log_softmax(log_w.to(policies[0][1].device).double(), dim=-1).expand(N, K)
     assert not log_w.isnan().any(), "log_w holds NaN, or gives every expert of a prompt weight 0"
+
+    def chooser(part):
+        weights = log_w[part]                                               # (N,K), those of each prefix from here on
+
+        def choose(last, u):
+            nonlocal weights
+            logits = [(last[model].to(head.dtype) @ head.T).float() for model, head in policies]    # K of (N,V)
+            token, weights = next_token(logits, weights, temperature, u)
+            return token
+
+        return choose
+
+    models = list(dict.fromkeys(model for model, _ in policies))            # a trunk that experts share, once
+    return in_batches(models, prompts, chooser, max_new, eos, temperature, seed, batch, rows, progress)
+
+
+def in_batches(models, prompts, chooser, max_new, eos, temperature, seed, batch, rows, progress) -> list[list[int]]:
+    """Continues the prompts some at a time. chooser(part): for the prompts of these numbers, a function
+    (model -> last states (N,C), uniforms (N,) or None) -> tokens (N,)."""
+    rows, N = list(range(len(prompts))) if rows is None else rows, len(prompts)
+    assert all(prompts), "an empty prompt has no position to predict from"
+    longest, context = max(map(len, prompts), default=0) + max_new, min(model.config.context for model in models)
+    assert longest <= context, f"prompt and continuation take {longest} tokens, the model's context is {context}"
     order = sorted(range(N), key=lambda n: len(prompts[n]))                 # similar lengths together: little padding
     out: list[list[int]] = [[] for _ in prompts]
     for start in range(0, N, batch):
@@ -67,7 +104,7 @@ def generate_tokenwise(
         uniforms = None
         if temperature:
             uniforms = np.stack([np.random.default_rng([seed, rows[n]]).random(max_new) for n in part])  # (N,max_new)
-        texts = decode(policies, log_w[part], [prompts[n] for n in part], max_new, eos, temperature, uniforms)
+        texts = decode(models, [prompts[n] for n in part], chooser(part), max_new, eos, uniforms)
         for n, ids in zip(part, texts):
             out[n] = ids
         if progress:
@@ -75,25 +112,23 @@ def generate_tokenwise(
     return out
 
 
-def decode(policies, log_w, prompts, max_new, eos, temperature, uniforms):
+def decode(models, prompts, choose, max_new, eos, uniforms):
     """One batch: prefill right-padded prompts, then a token a step;
     padded slots lie beyond each row's length and are overwritten."""
-    device = policies[0][1].device
+    device = models[0].unembedding.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)        # (N,)
     ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64, device=device)
     for n, prompt in enumerate(prompts):
         ids[n, : len(prompt)] = torch.tensor(prompt)
-    caches, last = {}, {}                                                   # by model: a shared trunk has one of each
-    for model in dict.fromkeys(model for model, _ in policies):
+    caches, last = {}, {}                                                   # of each model
+    for model in models:
         caches[model] = model.new_cache(len(prompts), ids.shape[1] + max_new)
         hidden = model(ids, caches[model])                                  # (N,T,C)
         caches[model].length.copy_(lengths)
         last[model] = hidden[torch.arange(len(prompts), device=device), lengths - 1]    # (N,C) the last true position
     tokens, ended = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for t in range(max_new):
-        logits = [(last[model].to(head.dtype) @ head.T).float() for model, head in policies]    # K of (N,V)
-        u = None if uniforms is None else torch.from_numpy(uniforms[:, t]).to(device)
-        token, log_w = next_token(logits, log_w, temperature, u)
+        token = choose(last, None if uniforms is None else torch.from_numpy(uniforms[:, t]).to(device))
         tokens.append(torch.where(ended, eos, token))
         ended |= token == eos
         if ended.all() or t + 1 == max_new:
@@ -117,13 +152,24 @@ def next_token(logits: list[torch.Tensor], log_w: torch.Tensor, temperature: flo
 
 
 def draw(logits: torch.Tensor, temperature: float, u: torch.Tensor | None) -> torch.Tensor:
-    """One token a row: argmax at temperature 0, else the inverse cumulative distribution
-    at u (N,) in [0, 1): (N,V) -> (N,)."""
+    """One token a row: argmax at temperature 0, else the inverse cumulative distribution at u (N,) in [0, 1):
+    (N,V) -> (N,). Sums are float64; of the vocabulary only the run of tokens that u falls into is summed one by one."""
     if not temperature:
         return logits.argmax(-1)
-    total = torch.softmax(logits / temperature, dim=-1).cumsum(-1, dtype=torch.float64)     # (N,V)
-    drawn = torch.searchsorted(total, (u * total[:, -1])[:, None], right=True).squeeze(-1)      # (N,)
-    return drawn.clamp_max(logits.shape[-1] - 1)
+    p = torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+    runs = F.pad(p, (0, -p.shape[-1] % RUN)).unflatten(-1, (-1, RUN))       # (N,V/RUN,RUN)
+    total = runs.sum(-1, dtype=torch.float64).cumsum(-1)                    # (N,V/RUN)
+    run, rest = first_above(total, u * total[:, -1])
+    own = runs[torch.arange(len(u), device=u.device), run].cumsum(-1, dtype=torch.float64)      # (N,RUN)
+    return run * RUN + first_above(own, rest)[0]
+
+
+def first_above(total: torch.Tensor, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first place of each row's cumulative sums (N,M) that is above its point (N,), and how far the point is from
+    the place before. Never a place that adds nothing: a point that rounding put at the end of all is moved below it."""
+    point = torch.minimum(point, torch.nextafter(total[:, -1], torch.zeros_like(point)))
+    place = torch.searchsorted(total, point[:, None], right=True)           # (N,1)
+    return place.squeeze(1), point - F.pad(total, (1, 0)).gather(1, place).squeeze(1)
 
 
 def until(ids: list[int], eos: int) -> list[int]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mixdpo.attention import KVCache, attend
+from mixdpo.memory import activated
 
 # The four published sizes, as arguments of GPT2Config: 124M, 355M, 774M and 1.5B parameters.
 SIZES = {
@@ -66,8 +67,12 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.width, config.inner)
         self.c_proj = nn.Linear(config.inner, config.width)
 
-    def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+    def forward(self, x, keep):
+        return activated(self.c_proj, gelu, self.c_fc(x), keep=keep)
+
+
+def gelu(x):
+    return F.gelu(x, approximate="tanh")
 
 
 class Block(nn.Module):
@@ -78,9 +83,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.width, eps=config.eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, layer, window):
+    def forward(self, x, layer, window, keep=False):
         x = x + self.attn(self.ln_1(x), layer, window)
-        return x + self.mlp(self.ln_2(x))
+        return x + self.mlp(self.ln_2(x), keep)
 
 
 class GPT2(nn.Module):
@@ -124,9 +129,9 @@ class GPT2(nn.Module):
         x = self.wte(ids) + self.wpe(positions)         # (N, T, C)
         for layer, block in enumerate(self.h):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, layer, window, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, layer, window, True, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, layer, window)
         if cache is not None:
-            cache.length = cache.length + T
+            cache.advance(T)
         return self.ln_f(x)

@@ -37,9 +37,9 @@ def heldout_figures(runs: list[Run], references: list, tokenizer, path: Path, st
 @torch.no_grad()
 def expert_logp(run: Run, pairs: list[Pair], what: str, size: int = 16) -> torch.Tensor:
     """Summed response log-probs of every pair under every expert: (P,K,2) float32 nats, on the CPU."""
-    device, out, progress = next(run.experts.parameters()).device, [], Progress(f"{run.name} {what}")
+    out, progress = [], Progress(f"{run.name} {what}")
     for start in range(0, len(pairs), size):
-        batch = collate(pairs, list(range(start, min(start + size, len(pairs)))), "pair").to(device)
+        batch = collate(pairs, list(range(start, min(start + size, len(pairs)))), "pair")
         out.append(pair_logp(run.experts, batch).cpu())
         progress(min(start + size, len(pairs)), len(pairs))
     return torch.cat(out)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mixdpo.attention import KVCache, attend
+from mixdpo.memory import activated
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,12 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.width, config.inner, bias=False)
         self.down_proj = nn.Linear(config.inner, config.width, bias=False)
 
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x, keep):
+        return activated(self.down_proj, swiglu, self.gate_proj(x), self.up_proj(x), keep=keep)
+
+
+def swiglu(gate, up):
+    return F.silu(gate) * up
 
 
 class Block(nn.Module):
@@ -124,9 +129,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, layer, window):
+    def forward(self, x, cos, sin, layer, window, keep=False):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, window)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x), keep)
 
 
 class Llama(nn.Module):
@@ -169,9 +174,10 @@ class Llama(nn.Module):
         x = self.embed_tokens(ids)                      # (N, T, C)
         for layer, block in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, layer, window, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, cos, sin, layer, window, True, use_reentrant=False,
+                               preserve_rng_state=False)
             else:
                 x = block(x, cos, sin, layer, window)
         if cache is not None:
-            cache.length = cache.length + T
+            cache.advance(T)
         return self.norm(x)

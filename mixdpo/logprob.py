@@ -82,7 +82,7 @@ class TiledLogps(torch.autograd.Function):
         chosen = torch.full_like(top, torch.nan)                            # the target's logit, once its tile comes by
         in_place, kept = tile is not None and A is None and W.dtype == exact, []
         product_of = scratch(rows, cuts, W.dtype) if tile is not None else lambda columns: None     # None: new memory
-        shifted_of = product_of if in_place else scratch(rows, cuts, exact)
+        shifted_of = None if in_place else scratch(rows, cuts, exact)
         for columns in cuts:
             inside, where = locate(targets, columns)
             for head, its_experts in zip(heads, experts):
@@ -92,8 +92,8 @@ class TiledLogps(torch.autograd.Function):
                     logits = expert_logits(product, A, u, k, columns)
                     chosen[k] = torch.where(inside, logits.gather(-1, where).squeeze(-1).to(exact), chosen[k])
                     before, top[k] = top[k].clone(), torch.maximum(top[k], logits.amax(-1))
-                    shifted = torch.sub(logits, top[k, :, None], out=shifted_of(columns))
-                    total[k] = total[k] * torch.exp(before - top[k]) + shifted.exp_().sum(-1)
+                    shifted = logits if in_place else shifted_of(columns).copy_(logits)
+                    total[k] = total[k] * torch.exp(before - top[k]) + shifted.sub_(top[k, :, None]).exp_().sum(-1)
         ctx.save_for_backward(rows, W, A, B, targets, u, top, total)
         ctx.tile, ctx.kept = tile, kept
         return chosen - top - torch.log(total)                              # in this order: a large top cancels
@@ -119,8 +119,8 @@ class TiledLogps(torch.autograd.Function):
                 product = kept.pop() if kept else torch.mm(rows, heads[h][columns].T, out=product_of(columns))
                 for k in its_experts:
                     logits = expert_logits(product, A, u, k, columns)
-                    d = torch.sub(logits, top[k, :, None], out=product if in_place else d_of(columns))      # (N,v)
-                    d.exp_().mul_((-grad / total)[k, :, None])
+                    d = logits if in_place else d_of(columns).copy_(logits)                     # (N,v)
+                    d.sub_(top[k, :, None]).exp_().mul_((-grad / total)[k, :, None])
                     d.scatter_add_(-1, where, torch.where(inside, grad[k], 0.0)[:, None])
                     if A is not None:
                         d_k = d.to(W.dtype)

@@ -1,5 +1,6 @@
 """What can be asked of a run, and what goes together."""
 
+import math
 from dataclasses import dataclass
 
 from mixdpo.config import InputError, convert
@@ -47,13 +48,18 @@ class TrainConfig:
     epochs: int = 1                 # passes over the data
     batch: int = 32                 # pairs an optimizer step, at most; whole users
     micro: int = 16                 # pairs a forward pass, at most; whole users, so one large user may exceed it
-    head_rows: int = 1024           # response tokens a head micro-batch, about; 0: all at once, in vocabulary tiles
+    head_rows: int = -1             # response tokens a head micro-batch, about; -1: as many as memory allows (KEPT in
+                                    # train.py); 0: all at once, in vocabulary tiles
     warmup: int = 10                # steps of linear warm-up; then linear decay to a tenth
-    clip: float = 1.0               # largest gradient norm
+    clip: float = 1.0               # largest gradient norm; inf: none
+    moments: str = "float32"        # AdamW's: float32, or bfloat16, rounded at random: half of their memory
+    in_backward: bool = False       # true: a trunk's parameters step within backward, and their gradients never lie in
+                                    # memory all at once; wants --clip inf, and a step in one micro-batch
     max_prompt: int = 256           # tokens; longer prompts are cut from the left
     max_response: int = 256         # tokens, the end token among them
     drop: bool = False              # true: faulty lines are dropped and reported, not an error
     checkpointing: bool = False     # activation checkpointing: less memory, one more forward pass
+    compile: bool = False           # torch.compile for the trunks; the first steps wait for the compiler
     dtype: str = "auto"             # of the products: auto, float32, bfloat16; parameters stay float32
     seed: int = 0                   # of everything random
     save_minutes: float = 10.0      # between checkpoints
@@ -76,13 +82,14 @@ def validate(config: TrainConfig) -> None:
     """Refuses options that contradict each other; nothing is ignored in silence."""
     choices = {"sharing": ("heads", "lora", "models"), "latent": ("pair", "user"), "estep": ("all", "context", "first"),
                "start": ("dirichlet", "linear", "none"), "em": ("minibatch", "full", "incremental"), "gate": KINDS,
-               "gate_features": ("last", "mean"), "variant": VARIANTS}
+               "gate_features": ("last", "mean"), "variant": VARIANTS,
+               "moments": ("float32", "bfloat16")}
     for name, known in choices.items():
         if getattr(config, name) not in known:
             raise InputError(f"--{name.replace('_', '-')}: got {getattr(config, name)!r}, "
                              f"wanted one of {', '.join(known)}")
     least = {"experts": 1, "batch": 1, "micro": 1, "epochs": 1, "restarts": 1, "prior": 1, "rank": 0, "start_steps": 0,
-             "warmup": 0, "head_rows": 0, "context": 0, "damping": 0, "draws": 1, "gate_entropy": 0, "gate_balance": 0}
+             "warmup": 0, "head_rows": -1, "context": 0, "damping": 0, "draws": 1, "gate_entropy": 0, "gate_balance": 0}
     above = {"beta": 0, "clip": 0, "lr": 0, "head_lr": 0, "gate_lr": 0, "gate_temperature": 0, "variant_temperature": 0}
     for name, bound in (least | above).items():
         value, word = getattr(config, name), "more than" if name in above else "at least"
@@ -130,6 +137,9 @@ def validate(config: TrainConfig) -> None:
     if config.estep == "first" and config.start == "dirichlet" and config.start_steps and config.experts > 1:
         raise InputError("--estep first keeps a pair's first responsibilities, and random ones would stay for ever: "
                          "it wants --start linear or none, or --start-steps 0")
+    if config.in_backward and (config.clip < math.inf or config.micro < config.batch or lora or not config.train_trunk):
+        raise InputError("--in-backward true steps while gradients are being made, before their norm is known: it wants "
+                         "--clip inf, --micro at least --batch, and a trunk that learns")
     validate_modules(config)
     if lora and config.rank == 0:
         raise InputError("--rank 0 means full heads; --sharing lora wants a rank of 1 or more")

@@ -94,7 +94,7 @@ def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: li
     return out
 
 
-def micro_batches(plan: Plan, ids: list[int], config, device) -> list[Micro]:
+def micro_batches(plan: Plan, ids: list[int], config) -> list[Micro]:
     """The groups `ids` in runs of whole groups with about config.micro trained pairs each."""
     runs, size = [[]], 0
     for g in ids:
@@ -107,6 +107,6 @@ def micro_batches(plan: Plan, ids: list[int], config, device) -> list[Micro]:
     for run in runs:
         train = [i for g in run for i in plan.trained[g]]
         held = [i for g in run for i in plan.units[g] if i not in plan.trained[g]]
-        context = collate(plan.pairs, held, config.latent).to(device) if held else None
-        out.append(Micro(collate(plan.pairs, train, config.latent).to(device), context, torch.tensor(run)))
+        context = collate(plan.pairs, held, config.latent) if held else None
+        out.append(Micro(collate(plan.pairs, train, config.latent), context, torch.tensor(run)))
     return out

@@ -61,9 +61,6 @@ class Batch:
     pair: torch.Tensor  # (B,) index into the list of pairs
     context: torch.Tensor  # (B,) bool
 
-    def to(self, device) -> "Batch":
-        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
-
 
 # ---- text -> ids
 
@@ -200,6 +197,9 @@ class Rows:
     where: torch.Tensor  # (M,) of the hidden state that predicts it
     targets: torch.Tensor  # (M,) the token
     sequence: torch.Tensor  # (M,) the response it belongs to, an index into B*2
+
+    def to(self, device) -> "Rows":
+        return Rows(*(x if x is None else x.to(device) for x in (getattr(self, field.name) for field in fields(self))))
 
 
 def rows_of(batch: Batch, shared: bool | None = None) -> Rows:

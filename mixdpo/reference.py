@@ -55,8 +55,8 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
     policy, device = Heads(model, 1, dtype=dtype), model.unembedding.device
     logps, features, prompts = [], [], []
     for start in range(0, len(pairs), size):
-        batch = collate(pairs, range(start, min(start + size, len(pairs))), "pair").to(device)
-        text, B = rows_of(batch), len(batch.ids)
+        batch = collate(pairs, range(start, min(start + size, len(pairs))), "pair")
+        text, B = rows_of(batch).to(device), len(batch.ids)
         hidden = policy.hidden(text.ids, text.window)                       # (2B,T,C), or (B,T,C): shared prompts
         of_tokens = policy.token_logps(policy.rows(hidden, text.where), text.targets, 0)                   # (1,M)
         logps.append(sum_responses(of_tokens, text.sequence, B))            # (B,1,2)
@@ -64,7 +64,7 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
         count = torch.bincount(text.sequence, minlength=2 * B).clamp_min(1)
         mean = read.new_zeros(2 * B, read.shape[1]).index_add(0, text.sequence, read) / count[:, None]
         features.append(mean.view(B, 2, -1))
-        prompts.append(states_of_prompts(hidden[:: len(hidden) // B], batch.start))       # a pair's rows have the same
+        prompts.append(states_of_prompts(hidden[:: len(hidden) // B], batch.start.to(device)))      # a pair's rows have the same
         if progress:
             progress(min(start + size, len(pairs)), len(pairs))
     return Reference(torch.cat(logps).cpu(), torch.cat(features).cpu(), torch.cat(prompts).cpu())

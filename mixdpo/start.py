@@ -64,7 +64,7 @@ def check_start(experts, batch, ref_logp: torch.Tensor, log_w: torch.Tensor, bet
 
     Exact in real arithmetic; the slack is for products that round differently in batches of another shape.
     """
-    h = margins(pair_logp(experts, batch), ref_logp[batch.pair].to(log_w), beta)      # (B,K)
+    h = margins(pair_logp(experts, batch), ref_logp[batch.pair.to(log_w.device)].to(log_w), beta)      # (B,K)
     log_p, log_q = e_step(log_w, h)
     slack = beta * (1e-3 if experts.dtype == torch.float32 else 1.0)        # nats a response, times beta
     off = h.abs().max()

@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from mixdpo.logprob import sum_responses, token_logps, token_logps_reference
+from tests.allocations import peak
 
 FORMS = ["one", "full", "low-rank"]
 SHAPES = [(3, 5, 7), (47, 31, 123), (1, 3, 2), (5, 123, 47)]                # (N,C,V), none a multiple of a vector unit
@@ -224,18 +224,6 @@ def test_extreme_logits(tile):
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def peak(step, *inputs):
-    """MiB that a step allocates at its height beyond what it leaves behind, counted allocation by allocation: unlike
-    the process's size, this is the same at every run."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        step(*inputs)
-    held = [0]
-    for event in run.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held.append(held[-1] + event.nbytes())
-    return (max(held) - held[-1]) / 2**20
 
 
 def test_peak_memory():

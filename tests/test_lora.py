@@ -184,7 +184,7 @@ def moves(experts, steps=3):
     plan, (optimizer, _) = make_plan(small.pairs(COUNT), config), make_optimizer(experts, lr=0.1, head_lr=0.01)
     given = torch.log_softmax(torch.randn(COUNT, experts.K, generator=torch.Generator().manual_seed(0)), -1)
     for _ in range(steps):
-        micros = micro_batches(plan, list(range(COUNT)), config, "cpu")
+        micros = micro_batches(plan, list(range(COUNT)), config)
         inputs = Inputs(torch.zeros(COUNT, 0), torch.zeros(COUNT, dtype=torch.int64))
         gate = Gate("fixed", experts.K, inputs, torch.zeros(experts.K))
         latent = latent_of(gate, inputs, torch.cat([m.groups for m in micros]).tolist(), given, given, 0, config)

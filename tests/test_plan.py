@@ -72,7 +72,7 @@ def test_a_plan_leaves_context_pairs_to_the_e_step(estep, aside):
     assert [len(trained) for trained in plan.trained] == [len(unit) - aside for unit in plan.units]
     assert [sorted(g for epoch, ids in plan.steps if epoch == e for g in ids) for e in range(3)] == [[0, 1, 2]] * 3
     seen = []
-    for micro in micro_batches(plan, [0, 1, 2], config, "cpu"):
+    for micro in micro_batches(plan, [0, 1, 2], config):
         trained, held = micro.train.pair.tolist(), micro.context.pair.tolist() if micro.context else []
         assert sorted(trained + held) == sorted(i for g in micro.groups.tolist() for i in plan.units[g])
         assert trained == [i for g in micro.groups.tolist() for i in plan.trained[g]]

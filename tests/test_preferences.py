@@ -158,7 +158,7 @@ def test_batch_says_which_pairs_and_whose():
     assert collate(pairs, [3, 1, 7, 4], "pair").group.tolist() == [0, 1, 2, 3]
     assert batch.context.tolist() == [pairs[i].context for i in (3, 1, 7, 4)] and batch.context.dtype == torch.bool
     assert [field.name for field in fields(Batch)] == ["ids", "start", "length", "group", "pair", "context"]
-    moved = batch.to("meta")
+    moved = rows_of(batch).to("meta")
     assert all(getattr(moved, field.name).device.type == "meta" for field in fields(Batch))
 
 

@@ -369,7 +369,7 @@ def test_chunks_cover_every_pair_once_and_cut_no_user():
     batch = collate(pairs, range(7), "user")
     sequence = rows_of(batch).sequence
     for rows, whole in ((1, True), (1, False), (12, True), (12, False), (0, True)):
-        cuts = list(train.chunks(batch, sequence, rows, whole))
+        cuts = list(train.chunks(batch, rows, whole))
         assert [c[0] for c in cuts] == [0, *(c[1] for c in cuts[:-1])] and cuts[-1][1] == 7
         assert all((sequence[m:end] // 2 >= p).all() and (sequence[m:end] // 2 < q).all() for p, q, m, end in cuts)
         assert sum(end - m for *_, m, end in cuts) == len(sequence)
@@ -405,7 +405,7 @@ def test_the_seed_and_only_the_seed_changes_a_run(tmp_path, model_dir):
     ({"estep": "some"}, "--estep"), ({"start": "zero"}, "--start"),
     ({"experts": 0}, "--experts"), ({"batch": 0}, "--batch"), ({"micro": 0}, "--micro"),
     ({"epochs": 0}, "--epochs"), ({"rank": -1}, "--rank"), ({"beta": 0.0}, "--beta"),
-    ({"clip": 0.0}, "--clip"), ({"head_rows": -1}, "--head-rows"),
+    ({"clip": 0.0}, "--clip"), ({"head_rows": -2}, "--head-rows"),
     ({"start_steps": -1}, "--start-steps"), ({"lr": -1.0}, "--lr"),
     ({"start": "linear", "restarts": 0}, "--restarts"), ({"weights": "update", "prior": 0.5}, "--prior"),
     ({"context": 2}, "--context.*--estep context"), ({"estep": "context", "context": 1}, "--latent user"),

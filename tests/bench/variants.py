@@ -9,7 +9,7 @@ the start, where policy and reference are equal.
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -104,7 +104,7 @@ def ours(setting: Setting, experts: int, rank: int = 0, dtype: torch.dtype = tor
     ref_logp = compute_reference(model, setting.pairs, dtype).logp.to(setting.device)
     policies = make_experts([model], config, dtype)
     optimizer, _ = make_optimizer(policies, config.lr, config.head_lr)
-    micros = micro_batches(make_plan(setting.pairs, config), list(range(len(setting.pairs))), config, setting.device)
+    micros = micro_batches(make_plan(setting.pairs, config), list(range(len(setting.pairs))), config)
     G = len(setting.pairs)
     inputs = Inputs(torch.zeros(G, 0), torch.zeros(G, dtype=torch.int64)).to(setting.device)
     gate = Gate("fixed", experts, inputs, first_weights(config)).to(setting.device)
@@ -132,7 +132,8 @@ def response_logp(logits_of, batch: Batch) -> torch.Tensor:
 
 def plain(setting: Setting, model: torch.nn.Module, logits_of) -> Stepper:
     """Full logits, reference log-probs cached, fused AdamW."""
-    batch = collate(setting.pairs, list(range(len(setting.pairs))), "pair").to(setting.device)
+    batch = collate(setting.pairs, list(range(len(setting.pairs))), "pair")
+    batch = Batch(*(getattr(batch, field.name).to(setting.device) for field in fields(batch)))
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
     with torch.no_grad():

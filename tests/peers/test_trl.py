@@ -62,7 +62,7 @@ def ours(folders, pairs, head_rows=1024, **options):
     config = train.TrainConfig(data="", model="", out="", beta=BETA, dtype="float32", head_rows=head_rows, **options)
     reference = compute_reference(load_model(folders / "reference"), pairs, torch.float32).logp
     experts = make_experts([load_model(folders / "policy")], config, torch.float32)
-    micro, = micro_batches(make_plan(pairs, config), list(range(len(pairs))), config, "cpu")
+    micro, = micro_batches(make_plan(pairs, config), list(range(len(pairs))), config)
     inputs = Inputs(torch.zeros(len(pairs), 0), torch.zeros(len(pairs), dtype=torch.int64))
     latent = Latent(inputs, first_weights(config).expand(len(pairs), -1), None, None, None)
     seen = train.accumulate(experts, micro, reference, latent, len(pairs), config)
