@@ -158,8 +158,11 @@ def test_batch_says_which_pairs_and_whose():
     assert collate(pairs, [3, 1, 7, 4], "pair").group.tolist() == [0, 1, 2, 3]
     assert batch.context.tolist() == [pairs[i].context for i in (3, 1, 7, 4)] and batch.context.dtype == torch.bool
     assert [field.name for field in fields(Batch)] == ["ids", "start", "length", "group", "pair", "context"]
-    moved = rows_of(batch).to("meta")
-    assert all(getattr(moved, field.name).device.type == "meta" for field in fields(Batch))
+    for shared in (True, False):
+        moved = rows_of(batch, shared).to("meta")
+        parts = [getattr(moved, field.name) for field in fields(moved)]
+        parts += [] if moved.window is None else [moved.window.positions, moved.window.mask]
+        assert all(x.device.type == "meta" for x in parts if isinstance(x, torch.Tensor))
 
 
 # ---- to look at
