@@ -46,7 +46,7 @@ class EvalConfig:
     limit: int = 0                  # evaluate on the first so many prompts; 0: all
     max_new: int = 0                # tokens a completion; 0: what dataset.json says, else the runs' max_response
     temperature: float = 1.0        # of sampling; KL stays that of the policies themselves
-    batch: int = 64                 # prompts sampled together
+    batch: int = 128                # prompts sampled together
     seed: int = 1                   # of sampling; the same for every row
     data_folder: str = ""           # local files looked into before anything is fetched
     export: str = ""                # write the run's experts into this folder, as models or adapters, and stop there

@@ -32,6 +32,15 @@ class KVCache:
         self.values = torch.zeros_like(self.keys)
         self.length, self.used = torch.zeros(rows, dtype=torch.int64, device=device), 0
 
+    def copies(self, rows, tokens):
+        """A new cache of `tokens` slots a row whose n-th row holds what row rows[n] holds here: (M,) int64."""
+        L, _, heads, _, head_dim = self.keys.shape
+        new = KVCache(L, len(rows), heads, tokens, head_dim, self.keys.dtype, self.keys.device)
+        new.keys[:, :, :, : self.used] = self.keys[:, rows, :, : self.used]
+        new.values[:, :, :, : self.used] = self.values[:, rows, :, : self.used]
+        new.length, new.used = self.length[rows], self.used
+        return new
+
     def advance(self, tokens):
         """Counts tokens that every row now holds more of."""
         self.length, self.used = self.length + tokens, self.used + tokens
@@ -118,7 +127,7 @@ def attend(q, k, v, layer=0, window=None):
     if window is not None:
         k, v = window.extend(layer, k, v)               # (N, H_kv, extent, D)
         mask = window.mask
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= SHORT:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= SHORT:
         y = attend_by_products(q, k, v, mask)
     elif mask is not None and T == 1:
         # One new token: the query heads that share a key head stand in for tokens, so that no key is repeated.

@@ -97,7 +97,7 @@ def in_batches(models, prompts, chooser, max_new, eos, temperature, seed, batch,
     assert all(prompts), "an empty prompt has no position to predict from"
     longest, context = max(map(len, prompts), default=0) + max_new, min(model.config.context for model in models)
     assert longest <= context, f"prompt and continuation take {longest} tokens, the model's context is {context}"
-    order = sorted(range(N), key=lambda n: len(prompts[n]))                 # similar lengths together: little padding
+    order = sorted(range(N), key=lambda n: (len(prompts[n]), prompts[n]))   # little padding, and equal ones together
     out: list[list[int]] = [[] for _ in prompts]
     for start in range(0, N, batch):
         part = order[start : start + batch]
@@ -113,19 +113,21 @@ def in_batches(models, prompts, chooser, max_new, eos, temperature, seed, batch,
 
 
 def decode(models, prompts, choose, max_new, eos, uniforms):
-    """One batch: prefill right-padded prompts, then a token a step;
+    """One batch: prefill right-padded prompts, each once however often it is asked for, then a token a step;
     padded slots lie beyond each row's length and are overwritten."""
-    device = models[0].unembedding.device
-    lengths = torch.tensor([len(p) for p in prompts], device=device)        # (N,)
-    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64, device=device)
-    for n, prompt in enumerate(prompts):
-        ids[n, : len(prompt)] = torch.tensor(prompt)
+    device, place = models[0].unembedding.device, {}
+    row = torch.tensor([place.setdefault(tuple(p), len(place)) for p in prompts], device=device)    # (N,) of U prompts
+    lengths = torch.tensor([len(p) for p in place], device=device)          # (U,)
+    ids = torch.zeros(len(place), max(map(len, place)), dtype=torch.int64, device=device)
+    for u, prompt in enumerate(place):
+        ids[u, : len(prompt)] = torch.tensor(prompt)
     caches, last = {}, {}                                                   # of each model
     for model in models:
-        caches[model] = model.new_cache(len(prompts), ids.shape[1] + max_new)
-        hidden = model(ids, caches[model])                                  # (N,T,C)
-        caches[model].length.copy_(lengths)
-        last[model] = hidden[torch.arange(len(prompts), device=device), lengths - 1]    # (N,C) the last true position
+        cache = model.new_cache(*ids.shape)
+        hidden = model(ids, cache)                                          # (U,T,C)
+        cache.length.copy_(lengths)
+        caches[model] = cache.copies(row, ids.shape[1] + max_new)
+        last[model] = hidden[row, lengths[row] - 1]                         # (N,C) the last true position
     tokens, ended = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for t in range(max_new):
         token = choose(last, None if uniforms is None else torch.from_numpy(uniforms[:, t]).to(device))
@@ -158,7 +160,7 @@ def draw(logits: torch.Tensor, temperature: float, u: torch.Tensor | None) -> to
         return logits.argmax(-1)
     p = torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)
     runs = F.pad(p, (0, -p.shape[-1] % RUN)).unflatten(-1, (-1, RUN))       # (N,V/RUN,RUN)
-    total = runs.sum(-1, dtype=torch.float64).cumsum(-1)                    # (N,V/RUN)
+    total = runs.sum(-1).cumsum(-1, dtype=torch.float64)                    # (N,V/RUN)
     run, rest = first_above(total, u * total[:, -1])
     own = runs[torch.arange(len(u), device=u.device), run].cumsum(-1, dtype=torch.float64)      # (N,RUN)
     return run * RUN + first_above(own, rest)[0]
