@@ -73,8 +73,9 @@ def log_ratios(run: Run, reference, texts: list[list], of: list[list[int]], spar
     for k in range(0, len(texts), 2):
         two = [*texts[k : k + 2], spare][:2]
         pairs = [Pair(prompt, *both) for prompt, *both in zip(of, *two)]
-        ref_logp = compute_reference(reference, pairs, run.experts.dtype).logp                      # (N,1,2)
-        out.append((expert_logp(run, pairs, f"KL {k}") - ref_logp).permute(2, 0, 1))                # (2,N,K)
+        base = compute_reference(reference, pairs, run.experts.dtype)
+        pairs = pairs if run.config.train_trunk else base.with_states(pairs)
+        out.append((expert_logp(run, pairs, f"KL {k}") - base.logp).permute(2, 0, 1))               # (2,N,K)
     return torch.cat(out)[: len(texts)]
 
 

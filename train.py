@@ -33,7 +33,8 @@ from mixdpo.adopt import adopt
 from mixdpo.config import InputError
 from mixdpo.diagnostics import step_summary
 from mixdpo.dpo import margins
-from mixdpo.experts import load_state, make_experts, once_a_step, pair_logp, projections, trained_state, trunks
+from mixdpo.experts import (load_state, make_experts, once_a_step, pair_logp, predicting_states, projections,
+                            trained_state, trunks)
 from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
 from mixdpo.latent import Latent, latent_of, settle
 from mixdpo.logprob import sum_responses
@@ -63,7 +64,7 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
     text = rows_of(batch).to(device)                                        # made on the CPU: nothing waits for a GPU
     pair, groups = batch.pair.to(device), batch.group.to(device)            # (B,) each
     targets, sequence = text.targets, text.sequence                         # (M,) each
-    rows = experts.rows(experts.hidden(text.ids, text.window), text.where)  # (M,C), or (K,M,C): states of their own
+    rows = predicting_states(experts, batch, text)                          # (M,C), or (K,M,C): states of their own
     made = [rows, *experts.heads()]
     products = made[0].shape[:-2].numel() * made[1].shape[:-2].numel()                      # with the vocabulary, a token
     held = made[1].shape[-2] * experts.dtype.itemsize * products                            # bytes of logits a token
@@ -213,6 +214,8 @@ def prepare(config):
     print(f"{len(pairs)} pairs, {len(pairs) - trained} of them set aside as context; the {trained} others in "
           f"{len(plan.units)} groups ({config.latent}); products in {name}: {why}")
     reference = reference_of(config.data, pairs, models, tokenizer, config, dtype, cache)
+    if not config.train_trunk:
+        plan = dataclasses.replace(plan, pairs=reference.with_states(plan.pairs))
     keys, experts = [content_key(model) for model in models], make_experts(models, config, dtype)
     adopt(experts, config, keys)
     if config.compile:

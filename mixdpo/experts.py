@@ -23,7 +23,7 @@ from torch import nn
 
 from mixdpo.config import InputError
 from mixdpo.logprob import sum_responses, token_logps
-from mixdpo.preferences import Batch, rows_of
+from mixdpo.preferences import Batch, Rows, rows_of
 
 # alpha / rank. Fixed, since Adam makes another one act like another learning rate (Hu et al., section 4.1).
 SCALE = 2.0
@@ -241,13 +241,20 @@ def make_experts(models: list[nn.Module], config, dtype: torch.dtype) -> Heads |
     return experts
 
 
+def predicting_states(experts: Heads | Adapters | Models, batch: Batch, text: Rows) -> torch.Tensor:
+    """The states that predict the response tokens, (M,C), or (K,M,C) where each expert has its own: by a pass through
+    the trunk, or known before where it is frozen."""
+    if batch.states is not None:
+        return batch.states.to(text.ids.device)
+    return experts.rows(experts.hidden(text.ids, text.window), text.where)
+
+
 def pair_logp(experts: Heads | Adapters | Models, batch: Batch, tile: int | None = 0,
               shared: bool | None = None) -> torch.Tensor:
     """Summed response log-probs of every expert, with gradient: (B,K,2) float32 nats.
-    The composable route, text ids to log-probs in four lines. shared: prompts (preferences.rows_of)."""
+    The composable route, text ids to log-probs in three lines. shared: prompts (preferences.rows_of)."""
     text = rows_of(batch, shared).to(experts.heads()[0].device)
-    states = experts.rows(experts.hidden(text.ids, text.window), text.where)                # (M,C) or (K,M,C)
-    logps = experts.token_logps(states, text.targets, tile)                 # (K,M)
+    logps = experts.token_logps(predicting_states(experts, batch, text), text.targets, tile)    # (K,M)
     return sum_responses(logps, text.sequence, len(batch.ids))              # (B,K,2)
 
 

@@ -29,7 +29,8 @@ def heldout_figures(runs: list[Run], references: list, tokenizer, path: Path, st
     check_lengths(pairs, min(model.config.context for model in references), path)
     ref = reference_of(path, pairs, references, tokenizer, config, dtype, store)
     for run in runs:
-        h = margins(expert_logp(run, pairs, "held-out"), ref.logp, run.config.beta)        # (P,K)  M4
+        own = pairs if run.config.train_trunk else ref.with_states(pairs)
+        h = margins(expert_logp(run, own, "held-out"), ref.logp, run.config.beta)          # (P,K)  M4
         out[run.name] = preference_figures(run, pairs, h, weights(run, pairs, ref.prompt))
     return out
 

@@ -14,7 +14,10 @@ behind backward_kernel, which the matrix library does at the rate of the hardwar
 TRITON_INTERPRET=1 runs all of this on the CPU.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -47,10 +50,11 @@ def expert_logits(product, u, A, k, n, v, N, V, R: tl.constexpr, RP: tl.constexp
 
 
 @triton.jit
-def forward_kernel(rows, weight, u, A, targets, top, total, chosen, N, V, span, C: tl.constexpr, K: tl.constexpr,
+def forward_kernel(rows, weight, u, A, targets, top, total, chosen, peak, N, V, span, C: tl.constexpr, K: tl.constexpr,
                    KP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
-                   BC: tl.constexpr):
-    """Program (i, s): BN rows, `span` tokens of the vocabulary -> top, total, chosen (S,K,N) of that part."""
+                   BC: tl.constexpr, SKIP: tl.constexpr):
+    """Program (i, s): BN rows, `span` tokens of the vocabulary -> top, total, chosen (S,K,N) of that part; and where
+    tiles are to be skipped, peak (I,J): how far each tile's logits stay below the largest so far, at the nearest."""
     n, part = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1)
     target = tl.load(targets + n, mask=n < N, other=-1)
     experts = tl.arange(0, KP)
@@ -59,6 +63,7 @@ def forward_kernel(rows, weight, u, A, targets, top, total, chosen, N, V, span, 
     for first in range(part * span, tl.minimum(part * span + span, V), BV):
         v = first + tl.arange(0, BV)
         product = tile_product(rows, weight, n, v, N, V, C, BN, BV, BC)
+        near = tl.full((BN,), -float("inf"), tl.float32)
         for k in range(K):
             logits = expert_logits(product, u, A, k, n, v, N, V, R, RP)
             mine = (experts == k)[:, None]
@@ -68,6 +73,9 @@ def forward_kernel(rows, weight, u, A, targets, top, total, chosen, N, V, span, 
             mass = tl.where(mine, mass * tl.exp(before - now) + grown, mass)
             best = tl.where(mine, now[None, :], best)
             hit = tl.where(mine, hit + tl.sum(tl.where(v == target[:, None], logits, 0.0), 1), hit)
+            near = tl.maximum(near, tl.max(logits, 1) - now)
+        if SKIP:
+            tl.store(peak + tl.program_id(0) * tl.cdiv(V, BV) + first // BV, tl.max(tl.where(n < N, near, -1e30), 0))
     place = (part * K + experts)[:, None] * N + n
     inside = (experts < K)[:, None] & (n < N)
     tl.store(top + place, best, mask=inside)
@@ -76,11 +84,25 @@ def forward_kernel(rows, weight, u, A, targets, top, total, chosen, N, V, span, 
 
 
 @triton.jit
-def backward_kernel(rows, weight, u, A, targets, top, total, grad, d, d_u, d_A, N, V, begin, width, C: tl.constexpr,
-                    K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
-                    BC: tl.constexpr):
+def backward_kernel(rows, weight, u, A, targets, top, total, grad, d, d_u, d_A, wanted, N, V, begin, width,
+                    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr,
+                    BV: tl.constexpr, BC: tl.constexpr, SKIP: tl.constexpr):
     """Program (i, j): BN rows, BV of the tokens begin .. begin + width - 1 -> d (N,width), the experts' gradients of
-    the logits, summed; added to d_u (K,N,R) and d_A (K,V,R), float32, what the tile gives to the factors."""
+    the logits, summed; added to d_u (K,N,R) and d_A (K,V,R), float32, what the tile gives to the factors. A tile that
+    is not wanted (I,J) is left as it is: d holds zeros."""
+    needed = True
+    if SKIP:
+        needed = tl.load(wanted + tl.program_id(0) * tl.cdiv(V, BV) + begin // BV + tl.program_id(1)) != 0
+    if needed:
+        backward_tile(rows, weight, u, A, targets, top, total, grad, d, d_u, d_A, N, V, begin, width, C, K, R, RP, BN,
+                      BV, BC)
+
+
+@triton.jit
+def backward_tile(rows, weight, u, A, targets, top, total, grad, d, d_u, d_A, N, V, begin, width, C: tl.constexpr,
+                  K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
+                  BC: tl.constexpr):
+    """What a program of backward_kernel does."""
     n, at = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BV + tl.arange(0, BV)
     v = begin + at                                      # width: a multiple of BV, but at the vocabulary's end
     target = tl.load(targets + n, mask=n < N, other=-1)
@@ -150,10 +172,14 @@ def padded(size: int) -> int:
 
 
 class FusedLogps(torch.autograd.Function):
-    """As logprob.TiledLogps: rows (N,C), W (V,C), A (K,V,R) or None, B (K,R,C) or None, targets (N,) -> (K,N)."""
+    """As logprob.TiledLogps: rows (N,C), W (V,C), A (K,V,R) or None, B (K,R,C) or None, targets (N,) -> (K,N).
+
+    skip: in backward, tiles whose tokens all have probabilities below it, for all of its rows and experts, and which
+    hold no target, count as 0. What a row's gradient loses is at most sum_v |grad| skip |W_v|; a token's, at most
+    sum_n |grad_n| skip |h_n|."""
 
     @staticmethod
-    def forward(ctx, rows, W, A, B, targets):
+    def forward(ctx, rows, W, A, B, targets, skip=0.0):
         (N, C), V = rows.shape, len(W)
         K, R = (1, 0) if A is None else (len(A), A.shape[-1])
         rows, W, targets = rows.contiguous(), W.contiguous(), targets.contiguous()
@@ -163,19 +189,28 @@ class FusedLogps(torch.autograd.Function):
         span = triton.cdiv(tiles, min(tiles, triton.cdiv(SPLITS, max(blocks, 1)))) * sizes["BV"]
         parts = triton.cdiv(V, span)
         top, total, chosen = (torch.empty(parts, K, N, dtype=torch.float32, device=rows.device) for _ in range(3))
+        peak = torch.empty(blocks, tiles, dtype=torch.float32, device=rows.device) if skip else None
         if N:
-            forward_kernel[(blocks, parts)](rows, W, u, A, targets, top, total, chosen, N, V, span,
-                                            KP=triton.next_power_of_2(K), **sizes)
+            forward_kernel[(blocks, parts)](rows, W, u, A, targets, top, total, chosen, peak, N, V, span,
+                                            KP=triton.next_power_of_2(K), SKIP=skip > 0, **sizes)
         best = top.amax(0)                                                  # (K,N)
         mass = (total * torch.exp(top - best)).sum(0)
         known = (targets >= 0) & (targets < V)
-        ctx.save_for_backward(rows, W, A, B, targets, u, best, mass)
+        wanted = None
+        if skip and N:                                                      # log p <= peak + its part's top - logsumexp
+            below = F.pad((top - best - torch.log(mass)).amax(1), (0, -N % sizes["BN"]), value=-torch.inf)   # (S,I*BN)
+            of_part = below.unflatten(1, (blocks, -1)).amax(2).T            # (I,S)
+            of_tile = of_part.repeat_interleave(span // sizes["BV"], dim=1)[:, :tiles]
+            wanted = (peak + of_tile > math.log(skip)).to(torch.int8)       # (I,J)
+            block = torch.arange(N, device=rows.device) // sizes["BN"]
+            wanted[block[known], targets[known] // sizes["BV"]] = 1
+        ctx.save_for_backward(rows, W, A, B, targets, u, best, mass, wanted)
         return torch.where(known, chosen.sum(0), torch.nan) - best - torch.log(mass)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        rows, W, A, B, targets, u, top, total = ctx.saved_tensors
+        rows, W, A, B, targets, u, top, total, wanted = ctx.saved_tensors
         need_rows, need_W, need_A, need_B = ctx.needs_input_grad[:4]
         (N, C), V = rows.shape, len(W)
         K, R = (1, 0) if A is None else (len(A), A.shape[-1])
@@ -190,9 +225,11 @@ class FusedLogps(torch.autograd.Function):
         for begin in range(0, V, width):
             here = min(width, V - begin)
             d = held[: N * here].view(N, here)
+            d = d if wanted is None else d.zero_()
             if N:
                 backward_kernel[(triton.cdiv(N, BN), triton.cdiv(here, BV))](
-                    rows, W, u, A, targets, top, total, grad, d, d_u, d_A, N, V, begin, here, **sizes)
+                    rows, W, u, A, targets, top, total, grad, d, d_u, d_A, wanted, N, V, begin, here,
+                    SKIP=wanted is not None, **sizes)
             if need_rows:
                 d_rows += d @ W[begin : begin + here]
             if need_W:
@@ -200,7 +237,7 @@ class FusedLogps(torch.autograd.Function):
         if A is not None:
             d_rows += torch.einsum("knr,krc->nc", d_u.to(rows.dtype), B)
         d_B = torch.einsum("knr,nc->krc", d_u.to(rows.dtype), rows) if need_B else None
-        return d_rows.to(rows.dtype) if need_rows else None, d_W, d_A.to(A.dtype) if need_A else None, d_B, None
+        return d_rows.to(rows.dtype) if need_rows else None, d_W, d_A.to(A.dtype) if need_A else None, d_B, None, None
 
 
 class KeptLogps(torch.autograd.Function):

@@ -18,8 +18,8 @@ import functools
 import torch
 from torch.autograd.function import once_differentiable
 
-HELD = 16 * 2**20       # bytes of logits in one tile: 4096 of each of 1024 rows in float32; twice or half as many take about
-                        # the same time on a CPU, others more
+HELD = 4 * 2**20        # bytes of logits in one tile: 1024 of each of 1024 rows in float32; on a CPU half or four times as
+                        # many take about the same time, others more
 
 
 def token_logps_reference(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
@@ -33,15 +33,17 @@ def token_logps_reference(hidden: torch.Tensor, weight: torch.Tensor, targets: t
 
 
 def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                low_rank: tuple[torch.Tensor, torch.Tensor] | None = None, tile: int | None = 0) -> torch.Tensor:
+                low_rank: tuple[torch.Tensor, torch.Tensor] | None = None, tile: int | None = 0,
+                skip: float = 0.0) -> torch.Tensor:
     """Equals token_logps_reference without allocating (..., V): one to three (..., tile) of logits live at any time,
-    16 MiB each (HELD) unless `tile` is given.
+    4 MiB each (HELD) unless `tile` is given.
 
     hidden (..., C); weight (V, C) or (K, V, C); targets (...) int64 in 0..V-1, and what lies outside gives nan;
     low_rank A (K, V, R) and B (K, R, C), which go with a (V, C) weight. Returns float32 (float64 for float64 inputs)
     nats: (...) for one head, (K, ...) for K. tile=None keeps the products of all rows with the weight, (..., V) in the
     inputs' dtype, from forward to backward instead of computing them twice: 6 N V C FLOPs instead of 8, for callers
-    that pass few rows at a time.
+    that pass few rows at a time. skip: in backward, a tile of kernels.py may be left out whose probabilities are all
+    below it (kernels.FusedLogps has the bound of the error); here all are computed.
     """
     assert hidden.dtype == weight.dtype, f"hidden is {hidden.dtype}, weight is {weight.dtype}: one compute dtype"
     got = f"got hidden {tuple(hidden.shape)} and targets {tuple(targets.shape)}"
@@ -55,7 +57,8 @@ def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
     elif tile is None and A is None:
         logps = torch.cat([triton.KeptLogps.apply(rows, W, flat) for W in weight.view(-1, *weight.shape[-2:])])
     else:
-        logps = torch.cat([triton.FusedLogps.apply(rows, W, A, B, flat) for W in weight.view(-1, *weight.shape[-2:])])
+        logps = torch.cat([triton.FusedLogps.apply(rows, W, A, B, flat, skip)
+                           for W in weight.view(-1, *weight.shape[-2:])])
     return logps.view(targets.shape) if weight.ndim == 2 and A is None else logps.view(len(logps), *targets.shape)
 
 

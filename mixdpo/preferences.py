@@ -19,7 +19,7 @@ import hashlib
 import json
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ class Pair:
     context: bool | None = None  # True: for the E-step alone. None: the file does not say
     domain: str | None = None  # what the prompt is about
     line: int = 0  # in the file, from 1
+    states: torch.Tensor | None = field(default=None, compare=False, repr=False)  # (M, C), where a trunk never changes
 
     def longest(self) -> int:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
@@ -60,6 +61,7 @@ class Batch:
     group: torch.Tensor  # (B,) unit of the latent, 0..G-1: the pair itself or its user
     pair: torch.Tensor  # (B,) index into the list of pairs
     context: torch.Tensor  # (B,) bool
+    states: torch.Tensor | None = None  # (M, C) that predict the response tokens, in their order, where they are known
 
 
 # ---- text -> ids
@@ -183,7 +185,9 @@ def collate(pairs: list[Pair], index: list[int], latent: str) -> Batch:
         group[members] = g
     start = torch.tensor([len(pair.prompt) for pair in taken])
     context = torch.tensor([bool(pair.context) for pair in taken])
-    return Batch(ids, start, length, group, torch.tensor(index), context)
+    known = [pair.states for pair in taken]
+    states = torch.cat(known) if all(x is not None for x in known) else None
+    return Batch(ids, start, length, group, torch.tensor(index), context, states)
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,7 @@ class Rows:
     sequence: torch.Tensor  # (M,) the response it belongs to, an index into B*2
 
     def to(self, device) -> "Rows":
-        return Rows(*(x if x is None else x.to(device) for x in (getattr(self, field.name) for field in fields(self))))
+        return Rows(*(x if x is None else x.to(device) for x in (getattr(self, f.name) for f in fields(self))))
 
 
 def rows_of(batch: Batch, shared: bool | None = None) -> Rows:

@@ -3,7 +3,8 @@ computed once, cached on disk by content.
 
 The log-probs come from the same functions, in the same dtype, as the policy's (experts.pair_logp's steps).
 The features are the mean hidden states over each response, what the linear start (linear.py) looks at, and of each
-prompt the last and the mean hidden state, what a gate may look at (gates.py).
+prompt the last and the mean hidden state, what a gate may look at (gates.py). And, where they are not too many, the
+states that predict each response token: a trunk that is frozen need not be run again, in training or after it.
 The cache key is a hash of the weights, the data, the tokenizer, the lengths, the dtype and the device:
 another model or file can never be answered with these numbers.
 """
@@ -25,7 +26,8 @@ from mixdpo.rundir import Progress
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import content_key, load_model
 
-VERSION = 3     # part of every key: raise it when what is kept changes
+STATES = 2**29  # bytes of states of response tokens that are kept, at most
+VERSION = 4     # part of every key: raise it when what is kept changes
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,15 @@ class Reference:
     logp: torch.Tensor      # (P,1,2) float32 nats, or (P,K,2) where each expert has a reference of its own
     features: torch.Tensor  # (P,2,C) float32, of the responses
     prompt: torch.Tensor    # (P,2,C) float32, of the prompt: last state, mean state
+    states: torch.Tensor    # (M,C) in the products' dtype: that predict each response token; (0,C) where too many
+
+    def with_states(self, pairs: list[Pair]) -> list[Pair]:
+        """The pairs that this is of, each with its states, for experts on the same trunk, frozen. As they are, where
+        states were not kept."""
+        counts = [len(pair.chosen) + len(pair.rejected) for pair in pairs]
+        if len(self.states) != sum(counts):
+            return pairs
+        return [dataclasses.replace(pair, states=own) for pair, own in zip(pairs, self.states.split(counts))]
 
 
 def load_references(config, device) -> tuple[list, object]:
@@ -53,12 +64,16 @@ def load_references(config, device) -> tuple[list, object]:
 def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 16, progress=None) -> Reference:
     """One pass over the pairs in file order, `size` pairs a batch, on the model's device; results on the CPU."""
     policy, device = Heads(model, 1, dtype=dtype), model.unembedding.device
-    logps, features, prompts = [], [], []
+    logps, features, prompts, states = [], [], [], []
+    tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    keep = tokens * model.config.width * dtype.itemsize <= STATES
     for start in range(0, len(pairs), size):
         batch = collate(pairs, range(start, min(start + size, len(pairs))), "pair")
         text, B = rows_of(batch).to(device), len(batch.ids)
         hidden = policy.hidden(text.ids, text.window)                       # (2B,T,C), or (B,T,C): shared prompts
-        of_tokens = policy.token_logps(policy.rows(hidden, text.where), text.targets, 0)                   # (1,M)
+        predicting = policy.rows(hidden, text.where)                        # (M,C)
+        states.append(predicting[: len(predicting) * keep].cpu())
+        of_tokens = policy.token_logps(predicting, text.targets, 0)                        # (1,M)
         logps.append(sum_responses(of_tokens, text.sequence, B))            # (B,1,2)
         read = policy.rows(hidden, text.token).float()          # (M,C) states that have read each response token
         count = torch.bincount(text.sequence, minlength=2 * B).clamp_min(1)
@@ -67,7 +82,7 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
         prompts.append(states_of_prompts(hidden[:: len(hidden) // B], batch.start.to(device)))      # a pair's rows have the same
         if progress:
             progress(min(start + size, len(pairs)), len(pairs))
-    return Reference(torch.cat(logps).cpu(), torch.cat(features).cpu(), torch.cat(prompts).cpu())
+    return Reference(*(torch.cat(column).cpu() for column in (logps, features, prompts, states)))
 
 
 def states_of_prompts(hidden: torch.Tensor, start: torch.Tensor) -> torch.Tensor:

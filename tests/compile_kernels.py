@@ -16,14 +16,14 @@ from mixdpo import kernels
 TARGET = GPUTarget("cuda", 90, 32)
 COUNTS = ("N", "V", "span", "begin", "width")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FLOATS = ("top", "total", "chosen", "grad", "d_u", "d_A")
+FLOATS = ("top", "total", "chosen", "grad", "d_u", "d_A", "peak")
 
 
-def sources(kernel, dtype: str, C: int, K: int, backward: bool = False):
+def sources(kernel, dtype: str, C: int, K: int, backward: bool, skip: bool):
     """The kernel with the types and constants of one call."""
     R = 16 if K > 1 else 0
     constants = {"C": C, "K": K, "KP": triton.next_power_of_2(K), "R": R, "RP": kernels.padded(R), "BLOCK": 1024,
-                 "BACKWARD": backward} | kernels.tiling(DTYPES[dtype], K)
+                 "BACKWARD": backward, "SKIP": skip} | kernels.tiling(DTYPES[dtype], K)
     if not R:
         constants |= {"u": None, "A": None, "d_u": None, "d_A": None}
     signature = {}
@@ -33,7 +33,8 @@ def sources(kernel, dtype: str, C: int, K: int, backward: bool = False):
         elif name in COUNTS:
             signature[name] = "i32"
         else:
-            signature[name] = "*i64" if name == "targets" else "*fp32" if name in FLOATS else f"*{dtype}"
+            special = {"targets": "*i64", "wanted": "*i8"}
+            signature[name] = special.get(name, "*fp32" if name in FLOATS else f"*{dtype}")
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
     aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}
     return ASTSource(kernel, signature, constexprs=used, attrs=aligned)             # as torch's allocations are
@@ -58,16 +59,17 @@ def resources(compiled) -> tuple[int, int, int]:
 def main() -> None:
     for dtype in DTYPES:
         for C, K in ((768, 1), (768, 4), (2048, 4)):
-            report(kernels.forward_kernel, dtype, C, K)
-            report(kernels.backward_kernel, dtype, C, K)
+            for skip in (False, True):
+                report(kernels.forward_kernel, dtype, C, K, skip=skip)
+                report(kernels.backward_kernel, dtype, C, K, skip=skip)
         for backward in (False, True):
             report(kernels.rows_kernel, dtype, 768, 1, backward)
 
 
-def report(kernel, dtype: str, C: int, K: int, backward: bool = False) -> None:
+def report(kernel, dtype: str, C: int, K: int, backward: bool = False, skip: bool = False) -> None:
     tile = kernels.tiling(DTYPES[dtype], K)
     how = {name: tile[name] for name in ("num_warps", "num_stages")} if kernel is not kernels.rows_kernel else {}
-    compiled = triton.compile(sources(kernel, dtype, C, K, backward), target=TARGET, options=how)
+    compiled = triton.compile(sources(kernel, dtype, C, K, backward, skip), target=TARGET, options=how)
     registers, spilled, stack = resources(compiled)
     print(f"{kernel.__name__:<16}{dtype} C {C:<5} K {K}  registers {registers:<4} spilled {spilled:<4} "
           f"stack {stack:<4} shared {compiled.metadata.shared}", flush=True)

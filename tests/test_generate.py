@@ -134,6 +134,20 @@ def test_another_head_on_the_same_trunk():
     assert got == [greedy(model, p, 8, EOS, head) for p in PROMPTS] != generate(model, PROMPTS, 8, EOS, temperature=0)
 
 
+def test_heads_of_one_trunk_decode_together():
+    """Prompts of different experts in one batch: each text is that of its own expert alone, and of its own row's
+    uniforms. Catches: another row's head, heads in another order after sorting by length, a prompt that is asked for
+    twice decoded once."""
+    model, generator = small.model("gpt2"), torch.Generator().manual_seed(3)
+    heads = [torch.randn(model.unembedding.shape, generator=generator) for _ in range(3)]
+    prompts, expert, rows = PROMPTS * 2, [(n + n // 6) % 3 for n in range(12)], list(range(6)) * 2
+    for temperature in (0, 1.0):
+        got = generate(model, prompts, 8, EOS, temperature, seed=4, batch=5, unembedding=heads, rows=rows, expert=expert)
+        alone = [generate(model, [p], 8, EOS, temperature, seed=4, unembedding=heads[k], rows=[n])[0]
+                 for p, k, n in zip(prompts, expert, rows)]
+        assert got == alone and len({tuple(ids) for ids in got}) > len(PROMPTS)
+
+
 # --- one draw ---------------------------------------------------------------------------------------------------------
 
 

@@ -227,7 +227,7 @@ def test_extreme_logits(tile):
 
 
 def test_peak_memory():
-    """Above the gradients that stay, one tile of logits lives at a time, of 16 MiB if nothing else is asked for, and two
+    """Above the gradients that stay, one tile of logits lives at a time, of 4 MiB if nothing else is asked for, and two
     row gradients; plain PyTorch holds the logits nearly three times. Catches: tiles kept from forward to backward, a
     second tile, a gradient of the weight made in a second buffer, a tile that grows with the rows."""
     N, C, V = 1024, 256, 50257
@@ -235,8 +235,8 @@ def test_peak_memory():
     one, logits = N * 4 / 2**20, N * V * 4 / 2**20                          # a column of logits, all of them
     for tile, rows in ((4096, N), (1000, N), (0, N), (0, N // 4)):
         used = peak(lambda h, W, y: token_logps(h[:rows], W, y[:rows], tile=tile).sum().backward(), hidden, W, targets)
-        held = tile * one or 16
-        assert 0.9 * held < used < held + 2.5, f"{used:.1f} MiB with tiles of {held:.1f} MiB"
+        held = tile * one or 4
+        assert 0.85 * held < used < held + 2.5, f"{used:.1f} MiB with tiles of {held:.1f} MiB"
         hidden.grad = W.grad = None
     used = peak(lambda h, W, y: token_logps_reference(h, W, y).sum().backward(), hidden, W, targets)
     assert used > 2.5 * logits, f"{used:.1f} MiB, the logits are {logits:.1f}: what is compared with is not plain"

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from mixdpo import attention
+from mixdpo.attention import attend, attend_by_products
 from mixdpo.gpt2 import GPT2, SIZES, GPT2Config
 from mixdpo.llama import Llama, LlamaConfig, RMSNorm, RopeScaling, rope_frequencies
 from mixdpo.weights import load_model
@@ -86,6 +89,36 @@ def test_ragged_rows_through_the_cache_equal_each_row_alone(case, device):
     for n, length in enumerate(prompts):
         alone = model(rows[n : n + 1, : length + sum(calls)])[0]
         assert difference(torch.cat(got[n]), alone) <= (1e-5 if device == "cpu" else 1e-4)
+
+
+@pytest.mark.parametrize(("H", "H_kv"), [(4, 4), (6, 3), (4, 1)])
+@pytest.mark.parametrize(("T", "S"), [(7, 7), (1, 7), (3, 7), (1, 1)])
+def test_attention_by_products_is_attention(H, H_kv, T, S):
+    """Values and gradients beside torch's, causal and under a mask of each row's own. Faults: query heads dealt out to
+    key heads in turn; the mask of another row; a scale left out; what is masked counted in the sum."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, length, 8, generator=g, dtype=torch.float64).requires_grad_()
+               for heads, length in ((H, T), (H_kv, S), (H_kv, S)))
+    mask = torch.rand(2, 1, T, S, generator=g) < 0.6
+    mask[..., 0] = True                                                     # everybody sees something
+    for seen in (mask, None) if T == S else (mask,):
+        both = []
+        for function in (lambda: attend_by_products(q, k, v, seen),
+                         lambda: F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None,
+                                                                enable_gqa=H != H_kv)):
+            y = function()
+            both.append([y.detach(), *torch.autograd.grad(y.sin().sum(), (q, k, v))])
+        assert all(difference(a, b) < 1e-6 for a, b in zip(*both, strict=True))
+
+
+def test_short_rows_in_bf16_go_by_products(monkeypatch):
+    """On a CPU alone, and within bf16's rounding of the same. Faults: a route never taken; taken for float32."""
+    calls = []
+    monkeypatch.setattr(attention, "attend_by_products", lambda *inputs: calls.append(1) or attend_by_products(*inputs))
+    x = torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(0))
+    exact = attend(x, x, x)
+    assert not calls
+    assert difference(attend(*[x.bfloat16()] * 3), exact) < 0.03 and len(calls) == 1
 
 
 @pytest.mark.parametrize("case", FAMILIES)

@@ -153,3 +153,24 @@ def test_whatever_changes_the_numbers_changes_the_key(tmp_path, model_dir, capsy
     assert torch.allclose(turned.logp, first.logp.flip(0), atol=1e-4)
     copy = tinyjob.make_model(tmp_path / "copy")                             # the same bytes in another directory
     assert prepared(tmp_path, copy, data)[1] == 8
+
+
+def test_states_of_a_frozen_trunk_stand_for_a_pass_through_it(monkeypatch):
+    """Whatever pairs a batch holds, in any order, shared prompts or not: the same log-probs, and no pass. Catches:
+    states of another pair, chosen and rejected exchanged, states that are kept however many they are, or never used."""
+    pairs, experts = small.pairs(COUNT), small.experts(experts=2, train_trunk=False)
+    model = small.model()
+    found = compute_reference(model, pairs, torch.float32, size=3)
+    known = found.with_states(pairs)
+    assert known == pairs and all(p.states.shape == (len(p.chosen) + len(p.rejected), 12) for p in known)
+    for index in (range(COUNT), [4, 1], [COUNT - 1]):
+        want = pair_logp(experts, collate(pairs, list(index), "pair"))
+        with monkeypatch.context() as patch:
+            patch.setattr(type(experts), "hidden", never)
+            got = pair_logp(experts, collate(known, list(index), "pair"))
+        assert torch.allclose(got, want, atol=1e-5)
+    some = [known[0], pairs[1]]
+    assert collate(some, [0, 1], "pair").states is None
+    monkeypatch.setattr("mixdpo.reference.STATES", 0)
+    few = compute_reference(model, pairs, torch.float32)
+    assert few.states.shape == (0, 12) and few.with_states(pairs) is pairs and torch.allclose(few.logp, found.logp)
