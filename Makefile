@@ -6,7 +6,7 @@ PY := .venv/bin/python
 OPTIONS := $(if $(PRESET),--preset $(PRESET)) $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data-folder $(DATA))
 
 help:                     ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile
 	@sed -n '2p' Makefile
 
 train: .venv/ready        ## the whole experiment: data, reference, DPO and mixtures, table and pictures
@@ -24,6 +24,9 @@ test: .venv/ready         ## the test suite
 bench: .venv/peers        ## time and memory of a step, side by side with plain PyTorch and TRL
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m tests.bench.step
 
+bench-gpu: .venv/ready    ## what only a GPU can show: the kernels' tests, time and memory; writes docs/results/h100.md
+	$(PY) -m tests.bench.gpu
+
 peers: .venv/peers        ## the same numbers as transformers, tokenizers, PEFT and TRL give
 	$(PY) -m pytest tests/peers
 
@@ -37,4 +40,4 @@ peers: .venv/peers        ## the same numbers as transformers, tokenizers, PEFT 
 	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/peers/requirements.txt
 	touch $@
 
-.PHONY: help train eval show test bench peers
+.PHONY: help train eval show test bench bench-gpu peers

@@ -90,8 +90,8 @@ def policy_rows(runs: list[Run], reference, prompts: list[Pair], config: EvalCon
     for run in runs:
         K, ids = run.config.experts, []
         for experts in [range(K)] if run.config.sharing == "heads" else [[k] for k in range(K)]:
-            policies, name = [run.experts.policy(k) for k in experts], f"{run.name} expert {'+'.join(map(str, experts))}"
-            ids += sample(policies, dtype, of, config, max_new, eos, name)
+            policies, name = [run.experts.policy(k) for k in experts], "+".join(map(str, experts))
+            ids += sample(policies, dtype, of, config, max_new, eos, f"{run.name} expert {name}")
         kl = log_ratios(run, reference, ids, of, plain)                     # (K,N,K)
         log_w, n = weights(run, prompts, states), torch.arange(len(prompts))
         for mode in ("mixture", "sparse", *range(K)) if K > 1 else (0,):

@@ -61,14 +61,13 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
     Returns (log_q of the groups, log_q of the pairs, log_w of the pairs, h) of every chunk, detached.
     """
     batch, known, seen, device = micro.train, latent.given, [], ref_logp.device
-    text = rows_of(batch).to(device)                                        # made on the CPU: nothing waits for a GPU
+    text = rows_of(batch, packed=config.packing).to(device)                 # made on the CPU: nothing waits for a GPU
     pair, groups = batch.pair.to(device), batch.group.to(device)            # (B,) each
     targets, sequence = text.targets, text.sequence                         # (M,) each
     rows = predicting_states(experts, batch, text)                          # (M,C), or (K,M,C): states of their own
     made = [rows, *experts.heads()]
-    products = made[0].shape[:-2].numel() * made[1].shape[:-2].numel()                      # with the vocabulary, a token
-    held = made[1].shape[-2] * experts.dtype.itemsize * products                            # bytes of logits a token
-    head_rows = config.head_rows if config.head_rows >= 0 else max(1, KEPT[device.type] // held)
+    held = experts.dtype.itemsize * made[1].shape[-2] * made[0].shape[:-2].numel() * made[1].shape[:-2].numel()
+    head_rows = config.head_rows if config.head_rows >= 0 else max(1, KEPT[device.type] // held)  # held: bytes a token
     split = head_rows > 0
     cut = [x.detach().requires_grad_() if split and x.grad_fn else x for x in made]         # what has a history
     states, heads = cut[0], [x.to(experts.dtype) for x in cut[1:]]
@@ -117,7 +116,7 @@ def posterior(experts, batch: Batch, ref_logp: torch.Tensor, log_w: torch.Tensor
     """An E-step by a pass of its own: q of each group (G,K) from the pairs of `batch`, log_w (G,K). Out of sample if
     these are context pairs, which the M-step never trains on."""
     pair, group = batch.pair.to(log_w.device), batch.group.to(log_w.device)                   # (B,) each
-    h = margins(pair_logp(experts, batch), ref_logp[pair].to(log_w), config.beta)             # (B,K)  M4
+    h = margins(pair_logp(experts, batch, packed=config.packing), ref_logp[pair].to(log_w), config.beta)   # (B,K)  M4
     return e_step(log_w[group], h, group)[1]                                # M7, M11
 
 
@@ -198,6 +197,8 @@ def prepare(config):
     """Everything the loop needs: experts, plan, reference, the models' key, device. Prints what it decided."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, why = compute_dtype(config.dtype, device)
+    if config.packing and device == "cpu":
+        raise InputError("--packing true is attention that only a CUDA device has; leave it out")
     models, tokenizer = load_references(config, device)
     for model in models:
         model.checkpointing = config.checkpointing

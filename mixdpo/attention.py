@@ -9,10 +9,12 @@ right, so what is causal never sees padding. Left out: padding on the left, slid
 has any), and gradients through the cache.
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
 class KVCache:
@@ -106,6 +108,51 @@ def branches(branch):
     return Branches(seen.sum(-1) - 1, seen[:, None])
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A window without a cache, with gradient: rows of Branches behind one another in one, without their padding."""
+
+    positions: torch.Tensor         # (1, T): of each token in its own text
+    row: torch.Tensor               # (T,): the row that it is from; -1 behind the last
+    branch: torch.Tensor            # (T,): as in `branches`
+    blocks: BlockMask | None = None     # on a GPU: which blocks of tokens see anything of which
+
+    def rule(self):
+        """A function (row of the batch, head, q, k): whether token q sees token k."""
+        row, branch = self.row, self.branch
+
+        def sees(n, h, q, k):
+            return (row[q] == row[k]) & (k <= q) & ((branch[k] == 0) | (branch[k] == branch[q]))
+
+        return sees
+
+    def to(self, device):
+        moved = Packed(self.positions.to(device), self.row.to(device), self.branch.to(device))
+        T = len(moved.row)
+        blocks = create_block_mask(moved.rule(), None, None, T, T, device) if moved.row.is_cuda else None
+        return replace(moved, blocks=blocks)
+
+    def repeat(self, times):
+        """For the same row `times` over."""
+        return replace(self, positions=self.positions.repeat(times, 1))
+
+    def attend(self, q, k, v):
+        """As `attend`, (N, H, T, D) each: on a GPU no block is computed that nobody sees."""
+        grouped = q.shape[1] != k.shape[1]
+        if self.blocks is not None:
+            flex = compiled_flex() if q.is_cuda else flex_attention
+            return flex(q, k, v, block_mask=self.blocks, enable_gqa=grouped)
+        place = torch.arange(len(self.row), device=q.device)
+        mask = self.rule()(0, 0, place[:, None], place)                     # (T, T)
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped)
+
+
+@functools.cache
+def compiled_flex():
+    """flex_attention is a kernel only once it is compiled."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
 SHORT = 512     # tokens in a row, at most, for attention by products, which keeps T^2 numbers a head
 
 
@@ -123,6 +170,8 @@ def attend_by_products(q, k, v, mask):
 def attend(q, k, v, layer=0, window=None):
     """q (N, H, T, D), k and v (N, H_kv, T, D), already rotated where the family rotates -> (N, T, H * D)."""
     (N, H, T, D), H_kv = q.shape, k.shape[1]
+    if isinstance(window, Packed):
+        return window.attend(q, k, v).transpose(1, 2).reshape(N, T, H * D)
     mask = None
     if window is not None:
         k, v = window.extend(layer, k, v)               # (N, H_kv, extent, D)

@@ -250,10 +250,11 @@ def predicting_states(experts: Heads | Adapters | Models, batch: Batch, text: Ro
 
 
 def pair_logp(experts: Heads | Adapters | Models, batch: Batch, tile: int | None = 0,
-              shared: bool | None = None) -> torch.Tensor:
+              shared: bool | None = None, packed: bool = False) -> torch.Tensor:
     """Summed response log-probs of every expert, with gradient: (B,K,2) float32 nats.
-    The composable route, text ids to log-probs in three lines. shared: prompts (preferences.rows_of)."""
-    text = rows_of(batch, shared).to(experts.heads()[0].device)
+    The composable route, text ids to log-probs in three lines. shared, packed: as in
+    preferences.rows_of."""
+    text = rows_of(batch, shared, packed).to(experts.heads()[0].device)
     logps = experts.token_logps(predicting_states(experts, batch, text), text.targets, tile)    # (K,M)
     return sum_responses(logps, text.sequence, len(batch.ids))              # (B,K,2)
 

@@ -18,8 +18,8 @@ import functools
 import torch
 from torch.autograd.function import once_differentiable
 
-HELD = 4 * 2**20        # bytes of logits in one tile: 1024 of each of 1024 rows in float32; on a CPU half or four times as
-                        # many take about the same time, others more
+HELD = 4 * 2**20        # bytes of logits in one tile: 1024 of each of 1024 rows in float32. On a CPU half or four times
+                        # as many take about the same time, others more
 
 
 def token_logps_reference(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,

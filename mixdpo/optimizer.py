@@ -55,7 +55,7 @@ class RoundedAdamW(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     state["step"] = torch.zeros(())
-                    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=torch.bfloat16) for _ in range(2))
+                    state |= {key: torch.zeros_like(p, dtype=torch.bfloat16) for key in ("exp_avg", "exp_avg_sq")}
                 state["step"] += 1
                 t, noise = int(state["step"]), torch.Generator(p.device)
                 noise.manual_seed((self.seed * 2**24 + t) * 2**16 + place)

@@ -59,6 +59,7 @@ class TrainConfig:
     max_response: int = 256         # tokens, the end token among them
     drop: bool = False              # true: faulty lines are dropped and reported, not an error
     checkpointing: bool = False     # activation checkpointing: less memory, one more forward pass
+    packing: bool = False           # on a GPU: texts behind one another in one row, no padding between them
     compile: bool = False           # torch.compile for the trunks; the first steps wait for the compiler
     dtype: str = "auto"             # of the products: auto, float32, bfloat16; parameters stay float32
     seed: int = 0                   # of everything random
@@ -138,7 +139,7 @@ def validate(config: TrainConfig) -> None:
         raise InputError("--estep first keeps a pair's first responsibilities, and random ones would stay for ever: "
                          "it wants --start linear or none, or --start-steps 0")
     if config.in_backward and (config.clip < math.inf or config.micro < config.batch or lora or not config.train_trunk):
-        raise InputError("--in-backward true steps while gradients are being made, before their norm is known: it wants "
+        raise InputError("--in-backward true steps while gradients are made, before their norm is known: it wants "
                          "--clip inf, --micro at least --batch, and a trunk that learns")
     validate_modules(config)
     if lora and config.rank == 0:

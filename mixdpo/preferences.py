@@ -23,8 +23,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from mixdpo.attention import Branches, branches
+from mixdpo.attention import Branches, Packed, branches
 from mixdpo.config import InputError, parse
 from mixdpo.records import OPTIONAL, TEXTS, Fault, lines, read_record
 
@@ -196,7 +197,7 @@ class Rows:
     to be had. From the lengths, never from the ids."""
 
     ids: torch.Tensor  # (N, T): each response behind its prompt, N = 2B; or both behind one prompt, N = B
-    window: Branches | None  # who sees whom, where that is not plainly causal
+    window: Branches | Packed | None  # who sees whom, where that is not plainly causal
     token: torch.Tensor  # (M,) of each response token, its place in (N*T)
     where: torch.Tensor  # (M,) of the hidden state that predicts it
     targets: torch.Tensor  # (M,) the token
@@ -206,8 +207,9 @@ class Rows:
         return Rows(*(x if x is None else x.to(device) for x in (getattr(self, f.name) for f in fields(self))))
 
 
-def rows_of(batch: Batch, shared: bool | None = None) -> Rows:
-    """The batch as rows. shared: each prompt once, both responses behind it; None: where that saves enough (SHARED)."""
+def rows_of(batch: Batch, shared: bool | None = None, packed: bool = False) -> Rows:
+    """The batch as rows. shared: each prompt once, both responses behind it; None: where that saves enough (SHARED).
+    packed: all of them in one row, without padding between them."""
     T = batch.ids.shape[-1]
     position = torch.arange(T, device=batch.ids.device)
     is_response = (position >= batch.start[:, None, None]) & (position < batch.length[..., None])  # (B, 2, T)
@@ -217,12 +219,16 @@ def rows_of(batch: Batch, shared: bool | None = None) -> Rows:
     if shared is None:
         shared = longest <= SHARED * 2 * T
     if shared:
-        return behind_one_prompt(batch, token % T, targets, sequence, longest)
-    return Rows(batch.ids.flatten(0, 1), None, token, token - 1, targets, sequence)  # - 1: no prompt is empty
+        rows, branch = behind_one_prompt(batch, token % T, targets, sequence, longest)
+    else:
+        rows = Rows(batch.ids.flatten(0, 1), None, token, token - 1, targets, sequence)  # - 1: no prompt is empty
+        branch = (position < batch.length[..., None]).flatten(0, 1).long() - 1  # (2B, T) 0 in the text, -1 in padding
+    return pack(rows, branch) if packed else rows
 
 
-def behind_one_prompt(batch: Batch, position, targets, sequence, longest: int) -> Rows:
-    """A row a pair: prompt | chosen | rejected | padding. position (M,): of each response token, in its row so far."""
+def behind_one_prompt(batch: Batch, position, targets, sequence, longest: int) -> tuple[Rows, torch.Tensor]:
+    """A row a pair: prompt | chosen | rejected | padding; and which of these each token is in (B, longest), as 0, 1, 2
+    and -1. position (M,): of each response token, in its row so far."""
     start, (pair, side) = batch.start, (sequence // 2, sequence % 2)
     place = position + side * (batch.length[:, 0] - start)[pair]  # (M,) in the row: the rejected behind the chosen
     before = torch.where(position == start[pair], position, place) - 1  # both begin behind the prompt's last token
@@ -233,7 +239,19 @@ def behind_one_prompt(batch: Batch, position, targets, sequence, longest: int) -
     branch = in_prompt.long() - 1  # 0 in the prompt, -1 in padding
     branch[pair, place] = 1 + side
     first = pair * longest
-    return Rows(ids, branches(branch), first + place, first + before, targets, sequence)
+    return Rows(ids, branches(branch), first + place, first + before, targets, sequence), branch
+
+
+def pack(rows: Rows, branch: torch.Tensor) -> Rows:
+    """The same rows (N, T), their tokens behind one another in one; branch (N, T): -1 in padding, which is left out.
+    Filled up to a multiple of 128, the block of a GPU's attention."""
+    (N, T), kept = rows.ids.shape, (branch >= 0).flatten()
+    place, fill = kept.cumsum(0) - 1, (0, -int(kept.sum()) % 128)  # (N*T,) where each token goes
+    positions = torch.arange(T).expand(N, T) if rows.window is None else rows.window.positions
+    row = torch.arange(N)[:, None].expand(N, T)
+    ids, positions, branch = (F.pad(x.flatten()[kept], fill) for x in (rows.ids, positions, branch))
+    window = Packed(positions[None], F.pad(row.flatten()[kept], fill, value=-1), branch)
+    return Rows(ids[None], window, place[rows.token], place[rows.where], rows.targets, rows.sequence)
 
 
 # ---- to look at

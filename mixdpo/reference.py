@@ -79,7 +79,8 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
         count = torch.bincount(text.sequence, minlength=2 * B).clamp_min(1)
         mean = read.new_zeros(2 * B, read.shape[1]).index_add(0, text.sequence, read) / count[:, None]
         features.append(mean.view(B, 2, -1))
-        prompts.append(states_of_prompts(hidden[:: len(hidden) // B], batch.start.to(device)))      # a pair's rows have the same
+        of_pairs = hidden[:: len(hidden) // B]                              # (B,T,C): a pair's rows begin the same
+        prompts.append(states_of_prompts(of_pairs, batch.start.to(device)))
         if progress:
             progress(min(start + size, len(pairs)), len(pairs))
     return Reference(*(torch.cat(column).cpu() for column in (logps, features, prompts, states)))

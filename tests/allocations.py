@@ -1,4 +1,4 @@
-"""How much memory a call allocates, counted allocation by allocation: unlike a process's size, the same at every run."""
+"""How much memory a call allocates, counted one by one: unlike a process's size, the same at every run."""
 
 from torch.profiler import ProfilerActivity, profile
 

@@ -61,15 +61,16 @@ def test_every_expert_starts_as_the_reference_exactly(family, sharing, dtype):
 
 @pytest.mark.parametrize("family", small.FAMILIES)
 @pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_pair_logp_is_the_sum_over_the_response(family, sharing, shared):
+def test_pair_logp_is_the_sum_over_the_response(family, sharing, shared, packed):
     """Against each text alone, unpadded, with full logits of policy(k): what is trained is what is sampled from.
     Catches: off by one in the predicted positions, the prompt's or the padding's tokens counted, the end token left
     out, expert k's factors with expert j's, policy(k) without its head, the trunk's head in place of W + W A_k B_k; a
-    response that sees the other one, or stands behind it."""
+    response that sees the other one, or stands behind it; a packed text that sees the one before."""
     experts, one = small.experts(family, **SHARINGS[sharing]), batch()
     with torch.no_grad():
-        logp = pair_logp(experts, one, shared=shared)
+        logp = pair_logp(experts, one, shared=shared, packed=packed)
         for k in range(experts.K):
             model, unembedding = experts.policy(k)
             assert torch.allclose(logp[:, k], plain_logp(model, unembedding, one), atol=1e-4), k
@@ -79,17 +80,18 @@ def test_pair_logp_is_the_sum_over_the_response(family, sharing, shared):
 
 @pytest.mark.parametrize("family", small.FAMILIES)
 @pytest.mark.parametrize("sharing", SHARINGS)
-def test_a_shared_prompt_has_the_same_gradient(family, sharing):
+def test_a_shared_prompt_and_a_packed_row_have_the_same_gradient(family, sharing):
     """Catches: a prompt that learns from one response alone; states of the window cut from the graph."""
     grads = []
-    for shared in (False, True):
+    for shared, packed in ((False, False), (True, False), (False, True), (True, True)):
         experts = small.experts(family, dtype=torch.float64, **SHARINGS[sharing])
         weight = torch.randn(COUNT, experts.K, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        (pair_logp(experts, batch(), shared=shared) * weight).sum().backward()
+        (pair_logp(experts, batch(), shared=shared, packed=packed) * weight).sum().backward()
         grads.append({name: p.grad for name, p in experts.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys() and grads[0]
-    for name in grads[0]:
-        assert torch.allclose(*(g[name] for g in grads), rtol=1e-9, atol=1e-10), name
+    for other in grads[1:]:
+        assert grads[0].keys() == other.keys() and other
+        for name in other:
+            assert torch.allclose(grads[0][name], other[name], rtol=1e-9, atol=1e-10), name
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)

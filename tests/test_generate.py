@@ -142,7 +142,8 @@ def test_heads_of_one_trunk_decode_together():
     heads = [torch.randn(model.unembedding.shape, generator=generator) for _ in range(3)]
     prompts, expert, rows = PROMPTS * 2, [(n + n // 6) % 3 for n in range(12)], list(range(6)) * 2
     for temperature in (0, 1.0):
-        got = generate(model, prompts, 8, EOS, temperature, seed=4, batch=5, unembedding=heads, rows=rows, expert=expert)
+        got = generate(model, prompts, 8, EOS, temperature, seed=4, batch=5, unembedding=heads, rows=rows,
+                       expert=expert)
         alone = [generate(model, [p], 8, EOS, temperature, seed=4, unembedding=heads[k], rows=[n])[0]
                  for p, k, n in zip(prompts, expert, rows)]
         assert got == alone and len({tuple(ids) for ids in got}) > len(PROMPTS)

@@ -52,7 +52,8 @@ def test_gradients_in_backward_are_never_all_there():
     """Catches: gradients that stay until the step's end."""
     experts, there = small.experts(experts=2, sharing="models"), []
     for p in experts.parameters():
-        p.register_post_accumulate_grad_hook(lambda _: there.append(sum(q.grad is not None for q in experts.parameters())))
+        p.register_post_accumulate_grad_hook(
+            lambda _: there.append(sum(q.grad is not None for q in experts.parameters())))
     steps({"in_backward": True}, count=1, experts=experts)
     assert 1 <= max(there) <= 2 + 2                                         # two heads, and those of one product
 

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from letters import GOOD, PEOPLE, Letters, pair, read, write
+from torch.nn.attention.flex_attention import create_block_mask
 
 from mixdpo.config import InputError
 from mixdpo.preferences import (
@@ -129,6 +130,28 @@ def test_a_shared_prompt_is_one_row_a_pair():
     assert text.targets.tolist() == [7, 8, 9, 1, 2, 4, 5, 6] and text.sequence.tolist() == [0, 0, 1, 2, 2, 2, 3, 3]
     seen = [[n for n in range(6) if row[n]] for row in text.window.mask[0, 0]]
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1]]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_packed_row_holds_every_token_and_no_padding_between(shared):
+    """Caught: a token lost or doubled, positions that run on from one text to the next, a text that sees another, a
+    block of a GPU's attention left out that somebody sees."""
+    pairs = [pair([5, 6], [7, 8], [9]), pair([3], [1, 2, 4], [5, 6]), pair([1, 1, 1], [2], [2, 3])]
+    plain = rows_of(collate(pairs, [0, 1, 2], "pair"), shared)
+    text = rows_of(collate(pairs, [0, 1, 2], "pair"), shared, packed=True)
+    assert text.ids.shape == (1, 128) and torch.equal(text.targets, plain.targets)
+    assert torch.equal(text.ids.flatten()[text.token], text.targets)
+    used = int((text.window.row >= 0).sum())
+    assert used == sum(len(p.prompt) * (1 if shared else 2) + len(p.chosen) + len(p.rejected) for p in pairs)
+    place = torch.arange(128)
+    seen = text.window.rule()(0, 0, place[:, None], place)
+    assert torch.equal(seen[:used].sum(1) - 1, text.window.positions[0, :used])             # as many as stand before it
+    assert not seen[:used, used:].any() and seen[used:].any(1).all()                        # no row of nothing: nan
+    q, k, v = (torch.randn(1, heads, 128, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    blocks = create_block_mask(text.window.rule(), None, None, 128, 128, "cpu")
+    with torch.no_grad():
+        on_gpu = replace(text.window, blocks=blocks).attend(q, k, v)
+        assert torch.allclose(on_gpu, text.window.attend(q, k, v), atol=1e-5)
 
 
 def test_prompts_are_shared_where_that_saves_a_tenth():

@@ -9,7 +9,7 @@ from mixdpo.logprob import token_logps, token_logps_reference
 from mixdpo.mixture import e_step, expert_loss
 from mixdpo.preferences import Pair, collate
 from mixdpo.weights import load_model
-from tests.bench.variants import VARIANTS, Setting, Stepper, Variant
+from tests.bench.variants import VARIANTS, Setting, Stepper, Variant, products_in
 
 
 def drawn(setting: Setting, *shape: int) -> torch.Tensor:
@@ -19,26 +19,38 @@ def drawn(setting: Setting, *shape: int) -> torch.Tensor:
 
 def head(setting: Setting, logps) -> Stepper:
     """Log-probs of some rows, and their sum's gradients of rows and weight, by logps(hidden, weight, targets)."""
-    N, C, V = setting.sizes.rows, setting.sizes.width, setting.sizes.vocab
-    hidden, weight = drawn(setting, N, C).requires_grad_(), (drawn(setting, V, C) / C**0.5).requires_grad_()
+    N, V = setting.sizes.rows, setting.sizes.vocab
+    hidden, weight = (x.requires_grad_() for x in inputs_of_head(setting))
     targets = torch.arange(N, device=setting.device) % V
 
     def step():
         torch.autograd.grad(logps(hidden, weight, targets).sum(), (hidden, weight))
 
-    return Stepper(step, [], gradient=4 * (N + V) * C)
+    return Stepper(step, [], **counted_head(hidden, weight))
+
+
+def inputs_of_head(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden (N,C), weight (V,C), in the dtype of products."""
+    N, C, V = setting.sizes.rows, setting.sizes.width, setting.sizes.vocab
+    return drawn(setting, N, C).to(products_in(setting)), (drawn(setting, V, C) / C**0.5).to(products_in(setting))
+
+
+def counted_head(hidden: torch.Tensor, weight: torch.Tensor) -> dict:
+    """Three matrix products; both inputs read for each pass and their gradients written, which are what it returns."""
+    (N, C), V = hidden.shape, len(weight)
+    size = hidden.element_size() * (N + V) * C
+    return {"gradient": size, "flops": 6.0 * N * V * C, "bytes": 3.0 * size, "dtype": weight.dtype}
 
 
 def products(setting: Setting) -> Stepper:
     """The three matrix products of a head, and nothing else."""
-    N, C, V = setting.sizes.rows, setting.sizes.width, setting.sizes.vocab
-    hidden, weight = drawn(setting, N, C), drawn(setting, V, C)
+    hidden, weight = inputs_of_head(setting)
 
     def step():
         logits = hidden @ weight.T
         return (logits @ weight, logits.T @ hidden)[0][0, 0]
 
-    return Stepper(step, [], gradient=4 * (N + V) * C)
+    return Stepper(step, [], **counted_head(hidden, weight))
 
 
 def long_prompts(setting: Setting, shared: bool) -> Stepper:
@@ -50,7 +62,7 @@ def long_prompts(setting: Setting, shared: bool) -> Stepper:
 
     pairs = [Pair(ids(sizes.long_prompt), ids(sizes.short_response), ids(sizes.short_response))
              for _ in range(sizes.pairs)]
-    policy = Heads(load_model(setting.directory, device=setting.device), 1)
+    policy = Heads(load_model(setting.directory, device=setting.device), 1, dtype=products_in(setting))
     batch, parameters = collate(pairs, list(range(len(pairs))), "pair"), list(policy.parameters())
 
     def step():
@@ -82,7 +94,8 @@ def prompts_of(setting: Setting) -> list[list[int]]:
 
 def sampling(setting: Setting) -> Stepper:
     """Completions of a fixed length."""
-    model, prompts = load_model(setting.directory, device=setting.device).eval(), prompts_of(setting)
+    model = load_model(setting.directory, dtype=products_in(setting), device=setting.device).eval()
+    prompts = prompts_of(setting)
     return Stepper(lambda: len(generate(model, prompts, setting.sizes.new, eos=-1, batch=len(prompts))), [])
 
 
@@ -92,7 +105,7 @@ def sampling_transformers(setting: Setting) -> Stepper:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = GPT2LMHeadModel.from_pretrained(setting.directory, dtype=torch.float32).to(setting.device).eval()
+    model = GPT2LMHeadModel.from_pretrained(setting.directory, dtype=products_in(setting)).to(setting.device).eval()
     ids, new = torch.tensor(prompts_of(setting), device=setting.device), setting.sizes.new
     options = dict(do_sample=True, top_k=0, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
 

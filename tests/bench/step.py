@@ -29,14 +29,15 @@ from mixdpo.config import InputError, parse  # noqa: E402
 from mixdpo.rundir import environment  # noqa: E402
 from tests.bench import memory  # noqa: E402
 from tests.bench.parts import ROWS  # noqa: E402
-from tests.bench.variants import GPT2_124M, QUICK, VARIANTS, Setting, Stepper, make_setting  # noqa: E402
+from tests.bench.variants import SIZES, VARIANTS, Setting, Stepper, make_setting  # noqa: E402
 
 
 @dataclass(frozen=True)
 class BenchConfig:
     """Time and peak memory of one optimizer step, beside plain PyTorch and TRL."""
 
-    quick: bool = False                     # tiny sizes: does everything run? The ratios then mean nothing
+    sizes: str = "gpt2-4"                   # GPT-2 124M, 4 pairs of 32 + 96 tokens; gpt2-64, llama-1b: for a GPU;
+                                            # quick: does everything run? The ratios then mean nothing
     rounds: int = 7                         # timed steps a variant, at least 5 for a result
     variants: tuple[str, ...] = ()          # which rows, by key; none given: all
     memory: bool = True                     # measure peak memory too, one process a variant
@@ -91,15 +92,15 @@ def build(name: str, setting: Setting) -> Stepper:
     return made
 
 
-def time_all(names: list[str], setting: Setting, rounds: int, seed: int) -> dict[str, list[tuple[float, float]]]:
-    """name -> one (CPU, wall) a round."""
+def time_all(names: list[str], setting: Setting, rounds: int, seed: int) -> tuple[dict, dict[str, Stepper]]:
+    """name -> one (CPU, wall) a round; and the rows' steps."""
     steppers, samples = {name: build(name, setting) for name in names}, {name: [] for name in names}
     order = random.Random(seed)
     for n in range(rounds):
         for name in order.sample(names, len(names)):
             samples[name].append(timed(steppers[name].step, setting.device))
         print(f"round {n + 1}/{rounds}", file=sys.stderr, flush=True)
-    return samples
+    return samples, steppers
 
 
 def summary(samples: list[tuple[float, float]], used: dict[str, float] | None) -> dict:
@@ -109,10 +110,50 @@ def summary(samples: list[tuple[float, float]], used: dict[str, float] | None) -
     return medians | {"samples": {"cpu": cpu, "wall": wall}, "memory": used}
 
 
-def ratios(rows: dict[str, dict]) -> list[dict]:
+def measured_rates(dtypes: set[torch.dtype], device: str) -> dict[str, float]:
+    """What this machine does: FLOPs a second of a large matrix product in each dtype, and bytes a second of a copy."""
+    n = 8192 if device == "cuda" else 2048
+
+    def best(work) -> float:
+        work()
+        return statistics.median(timed(work, device)[1] for _ in range(5))
+
+    rates = {}
+    for dtype in dtypes:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        rates[str(dtype).removeprefix("torch.")] = 2 * n**3 / best(lambda: a @ b)
+    source = torch.ones(2**26, device=device)
+    target = torch.empty_like(source)
+    return rates | {"bytes": 2 * 4 * source.numel() / best(lambda: target.copy_(source))}
+
+
+def roofline(rows: dict[str, dict], steppers: dict[str, Stepper], device: str) -> dict:
+    """Of each row whose work is counted: the least wall time that its FLOPs, or its bytes, take at the measured rates,
+    and the share of its own wall time that this is."""
+    counted = {name: steppers[name] for name in rows if steppers[name].flops}
+    rates = measured_rates({one.dtype for one in counted.values()}, device)
+    out = {"rates": rates, "rows": {}}
+    for name, one in counted.items():
+        floor = max(one.flops / rates[str(one.dtype).removeprefix("torch.")], one.bytes / rates["bytes"])
+        share = floor / rows[name]["wall"]
+        out["rows"][name] = {"flops": one.flops, "bytes": one.bytes, "floor": floor, "share": share}
+    return out
+
+
+def roofline_table(found: dict) -> str:
+    rates = ", ".join(f"{rate / 1e9:.0f} G{'B' if name == 'bytes' else 'FLOP'}/s ({name})"
+                      for name, rate in found["rates"].items())
+    lines = [f"at the rates of this machine, {rates}:"]
+    for name, row in found["rows"].items():
+        lines.append(f"{ROWS[name].title:58}{row['flops'] / 1e9:10.0f} GFLOP{row['bytes'] / 1e9:8.2f} GB, at least "
+                     f"{row['floor']:.4f} s: {row['share']:.0%} of that rate")
+    return "\n".join(lines)
+
+
+def ratios(rows: dict[str, dict], targets: list[tuple] = TARGETS) -> list[dict]:
     """Every target whose two rows were measured: its ratios, and whether all of them keep within the limit."""
     found = []
-    for row, base, figure, limit in TARGETS:
+    for row, base, figure, limit in targets:
         a, b, keys = rows.get(row), rows.get(base), ("cpu", "wall")
         if figure == "memory":
             a, b, keys = a and a["memory"], b and b["memory"], ("step",)
@@ -165,18 +206,21 @@ def main(argv: list[str]) -> dict:
         raise InputError(f"--variants: got {', '.join(unknown)}, wanted some of {', '.join(ROWS)}")
     skipped = {name: missing(name) for name in names if missing(name)}
     names = [name for name in names if name not in skipped]
-    sizes = QUICK if config.quick else GPT2_124M
+    if config.sizes not in SIZES:
+        raise InputError(f"--sizes: got {config.sizes}, wanted one of {', '.join(SIZES)}")
+    sizes = SIZES[config.sizes]
     with tempfile.TemporaryDirectory() as folder:
         setting = make_setting(sizes, Path(folder) / "model", config.device, config.seed)
         measure = config.memory and memory.measurable(config.device)
         used = {n: memory.measure(n, setting.directory, sizes, config.device) if measure else None for n in names}
-        samples = time_all(names, setting, config.rounds, config.seed)
-    rows = {name: summary(samples[name], used[name]) for name in names}
-    found = ratios(rows)
-    if config.quick:
+        samples, steppers = time_all(names, setting, config.rounds, config.seed)
+        rows = {name: summary(samples[name], used[name]) for name in names}
+        found, roof = ratios(rows), roofline(rows, steppers, config.device)
+    if config.sizes == "quick":
         print("tiny sizes: these ratios mean nothing, they only show that everything runs")
-    print(table(rows, found, skipped, "CPU" if config.device == "cpu" else "GPU"))
-    result = {"config": asdict(config), "sizes": asdict(sizes), "rows": rows, "targets": found, "skipped": skipped,
+    print(table(rows, found, skipped, "CPU" if config.device == "cpu" else "GPU"), roofline_table(roof), sep="\n\n")
+    result = {"config": asdict(config), "sizes": asdict(sizes), "rows": rows, "targets": found, "roofline": roof,
+              "skipped": skipped,
               "environment": environment() | {"cpu": processor(), "versions": versions()}}
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     Path(config.out).write_text(json.dumps(result, indent=1) + "\n")

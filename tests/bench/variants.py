@@ -7,22 +7,24 @@ Not equal, and the point: what each of them computes to get there. Every step re
 the start, where policy and reference are equal.
 """
 
+import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import train
-from mixdpo.experts import make_experts
+from mixdpo.experts import make_experts, once_a_step, trunks
 from mixdpo.gates import Gate, Inputs, first_weights
 from mixdpo.gpt2 import GPT2, GPT2Config
 from mixdpo.latent import latent_of
+from mixdpo.llama import Llama, LlamaConfig
 from mixdpo.optimizer import make_optimizer
 from mixdpo.plan import make_plan, micro_batches
-from mixdpo.preferences import Batch, Pair, collate
+from mixdpo.preferences import Batch, Pair, collate, rows_of
 from mixdpo.reference import compute_reference
 from mixdpo.weights import load_model, save_model
 
@@ -33,9 +35,12 @@ BETA, LR, CLIP = 0.1, 1e-6, 1.0
 class Sizes:
     """What is stepped: the model, the pairs, the experts."""
 
+    family: str = "gpt2"
     layers: int = 12
     heads: int = 12
+    kv_heads: int = 12          # of a Llama
     width: int = 768
+    inner: int = 3072
     vocab: int = 50257
     context: int = 1024
     pairs: int = 4
@@ -50,9 +55,13 @@ class Sizes:
     new: int = 64
 
 
-GPT2_124M = Sizes()
-QUICK = Sizes(layers=2, heads=2, width=32, vocab=503, context=64, pairs=3, prompt=7, response=13, rank=2,
-              rows=9, long_prompt=20, short_response=4, prompts=3, new=5)
+GPT2_4 = Sizes()            # GPT-2 124M
+GPT2_64 = Sizes(pairs=64, prompt=128, response=128, rows=8192)
+LLAMA_1B = Sizes(family="llama", layers=16, heads=32, kv_heads=8, width=2048, inner=8192, vocab=128256, pairs=16,
+                 prompt=256, response=256, rows=8192)
+QUICK = Sizes(layers=2, heads=2, kv_heads=2, width=32, inner=64, vocab=503, context=64, pairs=3, prompt=7, response=13,
+              rank=2, rows=9, long_prompt=20, short_response=4, prompts=3, new=5)
+SIZES = {"gpt2-4": GPT2_4, "gpt2-64": GPT2_64, "llama-1b": LLAMA_1B, "quick": QUICK}
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,9 @@ class Stepper:
     parameters: list[torch.nn.Parameter]
     first: float | None = None              # the loss of a step that building it took
     gradient: int = 0                       # bytes of gradient that the step returns, no part of what it needs
+    flops: float = 0.0                      # that the step cannot do without; 0: not counted
+    bytes: float = 0.0                      # that it must read and write at least
+    dtype: torch.dtype | None = None        # of those products
 
 
 @dataclass(frozen=True)
@@ -79,8 +91,11 @@ def make_setting(sizes: Sizes, directory: Path, device: str = "cpu", seed: int =
     """Random pairs of exactly the lengths asked for, and random weights: the same for the same seed, everywhere."""
     torch.manual_seed(seed)
     if not (directory / "model.safetensors").exists():
-        save_model(GPT2(GPT2Config(vocab=sizes.vocab, context=sizes.context, width=sizes.width, layers=sizes.layers,
-                                   heads=sizes.heads, eos=sizes.vocab - 1)), directory)
+        common = dict(vocab=sizes.vocab, context=sizes.context, width=sizes.width, layers=sizes.layers,
+                      heads=sizes.heads, inner=sizes.inner, eos=sizes.vocab - 1)
+        made = GPT2(GPT2Config(**common)) if sizes.family == "gpt2" else Llama(LlamaConfig(kv_heads=sizes.kv_heads,
+                                                                                           **common))
+        save_model(made, directory)
     generator = torch.Generator().manual_seed(seed)
 
     def ids(count):
@@ -96,14 +111,17 @@ def make_setting(sizes: Sizes, directory: Path, device: str = "cpu", seed: int =
 # --- this project's own step ----------------------------------------------------------------------------------------
 
 
-def ours(setting: Setting, experts: int, rank: int = 0, dtype: torch.dtype = torch.float32, **options) -> Stepper:
+def ours(setting: Setting, experts: int, rank: int = 0, dtype: torch.dtype | None = None, **options) -> Stepper:
     """train.step itself, its optimizer, its batches; one micro-batch. The tie stays unbroken, which costs the same."""
+    dtype = dtype or products_in(setting)
     config = train.TrainConfig(data="", model="", out="", experts=experts, rank=rank, beta=BETA, lr=LR, head_lr=LR,
-                               clip=CLIP, batch=len(setting.pairs), micro=len(setting.pairs), **options)
+                               batch=len(setting.pairs), micro=len(setting.pairs), **{"clip": CLIP} | options)
     model = load_model(setting.directory, device=setting.device)
+    model.checkpointing = config.checkpointing
     ref_logp = compute_reference(model, setting.pairs, dtype).logp.to(setting.device)
     policies = make_experts([model], config, dtype)
-    optimizer, _ = make_optimizer(policies, config.lr, config.head_lr)
+    optimizer, _ = make_optimizer(policies, config.lr, config.head_lr,
+                                  in_backward=once_a_step(policies) if config.in_backward else [])
     micros = micro_batches(make_plan(setting.pairs, config), list(range(len(setting.pairs))), config)
     G = len(setting.pairs)
     inputs = Inputs(torch.zeros(G, 0), torch.zeros(G, dtype=torch.int64)).to(setting.device)
@@ -114,7 +132,27 @@ def ours(setting: Setting, experts: int, rank: int = 0, dtype: torch.dtype = tor
         figures, _ = train.step(policies, gate, optimizer, micros, ref_logp, latent, config)
         return figures["loss"]
 
-    return Stepper(step, [p for p in policies.parameters() if p.requires_grad])
+    return Stepper(step, [p for p in policies.parameters() if p.requires_grad],
+                   **counted(policies, rows_of(micros[0].train)))
+
+
+def products_in(setting: Setting) -> torch.dtype:
+    """float32 on a CPU, where rows that say nothing else are compared in it; bfloat16 on a GPU."""
+    return torch.float32 if setting.device == "cpu" else torch.bfloat16
+
+
+def counted(policies, text) -> dict:
+    """A step's FLOPs, those of its matrix products: 6 a weight and token in the trunks, 6 C a response token and token
+    of the vocabulary in each head, and attention, of which only the half below the diagonal counts. Its bytes: a
+    float32 weight is read for forward and for backward, its gradient written, and AdamW reads four numbers and writes
+    three."""
+    models, heads, (N, T) = trunks(policies), policies.heads(), text.ids.shape
+    blocks = models[0].h if hasattr(models[0], "h") else models[0].layers
+    weights = sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
+    of_trunk = 6.0 * weights * N * T + 6.0 * len(blocks) * N * T * T * models[0].config.width
+    of_head = 6.0 * len(text.targets) * heads[0].shape[:-2].numel() * heads[0].shape[-2] * heads[0].shape[-1]
+    trained = sum(p.numel() for p in policies.parameters() if p.requires_grad)
+    return {"flops": len(models) * (of_trunk + of_head), "bytes": 4.0 * trained * (2 + 1 + 7), "dtype": policies.dtype}
 
 
 # --- a plain PyTorch step, as one writes it first: all logits, log_softmax, gather ----------------------------------
@@ -133,14 +171,15 @@ def response_logp(logits_of, batch: Batch) -> torch.Tensor:
 def plain(setting: Setting, model: torch.nn.Module, logits_of) -> Stepper:
     """Full logits, reference log-probs cached, fused AdamW."""
     batch = collate(setting.pairs, list(range(len(setting.pairs))), "pair")
-    batch = Batch(*(getattr(batch, field.name).to(setting.device) for field in fields(batch)))
+    batch = replace(batch, **{name: getattr(batch, name).to(setting.device) for name in ("ids", "start", "length")})
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(setting.device, torch.bfloat16, enabled=setting.device != "cpu"):
         ref_logp = response_logp(logits_of, batch)                          # (B,2)
 
     def step():
-        log_ratio = response_logp(logits_of, batch) - ref_logp
+        with torch.autocast(setting.device, torch.bfloat16, enabled=setting.device != "cpu"):
+            log_ratio = response_logp(logits_of, batch) - ref_logp
         loss = -F.logsigmoid(BETA * (log_ratio[:, 0] - log_ratio[:, 1])).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -152,7 +191,7 @@ def plain(setting: Setting, model: torch.nn.Module, logits_of) -> Stepper:
 
 
 def plain_ours(setting: Setting) -> Stepper:
-    """The plain step on this project's GPT-2: what is left to compare is the step alone."""
+    """The plain step on this project's model: what is left to compare is the step alone."""
     model = load_model(setting.directory, device=setting.device)
     return plain(setting, model, lambda ids: model(ids) @ model.unembedding.T)
 
@@ -202,6 +241,9 @@ VARIANTS = {
     "k4-low-rank": Variant("mixdpo, K=4, low-rank heads", lambda s: ours(s, s.sizes.experts, s.sizes.rank)),
     "k4-full": Variant("mixdpo, K=4, full heads", lambda s: ours(s, s.sizes.experts)),
     "k4-models": Variant("mixdpo, K=4, models", lambda s: ours(s, s.sizes.experts, sharing="models")),
+    "k4-models-lean": Variant(
+        "mixdpo, K=4, models, checkpointing, AdamW in backward",
+        lambda s: ours(s, s.sizes.experts, sharing="models", checkpointing=True, in_backward=True, clip=math.inf)),
     "k1-bf16": Variant("mixdpo, K=1, products in bf16", lambda s: ours(s, 1, dtype=torch.bfloat16)),
     "plain": Variant("plain PyTorch, full logits, our GPT-2", plain_ours),
     "plain-transformers": Variant("plain PyTorch, full logits, transformers' GPT-2", plain_transformers, PEERS[:1]),
