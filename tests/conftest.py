@@ -1,8 +1,14 @@
-"""Fixtures of the tests that train: a model directory made once."""
+"""A model directory made once, for the tests that train; and Triton's interpreter where there is no GPU."""
+
+import os
 
 import pytest
+import torch
 
-import tinyjob
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"                                    # before anything imports triton
+
+import tinyjob  # noqa: E402
 
 
 @pytest.fixture(scope="session")

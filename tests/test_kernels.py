@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"                                    # before triton is imported
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"                     # there conftest.py asks for the interpreter
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from mixdpo import kernels  # noqa: E402
