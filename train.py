@@ -52,7 +52,7 @@ from mixdpo.weights import content_key
 
 # --- one step ---------------------------------------------------------------------------------------------------------
 
-KEPT = {"cpu": 2**27, "cuda": 2**29}        # bytes of logits that a head micro-batch keeps for its backward pass
+KEPT = 2**30                # bytes of logits that a head micro-batch keeps for its backward pass
 
 
 def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pairs: int, config) -> list[tuple]:
@@ -66,8 +66,7 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
     targets, sequence = text.targets, text.sequence                         # (M,) each
     rows = predicting_states(experts, batch, text)                          # (M,C), or (K,M,C): states of their own
     made = [rows, *experts.heads()]
-    held = experts.dtype.itemsize * made[1].shape[-2] * made[0].shape[:-2].numel() * made[1].shape[:-2].numel()
-    head_rows = config.head_rows if config.head_rows >= 0 else max(1, KEPT[device.type] // held)  # held: bytes a token
+    head_rows = config.head_rows if config.head_rows >= 0 else fitting_rows(rows, made[1], experts.dtype)
     split = head_rows > 0
     cut = [x.detach().requires_grad_() if split and x.grad_fn else x for x in made]         # what has a history
     states, heads = cut[0], [x.to(experts.dtype) for x in cut[1:]]
@@ -94,6 +93,13 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
         if whole is not part:
             whole.backward(part.grad)                                       # one pass through the trunk, or the factors
     return seen
+
+
+def fitting_rows(rows: torch.Tensor, head: torch.Tensor, dtype: torch.dtype) -> int:
+    """How many response tokens' logits fit into KEPT: one row of the vocabulary for each of a token's states, of which
+    experts may have their own, and for each head: (M,C) or (K,M,C), (V,C) or (K,V,C)."""
+    products = rows.shape[:-2].numel() * head.shape[:-2].numel()
+    return max(1, KEPT // (products * head.shape[-2] * dtype.itemsize))
 
 
 def chunks(batch: Batch, head_rows: int, whole_groups: bool):

@@ -83,20 +83,20 @@ class TiledLogps(torch.autograd.Function):
         top = rows.new_full((sum(map(len, experts)), len(rows)), -torch.inf, dtype=exact)       # largest logit so far
         total = torch.zeros_like(top)                                       # sum of exp(logit - top) so far
         chosen = torch.full_like(top, torch.nan)                            # the target's logit, once its tile comes by
-        in_place, kept = tile is not None and A is None and W.dtype == exact, []
         product_of = scratch(rows, cuts, W.dtype) if tile is not None else lambda columns: None     # None: new memory
-        shifted_of = None if in_place else scratch(rows, cuts, exact)
+        in_place, kept = tile is not None and A is None and W.dtype == exact, []
+        room_of = product_of if in_place else scratch(rows, cuts, exact)
         for columns in cuts:
             inside, where = locate(targets, columns)
             for head, its_experts in zip(heads, experts):
                 product = torch.mm(rows, head[columns].T, out=product_of(columns))              # (N,v)
                 kept += [product] if tile is None else []
                 for k in its_experts:
-                    logits = expert_logits(product, A, u, k, columns)
+                    logits = expert_logits(product, A, u, k, columns, room_of(columns))
                     chosen[k] = torch.where(inside, logits.gather(-1, where).squeeze(-1).to(exact), chosen[k])
                     before, top[k] = top[k].clone(), torch.maximum(top[k], logits.amax(-1))
-                    shifted = logits if in_place else shifted_of(columns).copy_(logits)
-                    total[k] = total[k] * torch.exp(before - top[k]) + shifted.sub_(top[k, :, None]).exp_().sum(-1)
+                    shifted = less(logits, top[k], room_of(columns))
+                    total[k] = total[k] * torch.exp(before - top[k]) + shifted.exp_().sum(-1)
         ctx.save_for_backward(rows, W, A, B, targets, u, top, total)
         ctx.tile, ctx.kept = tile, kept
         return chosen - top - torch.log(total)                              # in this order: a large top cancels
@@ -113,29 +113,33 @@ class TiledLogps(torch.autograd.Function):
         d_A = torch.empty_like(A) if need_A else None
         d_u = None if A is None else torch.zeros_like(u, dtype=exact)
         kept, ctx.kept = ctx.kept[::-1], []                                 # each is let go as soon as it is used
-        in_place = A is None and W.dtype == exact
         product_of = None if kept else scratch(rows, cuts, W.dtype)
-        d_of, sum_of = (None if unused else scratch(rows, cuts, exact) for unused in (in_place, A is None))
+        sum_of = None if A is None and W.dtype == exact else scratch(rows, cuts, exact)     # None: the product itself
+        d_of = scratch(rows, cuts, exact) if A is not None and len(A) > 1 else None
+        passed_on = need_rows or need_W
         for columns in cuts:
             inside, where = locate(targets, columns)
             for h, its_experts in enumerate(experts):
                 product = kept.pop() if kept else torch.mm(rows, heads[h][columns].T, out=product_of(columns))
                 for k in its_experts:
-                    logits = expert_logits(product, A, u, k, columns)
-                    d = logits if in_place else d_of(columns).copy_(logits)                     # (N,v)
-                    d.sub_(top[k, :, None]).exp_().mul_((-grad / total)[k, :, None])
+                    first = k == its_experts[0]                             # it begins the sum over this head's experts
+                    room = product if sum_of is None else sum_of(columns) if first else d_of(columns)       # (N,v)
+                    d = less(expert_logits(product, A, u, k, columns, room), top[k], room)
+                    d.exp_().mul_((-grad / total)[k, :, None])
                     d.scatter_add_(-1, where, torch.where(inside, grad[k], 0.0)[:, None])
                     if A is not None:
                         d_k = d.to(W.dtype)
                         d_u[k] += d_k @ A[k, columns]
                         if need_A:
                             torch.mm(d_k.T, u[k], out=d_A[k, columns])
-                        d = sum_of(columns).copy_(d) if k == 0 else sum_of(columns).add_(d)
-                d = d if in_place else product.copy_(d)                     # the experts share one product here too
+                    if passed_on:
+                        d_product = d if first else d_product.add_(d)       # they share one product here too
+                if passed_on and W.dtype != exact:
+                    d_product = product.copy_(d_product)
                 if need_rows:
-                    d_rows += d @ heads[h][columns]
+                    d_rows += d_product @ heads[h][columns]
                 if need_W:
-                    torch.mm(d.T, rows, out=d_W.view_as(heads)[h, columns])
+                    torch.mm(d_product.T, rows, out=d_W.view_as(heads)[h, columns])
         if A is not None:
             d_rows += torch.einsum("knr,krc->nc", d_u.to(rows.dtype), B)
         d_B = torch.einsum("knr,nc->krc", d_u.to(rows.dtype), rows) if need_B else None
@@ -164,9 +168,18 @@ def scratch(rows: torch.Tensor, cuts: list[slice], dtype: torch.dtype):
     return lambda c: held[: len(rows) * (c.stop - c.start)].view(len(rows), c.stop - c.start)
 
 
-def expert_logits(product, A, u, k, columns):
-    """Expert k's logits in a tile, (N,v): the product, and on it A_k (B_k h) if there are factors."""
-    return product if A is None else torch.addmm(product, u[k], A[k, columns].T)
+def expert_logits(product, A, u, k, columns, room):
+    """Expert k's logits in a tile, (N,v): the product; or, in `room` if it has their dtype, with A_k (B_k h) on it."""
+    if A is None:
+        return product
+    return torch.addmm(product, u[k], A[k, columns].T, out=room if room.dtype == product.dtype else None)
+
+
+def less(logits, top, room):
+    """logits (N,v) - top (N,) in `room`, which may be where the logits are. Cast first: torch would cast into new
+    memory."""
+    logits = logits if logits.dtype == room.dtype else room.copy_(logits)
+    return torch.sub(logits, top[:, None], out=room)
 
 
 def locate(targets, columns):

@@ -394,6 +394,17 @@ def test_compiled_trunks_train_the_same(tmp_path, model_dir):
     assert tinyjob.equal(*runs, slack=1e-4)
 
 
+def test_a_head_micro_batch_keeps_as_much_as_fits(monkeypatch):
+    """Fault: heads, or experts with states of their own, not counted; a bound of less than one row."""
+    monkeypatch.setattr(train, "KEPT", 4 * 53 * 12)
+    rows, head = torch.zeros(30, 8), torch.zeros(53, 8)
+    assert train.fitting_rows(rows, head, torch.float32) == 12
+    assert train.fitting_rows(rows, head, torch.bfloat16) == 24
+    assert train.fitting_rows(rows, head.expand(4, 53, 8), torch.float32) == 3
+    assert train.fitting_rows(rows.expand(3, 30, 8), head, torch.float32) == 4
+    assert train.fitting_rows(rows.expand(20, 30, 8), head, torch.float32) == 1
+
+
 def test_annotators_and_scores_never_reach_training(tmp_path, model_dir):
     """Fault: the start, or the E-step, looks at `annotator`."""
     records = tinyjob.make_records()
