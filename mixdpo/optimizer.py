@@ -86,12 +86,12 @@ class InBackward:
     gradient once a step only, and nobody can scale it by the norm of all. The others step when they are told to."""
 
     def __init__(self, groups, adamw, early):
-        self.early, self.each, self.param_groups = set(early), {}, []
+        self.each, self.param_groups = {}, []
         for group in groups:
             for p in group["params"]:
                 self.each[p] = adamw([group | {"params": [p]}], len(self.each))
                 self.param_groups += self.each[p].param_groups
-        for p in self.early:
+        for p in early:
             p.register_post_accumulate_grad_hook(self.now)
 
     @property
@@ -104,9 +104,8 @@ class InBackward:
         p.grad = None
 
     def step(self):
-        for p, one in self.each.items():
-            if p not in self.early:
-                one.step()
+        for one in self.each.values():                                      # without a gradient it does nothing
+            one.step()
 
     def zero_grad(self, set_to_none: bool = True):
         for one in self.each.values():
