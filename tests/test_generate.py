@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import small
-from mixdpo.generate import choose_expert, draw, generate
+from mixdpo.generate import choose_expert, draw, first_above, generate
 
 EOS = 3
 PROMPTS = [[5], [7, 2, 9, 11, 4, 6, 1], [8, 8], [1, 2, 4, 12], [5], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40]]
@@ -163,6 +163,13 @@ def test_draw_inverts_the_cumulative_distribution():
     V = 200_000
     u = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
     assert (draw(torch.zeros(64, V), 1.0, u) - (u * V).long()).abs().max() <= 1
+
+
+def test_a_point_at_the_end_of_all_is_in_the_last_place_that_adds():
+    """Where rounding put it. Catches: a place behind the last, or one that adds nothing."""
+    total = torch.tensor([[0.0, 0.5, 0.5], [0.25, 0.5, 1.0]], dtype=torch.float64)
+    place, rest = first_above(total, total[:, -1])
+    assert place.tolist() == [1, 2] and ((rest > 0.49) & (rest < 0.5 + 1e-12)).all()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])

@@ -96,7 +96,10 @@ def test_skipped_tiles_change_gradients_by_no_more_than_their_bound(K, splits, m
     hidden[:, 0], weight[:, 0] = 3.0, torch.linspace(2.0, -3.0, 700, device=DEVICE)        # likely ones first
     targets = targets % 100
     targets[0] = 690                                                        # in a tile that is skipped but for it
-    low_rank = low_rank and (0.1 * low_rank[0], low_rank[1])
+    if K:
+        A, B = 0.1 * low_rank[0], low_rank[1]
+        A[0, 650:660, 0], B[0, 0] = 4.0, torch.eye(16, device=DEVICE)[0]    # what one expert finds likely, at the end
+        low_rank = A, B
     truth = run(fused, hidden, weight, low_rank, targets, coefficients)
 
     def skipping(skip):
