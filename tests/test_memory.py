@@ -1,7 +1,5 @@
 """Memory that a step does not need: the same numbers, fewer bytes."""
 
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -50,27 +48,3 @@ def test_what_a_model_keeps_for_backward(family):
 
 def call_with_keep(forward, x, keep):
     return forward(x, True)
-
-
-def test_pages_are_kept():
-    """In a process of its own: once they are kept, what is freed and wanted again costs no page faults, of which there
-    is one for 4 KiB. Catches: a parameter of mallopt that is refused, large blocks that go to the system even so."""
-    code = """
-import ctypes, resource, sys, torch
-from mixdpo.memory import retain_pages
-if sys.argv[1] == "kept":
-    retain_pages()
-faults = []
-for _ in range(4):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)                                                       # 64 MiB: 16,384 pages of 4 KiB
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(faults[1:]))
-"""
-    found = {}
-    for how in ("given back", "kept"):
-        run = subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True)
-        found[how] = int(run.stdout)
-    if found["given back"] < 30:
-        pytest.skip("this system's pages are large, or its C library keeps them anyway")
-    assert found["kept"] < found["given back"] / 10
