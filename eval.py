@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import importlib.util
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -248,13 +247,10 @@ def write_report(folder: Path) -> None:
 
 def main(argv: list[str]) -> None:
     retain_pages()
-    try:
-        flags = argv if argv and argv[0].startswith("-") else ["--dir", *argv]
-        config = configs.parse(EvalConfig, flags, "python eval.py DIR")
-        export(config) if config.export else evaluate(config)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    flags = argv if argv and argv[0].startswith("-") else ["--dir", *argv]
+    config = configs.parse(EvalConfig, flags, "python eval.py DIR")
+    export(config) if config.export else evaluate(config)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    configs.command(main)

@@ -22,7 +22,6 @@ step is cut into micro-batches or chunks. K = 1 is DPO. Only this file calls bac
 import dataclasses
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -42,7 +41,7 @@ from mixdpo.memory import retain_pages
 from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, update_weights, vary
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.options import TrainConfig, validate
-from mixdpo.plan import Micro, make_plan, micro_batches
+from mixdpo.plan import Micro, chunks, fitting_rows, make_plan, micro_batches
 from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences, rows_of
 from mixdpo.reference import load_references, reference_of
 from mixdpo.rundir import Log, Progress, compute_dtype, environment, load_checkpoint, save_checkpoint
@@ -51,8 +50,6 @@ from mixdpo.weights import content_key
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------
-
-KEPT = 2**30                # bytes of logits that a head micro-batch keeps for its backward pass
 
 
 def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pairs: int, config) -> list[tuple]:
@@ -93,28 +90,6 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
         if whole is not part:
             whole.backward(part.grad)                                       # one pass through the trunk, or the factors
     return seen
-
-
-def fitting_rows(rows: torch.Tensor, head: torch.Tensor, dtype: torch.dtype) -> int:
-    """How many response tokens' logits fit into KEPT: one row of the vocabulary for each of a token's states, of which
-    experts may have their own, and for each head: (M,C) or (K,M,C), (V,C) or (K,V,C)."""
-    products = rows.shape[:-2].numel() * head.shape[:-2].numel()
-    return max(1, KEPT // (products * head.shape[-2] * dtype.itemsize))
-
-
-def chunks(batch: Batch, head_rows: int, whole_groups: bool):
-    """Cuts a micro-batch into runs of whole pairs (groups) of about head_rows response tokens; 0: no cut.
-
-    Yields (first pair, one past the last, first token, one past the last).
-    """
-    ends = (batch.length.sum(1) - 2 * batch.start).cumsum(0).tolist()       # one past each pair's last token
-    group, first, begin = batch.group.tolist(), 0, 0
-    for b, end in enumerate(ends):
-        last = b + 1 == len(ends)
-        full = head_rows > 0 and not last and ends[b + 1] - begin > head_rows
-        if last or full and not (whole_groups and group[b] == group[b + 1]):
-            yield first, b + 1, begin, end
-            first, begin = b + 1, end
 
 
 @torch.no_grad()
@@ -321,11 +296,8 @@ def run(config: TrainConfig) -> Path:
 
 def main(argv: list[str]) -> None:
     retain_pages()
-    try:
-        run(configs.parse(TrainConfig, argv, "python train.py"))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run(configs.parse(TrainConfig, argv, "python train.py"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    configs.command(main)

@@ -15,7 +15,6 @@ then DPO and the mixtures are trained (train.py), and the table and the report a
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,6 +214,8 @@ def prepare(job: Path, of: DataSet, preset: dict, model: str, distilbert: str | 
 
 
 def main(of: DataSet, argv: list[str]) -> None:
+    """The data set's command."""
+    retain_pages()
     config = parse(ExperimentConfig, argv, f"python -m data.{of.name}")
     name = config.preset or ("paper" if torch.cuda.is_available() else "quick")
     if name not in of.presets:
@@ -245,12 +246,3 @@ def main(of: DataSet, argv: list[str]) -> None:
         run(TrainConfig(out=str(job / run_name), **shared | options))
     evaluate(EvalConfig(dir=str(job), prompts=str(job / of.evaluate), limit=preset["evaluate"],
                         data_folder=config.data_folder))
-
-
-def command(of: DataSet) -> None:
-    """The data set's command."""
-    retain_pages()
-    try:
-        main(of, sys.argv[1:])
-    except InputError as error:
-        sys.exit(f"error: {error}")

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,11 +139,8 @@ def perplexity(policy, blocks: torch.Tensor) -> float:
 
 
 def main(argv: list[str]) -> None:
-    try:
-        finetune(configs.parse(FinetuneConfig, argv, "python -m data.finetune"))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    finetune(configs.parse(FinetuneConfig, argv, "python -m data.finetune"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    configs.command(main)

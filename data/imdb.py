@@ -9,11 +9,12 @@ import hashlib
 import json
 from pathlib import Path
 
-from data.experiment import FILES, DataSet, command, prompt_of
+from data.experiment import FILES, DataSet, main, prompt_of
 from data.movies import ARCHIVE, OWN, Review, load_reviews
 from data.presets import IMDB
 from data.sentiment import fit_sentiment, use_distilbert
 from data.stages import write_lines
+from mixdpo.config import command
 
 JUDGE_LEAST = 5000  # labelled reviews that the judge of sentiment needs to reach its accuracy
 
@@ -67,4 +68,4 @@ def split(job: Path, preset: dict, tokenizer, distilbert: str | None, data: str 
 DATASET = DataSet("imdb", IMDB, (OWN, ARCHIVE), ("seed", "prompts", "heldout", "reviews", "judge_reviews"), split)
 
 if __name__ == "__main__":
-    command(DATASET)
+    command(main, DATASET)

@@ -20,12 +20,12 @@ from pathlib import Path
 
 from data.books import OWN as OWN_BOOKS
 from data.books import load_products
-from data.experiment import FILES, DataSet, command, prompt_of
+from data.experiment import FILES, DataSet, main, prompt_of
 from data.movies import ARCHIVE, OWN, Review, load_reviews
 from data.presets import REVIEWS
 from data.sentiment import fit_sentiment, use_distilbert
 from data.stages import write_lines
-from mixdpo.config import InputError
+from mixdpo.config import InputError, command
 
 FILM = "film films movie movies cinema screen screenplay hollywood actor actors actress oscar".split()
 BOOK = "book books novel novels author authors chapter chapters paperback pages".split()
@@ -111,4 +111,4 @@ DATASET = DataSet("reviews", REVIEWS, (OWN, ARCHIVE, *OWN_BOOKS),
                   "evaluate.jsonl")
 
 if __name__ == "__main__":
-    command(DATASET)
+    command(main, DATASET)

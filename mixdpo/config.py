@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import re
+import sys
 import typing
 from pathlib import Path
 
@@ -84,6 +85,14 @@ def parse(cls, argv: list[str], program: str):
         if f.name not in values and f.default is dataclasses.MISSING:
             raise InputError(f"--{f.name.replace('_', '-')} is required: {field_comments(cls).get(f.name, '')}")
     return cls(**values)
+
+
+def command(main, *first) -> None:
+    """main(*first, the command line's words); an InputError ends the program with one line and exit status 1."""
+    try:
+        main(*first, sys.argv[1:])
+    except InputError as error:
+        sys.exit(f"error: {error}")
 
 
 def write_whole(path: Path, text: str) -> None:

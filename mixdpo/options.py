@@ -49,7 +49,7 @@ class TrainConfig:
     batch: int = 32                 # pairs an optimizer step, at most; whole users
     micro: int = 16                 # pairs a forward pass, at most; whole users, so one large user may exceed it
     head_rows: int = -1             # response tokens a head micro-batch, about; -1: as many as memory allows (KEPT in
-                                    # train.py); 0: all at once, in vocabulary tiles
+                                    # plan.py); 0: all at once, in vocabulary tiles
     warmup: int = 10                # steps of linear warm-up; then linear decay to a tenth
     clip: float = 1.0               # largest gradient norm; inf: none
     moments: str = "float32"        # AdamW's: float32, or bfloat16, rounded at random: half of their memory
@@ -80,7 +80,15 @@ class TrainConfig:
 
 
 def validate(config: TrainConfig) -> None:
-    """Refuses options that contradict each other; nothing is ignored in silence."""
+    """Raises: InputError on values out of range, options without effect, and options that contradict each other."""
+    validate_values(config)
+    validate_effects(config)
+    validate_experts(config)
+    validate_e_step(config)
+
+
+def validate_values(config: TrainConfig) -> None:
+    """Each option by itself."""
     choices = {"sharing": ("heads", "lora", "models"), "latent": ("pair", "user"), "estep": ("all", "context", "first"),
                "start": ("dirichlet", "linear", "none"), "em": ("minibatch", "full", "incremental"), "gate": KINDS,
                "gate_features": ("last", "mean"), "variant": VARIANTS,
@@ -96,6 +104,11 @@ def validate(config: TrainConfig) -> None:
         value, word = getattr(config, name), "more than" if name in above else "at least"
         if value < bound or (name in above and value == bound):
             raise InputError(f"--{name.replace('_', '-')}: got {value}, wanted {word} {bound}")
+    first_weights(config), compute_dtype(config.dtype, "cpu")               # each refuses what it does not know
+
+
+def validate_effects(config: TrainConfig) -> None:
+    """Nothing is ignored in silence: an option that is not at its default must have an effect."""
     several, lora = config.experts > 1, config.sharing == "lora"
     low_rank = lora or several and config.sharing == "heads" and config.rank > 0
     trained = several and config.gate in TRAINED
@@ -120,36 +133,18 @@ def validate(config: TrainConfig) -> None:
         if getattr(config, name) != getattr(TrainConfig, name) and not used:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} has no effect without {need}; choose that, or leave --{flag} out")
-    first_weights(config), compute_dtype(config.dtype, "cpu")               # each refuses what it does not know
-    if config.context and config.estep != "context":
-        raise InputError("--context sets pairs aside for --estep context; choose it, or leave --context out")
-    if config.damping >= 1:
-        raise InputError(f"--damping: got {config.damping}, wanted less than 1: 1 would keep the first for ever")
-    if config.em == "full" and config.variant in SAMPLED:
-        raise InputError(f"--variant {config.variant} draws anew at each step, and --em full keeps responsibilities "
-                         "over an epoch: choose one")
-    if config.em != "minibatch" and config.estep == "first":
-        raise InputError(f"--em {config.em} computes responsibilities anew, and --estep first never does: choose one")
-    if config.latent == "user" and config.gate not in ("fixed", "user"):
-        raise InputError(f"--gate {config.gate} gives each pair its own weights, and --latent user has one prior a "
-                         "user: choose --gate user, or --latent pair")
-    if config.estep == "context" and config.latent != "user":
-        raise InputError("--estep context looks at other pairs of the same user: it wants --latent user")
-    if config.estep == "first" and config.start == "dirichlet" and config.start_steps and config.experts > 1:
-        raise InputError("--estep first keeps a pair's first responsibilities, and random ones would stay for ever: "
-                         "it wants --start linear or none, or --start-steps 0")
-    if config.in_backward and (config.clip < math.inf or config.micro < config.batch or lora or not config.train_trunk):
-        raise InputError("--in-backward true steps while gradients are made, before their norm is known: it wants "
-                         "--clip inf, --micro at least --batch, and a trunk that learns")
-    validate_modules(config)
+
+
+def validate_experts(config: TrainConfig) -> None:
+    """What experts, and those taken over or frozen, want of the rest."""
+    lora = config.sharing == "lora"
     if lora and config.rank == 0:
         raise InputError("--rank 0 means full heads; --sharing lora wants a rank of 1 or more")
     if not config.train_trunk and (config.sharing != "heads" or config.experts == 1):
         raise InputError("--train-trunk false trains expert heads alone: it wants --experts 2 or more, --sharing heads")
-
-
-def validate_modules(config: TrainConfig) -> None:
-    """What --model a,b, --init-experts and --freeze want of the rest."""
+    if config.in_backward and (config.clip < math.inf or config.micro < config.batch or lora or not config.train_trunk):
+        raise InputError("--in-backward true steps while gradients are made, before their norm is known: it wants "
+                         "--clip inf, --micro at least --batch, and a trunk that learns")
     if len(config.models) not in (1, config.experts):
         raise InputError(f"--model: got {len(config.models)} for {config.experts} experts; wanted one, or one each")
     begun, frozen = config.init_experts.split(",") if config.init_experts else [], config.frozen
@@ -169,3 +164,24 @@ def validate_modules(config: TrainConfig) -> None:
     if len(frozen) == config.experts and config.gate not in TRAINED and config.weights != "update":
         raise InputError("--freeze all leaves nothing to learn but the weights: choose a gate that is trained, "
                          "or --weights update")
+
+
+def validate_e_step(config: TrainConfig) -> None:
+    """What the E-step wants of the rest."""
+    if config.context and config.estep != "context":
+        raise InputError("--context sets pairs aside for --estep context; choose it, or leave --context out")
+    if config.damping >= 1:
+        raise InputError(f"--damping: got {config.damping}, wanted less than 1: 1 would keep the first for ever")
+    if config.em == "full" and config.variant in SAMPLED:
+        raise InputError(f"--variant {config.variant} draws anew at each step, and --em full keeps responsibilities "
+                         "over an epoch: choose one")
+    if config.em != "minibatch" and config.estep == "first":
+        raise InputError(f"--em {config.em} computes responsibilities anew, and --estep first never does: choose one")
+    if config.latent == "user" and config.gate not in ("fixed", "user"):
+        raise InputError(f"--gate {config.gate} gives each pair its own weights, and --latent user has one prior a "
+                         "user: choose --gate user, or --latent pair")
+    if config.estep == "context" and config.latent != "user":
+        raise InputError("--estep context looks at other pairs of the same user: it wants --latent user")
+    if config.estep == "first" and config.start == "dirichlet" and config.start_steps and config.experts > 1:
+        raise InputError("--estep first keeps a pair's first responsibilities, and random ones would stay for ever: "
+                         "it wants --start linear or none, or --start-steps 0")

@@ -1,6 +1,7 @@
 """Who is trained on when: which pairs share one latent z, which are set aside for the E-step, and the groups of a step.
 
     pairs -> groups (a pair alone, or a user's) -> some of each set aside -> groups shuffled into steps -> micro-batches
+          -> chunks, whose logits are in memory together
 
 A context pair is never trained on, whatever the E-step looks at: where it does not look at context, they are left out.
 A group is never cut, neither by a step nor by a micro-batch, so the E-step that pools a user's pairs (M11) is exact.
@@ -110,3 +111,28 @@ def micro_batches(plan: Plan, ids: list[int], config) -> list[Micro]:
         context = collate(plan.pairs, held, config.latent) if held else None
         out.append(Micro(collate(plan.pairs, train, config.latent), context, torch.tensor(run)))
     return out
+
+
+KEPT = 2**30  # bytes of logits that a head micro-batch keeps for its backward pass
+
+
+def fitting_rows(rows: torch.Tensor, head: torch.Tensor, dtype: torch.dtype) -> int:
+    """How many response tokens' logits fit into KEPT: one row of the vocabulary for each of a token's states, of which
+    experts may have their own, and for each head: (M,C) or (K,M,C), (V,C) or (K,V,C)."""
+    products = rows.shape[:-2].numel() * head.shape[:-2].numel()
+    return max(1, KEPT // (products * head.shape[-2] * dtype.itemsize))
+
+
+def chunks(batch: Batch, head_rows: int, whole_groups: bool):
+    """Cuts a micro-batch into runs of whole pairs (groups) of about head_rows response tokens; 0: no cut.
+
+    Yields (first pair, one past the last, first token, one past the last).
+    """
+    ends = (batch.length.sum(1) - 2 * batch.start).cumsum(0).tolist()       # one past each pair's last token
+    group, first, begin = batch.group.tolist(), 0, 0
+    for b, end in enumerate(ends):
+        last = b + 1 == len(ends)
+        full = head_rows > 0 and not last and ends[b + 1] - begin > head_rows
+        if last or full and not (whole_groups and group[b] == group[b + 1]):
+            yield first, b + 1, begin, end
+            first, begin = b + 1, end

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from mixdpo.attention import Branches, Packed, branches
-from mixdpo.config import InputError, parse
+from mixdpo.config import InputError, command, parse
 from mixdpo.records import OPTIONAL, TEXTS, Fault, lines, read_record
 
 
@@ -314,7 +314,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    command(main)

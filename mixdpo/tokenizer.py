@@ -18,7 +18,7 @@ from pathlib import Path
 import tiktoken
 
 from mixdpo.bpe import (BYTE_LEVEL, LLAMA3_STEPS, SMOLLM_STEPS, document, merges_of, pattern_of, read_vocabulary,
-                        to_bytes, to_name)
+                        to_name)
 from mixdpo.config import InputError
 from mixdpo.fetch import asset
 from mixdpo.gguf import read_gguf

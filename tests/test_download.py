@@ -2,7 +2,6 @@
 fail on.
 """
 
-import threading
 import time
 
 import pytest

@@ -3,7 +3,7 @@
 import json
 
 import numpy as np
-from fakejob import figure, make_job, write
+from fakejob import make_job, write
 
 from data.job import by_annotator, last_responsibilities, read_job, smooth
 

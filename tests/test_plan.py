@@ -6,6 +6,7 @@ import torch
 from letters import PEOPLE, pair
 
 import small
+from mixdpo import plan
 from mixdpo.config import InputError
 from mixdpo.plan import batches, make_plan, mark_context, micro_batches
 from mixdpo.preferences import groups
@@ -101,3 +102,31 @@ def test_groups_of_like_length_stand_together_in_a_step():
     for _, ids in plan.steps:
         lengths = [pairs[plan.trained[g][0]].longest() for g in ids]
         assert lengths == sorted(lengths)
+
+
+def test_chunks_cover_every_pair_once_and_cut_no_user():
+    """Faults: a chunk that ends inside a user; the last chunk forgotten; one chunk whatever head_rows is."""
+    from mixdpo.preferences import Pair, collate, rows_of
+
+    pairs = [Pair([1], [2] * n, [3] * (n + 1), user=u) for n, u in zip((1, 4, 2, 7, 1, 1, 3), "aabbbcd")]
+    batch = collate(pairs, range(7), "user")
+    sequence = rows_of(batch).sequence
+    for rows, whole in ((1, True), (1, False), (12, True), (12, False), (0, True)):
+        cuts = list(plan.chunks(batch, rows, whole))
+        assert [c[0] for c in cuts] == [0, *(c[1] for c in cuts[:-1])] and cuts[-1][1] == 7
+        assert all((sequence[m:end] // 2 >= p).all() and (sequence[m:end] // 2 < q).all() for p, q, m, end in cuts)
+        assert sum(end - m for *_, m, end in cuts) == len(sequence)
+        assert not whole or all(q == 7 or batch.group[q - 1] != batch.group[q] for _, q, *_ in cuts)
+        assert len(cuts) == {(1, True): 4, (1, False): 7, (0, True): 1}.get((rows, whole), len(cuts))
+        assert rows != 12 or 1 < len(cuts) < 7
+
+
+def test_a_head_micro_batch_keeps_as_much_as_fits(monkeypatch):
+    """Fault: heads, or experts with states of their own, not counted; a bound of less than one row."""
+    monkeypatch.setattr(plan, "KEPT", 4 * 53 * 12)
+    rows, head = torch.zeros(30, 8), torch.zeros(53, 8)
+    assert plan.fitting_rows(rows, head, torch.float32) == 12
+    assert plan.fitting_rows(rows, head, torch.bfloat16) == 24
+    assert plan.fitting_rows(rows, head.expand(4, 53, 8), torch.float32) == 3
+    assert plan.fitting_rows(rows.expand(3, 30, 8), head, torch.float32) == 4
+    assert plan.fitting_rows(rows.expand(20, 30, 8), head, torch.float32) == 1

@@ -364,23 +364,6 @@ def test_results_depend_on_neither_micro_batches_nor_chunks(tmp_path, model_dir)
         assert tinyjob.equal(runs[0], run, slack=1e-6)
 
 
-def test_chunks_cover_every_pair_once_and_cut_no_user():
-    """Faults: a chunk that ends inside a user; the last chunk forgotten; one chunk whatever head_rows is."""
-    from mixdpo.preferences import Pair, collate, rows_of
-
-    pairs = [Pair([1], [2] * n, [3] * (n + 1), user=u) for n, u in zip((1, 4, 2, 7, 1, 1, 3), "aabbbcd")]
-    batch = collate(pairs, range(7), "user")
-    sequence = rows_of(batch).sequence
-    for rows, whole in ((1, True), (1, False), (12, True), (12, False), (0, True)):
-        cuts = list(train.chunks(batch, rows, whole))
-        assert [c[0] for c in cuts] == [0, *(c[1] for c in cuts[:-1])] and cuts[-1][1] == 7
-        assert all((sequence[m:end] // 2 >= p).all() and (sequence[m:end] // 2 < q).all() for p, q, m, end in cuts)
-        assert sum(end - m for *_, m, end in cuts) == len(sequence)
-        assert not whole or all(q == 7 or batch.group[q - 1] != batch.group[q] for _, q, *_ in cuts)
-        assert len(cuts) == {(1, True): 4, (1, False): 7, (0, True): 1}.get((rows, whole), len(cuts))
-        assert rows != 12 or 1 < len(cuts) < 7
-
-
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
 def test_compiled_trunks_train_the_same(tmp_path, model_dir):
     """The start's checks pass, and checkpoints agree to rounding. Faults: the switch not looked at; a trunk compiled
@@ -392,17 +375,6 @@ def test_compiled_trunks_train_the_same(tmp_path, model_dir):
                                 lr=train.TrainConfig.lr, compile=on))
         assert (graphs["unique_graphs"] > before) == on
     assert tinyjob.equal(*runs, slack=1e-4)
-
-
-def test_a_head_micro_batch_keeps_as_much_as_fits(monkeypatch):
-    """Fault: heads, or experts with states of their own, not counted; a bound of less than one row."""
-    monkeypatch.setattr(train, "KEPT", 4 * 53 * 12)
-    rows, head = torch.zeros(30, 8), torch.zeros(53, 8)
-    assert train.fitting_rows(rows, head, torch.float32) == 12
-    assert train.fitting_rows(rows, head, torch.bfloat16) == 24
-    assert train.fitting_rows(rows, head.expand(4, 53, 8), torch.float32) == 3
-    assert train.fitting_rows(rows.expand(3, 30, 8), head, torch.float32) == 4
-    assert train.fitting_rows(rows.expand(20, 30, 8), head, torch.float32) == 1
 
 
 def test_annotators_and_scores_never_reach_training(tmp_path, model_dir):

@@ -15,7 +15,7 @@ from tests.bench import step                                                # fi
 
 import torch
 
-from mixdpo.config import InputError, parse, write_whole
+from mixdpo.config import InputError, command, parse, write_whole
 from mixdpo.rundir import environment
 from tests.bench import memory
 from tests.bench.variants import SIZES, make_setting
@@ -36,16 +36,20 @@ class Part:
 
 PARTS = [
     Part("gpt2-64", ("k1", "k4-low-rank", "k4-full", "k4-models", "plain", "trl", "trl-precomputed", "em", "head-tiled",
-                     "head-full", "head-kept", "head-products", "long-shared", "long-plain", "generate",
-                     "generate-transformers"), ("k1", "plain", "head-tiled", "head-full"),
+                     "head-full", "head-kept", "head-products", "head-trl", "head-cut", "long-shared", "long-plain",
+                     "generate", "generate-transformers"), ("k1", "plain", "head-tiled", "head-full"),
          [("k1", "trl", "time", 0.25), ("k1", "trl-precomputed", "time", 0.40), ("k1", "plain", "time", 0.6),
           ("k4-low-rank", "k1", "time", 1.15), ("k4-full", "k1", "time", 1.8), ("k4-models", "k1", "time", 4.0),
           ("em", "k1", "time", 0.01), ("head-kept", "head-products", "time", 1.43),
+          ("head-kept", "head-trl", "time", 1 / 1.3), ("head-kept", "head-cut", "time", 1 / 1.3),
           ("long-shared", "long-plain", "time", 0.70), ("generate", "generate-transformers", "time", 0.5),
           ("k1", "plain", "memory", 0.30)]),
-    Part("gpt2-4", ("k1", "trl", "trl-precomputed"), (), [("k1", "trl", "time", 0.10)]),
-    Part("llama-1b", ("k1", "k4-low-rank", "k4-full", "head-kept", "head-products"), ("k4-models-lean",),
-         [("head-kept", "head-products", "time", 1.18), ("k4-full", "k1", "time", 1.8)]),
+    Part("gpt2-4", ("k1", "trl", "trl-precomputed", "head-kept", "head-liger"), (),
+         [("k1", "trl", "time", 0.10), ("head-kept", "head-liger", "time", 1 / 12)]),
+    Part("llama-1b", ("k1", "k4-low-rank", "k4-full", "head-kept", "head-products", "head-trl", "head-cut"),
+         ("k4-models-lean",),
+         [("head-kept", "head-products", "time", 1.18), ("k4-full", "k1", "time", 1.8),
+          ("head-kept", "head-trl", "time", 1 / 1.3), ("head-kept", "head-cut", "time", 1 / 1.3)]),
 ]
 
 
@@ -99,8 +103,8 @@ def report(found: dict) -> str:
             clocks = {"cpu": "GPU"}                                         # step.py's name for the device's own
             measured = ", ".join(f"{value:.2f} ({clocks.get(key, key)})" for key, value in t["ratio"].items())
             what = f"{t['figure']}: {step.ROWS[t['row']].title} / {step.ROWS[t['base']].title}"
-            lines.append(f"| {what} | {t['limit']} | {measured} | {'reached' if t['reached'] else 'missed'} |")
-        lines += ["", *(f"Skipped: {step.ROWS[key].title} ({', '.join(wants)} not installed)."
+            lines.append(f"| {what} | {t['limit']:.2f} | {measured} | {'reached' if t['reached'] else 'missed'} |")
+        lines += ["", *(f"Skipped: {step.ROWS[key].title} ({', '.join(wants)} not there)."
                         for key, wants in part["skipped"].items()), ""]
     return "\n".join(lines)
 
@@ -126,7 +130,4 @@ def main(argv: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    command(main)

@@ -53,6 +53,30 @@ def products(setting: Setting) -> Stepper:
     return Stepper(step, [], **counted_head(hidden, weight))
 
 
+# The same head by others: log-probs summed, hidden (N,C), weight (V,C), targets (N,) -> ().
+
+
+def head_trl(hidden, weight, targets):
+    """TRL's kernel, in tiles of its own size; in plain torch on a CPU."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768, None, 1.0, ())[0]
+
+
+def head_liger(hidden, weight, targets):
+    """Liger's, which computes the gradients in forward, for a sum of all tokens."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return -liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="sum")
+
+
+def head_cut(hidden, weight, targets):
+    """Apple's cut cross-entropy, a loss a token; it leaves out what is below bfloat16's precision."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(hidden, weight, targets, reduction="none")
+
+
 def long_prompts(setting: Setting, shared: bool) -> Stepper:
     """Forward and backward of pairs whose prompts are long."""
     sizes, generator = setting.sizes, torch.Generator().manual_seed(0)
@@ -121,6 +145,9 @@ PARTS = {
     "head-full": Variant("head, full logits", lambda s: head(s, token_logps_reference)),
     "head-kept": Variant("head, products kept", lambda s: head(s, lambda *inputs: token_logps(*inputs, tile=None))),
     "head-products": Variant("head, its three matrix products alone", products),
+    "head-trl": Variant("head, TRL's kernel", lambda s: head(s, head_trl), ("trl",)),
+    "head-liger": Variant("head, Liger's kernel", lambda s: head(s, head_liger), ("liger_kernel", "CUDA")),
+    "head-cut": Variant("head, cut cross-entropy", lambda s: head(s, head_cut), ("cut_cross_entropy", "CUDA")),
     "long-shared": Variant("pairs with long prompts, shared", lambda s: long_prompts(s, True)),
     "long-plain": Variant("pairs with long prompts, twice each", lambda s: long_prompts(s, False)),
     "em": Variant("EM over K, without the experts", bookkeeping),

@@ -25,7 +25,7 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 
-from mixdpo.config import InputError, parse  # noqa: E402
+from mixdpo.config import InputError, command, parse  # noqa: E402
 from mixdpo.rundir import environment  # noqa: E402
 from tests.bench import memory  # noqa: E402
 from tests.bench.parts import ROWS  # noqa: E402
@@ -172,7 +172,7 @@ def table(rows: dict[str, dict], found: list[dict], skipped: dict[str, list[str]
         figures = "".join(f"{used[key]:10.0f}" for key in ("step", "state", "freed")) if used else f"{'-':>10}" * 3
         lines.append(f"{ROWS[name].title:58}{row['cpu']:9.3f}{row['wall']:9.3f}{figures}")
     for name, packages in skipped.items():
-        lines.append(f"{ROWS[name].title:58}  skipped: {', '.join(packages)} not installed")
+        lines.append(f"{ROWS[name].title:58}  skipped: {', '.join(packages)} not there")
     lines.append("")
     for target in found:
         values = ", ".join(f"{value:.2f} ({clock if key == 'cpu' else key})" for key, value in target["ratio"].items())
@@ -195,8 +195,9 @@ def versions() -> dict[str, str]:
 
 
 def missing(name: str) -> list[str]:
-    """The packages that a row needs and that are not installed."""
-    return [package for package in ROWS[name].needs if importlib.util.find_spec(package) is None]
+    """What a row needs and is not there: packages, a GPU."""
+    there = {"CUDA": torch.cuda.is_available()}
+    return [what for what in ROWS[name].needs if not there.get(what, importlib.util.find_spec(what) is not None)]
 
 
 def main(argv: list[str]) -> dict:
@@ -228,7 +229,4 @@ def main(argv: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    command(main)

@@ -232,7 +232,7 @@ def trl_precomputed(setting: Setting) -> Stepper:
 class Variant:
     title: str
     build: Callable[[Setting], Stepper]
-    needs: tuple[str, ...] = ()  # packages beyond this project's own
+    needs: tuple[str, ...] = ()  # packages beyond this project's own; "CUDA": a GPU
 
 
 PEERS = ("transformers", "trl", "datasets")
