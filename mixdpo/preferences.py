@@ -11,8 +11,8 @@ Where prompts are long, both responses of a pair stand behind one prompt instead
 Prompt and response are tokenised apart and their ids joined, so no token straddles the boundary and log pi(y|x) scores
 the same y after every x. EOS is appended once, as an id; a response cut at max_response ids is unfinished and has none.
 Everything that asks "is this a response token?" asks the lengths, never the ids: 0 pads, and 0 is one vocabulary's EOS
-and another's ordinary token. Left out: chat templates (texts are strings), and attention masks (a causal model needs
-none under right padding).
+and another's ordinary token. Prompts may be conversations (chat.py); EOS is then the token that ends a turn. Left out:
+attention masks (a causal model needs none under right padding).
 """
 
 import hashlib
@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from mixdpo.attention import Branches, Packed, branches
+from mixdpo.chat import encode_answer, encode_chat, ends, template_of
 from mixdpo.config import InputError, command, parse
 from mixdpo.records import OPTIONAL, TEXTS, Fault, lines, read_record
 
@@ -102,14 +103,17 @@ def read_preferences(path, tokenizer, max_prompt, max_response, drop=False, repo
 def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response: int, cut: dict) -> Pair:
     """One line as a Pair; its number is appended to `cut` under each thing that had to be shortened. Raises: Fault."""
     record = read_record(raw)
+    if isinstance(record["prompt"], list):
+        template_of(tokenizer)                                              # a tokenizer without one: no line's fault
     try:
         prompt, all_of_it = encode_prompt(record["prompt"], tokenizer, max_prompt)
-        responses = [tokenizer.encode(record[side]) for side in ("chosen", "rejected")]
+        whole = [encode_response(record[side], tokenizer) for side in ("chosen", "rejected")]  # a cut one has no EOS
+    except Fault:
+        raise
     except InputError as error:
         raise Fault("no token for a character", str(error), "replace that character or take the line out") from None
-    if any(tokenizer.eos in response for response in responses):
-        raise Fault("EOS in a response", f"its text holds token {tokenizer.eos}", "take it out: EOS is appended")
-    whole = [response + [tokenizer.eos] for response in responses]  # before the cut: a cut response is one without EOS
+    if any(response[-1] in response[:-1] for response in whole):
+        raise Fault("EOS in a response", f"its text holds token {whole[0][-1]}", "take it out: EOS is appended")
     chosen, rejected = (response[:max_response] for response in whole)
     if whole[0] == whole[1]:
         raise Fault("identical responses", "chosen and rejected have the same ids", "take the line out")
@@ -117,17 +121,30 @@ def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response:
         got = f"the first {max_response} ids are the same"
         raise Fault("identical after truncation", got, "raise max_response or take the line out")
     if not all_of_it:
-        cut[f"prompts cut to their last {max_prompt} ids"].append(number)
+        chat = isinstance(record["prompt"], list)
+        cut[f"conversations without their oldest turns, to fit {max_prompt} ids" if chat else
+            f"prompts cut to their last {max_prompt} ids"].append(number)
     if max(map(len, whole)) > max_response:
         cut[f"pairs with a response cut to its first {max_response} ids, without EOS"].append(number)
     return Pair(prompt, chosen, rejected, *(record.get(field) for field in OPTIONAL), line=number)
 
 
-def encode_prompt(text: str, tokenizer, max_prompt: int) -> tuple[list[int], bool]:
-    """A prompt's last max_prompt ids, and whether these are all. A start token counts in, and is kept."""
+def encode_prompt(text: str | list, tokenizer, max_prompt: int) -> tuple[list[int], bool]:
+    """A prompt's last max_prompt ids, or those of a conversation's last turns, and whether these are all. A start token
+    counts in, and is kept."""
+    if isinstance(text, list):
+        ids, turns_left_out = encode_chat(text, tokenizer, max_prompt)
+        return ids, not turns_left_out
     start, ids = [tokenizer.bos] * (tokenizer.bos is not None), tokenizer.encode(text)
     extra = max(0, len(start) + len(ids) - max_prompt)
     return start + ids[extra:], extra == 0
+
+
+def encode_response(response: str | list, tokenizer) -> list[int]:
+    """A text, or an answer of one turn, and its end token."""
+    if isinstance(response, list):
+        return encode_answer(response[0]["content"], tokenizer)
+    return [*tokenizer.encode(response), tokenizer.eos]
 
 
 def check_lengths(pairs: list[Pair], context: int, path) -> None:
@@ -277,10 +294,10 @@ def show(batch: Batch, tokenizer, colour: bool = False) -> str:
         out.append(f"pair {batch.pair[b]} (group {batch.group[b]}{note})")
         for side, name in enumerate(("chosen", "rejected")):
             row, length = batch.ids[b, side].tolist(), int(batch.length[b, side])
-            finished = row[length - 1] == tokenizer.eos
+            finished = row[length - 1] in ends(tokenizer)
             text = part("prompt", quoted(row[:start]))
             text += part("response", quoted(row[start : length - finished]))
-            text += part("EOS", f"<{tokenizer.eos}>") if finished else ""
+            text += part("EOS", f"<{row[length - 1]}>") if finished else ""
             text += part("padding", f"0 x {T - length}") if length < T else ""
             out.append(f"  {name:<9}{text.lstrip()}")
     return "\n".join(out)

@@ -2,7 +2,9 @@
 
 One line is one JSON object, one comparison:
 
-    {"prompt": str, "chosen": str, "rejected": str}           always
+    {"prompt": str, "chosen": str, "rejected": str}           always; or, all three, lists of messages (chat.py):
+        [{"role": "user", "content": str}, ...]               prompt: perhaps system, then turns up to a user's
+        [{"role": "assistant", "content": str}]               chosen and rejected: one turn
     {"user": str}                                             who judged; training may use it (M11: one latent a user)
     {"domain": str}                                           what the prompt is about; only a gate of domains reads it
     {"annotator": str, "scores": {name: [chosen, rejected]}}  the truth about the judge; evaluation only
@@ -62,7 +64,12 @@ def read_record(raw: bytes) -> dict:
     if missing := [field for field in TEXTS if field not in record]:
         raise Fault("missing field", ", ".join(missing), f"every line needs {', '.join(TEXTS)}")
     record = {field: value for field, value in record.items() if value is not None or field in TEXTS}
-    for field in record.keys() & {*TEXTS, "user", "annotator", "domain"}:
+    chat = [field for field in TEXTS if isinstance(record[field], list)]
+    if chat and len(chat) < len(TEXTS):
+        raise Fault("wrong type", f"{', '.join(chat)} of messages, the rest is text", "wanted all three alike")
+    for field in chat:
+        check_messages(field, record[field])
+    for field in record.keys() & {*TEXTS, "user", "annotator", "domain"} - {*chat}:
         check_string(field, record[field])
     if not isinstance(record.get("context", False), bool):
         raise Fault("wrong type", f"context is {record['context']!r}", "wanted true or false")
@@ -74,9 +81,6 @@ def read_record(raw: bytes) -> dict:
 
 def check_string(field: str, value) -> None:
     """Raises: Fault unless `value` is a string, not empty, that UTF-8 can write."""
-    if isinstance(value, list) and field in TEXTS:
-        remedy = "chat templates are not supported by this version: apply yours and write strings"
-        raise Fault("wrong type", f"{field} is a list of messages", remedy)
     if not isinstance(value, str):
         raise Fault("wrong type", f"{field} is {value!r}", "wanted a string")
     if not value:
@@ -85,6 +89,22 @@ def check_string(field: str, value) -> None:
         if "\ud800" <= character <= "\udfff":
             got = f"{field} has \\u{ord(character):04x} at position {position}"
             raise Fault("lone surrogate", got, "it is half a character: write it whole or take it out")
+
+
+def check_messages(field: str, messages: list) -> None:
+    """Raises: Fault unless these are turns that a chat template can write: a prompt's, or one answer."""
+    wanted = "wanted [{\"role\": \"user\", \"content\": \"...\"}, ...]"
+    for n, message in enumerate(messages):
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            raise Fault("wrong message", f"{field}[{n}] is {message!r:.80}", wanted)
+        check_string(f"{field}[{n}].content", message["content"])
+    roles = [message["role"] for message in messages]
+    if field != "prompt":
+        if roles != ["assistant"]:
+            raise Fault("wrong roles", f"{field} has {roles}", "wanted one turn, the assistant's, behind the prompt's")
+    elif roles[-1:] != ["user"] or not {*roles} <= {"system", "user", "assistant"} or "system" in roles[1:]:
+        raise Fault("wrong roles", f"{field} has {roles}", "wanted turns of user and assistant, the last a user's; one "
+                    "of system may stand before them")
 
 
 def is_score(value) -> bool:

@@ -43,6 +43,7 @@ class Tokenizer:
         self.nfc = normalizer is not None
         _refuse_flags(added, self.nfc, place)
         self.doc, self.config, self.place = doc, config, place
+        self.special, self.chat_template = {t["content"]: t["id"] for t in added}, _template_of(config)     # for chat.py
         self.eos, self.bos = self._id_of(config["eos_token"]), self._id_of(_first_of_template(doc))
         self.vocab = max(self.vocabulary.names) + 1
         try:
@@ -60,8 +61,7 @@ class Tokenizer:
         name = name["content"] if isinstance(name, dict) else name
         if name is None:
             return None
-        known = {token["content"]: token["id"] for token in self.doc.get("added_tokens") or []}
-        found = known.get(name, self.doc["model"]["vocab"].get(name))
+        found = self.special.get(name, self.doc["model"]["vocab"].get(name))
         if found is None:
             raise InputError(f"{self.place}: {name!r} is named as a special token, and the vocabulary lacks it")
         return found
@@ -114,7 +114,7 @@ class Tokenizer:
         """sha256 of everything that decides ids; two tokenizers with the same key give the same ids."""
         merged = [(rank, self.vocabulary.ids[rank], token.hex()) for token, rank in self.vocabulary.ranks.items()]
         parts = [[(i, token) for _, i, token in sorted(merged)], self.pattern, self.prefix_space, self.nfc, self.eos,
-                 self.bos, sorted(self.vocabulary.literal.items()), self.vocab]
+                 self.bos, sorted(self.vocabulary.literal.items()), self.vocab, self.chat_template]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def save(self, directory):
@@ -134,6 +134,12 @@ def _refuse_flags(added, nfc, place):
         asked += ["normalized"] if nfc and token.get("normalized") else []
         if asked and not token["special"]:
             raise InputError(f"{place}: added token {token['content']!r} with {', '.join(asked)} is not supported")
+
+
+def _template_of(config):
+    """The Jinja program that writes conversations, or None; of several with names, the default one."""
+    jinja = config.get("chat_template")
+    return jinja if not isinstance(jinja, list) else {one["name"]: one["template"] for one in jinja}.get("default")
 
 
 def _first_of_template(doc):
@@ -191,6 +197,8 @@ def _config_of(directory, doc):
     """tokenizer_config.json with its eos_token, which is looked up in the model's config if it is not there."""
     file = directory / "tokenizer_config.json"
     config = _read_json(file) if file.is_file() else CONFIG
+    if (jinja := directory / "chat_template.jinja").is_file():
+        config = config | {"chat_template": jinja.read_text(encoding="utf-8")}
     if config.get("eos_token"):
         return config
     for path in (directory / "generation_config.json", directory / "config.json"):
@@ -244,7 +252,8 @@ def _from_gguf(path, place):
     special = [token for token, number in zip(tokens, types) if number == 3]     # 3: control, by llama.cpp's count
     doc = document({token: i for i, token in enumerate(tokens)}, special, GGUF_STEPS[kind],
                    metadata["tokenizer.ggml.merges"], ignore_merges=False)
-    return Tokenizer(doc, CONFIG | {"eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]]}, place)
+    chat = {"chat_template": metadata["tokenizer.chat_template"]} if "tokenizer.chat_template" in metadata else {}
+    return Tokenizer(doc, CONFIG | chat | {"eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]]}, place)
 
 
 def _llama3(data):

@@ -8,6 +8,16 @@ from letters import GOOD, Letters, read, write
 from mixdpo.config import InputError
 from mixdpo.preferences import data_key, read_preferences
 
+
+
+def turn(role, content="b"):
+    return {"role": role, "content": content}
+
+
+def chat(**fields):
+    return {"prompt": [turn("user")], "chosen": [turn("assistant")], "rejected": [turn("assistant", "c")]} | fields
+
+
 FAULTS = {
     "not JSON": '{"prompt": "a", "chosen": "b", "rej',
     "not UTF-8": b'{"prompt": "caf\xe9", "chosen": "b", "rejected": "c"}',
@@ -16,7 +26,17 @@ FAULTS = {
     "missing field: chosen, rejected": {"prompt": "a"},
     "wrong type: chosen is 3": {**GOOD, "chosen": 3},
     "wrong type: prompt is None": {**GOOD, "prompt": None},
-    "wrong type: chosen is a list of messages; chat templates are not supported": {**GOOD, "chosen": [{"role": "me"}]},
+    "wrong type: chosen of messages, the rest is text": {**GOOD, "chosen": [{"role": "assistant", "content": "b"}]},
+    "wrong message: prompt[0] is 'hi'": chat(prompt=["hi"]),
+    "wrong message: prompt[0] is {'role': 'user'}": chat(prompt=[{"role": "user"}]),
+    "wrong message: chosen[0] is {'role'": chat(chosen=[{"role": "assistant", "content": "b", "name": "bob"}]),
+    "wrong type: prompt[0].content is ['b']": chat(prompt=[{"role": "user", "content": ["b"]}]),
+    "empty prompt[0].content": chat(prompt=[{"role": "user", "content": ""}]),
+    "wrong roles: prompt has []": chat(prompt=[]),
+    "wrong roles: prompt has ['user', 'assistant']": chat(prompt=[turn("user"), turn("assistant")]),
+    "wrong roles: prompt has ['user', 'system', 'user']": chat(prompt=[turn("user"), turn("system"), turn("user")]),
+    "wrong roles: prompt has ['tool', 'user']": chat(prompt=[turn("tool"), turn("user")]),
+    "wrong roles: chosen has ['user', 'assistant']": chat(chosen=[turn("user"), turn("assistant")]),
     "wrong type: user is 17": {**GOOD, "user": 17},
     "wrong type: context is 1": {**GOOD, "context": 1},
     "wrong type: scores is ": {**GOOD, "scores": {"length": [1, float("nan")]}},

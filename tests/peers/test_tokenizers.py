@@ -12,6 +12,7 @@ import pytest
 import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 
+from mixdpo.chat import encode_answer, encode_chat
 from mixdpo.config import InputError
 from mixdpo.fetch import asset
 from mixdpo.gguf import read_gguf
@@ -86,6 +87,42 @@ def test_saved_tokenizers_give_the_same_ids_in_transformers(real):
     assert theirs.eos_token_id == tokenizer.eos and len(theirs) == tokenizer.vocab
     start = theirs.encode("the film", add_special_tokens=True)
     assert start == [tokenizer.bos] * (tokenizer.bos is not None) + tokenizer.encode("the film")
+
+
+JINJA = {                               # Llama 3's own, written anew; SmolLM2's comes with its vocabulary
+    "llama 3": "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
+               "m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+               "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+    "llama 3.2": "{{ bos_token }}{% set own = messages[0]['content'] | trim if messages[0]['role'] == 'system' else '' %}"
+                 "{{ '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: "
+                 "26 Jul 2024\n\n' + own + '<|eot_id|>' }}{% for m in messages if m['role'] != 'system' %}"
+                 "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+                 "{% endfor %}{% if add_generation_prompt %}"
+                 "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("name", ["smollm2", *JINJA])
+def test_conversations_as_apply_chat_template_writes_them(name, tmp_path):
+    """Random turns, with a system's or without, and whole conversations with an answer. Names of special tokens are
+    left out: theirs become special tokens, ours stay text. Faults: role and content tokenised apart; blanks at a
+    content's ends kept, or taken away; a line break behind the last turn; dates stripped."""
+    tokenizer = load_tokenizer("smollm2" if name == "smollm2" else "llama-3.2-1b")
+    if name in JINJA:
+        tokenizer.config = tokenizer.config | {"chat_template": JINJA[name]}
+    tokenizer.save(tmp_path)
+    tokenizer, theirs = load_tokenizer(tmp_path), transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    draw, said = random.Random(0), [one for one in texts(6000, seed=5) if "<|" not in one and ours(tokenizer, one)]
+    roles = {True: ["system", "user"], False: ["user", "assistant", "user"]}
+    for n in range(600):
+        asked = [{"role": role, "content": draw.choice(said)} for role in roles[n % 2 == 0]]
+        wanted = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        ids, left_out = encode_chat(asked, tokenizer, 10000)
+        assert ids == wanted and left_out == 0, asked
+        answer = {"role": "assistant", "content": draw.choice("Aa1") + draw.choice(said)}       # no blank begins it
+        wanted = theirs.apply_chat_template([*asked, answer], return_dict=False)
+        ours_whole = ids + encode_answer(answer["content"], tokenizer)
+        assert ours_whole == wanted[: len(ours_whole)] and theirs.decode(wanted[len(ours_whole) :]) in ("", "\n")
 
 
 def test_every_kind_of_character_is_cut_alike(real):
