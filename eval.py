@@ -226,6 +226,9 @@ def print_tables(results: dict) -> None:
             print(f"{name}: {what} {figures[key]['mean']:.4f} ±{figures[key]['se']:.4f}, "
                   f"with each user's weights {own['mean']:.4f} ±{own['se']:.4f}")
         print(f"  effective experts {figures['effective_experts']:.2f}")
+        by_type = {kind: of["accuracy"]["mean"] for kind, of in figures["types"].items()}
+        worst = min(by_type, key=by_type.get)
+        print(f"  worst type {worst}: accuracy with each user's weights {by_type[worst]:.4f}")
         for kind, column in figures["accuracy"].items():
             heads = "  ".join(f"head {k} {a['mean']:.3f} ±{a['se']:.3f}" for k, a in enumerate(column))
             print(f"  pairs judged by {kind:<18}{heads}")

@@ -213,6 +213,29 @@ def prepare(job: Path, of: DataSet, preset: dict, model: str, distilbert: str | 
     stage(job, "judge", key, ["train.jsonl", "heldout.jsonl", "dataset.json"], lambda: judge(job, preset, longest))
 
 
+def begun_with(job: Path) -> dict:
+    """What the job in this folder was begun with; {} if there is none."""
+    return json.loads((job / "job.json").read_text()) if (job / "job.json").exists() else {}
+
+
+def begin(job: Path, facts: dict) -> None:
+    """Makes the job's folder, which says what it is a job of. Raises: InputError if it holds another one."""
+    begun = begun_with(job)
+    if differ := [what for what in begun if begun[what] != facts[what]]:
+        raise InputError(f"{job} holds a job of another {', '.join(differ)}: it goes on with what it began with. "
+                         f"Remove {job}, or name another folder with --out")
+    job.mkdir(parents=True, exist_ok=True)
+    if not begun:
+        write_whole(job / "job.json", json.dumps(facts, indent=1) + "\n")
+
+
+def train_and_evaluate(job: Path, preset: dict, shared: dict, **asked) -> None:
+    """The preset's runs on the job's train.jsonl, and their table. asked: options of EvalConfig."""
+    for name, options in preset["runs"].items():
+        run(TrainConfig(out=str(job / name), data=str(job / "train.jsonl"), **shared | preset["train"] | options))
+    evaluate(EvalConfig(dir=str(job), data_folder=shared["data_folder"], **asked))
+
+
 def main(of: DataSet, argv: list[str]) -> None:
     """The data set's command."""
     retain_pages()
@@ -222,27 +245,18 @@ def main(of: DataSet, argv: list[str]) -> None:
         raise InputError(f"--preset: got {name!r}, wanted one of {', '.join(of.presets)}")
     preset = of.presets[name]
     job = Path(config.out or f"runs/{of.name}-{name}" + (f"-{Path(config.model).name}" if config.model else ""))
-    begun = json.loads((job / "job.json").read_text()) if (job / "job.json").exists() else {}
+    begun = begun_with(job)
     model, why = (begun["model"], "as the job began") if begun and not config.model else choose_model(config)
     goes_on = begun and not config.sentiment
     distilbert, why_judge = (begun["judge"], "as the job began") if goes_on else choose_judge(config)
-    facts = {"preset": name, "model": model, "judge": distilbert, "settings": json.loads(json.dumps(preset))}
-    if differ := [what for what in begun if begun[what] != facts[what]]:
-        raise InputError(f"{job} holds a job of another {', '.join(differ)}: it goes on with what it began with. "
-                         f"Remove {job}, or name another folder with --out")
-    job.mkdir(parents=True, exist_ok=True)
-    if not begun:
-        write_whole(job / "job.json", json.dumps(facts, indent=1) + "\n")
+    begin(job, {"preset": name, "model": model, "judge": distilbert, "settings": json.loads(json.dumps(preset))})
     print(f"preset {name} in {job}; model {model}: {why}")
     print(f"judge of sentiment: {distilbert or 'bag of words and word pairs'}: {why_judge}")
     print(estimate(preset, model, MAX_PROMPT))
     prepare(job, of, preset, model, distilbert, config.data_folder)
     if config.data_only:
         return
-    shared = {"data": str(job / "train.jsonl"), "model": str(job / "reference"), "data_folder": config.data_folder}
     max_prompt = longest_prompt(load_tokenizer(model, config.data_folder or None))
-    shared |= {"max_prompt": max_prompt, "max_response": preset["max_response"]} | preset["train"]
-    for run_name, options in preset["runs"].items():
-        run(TrainConfig(out=str(job / run_name), **shared | options))
-    evaluate(EvalConfig(dir=str(job), prompts=str(job / of.evaluate), limit=preset["evaluate"],
-                        data_folder=config.data_folder))
+    shared = {"model": str(job / "reference"), "data_folder": config.data_folder, "max_prompt": max_prompt,
+              "max_response": preset["max_response"]}
+    train_and_evaluate(job, preset, shared, prompts=str(job / of.evaluate), limit=preset["evaluate"])

@@ -100,3 +100,22 @@ REVIEWS = {
         "train": {"batch": 40, "micro": 40}, "runs": gates(ALL, 100),
     },
 }
+
+
+def of_users(experts: int, steps: int, **of_dpo) -> dict:
+    """DPO; Mix-DPO with one type a pair, and with one a user; MoE-DPO with weights for every user."""
+    heads = {"experts": experts, "train_trunk": False, "start": "linear", "start_steps": steps}
+    return {"dpo": {"experts": 1} | of_dpo, "mix-pair": heads, "moe-user": heads | {"gate": "user", "gate_lr": 0.05},
+            "mix-user": heads | {"latent": "user", "estep": "context"}}
+
+
+HH = {  # users: of each type; heldout: share of the conversations; heldout_pairs: at most, 0: all
+    "smoke": {
+        "seed": 0, "users": 2, "pairs": 8, "context": 2, "heldout": 0.25, "heldout_pairs": 24, "max_prompt": 96,
+        "max_response": 16, "train": {"epochs": 1, "batch": 12, "micro": 6}, "runs": of_users(2, 1),
+    },
+    "quick": {
+        "seed": 0, "users": 20, "pairs": 40, "context": 12, "heldout": 0.22, "heldout_pairs": 0, "max_prompt": 96,
+        "max_response": 48, "train": {"epochs": 1, "batch": 32, "micro": 32}, "runs": of_users(2, 25, lr=5e-5),
+    },
+}

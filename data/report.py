@@ -86,7 +86,8 @@ def training(job: Job) -> dict[str, Figure]:
     runs = [run for run in job.runs if run.metrics]
     labels = {"loss": "loss (nats a pair)", "log_marginal": "log-marginal (nats a pair)", "accuracy": "accuracy",
               "margin": "margin h (nats)", "effective_experts": "effective experts"}
-    curves = {run.name: {key: smooth([step[key] for step in run.metrics]) for key in labels} for run in runs}
+    curves = {run.name: {key: smooth([step[key] for step in run.metrics]) for key in [*labels, "accuracy_mbt"]}
+              for run in runs}
     figures = {}
     for run in runs:
         figure, axes = panels(5, 5, 2.1, 1.9)
@@ -98,8 +99,10 @@ def training(job: Job) -> dict[str, Figure]:
                 whole = "mixture" if run.config["experts"] > 1 else "policy"
                 axis.plot(x, y, color="black", linewidth=1, label=whole)
             if key == "accuracy" and run.config["experts"] > 1:
-                axis.plot(x, smooth([step["accuracy_mbt"] for step in run.metrics])[1], color="black", linewidth=1)
-            low, high = (pick([pick(curves[name][key][1]) for name in curves]) for pick in (np.min, np.max))
+                axis.plot(x, curves[run.name]["accuracy_mbt"][1], color="black", linewidth=1)
+            drawn = [key, "accuracy_mbt"] if key == "accuracy" else [key]
+            low, high = (pick([pick(curves[name][of][1]) for name in curves for of in drawn])
+                         for pick in (np.min, np.max))
             axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
             axis.set(title=label, xlabel="step")
         figure.suptitle(run.name, fontsize=9, fontweight="bold")
@@ -305,7 +308,8 @@ def report(home: Path) -> Path:
                 figure.savefig(folder / f"{name}.png")
             links = [f"![{tables.escape(name)}](report/{quote(name)}.png)" for name in drawn]
             pictures.append(tables.section(title, reading if drawn else "Nothing was measured that it shows.", *links))
-    sections = [tables.what_was_run, tables.policies, tables.head_differences, tables.preferences, tables.alignment]
+    sections = [tables.what_was_run, tables.policies, tables.head_differences, tables.preferences, tables.types,
+                tables.alignment]
     if "domains" in job.dataset:
         sections[1:1] = [domains.rewards_by_domain, domains.gates, domains.likelihoods]
     title = f"# {tables.escape(home.resolve().name)}"

@@ -59,8 +59,8 @@ def template_of(tokenizer) -> Template:
     known = [name for name in ("<|im_start|>", "<|start_header_id|>") if name in ids and (name in jinja or not jinja)]
     if not known:
         place = getattr(tokenizer, "place", "the tokenizer")                # any with encode, decode and eos will do
-        raise InputError(f"{place}: has no chat template that is known here; wanted ChatML's (<|im_start|>) or Llama 3's "
-                         "(<|start_header_id|>): take a chat model, or write strings")
+        raise InputError(f"{place}: has no chat template that is known here; wanted ChatML's (<|im_start|>) or Llama "
+                         "3's (<|start_header_id|>): take a chat model, or write strings")
     if known[0] == "<|im_start|>":
         own = re.search(r"<\|im_start\|>system(?:\n|\\n)([^{}']+?)<\|im_end\|>", jinja)
         system = own[1].replace("\\n", "\n") if own else None
@@ -84,8 +84,9 @@ def encode_chat(messages: list[dict], tokenizer, max_prompt: int) -> tuple[list[
     while sum(map(len, turns[first:])) > room:
         first += 1
     if first == len(turns):
-        raise Fault("turn too long", f"the last turn, and what must stand around it, are {len(start + turns[-1] + opening)} "
-                    "ids", f"raise max_prompt, which is {max_prompt}, or take the line out")
+        needs = len(start + turns[-1] + opening)
+        raise Fault("turn too long", f"the last turn, and what must stand around it, are {needs} ids",
+                    f"raise max_prompt, which is {max_prompt}, or take the line out")
     return start + sum(turns[first:], []) + opening, first
 
 

@@ -69,6 +69,12 @@ def gate_inputs(kind: str, pairs: list[Pair], prompts: torch.Tensor, known: list
     return Inputs(prompts if kind in READS_PROMPT else prompts[:, :0], user)
 
 
+def looked_at(gate: "Gate", inputs: Inputs) -> torch.Tensor:
+    """All that a trained gate's weights may depend on, as features (N,D): of the prompt, and which user it is."""
+    users = F.one_hot(inputs.user).float()[:, : (int(inputs.user.max()) + 1) * gate.kind.endswith("user")]
+    return torch.cat([inputs.features, users], dim=1)
+
+
 def domains_of(pairs: list[Pair]) -> list[str]:
     """Expert k of a `domain` gate is that of the k-th domain."""
     return sorted({p.domain for p in pairs if p.domain is not None})

@@ -81,9 +81,15 @@ def alignment(log_q: torch.Tensor, units: list[list[int]], pairs: list[Pair]) ->
     return result
 
 
+def disagree(pair: Pair, kinds) -> bool:
+    """Whether the scores of two of these annotators order its responses differently."""
+    return {-1, 1} <= {(a > b) - (a < b) for name, (a, b) in (pair.scores or {}).items() if name in kinds}
+
+
 def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor) -> dict:
     """Everything that a run's held-out margins h (P,K) and weights log_w (P,K) say. Pairs on one prompt are not
-    independent: standard errors count prompts. Experts are named by the training groups: held-out pairs have no say."""
+    independent: standard errors count prompts. Experts are named by the training groups: held-out pairs have no say.
+    NaN is of a type for which no expert stands."""
     own, right = user_weights(run, pairs, log_w), accuracy(h)               # (P,K), (P,K)
     log_p, log_q = e_step(log_w, h)
     number = {p: n for n, p in enumerate(dict.fromkeys(tuple(pair.prompt) for pair in pairs))}
@@ -96,7 +102,16 @@ def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, log_w: torc
     def among(mask, values):
         return mean_se(values[mask], [x for x, keep in zip(prompt, mask) if keep])
 
+    chosen_own = accuracy(log_p_own + math.log(2))                          # M5 > 1/2 under each user's own weights
+    expert = torch.tensor([0 if run.config.experts == 1 else named.index(a) if a in named else -1 for a in of])
+    of_own_expert = right.gather(1, expert.clamp_min(0)[:, None])[:, 0].masked_fill(expert < 0, math.nan)   # (P,)
+    apart = torch.tensor([disagree(pair, by) for pair in pairs])
     return {
+        "types": {kind: {"accuracy": among(mask, chosen_own), "log_likelihood": among(mask, log_p_own),
+                         "own_expert": among(mask, of_own_expert)} for kind, mask in by.items()},
+        "conflicts": among(apart, of_own_expert) if apart.any() else None,  # pairs on which types disagree
+        "conflicts_by_pair": of_own_expert[apart].tolist(),
+        "conflicts_prompt": [number[p] for p, keep in zip(prompt, apart) if keep],
         "experts": run.config.experts,
         "weights": log_w.exp().mean(0).tolist(),
         "accuracy": {kind: [among(mask, column) for column in right.T] for kind, mask in by.items()},
@@ -105,7 +120,7 @@ def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, log_w: torc
         "own_other": [difference_se(column, by[kind], prompt) if kind in by and len(by) > 1 else None
                       for kind, column in zip(named, right.T)],             # its accuracy there, less that elsewhere
         "accuracy_mbt": mean_se(accuracy(log_p + math.log(2)), prompt),     # M5 > 1/2 under w
-        "accuracy_own": mean_se(accuracy(log_p_own + math.log(2)), prompt), # M5 > 1/2 under each user's own weights
+        "accuracy_own": mean_se(chosen_own, prompt),
         "log_likelihood": mean_se(log_p, prompt),                           # M5 under w
         "log_likelihood_own": mean_se(log_p_own, prompt),                   # M5 under each user's own weights
         "elbo_gap": mean_se(log_p_own - elbo(own, own, h), prompt),         # KL(q || posterior), q before the pair

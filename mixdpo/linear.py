@@ -66,6 +66,21 @@ def linear_mixture(
     return best
 
 
+@torch.no_grad()
+def foretold(x: torch.Tensor, group: torch.Tensor, experts: int, l2: float, log_w: torch.Tensor | None = None,
+             **options) -> float:
+    """What half of each group's pairs foretells of the other half, nats a pair: a linear_mixture of every second pair
+    of a group; then, for the others, log sum_k q_k prod_i sigma(h_ik), q the group's responsibilities so far.
+    l2: for all pairs, so half of it is used. Groups of one pair only train."""
+    order = torch.argsort(group, stable=True)
+    nth = torch.arange(len(group)) - torch.searchsorted(group[order], group[order])         # place in its group
+    learns, asked = order[nth % 2 == 0], order[nth % 2 == 1]
+    fit = linear_mixture(x[learns], group[learns], experts, l2 / 2, log_w=log_w, **options)
+    units, number = group[asked].unique(return_inverse=True)
+    log_q = fit.log_q[units].double()[number]                                               # (B',K)
+    return float(e_step(log_q, x[asked].double() @ fit.theta.double().T, number)[0].sum()) / len(asked)
+
+
 def newton_step(x: torch.Tensor, q: torch.Tensor, theta: torch.Tensor, ridge: float) -> torch.Tensor:
     """One Newton step, halved until it does not fall, on sum_i q_i log sigma(theta . x_i) - ridge/2 |theta|^2:
     (B,D), (B,), (D,) -> (D,)."""

@@ -12,18 +12,21 @@ import torch
 
 from mixdpo.dpo import margins
 from mixdpo.experts import pair_logp
-from mixdpo.gates import TRAINED
-from mixdpo.linear import linear_mixture
+from mixdpo.gates import TRAINED, looked_at
+from mixdpo.linear import foretold, linear_mixture
 from mixdpo.mixture import e_step, elbo, log_marginal, random_responsibilities
+
+
+RIDGES = (0.01, 0.1, 1.0)           # a pair, of the linear start: the least that still tells users' types is taken
 
 
 @torch.no_grad()
 def first_responsibilities(config, units: list[list[int]], features: torch.Tensor, log_w: torch.Tensor | None = None,
-                           prompts: torch.Tensor | None = None) -> torch.Tensor | None:
+                           reads: torch.Tensor | None = None) -> torch.Tensor | None:
     """log q (G,K) of all groups for the first config.start_steps steps; None to start at the saddle.
 
     units: the pairs of each group; features (P,2,C): the reference's mean hidden state over each response; log_w (K,)
-    or (G,K): weights that training keeps, None if it does not; prompts (G,C): what a gate that is trained reads.
+    or (G,K): weights that training keeps, None if it does not; reads (G,D): what a gate that is trained looks at.
     """
     if config.experts == 1 or config.start == "none":
         return None
@@ -33,12 +36,18 @@ def first_responsibilities(config, units: list[list[int]], features: torch.Tenso
     index, group = [i for unit in units for i in unit], [g for g, unit in enumerate(units) for _ in unit]
     x = features[index, 0] - features[index, 1]                             # (P,C) chosen minus rejected
     x = x / x.square().mean(0).sqrt().clamp_min(1e-6)
-    l2 = 1e-2 * len(x)                                              # little: without a gate, chance parts the experts;
-    if prompts is not None:                                         # with one, it would hide the types, and
-        prompts = (prompts - prompts.mean(0)) / prompts.std(0, correction=0).clamp_min(1e-6)
-        l2 = x.shape[1]                                             # margins and logits have deviation 1 a priori
-    fit = linear_mixture(x, torch.tensor(group), config.experts, l2, config.restarts, seed=config.seed,
-                         log_w=log_w, c=prompts)
+    group, l2 = torch.tensor(group), RIDGES[0] * len(x)             # little: without a gate, chance parts the experts;
+    if reads is not None:                                           # with one, it would hide the types, and
+        reads = (reads - reads.mean(0)) / reads.std(0, correction=0).clamp_min(1e-6)
+        reads = reads * math.sqrt(x.shape[1] / reads.shape[1])      # margins and logits have deviation 1 a priori
+        l2 = x.shape[1]
+    elif len(units) < len(x):                                       # some have several pairs: half foretells the rest
+        told = {ridge: foretold(x, group, config.experts, ridge * len(x), log_w, starts=config.restarts,
+                                seed=config.seed) for ridge in RIDGES}
+        l2 = max(told, key=told.get) * len(x)
+        print("linear start: half of a user's pairs foretells the other, by ridge: "
+              + ", ".join(f"{ridge:g}: {nats:.4f} nats" for ridge, nats in told.items()))
+    fit = linear_mixture(x, group, config.experts, l2, config.restarts, seed=config.seed, log_w=log_w, c=reads)
     shares = ", ".join(f"{q:.2f}" for q in fit.log_q.exp().mean(0))
     bounds = ", ".join(f"{bound:.1f}" for bound in fit.bounds)
     print(f"linear start: bounds {bounds} nats; best {fit.bound:.1f}, shares {shares}")
@@ -53,9 +62,8 @@ def first_responsibilities(config, units: list[list[int]], features: torch.Tenso
 def make_start(gate, inputs, plan, features: torch.Tensor, config) -> torch.Tensor | None:
     """first_responsibilities of a plan's groups, under the weights that training keeps or by what its gate reads."""
     kept = gate.kind not in TRAINED and config.weights != "update"
-    reads = gate.kind in TRAINED and inputs.features.shape[1] > 0           # a gate of users reads no prompt
-    return first_responsibilities(config, plan.units, features, gate(inputs).cpu() if kept else None,
-                                  inputs.features.cpu() if reads else None)
+    reads = looked_at(gate, inputs).cpu() if gate.kind in TRAINED and config.latent == "pair" else None
+    return first_responsibilities(config, plan.units, features, gate(inputs).cpu() if kept else None, reads)
 
 
 @torch.no_grad()

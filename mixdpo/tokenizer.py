@@ -43,7 +43,7 @@ class Tokenizer:
         self.nfc = normalizer is not None
         _refuse_flags(added, self.nfc, place)
         self.doc, self.config, self.place = doc, config, place
-        self.special, self.chat_template = {t["content"]: t["id"] for t in added}, _template_of(config)     # for chat.py
+        self.special, self.chat_template = {t["content"]: t["id"] for t in added}, _template_of(config)  # for chat.py
         self.eos, self.bos = self._id_of(config["eos_token"]), self._id_of(_first_of_template(doc))
         self.vocab = max(self.vocabulary.names) + 1
         try:

@@ -125,6 +125,11 @@ def held_out(K, kinds, rng, n=40):
         "experts": K,
         "weights": [1 / K] * K,
         "accuracy": of,
+        "types": {kind: {name: figure(rng.normal(level, 0.1, 30)) for name, level in
+                         (("accuracy", 0.6), ("log_likelihood", -0.68), ("own_expert", 0.62))} for kind in kinds},
+        "conflicts": figure(rng.random(20) < 0.6) if len(kinds) > 1 else None,
+        "conflicts_by_pair": (rng.random(20) < 0.6).astype(float).tolist() if len(kinds) > 1 else [],
+        "conflicts_prompt": list(range(20)) if len(kinds) > 1 else [],
         "own": [kinds[k] if 1 < len(kinds) > k and K > 1 else None for k in range(K)],
         "own_other": [{"mean": rng.normal(), "se": 0.03} if 1 < len(kinds) > k and K > 1 else None for k in range(K)],
         "accuracy_all": [figure(rng.random(50) < 0.6) for _ in range(K)],

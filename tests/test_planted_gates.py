@@ -112,7 +112,7 @@ def test_the_start_finds_regions_from_fewer_pairs_than_it_has_features_for():
     for seed in range(3):
         features, prompts, z = few_pairs(seed)
         config = SimpleNamespace(experts=2, start="linear", restarts=3, seed=seed)
-        q = first_responsibilities(config, [[i] for i in range(len(z))], features, prompts=prompts).exp()
+        q = first_responsibilities(config, [[i] for i in range(len(z))], features, reads=prompts).exp()
         assert matched_accuracy(q.argmax(1).tolist(), z.tolist(), 2)[0] > 0.85, seed
 
 
@@ -120,5 +120,5 @@ def test_a_start_that_sees_no_types_is_random_and_says_so(capsys):
     """Catches: experts that begin equal, and stay so."""
     features, prompts, z = few_pairs(0, types=1)
     config = SimpleNamespace(experts=2, start="linear", restarts=3, seed=0)
-    q = first_responsibilities(config, [[i] for i in range(len(z))], features, prompts=prompts).exp()
+    q = first_responsibilities(config, [[i] for i in range(len(z))], features, reads=prompts).exp()
     assert q.std(0).min() > 0.1 and "random responsibilities" in capsys.readouterr().out

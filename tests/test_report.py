@@ -112,6 +112,7 @@ def test_report_is_whole(tmp_path):
         "Rewards of the policies",
         "Differences between the heads",
         "Held-out preferences",
+        "What each type of user gets",
         "Experts and annotators",
         "Rewards",
         "Training",

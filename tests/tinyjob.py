@@ -16,18 +16,19 @@ SMALL = dict(dtype="float32", rank=2, batch=8, micro=4, head_rows=12, lr=1e-3, h
              save_minutes=1e9)
 
 
-def make_model(folder, seed=0, tied=True, context=64, scale=5.0):
-    """A Hugging Face directory: a Llama with 256 bytes and an end token, weights `scale` times those of a fresh one."""
+def make_model(folder, seed=0, tied=True, context=64, scale=5.0, special=("<end>",)):
+    """A Hugging Face directory: a Llama with 256 bytes and special tokens, the first of which ends a text, weights
+    `scale` times those of a fresh one."""
     torch.manual_seed(seed)
-    sizes = dict(vocab=EOS + 1, context=context, width=16, inner=24, layers=2, heads=2, kv_heads=1, tied=tied, eos=EOS)
+    sizes = dict(vocab=EOS + len(special), context=context, width=16, inner=24, layers=2, heads=2, kv_heads=1, tied=tied, eos=EOS)
     model = Llama(LlamaConfig(**sizes))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(scale if p.ndim > 1 else 1.0)  # at the usual 0.02 all texts are alike to so narrow a model
     save_model(model, folder)
-    vocab = {bpe.to_name(bytes([b])): b for b in range(256)} | {"<end>": EOS}
-    (folder / "tokenizer.json").write_text(json.dumps(bpe.document(vocab, ["<end>"], bpe.BYTE_LEVEL, [], False)))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    vocab = {bpe.to_name(bytes([b])): b for b in range(256)} | {name: EOS + n for n, name in enumerate(special)}
+    (folder / "tokenizer.json").write_text(json.dumps(bpe.document(vocab, [*special], bpe.BYTE_LEVEL, [], False)))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": special[0]}))
     return folder
 
 

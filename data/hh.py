@@ -1,0 +1,67 @@
+"""Helpful or harmless: real pairs of answers, judged by one of two objectives or by both: `python -m data.hh
+--preset quick --data-folder FOLDER` (data/judged.py).
+
+The file, hh_relabeled_objectives.jsonl.gz in FOLDER, has one pair of Anthropic's HH-RLHF (Bai et al. 2022) a line:
+
+    {"prompt": "Human: ...\\n\\nAssistant: ...\\n\\nHuman: ...", "responses": [str, str],
+     "objective": "helpful" | "harmless", "label": 0 | 1,               who judged it anew, and the answer chosen
+     "source_subset": "helpful" | "harmless", "original_label": 0 | 1}  whose part of HH it is from, and its judgement
+
+So a pair whose new objective is not its subset's was judged by both, and may be a conflict. Where they are the same,
+the new label stands; how often it differs from the first says how noisy labels are (dataset.json).
+"""
+
+import json
+import re
+from pathlib import Path
+
+from data.judged import Item, Judged, main
+from data.presets import HH
+from mixdpo.config import InputError, command
+from mixdpo.records import lines
+
+FILE = "hh_relabeled_objectives.jsonl.gz"
+TYPES = ("helpful", "harmless")
+ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def conversation(prompt: str) -> list[dict] | None:
+    """HH's plain text as messages, up to a user's turn; None where it is not that, or a turn is empty."""
+    parts = re.split(r"(?:\A|\n\n)(Human|Assistant):", prompt.strip())
+    messages = [{"role": ROLES[who], "content": text.strip()} for who, text in zip(parts[1::2], parts[2::2])]
+    sound = parts[0] == "" and messages and messages[-1]["role"] == "user" and all(m["content"] for m in messages)
+    return messages if sound else None
+
+
+def load(data: str | None, preset: dict) -> tuple[list[Item], dict]:
+    """All items, and what there was in the file."""
+    path = Path(data or ".") / FILE
+    if data is None or not path.is_file():
+        raise InputError(f"{FILE} is not in {data or 'a folder of yours'}; put it into a folder, and name that with "
+                         "DATA=FOLDER. data/hh.py says what it holds")
+    items, counts = [], dict.fromkeys(("pairs", "not a conversation", "labelled twice for one objective",
+                                       "of these, otherwise"), 0)
+    for number, raw in enumerate(lines(path), 1):
+        try:
+            row = json.loads(raw)
+            label, first = {row["objective"]: row["label"]}, {row["source_subset"]: row["original_label"]}
+            first_answer, second_answer = row["responses"]
+            if not ({*label, *first} <= {*TYPES} and {*label.values(), *first.values()} <= {0, 1}):
+                raise ValueError("an objective or a label that is none")
+            messages = conversation(row["prompt"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}:{number}: {error!r}; wanted a line as data/hh.py describes it") from None
+        counts["pairs"] += 1
+        counts["labelled twice for one objective"] += label.keys() == first.keys()
+        counts["of these, otherwise"] += label.keys() == first.keys() and label != first
+        if messages is None:
+            counts["not a conversation"] += 1
+        else:
+            items.append(Item(messages, (first_answer, second_answer), first | label))
+    return items, {"source": str(path.name), "read": counts}
+
+
+DATASET = Judged("hh", TYPES, HH, (FILE,), load)
+
+if __name__ == "__main__":
+    command(main, DATASET)

@@ -1,0 +1,184 @@
+"""An experiment on real responses that were judged by more than one yardstick (data/hh.py, data/ultrafeedback.py).
+
+What is a data set's own is its items: a conversation, two answers, and which of them each type of user prefers. Here
+they become preference files, as if of users who each have one type, and judge alone:
+
+    items        those whose ids are too many, or whose answers are the same after the cut, are left out, and counted
+    split        by conversation, in the order of a hash of seed and text: held-out items are nobody's training pairs
+    context      the same share of the training conversations as of each user's pairs is for the E-step alone
+    deal         every user of a type takes the next of the type's items, shuffled; again only when all are dealt
+    held out     every judgement of a held-out item once, by the users of its type in turn
+
+then DPO and the mixtures are trained (train.py), and the table and the report are made (eval.py).
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.experiment import begin, train_and_evaluate
+from data.pairs import name_users
+from data.stages import key_of, stage, write_lines
+from mixdpo import fetch
+from mixdpo.config import InputError, parse
+from mixdpo.memory import retain_pages
+from mixdpo.preferences import encode_prompt, encode_response
+from mixdpo.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Item:
+    """Two answers to a conversation, judged."""
+
+    messages: list[dict]                # up to a user's turn (mixdpo/chat.py)
+    answers: tuple[str, str]
+    prefers: dict[str, int]             # type of user -> the answer that it chooses, 0 or 1
+
+    @property
+    def conflict(self) -> bool:
+        """Whether two types choose differently."""
+        return len(set(self.prefers.values())) > 1
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is a data set's own."""
+
+    name: str
+    types: tuple[str, ...]
+    presets: dict                       # name -> settings (data/presets.py)
+    sources: tuple[str, ...]            # files of the user's own folder that are read, part of the key
+    load: Callable                      # (data folder or None, preset) -> items, facts
+
+
+@dataclass(frozen=True)
+class JudgedConfig:
+    """An experiment: judged answers, users of several types, DPO and mixtures, table."""
+
+    preset: str = ""            # smoke, quick, cpu or paper; default: paper with a CUDA device, else quick
+    model: str = ""             # a chat model: smollm2, llama-3.2-1b or a directory; default: smollm2
+    out: str = ""               # the job's folder; default: runs/DATASET-PRESET, and -MODEL where one is given
+    users: int = 0              # of each type; 0: the preset's number
+    pairs: int = 0              # that each user judges for training, context among them; 0: the preset's number
+    seed: int = -1              # of split, users and runs; -1: the preset's
+    data_only: bool = False     # true: stop when the preference files are written
+    data_folder: str = ""       # local files looked into before anything is fetched
+
+
+def fitting(items: list[Item], tokenizer, preset: dict) -> tuple[list[Item], dict[str, int]]:
+    """The items that training can use as they are, and how many are not, by what is wrong with them."""
+    left_out, kept, most = Counter(), [], preset["max_response"]
+    for item in items:
+        try:
+            encode_prompt(item.messages, tokenizer, preset["max_prompt"])
+            ids = [encode_response([{"role": "assistant", "content": text}], tokenizer) for text in item.answers]
+        except InputError as error:
+            left_out[getattr(error, "kind", "a character without a token")] += 1
+            continue
+        if ids[0][:most] == ids[1][:most]:
+            left_out["the same answers, or after the cut"] += 1
+        elif min(map(len, ids)) < 2:
+            left_out["an empty answer"] += 1
+        else:
+            kept.append(item)
+    return kept, dict(left_out)
+
+
+def divide(items: list[Item], heldout: float, aside: float, seed: int) -> dict[str, list[Item]]:
+    """Shares of the conversations: "heldout", "context" (a share `aside` of those that are left) and "train"."""
+    def place(item: Item) -> float:
+        text = json.dumps(item.messages) + str(seed)
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / 2**56
+
+    parts = {"heldout": [], "context": [], "train": []}
+    for item in sorted(items, key=place):                                   # the order of the source tells nothing
+        within = (place(item) - heldout) / (1 - heldout)
+        parts["heldout" if within < 0 else "context" if within < aside else "train"].append(item)
+    return parts
+
+
+def deal(items: list[Item], users: dict[str, str], each: int, seed: int) -> list[tuple[str, Item]]:
+    """`each` items for every user, of those that its type judges. Raises: InputError if they are fewer than that."""
+    out, rng = [], np.random.default_rng([seed, 21])
+    for kind in sorted(set(users.values())):
+        deck = [item for item in items if kind in item.prefers]
+        if len(deck) < each:
+            raise InputError(f"{len(deck)} items are judged by {kind}, and each user wants {each}: fewer pairs a user, "
+                             "or more data, would do")
+        hand, theirs = [], [user for user, of in users.items() if of == kind]
+        for user in theirs:
+            if len(hand) < each:                                            # begun again: the rest first, then others
+                fresh = rng.permutation(len(deck)).tolist()
+                hand += [n for n in fresh if n not in hand]
+            out += [(user, deck[n]) for n in hand[:each]]
+            hand = hand[each:]
+    return [out[n] for n in rng.permutation(len(out))]
+
+
+def line(user: str, kind: str, item: Item, context: bool) -> dict:
+    """One line of a preference file. scores: which answer each type prefers, for those that judged it."""
+    chosen = item.prefers[kind]
+    answer = [[{"role": "assistant", "content": text}] for text in item.answers]
+    scores = {of: [int(prefers == chosen), int(prefers != chosen)] for of, prefers in item.prefers.items()}
+    row = {"prompt": item.messages, "chosen": answer[chosen], "rejected": answer[1 - chosen]}
+    return row | {"user": user, "annotator": kind, "context": context, "scores": scores}
+
+
+def judge(job: Path, of: Judged, preset: dict, tokenizer, data: str | None) -> None:
+    """Writes train.jsonl, heldout.jsonl and dataset.json, which says how they came about."""
+    items, facts = of.load(data, preset)
+    items, left_out = fitting(items, tokenizer, preset)
+    users = name_users(len(of.types) * preset["users"], list(of.types), preset["seed"])
+    aside = preset["context"] / preset["pairs"]
+    parts = divide(items, preset["heldout"], aside, preset["seed"])
+    rows = [line(user, users[user], item, part == "context") for part, each in
+            (("context", preset["context"]), ("train", preset["pairs"] - preset["context"]))
+            for user, item in deal(parts[part], users, each, preset["seed"])]
+    of_kind = {kind: [user for user in users if users[user] == kind] for kind in of.types}
+    held = [(item, kind) for item in parts["heldout"] for kind in item.prefers][: preset["heldout_pairs"] or None]
+    held_rows = [line(of_kind[kind][n % len(of_kind[kind])], kind, item, False) for n, (item, kind) in enumerate(held)]
+    if not held_rows:
+        raise InputError(f"{len(items)} items leave none for evaluation; more data would do")
+    order = np.random.default_rng([preset["seed"], 22]).permutation(len(rows)).tolist()
+    write_lines(job / "train.jsonl", (rows[n] for n in order))
+    write_lines(job / "heldout.jsonl", held_rows)
+    counts = {part: {"items": len(chosen), "of_two_types_or_more": sum(len(i.prefers) > 1 for i in chosen),
+                     "conflicts": sum(i.conflict for i in chosen)} for part, chosen in parts.items()}
+    facts |= {"annotators": list(of.types), "left_out": left_out, "parts": counts, "train": {"pairs": len(rows)},
+              "heldout": {"pairs": len(held_rows), "conflicts": sum(item.conflict for item, _ in held)}}
+    names = ("users", "pairs", "context", "seed", "max_prompt", "max_response")
+    facts |= {"settings": {name: preset[name] for name in names}}
+    (job / "dataset.json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts))
+
+
+def main(of: Judged, argv: list[str]) -> None:
+    """The data set's command."""
+    retain_pages()
+    config = parse(JudgedConfig, argv, f"python -m data.{of.name}")
+    name = config.preset or ("paper" if torch.cuda.is_available() else "quick")
+    if name not in of.presets:
+        raise InputError(f"--preset: got {name!r}, wanted one of {', '.join(of.presets)}")
+    given = {"users": config.users, "pairs": config.pairs, "seed": config.seed + 1}
+    preset = of.presets[name] | {key: getattr(config, key) for key, value in given.items() if value}
+    if min(preset["users"], preset["pairs"] - preset["context"]) < 1:
+        raise InputError(f"--users {preset['users']} --pairs {preset['pairs']}: wanted a user of each type, and more "
+                         f"pairs than the {preset['context']} that are for the E-step alone")
+    job = Path(config.out or f"runs/{of.name}-{name}" + (f"-{Path(config.model).name}" if config.model else ""))
+    model = config.model or "smollm2"
+    begin(job, {"preset": name, "model": model, "settings": json.loads(json.dumps(preset))})
+    tokenizer = load_tokenizer(model, config.data_folder or None)
+    own = [Path(config.data_folder) / source for source in of.sources] if config.data_folder else []
+    source = [fetch.sha256_of(file) for file in own if file.is_file()] or "fetched"
+    sizes = {key: value for key, value in preset.items() if key not in ("runs", "train")}
+    stage(job, "judge", key_of(sizes, source, tokenizer.key), ["train.jsonl", "heldout.jsonl", "dataset.json"],
+          lambda: judge(job, of, preset, tokenizer, config.data_folder or None))
+    if not config.data_only:
+        shared = {name: preset[name] for name in ("max_prompt", "max_response", "seed")}
+        train_and_evaluate(job, preset, {"model": model, "data_folder": config.data_folder} | shared)

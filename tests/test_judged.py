@@ -1,0 +1,171 @@
+"""data/judged.py and data/hh.py: real answers that several types of users judge. What each test catches stands in its
+docstring."""
+
+import gzip
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import tinyjob
+from data import hh, judged
+from data.judged import Item, deal, divide, fitting, line
+from data.presets import HH
+from mixdpo.config import InputError
+from mixdpo.preferences import read_preferences
+from mixdpo.tokenizer import load_tokenizer
+
+WORDS = {"helpful": "abcd", "harmless": "wxyz"}
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    return tinyjob.make_model(tmp_path_factory.mktemp("chat"), context=128, special=("<|im_end|>", "<|im_start|>"))
+
+
+def item(n=0, **prefers):
+    return Item([{"role": "user", "content": f"hi {n}"}], ("abc", "wxyz"), prefers)
+
+
+def hh_row(n, rng):
+    """An answer of one type's letters and one of the other's; each type chooses its own."""
+    texts = ["".join(rng.choice(list(WORDS[kind]), 4)) + f" {n}" for kind in hh.TYPES]
+    objective, subset = (hh.TYPES[i] for i in (n % 2, n // 2 % 2))
+    return {"prompt": f"Human: question {n}?", "responses": texts, "objective": objective, "source_subset": subset,
+            "label": hh.TYPES.index(objective), "original_label": hh.TYPES.index(subset), "index": n}
+
+
+def write_hh(folder, rows):
+    folder.mkdir(exist_ok=True)
+    with gzip.open(folder / hh.FILE, "wt") as file:
+        file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    return folder
+
+
+# ---- items
+
+
+def test_hh_text_as_messages():
+    """Catches: roles swapped, a turn that ends at a blank line, the word Human inside a text taken for a turn."""
+    text = "Human: I am Human: yes.\n\nStill me.\n\nAssistant: Good.\n\nHuman: Why?"
+    assert hh.conversation(text) == [{"role": "user", "content": "I am Human: yes.\n\nStill me."},
+                                     {"role": "assistant", "content": "Good."}, {"role": "user", "content": "Why?"}]
+    for bad in ("hello", "Human: a\n\nAssistant: b", "Human: a\n\nAssistant: \n\nHuman: b", "x\n\nHuman: a", ""):
+        assert hh.conversation(bad) is None, bad
+
+
+def test_hh_labels(tmp_path):
+    """Catches: the first judgement kept over the new one of the same objective, one of two objectives lost, a faulty
+    line passed over."""
+    row = {"prompt": "Human: a", "responses": ["b", "c"], "objective": "helpful", "label": 1,
+           "source_subset": "helpful", "original_label": 0}
+    both = row | {"source_subset": "harmless"}
+    items, facts = hh.load(str(write_hh(tmp_path / "data", [row, both, row | {"prompt": "odd"}])), {})
+    assert [i.prefers for i in items] == [{"helpful": 1}, {"harmless": 0, "helpful": 1}]
+    assert [i.conflict for i in items] == [False, True] and items[0].answers == ("b", "c")
+    assert facts["read"] == {"pairs": 3, "not a conversation": 1, "labelled twice for one objective": 2,
+                             "of these, otherwise": 2}
+    for bad in ("{", row | {"label": 2}, row | {"objective": "funny"}, row | {"responses": ["b"]}, {"prompt": "Human: a"}):
+        with pytest.raises(InputError, match=":2: .*; wanted a line as data/hh.py describes it"):
+            hh.load(str(write_hh(tmp_path / "bad", [row, bad])), {})
+    for data in (None, str(tmp_path)):
+        with pytest.raises(InputError, match="hh_relabeled_objectives.jsonl.gz is not in"):
+            hh.load(data, {})
+
+
+def test_items_that_do_not_fit_are_counted(chat_model):
+    """Catches: an item that stops training later, answers that are one after the cut, a kind without its count."""
+    turn, long = [{"role": "user", "content": "hi"}], [{"role": "user", "content": "x" * 80}]
+    items = [Item(turn, ("abc", "xyz"), {}), Item(long, ("abc", "xyz"), {}), Item(turn, ("aaaaaaaab", "aaaaaaaac"), {}),
+             Item(turn, ("", "xyz"), {}), Item(turn, ("same", "same"), {})]
+    kept, left_out = fitting(items, load_tokenizer(chat_model), {"max_prompt": 64, "max_response": 8})
+    assert kept == items[:1]
+    assert left_out == {"turn too long": 1, "the same answers, or after the cut": 2, "an empty answer": 1}
+
+
+def test_shares_of_conversations():
+    """Catches: a conversation on two sides, a share that depends on the file's order, another seed with the same one."""
+    items = [item(n, helpful=0) for n in range(2000)]
+    parts = divide(items, 0.25, 0.4, seed=0)
+    places = [sorted(i.messages[0]["content"] for i in parts[name]) for name in ("heldout", "context", "train")]
+    assert sorted(sum(places, [])) == sorted(i.messages[0]["content"] for i in items)
+    assert [len(p) for p in places] == pytest.approx([500, 600, 900], abs=90)
+    assert divide(items[::-1], 0.25, 0.4, seed=0) == parts and divide(items, 0.25, 0.4, seed=1) != parts
+    twice = divide([*items, item(3, harmless=1)], 0.25, 0.4, seed=0)
+    assert sum(any(i.messages == item(3).messages for i in part) for part in twice.values()) == 1
+
+
+def test_users_get_the_items_of_their_type():
+    """Catches: an item dealt twice before all are dealt once, or twice to one user, another type's item."""
+    items = [item(n, **{kind: n % 2 for kind in hh.TYPES[: 1 + n % 2]}) for n in range(20)]   # 20 helpful, 10 harmless
+    users = {"a": "helpful", "b": "helpful", "c": "harmless", "d": "helpful", "e": "harmless"}
+    dealt = deal(items, users, 8, seed=0)
+    assert Counter(user for user, _ in dealt) == dict.fromkeys(users, 8)
+    assert all(users[user] in i.prefers for user, i in dealt)
+    for user in users:
+        assert len({i.messages[0]["content"] for u, i in dealt if u == user}) == 8
+    for kind, times in (("helpful", {1, 2}), ("harmless", {1, 2})):
+        seen = Counter(i.messages[0]["content"] for user, i in dealt if users[user] == kind)
+        assert set(seen.values()) <= times and len(seen) == (20 if kind == "helpful" else 10)
+    with pytest.raises(InputError, match="10 items are judged by harmless, and each user wants 11"):
+        deal(items, users, 11, seed=0)
+
+
+def test_a_line_says_who_chose_what():
+    """Catches: the answers swapped, scores of a type that did not judge, scores that follow the order of the answers."""
+    row = line("u1", "harmless", item(0, helpful=0, harmless=1), True)
+    assert [row[side][0]["content"] for side in ("chosen", "rejected")] == ["wxyz", "abc"]
+    assert row["scores"] == {"helpful": [0, 1], "harmless": [1, 0]} and row["annotator"] == "harmless"
+    assert line("u1", "helpful", item(0, helpful=0), False)["scores"] == {"helpful": [1, 0]}
+
+
+# ---- the whole
+
+
+def test_a_whole_tiny_job_of_two_objectives(chat_model, tmp_path, monkeypatch):
+    """From the file to the table: four runs, held-out items that nobody trained on, what each type gets, conflicts, and
+    a job that goes on where it was. Catches: a held-out item among the training pairs, context pairs on prompts that are
+    trained on, a user of two types, conflicts counted where one type judged."""
+    rng = np.random.default_rng(0)
+    data = write_hh(tmp_path / "data", [hh_row(n, rng) for n in range(160)])
+    runs = {name: options | {"start_steps": 2, "rank": 2, "head_lr": 1e-2} if "start" in options else options
+            for name, options in HH["smoke"]["runs"].items()}
+    small = {"seed": 0, "users": 3, "pairs": 10, "context": 3, "heldout_pairs": 0, "max_prompt": 64, "max_response": 8,
+             "train": {"epochs": 1, "batch": 14, "micro": 7, "dtype": "float32"}}
+    monkeypatch.setitem(HH, "tiny", HH["smoke"] | small | {"runs": runs})
+    words = f"--preset tiny --model {chat_model} --out {tmp_path / 'job'} --data-folder {data}".split()
+    judged.main(hh.DATASET, words)
+    job, tokenizer = tmp_path / "job", load_tokenizer(chat_model)
+    train, held = (read_preferences(job / f"{name}.jsonl", tokenizer, 64, 8) for name in ("train", "heldout"))
+    assert Counter((p.user, p.context) for p in train) == {(f"user-000{n}", c): 3 if c else 7
+                                                          for n in range(1, 7) for c in (True, False)}
+    assert len({(p.user, p.annotator) for p in [*train, *held]}) == 6
+    trained, aside = ({tuple(p.prompt) for p in train if p.context is c} for c in (False, True))
+    assert not trained & aside and not {tuple(p.prompt) for p in held} & (trained | aside)
+    results = json.loads((job / "results.json").read_text())["preferences"]
+    assert list(results) == ["dpo", "mix-pair", "moe-user", "mix-user"]
+    facts = json.loads((job / "dataset.json").read_text())
+    both = [p for p in held if len(p.scores) == 2]
+    for figures in results.values():
+        assert set(figures["types"]) == set(hh.TYPES) and figures["conflicts"]["n"] == len(both) > 0
+        assert len(figures["conflicts_by_pair"]) == len(both) == facts["heldout"]["conflicts"]
+    dpo = results["dpo"]
+    assert dpo["conflicts"]["mean"] == 0.5, "one policy serves one side of every conflict"
+    share = {kind: dpo["types"][kind]["accuracy"]["n"] for kind in hh.TYPES}
+    assert sum(share.values()) == len(held)
+    assert "What each type of user gets" in (job / "report.md").read_text()
+    before = (job / "results.json").stat().st_mtime_ns, (job / "mix-user" / "metrics.jsonl").stat().st_mtime_ns
+    judged.main(hh.DATASET, words)
+    assert (job / "mix-user" / "metrics.jsonl").stat().st_mtime_ns == before[1]
+    with pytest.raises(InputError, match="holds a job of another settings"):
+        judged.main(hh.DATASET, [*words, "--users", "2"])
+
+
+def test_options_that_cannot_be_met(tmp_path):
+    """Catches: a traceback in place of a sentence."""
+    for words, says in ((["--preset", "big"], "--preset: got 'big', wanted one of smoke, quick"),
+                        (["--preset", "smoke", "--pairs", "2"], "more pairs than the 2 that are for the E-step alone")):
+        with pytest.raises(InputError, match=says):
+            judged.main(hh.DATASET, [*words, "--out", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
