@@ -67,6 +67,7 @@ class JudgedConfig:
     users: int = 0              # of each type; 0: the preset's number
     pairs: int = 0              # that each user judges for training, context among them; 0: the preset's number
     seed: int = -1              # of split, users and runs; -1: the preset's
+    conflicts: bool = False     # true: only answers on which types disagree
     data_only: bool = False     # true: stop when the preference files are written
     data_folder: str = ""       # local files looked into before anything is fetched
 
@@ -134,6 +135,9 @@ def judge(job: Path, of: Judged, preset: dict, tokenizer, data: str | None) -> N
     """Writes train.jsonl, heldout.jsonl and dataset.json, which says how they came about."""
     items, facts = of.load(data, preset)
     items, left_out = fitting(items, tokenizer, preset)
+    if preset["conflicts"]:
+        left_out["all types agree"] = sum(not item.conflict for item in items)
+        items = [item for item in items if item.conflict]
     users = name_users(len(of.types) * preset["users"], list(of.types), preset["seed"])
     aside = preset["context"] / preset["pairs"]
     parts = divide(items, preset["heldout"], aside, preset["seed"])
@@ -152,7 +156,7 @@ def judge(job: Path, of: Judged, preset: dict, tokenizer, data: str | None) -> N
                      "conflicts": sum(i.conflict for i in chosen)} for part, chosen in parts.items()}
     facts |= {"annotators": list(of.types), "left_out": left_out, "parts": counts, "train": {"pairs": len(rows)},
               "heldout": {"pairs": len(held_rows), "conflicts": sum(item.conflict for item, _ in held)}}
-    names = ("users", "pairs", "context", "seed", "max_prompt", "max_response")
+    names = ("users", "pairs", "context", "seed", "conflicts", "max_prompt", "max_response")
     facts |= {"settings": {name: preset[name] for name in names}}
     (job / "dataset.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts))
@@ -167,6 +171,7 @@ def main(of: Judged, argv: list[str]) -> None:
         raise InputError(f"--preset: got {name!r}, wanted one of {', '.join(of.presets)}")
     given = {"users": config.users, "pairs": config.pairs, "seed": config.seed + 1}
     preset = of.presets[name] | {key: getattr(config, key) for key, value in given.items() if value}
+    preset |= {"conflicts": config.conflicts}
     if min(preset["users"], preset["pairs"] - preset["context"]) < 1:
         raise InputError(f"--users {preset['users']} --pairs {preset['pairs']}: wanted a user of each type, and more "
                          f"pairs than the {preset['context']} that are for the E-step alone")

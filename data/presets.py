@@ -118,4 +118,17 @@ HH = {  # users: of each type; heldout: share of the conversations; heldout_pair
         "seed": 0, "users": 20, "pairs": 40, "context": 12, "heldout": 0.22, "heldout_pairs": 0, "max_prompt": 96,
         "max_response": 48, "train": {"epochs": 1, "batch": 32, "micro": 32}, "runs": of_users(2, 25, lr=5e-5),
     },
+    "paper": {
+        "seed": 0, "users": 40, "pairs": 40, "context": 12, "heldout": 0.25, "heldout_pairs": 0, "max_prompt": 512,
+        "max_response": 256, "train": {"epochs": 1, "batch": 64, "micro": 64}, "runs": of_users(2, 30, lr=5e-5),
+    },
+}
+ULTRAFEEDBACK = {
+    "smoke": HH["smoke"] | {"max_response": 24, "runs": of_users(4, 1)},
+    "quick": HH["quick"] | {"heldout": 0.1, "heldout_pairs": 800, "max_prompt": 256, "max_response": 96,
+                            "runs": of_users(4, 25, lr=5e-5)},
+    "paper": {
+        "seed": 0, "users": 250, "pairs": 40, "context": 12, "heldout": 0.1, "heldout_pairs": 8000, "max_prompt": 512,
+        "max_response": 512, "train": {"epochs": 1, "batch": 64, "micro": 16}, "runs": of_users(4, 150),
+    },
 }

@@ -45,6 +45,26 @@ def download(url, part, size, sha256, label):
     raise Unavailable(f"truncated: {after} of {size} bytes came ({reason}); the next run resumes there")
 
 
+def head(url):
+    """The headers of the first answer to a HEAD request, a redirect's own: a hub names size and sum of a large file in
+    them. A dict whose KeyError names what is not there. Raises Unavailable, or what urllib raises."""
+    request = urllib.request.Request(url, headers={"User-Agent": "mixdpo"}, method="HEAD")
+    try:
+        with _open(request, urllib.request.build_opener(_Stays).open) as response:
+            return dict(response.headers)
+    except urllib.error.HTTPError as error:
+        if 300 <= error.code < 400:
+            return dict(error.headers)
+        raise Unavailable(f"HTTP {error.code} {error.reason}") from None
+
+
+class _Stays(urllib.request.HTTPRedirectHandler):
+    """Goes nowhere: a redirect is an error that holds its headers."""
+
+    def redirect_request(self, *_):
+        return None
+
+
 def _receive(url, part, have, size, label):
     """One connection: appends what comes to `part`, at most up to size. Returns why it ended early, or None."""
     headers = {"User-Agent": "mixdpo"} | ({"Range": f"bytes={have}-"} if have else {})
@@ -79,7 +99,7 @@ def _receive(url, part, have, size, label):
     return None
 
 
-def _open(request):
+def _open(request, opener=urllib.request.urlopen):
     """urlopen with one time limit on everything before the body's first byte.
 
     urlopen's own timeout starts anew for each address of a name, and does not cover looking the name up at all; hence
@@ -89,7 +109,7 @@ def _open(request):
 
     def work():
         try:
-            answer.put((urllib.request.urlopen(request, timeout=STALL_SECONDS), None))
+            answer.put((opener(request, timeout=STALL_SECONDS), None))
         except Exception as error:          # raised again below, in the caller's thread
             answer.put((None, error))
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixdpo.config import InputError
-from mixdpo.download import CHUNK, Progress, Unavailable, download, sha256_of, size_of
+from mixdpo.download import CHUNK, Progress, Unavailable, download, head, sha256_of, size_of
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,10 @@ class Asset:
     sources: tuple      # of str (a URL) and Package, in the order in which they are tried
 
 
+HUB = "https://huggingface.co"
+
 # The revision of the hub's repository that the sums of "gpt2" and "gpt2.config" belong to.
-GPT2 = "https://huggingface.co/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/"
+GPT2 = f"{HUB}/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/"
 
 # Where the sums come from. smollm2, llama3.tokenizer, imdb-train: computed from the named archive. gpt2.tiktoken: the
 # same, and it is the sum that tiktoken demands of its own r50k_base. gpt2: the hub's LFS object id. imdb: the sum and
@@ -111,6 +113,26 @@ def asset(name, data=None):
             print(f"{target}: its bytes are not the asset's any more; it is fetched again", file=sys.stderr)
             target.unlink()
         return target if target.is_file() else _from_sources(name, entry, data, target)
+
+
+def hub(repository, name, revision="main"):
+    """-> Path in the cache of a hub dataset's large file. Its size and sha256 are those that the hub itself names for
+    the revision: they tell an altered transfer, not an altered repository. Raises InputError."""
+    url = f"{HUB}/datasets/{repository}/resolve/{revision}/{name}"
+    target = cache_folder() / repository.replace("/", "--") / name
+    told = target.with_name(f"{name}.sha256")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target):
+        if target.is_file() and told.is_file() and sha256_of(target) == told.read_text():
+            return target
+        try:
+            headers = head(url)
+            entry = Asset(name, int(headers["X-Linked-Size"]), headers["X-Linked-Etag"].strip('"'), (url,))
+        except (Unavailable, OSError, http.client.HTTPException, KeyError, ValueError) as error:
+            raise InputError(f"{url}: the hub does not say which file that is ({error!r}).\n  By hand: get it, put it "
+                             f"into a folder as {name}, and give DATA=FOLDER") from None
+        told.write_text(entry.sha256)
+        return _from_sources(name, entry, None, target)
 
 
 def directory(name, data=None):
