@@ -20,13 +20,14 @@ import torch
 from safetensors.torch import save_file
 
 from mixdpo import config as configs
+from mixdpo.adaptation import adapted
 from mixdpo.config import InputError, write_whole
 from mixdpo.diagnostics import mean_se
 from mixdpo.export import export_experts
 from mixdpo.finished import Run, find_runs, load_run
 from mixdpo.gates import READS_PROMPT
 from mixdpo.generate import choose_expert, generate
-from mixdpo.heldout import expert_logp, heldout_figures, weights
+from mixdpo.heldout import expert_logp, margins_of, preference_figures, weights
 from mixdpo.memory import retain_pages
 from mixdpo.mixture import mixture_logp
 from mixdpo.preferences import Pair, encode_prompt
@@ -41,6 +42,7 @@ class EvalConfig:
 
     dir: str                        # a run, or a folder of runs
     heldout: str = ""               # held-out preferences; default: heldout.jsonl in the folder
+    adapt: str = ""                 # preferences of new users, some of which are shown; default: adapt-*.jsonl there
     prompts: str = ""               # evaluation prompts, {"prompt": ...} a line; default: prompts.jsonl in the folder
     limit: int = 0                  # evaluate on the first so many prompts; 0: all
     max_new: int = 0                # tokens a completion; 0: what dataset.json says, else the runs' max_response
@@ -168,17 +170,23 @@ def evaluate(config: EvalConfig) -> dict:
                              "evaluate such runs one at a time")
     references, tokenizer = load_references(runs[0].config, device)
     facts = environment() | {"dtype": str(dtype).removeprefix("torch.")}
-    results = {"environment": facts, "config": dataclasses.asdict(config), "preferences": {}, "policies": {}}
+    results = {"environment": facts, "config": dataclasses.asdict(config)}
+    results |= {"preferences": {}, "adapt": {}, "policies": {}}
     heldout, prompts = Path(config.heldout or home / "heldout.jsonl"), Path(config.prompts or home / "prompts.jsonl")
     scored = (home / "dataset.json").exists()                               # which names the rewards
-    for asked, path in ((config.heldout, heldout), (config.prompts, prompts), (config.prompts, home / "dataset.json")):
+    for asked, path in ((config.heldout, heldout), (config.adapt, Path(config.adapt)), (config.prompts, prompts),
+                        (config.prompts, home / "dataset.json")):
         if asked and not path.exists():
-            raise InputError(f"{path}: no such file; --heldout wants preferences, and --prompts wants prompts and, in "
-                             "the folder of the runs, the dataset.json that names their reward functions")
-    if not heldout.exists() and not (prompts.exists() and scored):
+            raise InputError(f"{path}: no such file; --heldout and --adapt want preferences, --prompts wants prompts "
+                             "and, in the folder of the runs, the dataset.json that names their reward functions")
+    if not heldout.exists() and not config.adapt and not (prompts.exists() and scored):
         raise InputError(f"{home}: nothing to evaluate on; wanted heldout.jsonl there, or --heldout FILE")
     if heldout.exists():
-        results["preferences"] = heldout_figures(runs, references, tokenizer, heldout, home / "cache")
+        results["preferences"] = {run.name: preference_figures(run, *found) for run, *found in
+                                  margins_of(runs, references, tokenizer, heldout, home / "cache")}
+    for path in [Path(config.adapt)] if config.adapt else sorted(home.glob("adapt-*.jsonl"), key=lambda p: p.stem):
+        results["adapt"][path.stem] = {run.name: adapted(*found, config.seed) for run, *found in
+                                       margins_of(runs, references, tokenizer, path, home / "cache")}
     (folder / "samples.jsonl").unlink(missing_ok=True)                      # of an evaluation before
     if prompts.exists() and scored:
         dataset = json.loads((home / "dataset.json").read_text())
@@ -194,6 +202,7 @@ def evaluate(config: EvalConfig) -> dict:
         write_whole(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     write_whole(folder / "results.json", json.dumps(results) + "\n")
     print_tables(results)
+    print_curves(results["adapt"])
     write_report(folder)
     return results
 
@@ -236,6 +245,15 @@ def print_tables(results: dict) -> None:
             shown = ", ".join(f"{key} {value:.3f}" for key, value in figures[where].items() if isinstance(value, float))
             if shown:
                 print(f"  {where.replace('_', ' on ')}: {shown}")
+
+
+def print_curves(found: dict) -> None:
+    """Accuracy of new users' answers by the pairs shown."""
+    for name, runs in found.items():
+        shown = max(([point["shown"] for point in curve] for curve in runs.values()), key=len)
+        print(f"\n{name + ', pairs shown':<24}" + "".join(f"{n:>16}" for n in shown))
+        for run, curve in runs.items():
+            print(f"{run:<24}" + "".join(f"{p['accuracy']['mean']:>8.3f} ±{p['accuracy']['se']:6.3f}" for p in curve))
 
 
 def write_report(folder: Path) -> None:

@@ -62,7 +62,7 @@ def read_job(folder: Path) -> Job:
     def read(path: Path) -> dict:
         return json.loads(path.read_text()) if path.exists() else {}
 
-    results = {"preferences": {}, "policies": {}} | read(folder / "results.json")
+    results = {"preferences": {}, "adapt": {}, "policies": {}} | read(folder / "results.json")
     named = dict.fromkeys([*results["preferences"], *(run_of(row) for row in results["policies"])])
     found = [folder.name] if home != folder else [path.parent.name for path in sorted(home.glob("*/metrics.jsonl"))]
     runs = [read_run(home / name) for name in found if not named.keys() & set(found) or name in named]

@@ -5,18 +5,19 @@ they become preference files, as if of users who each have one type, and judge a
 
     items        those whose ids are too many, or whose answers are the same after the cut, are left out, and counted
     split        by conversation, in the order of a hash of seed and text: held-out items are nobody's training pairs
-    context      the same share of the training conversations as of each user's pairs is for the E-step alone
     deal         every user of a type takes the next of the type's items, shuffled; again only when all are dealt
     held out     every judgement of a held-out item once, by the users of its type in turn
+    new users    as many of each type as the preset says, on held-out conversations and on those that are trained on
 
-then DPO and the mixtures are trained (train.py), and the table and the report are made (eval.py).
+then DPO and the mixtures are trained (train.py), and the table and the report are made (eval.py). No pairs are set aside
+for the E-step: real judgements are noisy, heads learn little of them by heart, and each tells something of its user.
 """
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,9 @@ from mixdpo.config import InputError, parse
 from mixdpo.memory import retain_pages
 from mixdpo.preferences import encode_prompt, encode_response
 from mixdpo.tokenizer import load_tokenizer
+
+
+FILES = ["train.jsonl", "heldout.jsonl", "adapt-new-user.jsonl", "adapt-new-user-new-prompt.jsonl", "dataset.json"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class JudgedConfig:
     model: str = ""             # a chat model: smollm2, llama-3.2-1b or a directory; default: smollm2
     out: str = ""               # the job's folder; default: runs/DATASET-PRESET, and -MODEL where one is given
     users: int = 0              # of each type; 0: the preset's number
-    pairs: int = 0              # that each user judges for training, context among them; 0: the preset's number
+    pairs: int = 0              # that each user judges for training; 0: the preset's number
     seed: int = -1              # of split, users and runs; -1: the preset's
     conflicts: bool = False     # true: only answers on which types disagree
     data_only: bool = False     # true: stop when the preference files are written
@@ -91,17 +95,14 @@ def fitting(items: list[Item], tokenizer, preset: dict) -> tuple[list[Item], dic
     return kept, dict(left_out)
 
 
-def divide(items: list[Item], heldout: float, aside: float, seed: int) -> dict[str, list[Item]]:
-    """Shares of the conversations: "heldout", "context" (a share `aside` of those that are left) and "train"."""
+def divide(items: list[Item], heldout: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """The items of a share `heldout` of the conversations, and the others."""
     def place(item: Item) -> float:
         text = json.dumps(item.messages) + str(seed)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / 2**56
 
-    parts = {"heldout": [], "context": [], "train": []}
-    for item in sorted(items, key=place):                                   # the order of the source tells nothing
-        within = (place(item) - heldout) / (1 - heldout)
-        parts["heldout" if within < 0 else "context" if within < aside else "train"].append(item)
-    return parts
+    items = sorted(items, key=place)                                        # the order of the source tells nothing
+    return [i for i in items if place(i) < heldout], [i for i in items if place(i) >= heldout]
 
 
 def deal(items: list[Item], users: dict[str, str], each: int, seed: int) -> list[tuple[str, Item]]:
@@ -122,13 +123,13 @@ def deal(items: list[Item], users: dict[str, str], each: int, seed: int) -> list
     return [out[n] for n in rng.permutation(len(out))]
 
 
-def line(user: str, kind: str, item: Item, context: bool) -> dict:
+def line(user: str, kind: str, item: Item) -> dict:
     """One line of a preference file. scores: which answer each type prefers, for those that judged it."""
     chosen = item.prefers[kind]
     answer = [[{"role": "assistant", "content": text}] for text in item.answers]
     scores = {of: [int(prefers == chosen), int(prefers != chosen)] for of, prefers in item.prefers.items()}
     row = {"prompt": item.messages, "chosen": answer[chosen], "rejected": answer[1 - chosen]}
-    return row | {"user": user, "annotator": kind, "context": context, "scores": scores}
+    return row | {"user": user, "annotator": kind, "scores": scores}
 
 
 def judge(job: Path, of: Judged, preset: dict, tokenizer, data: str | None) -> None:
@@ -139,24 +140,25 @@ def judge(job: Path, of: Judged, preset: dict, tokenizer, data: str | None) -> N
         left_out["all types agree"] = sum(not item.conflict for item in items)
         items = [item for item in items if item.conflict]
     users = name_users(len(of.types) * preset["users"], list(of.types), preset["seed"])
-    aside = preset["context"] / preset["pairs"]
-    parts = divide(items, preset["heldout"], aside, preset["seed"])
-    rows = [line(user, users[user], item, part == "context") for part, each in
-            (("context", preset["context"]), ("train", preset["pairs"] - preset["context"]))
-            for user, item in deal(parts[part], users, each, preset["seed"])]
+    held_out, others = divide(items, preset["heldout"], preset["seed"])
+    rows = [line(user, users[user], item) for user, item in deal(others, users, preset["pairs"], preset["seed"])]
     of_kind = {kind: [user for user in users if users[user] == kind] for kind in of.types}
-    held = [(item, kind) for item in parts["heldout"] for kind in item.prefers][: preset["heldout_pairs"] or None]
-    held_rows = [line(of_kind[kind][n % len(of_kind[kind])], kind, item, False) for n, (item, kind) in enumerate(held)]
+    held = [(item, kind) for item in held_out for kind in item.prefers][: preset["heldout_pairs"] or None]
+    held_rows = [line(of_kind[kind][n % len(of_kind[kind])], kind, item) for n, (item, kind) in enumerate(held)]
+    new = {f"new-{user}": kind for user, kind in name_users(len(of.types) * preset["new_users"], list(of.types),
+                                                            preset["seed"] + 1).items()}
+    for name, part in (("adapt-new-user", others), ("adapt-new-user-new-prompt", held_out)):
+        dealt = deal(part, new, preset["new_pairs"], preset["seed"] + 1)
+        write_lines(job / f"{name}.jsonl", (line(user, new[user], item) for user, item in dealt))
     if not held_rows:
         raise InputError(f"{len(items)} items leave none for evaluation; more data would do")
-    order = np.random.default_rng([preset["seed"], 22]).permutation(len(rows)).tolist()
-    write_lines(job / "train.jsonl", (rows[n] for n in order))
+    write_lines(job / "train.jsonl", rows)
     write_lines(job / "heldout.jsonl", held_rows)
     counts = {part: {"items": len(chosen), "of_two_types_or_more": sum(len(i.prefers) > 1 for i in chosen),
-                     "conflicts": sum(i.conflict for i in chosen)} for part, chosen in parts.items()}
+                     "conflicts": sum(i.conflict for i in chosen)} for part, chosen in (("training", others), ("held out", held_out))}
     facts |= {"annotators": list(of.types), "left_out": left_out, "parts": counts, "train": {"pairs": len(rows)},
               "heldout": {"pairs": len(held_rows), "conflicts": sum(item.conflict for item, _ in held)}}
-    names = ("users", "pairs", "context", "seed", "conflicts", "max_prompt", "max_response")
+    names = ("users", "pairs", "new_users", "new_pairs", "seed", "conflicts", "max_prompt", "max_response")
     facts |= {"settings": {name: preset[name] for name in names}}
     (job / "dataset.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts))
@@ -172,9 +174,9 @@ def main(of: Judged, argv: list[str]) -> None:
     given = {"users": config.users, "pairs": config.pairs, "seed": config.seed + 1}
     preset = of.presets[name] | {key: getattr(config, key) for key, value in given.items() if value}
     preset |= {"conflicts": config.conflicts}
-    if min(preset["users"], preset["pairs"] - preset["context"]) < 1:
-        raise InputError(f"--users {preset['users']} --pairs {preset['pairs']}: wanted a user of each type, and more "
-                         f"pairs than the {preset['context']} that are for the E-step alone")
+    if min(preset["users"], preset["pairs"]) < 1:
+        raise InputError(f"--users {preset['users']} --pairs {preset['pairs']}: both must be at least 1, or 0 for the "
+                         "preset's")
     job = Path(config.out or f"runs/{of.name}-{name}" + (f"-{Path(config.model).name}" if config.model else ""))
     model = config.model or "smollm2"
     begin(job, {"preset": name, "model": model, "settings": json.loads(json.dumps(preset))})
@@ -182,7 +184,7 @@ def main(of: Judged, argv: list[str]) -> None:
     own = [Path(config.data_folder) / source for source in of.sources] if config.data_folder else []
     source = [fetch.sha256_of(file) for file in own if file.is_file()] or "fetched"
     sizes = {key: value for key, value in preset.items() if key not in ("runs", "train")}
-    stage(job, "judge", key_of(sizes, source, tokenizer.key), ["train.jsonl", "heldout.jsonl", "dataset.json"],
+    stage(job, "judge", key_of(sizes, source, tokenizer.key), FILES,
           lambda: judge(job, of, preset, tokenizer, config.data_folder or None))
     if not config.data_only:
         shared = {name: preset[name] for name in ("max_prompt", "max_response", "seed")}

@@ -102,33 +102,40 @@ REVIEWS = {
 }
 
 
-def of_users(experts: int, steps: int, **of_dpo) -> dict:
-    """DPO; Mix-DPO with one type a pair, and with one a user; MoE-DPO with weights for every user."""
-    heads = {"experts": experts, "train_trunk": False, "start": "linear", "start_steps": steps}
+def of_users(experts: int, steps: int, epochs: int = 3, **of_dpo) -> dict:
+    """DPO; Mix-DPO with one type a pair, and with one a user; MoE-DPO with weights for every user. Heads see the data
+    several times, most of them, `steps`, with the start's responsibilities."""
+    heads = {"experts": experts, "train_trunk": False, "start": "linear", "start_steps": steps, "epochs": epochs}
     return {"dpo": {"experts": 1} | of_dpo, "mix-pair": heads, "moe-user": heads | {"gate": "user", "gate_lr": 0.05},
-            "mix-user": heads | {"latent": "user", "estep": "context"}}
+            "mix-user": heads | {"latent": "user"}}
 
 
-HH = {  # users: of each type; heldout: share of the conversations; heldout_pairs: at most, 0: all
+# users, new_users: of each type; pairs, new_pairs: that each judges; heldout: share of the conversations;
+# heldout_pairs: at most, 0: all
+HH = {
     "smoke": {
-        "seed": 0, "users": 2, "pairs": 8, "context": 2, "heldout": 0.25, "heldout_pairs": 24, "max_prompt": 96,
-        "max_response": 16, "train": {"epochs": 1, "batch": 12, "micro": 6}, "runs": of_users(2, 1),
+        "seed": 0, "users": 2, "pairs": 8, "new_users": 1, "new_pairs": 4, "heldout": 0.25,
+        "heldout_pairs": 24, "max_prompt": 96, "max_response": 16,
+        "train": {"epochs": 1, "batch": 12, "micro": 6}, "runs": of_users(2, 1, 1),
     },
     "quick": {
-        "seed": 0, "users": 20, "pairs": 40, "context": 12, "heldout": 0.22, "heldout_pairs": 0, "max_prompt": 96,
-        "max_response": 48, "train": {"epochs": 1, "batch": 32, "micro": 32}, "runs": of_users(2, 25, lr=5e-5),
+        "seed": 0, "users": 20, "pairs": 40, "new_users": 4, "new_pairs": 32, "heldout": 0.22,
+        "heldout_pairs": 0, "max_prompt": 96, "max_response": 48,
+        "train": {"batch": 40, "micro": 40}, "runs": of_users(2, 80),
     },
     "paper": {
-        "seed": 0, "users": 40, "pairs": 40, "context": 12, "heldout": 0.25, "heldout_pairs": 0, "max_prompt": 512,
-        "max_response": 256, "train": {"epochs": 1, "batch": 64, "micro": 64}, "runs": of_users(2, 30, lr=5e-5),
+        "seed": 0, "users": 40, "pairs": 40, "new_users": 10, "new_pairs": 32, "heldout": 0.25,
+        "heldout_pairs": 0, "max_prompt": 512, "max_response": 256,
+        "train": {"batch": 80, "micro": 80}, "runs": of_users(2, 80),
     },
 }
 ULTRAFEEDBACK = {
-    "smoke": HH["smoke"] | {"max_response": 24, "runs": of_users(4, 1)},
+    "smoke": HH["smoke"] | {"max_response": 24, "runs": of_users(4, 1, 1)},
     "quick": HH["quick"] | {"heldout": 0.1, "heldout_pairs": 800, "max_prompt": 256, "max_response": 96,
-                            "runs": of_users(4, 25, lr=5e-5)},
+                            "runs": of_users(4, 160)},
     "paper": {
-        "seed": 0, "users": 250, "pairs": 40, "context": 12, "heldout": 0.1, "heldout_pairs": 8000, "max_prompt": 512,
-        "max_response": 512, "train": {"epochs": 1, "batch": 64, "micro": 16}, "runs": of_users(4, 150),
+        "seed": 0, "users": 250, "pairs": 40, "new_users": 50, "new_pairs": 32, "heldout": 0.1,
+        "heldout_pairs": 8000, "max_prompt": 512, "max_response": 512,
+        "train": {"batch": 80, "micro": 16}, "runs": of_users(4, 1000),
     },
 }

@@ -1,295 +1,12 @@
-"""The report of a job: report.md, and its pictures in report/*.png. The only file that draws.
+"""The report of a job: report.md, and its pictures in report/*.png."""
 
-One colour, line and hatch for an expert and one colour, line and marker for an annotator, the same in every picture
-and apart without colour. The figures are job.py's and the tables tables.py's. Left out: pyplot and its global state.
-"""
-
-import os
+import json
 from pathlib import Path
 from urllib.parse import quote
 
-import matplotlib
-import numpy as np
-from matplotlib.figure import Figure
-
-from data import domains, tables
-from data.job import (Job, Run, annotators_of, by_annotator, heads_of, last_responsibilities, read_job, rewards_of,
-                      run_of, smooth)
-
-EXPERTS = ["#0b5394", "#e07b00", "#4f9d69", "#a64d79", "#7f7f7f", "#9c7a00"]  # then from the start, with another line
-LINES, HATCHES = ["-", "--", ":", "-."], ["", "///", "...", "xx", "\\\\\\", "++"]
-ANNOTATORS = ["#6a1b4d", "#1b9e9e", "#d4a017", "#555555", "#8c6bb1", "#7a9a01"]
-MARKERS = ["o", "s", "^", "D", "v", "P"]
-STYLE = {
-    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.6, "axes.axisbelow": True, "lines.linewidth": 1.3, "savefig.dpi": 110,
-}
-
-
-def expert_line(k: int) -> dict:
-    return {"color": EXPERTS[k % len(EXPERTS)], "linestyle": LINES[k % len(LINES)]}
-
-
-def annotator_look(job: Job, name: str) -> dict:
-    i = annotators_of(job).index(name)
-    return {"color": ANNOTATORS[i % len(ANNOTATORS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": LINES[i % 4]}
-
-
-def panels(count: int, columns: int, width: float, height: float, **options) -> tuple[Figure, list]:
-    """A figure with `count` panels of width x height inches, row by row."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
-    for spare in axes[count:]:
-        spare.remove()
-    return figure, axes[:count]
-
-
-def legend(figure: Figure, axes: list, columns: int = 6) -> None:
-    """One legend under the panels, each label once."""
-    once = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=min(columns, len(once)))
-
-
-# ---- the pictures: a job -> file name: figure; none where there is nothing to draw
-
-
-def rewards(job: Job) -> dict[str, Figure]:
-    """A panel a reward, a row a policy, error bars of one standard error; a line at the reference."""
-    rows, names = job.results["policies"], [*rewards_of(job), "trained"]
-    if not rows:
-        return {}
-    heads = {row: k for column in heads_of(job).values() for k, row in enumerate(column)}
-    shaded = list(dict.fromkeys(map(run_of, rows)))[1::2]
-    figure, axes = panels(len(names), len(names), 2.3, 0.7 + 0.17 * len(rows), sharey=True)
-    for axis, name in zip(axes, names):
-        for y, (row, figures) in enumerate(rows.items()):
-            colour = EXPERTS[heads[row] % len(EXPERTS)] if row in heads else "black"
-            marker = "o" if row in heads else "s" if row.endswith(" sparse") else "D"
-            fill = "white" if row.endswith(" sparse") else colour
-            axis.errorbar(figures[name]["mean"], y, xerr=figures[name]["se"], color=colour, marker=marker, mfc=fill,
-                          markersize=4, capsize=2, linestyle="none")
-            if run_of(row) in shaded:
-                axis.axhspan(y - 0.5, y + 0.5, color="#f4f4f4", linewidth=0)
-        axis.axvline(rows["reference"][name]["mean"], color="#888888", linewidth=0.8, linestyle=":")
-        axis.set_xlabel("mean of trained rewards" if name == "trained" else f"{name} (0 to 1)")
-        axis.grid(axis="y", visible=False)
-    axes[0].set_yticks(range(len(rows)), list(rows))
-    axes[0].set_ylim(len(rows) - 0.5, -0.5)
-    return {"rewards": figure}
-
-
-def training(job: Job) -> dict[str, Figure]:
-    """A picture a run, the same scales in all: loss, log-marginal, accuracy, margins, effective experts by step."""
-    runs = [run for run in job.runs if run.metrics]
-    labels = {"loss": "loss (nats a pair)", "log_marginal": "log-marginal (nats a pair)", "accuracy": "accuracy",
-              "margin": "margin h (nats)", "effective_experts": "effective experts"}
-    curves = {run.name: {key: smooth([step[key] for step in run.metrics]) for key in [*labels, "accuracy_mbt"]}
-              for run in runs}
-    figures = {}
-    for run in runs:
-        figure, axes = panels(5, 5, 2.1, 1.9)
-        for axis, (key, label) in zip(axes, labels.items()):
-            x, y = curves[run.name][key]
-            for k, column in enumerate(y.T if y.ndim == 2 else ()):
-                axis.plot(x, column, **expert_line(k), label=f"expert {k}")
-            if y.ndim == 1:
-                whole = "mixture" if run.config["experts"] > 1 else "policy"
-                axis.plot(x, y, color="black", linewidth=1, label=whole)
-            if key == "accuracy" and run.config["experts"] > 1:
-                axis.plot(x, curves[run.name]["accuracy_mbt"][1], color="black", linewidth=1)
-            drawn = [key, "accuracy_mbt"] if key == "accuracy" else [key]
-            low, high = (pick([pick(curves[name][of][1]) for name in curves for of in drawn])
-                         for pick in (np.min, np.max))
-            axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
-            axis.set(title=label, xlabel="step")
-        figure.suptitle(run.name, fontsize=9, fontweight="bold")
-        legend(figure, axes)
-        figures[f"training-{run.name}"] = figure
-    return figures
-
-
-def mixtures(job: Job) -> list[tuple[Run, int]]:
-    """The panels of the pictures of responsibilities: a run and an expert; of two experts one, which tells both."""
-    runs = [run for run in job.runs if run.config["experts"] > 1 and run.units and run.steps]
-    return [(run, k) for run in runs for k in range(run.config["experts"] if run.config["experts"] > 2 else 1)]
-
-
-def responsibilities(job: Job) -> dict[str, Figure]:
-    """The paper's Figure 1: mean responsibilities of each annotator's groups through training."""
-    shown = mixtures(job)
-    if not shown:
-        return {}
-    figure, axes = panels(len(shown), 3, 3.2, 2.2, sharey=True)
-    for axis, (run, k) in zip(axes, shown):
-        for name, (x, means) in by_annotator(run).items():
-            axis.plot(x, means[:, k], **annotator_look(job, name), markersize=3.5, markevery=3, label=name)
-        if run.config["start"] != "none" and run.config["start_steps"]:
-            axis.axvline(run.config["start_steps"] + 0.5, color="#888888", linewidth=0.8)
-        axis.axhline(1 / run.config["experts"], color="black", linewidth=0.8, linestyle=":")
-        axis.set(title=f"{run.name}, expert {k}", xlabel="step", ylim=(-0.03, 1.03))
-    axes[0].set_ylabel("mean responsibility q")
-    legend(figure, axes)
-    return {"responsibilities": figure}
-
-
-def accuracy(job: Job) -> dict[str, Figure]:
-    """Held-out accuracy: a panel a run, a group of bars an annotator, a bar an expert."""
-    rows = job.results["preferences"]
-    if not rows:
-        return {}
-    figure, axes = panels(len(rows), 3, 3.2, 2.0, sharey=True)
-    for axis, (run, figures) in zip(axes, rows.items()):
-        kinds = [name for name in annotators_of(job) if name in figures["accuracy"]]
-        width = 0.8 / max(2, figures["experts"])
-        for k in range(figures["experts"]):
-            column = [figures["accuracy"][kind][k] for kind in kinds]
-            x = np.arange(len(kinds)) + (k - (figures["experts"] - 1) / 2) * width
-            axis.bar(x, [f["mean"] for f in column], width * 0.94, yerr=[f["se"] for f in column], capsize=2,
-                     facecolor=EXPERTS[k % len(EXPERTS)], hatch=HATCHES[k % len(HATCHES)], edgecolor="white",
-                     ecolor="black", error_kw={"linewidth": 1}, label=f"expert {k}")
-        axis.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
-        axis.set(title=run, ylim=(0, 1), xlabel="pairs judged by", xlim=(-0.6, len(kinds) - 0.4))
-        axis.set_xticks(range(len(kinds)), kinds)
-        axis.grid(axis="x", visible=False)
-    axes[0].set_ylabel("accuracy (share of pairs)")
-    legend(figure, axes)
-    return {"accuracy": figure}
-
-
-def histogram(job: Job) -> dict[str, Figure]:
-    """Last responsibilities of the training groups, a line an annotator."""
-    shown = mixtures(job)
-    if not shown:
-        return {}
-    figure, axes = panels(len(shown), 3, 3.2, 2.0, sharey=True)
-    for axis, (run, k) in zip(axes, shown):
-        for name, q in last_responsibilities(run).items():
-            colour, line = annotator_look(job, name)["color"], annotator_look(job, name)["linestyle"]
-            axis.hist(q[:, k], np.linspace(0, 1, 21), weights=np.full(len(q), 1 / max(len(q), 1)), histtype="step",
-                      color=colour, linestyle=line, linewidth=1.5, label=name)
-        axis.set(title=f"{run.name}, expert {k}", xlabel="last responsibility q", xlim=(-0.02, 1.02))
-    axes[0].set_ylabel("share of groups")
-    legend(figure, axes)
-    return {"histogram": figure}
-
-
-def gate_weights(job: Job) -> dict[str, Figure]:
-    """Weight of each evaluation prompt by set and domain: a panel a run whose weights differ, a row a part."""
-    shown = {run: w for run, w in domains.weights_of(job).items() if np.ptp(w, axis=0).max() > 0}
-    parts = domains.parts_of(job)
-    if not shown or len(parts) < 2:
-        return {}
-    figure, axes = panels(len(shown), 3, 3.0, 0.8 + 0.22 * len(parts), sharey=True)
-    for axis, (run, w) in zip(axes, shown.items()):
-        for y, part in enumerate(parts.values()):
-            lift = np.random.default_rng(0).uniform(-0.25, 0.25, len(part))  # so that dots do not hide each other
-            axis.plot(w[part, 0], y + lift, ".", markersize=3, color=ANNOTATORS[y % len(ANNOTATORS)])
-            axis.plot([w[part, 0].mean()] * 2, [y - 0.4, y + 0.4], color="black", linewidth=1)
-        axis.set(title=run, xlim=(-0.03, 1.03), xlabel="weight of expert 0")
-        axis.grid(axis="y", visible=False)
-    axes[0].set_yticks(range(len(parts)), [f"{domain}, {which}" for which, domain in parts])
-    axes[0].invert_yaxis()
-    return {"gate": figure}
-
-
-def prompt_features(job: Job) -> dict[str, Figure]:
-    """What the first learnt gate reads, in two dimensions: PCA and t-SNE, coloured by domain and by its weights."""
-    run = next((r for r in job.runs if r.config["gate"] in ("linear", "mlp", "prompt-user")), None)
-    path, parts = job.home / "prompt-states.safetensors", domains.parts_of(job)
-    if run is None or not path.exists() or run.name not in (weights := domains.weights_of(job)):
-        return {}
-    from safetensors.numpy import load_file                                 # these two: only this picture needs them
-    from sklearn.manifold import TSNE
-
-    states = load_file(path)["states"][:, ("last", "mean").index(run.config["gate_features"])].astype(float)
-    x = (states - states.mean(0)) / (states.std(0) + 1e-9)
-    flat = {"PCA": (x - x.mean(0)) @ np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:2].T}
-    if len(x) > 5:
-        flat["t-SNE"] = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=0).fit_transform(x)
-    figure, axes = panels(2 * len(flat), 2, 3.4, 2.8)
-    for row, (name, xy) in enumerate(flat.items()):
-        for n, (which, domain) in enumerate(parts):
-            axes[2 * row].scatter(*xy[parts[which, domain]].T, s=9, color=ANNOTATORS[n % len(ANNOTATORS)],
-                                  marker=MARKERS[n % len(MARKERS)], label=f"{domain}, {which}")
-        dots = axes[2 * row + 1].scatter(*xy.T, s=9, c=weights[run.name][:, 0], cmap="cividis", vmin=0, vmax=1)
-        figure.colorbar(dots, ax=axes[2 * row + 1], label="weight of expert 0")
-        axes[2 * row].set_title(f"{name}: domain and set")
-        axes[2 * row + 1].set_title(f"{name}: {run.name}")
-    legend(figure, axes, columns=3)
-    return {"prompts": figure}
-
-
-def knowledge(job: Job) -> dict[str, Figure]:
-    """By step, of runs with a learnt gate: entropies of the weights and of the responsibilities, what is known of z."""
-    runs = [run for run in job.runs if run.metrics and run.config["gate"] in ("linear", "mlp", "user", "prompt-user")]
-    labels = {"gate_entropy": "mean entropy of w", "gate_information": "I(z; x)", "q_gain": "KL(q || w)",
-              "q_entropy": "mean entropy of q", "effective_experts": "effective experts"}
-    if not runs:
-        return {}
-    figure, axes = panels(5, 5, 2.1, 1.9)
-    for axis, (key, label) in zip(axes, labels.items()):
-        for n, run in enumerate(runs):
-            axis.plot(*smooth([step[key] for step in run.metrics]), **expert_line(n), label=run.name)
-        axis.set(title=label + ("" if key == "effective_experts" else " (nats)"), xlabel="step")
-    legend(figure, axes)
-    return {"knowledge": figure}
-
-
-PICTURES = [  # title, how to read it, drawing
-    (
-        "Rewards",
-        "Mean over the evaluation prompts, with one standard error to each side; dotted: the reference. Dots in colour "
-        "are single heads, diamonds and hollow squares (sparse) are whole policies.",
-        rewards,
-    ),
-    (
-        "Training",
-        "Means over stretches of steps (at most 50), before each update and on the step's own pairs, all runs on the "
-        "same scales; experts whose margins part have begun to differ.",
-        training,
-    ),
-    (
-        "Responsibilities by annotator",
-        "How much of each annotator's pairs an expert takes, as in the paper's Figure 1: where annotators part, it has "
-        "found its own. Dotted: 1/K; left of the grey line the start's responsibilities are in use; of two "
-        "experts the other takes the rest.",
-        responsibilities,
-    ),
-    (
-        "Held-out accuracy",
-        "Share of held-out pairs ± one standard error, by who judged them; dotted: a coin. An expert that learnt one "
-        "annotator is high there and lower elsewhere.",
-        accuracy,
-    ),
-    (
-        "Last responsibilities",
-        "Where each training group ended: 0 and 1 are sure, and annotators at opposite ends have been told apart.",
-        histogram,
-    ),
-]
-OF_GATES = [
-    (
-        "What is known of the expert, by step",
-        "A gate learns where I(z; x) rises and KL(q || w), what a pair adds to its prompt, falls; effective experts "
-        "near 1 would be a gate that gives all to one.",
-        knowledge,
-    ),
-    (
-        "Gate weights by domain",
-        "A dot is an evaluation prompt, a line the mean of its set: domains at opposite ends are told apart; the sets "
-        "below show what the gate makes of prompts that cross domains or come from others.",
-        gate_weights,
-    ),
-    (
-        "What the gate reads",
-        "The prompts' features in two dimensions, by domain and by what the gate makes of them: where colours on the "
-        "right follow the groups on the left, the gate has found the domains.",
-        prompt_features,
-    ),
-]
+from data import domains, pictures, tables, users
+from data.job import read_job
+from mixdpo.config import write_whole
 
 
 def report(home: Path) -> Path:
@@ -299,22 +16,30 @@ def report(home: Path) -> Path:
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):                                        # a picture of before must not stand beside
         old.unlink()
-    pictures = []
-    with matplotlib.rc_context(STYLE):
+    drawings = []
+    with pictures.style():
         gated = any(run.config.get("gate", "fixed") != "fixed" for run in job.runs)
-        for title, reading, draw in PICTURES + OF_GATES * gated:
+        new_users = bool(job.results["adapt"])
+        for title, reading, draw in pictures.PICTURES + pictures.OF_USERS * new_users + pictures.OF_GATES * gated:
             drawn = draw(job)
             for name, figure in drawn.items():
                 figure.savefig(folder / f"{name}.png")
             links = [f"![{tables.escape(name)}](report/{quote(name)}.png)" for name in drawn]
-            pictures.append(tables.section(title, reading if drawn else "Nothing was measured that it shows.", *links))
-    sections = [tables.what_was_run, tables.policies, tables.head_differences, tables.preferences, tables.types,
-                tables.alignment]
+            drawings.append(tables.section(title, reading if drawn else "Nothing was measured that it shows.", *links))
+    sections = [tables.what_was_run, tables.policies, tables.head_differences, tables.preferences, users.types,
+                *[users.adaptation] * new_users, tables.alignment]
     if "domains" in job.dataset:
         sections[1:1] = [domains.rewards_by_domain, domains.gates, domains.likelihoods]
     title = f"# {tables.escape(home.resolve().name)}"
-    parts = [title, *(write(job) for write in sections), *pictures, tables.samples(job)]
-    new, path = home / "report.md.new", home / "report.md"
-    new.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    os.replace(new, path)                                                   # whole or not at all
-    return path
+    parts = [title, *(write(job) for write in sections), *drawings, tables.samples(job)]
+    write_whole(home / "report.md", "\n\n".join(parts) + "\n")
+    return home / "report.md"
+
+
+def planted_report(folder: Path) -> Path:
+    """Writes folder/report.md and its picture from planted.json (data/planted.py); returns the path of report.md."""
+    found = json.loads((folder / "planted.json").read_text())
+    with pictures.style():
+        pictures.planted(found).savefig(folder / "planted.png")
+    write_whole(folder / "report.md", users.planted(found))
+    return folder / "report.md"

@@ -12,10 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
 from data.job import Job, annotators_of, heads_of, paired, rewards_of
-from mixdpo.diagnostics import mean_se
 from mixdpo.options import TrainConfig
 
 PAPER_REWARDS = ("sentiment", "informativeness", "grammar")
@@ -206,41 +203,6 @@ def preferences(job: Job) -> str:
         "its responsibilities from training where the user is known, else w; the ELBO gap is what the pair itself "
         "adds to them.",
         table(head_of_run, of_run))
-
-
-def types(job: Job) -> str:
-    title, rows, kinds = "What each type of user gets", job.results["preferences"], annotators_of(job)
-    kinds = [kind for kind in kinds if all(kind in figures["types"] for figures in rows.values())]
-    if not rows or len(kinds) < 2:
-        return section(title, "Not measured: it takes held-out pairs of several annotators.")
-    best = {kind: max(figures["types"][kind]["accuracy"]["mean"] for figures in rows.values()) for kind in kinds}
-    by_accuracy, by_nats, apart = [], [], []
-    dpo = next((figures for figures in rows.values() if figures["experts"] == 1), None)
-    for run, figures in rows.items():
-        of = figures["types"]
-        for name, digits, body in (("accuracy", 3, by_accuracy), ("log_likelihood", 4, by_nats)):
-            worst = min(kinds, key=lambda kind: of[kind][name]["mean"])
-            body.append([escape(run), *(pm(of[kind][name], digits) for kind in kinds), pm(of[worst][name], digits)])
-        by_accuracy[-1].append(f"{max(best[kind] - of[kind]['accuracy']['mean'] for kind in kinds):.3f}")
-        if (found := figures["conflicts"]) and math.isfinite(found["mean"]):
-            less = [NONE, NONE]
-            if dpo and dpo is not figures:
-                gap = np.subtract(figures["conflicts_by_pair"], dpo["conflicts_by_pair"])
-                less = [pm(gap := mean_se(gap, figures["conflicts_prompt"]), sign="+"), in_ses(gap)]
-            shares = [pm(of[kind]["own_expert"]) for kind in kinds]
-            apart.append([escape(run), *shares, pm(found), *less, str(found["n"])])
-    head = ["run", *map(escape, kinds), "worst type"]
-    return section(
-        title,
-        "Accuracy on held-out pairs of each type, under the user's own weights where they are known: the worst type's "
-        "is what a policy guarantees; the greatest regret is the most that a type loses against the run that serves it "
-        "best.",
-        table([*head, "greatest regret"], by_accuracy),
-        "The same in nats a pair.", table(head, by_nats),
-        apart and "Were every user's type known: its expert's accuracy on all pairs of the type, and on those pairs on "
-        "which types disagree; and how much better than DPO there, pair by pair. SEs count prompts.",
-        apart and table(["run", *(f"{escape(kind)}, its expert" for kind in kinds), "where types disagree",
-                         "less DPO's", "in SEs", "pairs"], apart))
 
 
 def alignment(job: Job) -> str:

@@ -22,17 +22,16 @@ from mixdpo.reference import reference_of
 from mixdpo.rundir import Progress
 
 
-def heldout_figures(runs: list[Run], references: list, tokenizer, path: Path, store: Path) -> dict:
-    """Name of a run -> its figures on the held-out preferences."""
-    config, dtype, out = runs[0].config, runs[0].experts.dtype, {}
+def margins_of(runs: list[Run], references: list, tokenizer, path: Path, store: Path):
+    """Yields (run, pairs of the file, h (P,K) of each under each of the run's experts (M4), log w of each (P,K))."""
+    config, dtype = runs[0].config, runs[0].experts.dtype
     pairs = read_preferences(path, tokenizer, config.max_prompt, config.max_response, config.drop)
     check_lengths(pairs, min(model.config.context for model in references), path)
     ref = reference_of(path, pairs, references, tokenizer, config, dtype, store)
     for run in runs:
         own = pairs if run.config.train_trunk else ref.with_states(pairs)
-        h = margins(expert_logp(run, own, "held-out"), ref.logp, run.config.beta)          # (P,K)  M4
-        out[run.name] = preference_figures(run, pairs, h, weights(run, pairs, ref.prompt))
-    return out
+        h = margins(expert_logp(run, own, Path(path).stem), ref.logp, run.config.beta)     # (P,K)  M4
+        yield run, pairs, h, weights(run, pairs, ref.prompt)
 
 
 @torch.no_grad()

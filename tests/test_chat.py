@@ -3,7 +3,7 @@ What each test catches stands in its docstring."""
 
 import pytest
 
-from mixdpo.chat import DATES, encode_answer, encode_chat, template_of
+from mixdpo.chat import DATES, encode_answer, encode_chat, ends, template_of
 from mixdpo.config import InputError
 from mixdpo.preferences import read_preferences
 from mixdpo.records import Fault
@@ -26,13 +26,14 @@ def llama3():
 
 
 def test_chatml_by_hand(smollm2):
-    """Catches: a system turn of the model's own left out or doubled, an end or a line break too few, ids out of text."""
+    """Catches: a system turn of the model's own left out or doubled, an end or a line break too few, ids from text."""
     own = "system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
     assert encode_chat(USER, smollm2, 99) == ([1, *smollm2.encode(own), 2, *smollm2.encode("\n"), 1, *smollm2.encode(
         "user\nHow tall is K2?"), 2, *smollm2.encode("\n"), 1, *smollm2.encode("assistant\n")], 0)
     assert smollm2.decode(encode_chat(LONG, smollm2, 99)[0]) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHow tall is K2?<|im_end|>\n"
-        "<|im_start|>assistant\n8,611 m.<|im_end|>\n<|im_start|>user\nAnd in feet?\n<|im_end|>\n<|im_start|>assistant\n")
+        "<|im_start|>assistant\n8,611 m.<|im_end|>\n"
+        "<|im_start|>user\nAnd in feet?\n<|im_end|>\n<|im_start|>assistant\n")
     assert encode_answer(" 28,251", smollm2) == [*smollm2.encode(" 28,251"), 2]
 
 
@@ -82,8 +83,8 @@ def test_what_a_template_says_of_its_system_turn(smollm2, llama3, monkeypatch):
         return tokenizer.decode(encode_chat(USER, tokenizer, 99)[0])
 
     assert told(smollm2, None).startswith("<|im_start|>user\nHow")
-    assert told(smollm2, "{{ '<|im_start|>system\\nYou are Q.<|im_end|>\\n<|im_start|>' + message['role'] }}").startswith(
-        "<|im_start|>system\nYou are Q.<|im_end|>\n<|im_start|>user\nHow")
+    its_own = "{{ '<|im_start|>system\\nYou are Q.<|im_end|>\\n<|im_start|>' + message['role'] }}"
+    assert told(smollm2, its_own).startswith("<|im_start|>system\nYou are Q.<|im_end|>\n<|im_start|>user\nHow")
     assert told(smollm2, "{{ '<|im_start|>system\\n' + system + '<|im_end|>' }}").startswith("<|im_start|>user\nHow")
     assert told(llama3, "<|start_header_id|> Cutting Knowledge Date: December 2023").startswith(
         f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{DATES}<|eot_id|><|start_header_id|>user")
@@ -91,6 +92,11 @@ def test_what_a_template_says_of_its_system_turn(smollm2, llama3, monkeypatch):
         told(smollm2, "[INST] {{ content }} [/INST]")
     assert len(keys) == 7
     template_of.cache_clear()
+
+
+def test_what_ends_a_response(smollm2, llama3):
+    """Catches: the end of a turn that is shown as part of the answer."""
+    assert (ends(smollm2), ends(llama3), ends(Letters())) == ({2}, {128001, 128009}, {256})
 
 
 def test_a_tokenizer_without_chat_is_no_fault_of_a_line(tmp_path):
@@ -102,7 +108,7 @@ def test_a_tokenizer_without_chat_is_no_fault_of_a_line(tmp_path):
 
 
 def test_a_file_of_conversations(tmp_path, smollm2):
-    """Catches: an answer tokenised with its opening, an end token lost or doubled, left-out turns that nobody counts."""
+    """Catches: an answer tokenised with its opening, an end token lost or doubled, left-out turns not counted."""
     answer = [[{"role": "assistant", "content": text}] for text in ("28,251 feet.", "No idea.")]
     row, told = {"prompt": LONG, "chosen": answer[0], "rejected": answer[1], "user": "u"}, []
     path = write(tmp_path, row, row | {"prompt": USER})

@@ -254,7 +254,7 @@ def test_what_is_refused(tmp_path, model_dir, job, monkeypatch):
         with pytest.raises(InputError, match=r"prompts\.jsonl:3"):
             evaluation.read_prompts(tmp_path / "prompts.jsonl", load_tokenizer(model_dir), 8, 0)
     for options in ({"heldout": "typo.jsonl"}, {"prompts": "typo.jsonl"}, {"prompts": str(tmp_path / "prompts.jsonl")}):
-        with pytest.raises(InputError, match="(typo.jsonl|dataset.json): no such file; --heldout wants"):
+        with pytest.raises(InputError, match="(typo.jsonl|dataset.json): no such file; --heldout and"):
             evaluate(EvalConfig(dir=str(tmp_path / "a"), **options))
     with pytest.raises(InputError, match="nothing to evaluate on; wanted heldout.jsonl"):
         evaluate(EvalConfig(dir=str(tmp_path / "a")))

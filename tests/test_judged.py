@@ -66,7 +66,7 @@ def test_hh_labels(tmp_path):
     assert [i.conflict for i in items] == [False, True] and items[0].answers == ("b", "c")
     assert facts["read"] == {"pairs": 3, "not a conversation": 1, "labelled twice for one objective": 2,
                              "of these, otherwise": 2}
-    for bad in ("{", row | {"label": 2}, row | {"objective": "funny"}, row | {"responses": ["b"]}, {"prompt": "Human: a"}):
+    for bad in ("{", row | {"label": 2}, row | {"objective": "funny"}, row | {"responses": ["b"]}, {"prompt": "a"}):
         with pytest.raises(InputError, match=":2: .*; wanted a line as data/hh.py describes it"):
             hh.load(str(write_hh(tmp_path / "bad", [row, bad])), {})
     for data in (None, str(tmp_path)):
@@ -85,15 +85,15 @@ def test_items_that_do_not_fit_are_counted(chat_model):
 
 
 def test_shares_of_conversations():
-    """Catches: a conversation on two sides, a share that depends on the file's order, another seed with the same one."""
+    """Catches: a conversation on two sides, a share that depends on the file's order, seeds that do not matter."""
     items = [item(n, helpful=0) for n in range(2000)]
-    parts = divide(items, 0.25, 0.4, seed=0)
-    places = [sorted(i.messages[0]["content"] for i in parts[name]) for name in ("heldout", "context", "train")]
+    parts = divide(items, 0.25, seed=0)
+    places = [[i.messages[0]["content"] for i in part] for part in parts]
     assert sorted(sum(places, [])) == sorted(i.messages[0]["content"] for i in items)
-    assert [len(p) for p in places] == pytest.approx([500, 600, 900], abs=90)
-    assert divide(items[::-1], 0.25, 0.4, seed=0) == parts and divide(items, 0.25, 0.4, seed=1) != parts
-    twice = divide([*items, item(3, harmless=1)], 0.25, 0.4, seed=0)
-    assert sum(any(i.messages == item(3).messages for i in part) for part in twice.values()) == 1
+    assert len(places[0]) == pytest.approx(500, abs=90) and len(places[1]) == pytest.approx(1500, abs=90)
+    assert divide(items[::-1], 0.25, seed=0) == parts and divide(items, 0.25, seed=1) != parts
+    twice = divide([*items, item(3, harmless=1)], 0.25, seed=0)
+    assert sum(any(i.messages == item(3).messages for i in part) for part in twice) == 1
 
 
 def test_users_get_the_items_of_their_type():
@@ -113,11 +113,11 @@ def test_users_get_the_items_of_their_type():
 
 
 def test_a_line_says_who_chose_what():
-    """Catches: the answers swapped, scores of a type that did not judge, scores that follow the order of the answers."""
-    row = line("u1", "harmless", item(0, helpful=0, harmless=1), True)
+    """Catches: the answers swapped, scores of a type that did not judge, or in the order of the answers."""
+    row = line("u1", "harmless", item(0, helpful=0, harmless=1))
     assert [row[side][0]["content"] for side in ("chosen", "rejected")] == ["wxyz", "abc"]
     assert row["scores"] == {"helpful": [0, 1], "harmless": [1, 0]} and row["annotator"] == "harmless"
-    assert line("u1", "helpful", item(0, helpful=0), False)["scores"] == {"helpful": [1, 0]}
+    assert line("u1", "helpful", item(0, helpful=0))["scores"] == {"helpful": [1, 0]}
 
 
 # ---- the whole
@@ -125,25 +125,32 @@ def test_a_line_says_who_chose_what():
 
 def test_a_whole_tiny_job_of_two_objectives(chat_model, tmp_path, monkeypatch):
     """From the file to the table: four runs, held-out items that nobody trained on, what each type gets, conflicts, and
-    a job that goes on where it was. Catches: a held-out item among the training pairs, context pairs on prompts that are
-    trained on, a user of two types, conflicts counted where one type judged."""
+    new users, a job that goes on where it was. Catches: a held-out item among the training pairs, a user of two types,
+    conflicts counted where one type judged, new users whom training knows."""
     rng = np.random.default_rng(0)
     data = write_hh(tmp_path / "data", [hh_row(n, rng) for n in range(160)])
     runs = {name: options | {"start_steps": 2, "rank": 2, "head_lr": 1e-2} if "start" in options else options
             for name, options in HH["smoke"]["runs"].items()}
-    small = {"seed": 0, "users": 3, "pairs": 10, "context": 3, "heldout_pairs": 0, "max_prompt": 64, "max_response": 8,
-             "train": {"epochs": 1, "batch": 14, "micro": 7, "dtype": "float32"}}
+    small = {"users": 3, "pairs": 10, "heldout_pairs": 0, "max_prompt": 64, "max_response": 8,
+             "train": {"batch": 20, "micro": 10, "dtype": "float32"}}
     monkeypatch.setitem(HH, "tiny", HH["smoke"] | small | {"runs": runs})
     words = f"--preset tiny --model {chat_model} --out {tmp_path / 'job'} --data-folder {data}".split()
     judged.main(hh.DATASET, words)
     job, tokenizer = tmp_path / "job", load_tokenizer(chat_model)
     train, held = (read_preferences(job / f"{name}.jsonl", tokenizer, 64, 8) for name in ("train", "heldout"))
-    assert Counter((p.user, p.context) for p in train) == {(f"user-000{n}", c): 3 if c else 7
-                                                          for n in range(1, 7) for c in (True, False)}
+    assert Counter(p.user for p in train) == {f"user-000{n}": 10 for n in range(1, 7)}
     assert len({(p.user, p.annotator) for p in [*train, *held]}) == 6
-    trained, aside = ({tuple(p.prompt) for p in train if p.context is c} for c in (False, True))
-    assert not trained & aside and not {tuple(p.prompt) for p in held} & (trained | aside)
-    results = json.loads((job / "results.json").read_text())["preferences"]
+    trained, held_out = ({tuple(p.prompt) for p in pairs} for pairs in (train, held))
+    assert not trained & held_out
+    everything = json.loads((job / "results.json").read_text())
+    results, new = everything["preferences"], everything["adapt"]
+    assert list(new) == ["adapt-new-user", "adapt-new-user-new-prompt"]
+    for name, curves in new.items():
+        pairs = read_preferences(job / f"{name}.jsonl", tokenizer, 64, 8)
+        assert not {p.user for p in pairs} & {p.user for p in train} and len({p.user for p in pairs}) == 2
+        assert not {tuple(p.prompt) for p in pairs} & (trained if "prompt" in name else held_out)
+        assert {run: [point["shown"] for point in curve] for run, curve in curves.items()} == dict.fromkeys(
+            results, [0, 1, 2])
     assert list(results) == ["dpo", "mix-pair", "moe-user", "mix-user"]
     facts = json.loads((job / "dataset.json").read_text())
     both = [p for p in held if len(p.scores) == 2]
@@ -154,10 +161,10 @@ def test_a_whole_tiny_job_of_two_objectives(chat_model, tmp_path, monkeypatch):
     assert dpo["conflicts"]["mean"] == 0.5, "one policy serves one side of every conflict"
     share = {kind: dpo["types"][kind]["accuracy"]["n"] for kind in hh.TYPES}
     assert sum(share.values()) == len(held)
-    assert "What each type of user gets" in (job / "report.md").read_text()
-    before = (job / "results.json").stat().st_mtime_ns, (job / "mix-user" / "metrics.jsonl").stat().st_mtime_ns
+    assert "](report/adaptation.png)" in (job / "report.md").read_text()
+    before = (job / "mix-user" / "metrics.jsonl").stat().st_mtime_ns
     judged.main(hh.DATASET, words)
-    assert (job / "mix-user" / "metrics.jsonl").stat().st_mtime_ns == before[1]
+    assert (job / "mix-user" / "metrics.jsonl").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="holds a job of another settings"):
         judged.main(hh.DATASET, [*words, "--users", "2"])
 
@@ -165,7 +172,7 @@ def test_a_whole_tiny_job_of_two_objectives(chat_model, tmp_path, monkeypatch):
 def test_options_that_cannot_be_met(tmp_path):
     """Catches: a traceback in place of a sentence."""
     for words, says in ((["--preset", "big"], "--preset: got 'big', wanted one of smoke, quick"),
-                        (["--preset", "smoke", "--pairs", "2"], "more pairs than the 2 that are for the E-step alone")):
+                        (["--preset", "smoke", "--pairs", "-2"], "both must be at least 1")):
         with pytest.raises(InputError, match=says):
             judged.main(hh.DATASET, [*words, "--out", str(tmp_path / "x")])
     assert not (tmp_path / "x").exists()

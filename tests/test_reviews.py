@@ -231,14 +231,14 @@ def test_pictures_of_gates_are_drawn(job):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed (the `data` extra)")
     from safetensors.torch import save_file
 
-    from data import report
+    from data import pictures
 
-    figure = report.gate_weights(job)["gate"]
+    figure = pictures.gate_weights(job)["gate"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()][2:4] == ["movie, crossed", "book, crossed"]
     dots = figure.axes[0].lines[0]
     assert np.allclose(dots.get_xdata(), [0.9, 0.9])
-    assert report.prompt_features(job) == {}
+    assert pictures.prompt_features(job) == {}
     job.runs[1].config["gate_features"] = "mean"
     states = torch.randn(7, 2, 6, generator=torch.Generator().manual_seed(0))
     save_file({"states": states}, job.home / "prompt-states.safetensors")
-    assert len(report.prompt_features(job)["prompts"].axes) == 4 + 2
+    assert len(pictures.prompt_features(job)["prompts"].axes) == 4 + 2

@@ -1,0 +1,92 @@
+"""What the report says of types of users: what each gets, what new users get, and of planted types.
+
+    greatest regret     the most that a type loses against the run that serves it best: max over types, per run
+    where types disagree    pairs that two types order differently, under the expert that stands for the pair's judge
+"""
+
+import math
+
+import numpy as np
+
+from data.job import Job, annotators_of
+from data.tables import NONE, escape, in_ses, plain, pm, section, table
+from mixdpo.diagnostics import mean_se
+
+WAYS = ("user", "pair, pooled", "pair, majority")  # of assigning users to planted types (data/planted.py)
+
+
+def types(job: Job) -> str:
+    title, rows, kinds = "What each type of user gets", job.results["preferences"], annotators_of(job)
+    kinds = [kind for kind in kinds if all(kind in figures["types"] for figures in rows.values())]
+    if not rows or len(kinds) < 2:
+        return section(title, "Not measured: it takes held-out pairs of several annotators.")
+    best = {kind: max(figures["types"][kind]["accuracy"]["mean"] for figures in rows.values()) for kind in kinds}
+    by_accuracy, by_nats, apart = [], [], []
+    dpo = next((figures for figures in rows.values() if figures["experts"] == 1), None)
+    for run, figures in rows.items():
+        of = figures["types"]
+        for name, digits, body in (("accuracy", 3, by_accuracy), ("log_likelihood", 4, by_nats)):
+            worst = min(kinds, key=lambda kind: of[kind][name]["mean"])
+            body.append([escape(run), *(pm(of[kind][name], digits) for kind in kinds), pm(of[worst][name], digits)])
+        by_accuracy[-1].append(f"{max(best[kind] - of[kind]['accuracy']['mean'] for kind in kinds):.3f}")
+        if (found := figures["conflicts"]) and math.isfinite(found["mean"]):
+            less = [NONE, NONE]
+            if dpo and dpo is not figures:
+                gap = np.subtract(figures["conflicts_by_pair"], dpo["conflicts_by_pair"])
+                less = [pm(gap := mean_se(gap, figures["conflicts_prompt"]), sign="+"), in_ses(gap)]
+            shares = [pm(of[kind]["own_expert"]) for kind in kinds]
+            apart.append([escape(run), *shares, pm(found), *less, str(found["n"])])
+    head = ["run", *map(escape, kinds), "worst type"]
+    return section(
+        title,
+        "Accuracy on held-out pairs of each type, under the user's own weights where they are known: the worst type's "
+        "is what a policy guarantees; the greatest regret is the most that a type loses against the run that serves it "
+        "best.",
+        table([*head, "greatest regret"], by_accuracy),
+        "The same in nats a pair.", table(head, by_nats),
+        apart and "Were every user's type known: its expert's accuracy on all pairs of the type, and on those pairs on "
+        "which types disagree; and how much better than DPO there, pair by pair. SEs count prompts.",
+        apart and table(["run", *(f"{escape(kind)}, its expert" for kind in kinds), "where types disagree",
+                         "less DPO's", "in SEs", "pairs"], apart))
+
+
+def adaptation(job: Job) -> str:
+    title, parts = "New users", []
+    for name, runs in job.results["adapt"].items():
+        shown, body = list(dict.fromkeys(point["shown"] for curve in runs.values() for point in curve)), []
+        for run, curve in runs.items():
+            for what in ("all", "worst type"):
+                cells = {p["shown"]: pm(p["accuracy"] if what == "all" else min(
+                    (of["accuracy"] for of in p["types"].values()), key=lambda f: f["mean"])) for p in curve}
+                body.append([escape(run), what, *(cells.get(n, NONE) for n in shown)])
+        users = ", ".join(f"{p['users']} at {p['shown']}" for p in next(iter(runs.values())))
+        parts += [f"{escape(name)} (users: {users}):",
+                  table(["run", "accuracy", *(f"{n} shown" for n in shown)], body, left=2)]
+    return section(
+        title,
+        "Accuracy on the second half of a new user's pairs, when so many of the first half were shown: a posterior "
+        "over the experts, and no weight is touched. SEs count users.", *parts)
+
+
+# ---- planted types (data/planted.py)
+
+
+def of_bayes(row: dict, way: str) -> dict:
+    """Mean over worlds of the ARI over the Bayes-optimal one's, with its SE, and in how many it is 0.9 or more."""
+    ratios = [world[way] / world["bayes"] for world in row["worlds"]]
+    return mean_se(ratios) | {"reach": sum(ratio >= 0.9 for ratio in ratios)}
+
+
+def planted(found: dict) -> str:
+    rows = []
+    for row in found["rows"]:
+        cells = [f"{pm(of_bayes(row, way))}; {of_bayes(row, way)['reach']} of {len(row['worlds'])}" for way in WAYS]
+        rows.append([str(row["types"]), str(row["each"]), str(row["users"]), pm(mean_se([w["bayes"] for w in
+                                                                                        row["worlds"]])), *cells])
+    said = plain(found["config"])
+    return "# One type a pair or one a user\n\n" + "\n\n".join([
+        f"`python -m data.planted` ({said}). Types, users and rewards are planted; data/planted.py says how. A cell is "
+        "the adjusted Rand index of the users' assignment over that of Bayes-optimal assignment with the true rewards, "
+        "mean over worlds ± SE; and in how many worlds it is 0.9 or more.",
+        "![ARI over the Bayes-optimal ARI by the pairs a user judges](planted.png)",
+        table(["types", "pairs a user", "users", "Bayes-optimal ARI", *WAYS], rows)]) + "\n"

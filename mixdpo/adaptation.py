@@ -1,0 +1,58 @@
+"""A new user: which type is it? A posterior from a few of its pairs, no weight touched.
+
+    w_u(x) proportional to  w(x) prod_i sigma(h_ik)      i: the pairs that the user has judged so far     (M11)
+
+and the user's other pairs are answered by the mixture under w_u (M5). Shown none, the weights are the gate's, of the
+generic user where it knows users. How much a handful of pairs is worth is a curve: each user's pairs are shuffled once,
+the second half is what is asked, and of the first half 0, 1, 2, 4, 8, 16 are shown, so that a curve's points differ in
+nothing else. A user without so many counts in the points before.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mixdpo.diagnostics import mean_se
+from mixdpo.dpo import accuracy
+from mixdpo.mixture import log_marginal
+from mixdpo.preferences import Pair, groups
+
+SHOWN = (0, 1, 2, 4, 8, 16)
+
+
+def weights_after(log_w: torch.Tensor, h: torch.Tensor, shown: list[int], asked: list[int]) -> torch.Tensor:
+    """log w_u of the pairs `asked` (A,K), when the pairs `shown` of their user have been judged: log_w, h (P,K)."""
+    evidence = F.logsigmoid(h[shown]).sum(0)                                # (K,)
+    return torch.log_softmax(log_w[asked] + evidence, dim=-1)               # M11
+
+
+@torch.no_grad()
+def adapted(pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor, seed: int = 0) -> list[dict]:
+    """The curve: for each number of pairs shown, accuracy and log-likelihood (nats) of those asked, in all and by type.
+    h (P,K) margins, log_w (P,K) weights of a gate that does not know the users. SEs count users.
+
+    Raises: InputError if a pair has no user.
+    """
+    order, curve = np.random.default_rng([seed, 31]), []
+    halves = [(unit[: len(unit) // 2], unit[len(unit) // 2 :])
+              for unit in (order.permutation(unit).tolist() for unit in groups(pairs, "user"))]
+    for n in SHOWN:
+        able = [(first[:n], asked) for first, asked in halves if len(first) >= n]
+        if not able:
+            break
+        index = torch.tensor([i for _, asked in able for i in asked])
+        after = torch.cat([weights_after(log_w, h, shown, asked) for shown, asked in able])            # (A,K)
+        log_p = log_marginal(after, h[index])                               # M5
+        right, user = accuracy(log_p + math.log(2)), [pairs[i].user for i in index.tolist()]
+        kind = [pairs[i].annotator or "all" for i in index.tolist()]
+
+        def figures(keep: list[bool]) -> dict:
+            of = [u for u, k in zip(user, keep) if k]
+            return {name: mean_se(values[torch.tensor(keep)], of) for name, values in (("accuracy", right),
+                                                                                       ("log_likelihood", log_p))}
+
+        types = {name: figures([k == name for k in kind]) for name in sorted(set(kind))}
+        curve.append({"shown": n, "users": len(able)} | figures([True] * len(kind)) | {"types": types})
+    return curve

@@ -1,0 +1,69 @@
+"""mixdpo/adaptation.py: what each test catches stands in its docstring."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import brute
+from mixdpo.adaptation import adapted
+from mixdpo.config import InputError
+from mixdpo.preferences import Pair
+
+
+def planted(users=60, each=40, seed=0, sure=1.0):
+    """Users of two types by turns, and margins under which each type's expert is right more often."""
+    generator, pairs, h = torch.Generator().manual_seed(seed), [], []
+    for n in range(users * each):
+        u = n % users
+        pairs.append(Pair([1], [2], [3], user=f"u{u}", annotator=("a", "b")[u % 2]))
+        noise = sure * torch.randn(2, generator=generator, dtype=torch.float64)
+        h.append(noise + torch.tensor([0.8, -0.4])[[u % 2, 1 - u % 2]])
+    return pairs, torch.stack(h)
+
+
+def test_the_posterior_is_bayes_rule():
+    """Each point against a loop over users in probabilities. Catches: a shown pair that is asked too, evidence of all
+    shown pairs at every point, the prior counted once a pair, another user's pairs."""
+    pairs, h = planted(users=3, each=7)
+    log_w = torch.log_softmax(torch.randn(21, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64), 1)
+    curve = adapted(pairs, h, log_w)
+    assert [point["shown"] for point in curve] == [0, 1, 2] and all(point["users"] == 3 for point in curve)
+    asked = 3 * (7 - 3)
+    assert all(point["accuracy"]["n"] == asked for point in curve)
+    seen = []                                                               # by hand, with the order of that seed
+    order = np.random.default_rng([0, 31])
+    for u in range(3):
+        seen.append(order.permutation([i for i in range(21) if i % 3 == u]).tolist())
+    for point in curve:
+        total = 0.0
+        for own in seen:
+            for i in own[3:]:
+                like = [math.prod(brute.sigma(float(h[j, k])) for j in own[: point["shown"]]) for k in range(2)]
+                w = [math.exp(float(log_w[i, k])) * like[k] for k in range(2)]
+                total += math.log(sum(w[k] / sum(w) * brute.sigma(float(h[i, k])) for k in range(2)))
+        assert point["log_likelihood"]["mean"] == pytest.approx(total / asked, abs=1e-12)
+
+
+def test_a_handful_of_pairs_tells_a_users_type():
+    """Catches: a curve that does not rise, types mixed up, one expert (which shows nothing) that does rise."""
+    pairs, h = planted()
+    even = torch.full_like(h, 0.5).log()
+    curve = adapted(pairs, h, even)
+    assert [point["shown"] for point in curve] == [0, 1, 2, 4, 8, 16]
+    of = [point["accuracy"]["mean"] for point in curve]
+    assert of[-1] > of[0] + 0.08 and of[-1] > 0.75 and of[1] > of[0]
+    assert set(curve[0]["types"]) == {"a", "b"} and curve[0]["types"]["a"]["accuracy"]["n"] == 600
+    flat = adapted(pairs, h[:, :1], torch.zeros(len(h), 1))
+    assert len({point["accuracy"]["mean"] for point in flat}) == 1
+
+
+def test_users_of_few_pairs_count_where_they_can():
+    """Catches: a user dropped from the first points too, or counted with fewer pairs than the point says."""
+    pairs, h = planted(users=2, each=8)
+    keep = [i for i, pair in enumerate(pairs) if pair.user == "u0" or i < 6]                # u1 has three pairs
+    curve = adapted([pairs[i] for i in keep], h[keep], torch.full((len(keep), 2), 0.5).log())
+    assert [(point["shown"], point["users"]) for point in curve] == [(0, 2), (1, 2), (2, 1), (4, 1)]
+    with pytest.raises(InputError, match="no user"):
+        adapted([Pair([1], [2], [3])], h[:1], h[:1])
