@@ -9,8 +9,8 @@ they become preference files, as if of users who each have one type, and judge a
     held out     every judgement of a held-out item once, by the users of its type in turn
     new users    as many of each type as the preset says, on held-out conversations and on those that are trained on
 
-then DPO and the mixtures are trained (train.py), and the table and the report are made (eval.py). No pairs are set aside
-for the E-step: real judgements are noisy, heads learn little of them by heart, and each tells something of its user.
+then DPO and the mixtures are trained (train.py), and the table and the report are made (eval.py). No pairs are set
+aside for the E-step: real judgements are noisy, heads learn little of them by heart, and each tells of its user.
 """
 
 import hashlib
@@ -155,7 +155,8 @@ def judge(job: Path, of: Judged, preset: dict, tokenizer, data: str | None) -> N
     write_lines(job / "train.jsonl", rows)
     write_lines(job / "heldout.jsonl", held_rows)
     counts = {part: {"items": len(chosen), "of_two_types_or_more": sum(len(i.prefers) > 1 for i in chosen),
-                     "conflicts": sum(i.conflict for i in chosen)} for part, chosen in (("training", others), ("held out", held_out))}
+                     "conflicts": sum(i.conflict for i in chosen)}
+              for part, chosen in (("training", others), ("held out", held_out))}
     facts |= {"annotators": list(of.types), "left_out": left_out, "parts": counts, "train": {"pairs": len(rows)},
               "heldout": {"pairs": len(held_rows), "conflicts": sum(item.conflict for item, _ in held)}}
     names = ("users", "pairs", "new_users", "new_pairs", "seed", "conflicts", "max_prompt", "max_response")

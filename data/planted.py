@@ -35,7 +35,7 @@ class PlantedConfig:
     out: str = "runs/planted"                       # folder of planted.json and the report
     types: tuple[int, ...] = (2, 4)                 # K
     each: tuple[int, ...] = (1, 2, 4, 8, 16)        # pairs a user judges
-    pairs: int = 8000                               # in a world
+    pairs: int = 16000                              # in a world
     features: int = 8                               # D
     seeds: int = 10                                 # worlds of each kind
     starts: int = 5                                 # of a fit; the best bound is taken

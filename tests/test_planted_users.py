@@ -15,9 +15,9 @@ from mixdpo.config import InputError
 
 @pytest.mark.parametrize("types", [2, 4])
 def test_users_types_are_found_from_two_comparisons_on(types):
-    """16,000 pairs, two a user, ten seeds of ten: the ARI is at least 0.9 of Bayes-optimal assignment's; what a latent a
-    pair finds is worse on average, and much worse by its own word. Catches: users' pairs that are not pooled, evidence
-    averaged, the first start kept."""
+    """16,000 pairs, two a user, ten seeds of ten: the ARI is at least 0.9 of Bayes-optimal assignment's; what a latent
+    a pair finds is worse on average, and much worse by its own word. Catches: users' pairs that are not pooled,
+    evidence averaged, the first start kept."""
     worlds = [assigned(types, 2, PlantedConfig(starts=3), seed) for seed in range(10)]
     ratio = {way: np.array([w[way] / w["bayes"] for w in worlds]) for way in worlds[0]}
     assert (ratio["user"] >= 0.9).all(), ratio["user"].round(3)
