@@ -35,6 +35,7 @@ from mixdpo.dpo import margins
 from mixdpo.experts import (load_state, make_experts, once_a_step, pair_logp, predicting_states, projections,
                             trained_state, trunks)
 from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
+from mixdpo.identifiability import counts_of, told
 from mixdpo.latent import Latent, latent_of, settle
 from mixdpo.logprob import sum_responses
 from mixdpo.memory import retain_pages
@@ -195,6 +196,8 @@ def prepare(config):
     trained = sum(map(len, plan.trained))
     print(f"{len(pairs)} pairs, {len(pairs) - trained} of them set aside as context; the {trained} others in "
           f"{len(plan.units)} groups ({config.latent}); products in {name}: {why}")
+    if config.experts > 1:
+        print(*told(counts_of(pairs), config.experts, config.latent), sep="\n")
     reference = reference_of(config.data, pairs, models, tokenizer, config, dtype, cache)
     if not config.train_trunk:
         plan = dataclasses.replace(plan, pairs=reference.with_states(plan.pairs))

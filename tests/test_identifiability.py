@@ -1,0 +1,84 @@
+"""mixdpo/identifiability.py: the count beside the rank of the map's derivative, and what is said. What each test
+catches stands in its docstring."""
+
+import json
+from itertools import combinations
+
+import pytest
+import torch
+
+from letters import Letters
+from mixdpo import identifiability
+from mixdpo.identifiability import counts_of, told
+from mixdpo.preferences import Pair
+
+
+def pair(a, b, user=None, prompt=1):
+    return Pair([prompt], [a], [b], user=user)
+
+
+def compared(n, each=1):
+    """All pairs of n responses to one prompt; by users who judge `each` different ones, all combinations of these."""
+    edges = list(combinations(range(2, n + 2), 2))
+    return [pair(*edge, user=f"u{u}") for u, own in enumerate(combinations(edges, each)) for edge in own]
+
+
+@pytest.mark.parametrize("n, each, most", [(2, 1, 1), (3, 1, 1), (4, 1, 1), (5, 1, 2), (6, 1, 2), (7, 1, 3), (3, 2, 2),
+                                           (4, 2, 5)])
+def test_the_count_is_the_rank_of_the_derivative(n, each, most):
+    """At random rewards and weights the map from them to what comparisons show has full column rank for the K that the
+    count allows, and not for one more. Catches: unknowns or frequencies counted wrongly, K off by one."""
+    counts = counts_of(compared(n, each))
+    assert counts.supports(users=each > 1) == most
+    edges = list(combinations(range(n), 2))
+
+    def shown(free, K):
+        """Frequencies of single comparisons and, with two a user, of two with a common judge."""
+        rewards = torch.cat([torch.zeros(K, 1, dtype=free.dtype), free[: K * (n - 1)].view(K, n - 1)], dim=1)
+        w = torch.softmax(torch.cat([torch.zeros(1, dtype=free.dtype), free[K * (n - 1) :]]), 0)
+        p = torch.sigmoid(torch.stack([rewards[:, a] - rewards[:, b] for a, b in edges], dim=1))       # (K,E)
+        two = [w @ (p[:, e] * p[:, f]) for e, f in combinations(range(len(edges)), 2)] if each > 1 else []
+        return torch.cat([w @ p, torch.stack(two)] if two else [w @ p])
+
+    for K, identified in ((most, True), (most + 1, False)):
+        free = torch.randn(K * (n - 1) + K - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+        jacobian = torch.autograd.functional.jacobian(lambda x: shown(x, K), free)
+        assert (torch.linalg.matrix_rank(jacobian, rtol=1e-12) == len(free)) == identified, (n, each, K)
+
+
+def test_what_is_counted():
+    """Catches: a response of another prompt taken for the same, both orders of a pair as two, users mixed, a comparison
+    of a user who judges alone counted as telling, an edge with itself counted though it was judged once."""
+    pairs = [pair(2, 3, "a"), pair(3, 2, "b"), pair(3, 4, "a"), pair(2, 3, "c", prompt=9), pair(5, 6, "d", prompt=9),
+             pair(7, 8, "e"), pair(7, 8, "e")]
+    c = counts_of(pairs)
+    assert (c.comparisons, c.edges, c.prompts, c.shared, c.both_ways) == (7, 5, 2, 1, 1)
+    assert c.unknowns == 2 + 1 + 1 + 1 and c.users == [1, 1, 1, 2, 2]
+    assert c.judged_together == 2, "a's two, and e's one that was judged twice"
+    assert c.telling == 5, "all but c's and d's"
+    c = counts_of([pair(2, 3), pair(4, 5)])
+    assert c.users == [] and c.telling == c.judged_together == 0 and c.supports(True) == 1
+
+
+def test_the_verdict_in_words():
+    """Catches: a verdict for the other latent, no word of what would help, more types than users."""
+    alone = told(counts_of([pair(2, 3, prompt=p) for p in range(1, 30)]), 2, "pair")
+    assert alone[0].startswith("29 comparisons of 29 different pairs of responses to 29 prompts; 0 responses")
+    assert "no pair was judged both ways" in alone[1] and alone[2].startswith("0 of 29 comparisons can say anything")
+    assert "one type a pair: these data support K = 1" in alone[3] and "users' names" in alone[3]
+    of_users = counts_of([pair(2, 3, f"u{p % 4}", prompt=p) for p in range(1, 41)])
+    said = told(of_users, 2, "user")
+    assert said[1].startswith("4 users with 10 to 10 comparisons each, half of them with 10 or more; 0 with one alone")
+    assert "one type a user: K = 4 (180 frequencies more" in said[-1] and "no more types than users" in said[-1]
+    assert "more than that" not in said[-1] and "--latent user would let" in told(of_users, 2, "pair")[-1]
+    assert "--experts 5 is more than that" in told(of_users, 5, "user")[-1]
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    """Catches: options that it does not look at."""
+    path = tmp_path / "prefs.jsonl"
+    rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b", "user": f"u{n % 2}"} for n in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("mixdpo.tokenizer.load_tokenizer", lambda name, data: Letters())
+    identifiability.main([str(path), "--experts", "3"])
+    assert "one type a user: K = 2" in (out := capsys.readouterr().out) and "--experts 3 is more than that" in out
