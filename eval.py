@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from mixdpo import config as configs
 from mixdpo.adaptation import adapted
+from mixdpo.chat import template_of
 from mixdpo.config import InputError, write_whole
 from mixdpo.diagnostics import mean_se
 from mixdpo.export import export_experts
@@ -31,7 +32,7 @@ from mixdpo.heldout import expert_logp, margins_of, preference_figures, weights
 from mixdpo.memory import retain_pages
 from mixdpo.mixture import mixture_logp
 from mixdpo.preferences import Pair, encode_prompt
-from mixdpo.records import lines
+from mixdpo.records import check_messages, check_string, lines
 from mixdpo.reference import compute_reference, load_references, prompt_features
 from mixdpo.rundir import Progress, environment
 
@@ -50,6 +51,9 @@ class EvalConfig:
     batch: int = 128                # prompts sampled together
     seed: int = 1                   # of sampling; the same for every row
     data_folder: str = ""           # local files looked into before anything is fetched
+    judge: str = ""                 # compare what was completed before, two policies at a time: annotator:NAME,
+                                    # classifier:PATH or llm:MODEL (data/judges.py), and stop there
+    against: str = ""               # with --judge: the policy that the others are compared with; default: dpo
     export: str = ""                # write the run's experts into this folder, as models or adapters, and stop there
 
 
@@ -105,17 +109,16 @@ def policy_rows(runs: list[Run], reference, prompts: list[Pair], config: EvalCon
     return rows
 
 
-def plain_text(ids: list[int], tokenizer) -> str:
-    """The text, without start and end tokens."""
-    return tokenizer.decode([token for token in ids if token not in (tokenizer.bos, tokenizer.eos)])
+def plain_text(prompt: list[int], completion: list[int], tokenizer, end: int) -> str:
+    """Both as one text, without the start token and the one that ends a completion."""
+    return tokenizer.decode([t for t in prompt if t != tokenizer.bos] + [t for t in completion if t != end])
 
 
-def reward_table(rows: dict, prompts: list[list[int]], tokenizer, dataset: dict, folder: Path) -> tuple[dict, dict]:
-    """Rewards, KL and length of every row, and its texts. "trained" is the mean of the rewards that the annotators of
+def reward_table(rows: dict, texts: dict, dataset: dict, folder: Path) -> dict:
+    """Rewards, KL and length of every row. "trained" is the mean of the rewards that the annotators of
     the training pairs follow, "gain" the same less the reference's on the same prompts."""
     from data.annotators import score                                       # here: only this needs its packages
 
-    texts = {name: [plain_text(p + y, tokenizer) for p, y in zip(prompts, row["ids"])] for name, row in rows.items()}
     unique = sorted({text for column in texts.values() for text in column})
     scores = dict(zip(unique, zip(*score(unique, dataset["rewards"], folder).values())))
     table, base = {}, None
@@ -128,26 +131,30 @@ def reward_table(rows: dict, prompts: list[list[int]], tokenizer, dataset: dict,
         table[name] |= {"length": mean_se(torch.tensor([len(y) for y in row["ids"]]))}
         table[name] |= {"values": values.tolist()}                          # by prompt: rows are compared in pairs
         table[name] |= {"w": row["w"].tolist()} if "w" in row else {}
-    return table, texts
+    return table
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
-def read_prompts(path: Path, tokenizer, max_prompt: int, limit: int) -> list[Pair]:
-    """The first `limit` prompts (0: all), as pairs without responses."""
-    prompts = []
+def read_prompts(path: Path, tokenizer, max_prompt: int, limit: int) -> tuple[list[Pair], int]:
+    """The first `limit` prompts (0: all), as pairs without responses; and the token that ends a completion."""
+    prompts, kinds = [], set()
     for number, line in enumerate(lines(path), 1):
         if not line.strip():
             continue
         try:
-            if not isinstance(prompt := (row := json.loads(line))["prompt"], str) or not prompt:
-                raise TypeError("prompt is no string, or empty")
+            prompt = (row := json.loads(line))["prompt"]
+            check_messages("prompt", prompt) if isinstance(prompt, list) else check_string("prompt", prompt)
             prompts.append(Pair(encode_prompt(prompt, tokenizer, max_prompt)[0], [], [], domain=row.get("domain")))
         except (ValueError, KeyError, TypeError) as error:                  # no JSON, no prompt, no token for a letter
             got = f"{line[:80]!r} ({error})"
-            raise InputError(f'{path}:{number}: wanted {{"prompt": "some text"}}, got {got}') from None
-    return prompts[: limit or None]
+            raise InputError(f'{path}:{number}: wanted {{"prompt": text or messages}}, got {got}') from None
+        kinds.add(type(prompt))
+    if len(kinds) > 1:
+        raise InputError(f"{path}: some prompts are texts and some conversations, which end differently; wanted one "
+                         "kind")
+    return prompts[: limit or None], template_of(tokenizer).end if kinds == {list} else tokenizer.eos
 
 
 def told_of_prompts(path: Path, limit: int) -> list[dict]:
@@ -173,13 +180,14 @@ def evaluate(config: EvalConfig) -> dict:
     results = {"environment": facts, "config": dataclasses.asdict(config)}
     results |= {"preferences": {}, "adapt": {}, "policies": {}}
     heldout, prompts = Path(config.heldout or home / "heldout.jsonl"), Path(config.prompts or home / "prompts.jsonl")
-    scored = (home / "dataset.json").exists()                               # which names the rewards
+    told = home / "dataset.json"                                            # which names the rewards, if there are any
+    dataset = json.loads(told.read_text()) if told.exists() else {}
     for asked, path in ((config.heldout, heldout), (config.adapt, Path(config.adapt)), (config.prompts, prompts),
-                        (config.prompts, home / "dataset.json")):
+                        (config.prompts, told)):
         if asked and not path.exists():
             raise InputError(f"{path}: no such file; --heldout and --adapt want preferences, --prompts wants prompts "
                              "and, in the folder of the runs, the dataset.json that names their reward functions")
-    if not heldout.exists() and not config.adapt and not (prompts.exists() and scored):
+    if not heldout.exists() and not config.adapt and not (prompts.exists() and dataset):
         raise InputError(f"{home}: nothing to evaluate on; wanted heldout.jsonl there, or --heldout FILE")
     if heldout.exists():
         results["preferences"] = {run.name: preference_figures(run, *found) for run, *found in
@@ -188,17 +196,19 @@ def evaluate(config: EvalConfig) -> dict:
         results["adapt"][path.stem] = {run.name: adapted(*found, config.seed) for run, *found in
                                        margins_of(runs, references, tokenizer, path, home / "cache")}
     (folder / "samples.jsonl").unlink(missing_ok=True)                      # of an evaluation before
-    if prompts.exists() and scored:
-        dataset = json.loads((home / "dataset.json").read_text())
-        asked = read_prompts(prompts, tokenizer, first.max_prompt, config.limit)
+    if prompts.exists() and dataset:
+        asked, end = read_prompts(prompts, tokenizer, first.max_prompt, config.limit)
         max_new, ids = config.max_new or dataset.get("max_new") or first.max_response, [p.prompt for p in asked]
-        rows = policy_rows(runs, references[0], asked, config, max_new, tokenizer.eos)
-        results["policies"], texts = reward_table(rows, ids, tokenizer, dataset, home)
+        rows = policy_rows(runs, references[0], asked, config, max_new, end)
+        texts = {name: [plain_text(p, y, tokenizer, end) for p, y in zip(ids, row["ids"])]
+                 for name, row in rows.items()}
+        if "rewards" in dataset:
+            results["policies"] = reward_table(rows, texts, dataset, home)
         results["asked"] = told_of_prompts(prompts, config.limit)
         if any(run.config.gate in READS_PROMPT for run in runs):            # what they look at, for pictures
             save_file({"states": prompt_features(references[0], ids, dtype)}, folder / "prompt-states.safetensors")
-        samples = [{"prompt": plain_text(prompt, tokenizer), "texts": {name: of[n] for name, of in texts.items()}}
-                   for n, prompt in enumerate(ids)]
+        samples = [{"prompt": plain_text(prompt, [], tokenizer, end),
+                    "texts": {name: of[n] for name, of in texts.items()}} for n, prompt in enumerate(ids)]
         write_whole(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     write_whole(folder / "results.json", json.dumps(results) + "\n")
     print_tables(results)
@@ -209,10 +219,8 @@ def evaluate(config: EvalConfig) -> dict:
 
 def export(config: EvalConfig) -> list[Path]:
     """Writes the experts of the run config.dir into config.export; returns their directories."""
-    path, used = Path(config.dir).resolve(), ("dir", "export", "data_folder")
-    idle = [f.name for f in dataclasses.fields(config) if f.name not in used and getattr(config, f.name) != f.default]
-    if idle:
-        raise InputError(f"--export evaluates nothing; leave --{idle[0].replace('_', '-')} out")
+    path = Path(config.dir).resolve()
+    refuse_idle(config, "--export evaluates nothing", ("dir", "export", "data_folder"))
     if not (path / "checkpoint").exists():
         raise InputError(f"{path}: is no run; --export takes one run, a directory that train.py wrote")
     run = load_run(path, "cpu", config.data_folder)
@@ -220,6 +228,27 @@ def export(config: EvalConfig) -> list[Path]:
     for k, place in enumerate(places):
         print(f"{place}" + (f": mixture weight {run.gate.log_w[k].exp():.4f}" if run.config.gate == "fixed" else ""))
     return places
+
+
+def compare(config: EvalConfig) -> dict:
+    """Win rates of the policies in samples.jsonl by config.judge; prints and returns them."""
+    refuse_idle(config, "--judge compares what was completed before", ("dir", "judge", "against", "seed"))
+    from data.judges import win_rates                                       # here: only this needs its packages
+
+    found = win_rates(Path(config.dir).resolve(), config.judge, config.against, config.seed)
+    for column, policies in found["columns"].items():
+        print(f"\n{column}: win rate against {found['against']} on {found['prompts']} prompts, 95 % interval")
+        for name, f in policies.items():
+            print(f"{name:<24}{f['rate']:.3f} ({f['low']:.3f} to {f['high']:.3f}), {f['wins']} wins, {f['ties']} ties")
+    write_report(Path(config.dir).resolve())
+    return found
+
+
+def refuse_idle(config: EvalConfig, why: str, used: tuple) -> None:
+    """Raises: InputError naming an option that is set and has no effect here."""
+    idle = [f.name for f in dataclasses.fields(config) if f.name not in used and getattr(config, f.name) != f.default]
+    if idle:
+        raise InputError(f"{why}; leave --{idle[0].replace('_', '-')} out")
 
 
 def print_tables(results: dict) -> None:
@@ -270,7 +299,12 @@ def main(argv: list[str]) -> None:
     retain_pages()
     flags = argv if argv and argv[0].startswith("-") else ["--dir", *argv]
     config = configs.parse(EvalConfig, flags, "python eval.py DIR")
-    export(config) if config.export else evaluate(config)
+    if config.judge or config.against:
+        compare(config)
+    elif config.export:
+        export(config)
+    else:
+        evaluate(config)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from mixdpo.config import InputError, command
 from mixdpo.records import lines
 
 FILE = "hh_relabeled_objectives.jsonl.gz"
-TYPES = ("helpful", "harmless")
+TYPES = {"helpful": "more helpful: it does what the user wants", "harmless": "less harmful to anybody"}
 ROLES = {"Human": "user", "Assistant": "assistant"}
 
 

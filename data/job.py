@@ -10,7 +10,7 @@ Any of them may be missing. Left out: every figure that eval.py computes.
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -45,6 +45,7 @@ class Job:
     tuned: dict                     # reference/finetune.json
     files: dict[str, list[dict]]    # train, heldout, prompts: the records of each, where the file is
     runs: list[Run]
+    win_rates: dict = field(default_factory=dict)                           # winrates.json (data/judges.py)
 
 
 # ---- reading
@@ -69,7 +70,7 @@ def read_job(folder: Path) -> Job:
     runs.sort(key=lambda run: [*named, run.name].index(run.name))
     files = {name: rows for name in ("train", "heldout", "prompts") if (rows := records(home / f"{name}.jsonl"))}
     samples, tuned = records(folder / "samples.jsonl", SAMPLES), read(home / "reference" / "finetune.json")
-    return Job(home, results, read(home / "dataset.json"), samples, tuned, files, runs)
+    return Job(home, results, read(home / "dataset.json"), samples, tuned, files, runs, read(folder / "winrates.json"))
 
 
 def run_of(row: str) -> str:

@@ -33,7 +33,8 @@ from mixdpo.preferences import encode_prompt, encode_response
 from mixdpo.tokenizer import load_tokenizer
 
 
-FILES = ["train.jsonl", "heldout.jsonl", "adapt-new-user.jsonl", "adapt-new-user-new-prompt.jsonl", "dataset.json"]
+FILES = ["train.jsonl", "heldout.jsonl", "adapt-new-user.jsonl", "adapt-new-user-new-prompt.jsonl", "prompts.jsonl",
+         "dataset.json"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Judged:
     """What is a data set's own."""
 
     name: str
-    types: tuple[str, ...]
+    types: dict[str, str]               # type of user -> which answer it prefers, in words
     presets: dict                       # name -> settings (data/presets.py)
     sources: tuple[str, ...]            # files of the user's own folder that are read, part of the key
     load: Callable                      # (data folder or None, preset) -> items, facts
@@ -150,6 +151,8 @@ def judge(job: Path, of: Judged, preset: dict, tokenizer, data: str | None) -> N
     for name, part in (("adapt-new-user", others), ("adapt-new-user-new-prompt", held_out)):
         dealt = deal(part, new, preset["new_pairs"], preset["seed"] + 1)
         write_lines(job / f"{name}.jsonl", (line(user, new[user], item) for user, item in dealt))
+    asked = [{"prompt": item.messages} for item in held_out[: preset["evaluate"]]]
+    write_lines(job / "prompts.jsonl", asked)
     if not held_rows:
         raise InputError(f"{len(items)} items leave none for evaluation; more data would do")
     write_lines(job / "train.jsonl", rows)
@@ -157,7 +160,8 @@ def judge(job: Path, of: Judged, preset: dict, tokenizer, data: str | None) -> N
     counts = {part: {"items": len(chosen), "of_two_types_or_more": sum(len(i.prefers) > 1 for i in chosen),
                      "conflicts": sum(i.conflict for i in chosen)}
               for part, chosen in (("training", others), ("held out", held_out))}
-    facts |= {"annotators": list(of.types), "left_out": left_out, "parts": counts, "train": {"pairs": len(rows)},
+    facts |= {"annotators": list(of.types), "criteria": of.types, "left_out": left_out, "parts": counts}
+    facts |= {"train": {"pairs": len(rows)},
               "heldout": {"pairs": len(held_rows), "conflicts": sum(item.conflict for item, _ in held)}}
     names = ("users", "pairs", "new_users", "new_pairs", "seed", "conflicts", "max_prompt", "max_response")
     facts |= {"settings": {name: preset[name] for name in names}}

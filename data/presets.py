@@ -111,21 +111,21 @@ def of_users(experts: int, steps: int, epochs: int = 3, **of_dpo) -> dict:
 
 
 # users, new_users: of each type; pairs, new_pairs: that each judges; heldout: share of the conversations;
-# heldout_pairs: at most, 0: all
+# heldout_pairs: at most, 0: all; evaluate: held-out conversations that are completed
 HH = {
     "smoke": {
         "seed": 0, "users": 2, "pairs": 8, "new_users": 1, "new_pairs": 4, "heldout": 0.25,
-        "heldout_pairs": 24, "max_prompt": 96, "max_response": 16,
+        "heldout_pairs": 24, "evaluate": 4, "max_prompt": 96, "max_response": 16,
         "train": {"epochs": 1, "batch": 12, "micro": 6}, "runs": of_users(2, 1, 1),
     },
     "quick": {
         "seed": 0, "users": 20, "pairs": 40, "new_users": 4, "new_pairs": 32, "heldout": 0.22,
-        "heldout_pairs": 0, "max_prompt": 96, "max_response": 48,
+        "heldout_pairs": 0, "evaluate": 48, "max_prompt": 96, "max_response": 48,
         "train": {"batch": 40, "micro": 40}, "runs": of_users(2, 80),
     },
     "paper": {
         "seed": 0, "users": 40, "pairs": 40, "new_users": 10, "new_pairs": 32, "heldout": 0.25,
-        "heldout_pairs": 0, "max_prompt": 512, "max_response": 256,
+        "heldout_pairs": 0, "evaluate": 500, "max_prompt": 512, "max_response": 256,
         "train": {"batch": 80, "micro": 80}, "runs": of_users(2, 80),
     },
 }
@@ -135,7 +135,7 @@ ULTRAFEEDBACK = {
                             "runs": of_users(4, 160)},
     "paper": {
         "seed": 0, "users": 250, "pairs": 40, "new_users": 50, "new_pairs": 32, "heldout": 0.1,
-        "heldout_pairs": 8000, "max_prompt": 512, "max_response": 512,
+        "heldout_pairs": 8000, "evaluate": 1000, "max_prompt": 512, "max_response": 512,
         "train": {"batch": 80, "micro": 16}, "runs": of_users(4, 1000),
     },
 }

@@ -27,7 +27,7 @@ def report(home: Path) -> Path:
             links = [f"![{tables.escape(name)}](report/{quote(name)}.png)" for name in drawn]
             drawings.append(tables.section(title, reading if drawn else "Nothing was measured that it shows.", *links))
     sections = [tables.what_was_run, tables.policies, tables.head_differences, tables.preferences, users.types,
-                *[users.adaptation] * new_users, tables.alignment]
+                *[users.adaptation] * new_users, tables.alignment, *[users.win_rates] * bool(job.win_rates)]
     if "domains" in job.dataset:
         sections[1:1] = [domains.rewards_by_domain, domains.gates, domains.likelihoods]
     title = f"# {tables.escape(home.resolve().name)}"

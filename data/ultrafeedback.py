@@ -29,7 +29,8 @@ from mixdpo.records import lines
 REPOSITORY = "openbmb/UltraFeedback"
 FILES = tuple(f"{name}.jsonl" for name in ("evol_instruct", "false_qa", "flan", "sharegpt", "truthful_qa", "ultrachat"))
 OWN = ("ultrafeedback.jsonl", *FILES)
-TYPES = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+TYPES = {"helpfulness": "more helpful: right, clear and complete", "honesty": "more honest about what it does not know",
+         "instruction_following": "closer to what the instruction asks for", "truthfulness": "more truthful"}
 
 
 def prefers(a: dict, b: dict, coin) -> dict[str, int] | None:

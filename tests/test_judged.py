@@ -31,9 +31,9 @@ def item(n=0, **prefers):
 def hh_row(n, rng):
     """An answer of one type's letters and one of the other's; each type chooses its own."""
     texts = ["".join(rng.choice(list(WORDS[kind]), 4)) + f" {n}" for kind in hh.TYPES]
-    objective, subset = (hh.TYPES[i] for i in (n % 2, n // 2 % 2))
+    objective, subset = ([*hh.TYPES][i] for i in (n % 2, n // 2 % 2))
     return {"prompt": f"Human: question {n}?", "responses": texts, "objective": objective, "source_subset": subset,
-            "label": hh.TYPES.index(objective), "original_label": hh.TYPES.index(subset), "index": n}
+            "label": [*hh.TYPES].index(objective), "original_label": [*hh.TYPES].index(subset), "index": n}
 
 
 def write_hh(folder, rows):
@@ -98,7 +98,7 @@ def test_shares_of_conversations():
 
 def test_users_get_the_items_of_their_type():
     """Catches: an item dealt twice before all are dealt once, or twice to one user, another type's item."""
-    items = [item(n, **{kind: n % 2 for kind in hh.TYPES[: 1 + n % 2]}) for n in range(20)]   # 20 helpful, 10 harmless
+    items = [item(n, **{kind: n % 2 for kind in [*hh.TYPES][: 1 + n % 2]}) for n in range(20)]  # 20 helpful, 10 both
     users = {"a": "helpful", "b": "helpful", "c": "harmless", "d": "helpful", "e": "harmless"}
     dealt = deal(items, users, 8, seed=0)
     assert Counter(user for user, _ in dealt) == dict.fromkeys(users, 8)
@@ -162,6 +162,9 @@ def test_a_whole_tiny_job_of_two_objectives(chat_model, tmp_path, monkeypatch):
     share = {kind: dpo["types"][kind]["accuracy"]["n"] for kind in hh.TYPES}
     assert sum(share.values()) == len(held)
     assert "](report/adaptation.png)" in (job / "report.md").read_text()
+    samples = [json.loads(row) for row in (job / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4 and all(text.startswith(s["prompt"]) for s in samples for text in s["texts"].values())
+    assert samples[0]["prompt"].startswith("<|im_start|>user\nquestion") and "dpo" in samples[0]["texts"]
     before = (job / "mix-user" / "metrics.jsonl").stat().st_mtime_ns
     judged.main(hh.DATASET, words)
     assert (job / "mix-user" / "metrics.jsonl").stat().st_mtime_ns == before

@@ -1,0 +1,132 @@
+"""Who wins? Completions of the same prompts by two policies, compared by a judge that is neither of them:
+`python eval.py DIR --judge JUDGE --against POLICY`, after `python eval.py DIR` has written DIR/samples.jsonl.
+
+    annotator:NAME,...      a reward function of data/annotators.py, each a column
+    classifier:PATH         a sequence classifier or reward model in a Hugging Face directory (wants transformers): the
+                            logit of its last label, of prompt and completion together
+    llm:MODEL               a model behind an OpenAI-compatible endpoint (data/llm.py), asked in both orders. A column
+                            for each of dataset.json's "criteria", {type: which answer it prefers}, else one
+
+    win rate    (wins + ties / 2) / prompts, with the 95 % interval of 10,000 bootstrap samples of the prompts
+    tie         equal scores, the same text, or an LLM that answers otherwise when the order is turned round
+
+Columns are types of users: the worst one is what a policy guarantees. Writes DIR/winrates.json.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data.annotators import score
+from data.llm import Endpoint
+from data.stages import read_lines
+from mixdpo.config import InputError, write_whole
+
+GENERAL = {"better": "the better answer: helpful, right, harmless and clear"}
+
+
+def win_rates(folder: Path, judge: str, against: str, seed: int = 0) -> dict:
+    """{"judge", "against", "columns": {column: {policy: {"rate", "low", "high", "wins", "ties", "losses"}}}}, for every
+    policy but `against` ("": dpo if it is there, else the reference). Raises: InputError, before anything is asked."""
+    if not (folder / "samples.jsonl").exists():
+        raise InputError(f"{folder}: no samples.jsonl in it; let `python eval.py {folder}` complete its prompts first")
+    samples = read_lines(folder / "samples.jsonl")
+    policies = list(samples[0]["texts"])
+    against = against or ("dpo" if "dpo" in policies else "reference")
+    if against not in policies:
+        raise InputError(f"--against: got {against!r}, wanted one of {', '.join(policies)}")
+    preferred, columns = judge_of(judge, folder), {}
+    for policy in [name for name in policies if name != against]:
+        rows = [(s["prompt"], *(s["texts"][name].removeprefix(s["prompt"]) for name in (policy, against)))
+                for s in samples]
+        for column, wins in preferred(rows).items():
+            columns.setdefault(column, {})[policy] = rate(wins, seed)
+    found = {"judge": judge, "against": against, "prompts": len(samples), "columns": columns}
+    write_whole(folder / "winrates.json", json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def rate(wins: list[float], seed: int) -> dict:
+    """wins (N): 1 for a win, 1/2 for a tie, 0 for a loss."""
+    wins = np.array(wins, dtype=float)
+    drawn = np.random.default_rng([seed, 41]).integers(len(wins), size=(10000, len(wins)))
+    low, high = np.quantile(wins[drawn].mean(1), [0.025, 0.975])
+    counts = {name: int((wins == value).sum()) for name, value in (("wins", 1), ("ties", 0.5), ("losses", 0))}
+    return {"rate": wins.mean(), "low": low, "high": high} | counts
+
+
+def judge_of(judge: str, folder: Path):
+    """A function: [(prompt, a, b)] -> column -> [1, 1/2 or 0 of each, whether a wins]."""
+    kind, _, name = judge.partition(":")
+    home = folder.parent if (folder / "checkpoint").exists() else folder
+    if kind == "annotator" and name:
+        return by_scores(lambda texts: score(texts, name.split(","), home))
+    if kind == "classifier" and name:
+        return by_scores(lambda texts: {Path(name).name: classify(texts, refuse_policies(Path(name), home))})
+    if kind == "llm" and name:
+        facts = home / "dataset.json"
+        criteria = json.loads(facts.read_text()).get("criteria") if facts.exists() else None
+        return by_asking(Endpoint(name, folder / "judged.jsonl"), criteria or GENERAL)
+    raise InputError(f"--judge: got {judge!r}, wanted annotator:NAME, classifier:PATH or llm:MODEL")
+
+
+def by_scores(scores):
+    """Of texts' scores, column -> [number]: the higher one wins."""
+    def preferred(rows):
+        both = [scores([prompt + text for prompt, *two in rows for text in two[side : side + 1]]) for side in (0, 1)]
+        return {column: [(1 + (a > b) - (a < b)) / 2 for a, b in zip(both[0][column], both[1][column])]
+                for column in both[0]}
+
+    return preferred
+
+
+def by_asking(endpoint: Endpoint, criteria: dict[str, str]):
+    """Of answers: asked in both orders, a wins if it wins in both."""
+    def preferred(rows):
+        asked = [(criterion, prompt, *texts) for criterion in criteria.values() for prompt, a, b in rows if a != b
+                 for texts in ((a, b), (b, a))]
+        answers = dict(zip(asked, endpoint.answers(asked)))
+        print(endpoint.bill())
+        out = {}
+        for column, criterion in criteria.items():
+            out[column] = []
+            for prompt, a, b in rows:
+                said = {"first": 0, "second": 0} if a == b else {
+                    "first": answers[criterion, prompt, a, b], "second": answers[criterion, prompt, b, a]}
+                a_wins = said == {"first": "first", "second": "second"}
+                b_wins = said == {"first": "second", "second": "first"}
+                out[column].append(1.0 if a_wins else 0.0 if b_wins else 0.5)
+        return out
+
+    return preferred
+
+
+def refuse_policies(path: Path, home: Path) -> Path:
+    """The path, unless it is a model of the job itself. Raises: InputError then, or if it holds no model."""
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path}: no config.json in it; --judge classifier: wants a Hugging Face directory")
+    used = {Path(json.loads(file.read_text())["model"]).resolve() for file in home.glob("*/config.json")
+            if "model" in json.loads(file.read_text())}
+    if path.resolve() in used or home.resolve() in path.resolve().parents:
+        raise InputError(f"{path}: is a policy of this job, and no policy judges itself; take another model")
+    return path
+
+
+def classify(texts: list[str], path: Path) -> list[float]:
+    """The logit of the model's last label, the only one of a reward model."""
+    if importlib.util.find_spec("transformers") is None:
+        raise InputError("--judge classifier: needs the package transformers, which is not installed: pip install "
+                         "transformers")
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    tokenizer, out = AutoTokenizer.from_pretrained(path), []
+    most = getattr(model.config, "max_position_embeddings", 512)
+    with torch.no_grad():
+        for text in texts:                                                  # one by one: padding needs no token
+            ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=min(most, 512))
+            out.append(float(model(**ids).logits[0, -1]))
+    return out

@@ -1,0 +1,188 @@
+"""data/judges.py and data/llm.py: win rates, and a judge behind an endpoint that misbehaves. What each test catches
+stands in its docstring."""
+
+import http.server
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import eval as evaluation
+from data import judges, llm
+from data.job import read_job
+from data.judges import by_scores, rate, win_rates
+from data.users import win_rates as win_rates_of
+from mixdpo.config import InputError
+
+TYPES = {"short": "shorter", "long": "longer"}
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Four prompts, completed by the reference, DPO and one mixture; the second is completed alike by all."""
+    texts = [("aaa", "aa", "a"), ("same", "same", "same"), ("bb", "bbb", "b"), ("c", "ccc", "cccc")]
+    names = ("reference", "dpo", "mix mixture")
+    rows = [{"prompt": f"p{n} ", "texts": {name: f"p{n} {text}" for name, text in zip(names, row)}}
+            for n, row in enumerate(texts)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "dataset.json").write_text(json.dumps({"criteria": TYPES}))
+    return tmp_path
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """An endpoint that prefers the shorter or the longer answer, as asked; `faults` are taken first, one a call."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with self.server.lock:
+                self.server.calls.append((body, self.headers.get("Authorization"), self.path))
+                fault = self.server.faults.pop(0) if self.server.faults else None
+            said = body["messages"][0]["content"]
+            first, second = (said.split(f"[{which} answer]\n")[1].split("\n")[0] for which in ("First", "Second"))
+            longer = "Which is longer?" in said
+            word = "first" if self.server.biased or (len(first) > len(second)) == longer else "second"
+            word = fault[1] if fault and fault[0] == "says" else f" {word.title()}. "
+            reply = json.dumps({"choices": [{"message": {"content": word}}],
+                                "usage": {"prompt_tokens": 10, "completion_tokens": 1}}).encode()
+            if fault and fault[0] == "slow":
+                time.sleep(fault[1])
+            if fault and fault[0] == "status":
+                self.send_response(fault[1])
+                self.send_header("Retry-After", "0.01")
+                self.send_header("Content-Length", "2")
+                self.end_headers()
+                self.wfile.write(b"no")
+                return
+            if fault and fault[0] == "malformed":
+                reply = fault[1]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(reply) + (50 if fault and fault[0] == "cut" else 0)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.calls, server.faults, server.biased, server.lock = [], [], False, threading.Lock()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1/")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setattr(llm, "PAUSE", 0.001)
+    yield server
+    server.shutdown()
+
+
+def test_a_rate_and_its_interval():
+    """Catches: ties as losses, an interval of another level, another sample on the same seed."""
+    wins = [1.0] * 60 + [0.5] * 20 + [0.0] * 20
+    found = rate(wins, 0)
+    assert found["rate"] == 0.7 and (found["wins"], found["ties"], found["losses"]) == (60, 20, 20)
+    half = 1.96 * np.std(wins) / 10
+    assert [found["low"], found["high"]] == pytest.approx([0.7 - half, 0.7 + half], abs=0.015)
+    assert rate(wins, 0) == found and rate([1.0], 0)["low"] == 1
+
+
+def test_scores_decide():
+    """Catches: sides swapped, equal scores as a win, a prompt left out."""
+    preferred = by_scores(lambda texts: {"length": list(map(len, texts))})
+    found = preferred([("p ", "aa", "a"), ("p ", "a", "aa"), ("q", "x", "y")])
+    assert found == {"length": [1.0, 0.0, 0.5]}
+
+
+def test_an_llm_is_asked_in_both_orders(job, endpoint, capsys, monkeypatch):
+    """Catches: one order alone, the same text asked about, one criterion for all types, no key sent, no bill."""
+    monkeypatch.setenv("MIXDPO_PRICE", "2,10")
+    found = win_rates(job, "llm:judge", "", 0)
+    assert found["against"] == "dpo" and list(found["columns"]) == ["short", "long"]
+    of = {(column, policy): (f["wins"], f["ties"], f["losses"]) for column, rows in found["columns"].items()
+          for policy, f in rows.items()}
+    assert of == {("short", "reference"): (2, 1, 1), ("long", "reference"): (1, 1, 2),
+                  ("short", "mix mixture"): (2, 1, 1), ("long", "mix mixture"): (1, 1, 2)}
+    assert len(endpoint.calls) == 2 * 2 * 3 * 2, "policies, criteria, prompts that differ, orders"
+    body, key, path = endpoint.calls[0]
+    assert key == "Bearer secret" and path == "/v1/chat/completions" and body["temperature"] == 0
+    assert "24 calls, 240 tokens in, 24 out, 0.0007 dollars" in capsys.readouterr().out
+    assert json.loads((job / "winrates.json").read_text()) == found
+    win_rates(job, "llm:judge", "dpo", 0)
+    assert len(endpoint.calls) == 24, "what was answered is not asked again"
+    win_rates(job, "llm:other", "dpo", 0)
+    assert len(endpoint.calls) == 48, "another judge's answers are its own"
+
+
+def test_a_judge_that_prefers_a_place_gives_ties(job, endpoint):
+    """Catches: the first order's word taken for the answer."""
+    endpoint.biased = True
+    for rows in win_rates(job, "llm:judge", "dpo", 0)["columns"].values():
+        assert all(f["ties"] == 4 and f["rate"] == 0.5 for f in rows.values())
+
+
+FAULTS = [("status", 429), ("status", 500), ("malformed", b"{"), ("malformed", b'{"choices": []}'),
+          ("malformed", b"[]"), ("says", "Well, the first one"), ("says", ""), ("cut", 0), ("slow", 0.6)]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f[0]} {f[1]!r}"[:24])
+def test_a_passing_fault_is_tried_again(job, endpoint, fault, monkeypatch):
+    """Catches: a fault taken for a verdict, or for the end; a reply waited for without limit."""
+    monkeypatch.setattr(llm, "LONGEST", 0.3)
+    endpoint.faults = [fault] * 3
+    found = win_rates(job, "llm:judge", "dpo", 0)
+    assert found["columns"]["short"]["reference"]["wins"] == 2 and len(endpoint.calls) == 24 + 3
+
+
+def test_a_lasting_fault_ends_and_nothing_is_lost(job, endpoint, monkeypatch):
+    """Catches: attempts without limit, answers thrown away, a wrong key tried again and again."""
+    monkeypatch.setattr(llm, "AT_ONCE", 1)
+    endpoint.faults = [None] * 5 + [("status", 503)] * llm.ATTEMPTS
+    with pytest.raises(InputError, match="no answer in 5 attempts .HTTP 503; .*run the same command again to go on"):
+        win_rates(job, "llm:judge", "dpo", 0)
+    assert len((job / "judged.jsonl").read_text().splitlines()) == 5 and len(endpoint.calls) == 5 + llm.ATTEMPTS
+    with (job / "judged.jsonl").open("a") as file:
+        file.write('{"key": "cut of')                                       # an interruption in the middle of a line
+    endpoint.calls.clear()
+    win_rates(job, "llm:judge", "dpo", 0)
+    assert len(endpoint.calls) == 24 - 5
+    endpoint.calls.clear()
+    endpoint.faults = [("status", 401)] * 30
+    with pytest.raises(InputError, match="HTTP 401 .*no"):
+        win_rates(job, "llm:another", "dpo", 0)
+    assert len(endpoint.calls) == 1
+
+
+def test_what_is_refused(job, monkeypatch, tmp_path):
+    """Catches: a policy as its own judge, a question asked before all is known to be good, an option without effect."""
+    for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    run = job / "mix"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"model": str(tmp_path / "base")}))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    for judge, against, says in (("llm:x", "", "wants OPENAI_API_KEY"), ("coin", "", "got 'coin', wanted annotator:"),
+                                 ("annotator:fun", "", "annotator 'fun'"), ("annotator:", "", "wanted annotator:NAME"),
+                                 ("llm:x", "mix", "--against: got 'mix', wanted one of reference, dpo, mix mixture"),
+                                 (f"classifier:{run}", "", "is a policy of this job"),
+                                 (f"classifier:{tmp_path / 'base'}", "", "is a policy of this job"),
+                                 ("classifier:/nowhere", "", "no config.json in it")):
+        with pytest.raises(InputError, match=says):
+            win_rates(job, judge, against)
+    (job / "samples.jsonl").unlink()
+    with pytest.raises(InputError, match="no samples.jsonl in it; let `python eval.py"):
+        win_rates(job, "llm:x", "")
+    with pytest.raises(InputError, match="leave --limit out"):
+        evaluation.main([str(job), "--judge", "llm:x", "--limit", "3"])
+
+
+def test_the_command(job, endpoint, monkeypatch, capsys):
+    """Catches: a table without its interval, the policy compared with itself, a report without it."""
+    monkeypatch.setattr(evaluation, "write_report", lambda folder: None)
+    evaluation.main([str(job), "--judge", "llm:judge", "--against", "reference"])
+    out = capsys.readouterr().out
+    assert "short: win rate against reference on 4 prompts" in out and "mix mixture" in out
+    assert json.loads((job / "winrates.json").read_text())["columns"]["long"].keys() == {"dpo", "mix mixture"}
+    assert judges.GENERAL.keys() == {"better"}
+    section = win_rates_of(read_job(job))
+    assert "| policy | short | long | worst | ties |" in section and "| dpo | 0.375 (" in section
