@@ -39,7 +39,7 @@ from mixdpo.identifiability import counts_of, told
 from mixdpo.latent import Latent, latent_of, settle
 from mixdpo.logprob import sum_responses
 from mixdpo.memory import retain_pages
-from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, update_weights, vary
+from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, reweigh, update_weights, vary
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.options import TrainConfig, validate
 from mixdpo.plan import Micro, chunks, fitting_rows, make_plan, micro_batches
@@ -81,7 +81,8 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
             of_pair = log_q[group - first]
         else:
             log_q, of_pair = None, known[group]
-        loss = expert_loss(of_pair, h).sum() / pairs                                                # M8
+        weight = 1.0 if latent.weight is None else latent.weight[group]
+        loss = (weight * expert_loss(of_pair, h)).sum() / pairs                                     # M8
         if loss.requires_grad:                                              # false if all experts are frozen
             loss.backward()
         seen.append((log_q, of_pair, latent.log_w[group], h.detach()))
@@ -115,14 +116,16 @@ def full_e_step(experts, gate, plan, ref_logp, inputs: Inputs, config, name: str
 
 
 def step(experts, gate, optimizer, micros: list[Micro], ref_logp: torch.Tensor, latent: Latent,
-         config) -> tuple[dict, torch.Tensor]:
+         config) -> tuple[dict, torch.Tensor, torch.Tensor]:
     """One optimizer step on whole groups, those of `latent` in the order of the micro-batches.
 
-    Returns the step's figures (parameters before the update) and the responsibilities used, (G,K).
+    Returns the step's figures (parameters before the update), the responsibilities used (G,K), and the mean loss of
+    each user's pairs (U+1,), NaN of those without any.
     """
-    pairs, used, seen, first = sum(len(m.train.ids) for m in micros), [], [], 0
+    pairs, used, seen, of_group, first = sum(len(m.train.ids) for m in micros), [], [], [], 0
     for micro in micros:
         part = latent[first : first + len(micro.groups)]
+        of_group.append(first + micro.train.group.to(part.log_w.device))
         first += len(micro.groups)
         if part.given is None and micro.context is not None:
             log_q = posterior(experts, micro.context, ref_logp, part.log_w, config)
@@ -136,7 +139,9 @@ def step(experts, gate, optimizer, micros: list[Micro], ref_logp: torch.Tensor, 
     of_pair, w_of_pair, h = (torch.cat(column) for column in list(zip(*seen))[1:])
     figures = step_summary(of_pair, w_of_pair, h) | {"pairs": pairs}
     figures["grad_norm"] = descend(optimizer, figures["loss"], config.clip)
-    return figures, log_q
+    user = latent.inputs.user[torch.cat(of_group)]                          # (B,)
+    total = h.new_zeros(gate.users + 1).index_add(0, user, expert_loss(of_pair, h))         # (U+1,)
+    return figures, log_q, total / user.bincount(minlength=gate.users + 1)  # 0/0 is NaN
 
 
 def gate_objective(gate, inputs: Inputs, log_q: torch.Tensor, config) -> torch.Tensor:
@@ -241,17 +246,21 @@ def run(config: TrainConfig) -> Path:
     ref_logp, (gate, inputs) = reference.logp.to(device), make_gate(plan, reference, config, device)
     optimizer, names = make_optimizer(experts, config.lr, config.head_lr, gate, config.gate_lr, config.moments,
                                       config.seed, once_a_step(experts) if config.in_backward else [])
+    if config.robust and not gate.users:
+        raise InputError(f"{config.data}: --robust weighs users, and no line names one")
     start = make_start(gate, inputs, plan, reference.features, config)
     out.mkdir(parents=True, exist_ok=True)                                  # not before all input is known to be good
     configs.save(config, out / "config.json")
     table, t = torch.full((len(plan.units), config.experts), torch.nan), 0  # (G,K) last responsibilities; the step
     phase, steps = table.clone(), plan.steps                                # (G,K) those of this M-phase (em = full)
+    log_v = inputs.user.bincount(minlength=gate.users + 1).clamp_max(1).log().to(ref_logp)      # (U+1,) users' weights
     if found:
         tensors, state = found
         load_state(experts, tensors, out)
         load_gate(gate, tensors)
         load_optimizer_state(optimizer, names, tensors)
         table, phase, t = tensors["table"], tensors["phase"], state["step"]
+        log_v = tensors["log_v"].to(device)
         print(f"resumed at step {t} of {len(steps)}")
     else:
         first = micro_batches(plan, steps[0][1], config)[0]
@@ -264,7 +273,8 @@ def run(config: TrainConfig) -> Path:
 
     def save(finished: bool) -> None:
         moments = {} if finished else optimizer_state(optimizer, names)
-        tensors = trained_state(experts) | gate_state(gate) | moments | {"table": table, "phase": phase}
+        tensors = trained_state(experts) | gate_state(gate) | moments
+        tensors |= {"table": table, "phase": phase, "log_v": log_v}
         save_checkpoint(out, tensors, {"step": t, "finished": finished, "config": same})
 
     log, saved = Log(out, t, len(steps), config), time.monotonic()
@@ -275,13 +285,13 @@ def run(config: TrainConfig) -> Path:
         set_rate(optimizer, t, len(steps), config.warmup)
         micros = micro_batches(plan, ids, config)
         try:
-            latent = latent_of(gate, inputs, ids, given, table, t, config)
-            figures, log_q = step(experts, gate, optimizer, micros, ref_logp, latent, config)
+            latent = latent_of(gate, inputs, ids, given, table, t, config, log_v if config.robust else None)
+            figures, log_q, losses = step(experts, gate, optimizer, micros, ref_logp, latent, config)
         except FloatingPointError as error:
             lines = sorted(plan.pairs[i].line for g in ids for i in plan.trained[g])
             raise InputError(f"{config.data}: step {t}: {error}; nothing was updated. Lines of this batch: {lines}. "
                              "Lower --lr, or look at these lines") from None
-        t, table[ids] = t + 1, log_q.cpu()
+        t, table[ids], log_v = t + 1, log_q.cpu(), reweigh(log_v, losses, config.robust)
         if config.weights == "update":
             gate.log_w.copy_(update_weights(table[~table.isnan().any(1)], config.prior))            # M10
         log.step({"step": t, "epoch": epoch, "rate": optimizer.param_groups[0]["lr"]} | figures, ids, table[ids])

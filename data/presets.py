@@ -102,7 +102,7 @@ REVIEWS = {
 }
 
 
-def of_users(experts: int, steps: int, epochs: int = 3, **of_dpo) -> dict:
+def of_users(experts: int, steps: int, epochs: int = 2, **of_dpo) -> dict:
     """DPO; Mix-DPO with one type a pair, and with one a user; MoE-DPO with weights for every user. Heads see the data
     several times, most of them, `steps`, with the start's responsibilities."""
     heads = {"experts": experts, "train_trunk": False, "start": "linear", "start_steps": steps, "epochs": epochs}
@@ -119,23 +119,23 @@ HH = {
         "train": {"epochs": 1, "batch": 12, "micro": 6}, "runs": of_users(2, 1, 1),
     },
     "quick": {
-        "seed": 0, "users": 20, "pairs": 40, "new_users": 4, "new_pairs": 32, "heldout": 0.22,
+        "seed": 1, "users": 24, "pairs": 40, "new_users": 4, "new_pairs": 32, "heldout": 0.22,
         "heldout_pairs": 0, "evaluate": 48, "max_prompt": 96, "max_response": 48,
-        "train": {"batch": 40, "micro": 40}, "runs": of_users(2, 80),
+        "train": {"batch": 40, "micro": 40}, "runs": of_users(2, 60),
     },
     "paper": {
         "seed": 0, "users": 40, "pairs": 40, "new_users": 10, "new_pairs": 32, "heldout": 0.25,
         "heldout_pairs": 0, "evaluate": 500, "max_prompt": 512, "max_response": 256,
-        "train": {"batch": 80, "micro": 80}, "runs": of_users(2, 80),
+        "train": {"batch": 80, "micro": 80}, "runs": of_users(2, 50),
     },
 }
 ULTRAFEEDBACK = {
     "smoke": HH["smoke"] | {"max_response": 24, "runs": of_users(4, 1, 1)},
     "quick": HH["quick"] | {"heldout": 0.1, "heldout_pairs": 800, "max_prompt": 256, "max_response": 96,
-                            "runs": of_users(4, 160)},
+                            "runs": of_users(4, 120)},
     "paper": {
         "seed": 0, "users": 250, "pairs": 40, "new_users": 50, "new_pairs": 32, "heldout": 0.1,
         "heldout_pairs": 8000, "evaluate": 1000, "max_prompt": 512, "max_response": 512,
-        "train": {"batch": 80, "micro": 16}, "runs": of_users(4, 1000),
+        "train": {"batch": 80, "micro": 16}, "runs": of_users(4, 600),
     },
 }

@@ -91,7 +91,7 @@ class Gate(nn.Module):
         super().__init__()
         assert kind in KINDS, f"got gate {kind!r}, want one of {KINDS}"
         self.kind, self.K, self.temperature = kind, experts, 1.0            # the loop sets the temperature (train.py)
-        D, users = inputs.features.shape[1], int(inputs.user.max())
+        D, self.users = inputs.features.shape[1], int(inputs.user.max())    # that have a place, from 1
         generator = torch.Generator().manual_seed(seed)
         if kind == "fixed":
             self.register_buffer("log_w", log_w.clone())                                    # (K,)
@@ -107,9 +107,9 @@ class Gate(nn.Module):
             self.V = nn.Parameter(torch.randn(HIDDEN, D, generator=generator))              # (H,D)
             self.c = nn.Parameter(torch.zeros(HIDDEN))
         if kind in ("user", "prompt-user"):
-            if not users:
+            if not self.users:
                 raise InputError(f"--gate {kind}: no line of the training pairs names a user")
-            self.E = nn.Parameter(torch.zeros(users + 1, experts))                          # (U+1,K)
+            self.E = nn.Parameter(torch.zeros(self.users + 1, experts))                          # (U+1,K)
         if kind == "random":
             self.W.data = torch.randn(experts, D, generator=generator)                      # logits of deviation 1
             self.requires_grad_(False)

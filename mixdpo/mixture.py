@@ -173,6 +173,18 @@ def update_weights(log_q: torch.Tensor, prior: float = 1.0) -> torch.Tensor:
     return torch.log_softmax(counts, dim=0)                                 # the counts sum to N + K (prior - 1)
 
 
+@torch.no_grad()
+def reweigh(log_v: torch.Tensor, loss: torch.Tensor, rate: float) -> torch.Tensor:
+    """Group-robust weights after one multiplicative update, log v_g + rate * loss_g, their mean 1: (U,), (U,) -> (U,).
+
+    loss: each group's mean M8; NaN where a step had none of its pairs. -inf: no group, ever. Exponentiated gradient
+    ascent on max_v sum_g v_g loss_g (Sagawa et al. 2020, arXiv 1911.08731, Algorithm 1): those who are served worst
+    count more.
+    """
+    log_v = log_v + rate * loss.nan_to_num(0.0)
+    return log_v - torch.logsumexp(log_v, dim=0) + math.log(int(log_v.isfinite().sum()))
+
+
 # --- the start --------------------------------------------------------------------------------------------------------
 
 

@@ -37,6 +37,7 @@ class TrainConfig:
     gate_balance: float = 0.0       # bonus a nat of the entropy of the step's mean weights
     weights: str = "uniform"        # of a fixed gate (M10): uniform, update (closed form, each step), or 0.3,0.7
     prior: float = 1.0              # Dirichlet prior of the closed-form update
+    robust: float = 0.0             # step of the weights of users in the loss: those served worst count more (DRO)
     init_experts: str = ""          # where each begins: K of RUN:k (expert k of a run) and fresh, comma-separated
     freeze: str = ""                # experts that stay as they are: 0,2 and so on, or all
     start: str = "dirichlet"        # first responsibilities: dirichlet (random), linear (linear rewards), none (saddle)
@@ -98,7 +99,8 @@ def validate_values(config: TrainConfig) -> None:
             raise InputError(f"--{name.replace('_', '-')}: got {getattr(config, name)!r}, "
                              f"wanted one of {', '.join(known)}")
     least = {"experts": 1, "batch": 1, "micro": 1, "epochs": 1, "restarts": 1, "prior": 1, "rank": 0, "start_steps": 0,
-             "warmup": 0, "head_rows": -1, "context": 0, "damping": 0, "draws": 1, "gate_entropy": 0, "gate_balance": 0}
+             "warmup": 0, "head_rows": -1, "context": 0, "damping": 0, "draws": 1, "gate_entropy": 0, "gate_balance": 0,
+             "robust": 0}
     above = {"beta": 0, "clip": 0, "lr": 0, "head_lr": 0, "gate_lr": 0, "gate_temperature": 0, "variant_temperature": 0}
     for name, bound in (least | above).items():
         value, word = getattr(config, name), "more than" if name in above else "at least"

@@ -44,7 +44,8 @@ def first_responsibilities(config, units: list[list[int]], features: torch.Tenso
     elif len(units) < len(x):                                       # some have several pairs: half foretells the rest
         told = {ridge: foretold(x, group, config.experts, ridge * len(x), log_w, starts=config.restarts,
                                 seed=config.seed) for ridge in RIDGES}
-        l2 = max(told, key=told.get) * len(x)
+        if max(told.values()) > -math.log(2):                       # a coin's: below, half of the pairs are too few
+            l2 = max(told, key=told.get) * len(x)
         print("linear start: half of a user's pairs foretells the other, by ridge: "
               + ", ".join(f"{ridge:g}: {nats:.4f} nats" for ridge, nats in told.items()))
     fit = linear_mixture(x, group, config.experts, l2, config.restarts, seed=config.seed, log_w=log_w, c=reads)

@@ -10,8 +10,7 @@ import torch
 import brute
 from mixdpo.dpo import dpo_loss
 from mixdpo.mixture import (balance, damp, e_step, elbo, entropy, expert_loss, gate_loss, log_marginal,
-                            random_responsibilities, update_weights,
-                            vary)
+                            random_responsibilities, reweigh, update_weights, vary)
 
 FP32, FP64 = torch.float32, torch.float64
 TOLERANCE = {FP32: 3e-6, FP64: 1e-12}
@@ -344,3 +343,13 @@ def test_entropy_of_rows_and_balance_of_a_batch_pull_apart():
 def test_an_unknown_variant_is_refused():
     with pytest.raises(AssertionError, match="'soft', want one of exact, tempered, hard, monte-carlo, gumbel"):
         vary(torch.zeros(1, 2), "soft")
+
+
+def test_reweigh_is_exponentiated_ascent():
+    """By hand. Catches: the mean not kept, an absent group moved, a group that is none counted in the mean."""
+    v = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    loss = torch.tensor([0.2, 0.9, float("nan"), float("nan")], dtype=torch.float64)
+    after = reweigh(v.log(), loss, 2.0).exp()
+    wanted = torch.tensor([math.exp(0.4), math.exp(1.8), 1.0, 0.0], dtype=torch.float64)
+    assert torch.allclose(after, 3 * wanted / wanted.sum(), rtol=1e-12, atol=0) and after[3] == 0
+    assert torch.equal(reweigh(v.log(), loss, 0.0), v.log())

@@ -171,7 +171,7 @@ def updated(experts, pairs, config, ref, given=None, order=None):
     ids = list(range(len(plan.units))) if order is None else order
     gate = Gate("fixed", experts.K, nothing(1), LOG_W[experts.K])
     of_step = latent_of(gate, nothing(len(plan.units)), ids, given, torch.zeros(len(plan.units), experts.K), 0, config)
-    figures, used = step(experts, gate, optimizer, micro_batches(plan, ids, config), ref, of_step, config)
+    figures, used, _ = step(experts, gate, optimizer, micro_batches(plan, ids, config), ref, of_step, config)
     change = {n: before[n] - p.detach() for n, p in experts.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for n, p in experts.named_parameters():

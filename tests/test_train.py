@@ -438,3 +438,49 @@ def test_the_configuration_is_printed_and_saved(tmp_path, model_dir, capsys):
     printed = json.loads(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("{")))
     assert saved.keys() == {f.name for f in dataclasses.fields(train.TrainConfig)} and saved.items() <= printed.items()
     assert {"revision", "torch", "python", "device", "threads"} <= printed.keys()
+
+
+def test_users_who_are_served_worst_count_more(tmp_path, model_dir):
+    """--robust: one user judges against all others. Its weight is the largest, and experts become others;
+    an option that finds no users is refused. Catches: weights of groups for those of users, the best served raised,
+    weights lost in a checkpoint, an option that does nothing."""
+    records = tinyjob.make_records(users=6, each=4)
+    for record in records:
+        if record["user"] != "u0":
+            record["chosen"], record["rejected"] = sorted((record["chosen"], record["rejected"]))   # as all others do
+        else:
+            record["rejected"], record["chosen"] = sorted((record["chosen"], record["rejected"]))
+    options = dict(experts=1, epochs=8, batch=24, micro=12, lr=3e-3)
+    plain, robust = (tinyjob.run(tmp_path, model_dir, records, str(rate), robust=rate, **options) for rate in (0., 1.))
+    v = tinyjob.tensors(robust)["log_v"].exp()
+    assert v.argmax() == 1 and records[0]["user"] == "u0" and v[1:].mean() == pytest.approx(1)
+    assert v[0] == 0 and torch.equal(tinyjob.tensors(plain)["log_v"].exp()[1:], torch.ones(6))
+    assert not tinyjob.equal(plain, robust, only="experts")
+    with pytest.raises(InputError, match="--robust weighs users, and no line names one"):
+        nameless = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in records]
+        tinyjob.run(tmp_path, model_dir, nameless, "nameless", robust=0.1, **options)
+
+
+def test_weighted_pairs_have_weighted_gradients(model_dir):
+    """Two groups' weights against the gradients of each alone. Catches: the mean of weights divided out, weights of the
+    wrong group's pairs, chunks that begin at the first group's weight."""
+    import small
+    from mixdpo.gates import Inputs
+    from mixdpo.latent import Latent
+    from mixdpo.plan import make_plan, micro_batches
+
+    pairs, ref = small.pairs(6, users=2), small.reference_logp(6)
+    config = small.config(latent="user", rank=3, batch=6, micro=6, head_rows=5)
+    plan = make_plan(pairs, config)
+    micro, = micro_batches(plan, [0, 1], config)
+    inputs, log_w = Inputs(torch.zeros(2, 0), torch.tensor([1, 2])), torch.full((2, 2), 0.5).log()
+
+    def gradients(weight):
+        experts = small.experts(rank=3)
+        train.accumulate(experts, micro, ref, Latent(inputs, log_w, None, None, None, weight), 6, config)
+        return [p.grad for p in experts.parameters() if p.grad is not None]
+
+    one, other, both = (gradients(torch.tensor(w)) for w in ([1.0, 0.0], [0.0, 1.0], [0.5, 3.0]))
+    for a, b, c in zip(one, other, both):
+        assert torch.allclose(0.5 * a + 3.0 * b, c, rtol=1e-4, atol=1e-6)
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(one, other))

@@ -129,7 +129,7 @@ def ours(setting: Setting, experts: int, rank: int = 0, dtype: torch.dtype | Non
     latent = latent_of(gate, inputs, list(range(G)), None, torch.zeros(G, experts), 0, config)
 
     def step():
-        figures, _ = train.step(policies, gate, optimizer, micros, ref_logp, latent, config)
+        figures, *_ = train.step(policies, gate, optimizer, micros, ref_logp, latent, config)
         return figures["loss"]
 
     return Stepper(step, [p for p in policies.parameters() if p.requires_grad],
