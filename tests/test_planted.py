@@ -185,8 +185,8 @@ def test_precision_in_is_precision_out(small, dtype):
 
 def test_half_of_a_users_pairs_foretells_the_other():
     """Against the definition, and what it is for: with more features than pairs tell of, the ridge that foretells best
-    finds more users' types than the least one. Catches: pairs asked that were trained on, halves of all pairs for halves
-    of each user's, a penalty for all pairs on half of them, users mixed up."""
+    finds more users' types than the least one. Catches: pairs asked that were trained on, halves of all pairs for
+    halves of each user's, a penalty for all pairs on half of them, users mixed up."""
     rng = np.random.default_rng(0)
     theta = 0.25 * rng.normal(size=(2, 150))
     x, group, annotator = plant(rng, theta, np.array([0.5, 0.5]), 60, pairs_each=20)

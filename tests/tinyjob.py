@@ -20,8 +20,8 @@ def make_model(folder, seed=0, tied=True, context=64, scale=5.0, special=("<end>
     """A Hugging Face directory: a Llama with 256 bytes and special tokens, the first of which ends a text, weights
     `scale` times those of a fresh one."""
     torch.manual_seed(seed)
-    sizes = dict(vocab=EOS + len(special), context=context, width=16, inner=24, layers=2, heads=2, kv_heads=1, tied=tied, eos=EOS)
-    model = Llama(LlamaConfig(**sizes))
+    sizes = dict(width=16, inner=24, layers=2, heads=2, kv_heads=1)
+    model = Llama(LlamaConfig(vocab=EOS + len(special), context=context, tied=tied, eos=EOS, **sizes))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(scale if p.ndim > 1 else 1.0)  # at the usual 0.02 all texts are alike to so narrow a model
