@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from mixdpo import config as configs
+from mixdpo import fits
 from mixdpo.adopt import adopt
 from mixdpo.config import InputError
 from mixdpo.diagnostics import step_summary
@@ -186,6 +187,7 @@ def prepare(config):
     dtype, why = compute_dtype(config.dtype, device)
     if config.packing and device == "cpu":
         raise InputError("--packing true is attention that only a CUDA device has; leave it out")
+    print(*fits.told(config, dtype, fits.available(device)), sep="\n")
     models, tokenizer = load_references(config, device)
     for model in models:
         model.checkpointing = config.checkpointing

@@ -70,19 +70,27 @@ def load_model(name, dtype=None, device=None, data=None):
     data: a local folder that is looked into before anything is fetched; a model directory `name` in it counts.
     Raises: InputError naming the file and what is wrong with it.
     """
+    return _build(*_open(name, data), dtype, device)
+
+
+def config_of(name, data=None):
+    """-> GPT2Config | LlamaConfig of what load_model(name, data=data) reads; no weight is read."""
+    return _open(name, data)[0]
+
+
+def _open(name, data):
+    """-> configuration, name -> Stored, Path."""
     path = locate(name, data)
     if name == "gpt2" and path.is_file():               # the hub's one file: its configuration is known
-        return _build(GPT2Config(bos=50256, eos=50256), _open_safetensors([path]), path, dtype, device)
+        return GPT2Config(bos=50256, eos=50256), _open_safetensors([path]), path
     if path.is_dir():
-        config, tensors = config_from_json(path / "config.json"), _open_safetensors(_weight_files(path))
-    elif path.is_file() and path.suffix == ".gguf":
-        config, tensors = _open_gguf(path)
-    elif path.suffix in PICKLED:
+        return config_from_json(path / "config.json"), _open_safetensors(_weight_files(path)), path
+    if path.is_file() and path.suffix == ".gguf":
+        return *_open_gguf(path), path
+    if path.suffix in PICKLED:
         raise _pickle_error(path)
-    else:
-        raise InputError(f"{name}: wanted smollm2, gpt2, llama-3.2-1b, a directory with config.json and *.safetensors, "
-                         "or a .gguf file; it is none of these")
-    return _build(config, tensors, path, dtype, device)
+    raise InputError(f"{name}: wanted smollm2, gpt2, llama-3.2-1b, a directory with config.json and *.safetensors, "
+                     "or a .gguf file; it is none of these")
 
 
 def locate(name, data=None):

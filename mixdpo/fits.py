@@ -1,0 +1,103 @@
+"""Does it fit? The memory of a training step, before a weight is read.
+
+    weights       4 bytes a parameter of the experts, frozen ones among them
+    gradients     4 bytes a parameter that learns; with in_backward only the heads' and one matrix at a time
+    moments       AdamW's two, of 4 or 2 bytes a parameter that learns
+    activations   what a micro-batch's forward pass keeps for backward: of one and of two blocks of this width, in
+                  truth, on random weights; the others are like the second
+    logits        one head micro-batch's (plan.KEPT), and their gradient
+
+Parameters are counted on a model without memory. Left out: the pass that makes the reference's log-probs (one
+micro-batch without gradient, less than a step), fragments, and what the libraries take for themselves.
+"""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from mixdpo.experts import make_experts, once_a_step
+from mixdpo.plan import KEPT
+from mixdpo.weights import MODELS, config_of
+
+TIGHT = 0.9             # of what is free: beyond, fragments and libraries decide
+
+# What to change, in the order in which it costs least: what it is called, and the options.
+REMEDIES = [
+    ("--checkpointing true", {"checkpointing": True}),
+    ("--micro 4 --checkpointing true", {"checkpointing": True, "micro": 4}),
+    ("--moments bfloat16 --checkpointing true", {"checkpointing": True, "moments": "bfloat16"}),
+    ("--sharing lora --checkpointing true", {"checkpointing": True, "sharing": "lora"}),
+    ("--train-trunk false (low-rank heads)", {"sharing": "heads", "rank": 16, "train_trunk": False}),
+]
+
+
+def estimate(config, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes by part, as above, for a TrainConfig whose products are in `dtype`."""
+    shapes = [config_of(name, config.data_folder or None) for name in config.models]
+    with torch.device("meta"):                                              # shapes only
+        models = [MODELS[type(shape)](shape) for shape in shapes]
+    experts = make_experts(models, config, dtype)
+    learns = [p for p in experts.parameters() if p.requires_grad]
+    lean = {id(p) for p in once_a_step(experts)} if config.in_backward else set()
+    gradients = sum(p.numel() for p in learns if id(p) not in lean)
+    gradients += max((p.numel() for p in learns if id(p) in lean), default=0)
+    trained = sum(p.numel() for p in learns)
+    rows, T = 2 * config.micro, config.max_prompt + config.max_response
+    frozen_trunk = config.sharing == "heads" and not config.train_trunk
+    V, heads = shapes[0].vocab, 1 if config.sharing == "lora" else config.experts
+    chunk = min(KEPT, config.micro * 2 * config.max_response * heads * V * dtype.itemsize)
+    return {
+        "weights": 4.0 * sum(p.numel() for p in experts.parameters()), "gradients": 4.0 * gradients,
+        "moments": (4.0 if config.moments == "bfloat16" else 8.0) * trained,
+        "activations": 0.0 if frozen_trunk else activations(shapes[0], config, dtype, T) * rows,
+        "logits": 2.0 * chunk}
+
+
+def activations(shape, config, dtype: torch.dtype, T: int) -> float:
+    """Bytes that the pass of one row of T tokens through the trunks keeps for backward."""
+    one, two = (kept(dataclasses.replace(shape, layers=layers, vocab=8), config, dtype, T) for layers in (1, 2))
+    return one + (two - one) * (shape.layers - 1)
+
+
+def kept(shape, config, dtype: torch.dtype, T: int) -> int:
+    """The same, measured: the storages that autograd holds, but for the parameters'."""
+    model = MODELS[type(shape)](shape)
+    model.checkpointing = config.checkpointing
+    experts = make_experts([copy.deepcopy(model) for _ in config.models], config, dtype)
+    own, held = {p.untyped_storage().data_ptr() for p in experts.parameters()}, {}
+
+    def pack(x):
+        if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in own:
+            held[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)        # x: so that none is reused
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        experts.hidden(torch.zeros(1, min(T, shape.context), dtype=torch.int64))
+    return sum(size for size, _ in held.values())
+
+
+def available(device: str) -> float:
+    """Bytes that are free on the device; infinite where the system does not say."""
+    if device == "cuda":
+        return float(torch.cuda.mem_get_info()[0])
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
+
+
+def told(config, dtype: torch.dtype, free: float) -> list[str]:
+    """The estimate in a line; and, where it is more than is free, what would fit."""
+    parts = estimate(config, dtype)
+    total = sum(parts.values())
+    lines = ["memory of a step, about: " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+             + f", together {total / 1e9:.1f} GB of {free / 1e9:.1f} that are free"]
+    if total <= TIGHT * free:
+        return lines
+    lines.append("this may not fit. In other ways, about:")
+    for name, options in REMEDIES:
+        other = dataclasses.replace(config, **options)
+        if other != config and len(other.models) == len(config.models):     # models of their own cannot share one
+            lines.append(f"    {name}: {sum(estimate(other, dtype).values()) / 1e9:.1f} GB")
+    return lines
