@@ -23,27 +23,39 @@ def compared(n, each=1):
     return [pair(*edge, user=f"u{u}") for u, own in enumerate(combinations(edges, each)) for edge in own]
 
 
+def shown(free, K, n, edges, twos):
+    """Frequencies of single comparisons and of two with a common judge, from K (n - 1) rewards and K - 1 logits."""
+    rewards = torch.cat([torch.zeros(K, 1, dtype=free.dtype), free[: K * (n - 1)].view(K, n - 1)], dim=1)
+    w = torch.softmax(torch.cat([torch.zeros(1, dtype=free.dtype), free[K * (n - 1) :]]), 0)
+    p = torch.sigmoid(torch.stack([rewards[:, a] - rewards[:, b] for a, b in edges], dim=1))           # (K,E)
+    return torch.stack([*(w @ p), *(w @ (p[:, e] * p[:, f]) for e, f in twos)])
+
+
+def identified(K, n, edges, twos):
+    """Whether the map's derivative at random rewards and weights has full column rank."""
+    free = torch.randn(K * (n - 1) + K - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    jacobian = torch.autograd.functional.jacobian(lambda x: shown(x, K, n, edges, twos), free)
+    return int(torch.linalg.matrix_rank(jacobian, rtol=1e-12)) == len(free)
+
+
 @pytest.mark.parametrize("n, each, most", [(2, 1, 1), (3, 1, 1), (4, 1, 1), (5, 1, 2), (6, 1, 2), (7, 1, 3), (3, 2, 2),
                                            (4, 2, 5)])
 def test_the_count_is_the_rank_of_the_derivative(n, each, most):
-    """At random rewards and weights the map from them to what comparisons show has full column rank for the K that the
-    count allows, and not for one more. Catches: unknowns or frequencies counted wrongly, K off by one."""
-    counts = counts_of(compared(n, each))
-    assert counts.supports(users=each > 1) == most
+    """It is full for the K that the count allows, and not for one more. Catches: unknowns or frequencies counted
+    wrongly, K too large."""
+    assert counts_of(compared(n, each)).supports(users=each > 1) == most
     edges = list(combinations(range(n), 2))
+    twos = list(combinations(range(len(edges)), 2)) if each > 1 else []
+    assert identified(most, n, edges, twos) and not identified(most + 1, n, edges, twos)
 
-    def shown(free, K):
-        """Frequencies of single comparisons and, with two a user, of two with a common judge."""
-        rewards = torch.cat([torch.zeros(K, 1, dtype=free.dtype), free[: K * (n - 1)].view(K, n - 1)], dim=1)
-        w = torch.softmax(torch.cat([torch.zeros(1, dtype=free.dtype), free[K * (n - 1) :]]), 0)
-        p = torch.sigmoid(torch.stack([rewards[:, a] - rewards[:, b] for a, b in edges], dim=1))       # (K,E)
-        two = [w @ (p[:, e] * p[:, f]) for e, f in combinations(range(len(edges)), 2)] if each > 1 else []
-        return torch.cat([w @ p, torch.stack(two)] if two else [w @ p])
 
-    for K, identified in ((most, True), (most + 1, False)):
-        free = torch.randn(K * (n - 1) + K - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
-        jacobian = torch.autograd.functional.jacobian(lambda x: shown(x, K), free)
-        assert (torch.linalg.matrix_rank(jacobian, rtol=1e-12) == len(free)) == identified, (n, each, K)
+def test_just_as_many_frequencies_as_unknowns():
+    """Three responses, all compared, and two of the three pairs of these by a common judge: five numbers for the five
+    unknowns of K = 2. Catches: K too small by the weights' one."""
+    pairs = [pair(2, 3, "a"), pair(2, 4, "a"), pair(2, 3, "b"), pair(3, 4, "b")]
+    assert counts_of(pairs).supports(users=True) == 2
+    edges = [(0, 1), (0, 2), (1, 2)]
+    assert identified(2, 3, edges, [(0, 1), (0, 2)]) and not identified(2, 3, edges, [(0, 1)])
 
 
 def test_what_is_counted():
