@@ -204,7 +204,8 @@ def prepare(config):
     print(f"{len(pairs)} pairs, {len(pairs) - trained} of them set aside as context; the {trained} others in "
           f"{len(plan.units)} groups ({config.latent}); products in {name}: {why}")
     if config.experts > 1:
-        print(*told(counts_of(pairs), config.experts, config.latent), sep="\n")
+        pooled = config.latent == "user" or config.gate.endswith("user")    # either way a user's pairs speak together
+        print(*told(counts_of(pairs), config.experts, "user" if pooled else "pair"), sep="\n")
     reference = reference_of(config.data, pairs, models, tokenizer, config, dtype, cache)
     if not config.train_trunk:
         plan = dataclasses.replace(plan, pairs=reference.with_states(plan.pairs))
