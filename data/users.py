@@ -29,13 +29,14 @@ def types(job: Job) -> str:
             worst = min(kinds, key=lambda kind: of[kind][name]["mean"])
             body.append([escape(run), *(pm(of[kind][name], digits) for kind in kinds), pm(of[worst][name], digits)])
         by_accuracy[-1].append(f"{max(best[kind] - of[kind]['accuracy']['mean'] for kind in kinds):.3f}")
-        if (found := figures["conflicts"]) and math.isfinite(found["mean"]):
+        if found := figures["conflicts"]:
             less = [NONE, NONE]
-            if dpo and dpo is not figures:
+            if dpo and dpo is not figures and math.isfinite(found["mean"]):
                 gap = np.subtract(figures["conflicts_by_pair"], dpo["conflicts_by_pair"])
                 less = [pm(gap := mean_se(gap, figures["conflicts_prompt"]), sign="+"), in_ses(gap)]
-            shares = [pm(of[kind]["own_expert"]) for kind in kinds]
-            apart.append([escape(run), *shares, pm(found), *less, str(found["n"])])
+            own = [of[kind]["own_expert"] for kind in kinds]
+            shares = [pm(f) if math.isfinite(f["mean"]) else NONE for f in (*own, found)]
+            apart.append([escape(run), *shares, *less, str(found["n"])])
     head = ["run", *map(escape, kinds), "worst type"]
     return section(
         title,
@@ -45,7 +46,8 @@ def types(job: Job) -> str:
         table([*head, "greatest regret"], by_accuracy),
         "The same in nats a pair.", table(head, by_nats),
         apart and "Were every user's type known: its expert's accuracy on all pairs of the type, and on those pairs on "
-        "which types disagree; and how much better than DPO there, pair by pair. SEs count prompts.",
+        "which types disagree; and how much better than DPO there, pair by pair. SEs count prompts. An empty cell "
+        "is a type for which no expert stands.",
         apart and table(["run", *(f"{escape(kind)}, its expert" for kind in kinds), "where types disagree",
                          "less DPO's", "in SEs", "pairs"], apart))
 

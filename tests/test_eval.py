@@ -300,3 +300,36 @@ def test_a_gate_gives_each_prompt_its_own_weights(job, tmp_path, monkeypatch):
         drawn, likely = int(u[n] >= w(prompt)[0]), int(np.argmax(w(prompt)))
         assert texts[n]["texts"]["moe mixture"] == texts[n]["texts"][f"moe head {drawn}"]
         assert texts[n]["texts"]["moe sparse"] == texts[n]["texts"][f"moe head {likely}"]
+
+
+def test_types_disagree_where_their_scores_order_responses_differently():
+    """Catches: a reward that is nobody's type counted, a tie taken for disagreement, one type alone."""
+    from mixdpo.heldout import disagree
+
+    pair = Pair([1], [2], [3], scores={"a": [1, 0], "b": [0.2, 0.9], "c": [0.5, 0.5]})
+    assert disagree(pair, {"a", "b"}) and disagree(pair, {"a", "b", "c"})
+    assert not disagree(pair, {"a", "c"}) and not disagree(pair, {"b"})
+    assert not disagree(Pair([1], [2], [3]), {"a", "b"})
+
+
+def test_each_type_is_answered_by_its_own_expert(monkeypatch):
+    """Three types, two experts: experts are named by training groups, a type without one has NaN, DPO answers all.
+    Catches: expert 0 for every type, a type's pairs answered by the expert that does best on them."""
+    from types import SimpleNamespace
+
+    from mixdpo import heldout
+
+    kinds = ["a", "b", "c"] * 4
+    pairs = [Pair([n], [2], [3], annotator=kind, scores={k: [int(k == kind), int(k != kind)] for k in "abc"})
+             for n, kind in enumerate(kinds)]
+    h = torch.tensor([[1.0, -1.0] if kind == "b" else [-1.0, 1.0] for kind in kinds])
+    train = {"naming": {"0": "b", "1": "a"}, "ari": 1.0}
+    monkeypatch.setattr(heldout, "alignment", lambda log_q, units, of: train)
+    config = SimpleNamespace(experts=2, latent="pair")
+    run = SimpleNamespace(config=config, table=None, plan=SimpleNamespace(units=[], pairs=[]))
+    found = heldout.preference_figures(run, pairs, h, torch.full((12, 2), 0.5).log())
+    own = {kind: of["own_expert"]["mean"] for kind, of in found["types"].items()}
+    assert own["a"] == own["b"] == 1.0 and own["c"] != own["c"], "NaN"
+    config.experts = 1
+    alone = heldout.preference_figures(run, pairs, h[:, :1], torch.zeros(12, 1))
+    assert {kind: of["own_expert"]["mean"] for kind, of in alone["types"].items()} == {"a": 0.0, "b": 1.0, "c": 0.0}
