@@ -16,7 +16,7 @@ eval: .venv/ready         ## evaluate again and rewrite the report: make eval RU
 	$(PY) eval.py $(RUN)
 
 show: .venv/ready         ## one batch, its prompt, response, end token and padding told apart: make show RUN=runs/imdb-quick
-	$(PY) -m mixdpo.preferences $(RUN)/train.jsonl --model $(RUN)/reference
+	$(PY) -m mixdpo.show $(RUN)/train.jsonl
 
 test: .venv/ready         ## the test suite
 	$(PY) -m pytest tests --ignore=tests/peers --ignore=tests/bench

@@ -213,6 +213,15 @@ def prepare(job: Path, of: DataSet, preset: dict, model: str, distilbert: str | 
     stage(job, "judge", key, ["train.jsonl", "heldout.jsonl", "dataset.json"], lambda: judge(job, preset, longest))
 
 
+def chosen(of, config) -> tuple[str, dict, Path]:
+    """The preset's name, its settings, and the job's folder. Raises: InputError if there is no such preset."""
+    name = config.preset or ("paper" if torch.cuda.is_available() else "quick")
+    if name not in of.presets:
+        raise InputError(f"--preset: got {name!r}, wanted one of {', '.join(of.presets)}")
+    job = Path(config.out or f"runs/{of.name}-{name}" + (f"-{Path(config.model).name}" if config.model else ""))
+    return name, dict(of.presets[name]), job
+
+
 def begun_with(job: Path) -> dict:
     """What the job in this folder was begun with; {} if there is none."""
     return json.loads((job / "job.json").read_text()) if (job / "job.json").exists() else {}
@@ -240,11 +249,7 @@ def main(of: DataSet, argv: list[str]) -> None:
     """The data set's command."""
     retain_pages()
     config = parse(ExperimentConfig, argv, f"python -m data.{of.name}")
-    name = config.preset or ("paper" if torch.cuda.is_available() else "quick")
-    if name not in of.presets:
-        raise InputError(f"--preset: got {name!r}, wanted one of {', '.join(of.presets)}")
-    preset = of.presets[name]
-    job = Path(config.out or f"runs/{of.name}-{name}" + (f"-{Path(config.model).name}" if config.model else ""))
+    name, preset, job = chosen(of, config)
     begun = begun_with(job)
     model, why = (begun["model"], "as the job began") if begun and not config.model else choose_model(config)
     goes_on = begun and not config.sentiment

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from data.experiment import begin, train_and_evaluate
+from data.experiment import begin, chosen, train_and_evaluate
 from data.pairs import name_users
 from data.stages import key_of, stage, write_lines
 from mixdpo import fetch
@@ -163,7 +162,8 @@ def judge(job: Path, of: Judged, preset: dict, tokenizer, data: str | None) -> N
     facts |= {"annotators": list(of.types), "criteria": of.types, "left_out": left_out, "parts": counts}
     facts |= {"train": {"pairs": len(rows)},
               "heldout": {"pairs": len(held_rows), "conflicts": sum(item.conflict for item, _ in held)}}
-    names = ("users", "pairs", "new_users", "new_pairs", "seed", "conflicts", "max_prompt", "max_response")
+    names = ("users", "pairs", "new_users", "new_pairs", "seed", "conflicts")
+    facts |= {"max_prompt": preset["max_prompt"], "max_new": preset["max_response"]}
     facts |= {"settings": {name: preset[name] for name in names}}
     (job / "dataset.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts))
@@ -173,16 +173,13 @@ def main(of: Judged, argv: list[str]) -> None:
     """The data set's command."""
     retain_pages()
     config = parse(JudgedConfig, argv, f"python -m data.{of.name}")
-    name = config.preset or ("paper" if torch.cuda.is_available() else "quick")
-    if name not in of.presets:
-        raise InputError(f"--preset: got {name!r}, wanted one of {', '.join(of.presets)}")
+    name, preset, job = chosen(of, config)
     given = {"users": config.users, "pairs": config.pairs, "seed": config.seed + 1}
-    preset = of.presets[name] | {key: getattr(config, key) for key, value in given.items() if value}
+    preset |= {key: getattr(config, key) for key, value in given.items() if value}
     preset |= {"conflicts": config.conflicts}
     if min(preset["users"], preset["pairs"]) < 1:
         raise InputError(f"--users {preset['users']} --pairs {preset['pairs']}: both must be at least 1, or 0 for the "
                          "preset's")
-    job = Path(config.out or f"runs/{of.name}-{name}" + (f"-{Path(config.model).name}" if config.model else ""))
     model = config.model or "smollm2"
     begin(job, {"preset": name, "model": model, "settings": json.loads(json.dumps(preset))})
     tokenizer = load_tokenizer(model, config.data_folder or None)

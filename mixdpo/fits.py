@@ -4,7 +4,7 @@
     gradients     4 bytes a parameter that learns; with in_backward only the heads' and one matrix at a time
     moments       AdamW's two, of 4 or 2 bytes a parameter that learns
     activations   what a micro-batch's forward pass keeps for backward: of one and of two blocks of this width, in
-                  truth, on random weights; the others are like the second
+                  truth, on random weights and on the CPU; the others are like the second
     logits        one head micro-batch's (plan.KEPT), and their gradient
 
 Parameters are counted on a model without memory. Left out: the pass that makes the reference's log-probs (one

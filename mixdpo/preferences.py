@@ -16,18 +16,15 @@ attention masks (a causal model needs none under right padding).
 """
 
 import hashlib
-import json
-import sys
 from collections import defaultdict
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from mixdpo.attention import Branches, Packed, branches
-from mixdpo.chat import encode_answer, encode_chat, ends, template_of
-from mixdpo.config import InputError, command, parse
+from mixdpo.chat import encode_answer, encode_chat, template_of
+from mixdpo.config import InputError
 from mixdpo.records import OPTIONAL, TEXTS, Fault, lines, read_record
 
 
@@ -269,66 +266,3 @@ def pack(rows: Rows, branch: torch.Tensor) -> Rows:
     ids, positions, branch = (F.pad(x.flatten()[kept], fill) for x in (rows.ids, positions, branch))
     window = Packed(positions[None], F.pad(row.flatten()[kept], fill, value=-1), branch)
     return Rows(ids[None], window, place[rows.token], place[rows.where], rows.targets, rows.sequence)
-
-
-# ---- to look at
-
-
-COLOURS = {"prompt": "36", "response": "1;32", "EOS": "30;43", "padding": "90"}
-
-
-def show(batch: Batch, tokenizer, colour: bool = False) -> str:
-    """The batch as text, its parts told apart by colour (ANSI, with a legend) or, in the plain form, by name."""
-
-    def part(kind: str, text: str) -> str:
-        return f"\033[{COLOURS[kind]}m{text}\033[0m" if colour else f" {kind} {text}"
-
-    def quoted(ids: list[int]) -> str:
-        text = repr(tokenizer.decode(ids))  # line breaks and control characters stay visible, and on one line
-        return text[1:-1] if colour else text
-
-    T = batch.ids.shape[-1]
-    out = [" ".join(part(kind, kind) for kind in COLOURS)] if colour else []
-    for b, start in enumerate(batch.start.tolist()):
-        note = ", context" if batch.context[b] else ""
-        out.append(f"pair {batch.pair[b]} (group {batch.group[b]}{note})")
-        for side, name in enumerate(("chosen", "rejected")):
-            row, length = batch.ids[b, side].tolist(), int(batch.length[b, side])
-            finished = row[length - 1] in ends(tokenizer)
-            text = part("prompt", quoted(row[:start]))
-            text += part("response", quoted(row[start : length - finished]))
-            text += part("EOS", f"<{row[length - 1]}>") if finished else ""
-            text += part("padding", f"0 x {T - length}") if length < T else ""
-            out.append(f"  {name:<9}{text.lstrip()}")
-    return "\n".join(out)
-
-
-@dataclass(frozen=True)
-class ShowConfig:
-    """Prints the first batch of a preference file."""
-
-    data: str  # preference file (.jsonl, .jsonl.gz); its flag may be left out
-    model: str = "smollm2"  # whose tokenizer: gpt2, smollm2, llama-3.2-1b or a directory
-    max_prompt: int = 0  # ids kept of a prompt, from its end; 0: as dataset.json beside the file says, else 64
-    max_response: int = 0  # ids kept of a response, EOS included; 0: the same
-    drop: bool = False  # leave faulty lines out, and list them
-    pairs: int = 4  # how many
-    data_folder: str = ""  # local files looked into before anything is fetched
-
-
-def main(argv: list[str]) -> None:
-    from mixdpo.tokenizer import load_tokenizer  # here, since only this command needs one by name
-
-    flags = argv if argv and argv[0].startswith("-") else ["--data", *argv]
-    config = parse(ShowConfig, flags, "python -m mixdpo.preferences FILE")
-    tokenizer = load_tokenizer(config.model, config.data_folder or None)
-    beside = Path(config.data).parent / "dataset.json"
-    facts = json.loads(beside.read_text()) if beside.exists() else {}
-    lengths = [config.max_prompt or facts.get("max_prompt", 64), config.max_response or facts.get("max_new", 64)]
-    pairs = read_preferences(config.data, tokenizer, *lengths, config.drop)
-    batch = collate(pairs, list(range(min(config.pairs, len(pairs)))), "pair")
-    print(show(batch, tokenizer, colour=sys.stdout.isatty()))
-
-
-if __name__ == "__main__":
-    command(main)

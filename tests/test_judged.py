@@ -153,6 +153,7 @@ def test_a_whole_tiny_job_of_two_objectives(chat_model, tmp_path, monkeypatch):
             results, [0, 1, 2])
     assert list(results) == ["dpo", "mix-pair", "moe-user", "mix-user"]
     facts = json.loads((job / "dataset.json").read_text())
+    assert (facts["max_prompt"], facts["max_new"]) == (64, 8)
     both = [p for p in held if len(p.scores) == 2]
     for figures in results.values():
         assert set(figures["types"]) == set(hh.TYPES) and figures["conflicts"]["n"] == len(both) > 0

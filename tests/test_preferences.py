@@ -1,11 +1,10 @@
 """mixdpo/preferences.py: what each test catches stands in its docstring. Faulty files are test_records.py's."""
 
-import json
 from dataclasses import fields, replace
 
 import pytest
 import torch
-from letters import GOOD, PEOPLE, Letters, pair, read, write
+from letters import GOOD, PEOPLE, Letters, pair, read
 from torch.nn.attention.flex_attention import create_block_mask
 
 from mixdpo.config import InputError
@@ -15,9 +14,7 @@ from mixdpo.preferences import (
     collate,
     encode_prompt,
     groups,
-    main,
     rows_of,
-    show,
 )
 
 # ---- text -> ids
@@ -186,49 +183,3 @@ def test_batch_says_which_pairs_and_whose():
         parts = [getattr(moved, field.name) for field in fields(moved)]
         parts += [] if moved.window is None else [moved.window.positions, moved.window.mask]
         assert all(x.device.type == "meta" for x in parts if isinstance(x, torch.Tensor))
-
-
-# ---- to look at
-
-
-@pytest.mark.parametrize("eos", [256, 0])
-def test_show_tells_the_parts_apart(tmp_path, eos):
-    """Caught: EOS shown as padding where their ids are equal; a cut response as finished; raw control characters."""
-    tokenizer, record = Letters(eos=eos), {"prompt": "a\n", "chosen": "b\x1b", "rejected": "cdefgh"}
-    pairs = read(tmp_path, record, tokenizer=tokenizer, max_response=5, report=str)
-    batch = collate(pairs, [0], "pair")
-    assert show(batch, tokenizer).splitlines() == [
-        "pair 0 (group 0)",
-        f"  chosen   prompt 'a\\n' response 'b\\x1b' EOS <{eos}> padding 0 x 2",
-        "  rejected prompt 'a\\n' response 'cdefg'",
-    ]
-    legend, _, chosen, _ = show(batch, tokenizer, colour=True).splitlines()
-    assert all(name in legend for name in ("prompt", "response", "EOS", "padding"))
-    parts = ["\033[36ma\\n\033[0m", "\033[1;32mb\\x1b\033[0m", f"\033[30;43m<{eos}>\033[0m", "\033[90m0 x 2\033[0m"]
-    assert chosen == "  chosen   " + "".join(parts)
-
-
-def test_command_prints_a_batch_with_a_real_tokenizer(tmp_path, capsys):
-    """Caught: a fake tokenizer unlike the real one; the name of EOS in a text read as EOS; FILE ignored."""
-    letters = {c: i for i, c in enumerate("abcdehinost<|>Ġ")} | {"th": 15}
-    tokens = [{"id": 16, "content": "<|eos|>", "special": True}]
-    document = {
-        "model": {"type": "BPE", "vocab": letters, "merges": ["t h"]},
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-        "decoder": {"type": "ByteLevel"},
-        "added_tokens": tokens,
-    }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|eos|>"}))
-    path = write(tmp_path, {"prompt": "cat", "chosen": "hi <|eos|>", "rejected": "the bath"})
-    main([str(path), "--model", str(tmp_path), "--max-response", "20"])
-    assert capsys.readouterr().out.splitlines() == [
-        "pair 0 (group 0)",
-        "  chosen   prompt 'cat' response 'hi <|eos|>' EOS <16>",
-        "  rejected prompt 'cat' response 'the bath' EOS <16> padding 0 x 4",
-    ]
-    write(tmp_path, *({"prompt": "cat", "chosen": letter, "rejected": "a"} for letter in "xb"))
-    with pytest.raises(InputError, match=r":1: no token for a character: .*character 'x' .* at position 0"):
-        main(["--data", str(path), "--model", str(tmp_path)])
-    main([str(path), "--model", str(tmp_path), "--drop", "true"])
-    assert capsys.readouterr().out.startswith(f"{path}: dropped, no token for a character: 1 (line 1)\npair 0")

@@ -1,0 +1,74 @@
+"""A batch to look at: `python -m mixdpo.show FILE` (`make show RUN=FOLDER`).
+
+Prompt, response, end token and padding are told apart, in colour on a terminal and by name elsewhere. What is shown is
+the batch itself, from its ids and lengths: what training sees. Left out: the file's own text.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixdpo.chat import ends
+from mixdpo.config import command, parse
+from mixdpo.preferences import Batch, collate, read_preferences
+from mixdpo.tokenizer import load_tokenizer
+
+COLOURS = {"prompt": "36", "response": "1;32", "EOS": "30;43", "padding": "90"}
+
+
+def show(batch: Batch, tokenizer, colour: bool = False) -> str:
+    """The batch as text, its parts told apart by colour (ANSI, with a legend) or, in the plain form, by name."""
+
+    def part(kind: str, text: str) -> str:
+        return f"\033[{COLOURS[kind]}m{text}\033[0m" if colour else f" {kind} {text}"
+
+    def quoted(ids: list[int]) -> str:
+        text = repr(tokenizer.decode(ids))  # line breaks and control characters stay visible, and on one line
+        return text[1:-1] if colour else text
+
+    T = batch.ids.shape[-1]
+    out = [" ".join(part(kind, kind) for kind in COLOURS)] if colour else []
+    for b, start in enumerate(batch.start.tolist()):
+        note = ", context" if batch.context[b] else ""
+        out.append(f"pair {batch.pair[b]} (group {batch.group[b]}{note})")
+        for side, name in enumerate(("chosen", "rejected")):
+            row, length = batch.ids[b, side].tolist(), int(batch.length[b, side])
+            finished = row[length - 1] in ends(tokenizer)
+            text = part("prompt", quoted(row[:start]))
+            text += part("response", quoted(row[start : length - finished]))
+            text += part("EOS", f"<{row[length - 1]}>") if finished else ""
+            text += part("padding", f"0 x {T - length}") if length < T else ""
+            out.append(f"  {name:<9}{text.lstrip()}")
+    return "\n".join(out)
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """Prints the first batch of a preference file."""
+
+    data: str  # preference file (.jsonl, .jsonl.gz); its flag may be left out
+    model: str = ""  # whose tokenizer: gpt2, smollm2, llama-3.2-1b or a directory; default: of the job beside the file
+    max_prompt: int = 0  # ids kept of a prompt, from its end; 0: as dataset.json beside the file says, else 64
+    max_response: int = 0  # ids kept of a response, EOS included; 0: the same
+    drop: bool = False  # leave faulty lines out, and list them
+    pairs: int = 4  # how many
+    data_folder: str = ""  # local files looked into before anything is fetched
+
+
+def main(argv: list[str]) -> None:
+    flags = argv if argv and argv[0].startswith("-") else ["--data", *argv]
+    config = parse(ShowConfig, flags, "python -m mixdpo.show FILE")
+    home = Path(config.data).parent
+    beside = (home / "dataset.json", home / "job.json")
+    facts, job = (json.loads(file.read_text()) if file.exists() else {} for file in beside)
+    tuned = str(home / "reference") if (home / "reference").is_dir() else job.get("model", "smollm2")
+    tokenizer = load_tokenizer(config.model or tuned, config.data_folder or None)
+    lengths = [config.max_prompt or facts.get("max_prompt", 64), config.max_response or facts.get("max_new", 64)]
+    pairs = read_preferences(config.data, tokenizer, *lengths, config.drop)
+    batch = collate(pairs, list(range(min(config.pairs, len(pairs)))), "pair")
+    print(show(batch, tokenizer, colour=sys.stdout.isatty()))
+
+
+if __name__ == "__main__":
+    command(main)

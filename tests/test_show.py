@@ -1,0 +1,73 @@
+"""mixdpo/show.py: what each test catches stands in its docstring."""
+
+import json
+
+import pytest
+from letters import Letters, read, write
+
+import tinyjob
+from mixdpo.config import InputError
+from mixdpo.preferences import collate
+from mixdpo.show import main, show
+
+
+@pytest.mark.parametrize("eos", [256, 0])
+def test_show_tells_the_parts_apart(tmp_path, eos):
+    """Caught: EOS shown as padding where their ids are equal; a cut response as finished; raw control characters."""
+    tokenizer, record = Letters(eos=eos), {"prompt": "a\n", "chosen": "b\x1b", "rejected": "cdefgh"}
+    pairs = read(tmp_path, record, tokenizer=tokenizer, max_response=5, report=str)
+    batch = collate(pairs, [0], "pair")
+    assert show(batch, tokenizer).splitlines() == [
+        "pair 0 (group 0)",
+        f"  chosen   prompt 'a\\n' response 'b\\x1b' EOS <{eos}> padding 0 x 2",
+        "  rejected prompt 'a\\n' response 'cdefg'",
+    ]
+    legend, _, chosen, _ = show(batch, tokenizer, colour=True).splitlines()
+    assert all(name in legend for name in ("prompt", "response", "EOS", "padding"))
+    parts = ["\033[36ma\\n\033[0m", "\033[1;32mb\\x1b\033[0m", f"\033[30;43m<{eos}>\033[0m", "\033[90m0 x 2\033[0m"]
+    assert chosen == "  chosen   " + "".join(parts)
+
+
+def test_command_prints_a_batch_with_a_real_tokenizer(tmp_path, capsys):
+    """Caught: a fake tokenizer unlike the real one; the name of EOS in a text read as EOS; FILE ignored."""
+    letters = {c: i for i, c in enumerate("abcdehinost<|>Ġ")} | {"th": 15}
+    tokens = [{"id": 16, "content": "<|eos|>", "special": True}]
+    document = {
+        "model": {"type": "BPE", "vocab": letters, "merges": ["t h"]},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        "decoder": {"type": "ByteLevel"},
+        "added_tokens": tokens,
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|eos|>"}))
+    path = write(tmp_path, {"prompt": "cat", "chosen": "hi <|eos|>", "rejected": "the bath"})
+    main([str(path), "--model", str(tmp_path), "--max-response", "20"])
+    assert capsys.readouterr().out.splitlines() == [
+        "pair 0 (group 0)",
+        "  chosen   prompt 'cat' response 'hi <|eos|>' EOS <16>",
+        "  rejected prompt 'cat' response 'the bath' EOS <16> padding 0 x 4",
+    ]
+    write(tmp_path, *({"prompt": "cat", "chosen": letter, "rejected": "a"} for letter in "xb"))
+    with pytest.raises(InputError, match=r":1: no token for a character: .*character 'x' .* at position 0"):
+        main(["--data", str(path), "--model", str(tmp_path)])
+    main([str(path), "--model", str(tmp_path), "--drop", "true"])
+    assert capsys.readouterr().out.startswith(f"{path}: dropped, no token for a character: 1 (line 1)\npair 0")
+
+
+def test_a_jobs_own_model_and_lengths_are_taken(tmp_path, capsys):
+    """Of a job with a tuned reference, and of one on a model as it is, with conversations. Catches: SmolLM2's tokenizer
+    and 64 ids for every job, which refuse a longer conversation."""
+    special = ("<|im_end|>", "<|im_start|>")
+    model = tinyjob.make_model(tmp_path / "model", context=256, special=special)
+    row = {"prompt": [{"role": "user", "content": "x" * 90}]}
+    row |= {side: [{"role": "assistant", "content": side * 12}] for side in ("chosen", "rejected")}
+    path = write(tmp_path, row)
+    (tmp_path / "dataset.json").write_text(json.dumps({"max_prompt": 150, "max_new": 5}))
+    (tmp_path / "job.json").write_text(json.dumps({"model": str(model)}))
+    main([str(path)])
+    shown = capsys.readouterr().out
+    assert "user\\n" + "x" * 90 + "<|im_end|>" in shown and "response 'chose'\n" in shown
+    (tmp_path / "job.json").write_text(json.dumps({"model": "none such"}))
+    tinyjob.make_model(tmp_path / "reference", context=256, special=special)
+    main([str(path)])
+    assert capsys.readouterr().out == shown
