@@ -9,7 +9,7 @@ One optimizer step is `step`, and for each of its micro-batches `accumulate`:
         E-step:  q = posterior over experts, detached                     (M7, M11)
         M-step:  sum_k q_k * -log sigma(h_k), backward into states and heads  (M8)
     one backward pass of the trunk
-    M-step of the gate, on all groups of the step:  KL(q || w(x))         (M9), or fixed weights' closed form (M10)
+    M-step of the gate, on all visits of the step:  KL(q || w(x))         (M9), or fixed weights' closed form (M10)
     AdamW
 
 q is known before where it comes from the start (start.py), from a pair's first visit, or from context pairs, which have
@@ -37,7 +37,7 @@ from mixdpo.experts import (load_state, make_experts, once_a_step, pair_logp, pr
                             trained_state, trunks)
 from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
 from mixdpo.identifiability import counts_of, told
-from mixdpo.latent import Latent, latent_of, settle
+from mixdpo.latent import Latent, latent_of, pooled, settle
 from mixdpo.logprob import sum_responses
 from mixdpo.memory import retain_pages
 from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, reweigh, update_weights, vary
@@ -57,7 +57,7 @@ from mixdpo.weights import content_key
 def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pairs: int, config) -> list[tuple]:
     """Adds one micro-batch's gradient of sum M8 / pairs.
 
-    Returns (log_q of the groups, log_q of the pairs, log_w of the pairs, h) of every chunk, detached.
+    Returns (log_q of the visits, log_q of the pairs, log_w of the pairs, h) of every chunk, detached.
     """
     batch, known, seen, device = micro.train, latent.given, [], ref_logp.device
     text = rows_of(batch, packed=config.packing).to(device)                 # made on the CPU: nothing waits for a GPU
@@ -77,7 +77,7 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
         group = groups[p:p_end]
         if known is None:
             first, last = int(batch.group[p]), int(batch.group[p_end - 1])
-            log_q = e_step(latent.log_w[group], h, group - first)[1]                                # (g,K)  M7, M11
+            log_q = e_step(latent.prior[group], h, group - first)[1]                                # (g,K)  M7, M11
             log_q = settle(log_q, latent[first : last + 1], config)
             of_pair = log_q[group - first]
         else:
@@ -105,38 +105,40 @@ def posterior(experts, batch: Batch, ref_logp: torch.Tensor, log_w: torch.Tensor
 
 
 @torch.no_grad()
-def full_e_step(experts, gate, plan, ref_logp, inputs: Inputs, config, name: str) -> torch.Tensor:
-    """Responsibilities of all groups under the experts and the gate as they are: (G,K) on the CPU."""
-    micros, table = micro_batches(plan, list(range(len(plan.units))), config), []
+def full_e_step(experts, gate, plan, ref_logp, inputs: Inputs, config, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Responsibilities of all units under the experts and the gate as they are (U,K), and what each visit said (V,K):
+    its pairs' log-likelihoods, to a constant a row. On the CPU."""
+    micros, said = micro_batches(plan, list(range(len(plan.visits))), config), []
     progress = Progress(f"{Path(config.out).name} {name}")
     for n, micro in enumerate(micros, 1):
-        pairs, log_w = micro.context or micro.train, gate(inputs[micro.groups])
-        table.append(posterior(experts, pairs, ref_logp, log_w, config).cpu())
+        nothing = ref_logp.new_zeros(len(micro.units), config.experts)
+        said.append(posterior(experts, micro.context or micro.train, ref_logp, nothing, config).cpu())
         progress(n, len(micros))
-    return torch.cat(table)
+    said = torch.cat(said)
+    return torch.log_softmax(gate(inputs).cpu() + pooled(said, plan), dim=-1), said         # M7, M11
 
 
 def step(experts, gate, optimizer, micros: list[Micro], ref_logp: torch.Tensor, latent: Latent,
          config) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """One optimizer step on whole groups, those of `latent` in the order of the micro-batches.
+    """One optimizer step on whole visits, those of `latent` in the order of the micro-batches.
 
     Returns the step's figures (parameters before the update), the responsibilities used (G,K), and the mean loss of
     each user's pairs (U+1,), NaN of those without any.
     """
     pairs, used, seen, of_group, first = sum(len(m.train.ids) for m in micros), [], [], [], 0
     for micro in micros:
-        part = latent[first : first + len(micro.groups)]
+        part = latent[first : first + len(micro.units)]
         of_group.append(first + micro.train.group.to(part.log_w.device))
-        first += len(micro.groups)
+        first += len(micro.units)
         if part.given is None and micro.context is not None:
-            log_q = posterior(experts, micro.context, ref_logp, part.log_w, config)
+            log_q = posterior(experts, micro.context, ref_logp, part.prior, config)
             part = dataclasses.replace(part, given=settle(log_q, part, config))
         parts = accumulate(experts, micro, ref_logp, part, pairs, config)
         used.append(torch.cat([q for q, *_ in parts]) if part.given is None else part.given)
         seen += parts
     log_q = torch.cat(used)                                                 # (G,K)
     if gate.kind in TRAINED:
-        (gate_objective(gate, latent.inputs, log_q, config) / pairs).backward()
+        (gate_objective(gate, latent, log_q, config) / pairs).backward()
     of_pair, w_of_pair, h = (torch.cat(column) for column in list(zip(*seen))[1:])
     figures = step_summary(of_pair, w_of_pair, h) | {"pairs": pairs}
     figures["grad_norm"] = descend(optimizer, figures["loss"], config.clip)
@@ -145,14 +147,16 @@ def step(experts, gate, optimizer, micros: list[Micro], ref_logp: torch.Tensor, 
     return figures, log_q, total / user.bincount(minlength=gate.users + 1)  # 0/0 is NaN
 
 
-def gate_objective(gate, inputs: Inputs, log_q: torch.Tensor, config) -> torch.Tensor:
-    """The gate's loss, summed over groups: M9, less what the entropy of each group's weights and that of their mean are
+def gate_objective(gate, latent: Latent, log_q: torch.Tensor, config) -> torch.Tensor:
+    """The gate's loss, summed over units: M9, less what the entropy of each unit's weights and that of their mean are
     worth. The two pull apart: the first wants each w(x) flat, the second all experts used, by weights however sharp."""
-    log_w = gate(inputs)                                                    # (G,K), with gradient
-    loss = gate_loss(log_q, log_w).sum()                                    # M9
+    log_w = gate(latent.inputs)                                             # (G,K), with gradient
+    share = torch.ones_like(log_w[:, 0]) if latent.share is None else latent.share          # (G,) a slice is not a unit
+    loss = gate_loss(log_q, log_w)                                          # (G,)  M9
     if gate.kind in ("user", "prompt-user"):
-        loss = loss + gate_loss(log_q, gate.generic(inputs)).sum()
-    return loss - config.gate_entropy * entropy(log_w).sum() - config.gate_balance * len(log_w) * balance(log_w)
+        loss = loss + gate_loss(log_q, gate.generic(latent.inputs))
+    loss = (share * (loss - config.gate_entropy * entropy(log_w))).sum()
+    return loss - config.gate_balance * share.sum() * balance(log_w)
 
 
 def descend(optimizer, loss: float, clip: float) -> float:
@@ -200,9 +204,10 @@ def prepare(config):
     except InputError as error:
         raise InputError(f"{config.data}: {error}") from None
     name, cache = str(dtype).removeprefix("torch."), Path(config.out).parent / "cache"
-    trained = sum(map(len, plan.trained))
+    trained = sum(len(visit.trained) for visit in plan.visits)
+    slices = f", in {len(plan.visits)} slices" if len(plan.visits) > len(plan.units) else ""
     print(f"{len(pairs)} pairs, {len(pairs) - trained} of them set aside as context; the {trained} others in "
-          f"{len(plan.units)} groups ({config.latent}); products in {name}: {why}")
+          f"{len(plan.units)} groups ({config.latent}){slices}; products in {name}: {why}")
     if config.experts > 1:
         pooled = config.latent == "user" or config.gate.endswith("user")    # either way a user's pairs speak together
         print(*told(counts_of(pairs), config.experts, "user" if pooled else "pair"), sep="\n")
@@ -217,19 +222,22 @@ def prepare(config):
     return experts, plan, reference, "+".join(keys), device
 
 
-def given_responsibilities(t: int, plan, start, table, phase, e_step_of_all, config):
-    """What step t takes as known, log q of all groups (G,K), or None: its E-step is its own. And `phase`, log q of this
-    M-phase, which an epoch's first step computes anew (em = full)."""
+def given_responsibilities(t: int, plan, start, table, kept, e_step_of_all, config):
+    """What step t takes as known, log q of all units (U,K), or None: its E-step is its own. And `kept`: log q of this
+    M-phase, which an epoch's first step computes anew (em = full); or what each visit said (em = incremental), which
+    takes one pass over all pairs before the first E-step that looks up the other slices of a user."""
     if start is not None and t < config.start_steps:
-        return start, phase
+        return start, kept
     if config.estep == "first":
-        return table, phase
+        return table, kept
     if config.em == "full":
-        if phase.isnan().any() or t == 0 or plan.steps[t - 1][0] < plan.steps[t][0]:
-            phase = e_step_of_all(f"E-step {plan.steps[t][0] + 1}")
-            phase = vary(phase, config.variant, None, config.variant_temperature)       # M12
-        return phase, phase
-    return None, phase
+        if kept.isnan().any() or t == 0 or plan.steps[t - 1][0] < plan.steps[t][0]:
+            phase = e_step_of_all(f"E-step {plan.steps[t][0] + 1}")[0]
+            kept = vary(phase, config.variant, None, config.variant_temperature)        # M12
+        return kept, kept
+    if config.em == "incremental" and config.latent == "user" and kept.isnan().any():
+        kept = e_step_of_all("first E-step")[1]
+    return None, kept
 
 
 def run(config: TrainConfig) -> Path:
@@ -254,56 +262,60 @@ def run(config: TrainConfig) -> Path:
     start = make_start(gate, inputs, plan, reference.features, config)
     out.mkdir(parents=True, exist_ok=True)                                  # not before all input is known to be good
     configs.save(config, out / "config.json")
-    table, t = torch.full((len(plan.units), config.experts), torch.nan), 0  # (G,K) last responsibilities; the step
-    phase, steps = table.clone(), plan.steps                                # (G,K) those of this M-phase (em = full)
+    table, t = torch.full((len(plan.units), config.experts), torch.nan), 0  # (U,K) last responsibilities; the step
+    kept, steps = table.new_full((len(plan.visits), config.experts), torch.nan), plan.steps # (V,K)
     log_v = inputs.user.bincount(minlength=gate.users + 1).clamp_max(1).log().to(ref_logp)      # (U+1,) users' weights
     if found:
         tensors, state = found
         load_state(experts, tensors, out)
         load_gate(gate, tensors)
         load_optimizer_state(optimizer, names, tensors)
-        table, phase, t = tensors["table"], tensors["phase"], state["step"]
+        table, kept, t = tensors["table"], tensors["kept"], state["step"]
         log_v = tensors["log_v"].to(device)
         print(f"resumed at step {t} of {len(steps)}")
     else:
         first = micro_batches(plan, steps[0][1], config)[0]
-        log_w = gate(inputs[first.groups]).detach()[first.train.group.to(device)]
+        log_w = gate(inputs[first.units]).detach()[first.train.group.to(device)]
         if not config.init_experts:
             check_start(experts, first.train, ref_logp, log_w, config.beta)
 
-    def e_step_of_all(name: str) -> torch.Tensor:
+    def e_step_of_all(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return full_e_step(experts, gate, plan, ref_logp, inputs, config, name)
 
     def save(finished: bool) -> None:
         moments = {} if finished else optimizer_state(optimizer, names)
         tensors = trained_state(experts) | gate_state(gate) | moments
-        tensors |= {"table": table, "phase": phase, "log_v": log_v}
+        tensors |= {"table": table, "kept": kept, "log_v": log_v}
         save_checkpoint(out, tensors, {"step": t, "finished": finished, "config": same})
 
     log, saved = Log(out, t, len(steps), config), time.monotonic()
     while t < len(steps):
         epoch, ids = steps[t]
         gate.temperature = config.gate_temperature ** max(0.0, 1 - 2 * t / len(steps))      # 1 from half the run on
-        given, phase = given_responsibilities(t, plan, start, table, phase, e_step_of_all, config)
+        given, kept = given_responsibilities(t, plan, start, table, kept, e_step_of_all, config)
         set_rate(optimizer, t, len(steps), config.warmup)
         micros = micro_batches(plan, ids, config)
         try:
-            latent = latent_of(gate, inputs, ids, given, table, t, config, log_v if config.robust else None)
+            latent = latent_of(gate, inputs, plan, ids, given, kept, t, config, log_v if config.robust else None)
             figures, log_q, losses = step(experts, gate, optimizer, micros, ref_logp, latent, config)
         except FloatingPointError as error:
-            lines = sorted(plan.pairs[i].line for g in ids for i in plan.trained[g])
+            lines = sorted(plan.pairs[i].line for v in ids for i in plan.visits[v].trained)
             raise InputError(f"{config.data}: step {t}: {error}; nothing was updated. Lines of this batch: {lines}. "
                              "Lower --lr, or look at these lines") from None
-        t, table[ids], log_v = t + 1, log_q.cpu(), reweigh(log_v, losses, config.robust)
+        last = {plan.visits[v].unit: n for n, v in enumerate(ids)}          # of several slices of a user, the last
+        t, table[list(last)], log_v = t + 1, log_q[list(last.values())].cpu(), reweigh(log_v, losses, config.robust)
+        if latent.said is not None:
+            kept[ids] = latent.said.cpu()
         if config.weights == "update":
             gate.log_w.copy_(update_weights(table[~table.isnan().any(1)], config.prior))            # M10
-        log.step({"step": t, "epoch": epoch, "rate": optimizer.param_groups[0]["lr"]} | figures, ids, table[ids])
+        log.step({"step": t, "epoch": epoch, "rate": optimizer.param_groups[0]["lr"]} | figures, list(last),
+                 table[list(last)])
         if time.monotonic() - saved > 60 * config.save_minutes and t < len(steps):
             save(finished=False)
             saved = time.monotonic()
     gate.temperature = 1.0                                                  # a run of one step ends before it is there
     if config.experts > 1 and config.estep != "first":                      # a first visit is kept for good
-        table = e_step_of_all("last E-step")
+        table = e_step_of_all("last E-step")[0]
         log.responsibilities(t, list(range(len(table))), table)
     log.close()
     save(finished=True)

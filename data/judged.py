@@ -71,6 +71,7 @@ class JudgedConfig:
     users: int = 0              # of each type; 0: the preset's number
     pairs: int = 0              # that each user judges for training; 0: the preset's number
     seed: int = -1              # of split, users and runs; -1: the preset's
+    types_as_users: bool = False    # true: each type is one user, who judges all that the type judges
     conflicts: bool = False     # true: only answers on which types disagree
     data_only: bool = False     # true: stop when the preference files are written
     data_folder: str = ""       # local files looked into before anything is fetched
@@ -106,10 +107,11 @@ def divide(items: list[Item], heldout: float, seed: int) -> tuple[list[Item], li
 
 
 def deal(items: list[Item], users: dict[str, str], each: int, seed: int) -> list[tuple[str, Item]]:
-    """`each` items for every user, of those that its type judges. Raises: InputError if they are fewer than that."""
-    out, rng = [], np.random.default_rng([seed, 21])
+    """`each` items for every user, of those that its type judges; 0: all. Raises: InputError if they are fewer."""
+    out, rng, asked = [], np.random.default_rng([seed, 21]), each
     for kind in sorted(set(users.values())):
         deck = [item for item in items if kind in item.prefers]
+        each = asked or len(deck)
         if len(deck) < each:
             raise InputError(f"{len(deck)} items are judged by {kind}, and each user wants {each}: fewer pairs a user, "
                              "or more data, would do")
@@ -180,6 +182,12 @@ def main(of: Judged, argv: list[str]) -> None:
     if min(preset["users"], preset["pairs"]) < 1:
         raise InputError(f"--users {preset['users']} --pairs {preset['pairs']}: both must be at least 1, or 0 for the "
                          "preset's")
+    if config.types_as_users:
+        if config.users or config.pairs:
+            raise InputError("--types-as-users true has one user of each type, who judges everything: leave --users "
+                             "and --pairs out")
+        apart = {name: run | {"em": "incremental"} for name, run in preset["runs"].items() if run.get("latent") == "user"}
+        preset |= {"users": 1, "pairs": 0, "runs": preset["runs"] | apart}
     model = config.model or "smollm2"
     begin(job, {"preset": name, "model": model, "settings": json.loads(json.dumps(preset))})
     tokenizer = load_tokenizer(model, config.data_folder or None)

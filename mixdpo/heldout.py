@@ -39,7 +39,7 @@ def expert_logp(run: Run, pairs: list[Pair], what: str, size: int = 16) -> torch
     """Summed response log-probs of every pair under every expert: (P,K,2) float32 nats, on the CPU."""
     out, progress = [], Progress(f"{run.name} {what}")
     for start in range(0, len(pairs), size):
-        batch = collate(pairs, list(range(start, min(start + size, len(pairs)))), "pair")
+        batch = collate(pairs, list(range(start, min(start + size, len(pairs)))))
         out.append(pair_logp(run.experts, batch).cpu())
         progress(min(start + size, len(pairs)), len(pairs))
     return torch.cat(out)

@@ -112,12 +112,11 @@ def vary(
     return F.one_hot(noisy.argmax(-1), log_q.shape[-1]).double().mean(0).log().to(log_q.dtype)
 
 
-def damp(log_q: torch.Tensor, kept: torch.Tensor, damping: float) -> torch.Tensor:
-    """Incremental EM (Neal & Hinton 1998): damping times the responsibilities kept from the visit before, and the rest
-    new: (...,K), (...,K) -> (...,K). Any such step from one posterior towards the next still raises the bound, which
-    is concave in q. Rows kept as NaN were never visited: they are new as a whole."""
-    mixed = torch.logaddexp(log_q + math.log1p(-damping), kept + math.log(damping))
-    return torch.where(kept.isnan().any(-1, keepdim=True), log_q, mixed)
+def damp(said: torch.Tensor, kept: torch.Tensor, damping: float) -> torch.Tensor:
+    """Incremental EM (Neal & Hinton 1998): damping times the log-likelihoods kept from the visit before, and the rest
+    new: (...,K), (...,K) -> (...,K). The posterior moves along the geometric path between the two, on which KL to the
+    new one only falls: such a step still raises the bound. Rows kept as NaN were never visited: new as a whole."""
+    return torch.where(kept.isnan(), said, damping * kept + (1 - damping) * said)
 
 
 # --- the bound and the M-step's losses --------------------------------------------------------------------------------

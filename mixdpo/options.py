@@ -25,7 +25,8 @@ class TrainConfig:
     estep: str = "all"              # E-step on: all pairs, context (never trained on), first (a pair's first visit)
     context: int = 0                # pairs of each user set aside for the E-step, where the file does not mark them
     em: str = "minibatch"           # E-step on: minibatch (a step's groups), full (all, before each epoch), incremental
-    damping: float = 0.0            # share of the responsibilities kept from a group's visit before (incremental)
+                                    # (log-likelihoods are kept, so a user's pairs need not stand in one batch)
+    damping: float = 0.0            # share of a pair's log-likelihoods kept from its visit before (incremental)
     variant: str = "exact"          # of the E-step (M12): exact, tempered, hard, monte-carlo, gumbel, straight-through
     variant_temperature: float = 1.0    # of tempered and gumbel
     draws: int = 1                  # samples of z a group (monte-carlo)

@@ -1,14 +1,17 @@
 """Who is trained on when: which pairs share one latent z, which are set aside for the E-step, and the groups of a step.
 
-    pairs -> groups (a pair alone, or a user's) -> some of each set aside -> groups shuffled into steps -> micro-batches
-          -> chunks, whose logits are in memory together
+    pairs -> units (a pair alone, or a user's) -> some of each set aside -> visits (a unit, or a slice of one)
+          -> visits shuffled into steps -> micro-batches -> chunks, whose logits are in memory together
 
 A context pair is never trained on, whatever the E-step looks at: where it does not look at context, they are left out.
-A group is never cut, neither by a step nor by a micro-batch, so the E-step that pools a user's pairs (M11) is exact.
-Within a step, whose sum has no order, groups stand by their longest text: micro-batches then hold little padding.
+A visit is never cut, neither by a step nor by a micro-batch, and it is a whole unit, so that the E-step that pools a
+user's pairs (M11) is exact; but with em = incremental a user's slices are visited apart, and the E-step of one looks up
+what the others said when they were visited last (latent.py). There are as many slices as pairs for the E-step.
+Within a step, whose sum has no order, visits stand by their longest text: micro-batches then hold little padding.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,22 +21,36 @@ from mixdpo.preferences import Batch, Pair, collate, groups
 
 
 @dataclass(frozen=True)
+class Visit:
+    """What a step takes of a unit: all of it, or a slice."""
+
+    unit: int
+    trained: list[int]                  # pairs that the M-step sees
+    context: list[int]                  # and those for the E-step, if it has some of its own
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A run's pairs, and the groups of every optimizer step."""
+    """A run's pairs, the units that share one latent z, and the visits of every optimizer step."""
 
     pairs: list[Pair]
-    units: list[list[int]]              # the pairs of each group
-    trained: list[list[int]]            # those of them that the M-step sees
-    steps: list[tuple[int, list[int]]]  # epoch and groups of each step
+    units: list[list[int]]              # the pairs of each unit
+    visits: list[Visit]
+    steps: list[tuple[int, list[int]]]  # epoch and visits of each step
+
+    @cached_property
+    def unit_of(self) -> torch.Tensor:
+        """(V,) the unit of each visit."""
+        return torch.tensor([visit.unit for visit in self.visits])
 
 
 @dataclass(frozen=True)
 class Micro:
-    """Whole groups for one forward pass."""
+    """Whole visits for one forward pass."""
 
     train: Batch                        # the pairs that are trained on
     context: Batch | None               # the pairs that only the E-step looks at
-    groups: torch.Tensor                # (G,) the groups' numbers
+    units: torch.Tensor                 # (G,) the unit of each visit
 
 
 def make_plan(pairs: list[Pair], config) -> Plan:
@@ -46,10 +63,20 @@ def make_plan(pairs: list[Pair], config) -> Plan:
         units = trained = sorted(filter(None, trained))
     if not units:
         raise InputError(f"all {len(pairs)} pairs are context pairs; wanted others to train on")
-    longest = [max(pairs[i].longest() for i in unit) for unit in trained]
+    visits = [visit for u, (unit, learns) in enumerate(zip(units, trained))
+              for visit in visits_of(u, unit, learns, config.em == "incremental")]
+    longest = [max(pairs[i].longest() for i in visit.trained) for visit in visits]
     steps = [(epoch, sorted(ids, key=longest.__getitem__)) for epoch in range(config.epochs)
-             for ids in batches(trained, config.batch, config.seed, epoch, pairs)]
-    return Plan(pairs, units, trained, steps)
+             for ids in batches([visit.trained for visit in visits], config.batch, config.seed, epoch, pairs)]
+    return Plan(pairs, units, visits, steps)
+
+
+def visits_of(u: int, unit: list[int], trained: list[int], sliced: bool) -> list[Visit]:
+    """Unit u as one visit; or as many as it has pairs for the E-step, each with its share of the trained ones."""
+    context = sorted(set(unit) - set(trained))
+    count = min(len(trained), len(context) or len(trained)) if sliced else 1
+    learns, looks = (np.array_split(np.array(part, dtype=int), count) for part in (trained, context))
+    return [Visit(u, some.tolist(), others.tolist()) for some, others in zip(learns, looks)]
 
 
 def mark_context(pairs: list[Pair], count: int, seed: int) -> list[Pair]:
@@ -84,7 +111,8 @@ def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: li
     largest = max(range(len(groups)), key=lambda g: len(groups[g]))
     if (needed := len(groups[largest])) > size:
         name = f"user {pairs[groups[largest][0]].user!r}" if pairs else f"group {largest}"
-        raise InputError(f"{name} has {needed} pairs, and a batch holds {size}; choose a batch of {needed} or more")
+        raise InputError(f"{name} has {needed} pairs, and a batch holds {size}; choose a batch of {needed} or more, or "
+                         "--em incremental, which visits a user in slices")
     out, room = [], 0
     for g in np.random.default_rng([seed, epoch]).permutation(len(groups)).tolist():
         if len(groups[g]) > room:
@@ -96,21 +124,22 @@ def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: li
 
 
 def micro_batches(plan: Plan, ids: list[int], config) -> list[Micro]:
-    """The groups `ids` in runs of whole groups with about config.micro trained pairs each."""
+    """The visits `ids` in runs with about config.micro trained pairs each."""
     runs, size = [[]], 0
-    for g in ids:
-        if runs[-1] and size + len(plan.trained[g]) > config.micro:
+    for visit in (plan.visits[v] for v in ids):
+        if runs[-1] and size + len(visit.trained) > config.micro:
             runs.append([])
             size = 0
-        runs[-1].append(g)
-        size += len(plan.trained[g])
-    out = []
-    for run in runs:
-        train = [i for g in run for i in plan.trained[g]]
-        held = [i for g in run for i in plan.units[g] if i not in plan.trained[g]]
-        context = collate(plan.pairs, held, config.latent) if held else None
-        out.append(Micro(collate(plan.pairs, train, config.latent), context, torch.tensor(run)))
-    return out
+        runs[-1].append(visit)
+        size += len(visit.trained)
+    return [Micro(gathered(plan.pairs, [visit.trained for visit in run]),
+                  gathered(plan.pairs, [visit.context for visit in run]) if run[0].context else None,
+                  torch.tensor([visit.unit for visit in run])) for run in runs]
+
+
+def gathered(pairs: list[Pair], groups: list[list[int]]) -> Batch:
+    """The pairs of these groups, numbered as they stand here."""
+    return collate(pairs, [i for group in groups for i in group], [g for g, group in enumerate(groups) for _ in group])
 
 
 KEPT = 2**30  # bytes of logits that a head micro-batch keeps for its backward pass

@@ -186,8 +186,8 @@ def groups(pairs: list[Pair], latent: str) -> list[list[int]]:
 # ---- ids -> tensors
 
 
-def collate(pairs: list[Pair], index: list[int], latent: str) -> Batch:
-    """The pairs at `index`, in that order."""
+def collate(pairs: list[Pair], index: list[int], group: list[int] | None = None) -> Batch:
+    """The pairs at `index`, in that order. group: the unit of each, 0..G-1; left out, each pair is its own."""
     taken = [pairs[i] for i in index]
     ids = torch.zeros(len(taken), 2, max(map(Pair.longest, taken)), dtype=torch.int64)  # (B, 2, T)
     length = torch.zeros(len(taken), 2, dtype=torch.int64)
@@ -195,9 +195,7 @@ def collate(pairs: list[Pair], index: list[int], latent: str) -> Batch:
         for side, response in enumerate((pair.chosen, pair.rejected)):
             length[b, side] = len(pair.prompt) + len(response)
             ids[b, side, : length[b, side]] = torch.tensor(pair.prompt + response)
-    group = torch.zeros(len(taken), dtype=torch.int64)
-    for g, members in enumerate(groups(taken, latent)):
-        group[members] = g
+    group = torch.arange(len(taken)) if group is None else torch.tensor(group)
     start = torch.tensor([len(pair.prompt) for pair in taken])
     context = torch.tensor([bool(pair.context) for pair in taken])
     known = [pair.states for pair in taken]

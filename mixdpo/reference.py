@@ -68,7 +68,7 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
     tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
     keep = tokens * model.config.width * dtype.itemsize <= STATES
     for start in range(0, len(pairs), size):
-        batch = collate(pairs, range(start, min(start + size, len(pairs))), "pair")
+        batch = collate(pairs, range(start, min(start + size, len(pairs))))
         text, B = rows_of(batch).to(device), len(batch.ids)
         hidden = policy.hidden(text.ids, text.window)                       # (2B,T,C), or (B,T,C): shared prompts
         predicting = policy.rows(hidden, text.where)                        # (M,C)

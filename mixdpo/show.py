@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(config.model or tuned, config.data_folder or None)
     lengths = [config.max_prompt or facts.get("max_prompt", 64), config.max_response or facts.get("max_new", 64)]
     pairs = read_preferences(config.data, tokenizer, *lengths, config.drop)
-    batch = collate(pairs, list(range(min(config.pairs, len(pairs)))), "pair")
+    batch = collate(pairs, list(range(min(config.pairs, len(pairs)))))
     print(show(batch, tokenizer, colour=sys.stdout.isatty()))
 
 

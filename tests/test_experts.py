@@ -19,7 +19,7 @@ SHARINGS = {"k1": dict(experts=1), "full": dict(experts=3, rank=0), "low-rank": 
 
 
 def batch(context=()):
-    return collate(small.pairs(COUNT, context=context), list(range(COUNT)), "pair")
+    return collate(small.pairs(COUNT, context=context), list(range(COUNT)))
 
 
 def plain_logp(model, unembedding, one):
@@ -102,9 +102,9 @@ def test_padding_order_and_neighbours(sharing):
     with torch.no_grad():
         whole = pair_logp(experts, one)
         order = [4, 1, 5, 0, 3, 2]
-        assert torch.allclose(pair_logp(experts, collate(small.pairs(COUNT), order, "pair")), whole[order], atol=1e-5)
+        assert torch.allclose(pair_logp(experts, collate(small.pairs(COUNT), order)), whole[order], atol=1e-5)
         for b in range(COUNT):
-            assert torch.allclose(pair_logp(experts, collate(small.pairs(COUNT), [b], "pair"))[0], whole[b], atol=1e-5)
+            assert torch.allclose(pair_logp(experts, collate(small.pairs(COUNT), [b]))[0], whole[b], atol=1e-5)
         beyond = torch.arange(one.ids.shape[-1]) >= one.length[..., None]
         assert beyond.any()
         one.ids[beyond] = 17

@@ -10,6 +10,7 @@ import pytest
 
 import tinyjob
 from data import hh, judged
+from data.job import read_job
 from data.judged import Item, deal, divide, fitting, line
 from data.presets import HH
 from mixdpo.config import InputError
@@ -171,6 +172,32 @@ def test_a_whole_tiny_job_of_two_objectives(chat_model, tmp_path, monkeypatch):
     assert (job / "mix-user" / "metrics.jsonl").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="holds a job of another settings"):
         judged.main(hh.DATASET, [*words, "--users", "2"])
+
+
+def test_each_type_as_one_user_who_judges_everything(chat_model, tmp_path, monkeypatch):
+    """Users far larger than a batch. Catches: items of a type left out, or dealt to several users, a latent that wants
+    whole users in a batch, responsibilities of slices for users in the report."""
+    rng = np.random.default_rng(0)
+    data = write_hh(tmp_path / "data", [hh_row(n, rng) for n in range(160)])
+    runs = {"mix-user": HH["smoke"]["runs"]["mix-user"] | {"start_steps": 2, "rank": 2, "head_lr": 1e-2, "epochs": 2}}
+    small = {"heldout_pairs": 0, "max_prompt": 64, "max_response": 8, "evaluate": 2,
+             "train": {"batch": 20, "micro": 10, "dtype": "float32"}}
+    monkeypatch.setitem(HH, "tiny", HH["smoke"] | small | {"runs": runs})
+    words = f"--preset tiny --model {chat_model} --out {tmp_path / 'job'} --data-folder {data}".split()
+    judged.main(hh.DATASET, [*words, "--types-as-users", "true"])
+    job = tmp_path / "job"
+    train = read_preferences(job / "train.jsonl", load_tokenizer(chat_model), 64, 8)
+    of = {(p.user, p.annotator) for p in train}
+    assert len(of) == 2 and {annotator for _, annotator in of} == set(hh.TYPES)
+    assert len(train) == json.loads((job / "dataset.json").read_text())["train"]["pairs"] > 100
+    assert len({(p.user, tuple(p.prompt)) for p in train}) == len(train), "each item once for a type"
+    run, = read_job(job).runs
+    assert run.units == [annotator for _, annotator in dict.fromkeys((p.user, p.annotator) for p in train)]
+    assert {g for step in run.steps for g in step["groups"]} == {0, 1}
+    found = json.loads((job / "results.json").read_text())["preferences"]["mix-user"]["alignment_train"]
+    assert found["units"] == 2
+    with pytest.raises(InputError, match="leave --users and --pairs out"):
+        judged.main(hh.DATASET, [*words, "--types-as-users", "true", "--pairs", "3"])
 
 
 def test_options_that_cannot_be_met(tmp_path):

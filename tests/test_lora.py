@@ -42,7 +42,7 @@ def lora(family="gpt2", **options):
 
 
 def batch():
-    return collate(small.pairs(COUNT), list(range(COUNT)), "pair")
+    return collate(small.pairs(COUNT), list(range(COUNT)))
 
 
 def by_hand(experts, k, family):
@@ -187,7 +187,7 @@ def moves(experts, steps=3):
         micros = micro_batches(plan, list(range(COUNT)), config)
         inputs = Inputs(torch.zeros(COUNT, 0), torch.zeros(COUNT, dtype=torch.int64))
         gate = Gate("fixed", experts.K, inputs, torch.zeros(experts.K))
-        latent = latent_of(gate, inputs, torch.cat([m.groups for m in micros]).tolist(), given, given, 0, config)
+        latent = latent_of(gate, inputs, plan, list(range(COUNT)), given, None, 0, config)
         train.step(experts, gate, optimizer, micros, small.reference_logp(COUNT), latent, config)
 
 
@@ -224,7 +224,7 @@ def test_a_whole_run_trains_and_loads_for_evaluation(job, model_dir):
     got, metrics = tinyjob.tensors(job), tinyjob.lines(job / "metrics.jsonl")
     paths = [f"layers.{i}.{p}" for i in range(2) for p in ("self_attn.v_proj", "mlp.down_proj")]
     own = {f"experts.trunk.{p}.{f}" for p in paths for f in "AB"}
-    assert set(got) == {"table", "phase", "log_v", "gate.log_w"} | own
+    assert set(got) == {"table", "kept", "log_v", "gate.log_w"} | own
     assert all(got[f"experts.trunk.{p}.B"][k].any() for p in paths for k in range(2))
     assert abs(metrics[0]["loss"] - 0.6931) < 1e-3 and metrics[-1]["loss"] < metrics[0]["loss"] - 0.01
     run, reference, tokenizer = evaluation.load_run(job, "cpu", ""), load_model(model_dir), load_tokenizer(model_dir)

@@ -30,7 +30,7 @@ def steps(optimizer_options, count=3, sharing="models", experts=None, state=None
     inputs = Inputs(torch.zeros(COUNT, 0), torch.zeros(COUNT, dtype=torch.int64))
     gate = Gate("fixed", 2, inputs, torch.tensor([0.4, 0.6]).log())
     for _ in range(count):
-        latent = latent_of(gate, inputs, list(range(COUNT)), None, torch.zeros(COUNT, 2), 0, config)
+        latent = latent_of(gate, inputs, plan, list(range(COUNT)), None, None, 0, config)
         train.step(experts, gate, optimizer, micro_batches(plan, list(range(COUNT)), config), ref, latent, config)
     return experts, optimizer, names
 

@@ -70,15 +70,16 @@ def test_a_plan_leaves_context_pairs_to_the_e_step(estep, aside):
     config = small.config(latent="user", estep=estep, context=aside, epochs=3, batch=10, micro=3)
     plan = make_plan(PEOPLE, config)
     assert plan.units == groups(PEOPLE, "user")
-    assert [len(trained) for trained in plan.trained] == [len(unit) - aside for unit in plan.units]
+    assert [visit.unit for visit in plan.visits] == [0, 1, 2] and plan.unit_of.tolist() == [0, 1, 2]
+    assert [len(visit.trained) for visit in plan.visits] == [len(unit) - aside for unit in plan.units]
     assert [sorted(g for epoch, ids in plan.steps if epoch == e for g in ids) for e in range(3)] == [[0, 1, 2]] * 3
     seen = []
     for micro in micro_batches(plan, [0, 1, 2], config):
         trained, held = micro.train.pair.tolist(), micro.context.pair.tolist() if micro.context else []
-        assert sorted(trained + held) == sorted(i for g in micro.groups.tolist() for i in plan.units[g])
-        assert trained == [i for g in micro.groups.tolist() for i in plan.trained[g]]
-        assert len(held) == aside * len(micro.groups) and (not held or bool(micro.context.context.all()))
-        seen.append(micro.groups.tolist())
+        assert sorted(trained + held) == sorted(i for g in micro.units.tolist() for i in plan.units[g])
+        assert trained == [i for g in micro.units.tolist() for i in plan.visits[g].trained]
+        assert len(held) == aside * len(micro.units) and (not held or bool(micro.context.context.all()))
+        seen.append(micro.units.tolist())
     assert seen == ([[0], [1, 2]] if aside else [[0], [1], [2]])             # 1 + 2 trained pairs fit, 2 + 3 do not
 
 
@@ -87,9 +88,31 @@ def test_what_the_file_sets_aside_is_never_trained_on(latent):
     """Caught: context pairs trained on, or a group of nothing made of them, if no E-step looks at them."""
     marked = [pair([1], [2], [3], user=u, context=c) for u, c in zip("aabbcc", (True, True, False, True, None, False))]
     plan = make_plan(marked, small.config(latent=latent, batch=10))
-    assert plan.trained == plan.units == ([[2], [4], [5]] if latent == "pair" else [[2], [4, 5]])
+    assert [visit.trained for visit in plan.visits] == plan.units
+    assert plan.units == ([[2], [4], [5]] if latent == "pair" else [[2], [4, 5]])
     with pytest.raises(InputError, match="all 2 pairs are context pairs"):
         make_plan(marked[:2], small.config(latent=latent))
+
+
+def test_users_in_slices_that_share_out_their_context():
+    """Caught: a pair lost or visited twice; a slice without context; users that fit a batch cut otherwise than those
+    that do not; a visit larger than a batch."""
+    people = [pair([1], [2], [3 + n], user="ab"[n % 3 == 0]) for n in range(30)]            # 20 of a, 10 of b
+    for estep, aside, parts in (("all", 0, [20, 10]), ("context", 4, [4, 4]), ("context", 8, [8, 2])):
+        plan = make_plan(people, small.config(latent="user", em="incremental", estep=estep, context=aside, batch=5))
+        of = {u: [visit for visit in plan.visits if visit.unit == u] for u in (0, 1)}
+        units = sorted(plan.units, key=len, reverse=True)
+        for u, unit in enumerate(plan.units):
+            assert sorted(i for v in of[u] for i in v.trained + v.context) == sorted(unit)
+            assert all(people[i].user == people[unit[0]].user for v in of[u] for i in v.trained)
+            assert len(of[u]) == parts[units.index(unit)]
+            assert all(bool(v.context) == bool(aside) and all(plan.pairs[i].context for i in v.context) for v in of[u])
+        for micro in micro_batches(plan, list(range(len(plan.visits))), small.config(micro=4)):
+            assert micro.train.group.unique().tolist() == list(range(len(micro.units)))
+            assert len(micro.train.ids) <= 5
+            assert not aside or micro.context.group.unique().tolist() == list(range(len(micro.units)))
+    with pytest.raises(InputError, match="--em incremental, which visits a user in slices"):
+        make_plan(people, small.config(latent="user", batch=5))
 
 
 def test_groups_of_like_length_stand_together_in_a_step():
@@ -97,10 +120,10 @@ def test_groups_of_like_length_stand_together_in_a_step():
     another's."""
     pairs = [pair([1] * n, [2], [3]) for n in np.random.default_rng(0).permutation(40) + 1]
     plan = make_plan(pairs, small.config(batch=16, micro=4, epochs=2))
-    drawn = [ids for epoch in range(2) for ids in batches(plan.trained, 16, 0, epoch)]
+    drawn = [ids for epoch in range(2) for ids in batches(plan.units, 16, 0, epoch)]
     assert [sorted(ids) for _, ids in plan.steps] == [sorted(ids) for ids in drawn]
     for _, ids in plan.steps:
-        lengths = [pairs[plan.trained[g][0]].longest() for g in ids]
+        lengths = [pairs[plan.units[g][0]].longest() for g in ids]
         assert lengths == sorted(lengths)
 
 
@@ -109,7 +132,7 @@ def test_chunks_cover_every_pair_once_and_cut_no_user():
     from mixdpo.preferences import Pair, collate, rows_of
 
     pairs = [Pair([1], [2] * n, [3] * (n + 1), user=u) for n, u in zip((1, 4, 2, 7, 1, 1, 3), "aabbbcd")]
-    batch = collate(pairs, range(7), "user")
+    batch = collate(pairs, range(7), [0, 0, 1, 1, 1, 2, 3])
     sequence = rows_of(batch).sequence
     for rows, whole in ((1, True), (1, False), (12, True), (12, False), (0, True)):
         cuts = list(plan.chunks(batch, rows, whole))

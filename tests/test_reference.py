@@ -51,7 +51,7 @@ def test_the_same_call_as_the_policys(options, dtype):
     found = compute_reference(small.model(), pairs, dtype)
     assert found.logp.dtype == found.features.dtype == torch.float32 and not found.logp.requires_grad
     with torch.no_grad():
-        logp = pair_logp(small.experts(moved=False, dtype=dtype, **options), collate(pairs, range(COUNT), "pair"))
+        logp = pair_logp(small.experts(moved=False, dtype=dtype, **options), collate(pairs, range(COUNT)))
     slack = 0.0 if options.get("sharing") != "lora" else 1e-5 if dtype == torch.float32 else 0.1
     assert margins(logp, found.logp, 0.5).abs().max() <= slack
 
@@ -164,13 +164,13 @@ def test_states_of_a_frozen_trunk_stand_for_a_pass_through_it(monkeypatch):
     known = found.with_states(pairs)
     assert known == pairs and all(p.states.shape == (len(p.chosen) + len(p.rejected), 12) for p in known)
     for index in (range(COUNT), [4, 1], [COUNT - 1]):
-        want = pair_logp(experts, collate(pairs, list(index), "pair"))
+        want = pair_logp(experts, collate(pairs, list(index)))
         with monkeypatch.context() as patch:
             patch.setattr(type(experts), "hidden", never)
-            got = pair_logp(experts, collate(known, list(index), "pair"))
+            got = pair_logp(experts, collate(known, list(index)))
         assert torch.allclose(got, want, atol=1e-5)
     some = [known[0], pairs[1]]
-    assert collate(some, [0, 1], "pair").states is None
+    assert collate(some, [0, 1]).states is None
     monkeypatch.setattr("mixdpo.reference.STATES", 0)
     few = compute_reference(model, pairs, torch.float32)
     assert few.states.shape == (0, 12) and few.with_states(pairs) is pairs and torch.allclose(few.logp, found.logp)

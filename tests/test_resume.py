@@ -21,6 +21,7 @@ CASES = {
     "models": dict(sharing="models", epochs=2),
     "gate, incremental, sampled": dict(gate="mlp", em="incremental", damping=0.5, variant="monte-carlo", draws=3,
                                        epochs=3),
+    "users in slices": dict(latent="user", em="incremental", damping=0.2, start_steps=2, epochs=3, batch=5),
     "full EM": dict(em="full", epochs=3, beta=0.5),
     "gate of users": dict(latent="user", gate="user", epochs=3, gate_temperature=2.0),
     "untied": dict(rank=0, epochs=2),

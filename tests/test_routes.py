@@ -51,14 +51,20 @@ def nothing(G):
     return Inputs(torch.zeros(G, 0), torch.zeros(G, dtype=torch.int64))
 
 
+def users_of(pairs):
+    """(B,) the number of each pair's user, by appearance."""
+    names = list(dict.fromkeys(pair.user for pair in pairs))
+    return torch.tensor([names.index(pair.user) for pair in pairs])
+
+
 def latent(log_w, G, given=None):
     """Of G groups with the same weights."""
-    return Latent(nothing(G), log_w.expand(G, -1), given, None, None)
+    return Latent(nothing(G), log_w.expand(G, -1), log_w.expand(G, -1), given)
 
 
 def log_p(experts, pairs, ref, config, group=None, log_w=None):
     """Composable: log marginal of each pair, or of each user from all of the user's pairs, with gradient."""
-    batch = collate(pairs, list(range(len(pairs))), "pair")
+    batch = collate(pairs, list(range(len(pairs))))
     h = margins(pair_logp(experts, batch, tile=17), ref, config.beta)                    # (B,K)
     log_w = LOG_W[experts.K] if log_w is None else log_w
     if group is None:
@@ -80,7 +86,7 @@ def test_head_micro_batches_equal_the_composable_route(family, sharing, dtype):
     pairs, ref = small.pairs(COUNT), small.reference_logp(COUNT, dtype=dtype)
     (-log_p(experts, pairs, ref, config).sum() / COUNT).backward()
     want = gradient(experts)
-    micro = Micro(collate(pairs, list(range(COUNT)), "pair"), None, torch.arange(COUNT))
+    micro = Micro(collate(pairs, list(range(COUNT))), None, torch.arange(COUNT))
     for head_rows in HEAD_ROWS:
         config = small.config(beta=0.5, head_rows=head_rows)
         seen = accumulate(experts, micro, ref, latent(LOG_W[experts.K], COUNT), COUNT, config)
@@ -94,7 +100,7 @@ def test_chunks_in_bfloat16(sharing):
     """Gradients are float32, and chunks share one cast of the heads: equal within the rounding of products.
     Catches: a cast that only the first chunk can go back through, chunks' gradients summed in bfloat16."""
     experts, pairs = small.experts(dtype=torch.bfloat16, **SHARINGS[sharing]), small.pairs(COUNT)
-    micro = Micro(collate(pairs, list(range(COUNT)), "pair"), None, torch.arange(COUNT))
+    micro = Micro(collate(pairs, list(range(COUNT))), None, torch.arange(COUNT))
     gradients = []
     for head_rows in (0, 1):
         config = small.config(beta=0.5, head_rows=head_rows)
@@ -113,12 +119,12 @@ def test_users_are_whole_in_every_chunk(sharing):
     the micro-batch instead of the chunk."""
     experts = small.experts(dtype=DOUBLE, **SHARINGS[sharing])
     pairs, ref = small.pairs(COUNT, users=4), small.reference_logp(COUNT, dtype=DOUBLE)
-    group = collate(pairs, list(range(COUNT)), "user").group
+    group = users_of(pairs)
     (-log_p(experts, pairs, ref, small.config(beta=0.5), group).sum() / COUNT).backward()
     want = gradient(experts)
     for head_rows in HEAD_ROWS:
         config = small.config(beta=0.5, latent="user", head_rows=head_rows)
-        micro = Micro(collate(pairs, list(range(COUNT)), "user"), None, torch.arange(4))
+        micro = Micro(collate(pairs, list(range(COUNT)), group.tolist()), None, torch.arange(4))
         accumulate(experts, micro, ref, latent(LOG_W[experts.K], 4), COUNT, config)
         assert_equal(gradient(experts), want, head_rows)
 
@@ -131,7 +137,7 @@ def test_one_expert_is_dpo_bit_for_bit(family, head_rows):
     a second copy of the loss that drifts."""
     experts, pairs, ref = small.experts(family, experts=1), small.pairs(COUNT), small.reference_logp(COUNT)
     config = small.config(beta=0.5, head_rows=head_rows)
-    batch = collate(pairs, list(range(COUNT)), "pair")
+    batch = collate(pairs, list(range(COUNT)))
     seen = accumulate(experts, Micro(batch, None, torch.arange(COUNT)), ref, latent(LOG_W[1], COUNT), COUNT, config)
     got, h = gradient(experts), torch.cat([h for *_, h in seen])
     assert all(not q.any() for pair in seen for q in pair[:2])              # log q is 0, not nearly 0
@@ -170,7 +176,7 @@ def updated(experts, pairs, config, ref, given=None, order=None):
     plan = make_plan(pairs, config)
     ids = list(range(len(plan.units))) if order is None else order
     gate = Gate("fixed", experts.K, nothing(1), LOG_W[experts.K])
-    of_step = latent_of(gate, nothing(len(plan.units)), ids, given, torch.zeros(len(plan.units), experts.K), 0, config)
+    of_step = latent_of(gate, nothing(len(plan.units)), plan, ids, given, None, 0, config)
     figures, used, _ = step(experts, gate, optimizer, micro_batches(plan, ids, config), ref, of_step, config)
     change = {n: before[n] - p.detach() for n, p in experts.named_parameters() if p.requires_grad}
     with torch.no_grad():
@@ -232,9 +238,9 @@ def test_context_pairs_decide_and_are_not_trained_on():
     context = (0, 3, 6, 8)
     pairs, ref = small.pairs(COUNT, users=4, context=context), small.reference_logp(COUNT, dtype=DOUBLE)
     experts = small.experts(experts=2, rank=0, dtype=DOUBLE)
-    group = collate(pairs, list(range(COUNT)), "user").group
+    group = users_of(pairs)
     aside = torch.zeros(COUNT, dtype=torch.bool).index_fill(0, torch.tensor(context), True)
-    h = margins(pair_logp(experts, collate(pairs, list(range(COUNT)), "pair")), ref, 0.5)
+    h = margins(pair_logp(experts, collate(pairs, list(range(COUNT)))), ref, 0.5)
     log_q = torch.stack([torch.log_softmax(LOG_W[2] + F.logsigmoid(h[(group == g) & aside]).sum(0), 0)
                          for g in range(4)]).detach()
     (-(log_q[group].exp() * F.logsigmoid(h))[~aside].sum() / (COUNT - len(context))).backward()

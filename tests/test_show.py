@@ -16,7 +16,7 @@ def test_show_tells_the_parts_apart(tmp_path, eos):
     """Caught: EOS shown as padding where their ids are equal; a cut response as finished; raw control characters."""
     tokenizer, record = Letters(eos=eos), {"prompt": "a\n", "chosen": "b\x1b", "rejected": "cdefgh"}
     pairs = read(tmp_path, record, tokenizer=tokenizer, max_response=5, report=str)
-    batch = collate(pairs, [0], "pair")
+    batch = collate(pairs, [0])
     assert show(batch, tokenizer).splitlines() == [
         "pair 0 (group 0)",
         f"  chosen   prompt 'a\\n' response 'b\\x1b' EOS <{eos}> padding 0 x 2",

@@ -48,6 +48,12 @@ CASES = {
     "full EM": {"em": "full", "epochs": 3, "variant": "tempered", "variant_temperature": 0.5},
     "full EM, context": CONTEXT | {"em": "full", "epochs": 3, "start_steps": 1},
     "incremental EM": {"em": "incremental", "damping": 0.6, "epochs": 3, "variant": "hard"},
+    "incremental EM, users": USER | {"em": "incremental", "damping": 0.3, "epochs": 3, "batch": 2, "start_steps": 1},
+    "incremental EM, weights": USER | {"em": "incremental", "epochs": 3, "batch": 3, "weights": "update"},
+    "incremental EM, gate of users": USER | {"em": "incremental", "epochs": 3, "batch": 4, "gate": "user",
+                                             "gate_entropy": 0.05},
+    "incremental EM, context": CONTEXT | {"em": "incremental", "epochs": 3, "batch": 2, "start_steps": 1,
+                                          "variant": "tempered", "variant_temperature": 0.7},
     "clipped": {"clip": 1e-3, "start": "none"},
     "checkpointing": {"checkpointing": True},
     "in backward": {"in_backward": True, "clip": math.inf, "micro": 8},
@@ -123,18 +129,19 @@ class SlowGate:
         logits = named["gate.E"][g + 1] if "gate.E" in named else named["gate.W"] @ self.f[g] + named["gate.b"]
         return torch.log_softmax(logits / self.temperature, 0)
 
-    def loss(self, ids, table):
+    def loss(self, used):
+        """used: (unit, q, share of the unit) of every visit of the step."""
         if not self.named:
             return 0.0
-        rows, total = [self.log_w(g) for g in ids], 0.0
-        for g, row in zip(ids, rows):
-            q = torch.tensor(table[g])
-            total = total + torch.special.xlogy(q, q).sum() - (q * row).sum()
+        rows, total = [self.log_w(g) for g, _, _ in used], 0.0
+        for (_, q, share), row in zip(used, rows):
+            q = torch.tensor(q)
+            one = torch.special.xlogy(q, q).sum() - (q * row).sum()
             if "gate.E" in self.named:
-                total = total - (q * torch.log_softmax(self.named["gate.E"][0] / self.temperature, 0)).sum()
-            total = total + self.config.gate_entropy * (row.exp() * row).sum()
+                one = one - (q * torch.log_softmax(self.named["gate.E"][0] / self.temperature, 0)).sum()
+            total = total + share * (one + self.config.gate_entropy * (row.exp() * row).sum())
         mean = torch.stack(rows).exp().mean(0)
-        return total + self.config.gate_balance * len(ids) * (mean * mean.log()).sum()
+        return total + self.config.gate_balance * len(used) * (mean * mean.log()).sum()
 
 
 def slow_run(config):
@@ -156,39 +163,61 @@ def slow_run(config):
     if config.start == "dirichlet":
         start = random_responsibilities(len(units), K, torch.Generator().manual_seed(config.seed)).exp()
     trained = [[i for i in unit if config.estep != "context" or not pairs[i].context] for unit in units]
-    plan = [(e, ids) for e in range(config.epochs) for ids in batches(trained, config.batch, config.seed, e)]
-    table, phase = {}, {}
+    looked = [[i for i in unit if config.estep != "context" or pairs[i].context] for unit in units]
+    visits = [(g, trained[g], looked[g]) for g in range(len(units))]
+    if config.em == "incremental":                                          # a slice for every pair that is looked at
+        cut = [(g, min(len(trained[g]), len(looked[g]))) for g in range(len(units))]
+        visits = [(g, a.tolist(), b.tolist()) for g, n in cut
+                  for a, b in zip(np.array_split(trained[g], n), np.array_split(looked[g], n))]
+    longest = [max(pairs[i].longest() for i in learns) for _, learns, _ in visits]
+    plan = [(e, sorted(ids, key=lambda v: longest[v])) for e in range(config.epochs)
+            for ids in batches([learns for _, learns, _ in visits], config.batch, config.seed, e)]
+    table, phase, said = {}, {}, {}
 
-    def exact(g, h):
-        seen = [i for i in units[g] if config.estep != "context" or pairs[i].context]
+    def slow_h(g):
+        return {i: slow_margins(experts, reference, pairs[i], config.beta) for i in units[g]}
+
+    def says(v, h):
+        return sum(F.logsigmoid(h[i].detach().double()) for i in visits[v][2])              # (K,)
+
+    def exact(g, h, other=0.0):
+        """q of unit g by its pairs' margins; or, where they are not asked for, by what all its visits said."""
         prior = w if config.gate == "fixed" else slow_gate.log_w(g).exp().tolist()
-        q = brute.user_posterior(prior, [h[i].tolist() for i in seen], [0] * len(seen))[1][0]
+        if h is None:
+            q = torch.softmax(torch.tensor(prior).double().log() + other, 0).tolist()
+        else:
+            q = brute.user_posterior(prior, [h[i].tolist() for i in looked[g]], [0] * len(looked[g]))[1][0]
         if config.variant == "tempered":
             q = [x ** (1 / config.variant_temperature) for x in q]
             return [x / sum(q) for x in q]
         return [float(x == max(q)) for x in q] if config.variant == "hard" else q
 
     for t, (epoch, ids) in enumerate(plan):
-        loss, count = 0.0, sum(len(trained[g]) for g in ids)
+        loss, used, count = 0.0, [], sum(len(visits[v][1]) for v in ids)
         slow_gate.temperature = config.gate_temperature ** max(0.0, 1 - 2 * t / len(plan))
         if config.em == "full" and t >= config.start_steps and (not phase or plan[t - 1][0] < epoch):
-            phase = {g: exact(g, {i: slow_margins(experts, reference, pairs[i], config.beta) for i in units[g]})
-                     for g in range(len(units))}
-        for g in ids:
-            h = {i: slow_margins(experts, reference, pairs[i], config.beta) for i in units[g]}
+            phase = {g: exact(g, slow_h(g)) for g in range(len(units))}
+        if config.em == "incremental" and config.latent == "user" and t >= config.start_steps and not said:
+            said = {v: says(v, slow_h(g)) for v, (g, _, _) in enumerate(visits)}
+        before = dict(said)
+        for v in ids:
+            g, h = visits[v][0], slow_h(visits[v][0])
             if start is not None and t < config.start_steps and K > 1:
                 q = start[g].tolist()
             elif config.estep == "first" and g in table:
                 q = table[g]
             elif config.em == "full":
                 q = phase[g]
+            elif config.em == "incremental":
+                now = says(v, h)
+                said[v] = now if v not in before else config.damping * before[v] + (1 - config.damping) * now
+                q = exact(g, None, said[v] + sum(before[o] for o in before if visits[o][0] == g and o != v))
             else:
                 q = exact(g, h)
-                if config.em == "incremental" and g in table:
-                    q = [config.damping * a + (1 - config.damping) * b for a, b in zip(table[g], q)]
             table[g] = q
-            loss = loss - sum((torch.tensor(q) * F.logsigmoid(h[i])).sum() for i in trained[g]) / count
-        loss = loss + slow_gate.loss(ids, table) / count
+            used.append((g, q, 1 / sum(visit[0] == g for visit in visits)))
+            loss = loss - sum((torch.tensor(q) * F.logsigmoid(h[i])).sum() for i in visits[v][1]) / count
+        loss = loss + slow_gate.loss(used) / count
         optimizer.zero_grad()
         loss.backward()
         norm = math.sqrt(sum(p.grad.square().sum().item() for p in named.values() if p.grad is not None))
@@ -204,7 +233,7 @@ def slow_run(config):
             w = ((mean.sum(0) + config.prior - 1) / (len(mean) + K * (config.prior - 1))).tolist()
     slow_gate.temperature, config = 1.0, dataclasses.replace(config, variant="exact")
     for g, unit in enumerate(units if K > 1 and config.estep != "first" else ()):            # the last E-step
-        table[g] = exact(g, {i: slow_margins(experts, reference, pairs[i], config.beta) for i in unit})
+        table[g] = exact(g, slow_h(g))
     return named, np.array([table[g] for g in range(len(units))]), w
 
 
@@ -477,7 +506,7 @@ def test_weighted_pairs_have_weighted_gradients(model_dir):
 
     def gradients(weight):
         experts = small.experts(rank=3)
-        train.accumulate(experts, micro, ref, Latent(inputs, log_w, None, None, None, weight), 6, config)
+        train.accumulate(experts, micro, ref, Latent(inputs, log_w, log_w, weight=weight), 6, config)
         return [p.grad for p in experts.parameters() if p.grad is not None]
 
     one, other, both = (gradients(torch.tensor(w)) for w in ([1.0, 0.0], [0.0, 1.0], [0.5, 3.0]))

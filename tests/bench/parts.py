@@ -87,7 +87,7 @@ def long_prompts(setting: Setting, shared: bool) -> Stepper:
     pairs = [Pair(ids(sizes.long_prompt), ids(sizes.short_response), ids(sizes.short_response))
              for _ in range(sizes.pairs)]
     policy = Heads(load_model(setting.directory, device=setting.device), 1, dtype=products_in(setting))
-    batch, parameters = collate(pairs, list(range(len(pairs))), "pair"), list(policy.parameters())
+    batch, parameters = collate(pairs, list(range(len(pairs)))), list(policy.parameters())
 
     def step():
         pair_logp(policy, batch, shared=shared).sum().backward()

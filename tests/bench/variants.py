@@ -122,11 +122,11 @@ def ours(setting: Setting, experts: int, rank: int = 0, dtype: torch.dtype | Non
     policies = make_experts([model], config, dtype)
     optimizer, _ = make_optimizer(policies, config.lr, config.head_lr,
                                   in_backward=once_a_step(policies) if config.in_backward else [])
-    micros = micro_batches(make_plan(setting.pairs, config), list(range(len(setting.pairs))), config)
-    G = len(setting.pairs)
+    plan, G = make_plan(setting.pairs, config), len(setting.pairs)
+    micros = micro_batches(plan, list(range(G)), config)
     inputs = Inputs(torch.zeros(G, 0), torch.zeros(G, dtype=torch.int64)).to(setting.device)
     gate = Gate("fixed", experts, inputs, first_weights(config)).to(setting.device)
-    latent = latent_of(gate, inputs, list(range(G)), None, torch.zeros(G, experts), 0, config)
+    latent = latent_of(gate, inputs, plan, list(range(G)), None, None, 0, config)
 
     def step():
         figures, *_ = train.step(policies, gate, optimizer, micros, ref_logp, latent, config)
@@ -170,7 +170,7 @@ def response_logp(logits_of, batch: Batch) -> torch.Tensor:
 
 def plain(setting: Setting, model: torch.nn.Module, logits_of) -> Stepper:
     """Full logits, reference log-probs cached, fused AdamW."""
-    batch = collate(setting.pairs, list(range(len(setting.pairs))), "pair")
+    batch = collate(setting.pairs, list(range(len(setting.pairs))))
     batch = replace(batch, **{name: getattr(batch, name).to(setting.device) for name in ("ids", "start", "length")})
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)

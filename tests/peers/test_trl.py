@@ -64,7 +64,8 @@ def ours(folders, pairs, head_rows=1024, **options):
     experts = make_experts([load_model(folders / "policy")], config, torch.float32)
     micro, = micro_batches(make_plan(pairs, config), list(range(len(pairs))), config)
     inputs = Inputs(torch.zeros(len(pairs), 0), torch.zeros(len(pairs), dtype=torch.int64))
-    latent = Latent(inputs, first_weights(config).expand(len(pairs), -1), None, None, None)
+    log_w = first_weights(config).expand(len(pairs), -1)
+    latent = Latent(inputs, log_w, log_w)
     seen = train.accumulate(experts, micro, reference, latent, len(pairs), config)
     h = torch.cat([h for *_, h in seen])                            # (B,K)
     return -F.logsigmoid(h).mean().item(), h[:, 0], {name: p.grad for name, p in experts.trunk.named_parameters()}
