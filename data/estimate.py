@@ -24,6 +24,7 @@ def work(preset: dict, parameters: float, prompt: int) -> dict[str, dict[str, fl
     response, forward = preset["max_response"], 2 * parameters
     continuations = (preset["prompts"] + preset["heldout"]) * preset["continuations"]
     pairs, held = preset["users"] * preset["pairs"], preset["users"] * preset["heldout_pairs"]
+    held += 2 * preset.get("new_users", 0) * preset.get("new_pairs", 0)
     tuned = {"steps": 100, "batch": 16, "tokens": 128} | preset["finetune"]
     experts = [run["experts"] for run in preset["runs"].values()]
     seen, passes = 2 * (prompt + response), 1.0                             # tokens of a pair; 1: the reference's pass

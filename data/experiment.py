@@ -8,7 +8,8 @@ already under the same content key (what went in, and the settings):
     finetune    reference/: the model after a supervised step on reviews (data/finetune.py)
     sample      several continuations of each prompt by the reference (mixdpo/generate.py)
     annotate    what each annotator thinks of each (data/annotators.py)
-    judge       train.jsonl, heldout.jsonl and dataset.json: pairs judged by simulated users (data/pairs.py)
+    judge       train.jsonl, heldout.jsonl and dataset.json: pairs judged by simulated users (data/pairs.py); and
+                adapt-*.jsonl, of new users, on the train prompts and on the held-out ones, where a preset has some
 
 then DPO and the mixtures are trained (train.py), and the table and the report are made (eval.py).
 """
@@ -144,21 +145,26 @@ def judge(job: Path, preset: dict, max_prompt: int) -> None:
     scored = {name: read_lines(job / f"scored-{file}") for name, file in FILES.items()}
     spread = spreads([row["scores"] for row in scored["train"]], types)
     facts = {"rewards": list(NAMES), "annotators": types, "max_new": preset["max_response"], "max_prompt": max_prompt}
-    names = ("seed", "users", "pairs", "context", "heldout_pairs", "continuations", "agree")
-    facts |= {name: preset[name] for name in names}
+    names = ("seed", "users", "pairs", "context", "heldout_pairs", "new_users", "new_pairs", "continuations", "agree")
+    facts |= {name: preset[name] for name in names if name in preset}
     facts |= {"domains": preset["domains"]} if "domains" in preset else {}
     facts |= {"margin": preset["margin"], "spread": spread, "ties": "none: a pair within the margin is not shown"}
-    for name, each, context, own_seed in (("train", preset["pairs"], preset["context"], seed),
-                                          ("heldout", preset["heldout_pairs"], 0, seed + 1)):
-        rows, judged = scored[name], []
+    parts = [("train", "train", users, preset["pairs"], preset["context"], seed),
+             ("heldout", "heldout", users, preset["heldout_pairs"], 0, seed + 1)]
+    if preset.get("new_users"):
+        new = {f"new-{user}": kind for user, kind in name_users(preset["new_users"], types, seed + 3).items()}
+        parts += [("adapt-new-user", "train", new, preset["new_pairs"], 0, seed + 3),
+                  ("adapt-new-user-new-prompt", "heldout", new, preset["new_pairs"], 0, seed + 4)]
+    for name, source, judges_of, each, context, own_seed in parts:
+        rows, judged = scored[source], []
         for domain, judges in preset.get("domains", {None: types}).items():             # None: one domain, and no name
             here = [n for n, row in enumerate(rows) if row.get("domain") == domain]
-            theirs = {user: kind for user, kind in users.items() if kind in judges}
+            theirs = {user: kind for user, kind in judges_of.items() if kind in judges}
             of_domain = judge_apart([rows[n]["scores"] for n in here], theirs, each, context, preset["agree"],
                                     preset["margin"], spread, own_seed)
             judged += [pair | {"prompt": here[pair["prompt"]]} for pair in of_domain]
         write_lines(job / f"{name}.jsonl", (pair_line(rows[pair["prompt"]], pair) for pair in judged))
-        lost = sum(row["lost"] for row in read_lines(job / f"sampled-{FILES[name]}"))
+        lost = sum(row["lost"] for row in read_lines(job / f"sampled-{FILES[source]}"))
         facts[name] = {"prompts": len(rows), "continuations_lost": lost} | pair_facts(rows, judged, types, spread)
         print(f"{name}: {json.dumps(facts[name])}")
     facts["reviews"] = json.loads((job / "split.json").read_text())
@@ -207,10 +213,13 @@ def prepare(job: Path, of: DataSet, preset: dict, model: str, distilbert: str | 
         stage(job, f"sample-{name}", key, [f"sampled-{file}"], lambda: sample(job, preset, tokenizer, file, seed, key))
         key = key_of(job / f"sampled-{file}", job / "judge.json")
         stage(job, f"annotate-{name}", key, [f"scored-{file}"], lambda: annotate(job, file))
-    names = ("annotators", "domains", "seed", "margin", "agree", "users", "pairs", "context", "heldout_pairs")
+    names = ("annotators", "domains", "seed", "margin", "agree", "users", "pairs", "context", "heldout_pairs",
+             "new_users", "new_pairs")
     longest, scored = longest_prompt(tokenizer), [job / f"scored-{file}" for file in FILES.values()]
     key = key_of({name: preset.get(name) for name in names}, longest, *scored)
-    stage(job, "judge", key, ["train.jsonl", "heldout.jsonl", "dataset.json"], lambda: judge(job, preset, longest))
+    files = ["train.jsonl", "heldout.jsonl", "dataset.json"]
+    files += ["adapt-new-user.jsonl", "adapt-new-user-new-prompt.jsonl"] if preset.get("new_users") else []
+    stage(job, "judge", key, files, lambda: judge(job, preset, longest))
 
 
 def chosen(of, config) -> tuple[str, dict, Path]:

@@ -1,6 +1,6 @@
 """Sizes of the experiments. A preset is numbers, nothing else: all run the same program.
 
-    annotators      the users' types                    users, pairs    users, and pairs each judges for training
+    annotators      the users' types                    users, pairs    users, and pairs each judges for training; new_users, new_pairs: the same of users never seen
     prompts         train prompts                       heldout         held-out prompts; `evaluate`: those completed
     continuations   sampled for each prompt             heldout_pairs   pairs each user judges on held-out prompts
     context         of the pairs, for the E-step alone, on prompts that no other pair has (data/pairs.py)
@@ -27,27 +27,30 @@ def runs(experts: int, of_users: dict, of_mixtures: dict = {}, seeds: int = 1, *
 
 SMOKE = COMMON | {
     "annotators": TWO, "prompts": 24, "heldout": 12, "evaluate": 8, "max_response": 16, "margin": 0.1,
-    "users": 4, "pairs": 10, "context": 3, "heldout_pairs": 4, "reviews": 60, "judge_reviews": 8000,
+    "users": 4, "pairs": 10, "context": 3, "heldout_pairs": 4, "new_users": 2, "new_pairs": 6, "reviews": 60,
+    "judge_reviews": 8000,
     "finetune": {"steps": 2, "batch": 4, "tokens": 64, "held": 8},
     "train": {"epochs": 1, "batch": 20, "micro": 10}, "runs": runs(2, {"start_steps": 1, "estep": "context"}),
 }
 QUICK = COMMON | {
     "annotators": TWO, "prompts": 200, "heldout": 150, "evaluate": 150, "continuations": 5, "max_response": 32,
-    "users": 40, "pairs": 16, "context": 6, "heldout_pairs": 8, "agree": 0.5, "reviews": 1500,
+    "users": 40, "pairs": 16, "context": 6, "heldout_pairs": 8, "new_users": 24, "new_pairs": 32, "agree": 0.5,
+    "reviews": 1500,
     "finetune": {"steps": 40, "batch": 8, "tokens": 128, "lr": 1e-4},
     "train": {"batch": 16, "micro": 16},
     "runs": runs(2, {"start_steps": 25, "estep": "context"}, {"epochs": 2}, lr=5e-5),
 }
 CPU = COMMON | {
     "annotators": TWO, "prompts": 800, "heldout": 600, "evaluate": 200, "continuations": 6, "max_response": 32,
-    "users": 120, "pairs": 20, "context": 8, "heldout_pairs": 8, "reviews": 3000,
+    "users": 120, "pairs": 20, "context": 8, "heldout_pairs": 8, "new_users": 40, "new_pairs": 32, "reviews": 3000,
     "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4},
     "train": {"epochs": 1, "batch": 24, "micro": 24},
     "runs": runs(2, {"start_steps": 40, "estep": "context"}, seeds=3, lr=5e-5),
 }
 PAPER = COMMON | {
     "annotators": THREE, "prompts": 25000, "heldout": 10000, "evaluate": 10000,
-    "users": 2520, "pairs": 20, "context": 8, "heldout_pairs": 4, "reviews": 20000, "judge_reviews": 22000,
+    "users": 2520, "pairs": 20, "context": 8, "heldout_pairs": 4, "new_users": 120, "new_pairs": 32,
+    "reviews": 20000, "judge_reviews": 22000,
     "finetune": {"steps": 2000, "batch": 64, "tokens": 128, "held": 256},
     "train": {"epochs": 2, "batch": 80, "micro": 80},
     "runs": runs(3, {"start_steps": 300, "estep": "context"}),
@@ -119,7 +122,7 @@ HH = {
         "train": {"epochs": 1, "batch": 12, "micro": 6}, "runs": of_users(2, 1, 1),
     },
     "quick": {
-        "seed": 1, "users": 24, "pairs": 40, "new_users": 4, "new_pairs": 32, "heldout": 0.22,
+        "seed": 1, "users": 24, "pairs": 40, "new_users": 12, "new_pairs": 32, "heldout": 0.22,
         "heldout_pairs": 0, "evaluate": 48, "max_prompt": 96, "max_response": 48,
         "train": {"batch": 40, "micro": 40}, "runs": of_users(2, 60),
     },

@@ -4,7 +4,8 @@ data.ultrafeedback --preset quick` (data/judged.py).
 openbmb/UltraFeedback (Cui et al. 2023) has, for each instruction, four completions, each rated from 1 to 5 for
 helpfulness, honesty, instruction following and truthfulness. As in UF-P (Poddar et al. 2024, arXiv 2408.10075) a user
 of a type prefers the completion that is rated higher on its attribute; of two that are rated alike, either, by a coin
-that belongs to seed, instruction and type. Of an instruction's six pairs one is taken, drawn by seed. Pairs on which
+that belongs to seed, instruction and type. An instruction gives one pair: the completion with the best mean rating, and
+one of the others, drawn by seed, as the binarized UltraFeedback that UF-P is made of pairs them. Pairs on which
 types disagree are UF-P-4's (--conflicts true); they alone do not tell types apart better than all (README).
 
 Sources, in this order: in the user's own folder ultrafeedback.jsonl, or any of the official files by their names; else
@@ -13,7 +14,6 @@ these from the hub, whose sums the hub names. A line: {"instruction": str, "comp
 data/sample holds a small made one: `make train DATASET=ultrafeedback PRESET=smoke DATA=data/sample`.
 """
 
-import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -33,30 +33,28 @@ TYPES = {"helpfulness": "more helpful: right, clear and complete", "honesty": "m
          "instruction_following": "closer to what the instruction asks for", "truthfulness": "more truthful"}
 
 
-def prefers(a: dict, b: dict, coin) -> dict[str, int] | None:
-    """Type -> the completion that is rated higher, 0 or 1; None if a rating is missing. coin(type) decides ties."""
-    rated = {kind: [c["annotations"][kind]["Rating"] for c in (a, b)] for kind in TYPES}
-    if any("N/A" in ratings for ratings in rated.values()):
-        return None
-    rated = {kind: list(map(float, ratings)) for kind, ratings in rated.items()}
-    return {kind: coin(kind) if x == y else int(y > x) for kind, (x, y) in rated.items()}
+def ratings_of(completion: dict) -> list[float] | None:
+    """In the order of TYPES; None if one is missing."""
+    ratings = [completion["annotations"][kind]["Rating"] for kind in TYPES]
+    return None if "N/A" in ratings else list(map(float, ratings))
 
 
 def item_of(row: dict, seed: int, number: int, counts: Counter) -> Item | None:
     """One pair of a row's completions, judged; None, and counted, if it has none."""
     rng = np.random.default_rng([seed, 23, number])
-    coins = dict(zip(TYPES, rng.integers(0, 2, len(TYPES)).tolist()))
-    pairs = list(itertools.combinations(row["completions"], 2))
-    if not pairs or not row["instruction"].strip():
-        counts["fewer than two completions, or no instruction"] += 1
+    coins = rng.integers(0, 2, len(TYPES)).tolist()
+    rated = [(ratings, c["response"]) for c in row["completions"] if (ratings := ratings_of(c)) is not None]
+    counts["completions without all ratings"] += len(row["completions"]) - len(rated)
+    if len(rated) < 2 or not row["instruction"].strip():
+        counts["fewer than two rated completions, or no instruction"] += 1
         return None
-    a, b = pairs[rng.integers(len(pairs))]
-    chosen = prefers(a, b, coins.__getitem__)
-    if chosen is None:
-        counts["a rating is missing"] += 1
-        return None
-    counts["ties"] += sum(a["annotations"][k]["Rating"] == b["annotations"][k]["Rating"] for k in TYPES)
-    return Item([{"role": "user", "content": row["instruction"]}], (a["response"], b["response"]), chosen)
+    order = [rated[n] for n in rng.permutation(len(rated))]
+    best = max(order, key=lambda one: sum(one[0]))                          # the first of several
+    others = [one for one in order if one is not best]
+    other = others[rng.integers(len(others))]
+    chosen = {kind: coin if x == y else int(y > x) for kind, coin, x, y in zip(TYPES, coins, best[0], other[0])}
+    counts["ties"] += sum(x == y for x, y in zip(best[0], other[0]))
+    return Item([{"role": "user", "content": row["instruction"]}], (best[1], other[1]), chosen)
 
 
 def load(data: str | None, preset: dict) -> tuple[list[Item], dict]:

@@ -385,6 +385,12 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
         assert p.scores[p.annotator][0] > p.scores[p.annotator][1]
     apart = [{tuple(p.prompt) for p in pairs["train"] if p.context == context} for context in (True, False)]
     assert not apart[0] & apart[1] and sum(p.context for p in pairs["train"]) == 2 * 3
+    for name, part in (("adapt-new-user", "train"), ("adapt-new-user-new-prompt", "heldout")):
+        new = read_preferences(job / f"{name}.jsonl", tokenizer, 16, 24)
+        assert {p.user for p in new} == {"new-user-0001", "new-user-0002"} and len(new) == 12
+        assert {p.annotator for p in new} == {"sentiment", "informativeness"}
+        file = "prompts.jsonl" if part == "heldout" else "prompts-train.jsonl"
+        assert {tuple(p.prompt) for p in new} <= {tuple(tokenizer.encode(r["prompt"])) for r in read_lines(job / file)}
     facts = json.loads((job / "dataset.json").read_text())
     assert facts["annotators"] == ["sentiment", "informativeness"]
     assert facts["max_new"] == 24 and facts["train"]["pairs"] == 20

@@ -26,23 +26,28 @@ def test_a_type_goes_by_its_rating():
     """Catches: ratings compared as strings, one type's rating for another's, ties always to the first, a missing rating
     taken for the lowest, a coin that another run throws otherwise."""
     two = [completion("a", "5", "1", "3", "3"), completion("b", "1", "10", "3", "4")]
-    counts, firsts, orders = Counter(), Counter(), Counter()
+    counts, firsts, others, first = Counter(), Counter(), Counter(), Counter()
     for number in range(200):
         item = item_of({"instruction": "do", "completions": two}, 0, number, counts)
         assert item == item_of({"instruction": "do", "completions": two}, 0, number, Counter())
         assert item.prefers.keys() == {*TYPES} and item.messages == [{"role": "user", "content": "do"}]
         assert (item.answers[item.prefers["helpfulness"]], item.answers[item.prefers["honesty"]]) == ("a", "b")
         assert item.answers[item.prefers["truthfulness"]] == "b" and item.conflict
+        assert item.answers == ("b", "a"), "4.5 against 3 in the mean"
         firsts[item.prefers["instruction_following"]] += 1
-    assert 70 < firsts[0] < 130 and counts == {"ties": 200}
-    three = [*two, completion("c", "N/A", "1", "1", "1")]
-    for number in range(60):
-        item = item_of({"instruction": "do", "completions": three}, 0, number, orders)
-        assert item is None or item.answers == ("a", "b")
-    assert 25 < orders["a rating is missing"] < 55, "one pair of each row, any of the three"
+    assert 70 < firsts[0] < 130 and {k: n for k, n in counts.items() if n} == {"ties": 200}
+    five = [completion("c", "N/A", "9", "9", "9"), *two, completion("d", "5", "1", "3", "2"),
+            completion("e", "4", "4", "5", "5")]
+    for number in range(200):
+        item = item_of({"instruction": "do", "completions": five}, 0, number, others)
+        first[item.answers[0]] += 1
+        others[item.answers[1]] += 1
+    assert 70 < first["b"] < 130 and first["b"] + first["e"] == 200, "equally good"
+    assert others["c"] == 0 and others["completions without all ratings"] == 200
+    assert min(others["a"], others["d"]) > 40 and others["b"] + others["e"] > 40, "any of the others"
     assert item_of({"instruction": " ", "completions": two}, 0, 0, counts) is None
     assert item_of({"instruction": "do", "completions": two[:1]}, 0, 0, counts) is None
-    assert counts["fewer than two completions, or no instruction"] == 2
+    assert counts["fewer than two rated completions, or no instruction"] == 2
 
 
 def test_the_sample_is_what_its_script_makes():
