@@ -186,8 +186,9 @@ def main(of: Judged, argv: list[str]) -> None:
         if config.users or config.pairs:
             raise InputError("--types-as-users true has one user of each type, who judges everything: leave --users "
                              "and --pairs out")
-        apart = {name: run | {"em": "incremental"} for name, run in preset["runs"].items() if run.get("latent") == "user"}
-        preset |= {"users": 1, "pairs": 0, "runs": preset["runs"] | apart}
+        runs = {name: run | ({"em": "incremental"} if run.get("latent") == "user" else {})  # no batch holds a user
+                for name, run in preset["runs"].items()}
+        preset |= {"users": 1, "pairs": 0, "runs": runs}
     model = config.model or "smollm2"
     begin(job, {"preset": name, "model": model, "settings": json.loads(json.dumps(preset))})
     tokenizer = load_tokenizer(model, config.data_folder or None)

@@ -1,6 +1,7 @@
 """Sizes of the experiments. A preset is numbers, nothing else: all run the same program.
 
-    annotators      the users' types                    users, pairs    users, and pairs each judges for training; new_users, new_pairs: the same of users never seen
+    annotators      the users' types                    users, pairs    users, and pairs each judges for training
+    new_users, new_pairs    the same of users whom training never sees
     prompts         train prompts                       heldout         held-out prompts; `evaluate`: those completed
     continuations   sampled for each prompt             heldout_pairs   pairs each user judges on held-out prompts
     context         of the pairs, for the E-step alone, on prompts that no other pair has (data/pairs.py)

@@ -409,8 +409,9 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
 def test_the_estimate_counts_what_a_preset_asks_for():
     """Caught: a part of the work left out; backward counted as forward, or where there is none; a directory's size
     taken for nothing."""
-    base = IMDB["quick"]
-    first = work(base, 1e8, 16)
+    base = IMDB["quick"] | {"new_users": 0}
+    first, of_new = work(base, 1e8, 16), work(IMDB["quick"], 1e8, 16)
+    assert of_new["evaluation"]["pass"] - first["evaluation"]["pass"] == 2e8 * 4 * 2 * 24 * 32 * 96
     assert first["sampling"]["decode"] == 2e8 * 350 * 5 * 32
     for name, stage_name in (("users", "training"), ("prompts", "sampling"), ("evaluate", "evaluation")):
         more = work(base | {name: 2 * base[name]}, 1e8, 16)
