@@ -8,7 +8,8 @@
     logits        one head micro-batch's (plan.KEPT), and their gradient
 
 Parameters are counted on a model without memory. Left out: the pass that makes the reference's log-probs (one
-micro-batch without gradient, less than a step), fragments, and what the libraries take for themselves.
+micro-batch without gradient, less than a step), the file's own pages while it is read (2 bytes a parameter of a model
+in bfloat16), fragments, and what the libraries take for themselves.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Four experts on a model of Llama 3.2 1B's shape, random weights: `python -m tests.bench.llama` (7 GB of disk, some
+"""Four experts on a model of Llama 3.2 1B's shape, random weights: `python -m tests.bench.llama` (3 GB of disk, some
 minutes). The program is the user's: a model directory as the hub has it, train.py in a process of its own for one step,
 once with adapters and once with low-rank heads; its own estimate of memory beside the highest that the system saw.
 """

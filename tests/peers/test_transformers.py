@@ -196,3 +196,31 @@ def test_smollm2_loads_in_seconds_and_in_little_more_than_its_own_memory(smollm2
         peak, seconds, size = map(float, out.stdout.split())
         print(f"{file.name}: {peak / 1e6:.0f} MB over {size / 1e6:.0f} MB of parameters, {seconds:.1f} s")
         assert peak < file.stat().st_size + 1.35 * size and seconds < 10
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_a_sequence_classifier_is_a_judge(labels, tmp_path):
+    """Win rates by a reward model (one label) or a classifier (the last of two), random weights and a real tokenizer.
+    Faults: the first label's logit; the completion without its prompt, or the prompt twice; the lower score wins."""
+    from data.judges import win_rates
+
+    load_tokenizer("smollm2").save(tmp_path / "judge")
+    torch.manual_seed(3)
+    shape = transformers.LlamaConfig(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                     num_attention_heads=2, num_labels=labels, initializer_range=0.5)
+    model = transformers.LlamaForSequenceClassification(shape).eval()
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "judge")
+    rows = [(f"Question {n}?", f" Yes, number {n}.", f" No, and not {n * n}.") for n in range(12)]
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "samples.jsonl").write_text("".join(
+        json.dumps({"prompt": p, "texts": {"dpo": p + b, "mix": p + a}}) + "\n" for p, a, b in rows))
+
+    def says(text):
+        with torch.no_grad():
+            return model(torch.tensor([tokenizer.encode(text)])).logits[0, -1].item()
+
+    wins = sum(says(p + a) > says(p + b) for p, a, b in rows)
+    found = win_rates(tmp_path / "job", f"classifier:{tmp_path / 'judge'}", "dpo", 0)
+    assert found["columns"]["judge"]["mix"]["wins"] == wins and 0 < wins < 12
+    assert found["columns"]["judge"]["mix"]["rate"] == wins / 12
