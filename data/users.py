@@ -60,14 +60,17 @@ def adaptation(job: Job) -> str:
             for what in ("all", "worst type"):
                 cells = {p["shown"]: pm(p["accuracy"] if what == "all" else min(
                     (of["accuracy"] for of in p["types"].values()), key=lambda f: f["mean"])) for p in curve}
-                body.append([escape(run), what, *(cells.get(n, NONE) for n in shown)])
+                last = [pm(curve[-1]["rise"], sign="+"), in_ses(curve[-1]["rise"])] if what == "all" else [NONE, NONE]
+                body.append([escape(run), what, *(cells.get(n, NONE) for n in shown), *last])
         users = ", ".join(f"{p['users']} at {p['shown']}" for p in next(iter(runs.values())))
         parts += [f"{escape(name)} (users: {users}):",
-                  table(["run", "accuracy", *(f"{n} shown" for n in shown)], body, left=2)]
+                  table(["run", "accuracy", *(f"{n} shown" for n in shown), f"{shown[-1]} less none", "in SEs"], body,
+                        left=2)]
     return section(
         title,
         "Accuracy on the second half of a new user's pairs, when so many of the first half were shown: a posterior "
-        "over the experts, and no weight is touched. SEs count users.", *parts)
+        "over the experts, and no weight is touched. SEs count users; the last two columns compare each user with "
+        "itself.", *parts)
 
 
 def win_rates(job: Job) -> str:

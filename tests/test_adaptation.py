@@ -47,7 +47,8 @@ def test_the_posterior_is_bayes_rule():
 
 
 def test_a_handful_of_pairs_tells_a_users_type():
-    """Catches: a curve that does not rise, types mixed up, one expert (which shows nothing) that does rise."""
+    """Catches: a curve that does not rise, types mixed up, one expert (which shows nothing) that does rise; a rise
+    whose error is that of two groups of users, not of the same."""
     pairs, h = planted()
     even = torch.full_like(h, 0.5).log()
     curve = adapted(pairs, h, even)
@@ -55,6 +56,9 @@ def test_a_handful_of_pairs_tells_a_users_type():
     of = [point["accuracy"]["mean"] for point in curve]
     assert of[-1] > of[0] + 0.08 and of[-1] > 0.75 and of[1] > of[0]
     assert set(curve[0]["types"]) == {"a", "b"} and curve[0]["types"]["a"]["accuracy"]["n"] == 600
+    rise = curve[-1]["rise"]
+    assert rise["mean"] == pytest.approx(of[-1] - of[0]) and rise["n"] == 60 and curve[0]["rise"]["mean"] == 0
+    assert rise["se"] < 0.8 * math.hypot(curve[0]["accuracy"]["se"], curve[-1]["accuracy"]["se"])
     flat = adapted(pairs, h[:, :1], torch.zeros(len(h), 1))
     assert len({point["accuracy"]["mean"] for point in flat}) == 1
 
@@ -65,5 +69,6 @@ def test_users_of_few_pairs_count_where_they_can():
     keep = [i for i, pair in enumerate(pairs) if pair.user == "u0" or i < 6]                # u1 has three pairs
     curve = adapted([pairs[i] for i in keep], h[keep], torch.full((len(keep), 2), 0.5).log())
     assert [(point["shown"], point["users"]) for point in curve] == [(0, 2), (1, 2), (2, 1), (4, 1)]
+    assert [point["rise"]["n"] for point in curve] == [2, 2, 1, 1]
     with pytest.raises(InputError, match="no user"):
         adapted([Pair([1], [2], [3])], h[:1], h[:1])
