@@ -23,6 +23,7 @@ import dataclasses
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ import torch
 from mixdpo import config as configs
 from mixdpo import fits
 from mixdpo.adopt import adopt
-from mixdpo.config import InputError
+from mixdpo.config import InputError, Stopped
 from mixdpo.diagnostics import step_summary
 from mixdpo.dpo import margins
 from mixdpo.experts import (load_state, make_experts, once_a_step, pair_logp, predicting_states, projections,
@@ -45,10 +46,12 @@ from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_sta
 from mixdpo.options import TrainConfig, validate
 from mixdpo.plan import Micro, chunks, fitting_rows, make_plan, micro_batches
 from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences, rows_of
+from mixdpo.records import lines
 from mixdpo.reference import load_references, reference_of
-from mixdpo.rundir import Log, Progress, compute_dtype, environment, load_checkpoint, save_checkpoint
+from mixdpo.rundir import Log, Progress, Stop, compute_dtype, environment, load_checkpoint, save_checkpoint
 from mixdpo.start import check_start, make_start
 from mixdpo.weights import content_key
+from mixdpo.whole import alone
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------
@@ -240,19 +243,44 @@ def given_responsibilities(t: int, plan, start, table, kept, e_step_of_all, conf
     return None, kept
 
 
-def run(config: TrainConfig) -> Path:
-    """Trains, or goes on where an interrupted run of the same configuration stopped; returns the run directory."""
-    validate(config)
-    out = Path(config.out)
-    same = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "data_folder", "save_minutes")}
-    same |= {"data_key": data_key(config.data)}
-    found = load_checkpoint(out, same)
-    if found and found[1]["finished"]:
-        print(f"{out}: finished before")
-        return out
-    print(json.dumps(dataclasses.asdict(config) | environment()))
-    experts, plan, reference, model_key, device = prepare(config)
-    same |= {"model_key": model_key}
+@dataclass
+class Carried:
+    """What a run carries from step to step, beside weights and moments."""
+
+    t: int                          # steps done
+    table: torch.Tensor             # (U,K) log q of each unit as last used, NaN before
+    kept: torch.Tensor              # (V,K) what em = full or incremental keeps, NaN before
+    log_v: torch.Tensor             # (U+1,) log weights of the users in the loss, the unknown one first
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"table": self.table, "kept": self.kept, "log_v": self.log_v}
+
+
+def advance(experts, gate, optimizer, plan, ref_logp, inputs: Inputs, start, carried: Carried, e_step_of_all,
+            config) -> tuple[dict, list[int]]:
+    """Takes the next step of the plan, and carries on. Returns its figures, and the units it looked at.
+    Raises: FloatingPointError, and changes nothing."""
+    t, (epoch, ids) = carried.t, plan.steps[carried.t]
+    gate.temperature = config.gate_temperature ** max(0.0, 1 - 2 * t / len(plan.steps))     # 1 from half the run on
+    given, kept = given_responsibilities(t, plan, start, carried.table, carried.kept, e_step_of_all, config)
+    set_rate(optimizer, t, len(plan.steps), config.warmup)
+    micros = micro_batches(plan, ids, config)
+    latent = latent_of(gate, inputs, plan, ids, given, kept, t, config, carried.log_v if config.robust else None)
+    figures, log_q, losses = step(experts, gate, optimizer, micros, ref_logp, latent, config)
+    last = {plan.visits[v].unit: n for n, v in enumerate(ids)}              # of several slices of a user, the last
+    carried.table[list(last)] = log_q[list(last.values())].cpu()
+    if latent.said is not None:
+        kept[ids] = latent.said.cpu()
+    carried.t, carried.kept, carried.log_v = t + 1, kept, reweigh(carried.log_v, losses, config.robust)
+    if config.weights == "update":
+        gate.log_w.copy_(update_weights(carried.table[~carried.table.isnan().any(1)], config.prior))        # M10
+    return {"step": t + 1, "epoch": epoch, "rate": optimizer.param_groups[0]["lr"]} | figures, list(last)
+
+
+def learn(config: TrainConfig, same: dict, stop: Stop) -> None:
+    """All steps that are left. same: what a checkpoint must have been written with. Raises: Stopped, all saved."""
+    out, (experts, plan, reference, model_key, device) = Path(config.out), prepare(config)
+    same = same | {"model_key": model_key}
     found = load_checkpoint(out, same)
     ref_logp, (gate, inputs) = reference.logp.to(device), make_gate(plan, reference, config, device)
     optimizer, names = make_optimizer(experts, config.lr, config.head_lr, gate, config.gate_lr, config.moments,
@@ -260,66 +288,84 @@ def run(config: TrainConfig) -> Path:
     if config.robust and not gate.users:
         raise InputError(f"{config.data}: --robust weighs users, and no line names one")
     start = make_start(gate, inputs, plan, reference.features, config)
-    out.mkdir(parents=True, exist_ok=True)                                  # not before all input is known to be good
-    configs.save(config, out / "config.json")
-    table, t = torch.full((len(plan.units), config.experts), torch.nan), 0  # (U,K) last responsibilities; the step
-    kept, steps = table.new_full((len(plan.visits), config.experts), torch.nan), plan.steps # (V,K)
-    log_v = inputs.user.bincount(minlength=gate.users + 1).clamp_max(1).log().to(ref_logp)      # (U+1,) users' weights
+    configs.save(config, out / "config.json")                               # not before all input is known to be good
+    users = inputs.user.bincount(minlength=gate.users + 1)                  # (U+1,)
+    carried = Carried(0, torch.full((len(plan.units), config.experts), torch.nan),
+                      torch.full((len(plan.visits), config.experts), torch.nan), users.clamp_max(1).log().to(ref_logp))
     if found:
         tensors, state = found
         load_state(experts, tensors, out)
         load_gate(gate, tensors)
         load_optimizer_state(optimizer, names, tensors)
-        table, kept, t = tensors["table"], tensors["kept"], state["step"]
-        log_v = tensors["log_v"].to(device)
-        print(f"resumed at step {t} of {len(steps)}")
-    else:
-        first = micro_batches(plan, steps[0][1], config)[0]
+        carried = Carried(state["step"], tensors["table"], tensors["kept"], tensors["log_v"].to(device))
+        print(f"resumed at step {carried.t} of {len(plan.steps)}")
+    elif not config.init_experts:
+        first = micro_batches(plan, plan.steps[0][1], config)[0]
         log_w = gate(inputs[first.units]).detach()[first.train.group.to(device)]
-        if not config.init_experts:
-            check_start(experts, first.train, ref_logp, log_w, config.beta)
+        check_start(experts, first.train, ref_logp, log_w, config.beta)
 
     def e_step_of_all(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return full_e_step(experts, gate, plan, ref_logp, inputs, config, name)
 
     def save(finished: bool) -> None:
+        log.sync()
         moments = {} if finished else optimizer_state(optimizer, names)
-        tensors = trained_state(experts) | gate_state(gate) | moments
-        tensors |= {"table": table, "kept": kept, "log_v": log_v}
-        save_checkpoint(out, tensors, {"step": t, "finished": finished, "config": same})
+        save_checkpoint(out, trained_state(experts) | gate_state(gate) | moments | carried.tensors(),
+                        {"step": carried.t, "finished": finished, "config": same}, 1 if finished else config.keep)
 
-    log, saved = Log(out, t, len(steps), config), time.monotonic()
-    while t < len(steps):
-        epoch, ids = steps[t]
-        gate.temperature = config.gate_temperature ** max(0.0, 1 - 2 * t / len(steps))      # 1 from half the run on
-        given, kept = given_responsibilities(t, plan, start, table, kept, e_step_of_all, config)
-        set_rate(optimizer, t, len(steps), config.warmup)
-        micros = micro_batches(plan, ids, config)
+    log, saved = Log(out, carried.t, len(plan.steps), config), time.monotonic()
+    while carried.t < len(plan.steps):
         try:
-            latent = latent_of(gate, inputs, plan, ids, given, kept, t, config, log_v if config.robust else None)
-            figures, log_q, losses = step(experts, gate, optimizer, micros, ref_logp, latent, config)
+            figures, units = advance(experts, gate, optimizer, plan, ref_logp, inputs, start, carried, e_step_of_all,
+                                     config)
         except FloatingPointError as error:
-            lines = sorted(plan.pairs[i].line for v in ids for i in plan.visits[v].trained)
-            raise InputError(f"{config.data}: step {t}: {error}; nothing was updated. Lines of this batch: {lines}. "
-                             "Lower --lr, or look at these lines") from None
-        last = {plan.visits[v].unit: n for n, v in enumerate(ids)}          # of several slices of a user, the last
-        t, table[list(last)], log_v = t + 1, log_q[list(last.values())].cpu(), reweigh(log_v, losses, config.robust)
-        if latent.said is not None:
-            kept[ids] = latent.said.cpu()
-        if config.weights == "update":
-            gate.log_w.copy_(update_weights(table[~table.isnan().any(1)], config.prior))            # M10
-        log.step({"step": t, "epoch": epoch, "rate": optimizer.param_groups[0]["lr"]} | figures, list(last),
-                 table[list(last)])
-        if time.monotonic() - saved > 60 * config.save_minutes and t < len(steps):
+            raise InputError(told_of_batch(error, plan, carried.t, config)) from None
+        log.step(figures, units, carried.table[units])
+        if carried.t < len(plan.steps) and (stop.asked or time.monotonic() - saved > 60 * config.save_minutes):
             save(finished=False)
             saved = time.monotonic()
+            if stop.asked:
+                raise Stopped(f"{out}: stopped and saved after step {carried.t} of {len(plan.steps)}")
     gate.temperature = 1.0                                                  # a run of one step ends before it is there
     if config.experts > 1 and config.estep != "first":                      # a first visit is kept for good
-        table = e_step_of_all("last E-step")[0]
-        log.responsibilities(t, list(range(len(table))), table)
-    log.close()
+        carried.table = e_step_of_all("last E-step")[0]
+        log.responsibilities(carried.t, list(range(len(carried.table))), carried.table)
     save(finished=True)
-    return out
+    log.close()
+
+
+def told_of_batch(error: FloatingPointError, plan, t: int, config) -> str:
+    """What to say of a step that gave no number. Its lines are copied beside the run, to be looked at."""
+    numbers = {plan.pairs[i].line for v in plan.steps[t][1] for i in plan.visits[v].trained}
+    path = Path(config.out) / f"step-{t}.jsonl"
+    path.write_bytes(b"".join(raw for n, raw in enumerate(lines(config.data), 1) if n in numbers))
+    return (f"{config.data}: step {t}: {error}; nothing was updated. Lines of this batch: {sorted(numbers)}; they are "
+            f"in {path}. Lower --lr, or look at these lines")
+
+
+def run(config: TrainConfig) -> Path:
+    """Trains, or goes on where an interrupted run of the same configuration stopped; returns the run directory.
+
+    Raises: InputError on bad input, where another process is at work in the directory, and where memory is too small;
+    Stopped if SIGINT or SIGTERM asked for it.
+    """
+    validate(config)
+    apart = ("out", "data_folder", "save_minutes", "keep", "micro", "head_rows", "checkpointing")   # but for rounding
+    same = {k: v for k, v in dataclasses.asdict(config).items() if k not in apart}
+    same |= {"data_key": data_key(config.data)}
+    try:
+        with alone(Path(config.out)), Stop() as stop:
+            found = load_checkpoint(Path(config.out), same)
+            if found and found[1]["finished"]:
+                print(f"{config.out}: finished before")
+            else:
+                print(json.dumps(dataclasses.asdict(config) | environment()))
+                learn(config, same, stop)
+    except RuntimeError as error:                                           # CUDA's out-of-memory is one, too
+        if not fits.exceeded(error):
+            raise
+        raise InputError(fits.smaller(config, error)) from None
+    return Path(config.out)
 
 
 def main(argv: list[str]) -> None:

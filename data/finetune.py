@@ -89,8 +89,8 @@ def tune(policy, blocks: torch.Tensor, config: FinetuneConfig, unfinished: Path,
     orders = [torch.randperm(len(blocks), generator=generator) for _ in range(passes)]
     plan = [ids for order in orders for ids in order.split(config.batch) if len(ids) == config.batch]
     t, saved = 0, time.monotonic()
-    if (unfinished / "checkpoint" / "state.json").exists():
-        tensors, state = load_checkpoint(unfinished, {})
+    if found := load_checkpoint(unfinished, {}):
+        tensors, state = found
         if state["config"] == settings:
             load_state(policy, tensors, unfinished)
             load_optimizer_state(optimizer, names, tensors)
@@ -109,7 +109,7 @@ def tune(policy, blocks: torch.Tensor, config: FinetuneConfig, unfinished: Path,
         if time.monotonic() - saved > 60 * config.save_minutes and t < config.steps:
             unfinished.mkdir(parents=True, exist_ok=True)
             tensors = trained_state(policy) | optimizer_state(optimizer, names)
-            save_checkpoint(unfinished, tensors, {"step": t, "config": settings})
+            save_checkpoint(unfinished, tensors, {"step": t, "config": settings}, keep=1)
             saved = time.monotonic()
 
 

@@ -8,6 +8,7 @@ Left out on purpose: configuration files, nesting, environment variables, regist
 
 import dataclasses
 import difflib
+import errno
 import inspect
 import json
 import os
@@ -87,19 +88,45 @@ def parse(cls, argv: list[str], program: str):
     return cls(**values)
 
 
+class Stopped(Exception):
+    """The user asked for it, and all is saved. The message says how to go on."""
+
+
 def command(main, *first) -> None:
-    """main(*first, the command line's words); an InputError ends the program with one line and exit status 1."""
+    """main(*first, the command line's words). Ends with one line and exit status 1 on an InputError and on what the
+    system refuses; with 130 if the user stopped it."""
     try:
         main(*first, sys.argv[1:])
     except InputError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {refused(error)}")
+    except (KeyboardInterrupt, Stopped) as stopped:
+        print(f"\n{str(stopped) or 'stopped'}; the same command goes on from what is finished", file=sys.stderr)
+        sys.exit(130)
+
+
+def refused(error: OSError) -> str:
+    """What the system refused, and what to do."""
+    remedies = {errno.ENOSPC: "make room on the disk", errno.EDQUOT: "make room in your quota",
+                errno.EROFS: "choose a place that can be written to", errno.EACCES: "choose a place that is yours",
+                errno.ENOENT: "it vanished while the program ran: put it back"}
+    full = "No space left" in str(error)                                    # safetensors gives no number
+    remedy = remedies[errno.ENOSPC] if full else remedies.get(error.errno, "look at that place")
+    return f"{error}: {remedy}. What was finished before is whole; the same command goes on from there"
 
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save(config, path: Path) -> None:

@@ -14,7 +14,7 @@ from mixdpo.options import TrainConfig
 from mixdpo.plan import Plan, make_plan
 from mixdpo.preferences import data_key, read_preferences
 from mixdpo.reference import load_references
-from mixdpo.rundir import compute_dtype, load_checkpoint
+from mixdpo.rundir import checkpoints, compute_dtype, load_checkpoint
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import content_key
 
@@ -67,7 +67,7 @@ def load_run(path: Path, device: str, data_folder: str) -> Run:
 def find_runs(folder: Path) -> list[Path]:
     """The folder itself if it is a run, else the runs in it in the order in which they were begun."""
     found = [path.parent for path in sorted(folder.glob("*/checkpoint"), key=lambda path: path.stat().st_mtime)]
-    if (folder / "checkpoint").exists():
+    if checkpoints(folder):
         return [folder]
     if not found:
         raise InputError(f"{folder}: no run in it; wanted a directory that train.py wrote, or a folder of such")

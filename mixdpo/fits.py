@@ -20,6 +20,7 @@ import torch
 
 from mixdpo.experts import make_experts, once_a_step
 from mixdpo.plan import KEPT
+from mixdpo.rundir import compute_dtype
 from mixdpo.weights import MODELS, config_of
 
 TIGHT = 0.9             # of what is free: beyond, fragments and libraries decide
@@ -88,6 +89,30 @@ def available(device: str) -> float:
     return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
 
 
+def exceeded(error: RuntimeError) -> bool:
+    """Whether it says that memory was too small: CUDA's has a type of its own, the CPU's has words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def smaller(config, error: RuntimeError) -> str:
+    """What to say when memory was too small after all: the largest micro-batch that would fit, by the estimate."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, free = compute_dtype(config.dtype, device)[0], available(device)
+    sizes = {m: sum(estimate(dataclasses.replace(config, micro=m), dtype).values()) for m in range(1, config.micro)}
+    found = [m for m, size in sizes.items() if size <= TIGHT * free]
+    would = (f"--micro {found[-1]} would fit, by estimate: {sizes[found[-1]] / 1e9:.1f} GB" if found else
+             "no --micro would fit, by estimate:\n" + "\n".join(remedies(config, dtype)))
+    return (f"out of memory with --micro {config.micro} ({str(error).splitlines()[0]}). {free / 1e9:.1f} GB are free; "
+            f"{would}. The same command with that goes on from what was saved")
+
+
+def remedies(config, dtype: torch.dtype) -> list[str]:
+    """Other ways, and what each would take."""
+    others = {name: dataclasses.replace(config, **options) for name, options in REMEDIES}
+    return [f"    {name}: {sum(estimate(other, dtype).values()) / 1e9:.1f} GB" for name, other in others.items()
+            if other != config and len(other.models) == len(config.models)]             # own models cannot share one
+
+
 def told(config, dtype: torch.dtype, free: float) -> list[str]:
     """The estimate in a line; and, where it is more than is free, what would fit."""
     parts = estimate(config, dtype)
@@ -96,9 +121,4 @@ def told(config, dtype: torch.dtype, free: float) -> list[str]:
              + f", together {total / 1e9:.1f} GB of {free / 1e9:.1f} that are free"]
     if total <= TIGHT * free:
         return lines
-    lines.append("this may not fit. In other ways, about:")
-    for name, options in REMEDIES:
-        other = dataclasses.replace(config, **options)
-        if other != config and len(other.models) == len(config.models):     # models of their own cannot share one
-            lines.append(f"    {name}: {sum(estimate(other, dtype).values()) / 1e9:.1f} GB")
-    return lines
+    return [*lines, "this may not fit. In other ways, about:", *remedies(config, dtype)]

@@ -66,6 +66,7 @@ class TrainConfig:
     dtype: str = "auto"             # of the products: auto, float32, bfloat16; parameters stay float32
     seed: int = 0                   # of everything random
     save_minutes: float = 10.0      # between checkpoints
+    keep: int = 2                   # newest checkpoints kept until the run is finished
     data_folder: str = ""           # local files looked into before anything is fetched
 
     @property
@@ -101,7 +102,7 @@ def validate_values(config: TrainConfig) -> None:
                              f"wanted one of {', '.join(known)}")
     least = {"experts": 1, "batch": 1, "micro": 1, "epochs": 1, "restarts": 1, "prior": 1, "rank": 0, "start_steps": 0,
              "warmup": 0, "head_rows": -1, "context": 0, "damping": 0, "draws": 1, "gate_entropy": 0, "gate_balance": 0,
-             "robust": 0}
+             "robust": 0, "keep": 1}
     above = {"beta": 0, "clip": 0, "lr": 0, "head_lr": 0, "gate_lr": 0, "gate_temperature": 0, "variant_temperature": 0}
     for name, bound in (least | above).items():
         value, word = getattr(config, name), "more than" if name in above else "at least"

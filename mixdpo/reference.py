@@ -11,12 +11,10 @@ another model or file can never be answered with these numbers.
 
 import dataclasses
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from mixdpo.config import InputError
 from mixdpo.experts import Heads
@@ -25,6 +23,7 @@ from mixdpo.preferences import Pair, collate, data_key, rows_of
 from mixdpo.rundir import Progress
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import content_key, load_model
+from mixdpo.whole import Damaged, read_tensors, write_tensors
 
 STATES = 2**29  # bytes of states of response tokens that are kept, at most
 VERSION = 4     # part of every key: raise it when what is kept changes
@@ -112,13 +111,15 @@ def cached_reference(folder: Path, key: tuple, compute) -> Reference:
     from `folder` or from compute()."""
     name = hashlib.sha256(repr(key).encode()).hexdigest()
     path = Path(folder) / f"{name}.safetensors"
-    if not path.exists():
-        made = compute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file(dataclasses.asdict(made), partial)
-        os.replace(partial, path)                                           # whole or not at all
-    return Reference(**load_file(path))
+    if path.exists():
+        try:
+            return Reference(**read_tensors(path)[0])
+        except Damaged as damaged:
+            print(f"{damaged}; it is computed again")
+    made = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, dataclasses.asdict(made), {})
+    return made
 
 
 def reference_of(path, pairs: list[Pair], models: list, tokenizer, config, dtype: torch.dtype,

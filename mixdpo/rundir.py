@@ -1,20 +1,27 @@
 """A run's directory: config.json, metrics.jsonl, responsibilities.jsonl, checkpoint/, and what a run prints about
-itself. No pickle: tensors are safetensors, the rest JSON."""
+itself. No pickle: tensors are safetensors, the rest JSON.
+
+    checkpoint/00000042.safetensors      after step 42: all that the next step depends on (whole.py)
+
+Batches, noise and starts are functions of (seed, step), so there is no random state to keep; a run resumed from any
+checkpoint ends as the uninterrupted one does, to the bit.
+"""
 
 import json
 import os
 import platform
-import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from mixdpo.config import InputError
+from mixdpo.config import InputError, write_whole
 from mixdpo.diagnostics import alarms
+from mixdpo.whole import Damaged, read_tensors, write_tensors
 
 
 def revision() -> str:
@@ -97,45 +104,76 @@ class Log:
         self.q.write(json.dumps({"step": t, "groups": groups, "q": q}) + "\n")
         self.q.flush()
 
+    def sync(self) -> None:
+        """Lines before the checkpoint that counts on them."""
+        os.fsync(self.metrics.fileno()), os.fsync(self.q.fileno())
+
     def close(self) -> None:
         self.metrics.close(), self.q.close()
 
 
-def save_checkpoint(run: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
-    """Writes run/checkpoint whole or not at all: into a new folder, synced, then renamed over the old."""
-    new, now, old = run / "checkpoint.new", run / "checkpoint", run / "checkpoint.old"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    save_file(tensors, new / "state.safetensors")
-    (new / "state.json").write_text(json.dumps(state))
-    for file in new.iterdir():
-        with open(file, "rb") as f:
-            os.fsync(f.fileno())
-    shutil.rmtree(old, ignore_errors=True)
-    if now.exists():
-        now.rename(old)
-    new.rename(now)
-    shutil.rmtree(old, ignore_errors=True)
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, the newest first."""
+    return sorted((run / "checkpoint").glob("*.safetensors"), reverse=True)
+
+
+def save_checkpoint(run: Path, tensors: dict[str, torch.Tensor], state: dict, keep: int) -> None:
+    """Writes the checkpoint of state["step"], whole or not at all; then only the newest `keep` stay."""
+    (run / "checkpoint").mkdir(exist_ok=True)
+    for left in (run / "checkpoint").glob("*.part"):                        # of a process that was killed
+        left.unlink()
+    write_tensors(run / "checkpoint" / f"{state['step']:08d}.safetensors", tensors, state)
+    for old in checkpoints(run)[keep:]:
+        old.unlink()
 
 
 def load_checkpoint(run: Path, config: dict) -> tuple[dict[str, torch.Tensor], dict] | None:
-    """The run's last whole checkpoint, or None.
-    Raises: InputError if it was written by another configuration, naming the fields."""
-    found = [p for p in (run / "checkpoint", run / "checkpoint.old") if (p / "state.json").exists()]
-    if not found:
+    """The run's newest whole checkpoint, or None; one that is damaged is named and passed over.
+    Raises: InputError if none is whole, or if it was written by another configuration, naming the fields."""
+    for path in checkpoints(run):
+        try:
+            tensors, state = read_tensors(path)
+            break
+        except Damaged as damaged:
+            print(f"{damaged}; the checkpoint before it is used")
+    else:
+        if checkpoints(run):
+            raise InputError(f"{run / 'checkpoint'}: no checkpoint in it is whole; remove {run}, and begin again")
         return None
-    state = json.loads((found[0] / "state.json").read_text())
     differ = [k for k in config if json.dumps(state["config"].get(k)) != json.dumps(config[k])]
     if differ:
         what = "; ".join(f"{k}: there {state['config'].get(k)!r}, now {config[k]!r}" for k in differ)
-        raise InputError(f"{found[0]} is the checkpoint of another configuration ({what}); "
+        raise InputError(f"{path} is the checkpoint of another configuration ({what}); "
                          "use another --out, or the same options to go on")
-    return load_file(found[0] / "state.safetensors"), state
+    return tensors, state
 
 
 def keep_lines(path: Path, steps: int):
-    """A file with one line a step, opened for appending behind its first `steps` lines:
-    a step done again writes anew."""
-    kept = path.read_text().splitlines(keepends=True)[:steps] if path.exists() and steps else []
-    path.write_text("".join(kept))
+    """A file with one line a step, opened for appending behind its first `steps` lines: a step done again writes anew.
+    Raises: InputError if they are fewer."""
+    kept = path.read_bytes().splitlines(keepends=True)[:steps] if path.exists() and steps else []
+    if len(kept) < steps or kept and not kept[-1].endswith(b"\n"):
+        raise InputError(f"{path}: has not the {steps} lines that its checkpoint counts on: it was cut or taken away. "
+                         f"Remove {path.parent}, and begin again")
+    write_whole(path, b"".join(kept).decode())
     return path.open("a")
+
+
+class Stop:
+    """Within it, SIGINT and SIGTERM are wishes: `asked` is true, and the loop ends after its step. The second one stops
+    at once. Elsewhere than in the main thread signals stay as they are."""
+
+    def __enter__(self):
+        self.asked, main = False, threading.current_thread() is threading.main_thread()
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM) if main}
+        return self
+
+    def ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt("stopped at once")
+        self.asked = True
+        print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

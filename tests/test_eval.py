@@ -18,8 +18,10 @@ from data.job import read_job
 from eval import EvalConfig, evaluate
 from mixdpo.config import InputError
 from mixdpo.preferences import Pair
+from mixdpo.rundir import checkpoints
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import load_model
+from mixdpo.whole import read_tensors, write_tensors
 
 MAX_NEW, PROMPTS = 6, ["mn", "o", "pmno", "nn", "po", "mmm", "opn"]
 
@@ -245,8 +247,9 @@ def test_what_is_refused(tmp_path, model_dir, job, monkeypatch):
     tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name="b", max_prompt=32)
     with pytest.raises(InputError, match="lengths or dtype differ.*one at a time"):
         evaluate(EvalConfig(dir=str(tmp_path)))
-    state = tmp_path / "b" / "checkpoint" / "state.json"
-    state.write_text(state.read_text().replace('"finished": true', '"finished": false'))
+    path, = checkpoints(tmp_path / "b")
+    tensors, state = read_tensors(path)
+    write_tensors(path, tensors, state | {"finished": False})
     with pytest.raises(InputError, match="b: stopped at step 3; finish it"):
         evaluate(EvalConfig(dir=str(tmp_path / "b")))
     for line in ('{"prompt": ""}', '{"prompt": 3}', '{"text": "x"}', "[]", '{"prompt": '):

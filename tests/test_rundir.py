@@ -2,6 +2,8 @@
 Docstrings name the faults seen."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,50 +13,83 @@ from mixdpo import rundir
 from mixdpo.config import InputError
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.rundir import compute_dtype, load_checkpoint, save_checkpoint
+from mixdpo.whole import alone
 
 ROOT = Path(__file__).parent.parent
 
 
-def save(run, value, **config):
-    save_checkpoint(run, {"x": torch.tensor([value, torch.nan])}, {"step": int(value), "config": config})
+def save(run, value, keep=2, **config):
+    tensors = {"x": torch.tensor([value, torch.nan]), "h": torch.tensor(3.0).bfloat16()}
+    save_checkpoint(run, tensors, {"step": int(value), "config": config}, keep)
 
 
-def test_checkpoints_come_back_with_nan_and_replace_each_other(tmp_path):
-    """Faults: the old folder stays in place; .new or .old is left behind."""
+def test_checkpoints_come_back_with_nan_and_the_newest_stay(tmp_path):
+    """Faults: the oldest stay; a leftover of a killed process stays; an order of names for one of numbers."""
     assert load_checkpoint(tmp_path, {}) is None
-    for value in (1.0, 2.0):
+    for value in (9.0, 10.0, 11.0):
         save(tmp_path, value, a=1)
+        (tmp_path / "checkpoint" / "00000012.safetensors.77.part").write_bytes(b"half")
     tensors, state = load_checkpoint(tmp_path, {"a": 1})
-    assert tensors["x"][0] == 2 and tensors["x"][1].isnan() and state["step"] == 2
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+    assert tensors["x"][0] == 11 and tensors["x"][1].isnan() and state["step"] == 11
+    assert tensors["h"].dtype == torch.bfloat16 and tensors["h"].shape == ()
+    save(tmp_path, 12.0, keep=3)
+    assert [p.name[:8] for p in rundir.checkpoints(tmp_path)] == ["00000012", "00000011", "00000010"]
+    assert len(list((tmp_path / "checkpoint").iterdir())) == 3
 
 
-@pytest.mark.parametrize("dies", ["save_file", "fsync", "first rename", "second rename"])
+@pytest.mark.parametrize("dies", ["save_file", "sync", "os.replace"])
 def test_an_interrupted_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, dies):
-    """Faults: files written straight into checkpoint/; the old one removed before the new one
-    stands; .old not looked at."""
-    save(tmp_path, 1.0)
-    calls, rename = [], Path.rename
+    """Faults: the file written under its own name; the old one removed before the new one stands."""
+    save(tmp_path, 1.0, keep=1)
 
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    def renamed(path, target):
-        calls.append(path)
-        return stop() if len(calls) == ("first rename", "second rename").index(dies) + 1 else rename(path, target)
-
-    if dies == "save_file":
-        monkeypatch.setattr(rundir, "save_file", stop)
-    elif dies == "fsync":
-        monkeypatch.setattr(rundir.os, "fsync", stop)
-    else:
-        monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(f"mixdpo.whole.{dies}", stop)
     with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, 2.0)
+        save(tmp_path, 2.0, keep=1)
     assert load_checkpoint(tmp_path, {})[1]["step"] == 1
     monkeypatch.undo()
-    save(tmp_path, 3.0)                                                     # and what is left over is no hindrance
-    assert load_checkpoint(tmp_path, {})[1]["step"] == 3
+    save(tmp_path, 3.0, keep=1)                                             # and what is left over is no hindrance
+    assert load_checkpoint(tmp_path, {})[1]["step"] == 3 and len(list((tmp_path / "checkpoint").iterdir())) == 1
+
+
+def test_any_bit_that_turned_is_found(tmp_path, capsys):
+    """Every byte of a checkpoint in turn. Faults: tensors outside of the sum, facts outside of it, a damaged file that
+    ends the program, one that is used."""
+    save(tmp_path, 1.0)
+    save(tmp_path, 2.0)
+    path = rundir.checkpoints(tmp_path)[0]
+    good = path.read_bytes()
+    for n in range(len(good)):
+        path.write_bytes(good[:n] + bytes([good[n] ^ 1 << n % 8]) + good[n + 1 :])
+        tensors, state = load_checkpoint(tmp_path, {})
+        if state["step"] == 2:                                              # a turned bit between two JSON values: a space
+            assert tensors["x"][0] == 2 and tensors["h"] == 3, n
+        else:
+            assert "00000002.safetensors: " in capsys.readouterr().out and tensors["x"][0] == 1
+    for length in (0, 5, len(good) // 2, len(good) - 1):
+        path.write_bytes(good[:length])
+        assert load_checkpoint(tmp_path, {})[1]["step"] == 1
+    rundir.checkpoints(tmp_path)[1].write_bytes(b"")
+    with pytest.raises(InputError, match="no checkpoint in it is whole; remove .*, and begin again"):
+        load_checkpoint(tmp_path, {})
+
+
+def test_one_process_owns_a_folder(tmp_path):
+    """Faults: two at once; a folder left behind that nothing was put into; one that was there before taken away."""
+    with alone(tmp_path / "a" / "b"):
+        child = [sys.executable, "-c", "import sys; from pathlib import Path; from mixdpo.whole import alone\n"
+                 "with alone(Path(sys.argv[1])): pass", str(tmp_path / "a" / "b")]
+        held = subprocess.run(child, cwd=ROOT, capture_output=True, text=True)
+        assert held.returncode and "another process is at work in it" in held.stderr
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "c").mkdir()
+    with alone(tmp_path / "c" / "d"):
+        (tmp_path / "c" / "d" / "x").write_text("")
+    with alone(tmp_path / "c"):
+        pass
+    assert (tmp_path / "c" / "d" / "x").exists()
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_by_field(tmp_path):

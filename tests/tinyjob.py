@@ -9,6 +9,7 @@ import torch
 import train
 from mixdpo import bpe
 from mixdpo.llama import Llama, LlamaConfig
+from mixdpo.rundir import load_checkpoint
 from mixdpo.weights import save_model
 
 EOS = 256
@@ -79,9 +80,7 @@ def lines(path):
 
 def tensors(folder):
     """The tensors of a run's checkpoint."""
-    from safetensors.torch import load_file
-
-    return load_file(folder / "checkpoint" / "state.safetensors")
+    return load_checkpoint(folder, {})[0]
 
 
 def equal(a, b, slack=0.0, only=""):

@@ -1,0 +1,91 @@
+"""Files that are whole or not there, and known to be whole.
+
+A file is written under another name, synced, and renamed; its folder is synced too. Whoever reads finds the old one or
+the new one. Tensors lie in safetensors, beside a JSON of facts and the sha256 of both: a bit that has turned since is
+found when they are read. One process at a time owns a folder.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mixdpo.config import InputError
+
+
+class Damaged(InputError):
+    """A file that is not what was written."""
+
+
+def digest(tensors: dict[str, torch.Tensor], facts: str) -> str:
+    """sha256 of the facts and of every tensor's name, type, shape and bytes."""
+    total = hashlib.sha256(facts.encode())
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu().contiguous()
+        total.update(f"\n{name} {x.dtype} {tuple(x.shape)}\n".encode())
+        total.update(memoryview(x.reshape(-1).view(torch.uint8).numpy()))
+    return total.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict) -> None:
+    """Raises: OSError if the disk does not take it; what lay there before still does."""
+    part, text = path.with_name(f"{path.name}.{os.getpid()}.part"), json.dumps(facts)
+    try:
+        try:
+            save_file(tensors, part, {"facts": text, "sha256": digest(tensors, text)})
+        except SafetensorError as error:                                    # how it tells of a full disk
+            raise OSError(f"{part}: {error}") from None
+        sync(part)
+        os.replace(part, path)
+        sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors and the facts of a file that write_tensors wrote. Raises: Damaged if it is not as it was then."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if digest(tensors, told["facts"]) != told["sha256"]:
+            raise Damaged(f"{path}: its bytes are not those that were written")
+        return tensors, json.loads(told["facts"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise Damaged(f"{path}: is not whole ({error})") from None
+
+
+def sync(path: Path) -> None:
+    """To the disk itself: a file's bytes, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def alone(folder: Path):
+    """Makes the folder, and holds it for this process; one that stays empty is taken away again. The system lets go of
+    it whenever the process ends. Raises: InputError if another process holds it."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process is at work in it; wait for it, or choose another folder"
+                             ) from None
+        yield
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):                                  # not empty
+            for path in made:
+                path.rmdir()
