@@ -6,6 +6,7 @@ An unknown option or a value of the wrong type is an error.
 Left out on purpose: configuration files, nesting, environment variables, registries.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -21,6 +22,18 @@ from pathlib import Path
 class InputError(ValueError):
     """What a user gave us cannot be used. The message says where (file and line), what was got,
     what was wanted, and what to do."""
+
+
+@contextlib.contextmanager
+def reading(path, remedy: str = "it is damaged, or no such file: get it again"):
+    """Within it a foreign file is read: whatever its contents make go wrong becomes an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError,
+            MemoryError, RuntimeError) as error:
+        raise InputError(f"{path}: {type(error).__name__} {str(error)[:200]!r}; {remedy}") from error
 
 
 def field_comments(cls) -> dict[str, str]:
@@ -135,9 +148,16 @@ def save(config, path: Path) -> None:
 
 
 def load(cls, path: Path):
-    """Reads back what `save` wrote. Raises: InputError if the file holds other fields than `cls` has."""
-    values, names = json.loads(path.read_text()), {f.name for f in dataclasses.fields(cls)}
-    if set(values) != names:
-        raise InputError(f"{path}: its fields differ from this version's in {sorted(set(values) ^ names)}; "
-                         "it was written by another version")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    """Reads back what `save` wrote. Raises: InputError if the file holds other fields than `cls` has, or other types
+    in them."""
+    kinds = typing.get_type_hints(cls)
+    with reading(path):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if set(values) != set(kinds):
+            raise InputError(f"{path}: its fields differ from this version's in {sorted(set(values) ^ set(kinds))}; "
+                             "it was written by another version")
+        for name, value in values.items():
+            kind = typing.get_origin(kinds[name]) or kinds[name]
+            if type(value) not in {tuple: (list,), float: (float, int)}.get(kind, (kind,)):
+                raise InputError(f"{path}: {name} is {value!r:.80}, wanted {kind.__name__}; put back what was there")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -6,6 +6,7 @@ and scaling stand there as 4 reads them (rope_theta, rope_scaling) and as 5 does
 """
 
 import json
+import math
 
 from mixdpo.config import InputError
 from mixdpo.gpt2 import GPT2Config
@@ -20,6 +21,10 @@ LLAMA_KEYS = {"vocab": "vocab_size", "context": "max_position_embeddings", "widt
 SCALING_KEYS = {"factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor",
                 "original": "original_max_position_embeddings"}
 
+# The largest sizes that are read.
+LIMITS = {"vocab": 2**22, "context": 2**24, "width": 2**16, "inner": 2**18, "layers": 2**10, "heads": 2**10,
+          "kv_heads": 2**10, "head_dim": 2**12}
+
 # Settings that would change the function: key -> the values that are computed here. An absent key means the first.
 GPT2_ONLY = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
              "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
@@ -30,11 +35,31 @@ LLAMA_ONLY = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_
 
 
 def read_json(path):
-    """Raises: InputError with the line if the file is not JSON."""
+    """Raises: InputError with the line if the file is not JSON, or no object."""
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: is not JSON ({error.msg}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}, wanted an object; fetch it again")
+    return value
+
+
+def checked(config, path):
+    """The configuration. Raises: InputError on a size that no model has, which would exhaust the memory, and on what is
+    no number where one is wanted."""
+    for field, most in LIMITS.items():
+        value = getattr(config, field, 1)
+        if type(value) is not int or not 1 <= value <= most:
+            raise InputError(f"{path}: {field} is {value!r:.80}, wanted a whole number from 1 to {most}; fetch it again")
+    scaling = vars(config.scaling) if getattr(config, "scaling", None) else {}
+    for field, value in ({"eps": config.eps, "theta": getattr(config, "theta", 1.0)} | scaling).items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise InputError(f"{path}: {field} is {value!r:.80}, wanted a number above 0; fetch it again")
+    for value in (config.bos, *(config.eos if isinstance(config.eos, tuple) else (config.eos,))):
+        if value is not None and type(value) is not int:
+            raise InputError(f"{path}: a special token is {value!r:.80}, wanted its id; fetch it again")
+    return config
 
 
 def config_from_json(path):
@@ -61,7 +86,7 @@ def config_from_json(path):
                                       head_dim=raw.get("head_dim"), scaling=scaling,
                                       tied=raw.get("tie_word_embeddings", False))
     try:
-        return make(**common, **own)
+        return checked(make(**common, **own), path)
     except AssertionError as error:                     # sizes that do not go together
         raise InputError(f"{path}: {error}; use the config.json that came with the weights") from None
 

@@ -19,7 +19,7 @@ import tiktoken
 
 from mixdpo.bpe import (BYTE_LEVEL, LLAMA3_STEPS, SMOLLM_STEPS, document, merges_of, pattern_of, read_vocabulary,
                         to_name)
-from mixdpo.config import InputError
+from mixdpo.config import InputError, reading
 from mixdpo.fetch import asset
 from mixdpo.gguf import read_gguf
 
@@ -49,8 +49,11 @@ class Tokenizer:
         try:
             self._bpe = tiktoken.Encoding(place, pat_str=self.pattern, mergeable_ranks=self.vocabulary.ranks,
                                           special_tokens={})
-        except ValueError as error:
-            raise InputError(f"{place}: tiktoken cannot read the pattern {self.pattern!r}: {error}") from None
+        except BaseException as error:                      # its panics are no Exceptions
+            if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+                raise
+            raise InputError(f"{place}: tiktoken cannot read the pattern {self.pattern!r}, or two tokens have one id: "
+                             f"{error}") from None
         self._writable = bytes(token[0] for token in self.vocabulary.ranks if len(token) == 1)
         self._lengths = {i: len(self.vocabulary.names[i]) for i in self.vocabulary.ids.values()}
         literal = sorted(self.vocabulary.literal, key=len, reverse=True)    # an alternation takes the first that fits
@@ -166,12 +169,9 @@ def load_tokenizer(name_or_directory, data=None):
         return _from_gguf(path, str(path))
     if not path.is_dir():
         raise InputError(f"tokenizer {str(path)!r} is neither a directory, a .gguf file nor one of {', '.join(NAMES)}")
-    try:
+    with reading(path, "its tokenizer files are not laid out as transformers does: save them anew"):
         doc = _document_of(path)
         return Tokenizer(doc, _config_of(path, doc), str(path))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: its tokenizer files are not laid out as transformers does: {type(error).__name__} "
-                         f"{error}; save them anew") from error
 
 
 def _document_of(directory):

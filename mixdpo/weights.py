@@ -24,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mixdpo import fetch
-from mixdpo.config import InputError
+from mixdpo.config import InputError, reading
 from mixdpo.gguf import read_gguf
 from mixdpo.gpt2 import GPT2, GPT2Config
-from mixdpo.hfconfig import config_from_json, config_to_json, read_json
+from mixdpo.hfconfig import checked, config_from_json, config_to_json, read_json
 from mixdpo.llama import Llama, LlamaConfig
 
 MODELS = {GPT2Config: GPT2, LlamaConfig: Llama}
@@ -81,6 +81,11 @@ def config_of(name, data=None):
 def _open(name, data):
     """-> configuration, name -> Stored, Path."""
     path = locate(name, data)
+    with reading(path):
+        return _open_path(name, path)
+
+
+def _open_path(name, path):
     if name == "gpt2" and path.is_file():               # the hub's one file: its configuration is known
         return GPT2Config(bos=50256, eos=50256), _open_safetensors([path]), path
     if path.is_dir():
@@ -217,6 +222,7 @@ def _open_gguf(path):
         eps=float(f"{size['attention.layer_norm_rms_epsilon']:.6g}"), theta=size.get("rope.freq_base", 10000.0),
         tied="output.weight" not in raw, bos=meta.get("tokenizer.ggml.bos_token_id"),
         eos=meta.get("tokenizer.ggml.eos_token_id"))
+    checked(config, path)
     tensors = {}
     for name, tensor in raw.items():
         block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)

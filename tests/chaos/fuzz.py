@@ -1,0 +1,285 @@
+"""Hostile files: every reader of a foreign file is given thousands of damaged ones. Each case must end in success or in
+an InputError that names the file; any other exception, more than SECONDS of a processor, or GROWTH bytes of memory is a
+failure.
+
+    bytes       real files with bits turned, pieces cut out, doubled, moved, numbers made huge
+    values      JSON with one value, anywhere in it, replaced by one that Hypothesis makes up, or taken away
+
+Each format runs in a process of its own whose memory is limited; a case that takes too long is interrupted.
+"""
+
+import gzip
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                # the tests' helpers
+
+import tinyjob
+from mixdpo import config as configs
+from mixdpo.config import InputError
+from mixdpo.gguf import read_gguf
+from mixdpo.options import TrainConfig
+from mixdpo.preferences import read_preferences
+from mixdpo.rundir import load_checkpoint, save_checkpoint
+from mixdpo.tokenizer import load_tokenizer
+from mixdpo.weights import load_model
+from test_gguf import METADATA, TENSORS, gguf
+
+
+
+SECONDS, GROWTH = 5, 2**30
+CLOCKS = ((signal.SIGPROF, signal.ITIMER_PROF, SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, 10 * SECONDS))
+TEXT = "it's 12  naïve <end> 中\n"
+
+
+class TooLong(BaseException):
+    """A case took SECONDS."""
+
+
+# ---- what is read: a folder with the file in it -> nothing
+
+
+def read_lines(path: Path) -> None:
+    tokenizer = read_lines.tokenizer
+    read_preferences(path, tokenizer, 32, 32, report=lambda line: None)
+    read_preferences(path, tokenizer, 32, 32, drop=True, report=lambda line: None)
+
+
+def read_weights(path: Path) -> None:
+    load_model(path.parent)
+
+
+def read_tokenizer(path: Path) -> None:
+    tokenizer = load_tokenizer(path.parent)
+    try:
+        tokenizer.decode(tokenizer.encode(TEXT))
+    except InputError:                                                      # a character without a token
+        pass
+
+
+def read_run(path: Path) -> None:
+    configs.load(TrainConfig, path)
+
+
+# ---- the files, made once in an empty folder: name -> (file, reader)
+
+
+def make_lines(folder: Path):
+    chat = [{"role": "user", "content": "hi"}]
+    rows = tinyjob.make_records() + [{"prompt": chat, "chosen": [{"role": "assistant", "content": "a"}],
+                                      "rejected": [{"role": "assistant", "content": "b"}], "context": True}]
+    read_lines.tokenizer = load_tokenizer(tinyjob.make_model(folder / "model", special=("<|im_end|>", "<|im_start|>")))
+    return tinyjob.write(folder / "pairs.jsonl", rows), read_lines
+
+
+def make_packed(folder: Path):
+    plain, reader = make_lines(folder)
+    (folder / "pairs.jsonl.gz").write_bytes(gzip.compress(Path(plain).read_bytes()))
+    return folder / "pairs.jsonl.gz", reader
+
+
+def make_gguf(folder: Path):
+    (folder / "model.gguf").write_bytes(gguf(METADATA, TENSORS))
+
+    def reader(path):
+        for tensor in read_gguf(path)[1].values():
+            tensor.float32()
+
+    return folder / "model.gguf", reader
+
+
+def make_weights(folder: Path):
+    tinyjob.make_model(folder)
+    return folder / "model.safetensors", read_weights
+
+
+def make_config(folder: Path):
+    tinyjob.make_model(folder)
+    return folder / "config.json", read_weights
+
+
+def make_tokenizer(folder: Path):
+    tinyjob.make_model(folder)
+    return folder / "tokenizer.json", read_tokenizer
+
+
+def make_checkpoint(folder: Path):
+    for step in (1, 2):
+        save_checkpoint(folder, {"x": torch.arange(6.0), "y": torch.ones(2).bfloat16()}, {"step": step, "config": {}}, 2)
+    return folder / "checkpoint" / "00000002.safetensors", lambda path: load_checkpoint(folder, {})
+
+
+def make_run(folder: Path):
+    configs.save(TrainConfig("a.jsonl", "smollm2", "runs/x"), folder / "config.json")
+    return folder / "config.json", read_run
+
+
+FORMATS = {"preferences, .jsonl": make_lines, "preferences, .jsonl.gz": make_packed, "GGUF": make_gguf,
+           "safetensors": make_weights, "config.json of a model": make_config, "tokenizer.json": make_tokenizer,
+           "checkpoint": make_checkpoint, "config.json of a run": make_run}
+JSON = {"preferences, .jsonl", "config.json of a model", "tokenizer.json", "config.json of a run"}
+
+
+# ---- damage
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """A few of the ways in which bytes go wrong, one to three at a time."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+        b = min(b, a + rng.choice((1, 8, 64, 4096)))
+        kind = rng.randrange(8)
+        if kind == 0 and a < len(data):
+            data[a] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del data[a:]
+        elif kind == 2:
+            del data[a:b]
+        elif kind == 3:
+            data[a:a] = data[a:b]
+        elif kind == 4:
+            data[a:b] = rng.randbytes(b - a)
+        elif kind == 5:
+            data[a : a + 8] = rng.choice((2**64 - 1, 2**63, 2**32, 2**40, 0, 1 << 20)).to_bytes(8, "little")
+        elif kind == 6:
+            data[a:a] = rng.choice((b"[" * 5000, b'{"a":' * 5000, b"1e999", b"-1", b"NaN", b"\\ud800", b"\xff", b"\0",
+                                    b'"' * 3, b"9" * 5000, b"null", b"\xe2\x80\xa8", b"\r", b"\n" * 9))
+        else:
+            digits = [n for n, c in enumerate(data) if 48 <= c < 58]
+            if digits:
+                n = rng.choice(digits)
+                data[n : n + 1] = rng.choice((b"999999999999", b"-3", b"0", b"1.5", b"1e400"))
+        if not data:
+            break
+    return bytes(data)
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(-3, 3) | st.floats() | st.text(max_size=20)
+    | st.sampled_from([10**30, -1, 0, 1e308, "\ud800", "", "x" * 10000, 2**31, 2**63, [[]], {"": None}]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=8)
+
+
+def places(value, path=()):
+    """Every place in a JSON value, as keys and indices."""
+    yield path
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+def with_value(value, path, new, taken_away: bool):
+    """The value with another one at a place, or without it."""
+    if not path:
+        return new
+    out = dict(value) if isinstance(value, dict) else list(value)
+    if len(path) == 1 and taken_away:
+        del out[path[0]]
+    else:
+        out[path[0]] = with_value(value[path[0]], path[1:], new, taken_away)
+    return out
+
+
+# ---- one format
+
+
+def one(reader, path: Path, data: bytes) -> str | None:
+    """Reads the file with these bytes; what is wrong, or None."""
+    path.write_bytes(data)
+
+    def late(*_):
+        raise TooLong
+
+    for number, clock, seconds in CLOCKS:
+        signal.signal(number, late)
+        signal.setitimer(clock, seconds)
+    try:
+        reader(path)
+    except InputError as error:
+        named = path.name in str(error) or str(path.parent) in str(error)
+        return None if named else f"does not name the file: {error}"
+    except TooLong:
+        return f"took more than {SECONDS} seconds of the processor, or {10 * SECONDS} in all"
+    except BaseException as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    finally:
+        for _, clock, _ in CLOCKS:
+            signal.setitimer(clock, 0)
+    return None
+
+
+def fuzz(name: str, cases: int, number: int, keep: Path | None, report) -> None:
+    """`cases` cases of one format in this process; report(failure, or None) after each."""
+    with tempfile.TemporaryDirectory() as temporary:
+        file, reader = FORMATS[name](Path(temporary))
+        file, rng = Path(file), random.Random(f"{name} {number}")
+        good = file.read_bytes()
+        if (wrong := one(reader, file, good)) is not None:
+            raise AssertionError(f"{name}: the file as it was made: {wrong}")
+        virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (virtual + GROWTH, virtual + GROWTH))
+
+        def check(data: bytes) -> None:
+            wrong = one(reader, file, data)
+            if wrong and keep:
+                keep.mkdir(parents=True, exist_ok=True)
+                (keep / f"{name.replace(' ', '-')}-{abs(hash(data))}").write_bytes(data)
+            report(wrong)
+
+        of_values = cases // 2 if name in JSON else 0
+        for _ in range(cases - of_values):
+            check(damaged(good, rng))
+        if of_values:
+            text = good.decode()
+            rows = [json.loads(row) for row in text.splitlines()] if name.startswith("pref") else json.loads(text)
+            where = list(places(rows))
+
+            @seed(number)
+            @settings(max_examples=of_values, database=None, deadline=None, phases=[Phase.generate],
+                      suppress_health_check=list(HealthCheck))
+            @given(st.sampled_from(where), ANY, st.booleans())
+            def values(path, new, taken_away):
+                made = with_value(rows, path, new, taken_away)
+                if name.startswith("pref"):
+                    lines = made if isinstance(made, list) else [made]
+                    check("".join(json.dumps(row) + "\n" for row in lines).encode())
+                else:
+                    check(json.dumps(made).encode())
+
+            values()
+
+
+def run(name: str, cases: int, number: int, keep: Path | None = None) -> dict:
+    """The same in a process of its own: {"cases", "failures": [...]}; a process that dies is a failure too."""
+    receive, send = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(receive)
+        with os.fdopen(send, "w") as out:
+            torch.set_num_threads(1)
+            sys.stdout = io.StringIO()
+            try:
+                fuzz(name, cases, number, keep, lambda wrong: print(json.dumps(wrong), file=out))
+            except BaseException as error:
+                print(json.dumps(f"{type(error).__name__}: {error}"), file=out)
+        os._exit(0)
+    os.close(send)
+    with os.fdopen(receive) as lines:
+        told = [json.loads(line) for line in lines]
+    status = os.waitpid(child, 0)[1]
+    failures = [wrong for wrong in told if wrong is not None] + ([f"ended with {status}"] if status else [])
+    return {"cases": len(told), "failures": failures}
