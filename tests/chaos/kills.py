@@ -1,0 +1,187 @@
+"""Runs that are killed, and runs whose disk fails, go on and end as the uninterrupted one does: weights, optimizer,
+responsibilities, metrics, to the bit.
+
+    kills     SIGKILL at a random moment, again and again until the run is through
+    writes    a write dies before, inside or after its file: the process is killed there, or the disk is full
+
+Every run is a process of its own, forked, on a job of a few seconds (tests/tinyjob.py) that saves after every step.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                # the tests' helpers
+
+import tinyjob
+import train
+from mixdpo import rundir, whole
+
+USER = {"latent": "user", "beta": 0.5}
+CASES = {
+    "shared trunk": USER | {"epochs": 4},
+    "shared trunk, incremental": USER | {"em": "incremental", "damping": 0.3, "epochs": 2, "batch": 5},
+    "own models": {"sharing": "models", "epochs": 4, "beta": 0.5},
+    "own models, incremental": {"sharing": "models", "em": "incremental", "damping": 0.3, "epochs": 4,
+                                "variant": "monte-carlo", "draws": 2, "beta": 0.5},
+}
+POINTS = [("save_file", "before"), ("save_file", "inside"), ("save_file", "after"), ("replace", "before"),
+          ("replace", "after"), ("fsync", "before"), ("fsync", "after"), ("line", "before"), ("line", "inside"),
+          ("line", "after")]
+PROCESS, DISK = "killed", "disk full"
+
+
+def forked(work) -> int:
+    """Starts work() in a process of its own that says nothing; its number."""
+    child = os.fork()
+    if child:
+        return child
+    torch.set_num_threads(1)
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1), os.dup2(quiet, 2)
+    try:
+        work()
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def job(folder: Path, model: Path, name: str, options: dict):
+    """The run as a function. It keeps the last checkpoint with the optimizer's state beside the finished one."""
+    def work():
+        real = train.save_checkpoint
+        train.save_checkpoint = lambda run, tensors, state, keep: real(run, tensors, state, 2)
+        train.run(train.TrainConfig(str(folder / "pairs.jsonl"), str(model), str(folder / name),
+                                    **tinyjob.small(save_minutes=0.0, **options)))
+
+    return work
+
+
+def end(child: int) -> bool:
+    """Whether the process ended well."""
+    return os.waitpid(child, 0)[1] == 0
+
+
+def state_of(run: Path) -> dict:
+    """Everything that a run leaves, by name."""
+    files = {path.name: path.read_bytes() for path in (run / "metrics.jsonl", run / "responsibilities.jsonl")}
+    for path in rundir.checkpoints(run):
+        tensors, facts = whole.read_tensors(path)
+        files |= {f"{path.name} {name}": (x.dtype, x.shape, x.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+                  for name, x in tensors.items()} | {path.name: facts["step"]}
+    return files
+
+
+@contextlib.contextmanager
+def jobs():
+    """(folder, model) with the preferences in it; and what each uninterrupted run leaves, with the seconds it took."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = tinyjob.make_model(folder / "model")
+        tinyjob.write(folder / "pairs.jsonl", tinyjob.make_records())
+        wanted = {}
+        for n, (name, options) in enumerate(CASES.items()):
+            began = time.monotonic()
+            assert end(forked(job(folder, model, f"whole{n}", options))), f"{name}: did not end"
+            wanted[name] = state_of(folder / f"whole{n}"), time.monotonic() - began
+            assert any("optimizer." in key for key in wanted[name][0]), "no optimizer's state to compare"
+        yield folder, model, wanted
+
+
+def kills(count: int, number: int, report) -> None:
+    """Runs killed `count` times in all, each as often as it takes; report(case, what is wrong or None) after each run
+    that came through."""
+    rng, done, trial = random.Random(number), 0, 0
+    with jobs() as (folder, model, wanted):
+        while done < count:
+            for name, options in CASES.items():
+                trial += 1
+                run, killed = folder / f"killed{trial}", 0
+                while True:
+                    child = forked(job(folder, model, run.name, options))
+                    limit = rng.uniform(0, 1.2 * wanted[name][1]) if killed < 12 else 600.0
+                    began = time.monotonic()
+                    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() - began < limit:
+                        time.sleep(0.005)
+                    if ended != (0, 0):
+                        wrong = None if ended[1] == 0 else f"{name}: ended with {ended[1]}"
+                        break
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                    killed += 1
+                done += killed
+                if wrong is None and state_of(run) != wanted[name][0]:
+                    wrong = f"{name}: killed {killed} times, and ended otherwise"
+                report(killed, wrong)
+                shutil.rmtree(run)
+
+
+def inject(point: str, moment: str, fault: str, nth: int) -> None:
+    """In this process the nth write of that kind goes wrong."""
+    left = [nth]
+
+    def die():
+        if fault == PROCESS:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(28, "No space left on device")
+
+    def wrapped(real, inside):
+        def call(*arguments, **options):
+            left[0] -= 1
+            if left[0] or moment == "after":
+                out = real(*arguments, **options)
+                return die() if left[0] == 0 else out
+            return inside(*arguments, **options) if moment == "inside" else die()
+
+        return call
+
+    def half_of_a_file(tensors, path, metadata):
+        real_save(tensors, path, metadata)
+        os.truncate(path, Path(path).stat().st_size // 2)
+        die()
+
+    def half_of_a_line(log, *arguments):
+        log.metrics.write('{"step": ')
+        log.metrics.flush()
+        die()
+
+    real_save = whole.save_file
+    if point == "save_file":
+        whole.save_file = wrapped(real_save, half_of_a_file)
+    elif point == "line":
+        rundir.Log.step = wrapped(rundir.Log.step, half_of_a_line)
+    else:
+        setattr(os, point, wrapped(getattr(os, point), None))
+
+
+def writes(number: int, report) -> None:
+    """Every point, moment and fault, on each case; report(what is wrong, or None) after each."""
+    rng = random.Random(number)
+    with jobs() as (folder, model, wanted):
+        for n, (name, options) in enumerate(CASES.items()):
+            for m, (point, moment) in enumerate(POINTS):
+                for fault in (PROCESS, DISK):
+                    run, nth = folder / f"fault{n}-{m}-{len(fault)}", rng.randrange(1, 7)
+
+                    def work(inner=job(folder, model, run.name, options)):
+                        inject(point, moment, fault, nth)
+                        inner()
+
+                    what = f"{name}: {fault} {moment} {point} {nth}"
+                    failed = not end(forked(work))
+                    came = end(forked(job(folder, model, run.name, options)))
+                    wrong = None if failed else f"{what}: nothing went wrong"
+                    if wrong is None and not came:
+                        wrong = f"{what}: did not go on"
+                    elif wrong is None and state_of(run) != wanted[name][0]:
+                        wrong = f"{what}: ended otherwise"
+                    report(wrong)
+                    shutil.rmtree(run)
