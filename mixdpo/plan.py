@@ -72,7 +72,8 @@ def make_plan(pairs: list[Pair], config) -> Plan:
 
 
 def visits_of(u: int, unit: list[int], trained: list[int], sliced: bool) -> list[Visit]:
-    """Unit u as one visit; or as many as it has pairs for the E-step, each with its share of the trained ones."""
+    """Unit u as one visit; or as many as it has pairs for the E-step, each with its share of the trained ones (M11,
+    incremental)."""
     context = sorted(set(unit) - set(trained))
     count = min(len(trained), len(context) or len(trained)) if sliced else 1
     learns, looks = (np.array_split(np.array(part, dtype=int), count) for part in (trained, context))
