@@ -60,7 +60,7 @@ def latent_of(gate, inputs: Inputs, plan: Plan, ids: list[int], given: torch.Ten
     if config.em == "incremental":
         kept = said[ids].to(device)
         others = (pooled(said, plan)[units] - said[ids].nan_to_num(0.0)).to(device)         # 0 where a visit is a unit
-        prior = torch.log_softmax(log_w + others, dim=-1)                   # (G,K)
+        prior = torch.log_softmax(log_w + others, dim=-1)                   # (G,K)  M11
         share = (1 / plan.unit_of.bincount()[units]).to(device)
     weight = None if log_v is None else log_v.exp()[own.user]
     return Latent(own, log_w, prior, given, kept, uniform, weight, share)
