@@ -19,6 +19,7 @@ from pathlib import Path
 from data.movies import LABELS, Review, clean
 from mixdpo.config import InputError
 
+MOST = 2**28  # bytes of a domain's reviews in the archive
 OWN = ("amazon_multidomain.jsonl.gz", "domain_sentiment_data.tar.gz", "books.jsonl.gz")
 PAGE = "https://www.cs.jhu.edu/~mdredze/datasets/sentiment/"
 
@@ -60,6 +61,8 @@ def read_archive(path: Path):
         with tarfile.open(path) as archive:
             for member in archive:
                 if found := re.fullmatch(r"(?:.*/)?([a-z]+)[^/]*/(positive|negative)\.review", member.name):
+                    if member.size > MOST:
+                        raise InputError(f"{path}: {member.name} has {member.size} bytes, wanted {MOST} at most")
                     body = archive.extractfile(member).read().decode("utf-8", "replace")
                     for text in re.findall(r"<review_text>(.*?)</review_text>", body, re.DOTALL):
                         yield found[1], int(found[2] == "positive"), text

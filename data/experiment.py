@@ -15,7 +15,6 @@ then DPO and the mixtures are trained (train.py), and the table and the report a
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +26,14 @@ from data.estimate import estimate
 from data.finetune import FinetuneConfig, finetune
 from data.pairs import judge_apart, name_users, pair_facts, pair_line, spreads
 from data.sentiment import find_distilbert
-from data.stages import key_of, read_lines, stage, write_lines
+from data.stages import key_of, line_by_line, read_lines, stage, write_lines
 from eval import EvalConfig, evaluate
 from mixdpo import fetch
 from mixdpo.config import InputError, parse, write_whole
 from mixdpo.generate import generate
 from mixdpo.memory import retain_pages
 from mixdpo.preferences import encode_prompt
-from mixdpo.rundir import Progress, compute_dtype
+from mixdpo.rundir import compute_dtype
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import load_model
 from train import TrainConfig, run
@@ -95,26 +94,19 @@ def sample(job: Path, preset: dict, tokenizer, file: str, seed: int, key: str) -
     character or an unusual choice of tokens loses it, as does saying the same as another. Lost ones are counted.
     """
     asked, n = read_lines(job / file), preset["continuations"]
-    prompts = [row["prompt"] for row in asked]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(str(job / "reference"), dtype=compute_dtype("auto", device)[0], device=device)
-    unfinished = job / f"sampled-{file}.{key[:12]}"                         # the key: another job's lines are not used
-    done = read_lines(unfinished, whole=True) if unfinished.is_file() else []
-    write_lines(unfinished, done)
-    progress, rows = Progress(f"sample {file}", len(done)), (AT_ONCE if device == "cpu" else 4 * AT_ONCE) // n * n
-    with unfinished.open("a", encoding="utf-8") as out:
-        for start in range(len(done), len(prompts), rows // n):
-            part = prompts[start : start + rows // n]
-            encoded = [encode_prompt(prompt, tokenizer, 2 * MAX_PROMPT)[0] for prompt in part for _ in range(n)]
-            ids = generate(model, encoded, preset["max_response"], tokenizer.eos, seed=seed, batch=rows,
-                           rows=list(range(start * n, (start + len(part)) * n)))
-            texts = [response_of(response, tokenizer) for response in ids]
-            for i, row in enumerate(asked[start : start + len(part)]):
-                kept = list(dict.fromkeys(text for text in texts[i * n : (i + 1) * n] if text))
-                out.write(json.dumps(row | {"responses": kept, "lost": n - len(kept)}) + "\n")
-            out.flush()
-            progress(start + len(part), len(prompts))
-    os.replace(unfinished, job / f"sampled-{file}")
+    rows = (AT_ONCE if device == "cpu" else 4 * AT_ONCE) // n * n
+
+    def continued(start: int, part: list[dict]) -> list[dict]:
+        encoded = [encode_prompt(row["prompt"], tokenizer, 2 * MAX_PROMPT)[0] for row in part for _ in range(n)]
+        ids = generate(model, encoded, preset["max_response"], tokenizer.eos, seed=seed, batch=rows,
+                       rows=list(range(start * n, (start + len(part)) * n)))
+        texts = [response_of(response, tokenizer) for response in ids]
+        kept = [list(dict.fromkeys(filter(None, texts[i * n : (i + 1) * n]))) for i in range(len(part))]
+        return [row | {"responses": responses, "lost": n - len(responses)} for row, responses in zip(part, kept)]
+
+    line_by_line(job / f"sampled-{file}", key, asked, rows // n, continued, f"sample {file}")
 
 
 def response_of(ids: list[int], tokenizer) -> str | None:
@@ -124,15 +116,19 @@ def response_of(ids: list[int], tokenizer) -> str | None:
     return text if text.strip() and "\ufffd" not in text and tokenizer.encode(text) == ids else None
 
 
-def annotate(job: Path, file: str) -> None:
-    """scored-FILE: every annotator's score of every continuation, its prompt in front of it."""
+def annotate(job: Path, file: str, key: str) -> None:
+    """scored-FILE: every annotator's score of every continuation, its prompt in front of it; goes on where it was
+    interrupted."""
+    def scored(_, part: list[dict]) -> list[dict]:
+        texts = [row["prompt"] + response for row in part for response in row["responses"]]
+        scores, done = score(texts, list(NAMES), job), 0
+        for row in part:
+            own = slice(done, done := done + len(row["responses"]))
+            row["scores"] = {name: [round(s, 6) for s in column[own]] for name, column in scores.items()}
+        return part
+
     rows = [row for row in read_lines(job / f"sampled-{file}") if len(row["responses"]) > 1]
-    texts = [row["prompt"] + response for row in rows for response in row["responses"]]
-    scores, done = score(texts, list(NAMES), job), 0
-    for row in rows:
-        part = slice(done, done := done + len(row["responses"]))
-        row["scores"] = {name: [round(s, 6) for s in column[part]] for name, column in scores.items()}
-    write_lines(job / f"scored-{file}", rows)
+    line_by_line(job / f"scored-{file}", key, rows, 512, scored, f"annotate {file}")
 
 
 # ---- pairs
@@ -212,7 +208,7 @@ def prepare(job: Path, of: DataSet, preset: dict, model: str, distilbert: str | 
         key = key_of(preset["max_response"], preset["continuations"], seed, job / file, tuned / "model.safetensors")
         stage(job, f"sample-{name}", key, [f"sampled-{file}"], lambda: sample(job, preset, tokenizer, file, seed, key))
         key = key_of(job / f"sampled-{file}", job / "judge.json")
-        stage(job, f"annotate-{name}", key, [f"scored-{file}"], lambda: annotate(job, file))
+        stage(job, f"annotate-{name}", key, [f"scored-{file}"], lambda: annotate(job, file, key))
     names = ("annotators", "domains", "seed", "margin", "agree", "users", "pairs", "context", "heldout_pairs",
              "new_users", "new_pairs")
     longest, scored = longest_prompt(tokenizer), [job / f"scored-{file}" for file in FILES.values()]

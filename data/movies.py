@@ -17,6 +17,7 @@ from mixdpo import fetch
 from mixdpo.config import InputError
 
 OWN, ARCHIVE = "imdb.jsonl.gz", "aclImdb_v1.tar.gz"
+MOST = 2**20  # bytes of a review in the archive
 LABELS = {"pos": 1, "neg": 0, "unsup": None}
 
 
@@ -88,6 +89,8 @@ def read_archive(path: Path):
     with tarfile.open(path) as archive:
         for member in archive:
             if found := re.fullmatch(r"aclImdb/(train|test)/(pos|neg|unsup)/\d+_\d+\.txt", member.name):
+                if member.size > MOST:
+                    raise InputError(f"{path}: {member.name} has {member.size} bytes, wanted a review of {MOST} at most")
                 split = "unsup" if found[2] == "unsup" else found[1]
                 yield archive.extractfile(member).read().decode("utf-8"), split, LABELS[found[2]]
 

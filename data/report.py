@@ -1,12 +1,21 @@
-"""The report of a job: report.md, and its pictures in report/*.png."""
+"""The report of a job: report.md, the same as report.html, and its pictures in report/*.png."""
 
+import html
 import json
 from pathlib import Path
 from urllib.parse import quote
 
+from markdown_it import MarkdownIt
+
 from data import domains, pictures, tables, users
 from data.job import read_job
 from mixdpo.config import write_whole
+
+
+BREAK = "\ue000"  # stands for a line break while Markdown is read
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto } th, td { padding: .2em .7em }
+tr:nth-child(even) { background: #f6f6f6 } th { border-bottom: 1px solid #888 } img { max-width: 100% }"""
 
 
 def report(home: Path) -> Path:
@@ -32,8 +41,18 @@ def report(home: Path) -> Path:
         sections[1:1] = [domains.rewards_by_domain, domains.gates, domains.likelihoods]
     title = f"# {tables.escape(home.resolve().name)}"
     parts = [title, *(write(job) for write in sections), *drawings, tables.samples(job)]
-    write_whole(home / "report.md", "\n\n".join(parts) + "\n")
+    text = "\n\n".join(parts) + "\n"
+    write_whole(home / "report.md", text)
+    write_whole(home / "report.html", page(home.resolve().name, text))
     return home / "report.md"
+
+
+def page(title: str, text: str) -> str:
+    """Markdown as a page of its own. Markup in it is text: html=False lets none through but our own line breaks."""
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text.replace("<br>", BREAK))
+    body = body.replace(BREAK, "<br>")
+    return (f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
+            f"<style>{STYLE}</style>\n<body>\n{body}</body>\n</html>\n")
 
 
 def planted_report(folder: Path) -> Path:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from mixdpo import fetch
+from mixdpo.rundir import Progress
 
 VERSION = 1     # part of every key: raise it when a stage's result changes
 
@@ -23,6 +24,23 @@ def read_lines(path: Path, whole: bool = False) -> list[dict]:
     """whole: leaves out a last line that an interruption cut short."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in (lines[:-1] if whole else lines) if line]
+
+
+def line_by_line(path: Path, key: str, items: list, size: int, work, name: str) -> None:
+    """Writes a line for each item: work(n, the items from n on, `size` at most) -> objects. Goes on where it was
+    interrupted, in the same parts, so the file is the same to the byte; key: another job's lines are not used."""
+    unfinished = path.with_name(f"{path.name}.{key[:12]}")
+    done = read_lines(unfinished, whole=True) if unfinished.is_file() else []
+    done = done[: len(done) // size * size]                                 # whole parts
+    write_lines(unfinished, done)
+    progress = Progress(name, len(done))
+    with unfinished.open("a", encoding="utf-8") as out:
+        for start in range(len(done), len(items), size):
+            part = items[start : start + size]
+            out.writelines(json.dumps(row) + "\n" for row in work(start, part))
+            out.flush()
+            progress(start + len(part), len(items))
+    os.replace(unfinished, path)
 
 
 def key_of(*inputs) -> str:

@@ -14,6 +14,7 @@ Left out: any guess at what a damaged or unknown field may have meant.
 """
 
 import gzip
+import itertools
 import json
 import math
 import zlib
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from mixdpo.config import InputError
 
+LONGEST = 2**26  # bytes of a line
 TEXTS, OPTIONAL = ("prompt", "chosen", "rejected"), ("user", "annotator", "scores", "context", "domain")
 
 
@@ -35,13 +37,20 @@ class Fault(InputError):
 def lines(path):
     """Yields the lines of a .jsonl or .jsonl.gz file as bytes: only a newline ends one, U+2028 inside a text does not.
 
-    Raises: InputError if there is no such file, or if its packed form is damaged.
+    Raises: InputError if there is no such file, if its packed form is damaged, or if a line is longer than LONGEST: a
+    packed file may unpack to any size.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; wanted preferences as .jsonl or .jsonl.gz")
     with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
         try:
-            yield from file
+            for number in itertools.count(1):
+                if not (raw := file.readline(LONGEST + 1)):
+                    return
+                if len(raw) > LONGEST:
+                    raise InputError(f"{path}:{number}: more than {LONGEST >> 20} MiB without a newline; wanted one "
+                                     "object a line")
+                yield raw
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise InputError(f"{path}: not a whole gzip file ({error}); fetch it or pack it again") from None
 

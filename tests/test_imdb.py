@@ -211,6 +211,29 @@ def test_interrupted_sampling_goes_on_to_the_same_texts(tiny, tmp_path, monkeypa
     assert not list(tmp_path.glob("*.kkkk*"))
 
 
+def test_interrupted_annotation_goes_on_to_the_same_file(tmp_path, monkeypatch):
+    """Caught: whole parts done again, a part cut elsewhere than before, a torn line kept, the file other than in one
+    go."""
+    rows = [{"prompt": f"p{n}", "responses": ["a" * n, "b", "c"][: 1 + n % 3]} for n in range(1500)]
+    write_lines(tmp_path / "sampled-p.jsonl", rows)
+    calls = []
+
+    def score(texts, names, job):
+        calls.append(len(texts))
+        return {name: [len(text) + n for n, text in enumerate(texts)] for name in names}   # the place in a part counts
+
+    monkeypatch.setattr(experiment, "score", score)
+    experiment.annotate(tmp_path, "p.jsonl", "k" * 64)
+    whole, parts = (tmp_path / "scored-p.jsonl").read_bytes(), list(calls)
+    (tmp_path / "scored-p.jsonl").unlink()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "scored-p.jsonl.kkkkkkkkkkkk").write_bytes(b"".join(lines[:700]) + lines[700][:9])
+    calls.clear()
+    experiment.annotate(tmp_path, "p.jsonl", "k" * 64)
+    assert (tmp_path / "scored-p.jsonl").read_bytes() == whole and calls == parts[1:] and len(parts) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sampled-p.jsonl", "scored-p.jsonl"]
+
+
 # ---- pairs
 
 

@@ -68,7 +68,7 @@ def small(**options):
 def run(folder, model, records, name="run", **options):
     """train.run on `records` in folder/NAME; returns the run's directory."""
     data = folder / f"{name}.jsonl"
-    if not data.exists() or options.pop("rewrite", False):
+    if "data" not in options and not data.exists():
         write(data, records)
     paths = dict(data=str(data), model=str(model), out=str(folder / name))
     return train.run(train.TrainConfig(**paths | small(**options)))
