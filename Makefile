@@ -19,13 +19,16 @@ show: .venv/ready         ## one batch, its prompt, response, end token and padd
 	$(PY) -m mixdpo.show $(RUN)/train.jsonl
 
 test: .venv/ready         ## the test suite
-	$(PY) -m pytest tests --ignore=tests/peers --ignore=tests/bench
+	$(PY) -m pytest tests --ignore=tests/peers --ignore=tests/bench --ignore=tests/chaos
 
 bench: .venv/peers        ## time and memory of a step, side by side with plain PyTorch and TRL
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m tests.bench.step
 
 bench-gpu: .venv/ready    ## what only a GPU can show: the kernels' tests, time and memory; writes docs/results/h100.md
 	$(PY) -m tests.bench.gpu
+
+chaos: .venv/chaos        ## runs that are killed, disks that fail, files that are damaged: a table of what was survived
+	$(PY) -m tests.chaos
 
 peers: .venv/peers        ## the same numbers as transformers, tokenizers, PEFT and TRL give
 	$(PY) -m pytest tests/peers
@@ -40,4 +43,8 @@ peers: .venv/peers        ## the same numbers as transformers, tokenizers, PEFT 
 	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/peers/requirements.txt
 	touch $@
 
-.PHONY: help train eval show test bench bench-gpu peers
+.venv/chaos: .venv/ready tests/chaos/requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/chaos/requirements.txt
+	touch $@
+
+.PHONY: help train eval show test bench bench-gpu chaos peers

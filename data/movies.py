@@ -90,7 +90,7 @@ def read_archive(path: Path):
         for member in archive:
             if found := re.fullmatch(r"aclImdb/(train|test)/(pos|neg|unsup)/\d+_\d+\.txt", member.name):
                 if member.size > MOST:
-                    raise InputError(f"{path}: {member.name} has {member.size} bytes, wanted a review of {MOST} at most")
+                    raise InputError(f"{path}: {member.name} has {member.size} bytes, wanted {MOST} at most")
                 split = "unsup" if found[2] == "unsup" else found[1]
                 yield archive.extractfile(member).read().decode("utf-8"), split, LABELS[found[2]]
 

@@ -51,7 +51,7 @@ def checked(config, path):
     for field, most in LIMITS.items():
         value = getattr(config, field, 1)
         if type(value) is not int or not 1 <= value <= most:
-            raise InputError(f"{path}: {field} is {value!r:.80}, wanted a whole number from 1 to {most}; fetch it again")
+            raise InputError(f"{path}: {field} is {value!r:.80}, wanted a whole number from 1 to {most}; get it again")
     scaling = vars(config.scaling) if getattr(config, "scaling", None) else {}
     for field, value in ({"eps": config.eps, "theta": getattr(config, "theta", 1.0)} | scaling).items():
         if type(value) not in (int, float) or not 0 < value < math.inf:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -166,3 +167,47 @@ def test_tables_need_no_matplotlib_and_pictures_no_pyplot():
     check += "import data.report; assert 'matplotlib.pyplot' not in sys.modules, 'pictures'"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---- as a page
+
+OWNED = '<script>document.title = "owned"</script><img src=x onerror=\'document.title="owned"\'> <br> [a](javascript:1)\nline'
+
+
+def hostile_page(home):
+    """The report as a page, of a job whose completions and names are markup."""
+    rows = [json.loads(line) for line in (home / "samples.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["texts"] = {name: row["prompt"] + OWNED for name in row["texts"]}
+    (home / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report(home)
+    return home / "report.html"
+
+
+def test_the_page_shows_markup_as_text(home):
+    """Caught: HTML let through, a link made of a text, our own line breaks shown as text."""
+    page = hostile_page(home).read_text()
+    body = page[page.index("<body>") :]
+    assert "&lt;script&gt;document.title" in body and "<script" not in body and "<br>" in body
+    images = re.findall(r"<img ([^>]*)>", body)
+    assert images and all(re.fullmatch(r'src="report/[\w%.-]+" alt="[^"]*" /', image) for image in images)
+    known = "body h1 h2 p ul li table thead tbody tr th td img br em code strong"
+    assert {*re.findall(r"<([a-z0-9]+)", body)} <= {*known.split()}
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page in")
+def test_a_browser_shows_markup_as_text(home, tmp_path):
+    """The page in a real browser. Caught: a script in a completion that runs."""
+    page = hostile_page(home)
+
+    def opened(path):
+        call = subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+                               "--no-first-run", "--disable-background-networking", "--disable-component-update",
+                               "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+                               path.as_uri()], capture_output=True, text=True, timeout=120)
+        return call.stdout
+
+    dom = opened(page)
+    assert "<title>imdb-quick</title>" in dom and "&lt;script&gt;document.title" in dom, dom[:500]
+    page.write_text(page.read_text().replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"'))
+    assert "<title>owned</title>" in opened(page), "the browser runs scripts, so that they did not run says something"

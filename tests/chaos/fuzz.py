@@ -14,11 +14,9 @@ import json
 import os
 import random
 import resource
-import shutil
 import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -37,8 +35,6 @@ from mixdpo.rundir import load_checkpoint, save_checkpoint
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import load_model
 from test_gguf import METADATA, TENSORS, gguf
-
-
 
 SECONDS, GROWTH = 5, 2**30
 CLOCKS = ((signal.SIGPROF, signal.ITIMER_PROF, SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, 10 * SECONDS))
@@ -118,7 +114,8 @@ def make_tokenizer(folder: Path):
 
 def make_checkpoint(folder: Path):
     for step in (1, 2):
-        save_checkpoint(folder, {"x": torch.arange(6.0), "y": torch.ones(2).bfloat16()}, {"step": step, "config": {}}, 2)
+        tensors = {"x": torch.arange(6.0), "y": torch.ones(2).bfloat16()}
+        save_checkpoint(folder, tensors, {"step": step, "config": {}}, 2)
     return folder / "checkpoint" / "00000002.safetensors", lambda path: load_checkpoint(folder, {})
 
 

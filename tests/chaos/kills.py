@@ -75,7 +75,7 @@ def state_of(run: Path) -> dict:
     files = {path.name: path.read_bytes() for path in (run / "metrics.jsonl", run / "responsibilities.jsonl")}
     for path in rundir.checkpoints(run):
         tensors, facts = whole.read_tensors(path)
-        files |= {f"{path.name} {name}": (x.dtype, x.shape, x.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        files |= {f"{path.name} {name}": (x.dtype, x.shape, bytes(x.reshape(-1).contiguous().view(torch.uint8).numpy()))
                   for name, x in tensors.items()} | {path.name: facts["step"]}
     return files
 
