@@ -36,6 +36,7 @@ from mixdpo.preferences import encode_prompt
 from mixdpo.rundir import compute_dtype
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import load_model
+from mixdpo.whole import alone
 from train import TrainConfig, run
 
 MAX_PROMPT = 16  # tokens of a review that make a prompt
@@ -255,6 +256,12 @@ def main(of: DataSet, argv: list[str]) -> None:
     retain_pages()
     config = parse(ExperimentConfig, argv, f"python -m data.{of.name}")
     name, preset, job = chosen(of, config)
+    with alone(job):
+        whole_job(of, config, name, preset, job)
+
+
+def whole_job(of: DataSet, config, name: str, preset: dict, job: Path) -> None:
+    """Everything, or what is left of it."""
     begun = begun_with(job)
     model, why = (begun["model"], "as the job began") if begun and not config.model else choose_model(config)
     goes_on = begun and not config.sentiment

@@ -30,6 +30,7 @@ from mixdpo.config import InputError, parse
 from mixdpo.memory import retain_pages
 from mixdpo.preferences import encode_prompt, encode_response
 from mixdpo.tokenizer import load_tokenizer
+from mixdpo.whole import alone
 
 
 FILES = ["train.jsonl", "heldout.jsonl", "adapt-new-user.jsonl", "adapt-new-user-new-prompt.jsonl", "prompts.jsonl",
@@ -189,14 +190,15 @@ def main(of: Judged, argv: list[str]) -> None:
         runs = {name: run | ({"em": "incremental"} if run.get("latent") == "user" else {})  # no batch holds a user
                 for name, run in preset["runs"].items()}
         preset |= {"users": 1, "pairs": 0, "runs": runs}
-    model = config.model or "smollm2"
-    begin(job, {"preset": name, "model": model, "settings": json.loads(json.dumps(preset))})
-    tokenizer = load_tokenizer(model, config.data_folder or None)
-    own = [Path(config.data_folder) / source for source in of.sources] if config.data_folder else []
-    source = [fetch.sha256_of(file) for file in own if file.is_file()] or "fetched"
-    sizes = {key: value for key, value in preset.items() if key not in ("runs", "train")}
-    stage(job, "judge", key_of(sizes, source, tokenizer.key), FILES,
-          lambda: judge(job, of, preset, tokenizer, config.data_folder or None))
-    if not config.data_only:
-        shared = {name: preset[name] for name in ("max_prompt", "max_response", "seed")}
-        train_and_evaluate(job, preset, {"model": model, "data_folder": config.data_folder} | shared)
+    with alone(job):
+        model = config.model or "smollm2"
+        begin(job, {"preset": name, "model": model, "settings": json.loads(json.dumps(preset))})
+        tokenizer = load_tokenizer(model, config.data_folder or None)
+        own = [Path(config.data_folder) / source for source in of.sources] if config.data_folder else []
+        source = [fetch.sha256_of(file) for file in own if file.is_file()] or "fetched"
+        sizes = {key: value for key, value in preset.items() if key not in ("runs", "train")}
+        stage(job, "judge", key_of(sizes, source, tokenizer.key), FILES,
+              lambda: judge(job, of, preset, tokenizer, config.data_folder or None))
+        if not config.data_only:
+            shared = {name: preset[name] for name in ("max_prompt", "max_response", "seed")}
+            train_and_evaluate(job, preset, {"model": model, "data_folder": config.data_folder} | shared)

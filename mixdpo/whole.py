@@ -38,7 +38,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict) -> 
     part, text = path.with_name(f"{path.name}.{os.getpid()}.part"), json.dumps(facts)
     try:
         try:
-            save_file(tensors, part, {"facts": text, "sha256": digest(tensors, text)})
+            save_file(tensors, part, {"whole": json.dumps([digest(tensors, text), text])})  # one key: the same bytes
         except SafetensorError as error:                                    # how it tells of a full disk
             raise OSError(f"{part}: {error}") from None
         sync(part)
@@ -52,13 +52,13 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """The tensors and the facts of a file that write_tensors wrote. Raises: Damaged if it is not as it was then."""
     try:
         with safe_open(path, framework="pt") as file:
-            told = file.metadata() or {}
+            sha256, text = json.loads((file.metadata() or {})["whole"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if digest(tensors, told["facts"]) != told["sha256"]:
-            raise Damaged(f"{path}: its bytes are not those that were written")
-        return tensors, json.loads(told["facts"])
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise Damaged(f"{path}: is not whole ({error})") from None
+    if digest(tensors, text) != sha256:
+        raise Damaged(f"{path}: its bytes are not those that were written")
+    return tensors, json.loads(text)
 
 
 def sync(path: Path) -> None:

@@ -268,7 +268,8 @@ def run(name: str, cases: int, number: int, keep: Path | None = None) -> dict:
         os.close(receive)
         with os.fdopen(send, "w") as out:
             torch.set_num_threads(1)
-            sys.stdout = io.StringIO()
+            sys.stdout, quiet = io.StringIO(), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(quiet, 2)                                               # what libraries in Rust say as they panic
             try:
                 fuzz(name, cases, number, keep, lambda wrong: print(json.dumps(wrong), file=out))
             except BaseException as error:
