@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from mixdpo import config as configs
-from mixdpo.config import InputError
+from mixdpo.config import InputError, Stopped
 from mixdpo.experts import Heads, load_state, trained_state
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.preferences import data_key
 from mixdpo.records import lines
-from mixdpo.rundir import Progress, compute_dtype, load_checkpoint, save_checkpoint
+from mixdpo.rundir import Progress, Stop, compute_dtype, load_checkpoint, save_checkpoint
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import content_key, load_model, save_model
 from train import minimise
@@ -97,20 +97,23 @@ def tune(policy, blocks: torch.Tensor, config: FinetuneConfig, unfinished: Path,
             t = state["step"]
             print(f"resumed at step {t} of {config.steps}")
     progress = Progress("finetune", t)
-    while t < config.steps:
-        set_rate(optimizer, t, config.steps, config.steps // 10)
-        loss = -block_logps(policy, blocks[plan[t]].to(policy.trunk.unembedding.device)).mean()
-        try:
-            minimise(loss, optimizer, clip=1.0)
-        except FloatingPointError as error:
-            raise InputError(f"{config.data}: step {t}: {error}; nothing was saved. Lower --lr") from None
-        t += 1
-        progress(t, config.steps, f"loss {loss.item():.4f}")
-        if time.monotonic() - saved > 60 * config.save_minutes and t < config.steps:
-            unfinished.mkdir(parents=True, exist_ok=True)
-            tensors = trained_state(policy) | optimizer_state(optimizer, names)
-            save_checkpoint(unfinished, tensors, {"step": t, "config": settings}, keep=1)
-            saved = time.monotonic()
+    with Stop() as stop:
+        while t < config.steps:
+            set_rate(optimizer, t, config.steps, config.steps // 10)
+            loss = -block_logps(policy, blocks[plan[t]].to(policy.trunk.unembedding.device)).mean()
+            try:
+                minimise(loss, optimizer, clip=1.0)
+            except FloatingPointError as error:
+                raise InputError(f"{config.data}: step {t}: {error}; nothing was saved. Lower --lr") from None
+            t += 1
+            progress(t, config.steps, f"loss {loss.item():.4f}")
+            if t < config.steps and (stop.asked or time.monotonic() - saved > 60 * config.save_minutes):
+                unfinished.mkdir(parents=True, exist_ok=True)
+                tensors = trained_state(policy) | optimizer_state(optimizer, names)
+                save_checkpoint(unfinished, tensors, {"step": t, "config": settings}, keep=1)
+                saved = time.monotonic()
+                if stop.asked:
+                    raise Stopped(f"{config.out}: stopped and saved after step {t} of {config.steps}")
 
 
 def read_blocks(path: str, tokenizer, tokens: int) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 import tinyjob
 from data import finetune as module
 from data.finetune import FinetuneConfig, finetune, read_blocks
-from mixdpo.config import InputError
+from mixdpo.config import InputError, Stopped
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import load_model
 
@@ -108,6 +110,26 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path, mod
     for name, value in load_model(out).state_dict().items():
         assert torch.equal(value, whole[name]), name
     assert sorted(path.name for path in folders["cut"].iterdir()) == ["reviews.jsonl", "tuned"]
+
+
+def test_a_stop_saves_after_the_step(tmp_path, model_dir, monkeypatch):
+    """Caught: a signal that waits for the end; nothing saved; another result."""
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = load_model(tune(tmp_path / "whole", model_dir, steps=6)).state_dict()
+    real, steps = module.minimise, []
+
+    def signalled(*args, **options):
+        steps.append(None)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, "minimise", signalled)
+    with pytest.raises(Stopped, match="tuned: stopped and saved after step 3 of 6"):
+        tune(tmp_path / "cut", model_dir, steps=6)
+    found = load_model(tune(tmp_path / "cut", model_dir, steps=6)).state_dict()
+    assert len(steps) == 6 and all(torch.equal(whole[name], value) for name, value in found.items())
 
 
 def test_other_weights_under_the_same_name_are_tuned_anew(tmp_path):
