@@ -281,25 +281,21 @@ def learn(config: TrainConfig, same: dict, stop: Stop) -> None:
     """All steps that are left. same: what a checkpoint must have been written with. Raises: Stopped, all saved."""
     out, (experts, plan, reference, model_key, device) = Path(config.out), prepare(config)
     same = same | {"model_key": model_key}
-    found = load_checkpoint(out, same)
     ref_logp, (gate, inputs) = reference.logp.to(device), make_gate(plan, reference, config, device)
     optimizer, names = make_optimizer(experts, config.lr, config.head_lr, gate, config.gate_lr, config.moments,
                                       config.seed, once_a_step(experts) if config.in_backward else [])
     if config.robust and not gate.users:
         raise InputError(f"{config.data}: --robust weighs users, and no line names one")
     start = make_start(gate, inputs, plan, reference.features, config)
+    carried = resumed(out, same, experts, gate, optimizer, names, device)
     configs.save(config, out / "config.json")                               # not before all input is known to be good
-    users = inputs.user.bincount(minlength=gate.users + 1)                  # (U+1,)
-    carried = Carried(0, torch.full((len(plan.units), config.experts), torch.nan),
-                      torch.full((len(plan.visits), config.experts), torch.nan), users.clamp_max(1).log().to(ref_logp))
-    if found:
-        tensors, state = found
-        load_state(experts, tensors, out)
-        load_gate(gate, tensors)
-        load_optimizer_state(optimizer, names, tensors)
-        carried = Carried(state["step"], tensors["table"], tensors["kept"], tensors["log_v"].to(device))
+    if carried:
         print(f"resumed at step {carried.t} of {len(plan.steps)}")
-    elif not config.init_experts:
+    else:
+        users = inputs.user.bincount(minlength=gate.users + 1).clamp_max(1).log().to(ref_logp)              # (U+1,)
+        carried = Carried(0, torch.full((len(plan.units), config.experts), torch.nan),
+                          torch.full((len(plan.visits), config.experts), torch.nan), users)
+    if carried.t == 0 and not config.init_experts:
         first = micro_batches(plan, plan.steps[0][1], config)[0]
         log_w = gate(inputs[first.units]).detach()[first.train.group.to(device)]
         check_start(experts, first.train, ref_logp, log_w, config.beta)
@@ -334,6 +330,17 @@ def learn(config: TrainConfig, same: dict, stop: Stop) -> None:
     log.close()
 
 
+def resumed(out: Path, same: dict, experts, gate, optimizer, names: list[str], device) -> Carried | None:
+    """Puts the run's newest whole checkpoint back; None if there is none."""
+    if (found := load_checkpoint(out, same)) is None:
+        return None
+    tensors, state = found
+    load_state(experts, tensors, out)
+    load_gate(gate, tensors)
+    load_optimizer_state(optimizer, names, tensors)
+    return Carried(state["step"], tensors["table"], tensors["kept"], tensors["log_v"].to(device))
+
+
 def told_of_batch(error: FloatingPointError, plan, t: int, config) -> str:
     """What to say of a step that gave no number. Its lines are copied beside the run, to be looked at."""
     numbers = {plan.pairs[i].line for v in plan.steps[t][1] for i in plan.visits[v].trained}
@@ -355,8 +362,7 @@ def run(config: TrainConfig) -> Path:
     same |= {"data_key": data_key(config.data)}
     try:
         with alone(Path(config.out)), Stop() as stop:
-            found = load_checkpoint(Path(config.out), same)
-            if found and found[1]["finished"]:
+            if (load_checkpoint(Path(config.out), same) or ({}, {"finished": False}))[1]["finished"]:
                 print(f"{config.out}: finished before")
             else:
                 print(json.dumps(dataclasses.asdict(config) | environment()))

@@ -132,8 +132,10 @@ def test_a_run_from_another_model_under_the_same_name_is_refused(tmp_path, monke
         stop_at(patch, "step", 3)
         tinyjob.run(tmp_path, model, tinyjob.make_records(), save_minutes=0.0)
     tinyjob.make_model(tmp_path / "model", seed=1)
+    (tmp_path / "run" / "config.json").write_text("as it was")
     with pytest.raises(InputError, match="model"):
         tinyjob.run(tmp_path, model, None)
+    assert (tmp_path / "run" / "config.json").read_text() == "as it was"
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
