@@ -50,7 +50,10 @@ def step_summary(log_q: torch.Tensor, log_w: torch.Tensor, h: torch.Tensor) -> d
     }
 
 
-def alarms(metrics: list[dict], experts: int, start_steps: int, window: int = 20) -> dict[str, str]:
+WINDOW = 20     # steps that an alarm looks back
+
+
+def alarms(metrics, experts: int, start_steps: int, window: int = WINDOW) -> dict[str, str]:
     """Name -> what is wrong and what to do, from the last `window` steps behind the start's; none while they are fewer.
 
     Posterior collapse: responsibilities move from the weights by less than a hundredth of ln K, these are no sharper

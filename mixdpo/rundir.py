@@ -15,12 +15,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 import torch
 
 from mixdpo.config import InputError, write_whole
-from mixdpo.diagnostics import alarms
+from mixdpo.diagnostics import WINDOW, alarms
 from mixdpo.whole import Damaged, read_tensors, write_tensors
 
 
@@ -82,7 +83,8 @@ class Log:
 
     def __init__(self, run: Path, t: int, total: int, config):              # t: steps done before; later lines go
         self.metrics, self.q = keep_lines(run / "metrics.jsonl", t), keep_lines(run / "responsibilities.jsonl", t)
-        self.history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        told = (run / "metrics.jsonl").read_text().splitlines()[-WINDOW:]
+        self.history = deque(map(json.loads, told), maxlen=WINDOW)          # all that alarms look at
         self.total, self.config, self.progress, self.rung = total, config, Progress(run.name, t), set()
 
     def step(self, figures: dict, groups: list[int], log_q: torch.Tensor) -> None:

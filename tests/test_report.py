@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib", reason="the pictures need the `plots` extra")
 
 from data.job import annotators_of, read_job  # noqa: E402
 from data.pictures import ANNOTATORS, accuracy, histogram, responsibilities, rewards, training  # noqa: E402
-from data.report import report  # noqa: E402
+from data.report import page as as_page, report  # noqa: E402
 
 
 @pytest.fixture
@@ -191,6 +191,7 @@ def test_the_page_shows_markup_as_text(home):
     assert "&lt;script&gt;document.title" in body and "<script" not in body and "<br>" in body
     images = re.findall(r"<img ([^>]*)>", body)
     assert images and all(re.fullmatch(r'src="report/[\w%.-]+" alt="[^"]*" /', image) for image in images)
+    assert "&lt;b&gt;x&lt;/b&gt;" in as_page("t", "<b>x</b>"), "what escape() missed would be text, too"
     known = "body h1 h2 p ul li table thead tbody tr th td img br em code strong"
     assert {*re.findall(r"<([a-z0-9]+)", body)} <= {*known.split()}
 
