@@ -29,7 +29,6 @@ def runs(experts: int, of_users: dict, of_mixtures: dict = {}, seeds: int = 1, *
 SMOKE = COMMON | {
     "annotators": TWO, "prompts": 24, "heldout": 12, "evaluate": 8, "max_response": 16, "margin": 0.1,
     "users": 4, "pairs": 10, "context": 3, "heldout_pairs": 4, "new_users": 2, "new_pairs": 6, "reviews": 60,
-    "judge_reviews": 8000,
     "finetune": {"steps": 2, "batch": 4, "tokens": 64, "held": 8},
     "train": {"epochs": 1, "batch": 20, "micro": 10}, "runs": runs(2, {"start_steps": 1, "estep": "context"}),
 }
