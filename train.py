@@ -12,6 +12,9 @@ One optimizer step is `step`, and for each of its micro-batches `accumulate`:
     M-step of the gate, on all visits of the step:  KL(q || w(x))         (M9), or fixed weights' closed form (M10)
     AdamW
 
+One run is `run` (one process a directory, what memory refuses), in it `learn` (set-up, the loop, checkpoints), and for
+each step of the plan `advance`, which carries responsibilities and weights on.
+
 q is known before where it comes from the start (start.py), from a pair's first visit, or from context pairs, which have
 a forward pass of their own (`posterior`).
 
