@@ -27,6 +27,9 @@ bench: .venv/peers        ## time and memory of a step, side by side with plain 
 bench-gpu: .venv/ready    ## what only a GPU can show: the kernels' tests, time and memory; writes docs/results/h100.md
 	$(PY) -m tests.bench.gpu
 
+study: .venv/ready        ## one study, its page in docs/studies: make study NAME=fixed|separation|gate|collapse|ood|noise|experts|data|peers
+	$(PY) -m data.studies --name $(NAME) $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data-folder $(DATA))
+
 chaos: .venv/chaos        ## runs that are killed, disks that fail, files that are damaged: a table of what was survived
 	$(PY) -m tests.chaos
 
@@ -47,4 +50,4 @@ peers: .venv/peers        ## the same numbers as transformers, tokenizers, PEFT 
 	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/chaos/requirements.txt
 	touch $@
 
-.PHONY: help train eval show test bench bench-gpu chaos peers
+.PHONY: help train eval show test bench bench-gpu study chaos peers

@@ -29,7 +29,7 @@ from mixdpo.finished import Run, find_runs, load_run
 from mixdpo.gates import READS_PROMPT
 from mixdpo.generate import choose_expert, generate
 from mixdpo.heldout import expert_logp, margins_of, preference_figures, weights
-from mixdpo.memory import retain_pages
+from mixdpo.memory import steady
 from mixdpo.mixture import mixture_logp
 from mixdpo.preferences import Pair, encode_prompt
 from mixdpo.records import check_messages, check_string, lines
@@ -296,7 +296,7 @@ def write_report(folder: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    retain_pages()
+    steady()
     flags = argv if argv and argv[0].startswith("-") else ["--dir", *argv]
     config = configs.parse(EvalConfig, flags, "python eval.py DIR")
     if config.judge or config.against:

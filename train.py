@@ -43,7 +43,7 @@ from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
 from mixdpo.identifiability import counts_of, told
 from mixdpo.latent import Latent, latent_of, pooled, settle
 from mixdpo.logprob import sum_responses
-from mixdpo.memory import retain_pages
+from mixdpo.memory import steady
 from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, reweigh, update_weights, vary
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.options import TrainConfig, validate
@@ -378,7 +378,7 @@ def run(config: TrainConfig) -> Path:
 
 
 def main(argv: list[str]) -> None:
-    retain_pages()
+    steady()
     run(configs.parse(TrainConfig, argv, "python train.py"))
 
 

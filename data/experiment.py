@@ -31,7 +31,7 @@ from eval import EvalConfig, evaluate
 from mixdpo import fetch
 from mixdpo.config import InputError, parse, write_whole
 from mixdpo.generate import generate
-from mixdpo.memory import retain_pages
+from mixdpo.memory import steady
 from mixdpo.preferences import encode_prompt
 from mixdpo.rundir import compute_dtype
 from mixdpo.tokenizer import load_tokenizer
@@ -253,7 +253,7 @@ def train_and_evaluate(job: Path, preset: dict, shared: dict, **asked) -> None:
 
 def main(of: DataSet, argv: list[str]) -> None:
     """The data set's command."""
-    retain_pages()
+    steady()
     config = parse(ExperimentConfig, argv, f"python -m data.{of.name}")
     name, preset, job = chosen(of, config)
     with alone(job):

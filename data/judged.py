@@ -27,7 +27,7 @@ from data.pairs import name_users
 from data.stages import key_of, stage, write_lines
 from mixdpo import fetch
 from mixdpo.config import InputError, parse
-from mixdpo.memory import retain_pages
+from mixdpo.memory import steady
 from mixdpo.preferences import encode_prompt, encode_response
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.whole import alone
@@ -174,7 +174,7 @@ def judge(job: Path, of: Judged, preset: dict, tokenizer, data: str | None) -> N
 
 def main(of: Judged, argv: list[str]) -> None:
     """The data set's command."""
-    retain_pages()
+    steady()
     config = parse(JudgedConfig, argv, f"python -m data.{of.name}")
     name, preset, job = chosen(of, config)
     given = {"users": config.users, "pairs": config.pairs, "seed": config.seed + 1}

@@ -257,23 +257,71 @@ def knowledge(job: Job) -> dict[str, Figure]:
     return {"knowledge": figure}
 
 
-def planted(found: dict) -> Figure:
-    """ARI over the Bayes-optimal one's by the pairs a user judges, a panel a number of types (data/planted.py)."""
-    rows, kinds = found["rows"], list(dict.fromkeys(row["types"] for row in found["rows"]))
-    figure, axes = panels(len(kinds), 2, 3.4, 2.4, sharey=True)
-    for axis, kind in zip(axes, kinds):
-        x = [row["each"] for row in rows if row["types"] == kind]
-        for n, way in enumerate(users.WAYS):
-            y = [users.of_bayes(row, way) for row in rows if row["types"] == kind]
-            axis.errorbar(x, [f["mean"] for f in y], [f["se"] for f in y], color=ANNOTATORS[n], marker=MARKERS[n],
-                          linestyle=LINES[n], markersize=4, capsize=2, label=way)
-        axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(x, list(map(str, x)))
-        axis.set(title=f"{kind} types", xlabel="pairs a user judges")
-    axes[0].set_ylabel("ARI / Bayes-optimal ARI")
+# ---- of studies and planted worlds: panels of plain numbers
+
+
+def curves(shown: dict[str, dict[str, list[tuple]]], x: str, y: str, log: int = 0, lines: dict[str, float] = {},
+           columns: int = 3) -> Figure:
+    """Panel -> line -> (x, mean, SE or 0). log: base of the x axis, 0: linear; lines: level -> dotted, by name."""
+    figure, axes = panels(len(shown), columns, 3.2, 2.4, sharey=True)
+    for axis, (title, of) in zip(axes, shown.items()):
+        for n, (name, points) in enumerate(of.items()):
+            at, means, ses = zip(*points)
+            axis.errorbar(at, means, ses, color=ANNOTATORS[n % 6], marker=MARKERS[n % 6], linestyle=LINES[n % 4],
+                          markersize=3.5, capsize=2, label=name)
+        for n, (name, level) in enumerate(lines.items()):
+            axis.axhline(level, color=("black", "#999999")[n % 2], linewidth=0.8, linestyle=":", label=name)
+        if log:
+            ticks = sorted({p[0] for points in of.values() for p in points})
+            axis.set_xscale("log", base=log)
+            axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+            axis.minorticks_off()
+        axis.set(title=title, xlabel=x)
+    axes[0].set_ylabel(y)
     legend(figure, axes)
     return figure
+
+
+def maps(shown: dict[str, tuple[list, list, np.ndarray]], x: str, y: str, label: str, columns: int = 4,
+         low: float | None = None, high: float | None = None, marks: dict = {}) -> Figure:
+    """Panel -> (x values, y values, numbers (Y,X)); one scale for all. marks: panel -> [(x index, y index, sign)]."""
+    figure, axes = panels(len(shown), columns, 2.4, 2.1, sharex=True, sharey=True)
+    every = np.concatenate([np.ravel(z) for *_, z in shown.values()])
+    low, high = (np.nanmin(every) if low is None else low), (np.nanmax(every) if high is None else high)
+    for axis, (title, (xs, ys, z)) in zip(axes, shown.items()):
+        drawn = axis.imshow(z, origin="lower", aspect="auto", cmap="cividis", vmin=low, vmax=high)
+        for i, j, sign in marks.get(title, []):
+            axis.text(i, j, sign, ha="center", va="center", fontsize=7, color="white" if z[j][i] < (low + high) / 2
+                      else "black")
+        axis.set_xticks(range(len(xs)), [f"{v:g}" for v in xs])
+        axis.set_yticks(range(len(ys)), [f"{v:g}" for v in ys])
+        axis.set(title=title, xlabel=x, ylabel=y)
+        axis.grid(visible=False)
+        axis.label_outer()
+    figure.colorbar(drawn, ax=axes, label=label)
+    return figure
+
+
+def dots(shown: dict[str, dict[str, np.ndarray]], columns: int = 4) -> Figure:
+    """Panel -> group -> points (N,2), without scales: what is near is alike."""
+    figure, axes = panels(len(shown), columns, 2.6, 2.4)
+    for axis, (title, of) in zip(axes, shown.items()):
+        for n, (name, xy) in enumerate(of.items()):
+            axis.plot(*np.asarray(xy).T, MARKERS[n % 6], color=ANNOTATORS[n % 6], markersize=3, alpha=0.8, label=name)
+        axis.set(title=title, xticks=[], yticks=[])
+    legend(figure, axes)
+    return figure
+
+
+def planted(found: dict) -> Figure:
+    """ARI over the Bayes-optimal one's by the pairs a user judges, a panel a number of types (data/planted.py)."""
+    shown = {}
+    for row in found["rows"]:
+        for way in users.WAYS:
+            f = users.of_bayes(row, way)
+            points = shown.setdefault(f"{row['types']} types", {}).setdefault(way, [])
+            points.append((row["each"], f["mean"], f["se"]))
+    return curves(shown, "pairs a user judges", "ARI / Bayes-optimal ARI", 2, {"Bayes-optimal": 1.0})
 
 
 PICTURES = [  # title, how to read it, drawing

@@ -1,4 +1,4 @@
-"""Memory: activations that backward makes again, and pages that the process keeps.
+"""Memory: activations that backward makes again; pages and kernels that the process keeps.
 
     y = linear(activation(x))       autograd would keep x for the activation and activation(x) for the linear map; the
                                     second, the largest tensor of a block, is made again from the first: 23 % of a
@@ -8,6 +8,7 @@ A block as a whole is made again with a model's `checkpointing`. Then this is of
 """
 
 import ctypes
+import os
 
 import torch
 
@@ -30,9 +31,15 @@ def activated(linear, activation, *inputs, keep: bool = False):
         return linear(made)
 
 
-def retain_pages() -> None:
-    """Has the C library keep memory that is freed, for the next step, which wants as much: to give it back to the
-    system and have it cleared again takes up to a sixth of a step on a CPU. Where there is no glibc, nothing."""
+def steady() -> None:
+    """Has a process keep what each step wants again, and no more; to be called before the first product.
+
+    Pages: the C library keeps memory that is freed; to give it back to the system and have it cleared again takes up to
+    a sixth of a step on a CPU. Where there is no glibc, nothing.
+    Kernels: oneDNN, which multiplies in bfloat16 on a CPU, compiles one for every shape that it meets and keeps the
+    last 1,024: half a gigabyte after some dozens of steps, no two of which have the same lengths. A step has about 25.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                                   # malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:

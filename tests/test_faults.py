@@ -3,6 +3,7 @@ fuzzing are in tests/chaos. Docstrings name what each test catches."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import train
 from mixdpo import config as configs
 from mixdpo import fits, records
 from mixdpo.config import InputError, Stopped
-from mixdpo.rundir import checkpoints
+from mixdpo.rundir import checkpoints, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,6 +97,82 @@ def test_how_a_program_ends(monkeypatch, capsys):
 
 
 # ---- the disk
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A tmpfs that a child mounts for itself alone, and that goes with it: its folder, seen through /proc, and how to
+    mount it anew with other options. Root is refused nothing but by such a disk."""
+    if shutil.which("unshare") is None:
+        pytest.skip("no unshare to make mounts of one's own with")
+    (tmp_path / "disk").mkdir()
+    script = 'mount -t tmpfs -o size=4m none "$0"; echo $?; while read -r o; do mount -o remount,$o "$0"; echo $?; done'
+    own = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else []), "sh", "-c", script]
+    with subprocess.Popen([*own, str(tmp_path / "disk")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True) as child:    # ends where its input ends
+        if (said := child.stdout.readline()) != "0\n":
+            pytest.skip(f"the system allows no mounts of one's own: {said.strip()}")
+
+        def remount(options):
+            print(options, file=child.stdin, flush=True)
+            assert (said := child.stdout.readline()) == "0\n", said
+
+        yield Path(f"/proc/{child.pid}/root{tmp_path}/disk"), remount
+
+
+def sentence(process):
+    """The one that a program of exit status 1 ends with."""
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 1 and "Traceback" not in said, said
+    found, = [line for line in said.splitlines() if line.startswith("error: ")]
+    return found
+
+
+def contents(*folders):
+    return {path: path.is_file() and path.read_bytes() for folder in folders for path in folder.rglob("*")}
+
+
+def test_a_disk_that_becomes_full(tmp_path, model_dir, disk):
+    """A tmpfs that a checkpoint fits into, and part of the next. Catches: a step told of as saved that is not, harm to
+    the checkpoint before it, a leftover that takes up the room, no word of what to do, another result."""
+    folder, remount = disk
+    data, run = tinyjob.write(folder / "d.jsonl", tinyjob.make_records()), folder / "run"
+    whole = tinyjob.run(tmp_path, model_dir, None, name="whole", data=data)
+    command = ["train.py", *words(folder, model_dir, save_minutes=0.0)]
+    remount("size=200k")
+    says = sentence(start(command))
+    assert "00000002.safetensors" in says and "No space left on device" in says and "make room on the disk. W" in says
+    assert [path.name for path in (run / "checkpoint").iterdir()] == ["00000001.safetensors"]
+    assert load_checkpoint(run, {})[1]["step"] == 1
+    remount("size=4m")
+    process = start(command)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "resumed at step 1 of 3" in said, said
+    assert tinyjob.equal(whole, run)
+    for name in ("metrics.jsonl", "responsibilities.jsonl"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_disk_that_is_read_only(begun, tmp_path, model_dir, disk, monkeypatch):
+    """Catches: a traceback, no word of what to do, files put elsewhere instead; a begun run that cannot go on."""
+    def stop(*_):
+        raise Stopped
+
+    folder, remount = disk
+    data = tinyjob.write(folder / "d.jsonl", tinyjob.make_records())
+    if begun:
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(train, "full_e_step", stop)                       # the last E-step; three steps are done
+            tinyjob.run(folder, model_dir, None, data=data, save_minutes=0.0)
+    remount("ro")
+    before = contents(tmp_path, folder)
+    says = sentence(start(["train.py", *words(folder, model_dir)]))
+    assert "Read-only file system" in says and "choose a place that can be written to. What was" in says
+    assert contents(tmp_path, folder) == before
+    remount("rw")
+    tinyjob.run(folder, model_dir, None, data=data)
+    assert [path.stem for path in checkpoints(folder / "run")] == ["00000003"]
 
 
 def test_a_file_too_large_for_the_system_ends_in_a_sentence(tmp_path, model_dir):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import train
 from mixdpo.config import InputError, Stopped, command, parse
-from mixdpo.memory import retain_pages
+from mixdpo.memory import steady
 from mixdpo.rundir import Log
 from tests.bench.memory import resident
 
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     Log.step = step
-    retain_pages()                                                          # as train.py's own command
+    steady()                                                          # as train.py's own command
     try:
         train.run(train.TrainConfig(config.data, config.model, config.out, batch=config.batch, micro=config.batch,
                                     max_prompt=config.lengths, max_response=config.lengths, epochs=10000,

@@ -1,0 +1,45 @@
+"""`python -m data.studies --name collapse --preset quick`: measures what is not measured yet, and writes the page."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import pictures
+from data.studies import NAMES, study_of
+from data.studies.study import PRESETS, run, told_of
+from mixdpo.config import InputError, command, parse, write_whole
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A study: its cells, its page NAME.md, its pictures NAME-*.png."""
+
+    name: str                           # one of those in docs/studies
+    preset: str = "quick"               # smoke, quick (20 minutes on two cores at most) or full
+    out: str = "docs/studies"           # where the page goes
+    home: str = "runs/studies"          # where figures are kept
+    data_folder: str = ""               # local files looked into before anything is fetched
+
+
+def main(argv: list[str]) -> None:
+    config, began = parse(StudyConfig, argv, "python -m data.studies"), time.monotonic()
+    for value, known, flag in ((config.name, NAMES, "name"), (config.preset, PRESETS, "preset")):
+        if value not in known:
+            raise InputError(f"--{flag}: got {value!r}, wanted one of {', '.join(known)}")
+    study, out = study_of(config.name), Path(config.out)
+    facts = run(config.name, config.preset, Path(config.home), config.data_folder)
+    spent = Path(config.home) / config.name / f"{config.preset}.minutes"    # of all tries together
+    seconds = time.monotonic() - began + (float(spent.read_text()) if spent.exists() else 0.0)
+    out.mkdir(parents=True, exist_ok=True)
+    with pictures.style():
+        text, figures = study.page([(row["cell"], row["figures"]) for row in facts])
+        for what, figure in figures.items():
+            figure.savefig(out / f"{config.name}-{what}.png")
+    links = "\n\n".join(f"![{what}]({config.name}-{what}.png)" for what in figures)
+    parts = [f"# {study.title}", study.question, text, links, told_of(facts, config.name, config.preset, seconds)]
+    write_whole(out / f"{config.name}.md", "\n\n".join(parts) + "\n")
+    print(f"page: {out / config.name}.md")
+
+
+if __name__ == "__main__":
+    command(main)

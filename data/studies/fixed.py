@@ -1,0 +1,78 @@
+"""Fixed weights: the E-step and the experts' updates without a gate, from a symmetric start and from a broken tie."""
+
+from data.pictures import curves
+from data.studies.study import Study
+from data.studies.tell import by, mean_over, se_over, table_of
+from data.studies.worlds import World, figures, fit, look, oracle, write
+from mixdpo.diagnostics import mean_se
+
+SEEDS = {"smoke": 1, "quick": 8, "full": 20}
+STARTS = {"symmetric": "none", "random": "dirichlet", "linear": "linear"}
+DPO = {"latent": "-", "sharing": "-", "start": "DPO"}
+
+
+def cells(preset: str) -> list[dict]:
+    ways = [{"latent": latent, "sharing": sharing, "start": start} for latent in ("user", "pair")
+            for sharing in ("heads", "models") for start in STARTS]
+    return [way | {"seed": seed} for seed in range(SEEDS[preset]) for way in (DPO, *ways)]
+
+
+def measure(cell: dict, folder) -> dict:
+    world = World(seed=cell["seed"])
+    write(world, folder)
+    options = {"experts": 1} if cell["start"] == "DPO" else {
+        "latent": cell["latent"], "sharing": cell["sharing"], "start": STARTS[cell["start"]], "seed": cell["seed"]}
+    found = look(fit(folder, "run", **options), folder / "heldout.jsonl")
+    gain = [step["q_gain"] for step in found.metrics]
+    return figures(found) | {"oracle": oracle(world), "gain": [sum(gain[i : i + 10]) / 10 for i in
+                                                               range(0, len(gain) - 9, 10)]}
+
+
+def page(rows):
+    ways = by(rows, "latent", "sharing", "start")
+    body, shown = [], {}
+    for (latent, sharing, start), found in ways.items():
+        less = mean_se([f["ll_user"]["mean"] - o["ll_user"]["mean"] for f, o in zip(found, ways["-", "-", "DPO"])])
+        bound = mean_se([f["ll_user"]["mean"] - f["oracle"]["ll_user"]["mean"] for f in found])
+        ari = mean_se([f["ari"] / f["oracle"]["ari" if latent == "user" else "ari_pair"] for f in found])
+        body.append([latent, sharing, start, mean_over(found, "own"), mean_se_cell(less), mean_se_cell(bound),
+                     "–" if start == "DPO" else f"{ari['mean']:.3f}", mean_over(found, "effective", 2),
+                     mean_over(found, "apart", 2)])
+        if start != "DPO":
+            line = [mean_se([f["gain"][n] for f in found]) for n in range(len(found[0]["gain"]))]
+            shown.setdefault(f"one type a {latent}, {sharing}", {})[start] = [
+                (10 * n + 10, f["mean"], se_over(f)) for n, f in enumerate(line)]
+
+    def ll(latent, sharing, start) -> float:
+        pairs = zip(ways[latent, sharing, start], ways["-", "-", "DPO"])
+        return mean_se([f["ll_user"]["mean"] - o["ll_user"]["mean"] for f, o in pairs])["mean"]
+
+    found = ways["user", "models", "symmetric"]
+    reading = (
+        f"Whole models that begin alike stay alike: their margins differ by {mean_over(found, 'apart', 3)} nats after "
+        f"all steps, and the mixture is DPO with K times the cost (log-likelihood {ll('user', 'models', 'symmetric'):+.3f} "
+        f"nats a pair beside DPO's). From random responsibilities the same experts gain "
+        f"{ll('user', 'models', 'random'):+.3f}, from the linear start {ll('user', 'models', 'linear'):+.3f}. Low-rank "
+        f"heads have random factors of their own, so that their tie is never exact: started as if symmetric they end "
+        f"at {ll('user', 'heads', 'symmetric'):+.3f}, from the linear start at {ll('user', 'heads', 'linear'):+.3f}. With "
+        f"one type a pair the same file gives {ll('pair', 'heads', 'random'):+.3f} and "
+        f"{ll('pair', 'heads', 'linear'):+.3f}: a single comparison hardly says who made it. No gate is needed for any "
+        "of this: weights stay uniform throughout.")
+    head = ["one type a", "experts", "start", "own accuracy", "log-likelihood less DPO's", "less the oracle's",
+            "ARI / Bayes", "effective experts", "experts apart (nats)"]
+    text = "\n\n".join([reading, table_of(head, body, 3),
+                        "Log-likelihood of all choices of a new user (M11), nats a pair, mean over worlds ± SE; own "
+                        "accuracy: of the expert that stands for the judge's type; ARI of the training units over "
+                        "that of Bayes-optimal assignment. The picture: KL(q || w) by step, what the pairs tell of z."])
+    return text, {"gain": curves(shown, "step", "KL(q || w) (nats)", columns=4)}
+
+
+def mean_se_cell(figure: dict) -> str:
+    return f"{figure['mean']:+.3f} ± {figure['se']:.3f}" if figure["se"] == figure["se"] else f"{figure['mean']:+.3f}"
+
+
+STUDY = Study(
+    "Fixed weights: the E-step without a gate",
+    "Two types of judges, 100 users of 10 comparisons each, uniform weights that never change. What do the E-step and "
+    "the experts' updates find by themselves, and what does breaking the tie matter? Eight planted worlds.",
+    cells, measure, page)

@@ -1,0 +1,93 @@
+"""A study: a question, cells that are measured apart, and a page made of them.
+
+    cells(preset)               settings of every cell, each a dict of plain values
+    measure(cell, folder)       its figures, plain values too; `folder` is empty, and is removed afterwards
+    page(rows)                  Markdown between the question and the command, and pictures by name; rows: (cell, figures)
+
+Cells run in as many processes as there are cores, a thread each. A cell's figures are kept under a key of its settings,
+so a study that was stopped goes on where it was; they say at which revision they were measured, and so does the page.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.stages import key_of
+from data.studies import study_of
+from mixdpo.config import InputError, write_whole
+from mixdpo.rundir import Progress, environment
+from mixdpo.whole import alone
+
+PRESETS = ("smoke", "quick", "full")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is a study's own."""
+
+    title: str
+    question: str               # Markdown
+    cells: Callable
+    measure: Callable
+    page: Callable
+    prepare: Callable | None = None     # (home, preset, data folder): what all cells share, made before them
+
+
+def measured(name: str, cell: dict, home: Path) -> dict:
+    """One cell, from its file or anew. What its runs print goes to a log beside it."""
+    key = key_of(cell)[:20]
+    path, folder = home / name / f"{key}.json", home / name / f"{key}.work"
+    if path.is_file():
+        return json.loads(path.read_text())
+    torch.set_num_threads(1)                                                # cells are what runs side by side
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    began = time.monotonic()
+    with open(home / name / f"{key}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            found = study_of(name).measure(cell, folder)
+        except InputError as error:
+            raise InputError(f"study {name}, {cell}: {error}") from None
+    facts = {"cell": cell, "figures": found, "seconds": time.monotonic() - began, "environment": environment()}
+    write_whole(path, json.dumps(facts) + "\n")
+    shutil.rmtree(folder)
+    return facts
+
+
+def run(name: str, preset: str, home: Path, data_folder: str) -> list[dict]:
+    """All cells of a study, in their order."""
+    study = study_of(name)
+    (home / name).mkdir(parents=True, exist_ok=True)
+    with alone(home / name):
+        if study.prepare:
+            study.prepare(home, preset, data_folder or None)
+        cells, progress, done = study.cells(preset), Progress(f"study {name}"), {}
+        context, workers = multiprocessing.get_context("spawn"), os.cpu_count() or 1
+        with ProcessPoolExecutor(workers, context) as pool:
+            waiting = {pool.submit(measured, name, cell, home): n for n, cell in enumerate(cells)}
+            try:
+                for n, future in enumerate(as_completed(waiting), 1):
+                    done[waiting[future]] = future.result()
+                    progress(n, len(cells))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return [done[n] for n in range(len(cells))]
+
+
+def told_of(facts: list[dict], name: str, preset: str, seconds: float) -> str:
+    """How the page came about."""
+    revisions = sorted({row["environment"]["revision"] for row in facts})
+    where = facts[0]["environment"]
+    return (f"`make study NAME={name} PRESET={preset}`: {len(facts)} cells, {sum(r['seconds'] for r in facts):.0f} "
+            f"seconds of one core in all, {seconds / 60:.1f} minutes on {os.cpu_count()} cores where nothing was "
+            f"measured before; at revision {', '.join(revisions)}, torch {where['torch']}, Python {where['python']}.")

@@ -1,0 +1,33 @@
+"""Small words for pages: rows by their settings, figures as cells of a table."""
+
+import math
+
+from data.tables import table
+from mixdpo.diagnostics import mean_se
+
+
+def by(rows: list[tuple[dict, dict]], *names: str) -> dict[tuple | str, list[dict]]:
+    """Figures by these settings, in the order of the rows; one name: by its values."""
+    out = {}
+    for cell, figures in rows:
+        key = tuple(cell[name] for name in names) if len(names) > 1 else cell[names[0]]
+        out.setdefault(key, []).append(figures)
+    return out
+
+
+def over(found: list[dict], name: str) -> dict:
+    """Mean over cells and its SE of a figure, which may be a mean itself."""
+    return mean_se([f[name]["mean"] if isinstance(f[name], dict) else f[name] for f in found])
+
+
+def mean_over(found: list[dict], name: str, digits: int = 3) -> str:
+    return f"{over(found, name)['mean']:.{digits}f}"
+
+
+def se_over(figure: dict) -> float:
+    """0 where there is none: a single world."""
+    return figure["se"] if math.isfinite(figure["se"]) else 0.0
+
+
+def table_of(head: list[str], body: list[list], left: int = 1) -> str:
+    return table(head, [[str(cell) for cell in row] for row in body], left)

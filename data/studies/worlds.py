@@ -1,0 +1,248 @@
+"""Planted worlds: preference files whose truth is known, and a model so small that a whole run takes seconds.
+
+A response is one of ITEMS, a small letter; a prompt is a few capital letters and a mark. K types of judges:
+
+    rewards    r_t(item) ~ N(0, sharp^2), independent, or correlated by `agree`
+    a choice   between two items drawn at random, by the reward of whoever judges:  p(a > b) = sigma(r_t(a) - r_t(b))
+    who        a user, who is of one type and judges `each` pairs; or, with `domains`, nobody who is named: a prompt's
+               letters are of one domain's alphabet, and with probability OWN its domain's type judges it
+
+The model is a GPT-2 of width 32 with random weights. Mixtures have low-rank heads on its frozen trunk, so that K items'
+rewards can be learnt and little else; DPO trains the same model. All of it goes through train.py, as any file does.
+Held-out pairs are judged by new users, or on new prompts, without what spoils the training pairs (`flips` and below).
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train
+from data.stages import write_lines
+from mixdpo import bpe
+from mixdpo.diagnostics import adjusted_rand_index, effective_experts, mean_se
+from mixdpo.dpo import accuracy
+from mixdpo.finished import Run, load_run
+from mixdpo.gpt2 import GPT2, GPT2Config
+from mixdpo.heldout import alignment, margins_of
+from mixdpo.mixture import e_step, log_marginal
+from mixdpo.options import TrainConfig
+from mixdpo.preferences import Pair, groups
+from mixdpo.records import lines
+from mixdpo.reference import load_references
+from mixdpo.weights import save_model
+
+ITEMS = "abcdefghijklmnopqrstuvwx"
+ALPHABETS = "ABCDEF", "GHIJKL", "MNOPQR", "STUVWX"  # of the domains
+FOREIGN = "012345"                                  # of none
+LETTERS, EOS = 4, 256                               # letters in a prompt; a token a byte, and the end
+OWN = 0.9
+TRUNK, HEADS = {"lr": 0.03}, {"train_trunk": False, "head_lr": 0.1}
+STEPS = {"epochs": 10, "batch": 100, "micro": 100, "start_steps": 10, "beta": 0.5, "dtype": "float32",
+         "save_minutes": 1e9}
+
+
+@dataclass(frozen=True)
+class World:
+    """Who judges what."""
+
+    seed: int = 0
+    types: int = 2
+    users: int = 100
+    each: int = 10              # pairs a user judges
+    sharp: float = 2.0          # deviation of rewards, in nats
+    agree: float = 0.0          # correlation of two types' rewards
+    domains: bool = False       # the prompt tells the type, and no user is named
+    flips: float = 0.0          # of the training pairs: share that is turned round
+    jitter: float = 0.0         # deviation of Gaussian noise on each score before the choice
+    other: float = 0.0          # share that somebody of another type judges
+    heldout: int = 2000         # pairs
+
+    def rewards(self) -> np.ndarray:
+        """(K,V) of each type and item, nats."""
+        rng = np.random.default_rng([self.seed, self.types, 1])
+        common, own = rng.normal(size=len(ITEMS)), rng.normal(size=(self.types, len(ITEMS)))
+        return self.sharp * (math.sqrt(self.agree) * common + math.sqrt(1 - self.agree) * own)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """N comparisons: type and user of the judge, domain, the items chosen and rejected."""
+
+    type: np.ndarray
+    user: np.ndarray
+    domain: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+    def gaps(self, rewards: np.ndarray) -> torch.Tensor:
+        """(N,K) r_t(chosen) - r_t(rejected) of every type: the true margins."""
+        return torch.from_numpy((rewards[:, self.chosen] - rewards[:, self.rejected]).T.copy())
+
+
+def judged(world: World, heldout: bool = False) -> Judged:
+    """The world's comparisons."""
+    rng, r = np.random.default_rng([world.seed, world.types, 2 + heldout]), world.rewards()
+    users = world.heldout // world.each if heldout else world.users
+    N = users * world.each
+    user = np.repeat(np.arange(users), world.each)
+    kind = rng.integers(world.types, size=users)[user]
+    domain = rng.integers(world.types, size=N)
+    if world.domains:
+        kind = np.where(rng.random(N) < OWN, domain, (domain + rng.integers(1, world.types, size=N)) % world.types)
+    first = rng.integers(len(ITEMS), size=N)
+    second = (first + rng.integers(1, len(ITEMS), size=N)) % len(ITEMS)     # another one
+    judge, scores = kind.copy(), np.zeros((2, N))
+    if not heldout:
+        swapped = rng.random(N) < world.other
+        judge = np.where(swapped, (kind + rng.integers(1, world.types, size=N)) % world.types, kind)
+        scores = world.jitter * rng.normal(size=(2, N))
+    gap = r[judge, first] + scores[0] - r[judge, second] - scores[1]
+    right = rng.random(N) < 1 / (1 + np.exp(-gap))
+    right ^= (rng.random(N) < world.flips) & (not heldout)
+    return Judged(kind, user, domain, np.where(right, first, second), np.where(right, second, first))
+
+
+def prompt(rng, letters: str, foreign: str = "", share: float = 0.0) -> str:
+    """LETTERS letters and a mark; `share` of them from another alphabet, in places of their own."""
+    text = rng.choice(list(letters), LETTERS)
+    places = rng.permutation(LETTERS)[: round(share * LETTERS)]
+    text[places] = rng.choice(list(foreign or letters), len(places))
+    return "".join(text) + ">"
+
+
+def write(world: World, folder: Path) -> None:
+    """model/, train.jsonl and heldout.jsonl."""
+    make_model(folder / "model")
+    for name, heldout in (("train", False), ("heldout", True)):
+        of, rng = judged(world, heldout), np.random.default_rng([world.seed, 4 + heldout])
+        rows = []
+        for z, user, domain, chosen, rejected in zip(of.type, of.user, of.domain, of.chosen, of.rejected):
+            letters = ALPHABETS[domain] if world.domains else "".join(ALPHABETS)
+            row = {"prompt": prompt(rng, letters), "chosen": ITEMS[chosen], "rejected": ITEMS[rejected],
+                   "annotator": f"type {z}"}
+            rows.append(row | ({"domain": f"domain {domain}"} if world.domains else {"user": f"{name}-{user}"}))
+        write_lines(folder / f"{name}.jsonl", rows)
+
+
+def make_model(folder: Path) -> None:
+    """A Hugging Face directory with random weights, five times as large as usual: to so narrow a model all texts would
+    be alike."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(vocab=EOS + 1, context=16, width=32, layers=2, heads=2, eos=EOS))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5.0 if p.ndim > 1 else 1.0)
+    save_model(model, folder)
+    vocab = {bpe.to_name(bytes([b])): b for b in range(256)} | {"<end>": EOS}
+    (folder / "tokenizer.json").write_text(json.dumps(bpe.document(vocab, ["<end>"], bpe.BYTE_LEVEL, [], False)))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+
+
+# ---- runs on them
+
+
+def fit(folder: Path, name: str, **options) -> Path:
+    """One run of train.py on the world in `folder`; its directory. options: TrainConfig's that are not STEPS'."""
+    several, own = options.get("experts", 2) > 1, options.get("sharing", "heads") != "heads"
+    usual = STEPS | (HEADS if several and not own else TRUNK)
+    if not several or options.get("start") == "none":
+        usual = {key: value for key, value in usual.items() if key != "start_steps"}
+    data = options.pop("data", "train.jsonl")
+    return train.run(TrainConfig(str(folder / data), str(folder / "model"), str(folder / name), **usual | options))
+
+
+@dataclass
+class Found:
+    """A finished run and what it says of a file of preferences."""
+
+    run: Run
+    pairs: list[Pair]
+    h: torch.Tensor             # (P,K)
+    log_w: torch.Tensor         # (P,K)
+
+    @property
+    def metrics(self) -> list[dict]:
+        """One a step."""
+        return [json.loads(line) for line in lines(self.run.path / "metrics.jsonl")]
+
+
+def look(path: Path, heldout: Path) -> Found:
+    """A run on a file that it never saw."""
+    run = load_run(path, "cpu", "")
+    models, tokenizer = load_references(run.config, "cpu")
+    return Found(*next(margins_of([run], models, tokenizer, heldout, path.parent / "cache")))
+
+
+def figures(found: Found) -> dict:
+    """What every study wants to know of a run: log-likelihoods (nats a pair, with SE), accuracy, who was found."""
+    run, h, log_w = found.run, found.h, found.log_w
+    log_p, log_q = e_step(log_w, h)
+    of_users = run.config.experts > 1 and found.pairs[0].user is not None
+    log_user = of_new_users(found.pairs, h, log_w) if of_users else log_p
+    aligned = alignment(run.table, run.plan.units, run.plan.pairs) if run.config.experts > 1 else {}
+    naming = aligned.get("naming", {})
+    expert = {kind: int(k) for k, kind in naming.items() if kind}
+    own = torch.tensor([expert.get(pair.annotator, 0) for pair in found.pairs])
+    right = accuracy(h[torch.arange(len(h)), own])                          # of the expert of the judge's type
+    by_type = {kind: mean_se(right[[p.annotator == kind for p in found.pairs]])["mean"]
+               for kind in sorted({p.annotator for p in found.pairs})}
+    q = run.table.exp() if run.config.experts > 1 else torch.ones(1, 1)
+    return {
+        "ll": mean_se(log_p), "ll_user": mean_se(log_user), "accuracy": float(accuracy(log_p + math.log(2)).mean()),
+        "own": float(right.mean()), "worst": min(by_type.values()),
+        "ari": aligned.get("ari", 0.0), "matched": aligned.get("matched", 0.0),
+        "effective": effective_experts(run.table) if run.config.experts > 1 else 1.0,
+        "variance": float(q.var(0, correction=0).sum()),                    # of the responsibilities, over units
+        "apart": float((h.std(1) if h.shape[1] > 1 else h[:, 0] * 0).mean()),           # nats between experts' margins
+    }
+
+
+def of_new_users(pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor) -> torch.Tensor:
+    """log p of all of a new user's choices (M11) over their number, nats a pair: (U,)."""
+    units = groups(pairs, "user")
+    group = torch.empty(len(pairs), dtype=torch.int64)
+    for u, unit in enumerate(units):
+        group[unit] = u
+    return e_step(log_w, h, group)[0] / torch.tensor([len(unit) for unit in units])
+
+
+def oracle(world: World) -> dict:
+    """The same by the true rewards and weights: what no run can pass but by chance."""
+    r, of = world.rewards(), judged(world, heldout=True)
+    gaps = of.gaps(r)
+    even = torch.full_like(gaps, -math.log(world.types))
+    if world.domains:
+        even = torch.full_like(gaps, math.log((1 - OWN) / max(1, world.types - 1)))
+        even[torch.arange(len(gaps)), torch.from_numpy(of.domain)] = math.log(OWN)
+    told = judged(world)
+    log_q = e_step(torch.full((world.types,), -math.log(world.types)).double(), told.gaps(r),
+                   torch.from_numpy(told.user))[1]
+    first = np.arange(0, len(told.user), world.each)
+    alone = e_step(torch.full((world.types,), -math.log(world.types)).double(), told.gaps(r))[1]
+    z = told.type[first].tolist()
+    own = gaps[torch.arange(len(gaps)), torch.from_numpy(of.type)]
+    result = {"ll": mean_se(log_marginal(even, gaps)), "ll_own": mean_se(torch.nn.functional.logsigmoid(own)),
+              "own": float(accuracy(own).mean()),
+              "ari_pair": adjusted_rand_index(alone.argmax(1).tolist(), told.type.tolist()),
+              "matched_pair": float((alone.argmax(1).numpy() == told.type).mean())}
+    if not world.domains:
+        result |= {"ll_user": mean_se(e_step(even, gaps, torch.from_numpy(of.user))[0] / world.each),
+                   "ari": adjusted_rand_index(log_q.argmax(1).tolist(), z),
+                   "matched": float((log_q.argmax(1).numpy() == told.type[first]).mean())}
+    return result
+
+
+# ---- their policies
+
+
+def item_probabilities(model, unembedding: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """pi(item | prompt), among the items: (P,V)."""
+    ids = torch.tensor([list(text.encode()) for text in prompts])
+    with torch.no_grad():
+        logits = model(ids)[:, -1] @ unembedding.T                          # (P,vocabulary)
+    return torch.softmax(logits[:, list(ITEMS.encode())].double(), dim=-1)
