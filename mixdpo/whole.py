@@ -6,6 +6,7 @@ found when they are read. One process at a time owns a folder.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -39,6 +40,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict) -> 
     try:
         try:
             save_file(tensors, part, {"whole": json.dumps([digest(tensors, text), text])})  # one key: the same bytes
+            os.chmod(part, path.parent.stat().st_mode & 0o666)              # it makes them its owner's alone
         except SafetensorError as error:                                    # how it tells of a full disk
             raise OSError(f"{part}: {error}") from None
         sync(part)
@@ -68,6 +70,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def must_be_writable(folder: Path) -> None:
+    """Raises: OSError, with the system's number, if nothing can be written into the folder; root is asked too."""
+    if not os.access(folder, os.W_OK):
+        number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(number, os.strerror(number), str(folder))
 
 
 @contextlib.contextmanager

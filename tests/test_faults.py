@@ -106,7 +106,7 @@ def disk(tmp_path):
     if shutil.which("unshare") is None:
         pytest.skip("no unshare to make mounts of one's own with")
     (tmp_path / "disk").mkdir()
-    script = 'mount -t tmpfs -o size=4m none "$0"; echo $?; while read -r o; do mount -o remount,$o "$0"; echo $?; done'
+    script = 'm() { mount -t tmpfs -o "$1" none "$0"; echo $?; }; m size=4m; while read -r o; do m "remount,$o"; done'
     own = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else []), "sh", "-c", script]
     with subprocess.Popen([*own, str(tmp_path / "disk")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True) as child:    # ends where its input ends
@@ -155,7 +155,7 @@ def test_a_disk_that_becomes_full(tmp_path, model_dir, disk):
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_disk_that_is_read_only(begun, tmp_path, model_dir, disk, monkeypatch):
-    """Catches: a traceback, no word of what to do, files put elsewhere instead; a begun run that cannot go on."""
+    """Catches: a traceback, no word of what to do, files put beside it instead, a run that cannot go on after it."""
     def stop(*_):
         raise Stopped
 

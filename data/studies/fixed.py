@@ -2,7 +2,7 @@
 
 from data.pictures import curves
 from data.studies.study import Study
-from data.studies.tell import by, mean_over, se_over, table_of
+from data.studies.tell import by, mean_over, pm_of, se_over, table_of
 from data.studies.worlds import World, figures, fit, look, oracle, write
 from mixdpo.diagnostics import mean_se
 
@@ -35,7 +35,7 @@ def page(rows):
         less = mean_se([f["ll_user"]["mean"] - o["ll_user"]["mean"] for f, o in zip(found, ways["-", "-", "DPO"])])
         bound = mean_se([f["ll_user"]["mean"] - f["oracle"]["ll_user"]["mean"] for f in found])
         ari = mean_se([f["ari"] / f["oracle"]["ari" if latent == "user" else "ari_pair"] for f in found])
-        body.append([latent, sharing, start, mean_over(found, "own"), mean_se_cell(less), mean_se_cell(bound),
+        body.append([latent, sharing, start, mean_over(found, "own"), pm_of(less, "+"), pm_of(bound, "+"),
                      "–" if start == "DPO" else f"{ari['mean']:.3f}", mean_over(found, "effective", 2),
                      mean_over(found, "apart", 2)])
         if start != "DPO":
@@ -65,10 +65,6 @@ def page(rows):
                         "accuracy: of the expert that stands for the judge's type; ARI of the training units over "
                         "that of Bayes-optimal assignment. The picture: KL(q || w) by step, what the pairs tell of z."])
     return text, {"gain": curves(shown, "step", "KL(q || w) (nats)", columns=4)}
-
-
-def mean_se_cell(figure: dict) -> str:
-    return f"{figure['mean']:+.3f} ± {figure['se']:.3f}" if figure["se"] == figure["se"] else f"{figure['mean']:+.3f}"
 
 
 STUDY = Study(

@@ -2,7 +2,7 @@
 
 import math
 
-from data.tables import table
+from data.tables import pm, table
 from mixdpo.diagnostics import mean_se
 
 
@@ -22,6 +22,11 @@ def over(found: list[dict], name: str) -> dict:
 
 def mean_over(found: list[dict], name: str, digits: int = 3) -> str:
     return f"{over(found, name)['mean']:.{digits}f}"
+
+
+def pm_of(figure: dict, sign: str = "") -> str:
+    """mean ± SE."""
+    return pm(figure, 3, sign)
 
 
 def se_over(figure: dict) -> float:

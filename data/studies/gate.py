@@ -1,0 +1,125 @@
+"""Gates that are learnt, random, told the domain, or not there, by the number of training pairs."""
+
+import math
+
+import torch
+
+from data.pictures import curves
+from data.studies import texts
+from data.studies.study import Study
+from data.studies.tell import by, mean_over, over, pm_of, se_over, table_of
+from data.studies.worlds import World, figures, fit, look, oracle, write
+from mixdpo.diagnostics import matched_accuracy, mean_se
+
+SEEDS = {"smoke": 1, "quick": 5, "full": 15}
+PAIRS = {"smoke": (100, 400), "quick": (50, 100, 200, 400, 800, 1600, 3200), "full": (50, 100, 200, 400, 800, 1600, 3200)}
+GATES = {"uniform": "fixed", "random": "random", "domain": "domain", "linear": "linear", "mlp": "mlp"}
+LEARNT = ("linear", "mlp")
+TASTES = ("warm", "terse")                  # of products' judges and of editorials'
+
+
+def cells(preset: str) -> list[dict]:
+    return [{"world": world, "gate": gate, "pairs": pairs, "seed": seed, "preset": preset}
+            for world, gates in (("planted", ("DPO", *GATES)), ("texts", ("DPO", *GATES))) for pairs in PAIRS[preset]
+            for gate in gates for seed in range(SEEDS[preset]) if world == "planted" or gate != "mlp"]
+
+
+def epochs(pairs: int) -> int:
+    """Some hundred steps, whatever the size of the file."""
+    return max(3, min(100, 10000 // pairs))
+
+
+def measure(cell: dict, folder) -> dict:
+    if cell["world"] == "texts":
+        return of_texts(cell, texts.load(folder.parent.parent, cell["preset"]))
+    world = World(seed=cell["seed"], users=cell["pairs"] // 10, domains=True)
+    write(world, folder)
+    options = {"epochs": epochs(cell["pairs"]), "seed": cell["seed"]}
+    if cell["gate"] == "DPO":
+        options |= {"experts": 1}
+    else:
+        options |= {"gate": GATES[cell["gate"]], "start": "linear"}
+        options |= {"gate_lr": 0.05, "gate_features": "mean"} if cell["gate"] in LEARNT else {}
+    found = look(fit(folder, "run", **options), folder / "heldout.jsonl")
+    truth = [pair.domain for pair in found.pairs]
+    return figures(found) | {"oracle": oracle(world)["ll"], "gate": right_domains(found.log_w, truth)}
+
+
+def right_domains(log_w: torch.Tensor, truth: list) -> float:
+    """Share of prompts whose likeliest expert is their domain's, under the better naming; a half where no prompt has
+    one."""
+    return matched_accuracy(log_w.argmax(1).tolist(), truth, log_w.shape[1])[0] if log_w.std(0).max() > 0 else 0.5
+
+
+def of_texts(cell: dict, found: texts.Texts) -> dict:
+    """The same of linear rewards on real sentences, with a gate on the state of a prompt of four sentences."""
+    told, held = (texts.judge(found, TASTES, n, 1, cell["seed"], heldout=h, domains=True)
+                  for n, h in ((cell["pairs"], False), (2000, True)))
+    c, of = found.c[told.prompt], found.c[held.prompt]
+    if cell["gate"] == "linear":
+        fitted = texts.fit(told, 2, cell["seed"], c=c)
+        log_w = fitted.weights(of)
+    else:
+        V = torch.randn(2, texts.D, generator=torch.Generator().manual_seed(cell["seed"])).double() / math.sqrt(texts.D)
+        given = {"uniform": lambda c, z: torch.full((len(z), 2), -math.log(2)).double(),
+                 "random": lambda c, z: torch.log_softmax(c @ V.T, dim=-1),
+                 "domain": lambda c, z: torch.where(torch.eye(2)[z] > 0, math.log(0.999), math.log(0.001)).double(),
+                 "DPO": lambda c, z: torch.zeros(len(z), 1).double()}[cell["gate"]]
+        kept, log_w = given(c, torch.from_numpy(told.type)), given(of, torch.from_numpy(held.type))
+        fitted = texts.fit(told, log_w.shape[1], cell["seed"], log_w=kept)
+    truth = held.gaps[torch.arange(len(held.gaps)), torch.from_numpy(held.type)]
+    return texts.figures(fitted, told, held, log_w) | {
+        "gate": right_domains(log_w, held.type.tolist()) if log_w.shape[1] > 1 else 0.5,
+        "oracle": mean_se(torch.nn.functional.logsigmoid(truth))}
+
+
+def page(rows):
+    found, body, shown = by(rows, "world", "gate", "pairs"), [], {}
+    names = {"planted": "planted prompts", "texts": "real sentences"}
+    for (world, gate, pairs), of in found.items():
+        less = mean_se([f["ll"]["mean"] - d["ll"]["mean"] for f, d in zip(of, found[world, "DPO", pairs])])
+        body.append([names[world], gate, pairs, pm_of(over(of, "ll")), pm_of(less, "+"), mean_over(of, "accuracy"),
+                     mean_over(of, "gate")])
+        f, right = over(of, "ll"), over(of, "gate")
+        shown.setdefault(f"{names[world]}: log-likelihood (nats)", {}).setdefault(gate, []).append(
+            (pairs, f["mean"], se_over(f)))
+        if gate in LEARNT or gate == "random":
+            shown.setdefault(f"{names[world]}: domains told", {}).setdefault(gate, []).append(
+                (pairs, right["mean"], se_over(right)))
+
+    def first(world: str, gate: str, other: str) -> str:
+        """The least number of pairs from which on the gate is ahead of another by two SEs."""
+        ahead = []
+        for pairs in sorted({p for w, g, p in found if (w, g) == (world, gate)}, reverse=True):
+            gap = mean_se([f["ll"]["mean"] - d["ll"]["mean"] for f, d in zip(found[world, gate, pairs],
+                                                                             found[world, other, pairs])])
+            if not gap["mean"] > 2 * se_over(gap):
+                break
+            ahead.append(pairs)
+        return f"from {ahead[-1]} pairs on" if ahead else "at no number tried"
+
+    most = max(p for _, _, p in found)
+    reading = (
+        f"On planted prompts a learnt linear gate is ahead of DPO, by two standard errors, {first('planted', 'linear', 'DPO')}; "
+        f"ahead of the random gate {first('planted', 'linear', 'random')}; with {most} pairs it sends "
+        f"{mean_over(found['planted', 'linear', most], 'gate')} of held-out prompts to their domain's expert, and is "
+        f"{over(found['planted', 'domain', most], 'll')['mean'] - over(found['planted', 'linear', most], 'll')['mean']:.3f} "
+        f"nats a pair behind the gate that is told the domain. The MLP is ahead of the linear one "
+        f"{first('planted', 'mlp', 'linear')}. On real sentences, where products are judged warm and editorials terse, "
+        f"the learnt gate is ahead of one reward {first('texts', 'linear', 'DPO')}, ahead of the random gate "
+        f"{first('texts', 'linear', 'random')}, and tells {mean_over(found['texts', 'linear', most], 'gate')} of the "
+        f"prompts' domains; to be told the domain pays {first('texts', 'domain', 'linear')}. With uniform weights a "
+        "mixture must tell types from single comparisons, which hardly say who made them.")
+    text = "\n\n".join([reading, table_of(["world", "gate", "pairs", "log-likelihood", "less DPO's", "accuracy",
+                                           "domains told"], body, 2),
+                        "Held-out log-likelihood of the mixture of Bradley-Terry (M5), nats a pair, mean over worlds "
+                        "± SE; domains told: share of held-out prompts whose likeliest expert is their domain's."])
+    return text, {"pairs": curves(shown, "training pairs", "", 2, columns=4)}
+
+
+STUDY = Study(
+    "Gates: learnt, random, told, or none",
+    "A prompt's domain says who judges: planted prompts of two alphabets (nine judges in ten are of the domain's type), "
+    "and real sentences behind four sentences of product reviews or of editorials. What is a gate worth, by the number "
+    "of training pairs?",
+    cells, measure, page, texts.prepare)

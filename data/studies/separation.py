@@ -1,0 +1,178 @@
+"""How experts and users part: responsibilities through training, experts' updates and users in two dimensions."""
+
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from sklearn.manifold import TSNE
+
+import train
+from data.job import by_annotator, read_run
+from data.pictures import curves, dots
+from data.studies import texts
+from data.studies.study import Study
+from data.studies.tell import by, mean_over, table_of
+from data.studies.worlds import ITEMS, World, figures, fit, judged, look, oracle, write
+from mixdpo.diagnostics import matched_accuracy
+
+SEEDS = {"smoke": 1, "quick": 6, "full": 12}
+LATENTS, TYPES = ("user", "pair"), (2, 4)
+EVERY = 5                                   # steps between the updates that are drawn
+ITERATIONS = (1, 2, 3, 5, 8, 13, 21, 34)    # of the linear mixture, of which the same is told
+TASTES = ("warm", "terse", "cold", "lavish")
+USERS, EACH = 120, 10
+
+
+def cells(preset: str) -> list[dict]:
+    return [{"world": world, "types": types, "latent": latent, "seed": seed, "preset": preset}
+            for world in ("planted", "texts") for types in TYPES for latent in LATENTS
+            for seed in range(SEEDS[preset])]
+
+
+def measure(cell: dict, folder) -> dict:
+    if cell["world"] == "texts":
+        return of_texts(cell, texts.load(folder.parent.parent, cell["preset"]))
+    K, updates, real = cell["types"], [], train.save_checkpoint
+    world = World(seed=cell["seed"], types=K, users=USERS, each=EACH)
+    write(world, folder)
+
+    def watched(run, tensors, state, keep):
+        """What a run saves after every step: its experts' updates W (A_k B_k) without the W that they share."""
+        if state["step"] % EVERY == 0 and not state["finished"]:
+            updates.append((tensors["experts.A"] @ tensors["experts.B"]).flatten(1))          # (K, width^2)
+        real(run, tensors, state, keep)
+
+    with patch.object(train, "save_checkpoint", watched):
+        path = fit(folder, "run", experts=K, latent=cell["latent"], start="dirichlet", seed=cell["seed"],
+                   save_minutes=0.0 if cell["seed"] == 0 else 1e9)
+    found, middles = look(path, folder / "heldout.jsonl"), by_annotator(read_run(path), 20)
+    told = {kind: (x.tolist(), means) for kind, (x, means) in sorted(middles.items())}
+    result = figures(found) | {"bayes_ari": oracle(world)["ari" if cell["latent"] == "user" else "ari_pair"],
+                               "by_type": own_shares(told)}
+    if cell["seed"] == 0:
+        of, (choices, margins) = judged(world), users_of(look(path, folder / "train.jsonl"), judged(world))
+        kinds = of.type[::EACH]
+        result["dots"] = {"experts' updates, PCA": walks(torch.stack(updates)),
+                          "users by choices, t-SNE": of_types(tsne(choices), kinds),
+                          "users by margins, PCA": of_types(plane(margins), kinds),
+                          "users by margins, t-SNE": of_types(tsne(margins), kinds)}
+    return result
+
+
+def own_shares(told: dict) -> dict[str, list]:
+    """Type -> (step, responsibility of the expert that stands for it in the end): each expert for one type at most."""
+    kinds = list(told)
+    last = np.array([means[-1] for _, means in told.values()])              # (T,K)
+    units = [(k, kind) for n, kind in enumerate(kinds) for k in range(last.shape[1])
+             for _ in range(round(1000 * float(np.nan_to_num(last[n, k]))))]
+    naming = matched_accuracy([k for k, _ in units], [kind for _, kind in units], last.shape[1])[1]
+    expert = {kind: k for k, kind in naming.items()}
+    return {kind: [(x, float(q[expert[kind]])) for x, q in zip(xs, means)] for kind, (xs, means) in told.items()
+            if kind in expert}
+
+
+def users_of(found, of) -> tuple[np.ndarray, np.ndarray]:
+    """Of each user: what it chose less what it left, by item (U,V); the mean reward difference of its pairs under each
+    expert, the margins h (U,K)."""
+    items = np.eye(len(ITEMS))[of.chosen] - np.eye(len(ITEMS))[of.rejected]
+    return items.reshape(USERS, EACH, -1).mean(1), found.h.double().numpy().reshape(USERS, EACH, -1).mean(1)
+
+
+def of_texts(cell: dict, found: texts.Texts) -> dict:
+    """The same of linear rewards on real sentences, by iterations of EM."""
+    K, tastes = cell["types"], TASTES[: cell["types"]]
+    told, held = (texts.judge(found, tastes, USERS, EACH, cell["seed"], heldout=h) for h in (False, True))
+    users, kinds = told, told.type[::EACH]
+    if cell["latent"] == "pair":
+        users, kinds = texts.Judged(told.x, torch.arange(len(told.x)), told.type, told.gaps, told.prompt), told.type
+    fits = [texts.fit(users, K, cell["seed"], iterations=n) for n in ITERATIONS]
+    q = [fit.log_q.exp().numpy() for fit in fits]
+    shares = {taste: (list(map(float, ITERATIONS)), np.array([of[kinds == n].mean(0) for of in q]))
+              for n, taste in enumerate(tastes)}
+    result = texts.figures(fits[-1], users, held) | {"by_type": own_shares(shares)}
+    result |= {"own": 0.0, "effective": float(np.exp(-(m := q[-1].mean(0)) @ np.log(m + 1e-12)))}
+    if cell["seed"] == 0:
+        margins = (told.x @ fits[-1].theta.double().T).numpy().reshape(USERS, EACH, -1).mean(1)
+        choices, of_user = told.x.numpy().reshape(USERS, EACH, -1).mean(1), told.type[::EACH]
+        result["dots"] = {"experts' rewards, PCA": walks(torch.stack([fit.theta for fit in fits])),
+                          "users by choices, t-SNE": of_types(tsne(choices), of_user, tastes),
+                          "users by margins, PCA": of_types(plane(margins), of_user, tastes),
+                          "users by margins, t-SNE": of_types(tsne(margins), of_user, tastes)}
+    return result
+
+
+# ---- two dimensions
+
+
+def plane(x) -> np.ndarray:
+    """The first two principal components: (N,D) -> (N,2)."""
+    x = np.asarray(x, dtype=float)
+    U, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    xy = U * s
+    return np.pad(xy, ((0, 0), (0, max(0, 2 - xy.shape[1]))))[:, :2]
+
+
+def tsne(x) -> np.ndarray:
+    return TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=0).fit_transform(np.asarray(x, dtype=float))
+
+
+def walks(updates: torch.Tensor) -> dict[str, list]:
+    """Expert -> its way through the plane of all experts' parameters, (S,K,W) -> S points each."""
+    S, K, _ = updates.shape
+    xy = plane(updates.flatten(0, 1)).reshape(S, K, 2)
+    return {f"expert {k}": xy[:, k].tolist() for k in range(K)}
+
+
+def of_types(xy: np.ndarray, kinds: np.ndarray, names=None) -> dict[str, list]:
+    return {names[n] if names else f"type {n}": xy[kinds == n].tolist() for n in sorted(set(kinds.tolist()))}
+
+
+# ---- the page
+
+
+def page(rows):
+    found, body, lines, pictures = by(rows, "world", "types", "latent"), [], {}, {}
+    names = {"planted": "planted", "texts": "real sentences"}
+    for (world, types, latent), of in found.items():
+        body.append([names[world], types, latent, mean_over(of, "ari"), mean_over(of, "bayes_ari"),
+                     mean_over(of, "effective", 2), f"{apart(of):.3f}"])
+        for kind in sorted({kind for f in of for kind in f["by_type"]}):
+            curve = [f["by_type"][kind] for f in of if kind in f["by_type"]]
+            steps = [x for x, _ in curve[0]]
+            lines.setdefault(f"{names[world]}, {types} types, a {latent}", {})[kind] = [
+                (x, float(np.mean([c[n][1] for c in curve])), 0.0) for n, x in enumerate(steps)]
+        if latent == "user":
+            pictures[f"{world}-{types}"] = dots(of[0]["dots"])
+    a, b = (found["planted", 4, latent] for latent in LATENTS)
+    c, d = (found["texts", 4, latent] for latent in LATENTS)
+    reading = (
+        f"With one type a user the expert that stands for a type ends with {apart(found['planted', 2, 'user']):.2f} of its "
+        f"users' responsibilities (two planted types) and {apart(a):.2f} (four), and the users' ARI is "
+        f"{mean_over(found['planted', 2, 'user'], 'ari')} and {mean_over(a, 'ari')} (by the true rewards "
+        f"{mean_over(found['planted', 2, 'user'], 'bayes_ari')} and {mean_over(a, 'bayes_ari')}). With one type a pair it is "
+        f"{mean_over(found['planted', 2, 'pair'], 'ari')} and {mean_over(b, 'ari')}, where the truth itself would reach "
+        f"{mean_over(found['planted', 2, 'pair'], 'bayes_ari')} and {mean_over(b, 'bayes_ari')}. On real sentences, four "
+        f"tastes: {mean_over(c, 'ari')} a user ({mean_over(c, 'bayes_ari')} by the truth) and {mean_over(d, 'ari')} a pair. "
+        "Users that overlap in t-SNE of their choices lie apart by their margins where the experts have found them: "
+        "margins are what the E-step looks at.")
+    text = "\n\n".join([reading, table_of(["world", "types", "one type a", "ARI", "ARI, Bayes", "effective experts",
+                                           "own expert's share"], body, 3),
+                        "Curves: mean responsibility, through training, of the expert that stands for a type in the end, "
+                        "on that type's units (the paper's Figure 1), by steps, or by iterations of EM for sentences; "
+                        "mean over worlds. Dots, of one world: the experts' updates from the reference, every fifth step; "
+                        "users by what they chose (items, or states of sentences), and by the mean reward difference of "
+                        "their pairs under each expert."])
+    return text, {"responsibilities": curves(lines, "step", "own expert's q", columns=4), **pictures}
+
+
+def apart(of: list[dict]) -> float:
+    """The own expert's share at the end, mean over types and worlds."""
+    return float(np.mean([curve[-1][1] for f in of for curve in f["by_type"].values()]))
+
+
+STUDY = Study(
+    "Separation: who takes whose pairs",
+    "Do experts part by judges, and when? Responsibilities by annotator through training, the experts' updates, and "
+    "users by their vectors of reward differences, in planted worlds of two and four types (120 users of 10) from random "
+    "responsibilities, and of linear rewards on real sentences.",
+    cells, measure, page, texts.prepare)

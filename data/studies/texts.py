@@ -1,0 +1,209 @@
+"""Real sentences and real ratings, with linear rewards on SmolLM2's frozen states: what a study of real text rests on.
+
+    responses   sentences of product reviews and of editorials (data/sentences.py), SmolLM2's mean state over each
+    prompts     four sentences of one document, the mean state over them; or some of them from elsewhere
+    tastes      warm: what people's ratings say on average; cold: the opposite; terse: shorter; lavish: longer. Each
+                with deviation SHARP over all sentences, and choices by p(a > b) = sigma(r(a) - r(b))
+    experts     h_k = theta_k . (f(a) - f(b)) on the states' first D principal components (mixdpo/linear.py)
+
+A language model on top would need minutes a run where this needs seconds, and maps want hundreds of runs. What language
+models add, and lose, is in docs/results. Sentences of held-out comparisons are in no training comparison.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.sentences import Sentence, load_sentences
+from data.stages import key_of
+from mixdpo import fetch
+from mixdpo.diagnostics import adjusted_rand_index, mean_se
+from mixdpo.dpo import accuracy
+from mixdpo.linear import LinearMixture, linear_mixture
+from mixdpo.mixture import e_step, log_marginal
+from mixdpo.preferences import Pair
+from mixdpo.reference import compute_reference, prompt_features
+from mixdpo.rundir import Progress, compute_dtype
+from mixdpo.tokenizer import load_tokenizer
+from mixdpo.weights import load_model
+from mixdpo.whole import read_tensors, write_tensors
+
+SIZES = {"smoke": {"sentences": 60, "prompts": 24, "apart": 8}, "quick": {"sentences": 1000, "prompts": 250, "apart": 50},
+         "full": {"sentences": 2200, "prompts": 1200, "apart": 200}}             # a domain
+DOMAINS, FOREIGN = ("product", "editorial"), ("film", "tweet")
+SHORT, LONG, IN_PROMPT = 30, 110, 4     # characters of a sentence that serves; sentences in a prompt
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)    # of a prompt's sentences that are from elsewhere
+D, SHARP = 64, 2.0
+RIDGE = 0.03                            # a pair, of the linear rewards
+
+
+def path_of(home: Path, preset: str) -> Path:
+    """The states, by the settings and the archive that they come from."""
+    return home / f"texts-{key_of(SIZES[preset], SHARES, fetch.ASSETS['sentences'].sha256)[:12]}.safetensors"
+
+
+def prepare(home: Path, preset: str, data: str | None) -> None:
+    """SmolLM2's states of all sentences and prompts, once for all studies."""
+    path, sizes = path_of(home, preset), SIZES[preset]
+    if path.exists():
+        return
+    sentences, rng = load_sentences(data), np.random.default_rng(0)
+    tokenizer, (dtype, _) = load_tokenizer("smollm2", data), compute_dtype("auto", "cpu")
+    model = load_model("smollm2", data=data)
+    fitting = {d: [s for s in of if SHORT <= len(s.text) <= LONG] for d, of in sentences.items()}
+    windows = {d: four_of(fitting[d]) for d in DOMAINS}
+    prompts, facts = prompts_of(windows, fitting, sizes, rng)
+    used = {text for texts in prompts for text in texts}                    # a prompt's sentence is no response
+    chosen = [s for d in DOMAINS for s in [s for s in fitting[d] if s.text not in used][: sizes["sentences"] // 2 * 2]]
+    opening = tokenizer.encode("A sentence:")
+    ids = [tokenizer.encode(" " + s.text) for s in chosen]
+    pairs = [Pair(opening, a, b) for a, b in zip(ids[::2], ids[1::2])]
+    states = compute_reference(model, pairs, dtype, progress=Progress("states of sentences")).features
+    of_prompts = prompt_features(model, [tokenizer.encode(" ".join(texts)) for texts in prompts], dtype)[:, 1]
+    told = {"domain": [s.domain for s in chosen], "ratings": [s.ratings for s in chosen],
+            "length": [len(s.text) for s in chosen], "prompts": facts}
+    write_tensors(path, {"states": states.reshape(-1, states.shape[-1]).contiguous(), "prompts": of_prompts.contiguous()},
+                  json.loads(json.dumps(told)))
+
+
+def four_of(sentences: list[Sentence]) -> list[list[str]]:
+    """Runs of IN_PROMPT sentences that a document has behind one another, each in one run at most."""
+    runs, run, of = [], [], None
+    for s in sentences:
+        run = [*run, s.text] if s.document == of else [s.text]
+        of = s.document
+        if len(run) == IN_PROMPT:
+            runs.append(run)
+            run = []
+    return runs
+
+
+def prompts_of(windows, fitting, sizes: dict, rng) -> tuple[list[list[str]], list[dict]]:
+    """Texts of every prompt, and what it is: {"domain", "part": "train", or "crossed" | "foreign", "share"}."""
+    texts, facts = [], []
+    for d in DOMAINS:
+        order = rng.permutation(len(windows[d]))
+        apart, train = order[: sizes["apart"]], order[sizes["apart"] :][: sizes["prompts"]]
+        texts += [windows[d][n] for n in train]
+        facts += [{"domain": d, "part": "train", "share": 0.0} for _ in train]
+        elsewhere = {"crossed": [s.text for s in fitting[DOMAINS[1 - DOMAINS.index(d)]]],
+                     "foreign": [s.text for name in FOREIGN for s in fitting[name]]}
+        for part, others in elsewhere.items():
+            for share in SHARES:
+                for n in apart:
+                    text, count = list(windows[d][n]), round(share * IN_PROMPT)
+                    for place, other in zip(rng.permutation(IN_PROMPT)[:count], rng.choice(others, count, False)):
+                        text[place] = str(other)
+                    texts.append(text)
+                    facts.append({"domain": d, "part": part, "share": share})
+    return texts, facts
+
+
+@dataclass(frozen=True)
+class Texts:
+    """All sentences and prompts as numbers."""
+
+    x: torch.Tensor             # (S,D) float64 principal components, of deviation 1
+    c: torch.Tensor             # (P,D) the same of prompts
+    rewards: dict               # taste -> (S,) numpy, nats
+    ratings: list[list[int]]
+    domain: np.ndarray          # (S,)
+    prompts: list[dict]
+
+
+def load(home: Path, preset: str) -> Texts:
+    tensors, facts = read_tensors(path_of(home, preset))
+    warm, terse = (standard([np.mean(r) for r in facts["ratings"]]), standard([-n for n in facts["length"]]))
+    rewards = {"warm": SHARP * warm, "terse": SHARP * terse, "cold": -SHARP * warm, "lavish": -SHARP * terse}
+    train = torch.tensor([p["part"] == "train" for p in facts["prompts"]])
+    return Texts(components(tensors["states"]), components(tensors["prompts"], train), rewards, facts["ratings"],
+                 np.array(facts["domain"]), facts["prompts"])
+
+
+def standard(values) -> np.ndarray:
+    values = np.array(values, dtype=float)
+    return (values - values.mean()) / values.std()
+
+
+def components(states: torch.Tensor, of: torch.Tensor | None = None) -> torch.Tensor:
+    """The first D principal components, each of deviation 1, of those rows that count: (N,C) -> (N,D) float64."""
+    states = states.double()
+    base = states if of is None else states[of]
+    V = torch.linalg.svd(base - base.mean(0), full_matrices=False)[2][:D]
+    scores = (states - base.mean(0)) @ V.T
+    return scores / (scores if of is None else scores[of]).std(0)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """N comparisons of sentences."""
+
+    x: torch.Tensor             # (N,D) chosen minus rejected
+    group: torch.Tensor         # (N,) user, 0..U-1
+    type: np.ndarray            # (N,) of the judge
+    gaps: torch.Tensor          # (N,K) true margins of every taste
+    prompt: torch.Tensor        # (N,) index into Texts.c; zeros where there are none
+
+
+def judge(texts: Texts, tastes: tuple[str, ...], users: int, each: int, seed: int, heldout: bool = False,
+          flips: float = 0.0, one_rating: bool = False, domains: bool = False) -> Judged:
+    """Users of one taste each, who judge `each` pairs of sentences of one domain; or, with `domains`, a prompt a pair,
+    whose domain says whose taste judges (tastes in DOMAINS' order). one_rating: warm and cold judges go by what one
+    person said of each sentence, another one each time, a tie by a coin, instead of the noisy mean."""
+    rng = np.random.default_rng([seed, len(tastes), 5 + heldout])
+    S, order = len(texts.x), np.random.default_rng(3).permutation(len(texts.x))
+    own = order[: S // 4] if heldout else order[S // 4 :]                   # sentences of held-out pairs are apart
+    N, rewards = users * each, np.stack([texts.rewards[t] for t in tastes])
+    kind = np.repeat(rng.integers(len(tastes), size=users), each)
+    where, prompt = rng.integers(2, size=N), np.zeros(N, dtype=int)
+    if domains:
+        kind = where
+        of = [np.array([n for n, p in enumerate(texts.prompts) if p["domain"] == d and p["part"] == "train"])
+              for d in DOMAINS]
+        halves = [(o[len(o) // 4 :], o[: len(o) // 4])[heldout] for o in of]
+        prompt = np.array([rng.choice(halves[w]) for w in where])
+    pools = [own[texts.domain[own] == d] for d in DOMAINS]
+    two = np.array([rng.choice(pools[w], 2, replace=False) for w in where])
+    gaps = (rewards[:, two[:, 0]] - rewards[:, two[:, 1]]).T                # (N,K)
+    right = rng.random(N) < 1 / (1 + np.exp(-gaps[np.arange(N), kind]))
+    if one_rating:
+        heard = np.array([[rng.choice(texts.ratings[s]) for s in pair] for pair in two])
+        said = np.where(heard[:, 0] == heard[:, 1], rng.random(N) < 0.5, heard[:, 0] > heard[:, 1])
+        signs = np.array([{"warm": 1, "cold": -1}.get(t, 0) for t in tastes])[kind]
+        right = np.where(signs == 0, right, said == (signs > 0))
+    right ^= rng.random(N) < flips
+    sign = np.where(right, 1.0, -1.0)[:, None]
+    x = texts.x[two[:, 0]] - texts.x[two[:, 1]]
+    group = np.arange(N) if domains else np.repeat(np.arange(users), each)
+    return Judged(x * torch.from_numpy(sign), torch.from_numpy(group), kind, torch.from_numpy(gaps * sign),
+                  torch.from_numpy(prompt))
+
+
+def fit(told: Judged, experts: int, seed: int = 0, starts: int = 3, **options) -> LinearMixture:
+    """A mixture of linear rewards; options: linear_mixture's."""
+    return linear_mixture(told.x, told.group, experts, RIDGE * len(told.x), starts, seed=seed, **options)
+
+
+def figures(found: LinearMixture, told: Judged, held: Judged, log_w: torch.Tensor | None = None) -> dict:
+    """Of held-out comparisons: log-likelihood (M5, and M11 of new users; nats a pair), accuracy, and who was found,
+    beside what the true tastes would reach. log_w: (N,K) of a gate; left out, the fit's own."""
+    K, types = len(found.theta), held.gaps.shape[1]
+    h = held.x @ found.theta.double().T                                     # (N,K)
+    w = found.log_w.double().expand_as(h) if log_w is None else log_w
+    log_p = log_marginal(w, h)
+    even = torch.full((types,), -math.log(types)).double()
+    first = torch.searchsorted(told.group, torch.arange(int(told.group.max()) + 1))
+    z, bayes = told.type[first.numpy()].tolist(), e_step(even, told.gaps, told.group)[1].argmax(1).tolist()
+    size = held.group.bincount()
+    return {
+        "ll": mean_se(log_p), "accuracy": float(accuracy(log_p + math.log(2)).mean()),
+        "ll_user": mean_se(e_step(w, h, held.group)[0] / size if log_w is None else log_p),
+        "oracle": mean_se(log_marginal(even, held.gaps)), "oracle_user": mean_se(e_step(even, held.gaps, held.group)[0]
+                                                                                / size),
+        "ari": adjusted_rand_index(found.log_q.argmax(1).tolist(), z) if K > 1 else 0.0,
+        "bayes_ari": adjusted_rand_index(bayes, z) if types > 1 else 1.0,
+    }

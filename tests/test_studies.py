@@ -1,0 +1,243 @@
+"""data/studies: planted worlds are what they say, studies go on where they stopped, and pages hold what was measured.
+Docstrings name the faults that each test is there for."""
+
+import io
+import itertools
+import json
+import math
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+import brute
+from data import sentences, studies
+from data.studies import study, texts, worlds
+from data.studies.worlds import ITEMS, World, fit, item_probabilities, judged, look, oracle, prompt, write
+from mixdpo import fetch
+from mixdpo.config import InputError
+
+
+# ---- planted worlds
+
+
+def right(of, rewards):
+    """Share of choices for the item that the judge's type likes better."""
+    return float((rewards[of.type, of.chosen] > rewards[of.type, of.rejected]).mean())
+
+
+def test_a_world_is_as_it_says():
+    """Catches: rewards of another deviation or correlation, choices without noise or against the judge, users of
+    several types, an item compared with itself, worlds that are alike."""
+    world = World(users=400, each=10, agree=0.8, sharp=3.0)
+    r, of = np.concatenate([World(seed=s, agree=0.8, sharp=3.0).rewards() for s in range(40)], axis=1), judged(world)
+    assert r.shape == (2, 40 * len(ITEMS)) and abs(r.std() - 3.0) < 0.2 and abs(np.corrcoef(r)[0, 1] - 0.8) < 0.05
+    own, gaps = world.rewards(), np.abs(world.rewards()[of.type, of.chosen] - world.rewards()[of.type, of.rejected])
+    assert abs(right(of, own) - (1 / (1 + np.exp(-gaps))).mean()) < 0.02
+    assert (of.chosen != of.rejected).all() and len(set(zip(of.user, of.type))) == 400
+    assert not np.array_equal(judged(World(seed=1)).chosen, judged(World(seed=0)).chosen)
+    assert not np.array_equal(judged(world, heldout=True).chosen[:100], of.chosen[:100])
+
+
+def test_what_spoils_training_leaves_held_out_pairs_alone():
+    """Catches: a share that is another, noise that changes nothing, spoiled held-out pairs, turned labels that turn
+    back."""
+    clean = World(users=400, each=10)
+    base, r = judged(clean), clean.rewards()
+    flipped = judged(World(users=400, each=10, flips=0.3))
+    assert abs((flipped.chosen != base.chosen).mean() - 0.3) < 0.03
+    assert right(judged(World(users=400, each=10, jitter=8.0)), r) < right(base, r) - 0.1
+    other = judged(World(users=400, each=10, other=1.0))
+    assert abs(right(other, r[::-1]) - right(base, r)) < 0.04                # the other type's choices, in their names
+    for spoiled in (dict(flips=0.3), dict(jitter=8.0), dict(other=1.0)):
+        assert np.array_equal(judged(World(**spoiled), heldout=True).chosen, judged(World(), heldout=True).chosen)
+
+
+def test_domains_tell_types(tmp_path):
+    """Catches: a prompt in another domain's letters, a share of judges that is another, users named all the same."""
+    world = World(types=4, users=60, domains=True, heldout=100)
+    of = judged(world)
+    assert abs((of.type == of.domain).mean() - worlds.OWN) < 0.04
+    write(world, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 600 and not any("user" in row for row in rows)
+    for row, domain, z, chosen in zip(rows, of.domain, of.type, of.chosen):
+        assert row["domain"] == f"domain {domain}" and row["annotator"] == f"type {z}"
+        assert row["chosen"] == ITEMS[chosen]
+        assert set(row["prompt"][:-1]) <= set(worlds.ALPHABETS[domain]) and row["prompt"].endswith(">")
+
+
+def test_prompts_are_mixed_by_their_share():
+    """Catches: a share of letters that is rounded down, foreign letters always in front."""
+    rng, places = np.random.default_rng(0), set()
+    for share in texts.SHARES:
+        for _ in range(20):
+            text = prompt(rng, "AB", "01", share)[:-1]
+            foreign = [n for n, c in enumerate(text) if c in "01"]
+            assert len(text) == worlds.LETTERS and len(foreign) == round(share * worlds.LETTERS)
+            places |= {tuple(foreign)} if share == 0.25 else set()
+    assert len(places) == worlds.LETTERS
+
+
+def test_the_oracle_is_brute_force():
+    """Catches: weights that are not the world's, one latent a pair for one a user, sums for means, an ARI of pairs for
+    one of users."""
+    world = World(users=30, each=4, heldout=40)
+    found, r = oracle(world), world.rewards()
+    of, told = judged(world, heldout=True), judged(world)
+
+    def p(z, a, b):
+        return 1 / (1 + math.exp(r[z, b] - r[z, a]))
+
+    pairs = [math.log(sum(0.5 * p(z, a, b) for z in (0, 1))) for a, b in zip(of.chosen, of.rejected)]
+    assert found["ll"]["mean"] == pytest.approx(np.mean(pairs))
+    users = [math.log(sum(0.5 * math.prod(p(z, of.chosen[i], of.rejected[i]) for i in range(4 * u, 4 * u + 4))
+                          for z in (0, 1))) / 4 for u in range(10)]
+    assert found["ll_user"]["mean"] == pytest.approx(np.mean(users))
+    likelier = [max((0, 1), key=lambda z: math.prod(p(z, told.chosen[i], told.rejected[i]) for i in
+                                                   range(4 * u, 4 * u + 4))) for u in range(30)]
+    assert found["ari"] == pytest.approx(brute.adjusted_rand(likelier, told.type[::4].tolist()))
+
+
+def test_a_run_on_a_world_finds_its_types(tmp_path):
+    """The whole way: file, train.py, held-out figures. Catches: a model too narrow for its items, margins of other
+    pairs, types under the wrong names; a policy's probabilities that are not those its margins come from."""
+    world = World(users=100, heldout=600)
+    write(world, tmp_path)
+    found = look(fit(tmp_path, "run", latent="user", start="linear"), tmp_path / "heldout.jsonl")
+    dpo = worlds.figures(look(fit(tmp_path, "dpo", experts=1), tmp_path / "heldout.jsonl"))
+    mine = worlds.figures(found)
+    assert mine["ari"] > 0.8 and mine["own"] > dpo["own"] + 0.05
+    assert mine["ll_user"]["mean"] > dpo["ll_user"]["mean"] + 0.05 and mine["ll_user"]["mean"] < 0
+    prompts = ["ABCD>", "WXAB>"]
+    pi = item_probabilities(*found.run.experts.policy(0), prompts)
+    assert pi.shape == (2, len(ITEMS)) and torch.allclose(pi.sum(1), torch.ones(2).double())
+    assert pi.argmax(1).tolist() != item_probabilities(*found.run.experts.policy(1), prompts).argmax(1).tolist()
+
+
+# ---- studies
+
+
+def fake(calls, fail=()):
+    """A study of four cells that counts what it measures."""
+    def measure(cell, folder):
+        calls.append(cell["n"])
+        assert folder.is_dir() and not list(folder.iterdir())
+        (folder / "rubbish").write_text("x")
+        if cell["n"] in fail:
+            raise InputError("no such thing")
+        return {"square": cell["n"] ** 2}
+
+    return study.Study("Fake", "Why?", lambda preset: [{"n": n, "preset": preset} for n in range(4)], measure, None)
+
+
+def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Catches: a cell measured twice, another setting's figures, a cell that failed taken as done, what it leaves."""
+    calls, home = [], tmp_path / "studies"
+    (home / "fake").mkdir(parents=True)
+    monkeypatch.setattr(study, "study_of", lambda name: fake(calls, fail=(2,)))
+    with pytest.raises(InputError, match="study fake, {'n': 2.*no such thing"):
+        for n in range(4):
+            study.measured("fake", {"n": n, "preset": "quick"}, home)
+    monkeypatch.setattr(study, "study_of", lambda name: fake(calls))
+    found = [study.measured("fake", {"n": n, "preset": "quick"}, home)["figures"] for n in range(4)]
+    assert found == [{"square": n * n} for n in range(4)] and calls == [0, 1, 2, 2, 3]
+    study.measured("fake", {"n": 0, "preset": "full"}, home)
+    assert calls[-1] == 0 and not list(home.glob("fake/*.work"))
+
+
+@pytest.mark.parametrize("name", studies.NAMES)
+def test_every_study_has_cells_and_a_page_to_come(name):
+    """Catches: a study that cannot be opened, two cells that are one, a smoke preset that is not the smallest."""
+    of = studies.study_of(name)
+    quick, smoke = of.cells("quick"), of.cells("smoke")
+    keys = [json.dumps(cell, sort_keys=True) for cell in quick]
+    assert 0 < len(smoke) < len(quick) and len(set(keys)) == len(keys) and of.question.endswith(("?", "."))
+
+
+# ---- real sentences
+
+
+def archive(path, members):
+    with tarfile.open(path, "w:gz") as out:
+        for name, text in members.items():
+            data = text.encode()
+            info = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}")
+            info.size = len(data)
+            out.addfile(info, io.BytesIO(data))
+
+
+def members(**changed):
+    """Two sentences a domain; the byte order mark stands as in the real files."""
+    made = {}
+    for name in sentences.FILES.values():
+        made[f"{name}_GroundTruth.txt"] = "\ufeff1_1\t1.5\tGood  <br />film.\n1_2\t-1.0\tBad.\n"
+        made[f"{name}_anonDataRatings.txt"] = "1_1\t1.5\t0.5\t[1, 2]\n1_2\t-1.0\t0\t[-1, -1]\n"
+    return made | changed
+
+
+def test_sentences_are_read_with_their_ratings(tmp_path, monkeypatch):
+    """Catches: ratings of another sentence, a mark before the first ID, markup kept, a faulty line passed over, a
+    member that unpacks to anything."""
+    path = tmp_path / "sentences.tar.gz"
+    monkeypatch.setattr(fetch, "asset", lambda name, data: path)
+    archive(path, members())
+    found = sentences.load_sentences()
+    assert list(found) == list(sentences.FILES)
+    good, bad = found["product"]
+    assert (good.text, good.document, good.ratings, good.rating) == ("Good film.", "1", (1, 2), 1.5)
+    assert bad.rating == -1
+    ratings = "tweets_anonDataRatings.txt"
+    for name, text, told in (("tweets_GroundTruth.txt", "1_1\t1.5\n", r"tweets_GroundTruth.txt:1: got 2 fields, wanted 3"),
+                             (ratings, "1_1\t1\t0\t[1.5]\n1_2\t1\t0\t[1]\n", r"1_1: got '\[1.5\]'"),
+                             (ratings, "1_1\t1\t0\t[1]\n", "1_2: got None"),
+                             (ratings, "1_1\t1\t0\tprint(1)\n", "1_1: got 'print")):
+        archive(path, members(**{name: text}))
+        with pytest.raises(InputError, match=told):
+            sentences.load_sentences()
+    monkeypatch.setattr(sentences, "MOST", 5)
+    archive(path, members())
+    with pytest.raises(InputError, match="more than 5 bytes"):
+        sentences.load_sentences()
+
+
+def some_texts(count=80, seed=0):
+    """Texts whose first component is what people's ratings say."""
+    rng = np.random.default_rng(seed)
+    warm, length = rng.normal(size=count), rng.integers(30, 110, size=count)
+    x = torch.from_numpy(np.stack([warm, rng.normal(size=count)], 1))
+    ratings = [[int(np.clip(round(2 * w + e), -4, 4)) for e in rng.normal(size=5)] for w in warm]
+    rewards = {"warm": 2 * warm, "terse": -2 * texts.standard(length), "cold": -2 * warm}
+    prompts = [{"domain": d, "part": "train", "share": 0.0} for d in texts.DOMAINS for _ in range(8)]
+    domain = np.array([*texts.DOMAINS] * (count // 2))
+    return texts.Texts(x, torch.randn(16, 2).double(), rewards, ratings, domain, prompts)
+
+
+def test_judges_of_sentences_go_by_their_taste():
+    """Catches: chosen and rejected swapped, a taste's sign, held-out sentences that were trained on, two domains in
+    one pair, users of several tastes, a rating of another sentence."""
+    of = some_texts()
+    told, held = (texts.judge(of, ("warm", "cold"), 60, 10, 0, heldout=h) for h in (False, True))
+    own = told.gaps[torch.arange(600), torch.from_numpy(told.type)]
+    assert (own > 0).double().mean() > 0.7 and torch.equal(told.gaps[:, 0], -told.gaps[:, 1])
+    assert torch.allclose(told.x[:, 0] * 2, told.gaps[:, 0])                # x is chosen minus rejected
+    assert len(set(zip(told.group.tolist(), told.type.tolist()))) == 60
+    differences = {round(float(v), 6) for part in (told,) for v in part.x[:, 1].abs()}
+    assert not differences & {round(float(v), 6) for v in held.x[:, 1].abs()}
+    domain = {round(float(v), 9): d for v, d in zip(of.x[:, 1], of.domain)}
+    values = list(domain)
+    apart = {round(abs(a - b), 6) for a, b in itertools.combinations(values, 2) if domain[a] != domain[b]}
+    assert len(differences & apart) <= 2                                    # a chance equality of six digits
+    one = texts.judge(of, ("warm", "cold"), 60, 10, 0, one_rating=True)
+    assert (one.gaps[torch.arange(600), torch.from_numpy(one.type)] > 0).double().mean() > 0.7
+    turned = texts.judge(of, ("warm", "cold"), 60, 10, 0, flips=1.0)
+    assert torch.equal(turned.x, -told.x)
+
+
+def test_documents_give_prompts_of_their_own_sentences():
+    """Catches: a prompt across two documents, a sentence in two prompts."""
+    made = [sentences.Sentence(f"{d}.{n}", "product", d, (0,)) for d, count in (("a", 9), ("b", 3), ("c", 4))
+            for n in range(count)]
+    assert texts.four_of(made) == [["a.0", "a.1", "a.2", "a.3"], ["a.4", "a.5", "a.6", "a.7"],
+                                   ["c.0", "c.1", "c.2", "c.3"]]
