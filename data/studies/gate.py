@@ -24,9 +24,9 @@ def cells(preset: str) -> list[dict]:
             for gate in gates for seed in range(SEEDS[preset]) if world == "planted" or gate != "mlp"]
 
 
-def epochs(pairs: int) -> int:
-    """Some hundred steps, whatever the size of the file."""
-    return max(3, min(100, 10000 // pairs))
+def batch(pairs: int) -> int:
+    """Twenty steps a pass where there are so many pairs, or as many as batches of ten make."""
+    return max(10, min(50, pairs // 20))
 
 
 def measure(cell: dict, folder) -> dict:
@@ -34,7 +34,8 @@ def measure(cell: dict, folder) -> dict:
         return of_texts(cell, texts.load(folder.parent.parent, cell["preset"]))
     world = World(seed=cell["seed"], users=cell["pairs"] // 10, domains=True)
     write(world, folder)
-    options = {"epochs": epochs(cell["pairs"]), "seed": cell["seed"]}
+    size = batch(cell["pairs"])
+    options = {"batch": size, "micro": size, "seed": cell["seed"]}
     if cell["gate"] == "DPO":
         options |= {"experts": 1}
     else:

@@ -31,7 +31,7 @@ def measure(cell: dict, folder) -> list[dict]:
     world = World(seed=cell["seed"], users=200, domains=True)
     write(world, folder)
     learnt = {"gate_lr": 0.05, "gate_features": "mean"} if cell["gate"] != "domain" else {}
-    run = look(fit(folder, "run", gate=cell["gate"], start="linear", seed=cell["seed"], epochs=6, **learnt),
+    run = look(fit(folder, "run", gate=cell["gate"], start="linear", seed=cell["seed"], **learnt),
                folder / "heldout.jsonl").run
     (reference,), tokenizer = load_references(run.config, "cpu")
     rng, rewards, rows = np.random.default_rng([cell["seed"], 9]), torch.from_numpy(world.rewards()), []
