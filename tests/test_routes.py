@@ -249,3 +249,43 @@ def test_context_pairs_decide_and_are_not_trained_on():
     change, figures, used = updated(experts, pairs, config, ref)
     assert_equal(change, want, "context")
     assert torch.allclose(used, log_q, atol=1e-12) and figures["pairs"] == COUNT - len(context)
+
+
+@pytest.mark.parametrize("users", [None, 4])
+@pytest.mark.parametrize("sharing", ["k1", "low-rank"])
+def test_flipped_labels_are_a_likelihood_of_their_own(sharing, users):
+    """--label-noise e with flips: the gradient is that of log sum_k w_k prod_i [e + (1 - 2e) sigma(h_ik)], for one type
+    a pair and one a user. Catches: an E-step that takes choices for right, noise in it alone, 1 - e for 1 - 2e."""
+    share, options = 0.15, SHARINGS[sharing]
+    config = small.config(**options, beta=0.5, head_rows=10, label_noise=share)
+    experts, pairs = small.experts(dtype=DOUBLE, **options), small.pairs(COUNT, users=users)
+    ref = small.reference_logp(COUNT, dtype=DOUBLE)
+    group = users_of(pairs) if users else torch.arange(COUNT)
+    G = int(group.max()) + 1
+    batch = collate(pairs, list(range(COUNT)), group.tolist())
+    h = margins(pair_logp(experts, collate(pairs, list(range(COUNT))), tile=17), ref, config.beta)
+    said = torch.log(share + (1 - 2 * share) * torch.sigmoid(h)).to(DOUBLE)                  # (B,K)
+    pooled = torch.zeros(G, experts.K, dtype=DOUBLE).index_add(0, group, said)
+    (-torch.logsumexp(LOG_W[experts.K] + pooled, dim=1).sum() / COUNT).backward()
+    want = gradient(experts)
+    accumulate(experts, Micro(batch, None, torch.arange(G)), ref, latent(LOG_W[experts.K], G), COUNT, config)
+    assert_equal(gradient(experts), want, (sharing, users))
+
+
+@pytest.mark.parametrize("kind", ["conservative", "robust"])
+def test_label_losses_reach_the_gradient(kind):
+    """The M-step's loss is dpo.label_loss of M8, under responsibilities of the plain margins. Catches: an option that
+    does nothing, one that reaches the E-step."""
+    share, options = 0.2, SHARINGS["low-rank"]
+    config = small.config(**options, beta=0.5, label_noise=share, label_loss=kind)
+    experts, pairs = small.experts(dtype=DOUBLE, **options), small.pairs(COUNT)
+    ref, batch = small.reference_logp(COUNT, dtype=DOUBLE), collate(pairs, list(range(COUNT)))
+    h = margins(pair_logp(experts, batch, tile=17), ref, config.beta)
+    q = torch.softmax(LOG_W[3] + F.logsigmoid(h.detach()), dim=1)
+    right, wrong = -F.logsigmoid(h), -F.logsigmoid(-h)
+    loss = (1 - share) * right + share * wrong if kind == "conservative" else \
+        ((1 - share) * right - share * wrong) / (1 - 2 * share)
+    ((q * loss).sum() / COUNT).backward()
+    want = gradient(experts)
+    accumulate(experts, Micro(batch, None, torch.arange(COUNT)), ref, latent(LOG_W[3], COUNT), COUNT, config)
+    assert_equal(gradient(experts), want, kind)

@@ -50,14 +50,14 @@ def page(rows):
     found = ways["user", "models", "symmetric"]
     reading = (
         f"Whole models that begin alike stay alike: their margins differ by {mean_over(found, 'apart', 3)} nats after "
-        f"all steps, and the mixture is DPO with K times the cost (log-likelihood {ll('user', 'models', 'symmetric'):+.3f} "
-        f"nats a pair beside DPO's). From random responsibilities the same experts gain "
-        f"{ll('user', 'models', 'random'):+.3f}, from the linear start {ll('user', 'models', 'linear'):+.3f}. Low-rank "
-        f"heads have random factors of their own, so that their tie is never exact: started as if symmetric they end "
-        f"at {ll('user', 'heads', 'symmetric'):+.3f}, from the linear start at {ll('user', 'heads', 'linear'):+.3f}. With "
-        f"one type a pair the same file gives {ll('pair', 'heads', 'random'):+.3f} and "
-        f"{ll('pair', 'heads', 'linear'):+.3f}: a single comparison hardly says who made it. No gate is needed for any "
-        "of this: weights stay uniform throughout.")
+        "all steps, and the mixture is DPO with K times the cost (log-likelihood "
+        f"{ll('user', 'models', 'symmetric'):+.3f} nats a pair beside DPO's). From random responsibilities the same "
+        f"experts gain {ll('user', 'models', 'random'):+.3f}, from the linear start "
+        f"{ll('user', 'models', 'linear'):+.3f}. Low-rank heads have random factors of their own, so that their tie is "
+        f"never exact: started as if symmetric they end at {ll('user', 'heads', 'symmetric'):+.3f}, from the linear "
+        f"start at {ll('user', 'heads', 'linear'):+.3f}. With one type a pair the same file gives "
+        f"{ll('pair', 'heads', 'random'):+.3f} and {ll('pair', 'heads', 'linear'):+.3f}: a single comparison hardly "
+        "says who made it. No gate is needed for any of this: weights stay uniform throughout.")
     head = ["one type a", "experts", "start", "own accuracy", "log-likelihood less DPO's", "less the oracle's",
             "ARI / Bayes", "effective experts", "experts apart (nats)"]
     text = "\n\n".join([reading, table_of(head, body, 3),

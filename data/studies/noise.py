@@ -1,4 +1,4 @@
-"""Annotations that are spoiled: how much assignment and rewards lose, and what the losses for noisy labels give back."""
+"""Annotations that are spoiled: what assignment and rewards lose, and what the losses for noisy labels give back."""
 
 import numpy as np
 

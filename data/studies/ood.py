@@ -1,5 +1,7 @@
 """The gate off its ground: prompts of which a graded share comes from the other domain, or from none that it knows."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -41,7 +43,7 @@ def measure(cell: dict, folder) -> list[dict]:
             asked = [(d, prompt(rng, ALPHABETS[d], ALPHABETS[1 - d] if part == "crossed" else FOREIGN, share))
                      for d in (0, 1) for _ in range(PROMPTS)]
             domain, prompts = torch.tensor([d for d, _ in asked]), [text for _, text in asked]
-            if cell["gate"] == "domain":                                    # it has no label for a prompt it was not told
+            if cell["gate"] == "domain":                                    # is told it, whatever the text
                 known = torch.nn.functional.one_hot(domain, 2).float()
                 log_w = run.gate(Inputs(known, torch.zeros(len(asked), dtype=torch.int64))).detach()
             else:
@@ -62,7 +64,7 @@ def names(run, world: World) -> list[int]:
 
 
 def row(part: str, share: float, log_w, expert, got, base) -> dict:
-    """Figures of P prompts: log_w (P,K), the right expert (P,), rewards under each expert (P,K), the reference's (P,)."""
+    """Figures of P prompts: log_w (P,K), the right expert (P,), rewards of each expert (P,K), the reference's (P,)."""
     own = got[torch.arange(len(got)), expert]
     mixed = (log_w.exp() * got).sum(1)
     return {"part": part, "share": share, "accuracy": float((log_w.argmax(1) == expert).double().mean()),
@@ -73,7 +75,8 @@ def row(part: str, share: float, log_w, expert, got, base) -> dict:
 def of_texts(cell: dict, found: texts.Texts) -> list[dict]:
     """Linear rewards: a policy draws among CANDIDATES sentences of the prompt's domain, by exp(theta . f)."""
     told = texts.judge(found, TASTES, 2000, 1, cell["seed"], domains=True)
-    fitted, rng, rows = texts.fit(told, 2, cell["seed"], c=found.c[told.prompt]), np.random.default_rng(cell["seed"]), []
+    fitted = texts.fit(told, 2, cell["seed"], c=found.c[told.prompt])
+    rng, rows = np.random.default_rng(cell["seed"]), []
     kind = torch.from_numpy(told.type)
     naming = [int(fitted.log_q.exp()[kind == d].mean(0).argmax()) for d in (0, 1)]
     naming = torch.tensor(naming if naming[0] != naming[1] else [0, 1])
@@ -107,27 +110,32 @@ def page(rows):
         return f"{over(found[world, gate, part, share], what)['mean']:.3f}"
 
     def sentence(world: str, gate: str) -> str:
-        return (f"right for {figure(world, gate, 'crossed', 0.0)} of the prompts at home, {figure(world, gate, 'crossed', 0.25)} "
-                f"with a quarter from the other domain, {figure(world, gate, 'crossed', 0.5)} with half, "
-                f"{figure(world, gate, 'foreign', 0.5)} with half from elsewhere and {figure(world, gate, 'foreign', 1.0)} "
-                f"where nothing is known; its entropy goes from {figure(world, gate, 'foreign', 0.0, 'entropy')} at home to "
-                f"{figure(world, gate, 'foreign', 1.0, 'entropy')} nats on foreign text, where 0.693 would be undecided")
+        crossed = ", ".join(figure(world, gate, "crossed", share) for share in texts.SHARES)
+        foreign = ", ".join(figure(world, gate, "foreign", share) for share in texts.SHARES)
+        return (f"is right for {crossed} of the prompts as more and more of them is the other domain's, and for "
+                f"{foreign} as more and more is foreign; its entropy goes from "
+                f"{figure(world, gate, 'foreign', 0.0, 'entropy')} at home to "
+                f"{figure(world, gate, 'foreign', 1.0, 'entropy')} nats on foreign text")
 
     lost = over(found["planted", "linear", "foreign", 1.0], "reward")["mean"]
     unsure = over(found["planted", "linear", "foreign", 1.0], "unsure")["mean"]
+    doubt = {world: 100 * over(found[world, "linear", "foreign", 1.0], "entropy")["mean"] / math.log(2)
+             for world in names_of}
     reading = (
-        f"The linear gate on planted prompts is {sentence('planted', 'linear')}. The MLP is {sentence('planted', 'mlp')}. "
-        f"On real sentences the linear gate is {sentence('texts', 'linear')}. On wholly foreign planted prompts the "
-        f"mixture's reward is {lost:.3f}, and {unsure:.3f} under even weights: "
-        + ("a gate that is sure where it knows nothing costs reward. " if lost < unsure - 0.02 else
-           "to be sure where it knows nothing costs no reward here. ")
-        + "A prompt that crosses domains goes with the larger share of its text, as it should if text is all that there "
-        "is to go by; what a gate lacks is doubt.")
-    text = "\n\n".join([reading, table_of(["world", "gate", "from elsewhere", "share", "accuracy", "entropy (nats)", "reward",
-                                           "reward, told", "reward, even weights"], body, 3),
-                        "Accuracy: the likeliest expert is that of the domain that the prompt was made for. Reward: the "
-                        "mixture's expected true reward for that domain's judges less the reference's, nats; told: of the "
-                        "right expert alone; even weights: of a mixture that does not choose. The gate `domain` is given "
+        f"In steps of a quarter, the linear gate on planted prompts {sentence('planted', 'linear')}. The MLP "
+        f"{sentence('planted', 'mlp')}. On real sentences the linear gate {sentence('texts', 'linear')}. Undecided "
+        f"would be 0.693. On wholly foreign planted prompts the mixture's reward is {lost:.3f}, and {unsure:.3f} under "
+        "even weights: " + ("to be sure where nothing is known costs reward." if lost < unsure - 0.02 else
+                       "to be sure where nothing is known costs no reward here.")
+        + f" There the gate's entropy is {doubt['planted']:.0f} % of an undecided one's, on real sentences "
+        f"{doubt['texts']:.0f} %: it says little of how far a prompt is from what was trained on.")
+    head = ["world", "gate", "from elsewhere", "share", "accuracy", "entropy (nats)", "reward", "reward, told",
+            "reward, even weights"]
+    text = "\n\n".join([reading, table_of(head, body, 3),
+                        "Accuracy: the likeliest expert is that of the domain that the prompt was made for. Reward: "
+                        "the mixture's expected true reward for that domain's judges less the reference's, nats; "
+                        "told: of the right expert alone; even weights: of a mixture that does not choose. The gate "
+                        "`domain` is given "
                         "the label of the domain, whatever the text."])
     return text, {"shift": curves(shown, "share from elsewhere", "", columns=3)}
 

@@ -113,7 +113,8 @@ def plane(x) -> np.ndarray:
 
 
 def tsne(x) -> np.ndarray:
-    return TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=0).fit_transform(np.asarray(x, dtype=float))
+    x = np.asarray(x, dtype=float)
+    return TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=0).fit_transform(x)
 
 
 def walks(updates: torch.Tensor) -> dict[str, list]:
@@ -146,21 +147,22 @@ def page(rows):
     a, b = (found["planted", 4, latent] for latent in LATENTS)
     c, d = (found["texts", 4, latent] for latent in LATENTS)
     reading = (
-        f"With one type a user the expert that stands for a type ends with {apart(found['planted', 2, 'user']):.2f} of its "
-        f"users' responsibilities (two planted types) and {apart(a):.2f} (four), and the users' ARI is "
+        f"With one type a user the expert that stands for a type ends with {apart(found['planted', 2, 'user']):.2f} of "
+        f"its users' responsibilities (two planted types) and {apart(a):.2f} (four), and the users' ARI is "
         f"{mean_over(found['planted', 2, 'user'], 'ari')} and {mean_over(a, 'ari')} (by the true rewards "
-        f"{mean_over(found['planted', 2, 'user'], 'bayes_ari')} and {mean_over(a, 'bayes_ari')}). With one type a pair it is "
-        f"{mean_over(found['planted', 2, 'pair'], 'ari')} and {mean_over(b, 'ari')}, where the truth itself would reach "
-        f"{mean_over(found['planted', 2, 'pair'], 'bayes_ari')} and {mean_over(b, 'bayes_ari')}. On real sentences, four "
-        f"tastes: {mean_over(c, 'ari')} a user ({mean_over(c, 'bayes_ari')} by the truth) and {mean_over(d, 'ari')} a pair. "
-        "Users that overlap in t-SNE of their choices lie apart by their margins where the experts have found them: "
-        "margins are what the E-step looks at.")
+        f"{mean_over(found['planted', 2, 'user'], 'bayes_ari')} and {mean_over(a, 'bayes_ari')}). With one type a pair "
+        f"it is {mean_over(found['planted', 2, 'pair'], 'ari')} and {mean_over(b, 'ari')}, where the truth itself "
+        f"would reach {mean_over(found['planted', 2, 'pair'], 'bayes_ari')} and {mean_over(b, 'bayes_ari')}. On real "
+        f"sentences, four tastes: {mean_over(c, 'ari')} a user ({mean_over(c, 'bayes_ari')} by the truth) and "
+        f"{mean_over(d, 'ari')} a pair. Users that overlap in t-SNE of their choices lie apart by their margins where "
+        "the experts have found them: margins are what the E-step looks at.")
     text = "\n\n".join([reading, table_of(["world", "types", "one type a", "ARI", "ARI, Bayes", "effective experts",
                                            "own expert's share"], body, 3),
-                        "Curves: mean responsibility, through training, of the expert that stands for a type in the end, "
-                        "on that type's units (the paper's Figure 1), by steps, or by iterations of EM for sentences; "
-                        "mean over worlds. Dots, of one world: the experts' updates from the reference, every fifth step; "
-                        "users by what they chose (items, or states of sentences), and by the mean reward difference of "
+                        "Curves: mean responsibility, through training, of the expert that stands for a type in the "
+                        "end, on that type's units (the paper's Figure 1), by steps, or by iterations of EM for "
+                        "sentences; mean over worlds. Dots, of one world: the experts' updates from the reference, "
+                        "every fifth step; users by what they chose (items, or states of sentences), and by the mean "
+                        "reward difference of "
                         "their pairs under each expert."])
     return text, {"responsibilities": curves(lines, "step", "own expert's q", columns=4), **pictures}
 
@@ -173,6 +175,6 @@ def apart(of: list[dict]) -> float:
 STUDY = Study(
     "Separation: who takes whose pairs",
     "Do experts part by judges, and when? Responsibilities by annotator through training, the experts' updates, and "
-    "users by their vectors of reward differences, in planted worlds of two and four types (120 users of 10) from random "
-    "responsibilities, and of linear rewards on real sentences.",
+    "users by their vectors of reward differences, in planted worlds of two and four types (120 users of 10) from "
+    "random responsibilities, and of linear rewards on real sentences.",
     cells, measure, page, texts.prepare)

@@ -2,7 +2,7 @@
 
     cells(preset)               settings of every cell, each a dict of plain values
     measure(cell, folder)       its figures, plain values too; `folder` is empty, and is removed afterwards
-    page(rows)                  Markdown between the question and the command, and pictures by name; rows: (cell, figures)
+    page(rows)                  Markdown between question and command, and pictures by name; rows: (cell, figures)
 
 Cells run in as many processes as there are cores, a thread each. A cell's figures are kept under a key of its settings,
 so a study that was stopped goes on where it was; they say at which revision they were measured, and so does the page.

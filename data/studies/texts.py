@@ -32,7 +32,8 @@ from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import load_model
 from mixdpo.whole import read_tensors, write_tensors
 
-SIZES = {"smoke": {"sentences": 60, "prompts": 24, "apart": 8}, "quick": {"sentences": 1000, "prompts": 250, "apart": 50},
+SIZES = {"smoke": {"sentences": 60, "prompts": 24, "apart": 8},
+         "quick": {"sentences": 1000, "prompts": 250, "apart": 50},
          "full": {"sentences": 2200, "prompts": 1200, "apart": 200}}             # a domain
 DOMAINS, FOREIGN = ("product", "editorial"), ("film", "tweet")
 SHORT, LONG, IN_PROMPT = 30, 110, 4     # characters of a sentence that serves; sentences in a prompt
@@ -63,10 +64,11 @@ def prepare(home: Path, preset: str, data: str | None) -> None:
     ids = [tokenizer.encode(" " + s.text) for s in chosen]
     pairs = [Pair(opening, a, b) for a, b in zip(ids[::2], ids[1::2])]
     states = compute_reference(model, pairs, dtype, progress=Progress("states of sentences")).features
-    of_prompts = prompt_features(model, [tokenizer.encode(" ".join(texts)) for texts in prompts], dtype)[:, 1]
+    encoded = [tokenizer.encode(" ".join(texts)) for texts in prompts]
+    of_prompts = prompt_features(model, encoded, dtype)[:, 1].contiguous()  # the mean states
     told = {"domain": [s.domain for s in chosen], "ratings": [s.ratings for s in chosen],
             "length": [len(s.text) for s in chosen], "prompts": facts}
-    write_tensors(path, {"states": states.reshape(-1, states.shape[-1]).contiguous(), "prompts": of_prompts.contiguous()},
+    write_tensors(path, {"states": states.flatten(0, 1).contiguous(), "prompts": of_prompts},
                   json.loads(json.dumps(told)))
 
 
