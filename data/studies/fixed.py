@@ -1,23 +1,33 @@
 """Fixed weights: the E-step and the experts' updates without a gate, from a symmetric start and from a broken tie."""
 
+import math
+
+import torch
+
 from data.pictures import curves
+from data.studies import texts
 from data.studies.study import Study
-from data.studies.tell import by, mean_over, pm_of, se_over, table_of
+from data.studies.tell import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.worlds import World, figures, fit, look, oracle, write
 from mixdpo.diagnostics import mean_se
 
 SEEDS = {"smoke": 1, "quick": 8, "full": 20}
 STARTS = {"symmetric": "none", "random": "dirichlet", "linear": "linear"}
-DPO = {"latent": "-", "sharing": "-", "start": "DPO"}
+DPO = {"world": "planted", "latent": "-", "sharing": "-", "start": "DPO"}
+TASTES = ("warm", "terse")                  # of judges of real sentences
 
 
 def cells(preset: str) -> list[dict]:
-    ways = [{"latent": latent, "sharing": sharing, "start": start} for latent in ("user", "pair")
+    ways = [{"world": "planted", "latent": latent, "sharing": sharing, "start": start} for latent in ("user", "pair")
             for sharing in ("heads", "models") for start in STARTS]
-    return [way | {"seed": seed} for seed in range(SEEDS[preset]) for way in (DPO, *ways)]
+    real = [{"world": "texts", "latent": latent, "experts": K, "preset": preset}
+            for latent, K in (("user", 1), ("user", 2), ("pair", 2))]
+    return [way | {"seed": seed} for seed in range(SEEDS[preset]) for way in (DPO, *ways, *real)]
 
 
 def measure(cell: dict, folder) -> dict:
+    if cell["world"] == "texts":
+        return of_texts(cell, texts.load(folder.parent.parent, cell["preset"]))
     world = World(seed=cell["seed"])
     write(world, folder)
     options = {"experts": 1} if cell["start"] == "DPO" else {
@@ -28,8 +38,17 @@ def measure(cell: dict, folder) -> dict:
                                                                range(0, len(gain) - 9, 10)]}
 
 
+def of_texts(cell: dict, found: texts.Texts) -> dict:
+    """Linear rewards on real sentences, from random responsibilities, weights uniform throughout."""
+    told, held = (texts.judge(found, TASTES, 120, 20, cell["seed"], heldout=h) for h in (False, True))
+    units = told if cell["latent"] == "user" else texts.alone(told)
+    even = torch.full((cell["experts"],), -math.log(cell["experts"])).double()
+    return texts.figures(texts.fit(units, cell["experts"], cell["seed"], log_w=even), units, held)
+
+
 def page(rows):
-    ways = by(rows, "latent", "sharing", "start")
+    ways = by([(c, f) for c, f in rows if c["world"] == "planted"], "latent", "sharing", "start")
+    real = by([(c, f) for c, f in rows if c["world"] == "texts"], "latent", "experts")
     body, shown = [], {}
     for (latent, sharing, start), found in ways.items():
         less = mean_se([f["ll_user"]["mean"] - o["ll_user"]["mean"] for f, o in zip(found, ways["-", "-", "DPO"])])
@@ -58,17 +77,24 @@ def page(rows):
         f"start at {ll('user', 'heads', 'linear'):+.3f}. With one type a pair the same file gives "
         f"{ll('pair', 'heads', 'random'):+.3f} and {ll('pair', 'heads', 'linear'):+.3f}: a single comparison hardly "
         "says who made it. No gate is needed for any of this: weights stay uniform throughout.")
+    of_real = [[latent, K, mean_over(of, "ari"), mean_over(of, "bayes_ari"), pm_of(over(of, "ll_user")), pm_of(mean_se(
+        [f["ll_user"]["mean"] - o["ll_user"]["mean"] for f, o in zip(of, real["user", 1])]), "+")]
+        for (latent, K), of in real.items()]
     head = ["one type a", "experts", "start", "own accuracy", "log-likelihood less DPO's", "less the oracle's",
             "ARI / Bayes", "effective experts", "experts apart (nats)"]
     text = "\n\n".join([reading, table_of(head, body, 3),
                         "Log-likelihood of all choices of a new user (M11), nats a pair, mean over worlds ± SE; own "
                         "accuracy: of the expert that stands for the judge's type; ARI of the training units over "
-                        "that of Bayes-optimal assignment. The picture: KL(q || w) by step, what the pairs tell of z."])
+                        "that of Bayes-optimal assignment. The picture: KL(q || w) by step, what the pairs tell of z.",
+                        "Real sentences, 120 users of 20, warm and terse judges, linear rewards on SmolLM2's states:",
+                        table_of(["one type a", "experts", "ARI", "ARI, Bayes", "log-likelihood", "less one reward's"],
+                                 of_real)])
     return text, {"gain": curves(shown, "step", "KL(q || w) (nats)", columns=4)}
 
 
 STUDY = Study(
     "Fixed weights: the E-step without a gate",
     "Two types of judges, 100 users of 10 comparisons each, uniform weights that never change. What do the E-step and "
-    "the experts' updates find by themselves, and what does breaking the tie matter? Eight planted worlds.",
-    cells, measure, page)
+    "the experts' updates find by themselves, and what does breaking the tie matter? Planted worlds, and real "
+    "sentences.",
+    cells, measure, page, texts.prepare)

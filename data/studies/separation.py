@@ -82,9 +82,7 @@ def of_texts(cell: dict, found: texts.Texts) -> dict:
     """The same of linear rewards on real sentences, by iterations of EM."""
     K, tastes = cell["types"], TASTES[: cell["types"]]
     told, held = (texts.judge(found, tastes, USERS, EACH, cell["seed"], heldout=h) for h in (False, True))
-    users, kinds = told, told.type[::EACH]
-    if cell["latent"] == "pair":
-        users, kinds = texts.Judged(told.x, torch.arange(len(told.x)), told.type, told.gaps, told.prompt), told.type
+    users, kinds = (told, told.type[::EACH]) if cell["latent"] == "user" else (texts.alone(told), told.type)
     fits = [texts.fit(users, K, cell["seed"], iterations=n) for n in ITERATIONS]
     q = [fit.log_q.exp().numpy() for fit in fits]
     shares = {taste: (list(map(float, ITERATIONS)), np.array([of[kinds == n].mean(0) for of in q]))

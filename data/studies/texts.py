@@ -12,7 +12,7 @@ models add, and lose, is in docs/results. Sentences of held-out comparisons are 
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +183,11 @@ def judge(texts: Texts, tastes: tuple[str, ...], users: int, each: int, seed: in
     group = np.arange(N) if domains else np.repeat(np.arange(users), each)
     return Judged(x * torch.from_numpy(sign), torch.from_numpy(group), kind, torch.from_numpy(gaps * sign),
                   torch.from_numpy(prompt))
+
+
+def alone(told: Judged) -> Judged:
+    """The same comparisons, each with a latent of its own."""
+    return replace(told, group=torch.arange(len(told.x)))
 
 
 def fit(told: Judged, experts: int, seed: int = 0, starts: int = 3, **options) -> LinearMixture:
