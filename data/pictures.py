@@ -261,9 +261,9 @@ def knowledge(job: Job) -> dict[str, Figure]:
 
 
 def curves(shown: dict[str, dict[str, list[tuple]]], x: str, y: str, log: int = 0, lines: dict[str, float] = {},
-           columns: int = 3) -> Figure:
-    """Panel -> line -> (x, mean, SE or 0). log: base of the x axis, 0: linear; lines: level -> dotted, by name."""
-    figure, axes = panels(len(shown), columns, 3.2, 2.4, sharey=True)
+           columns: int = 3, one_scale: bool = True) -> Figure:
+    """Panel -> line -> (x, mean, SE or 0). log: base of the x axis, 0: linear; lines: name -> level, dotted."""
+    figure, axes = panels(len(shown), columns, 3.2, 2.4, sharey=one_scale)
     for axis, (title, of) in zip(axes, shown.items()):
         for n, (name, points) in enumerate(of.items()):
             at, means, ses = zip(*points)

@@ -119,7 +119,7 @@ def page(rows):
                                            "domains told"], body, 2),
                         "Held-out log-likelihood of the mixture of Bradley-Terry (M5), nats a pair, mean over worlds "
                         "± SE; domains told: share of held-out prompts whose likeliest expert is their domain's."])
-    return text, {"pairs": curves(shown, "training pairs", "", 2, columns=4)}
+    return text, {"pairs": curves(shown, "training pairs", "", 2, columns=4, one_scale=False)}
 
 
 STUDY = Study(

@@ -119,16 +119,17 @@ def page(rows):
 
     lost = over(found["planted", "linear", "foreign", 1.0], "reward")["mean"]
     unsure = over(found["planted", "linear", "foreign", 1.0], "unsure")["mean"]
-    doubt = {world: 100 * over(found[world, "linear", "foreign", 1.0], "entropy")["mean"] / math.log(2)
-             for world in names_of}
+    doubt = {(world, share): 100 * over(found[world, "linear", "foreign", share], "entropy")["mean"] / math.log(2)
+             for world in names_of for share in (0.0, 1.0)}
     reading = (
         f"In steps of a quarter, the linear gate on planted prompts {sentence('planted', 'linear')}. The MLP "
         f"{sentence('planted', 'mlp')}. On real sentences the linear gate {sentence('texts', 'linear')}. Undecided "
         f"would be 0.693. On wholly foreign planted prompts the mixture's reward is {lost:.3f}, and {unsure:.3f} under "
         "even weights: " + ("to be sure where nothing is known costs reward." if lost < unsure - 0.02 else
                        "to be sure where nothing is known costs no reward here.")
-        + f" There the gate's entropy is {doubt['planted']:.0f} % of an undecided one's, on real sentences "
-        f"{doubt['texts']:.0f} %: it says little of how far a prompt is from what was trained on.")
+        + f" There the gate's entropy is {doubt['planted', 1.0]:.0f} % of an undecided one's (at home "
+        f"{doubt['planted', 0.0]:.0f} %), on real sentences {doubt['texts', 1.0]:.0f} % (at home "
+        f"{doubt['texts', 0.0]:.0f} %): that is all that it says of how far a prompt is from what was trained on.")
     head = ["world", "gate", "from elsewhere", "share", "accuracy", "entropy (nats)", "reward", "reward, told",
             "reward, even weights"]
     text = "\n\n".join([reading, table_of(head, body, 3),
@@ -137,7 +138,7 @@ def page(rows):
                         "told: of the right expert alone; even weights: of a mixture that does not choose. The gate "
                         "`domain` is given "
                         "the label of the domain, whatever the text."])
-    return text, {"shift": curves(shown, "share from elsewhere", "", columns=3)}
+    return text, {"shift": curves(shown, "share from elsewhere", "", columns=3, one_scale=False)}
 
 
 STUDY = Study(

@@ -49,14 +49,26 @@ def measure(cell: dict, folder) -> dict:
     told = {kind: (x.tolist(), means) for kind, (x, means) in sorted(middles.items())}
     result = figures(found) | {"bayes_ari": oracle(world)["ari" if cell["latent"] == "user" else "ari_pair"],
                                "by_type": own_shares(told)}
+    choices, margins = users_of(look(path, folder / "train.jsonl"), judged(world))
+    kinds = judged(world).type[::EACH]
+    result |= {"near_choices": near(choices, kinds), "near_margins": near(margins, kinds)}
     if cell["seed"] == 0:
-        of, (choices, margins) = judged(world), users_of(look(path, folder / "train.jsonl"), judged(world))
-        kinds = of.type[::EACH]
-        result["dots"] = {"experts' updates, PCA": walks(torch.stack(updates)),
-                          "users by choices, t-SNE": of_types(tsne(choices), kinds),
-                          "users by margins, PCA": of_types(plane(margins), kinds),
-                          "users by margins, t-SNE": of_types(tsne(margins), kinds)}
+        result["dots"] = pictured(torch.stack(updates), choices, margins, kinds, [f"type {t}" for t in range(K)])
     return result
+
+
+def pictured(updates: torch.Tensor, choices: np.ndarray, margins: np.ndarray, kinds: np.ndarray, names) -> dict:
+    """Panels of dots: experts' parameters (S,K,W), users' choices (U,V) and margins (U,K)."""
+    return {"experts' updates, PCA": walks(updates, plane), "experts' updates, t-SNE": walks(updates, tsne),
+            "users by choices, t-SNE": of_types(tsne(choices), kinds, names),
+            "users by margins, PCA": of_types(plane(margins), kinds, names),
+            "users by margins, t-SNE": of_types(tsne(margins), kinds, names)}
+
+
+def near(x: np.ndarray, kinds: np.ndarray) -> float:
+    """Share of users whose nearest other one is of their type."""
+    distance = np.square(x[:, None] - x[None]).sum(-1) + np.diag(np.full(len(x), np.inf))
+    return float((kinds[distance.argmin(1)] == kinds).mean())
 
 
 def own_shares(told: dict) -> dict[str, list]:
@@ -88,14 +100,12 @@ def of_texts(cell: dict, found: texts.Texts) -> dict:
     shares = {taste: (list(map(float, ITERATIONS)), np.array([of[kinds == n].mean(0) for of in q]))
               for n, taste in enumerate(tastes)}
     result = texts.figures(fits[-1], users, held) | {"by_type": own_shares(shares)}
-    result |= {"own": 0.0, "effective": float(np.exp(-(m := q[-1].mean(0)) @ np.log(m + 1e-12)))}
+    margins = (told.x @ fits[-1].theta.double().T).numpy().reshape(USERS, EACH, -1).mean(1)
+    choices, kinds = told.x.numpy().reshape(USERS, EACH, -1).mean(1), told.type[::EACH]
+    result |= {"effective": float(np.exp(-(m := q[-1].mean(0)) @ np.log(m + 1e-12))),
+               "near_choices": near(choices, kinds), "near_margins": near(margins, kinds)}
     if cell["seed"] == 0:
-        margins = (told.x @ fits[-1].theta.double().T).numpy().reshape(USERS, EACH, -1).mean(1)
-        choices, of_user = told.x.numpy().reshape(USERS, EACH, -1).mean(1), told.type[::EACH]
-        result["dots"] = {"experts' rewards, PCA": walks(torch.stack([fit.theta for fit in fits])),
-                          "users by choices, t-SNE": of_types(tsne(choices), of_user, tastes),
-                          "users by margins, PCA": of_types(plane(margins), of_user, tastes),
-                          "users by margins, t-SNE": of_types(tsne(margins), of_user, tastes)}
+        result["dots"] = pictured(torch.stack([fit.theta for fit in fits]), choices, margins, kinds, tastes)
     return result
 
 
@@ -115,15 +125,15 @@ def tsne(x) -> np.ndarray:
     return TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=0).fit_transform(x)
 
 
-def walks(updates: torch.Tensor) -> dict[str, list]:
+def walks(updates: torch.Tensor, flat) -> dict[str, list]:
     """Expert -> its way through the plane of all experts' parameters, (S,K,W) -> S points each."""
     S, K, _ = updates.shape
-    xy = plane(updates.flatten(0, 1)).reshape(S, K, 2)
+    xy = flat(updates.flatten(0, 1)).reshape(S, K, 2)
     return {f"expert {k}": xy[:, k].tolist() for k in range(K)}
 
 
-def of_types(xy: np.ndarray, kinds: np.ndarray, names=None) -> dict[str, list]:
-    return {names[n] if names else f"type {n}": xy[kinds == n].tolist() for n in sorted(set(kinds.tolist()))}
+def of_types(xy: np.ndarray, kinds: np.ndarray, names) -> dict[str, list]:
+    return {names[n]: xy[kinds == n].tolist() for n in sorted(set(kinds.tolist()))}
 
 
 # ---- the page
@@ -134,14 +144,15 @@ def page(rows):
     names = {"planted": "planted", "texts": "real sentences"}
     for (world, types, latent), of in found.items():
         body.append([names[world], types, latent, mean_over(of, "ari"), mean_over(of, "bayes_ari"),
-                     mean_over(of, "effective", 2), f"{apart(of):.3f}"])
+                     mean_over(of, "effective", 2), f"{apart(of):.3f}", mean_over(of, "near_choices", 2),
+                     mean_over(of, "near_margins", 2)])
         for kind in sorted({kind for f in of for kind in f["by_type"]}):
             curve = [f["by_type"][kind] for f in of if kind in f["by_type"]]
             steps = [x for x, _ in curve[0]]
             lines.setdefault(f"{names[world]}, {types} types, a {latent}", {})[kind] = [
                 (x, float(np.mean([c[n][1] for c in curve])), 0.0) for n, x in enumerate(steps)]
         if latent == "user":
-            pictures[f"{world}-{types}"] = dots(of[0]["dots"])
+            pictures[f"{world}-{types}"] = dots(of[0]["dots"], columns=5)
     a, b = (found["planted", 4, latent] for latent in LATENTS)
     c, d = (found["texts", 4, latent] for latent in LATENTS)
     reading = (
@@ -152,16 +163,18 @@ def page(rows):
         f"it is {mean_over(found['planted', 2, 'pair'], 'ari')} and {mean_over(b, 'ari')}, where the truth itself "
         f"would reach {mean_over(found['planted', 2, 'pair'], 'bayes_ari')} and {mean_over(b, 'bayes_ari')}. On real "
         f"sentences, four tastes: {mean_over(c, 'ari')} a user ({mean_over(c, 'bayes_ari')} by the truth) and "
-        f"{mean_over(d, 'ari')} a pair. Users that overlap in t-SNE of their choices lie apart by their margins where "
-        "the experts have found them: margins are what the E-step looks at.")
-    text = "\n\n".join([reading, table_of(["world", "types", "one type a", "ARI", "ARI, Bayes", "effective experts",
-                                           "own expert's share"], body, 3),
+        f"{mean_over(d, 'ari')} a pair. A user's nearest neighbour is of its own type for "
+        f"{mean_over(a, 'near_choices', 2)} of them by what they chose, for {mean_over(a, 'near_margins', 2)} by their "
+        "margins under the experts (four planted types, one type a user); on real sentences for "
+        f"{mean_over(c, 'near_choices', 2)} and {mean_over(c, 'near_margins', 2)}.")
+    head = ["world", "types", "one type a", "ARI", "ARI, Bayes", "effective experts", "own expert's share",
+            "nearest alike, choices", "nearest alike, margins"]
+    text = "\n\n".join([reading, table_of(head, body, 3),
                         "Curves: mean responsibility, through training, of the expert that stands for a type in the "
                         "end, on that type's units (the paper's Figure 1), by steps, or by iterations of EM for "
                         "sentences; mean over worlds. Dots, of one world: the experts' updates from the reference, "
                         "every fifth step; users by what they chose (items, or states of sentences), and by the mean "
-                        "reward difference of "
-                        "their pairs under each expert."])
+                        "reward difference of their pairs under each expert."])
     return text, {"responsibilities": curves(lines, "step", "own expert's q", columns=4), **pictures}
 
 
