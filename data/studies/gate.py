@@ -62,7 +62,8 @@ def of_texts(cell: dict, found: texts.Texts) -> dict:
         fitted = texts.fit(told, 2, cell["seed"], c=c)
         log_w = fitted.weights(of)
     else:
-        V = torch.randn(2, texts.D, generator=torch.Generator().manual_seed(cell["seed"])).double() / math.sqrt(texts.D)
+        width = c.shape[1]
+        V = torch.randn(2, width, generator=torch.Generator().manual_seed(cell["seed"])).double() / math.sqrt(width)
         given = {"uniform": lambda c, z: torch.full((len(z), 2), -math.log(2)).double(),
                  "random": lambda c, z: torch.log_softmax(c @ V.T, dim=-1),
                  "domain": lambda c, z: torch.where(torch.eye(2)[z] > 0, math.log(0.999), math.log(0.001)).double(),

@@ -132,10 +132,11 @@ def standard(values) -> np.ndarray:
 
 
 def components(states: torch.Tensor, of: torch.Tensor | None = None) -> torch.Tensor:
-    """The first D principal components, each of deviation 1, of those rows that count: (N,C) -> (N,D) float64."""
+    """The first D principal components, each of deviation 1, of the rows `of`: (N,C) -> (N,D) float64. Fewer, where
+    there are no more rows."""
     states = states.double()
     base = states if of is None else states[of]
-    V = torch.linalg.svd(base - base.mean(0), full_matrices=False)[2][:D]
+    V = torch.linalg.svd(base - base.mean(0), full_matrices=False)[2][: min(D, len(base) - 1)]
     scores = (states - base.mean(0)) @ V.T
     return scores / (scores if of is None else scores[of]).std(0)
 
