@@ -50,7 +50,8 @@ def measure(cell: dict, folder) -> dict:
 def right_domains(log_w: torch.Tensor, truth: list) -> float:
     """Share of prompts whose likeliest expert is their domain's, under the better naming; a half where no prompt has
     one."""
-    return matched_accuracy(log_w.argmax(1).tolist(), truth, log_w.shape[1])[0] if log_w.std(0).max() > 0 else 0.5
+    found = log_w.argmax(1).tolist()
+    return matched_accuracy(found, truth, log_w.shape[1])[0] if len(set(found)) > 1 else 0.5
 
 
 def of_texts(cell: dict, found: texts.Texts) -> dict:
@@ -81,10 +82,11 @@ def page(rows):
     names = {"planted": "planted prompts", "texts": "real sentences"}
     for (world, gate, pairs), of in found.items():
         less = mean_se([f["ll"]["mean"] - d["ll"]["mean"] for f, d in zip(of, found[world, "DPO", pairs])])
-        body.append([names[world], gate, pairs, pm_of(over(of, "ll")), pm_of(less, "+"), mean_over(of, "accuracy"),
+        shown_as = "one reward" if (world, gate) == ("texts", "DPO") else gate
+        body.append([names[world], shown_as, pairs, pm_of(over(of, "ll")), pm_of(less, "+"), mean_over(of, "accuracy"),
                      mean_over(of, "gate")])
         f, right = over(of, "ll"), over(of, "gate")
-        shown.setdefault(f"{names[world]}: log-likelihood (nats)", {}).setdefault(gate, []).append(
+        shown.setdefault(f"{names[world]}: log-likelihood (nats)", {}).setdefault(shown_as, []).append(
             (pairs, f["mean"], se_over(f)))
         if gate in LEARNT or gate == "random":
             shown.setdefault(f"{names[world]}: domains told", {}).setdefault(gate, []).append(
