@@ -40,11 +40,12 @@ class Study:
     measure: Callable
     page: Callable
     prepare: Callable | None = None     # (home, preset, data folder): what all cells share, made before them
+    version: int = 1                    # part of every key: raise it when a cell's figures change
 
 
 def measured(name: str, cell: dict, home: Path) -> dict:
     """One cell, from its file or anew. What its runs print goes to a log beside it."""
-    key = key_of(cell)[:20]
+    key = key_of(cell, study_of(name).version)[:20]
     path, folder = home / name / f"{key}.json", home / name / f"{key}.work"
     if path.is_file():
         return json.loads(path.read_text())
