@@ -39,7 +39,7 @@ DOMAINS, FOREIGN = ("product", "editorial"), ("film", "tweet")
 SHORT, LONG, IN_PROMPT = 30, 110, 4     # characters of a sentence that serves; sentences in a prompt
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)    # of a prompt's sentences that are from elsewhere
 D, SHARP = 64, 2.0
-RIDGE = 0.03                            # a pair, of the linear rewards
+PRIOR = 48.0                            # l2 of the linear rewards, the same for files of any size
 
 
 def path_of(home: Path, preset: str) -> Path:
@@ -193,7 +193,7 @@ def alone(told: Judged) -> Judged:
 
 def fit(told: Judged, experts: int, seed: int = 0, starts: int = 3, **options) -> LinearMixture:
     """A mixture of linear rewards; options: linear_mixture's."""
-    return linear_mixture(told.x, told.group, experts, RIDGE * len(told.x), starts, seed=seed, **options)
+    return linear_mixture(told.x, told.group, experts, PRIOR, starts, seed=seed, **options)
 
 
 def figures(found: LinearMixture, told: Judged, held: Judged, log_w: torch.Tensor | None = None) -> dict:

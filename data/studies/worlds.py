@@ -35,6 +35,8 @@ from mixdpo.records import lines
 from mixdpo.reference import load_references
 from mixdpo.weights import save_model
 
+# DPO with the parameters that an expert has, one low-rank head on the frozen trunk: a mixture whose second weight is 0.
+ONE = {"experts": 2, "weights": "1,1e-9", "start": "none"}
 ITEMS = "abcdefghijklmnopqrstuvwx"
 ALPHABETS = "ABCDEF", "GHIJKL", "MNOPQR", "STUVWX"  # of the domains
 FOREIGN = "012345"                                  # of none
@@ -98,7 +100,7 @@ def judged(world: World, heldout: bool = False) -> Judged:
     judge, scores = kind.copy(), np.zeros((2, N))
     if not heldout:
         swapped = rng.random(N) < world.other
-        judge = np.where(swapped, (kind + rng.integers(1, world.types, size=N)) % world.types, kind)
+        judge = np.where(swapped, (kind + rng.integers(1, max(2, world.types), size=N)) % world.types, kind)
         scores = world.jitter * rng.normal(size=(2, N))
     gap = r[judge, first] + scores[0] - r[judge, second] - scores[1]
     right = rng.random(N) < 1 / (1 + np.exp(-gap))

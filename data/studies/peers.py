@@ -1,0 +1,328 @@
+"""Peers: other ways to learn from people who disagree, on the same pairs, the same encoder, the same passes.
+
+    DPO            minimise - log sigma(h)                                        one policy for all
+    EM-DPO         E-phase: z_u = argmax_k [ log eta_k + sum_i log sigma(h_ik) ]  i: pairs of user u, or one pair alone
+                   M-phase: expert k anew from the reference, by DPO on the pairs of its users
+    reward heads   h_k = theta_k . (f(y+) - f(y-)),  w(x) = softmax router(f(x))  f: the frozen encoder's mean states
+                   minimise - log sum_k w_k sigma(h_k) + alpha sum_k w_k log w_k
+    ours           Mix-DPO and MoE-DPO, a run of train.py each
+    soup           the mean of our experts' parameters                            one policy
+
+EM-DPO is in the manner of Chidambaram et al. 2024 (arXiv 2405.15065), the reward heads in that of MiCRo's first stage
+(Shen et al. 2025, arXiv 2505.24846); what is simplified stands on the page. Every policy is a whole model, an expert as
+much as DPO's: they differ in what they are trained on, not in what they could be.
+"""
+
+import copy
+import math
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data.pictures import curves
+from data.studies.study import Study
+from data.studies.tell import by, over, pm_of, se_over, table_of
+from data.studies.worlds import OWN, STEPS, World, fit, judged, look, write
+from data.tables import NONE, in_ses
+from mixdpo.adaptation import weights_after
+from mixdpo.diagnostics import adjusted_rand_index, mean_se
+from mixdpo.dpo import accuracy
+from mixdpo.experts import Heads
+from mixdpo.finished import load_run
+from mixdpo.heldout import margins_of
+from mixdpo.mixture import e_step, log_marginal
+from mixdpo.options import TrainConfig
+from mixdpo.preferences import read_preferences
+from mixdpo.reference import load_references, reference_of
+
+WORLDS = {"two types of users": {"types": 2}, "two types, told by prompts": {"types": 2, "domains": True},
+          "four types of users": {"types": 4}}
+SEEDS = {"smoke": 1, "quick": 8, "full": 20}
+PASSES, ROUNDS, STARTS = STEPS["epochs"], 5, 5      # STARTS: of the reward heads, as many as our linear start makes
+SHOWN = (0, 1, 2, 3, 5)                             # of a new user's pairs; those behind the fifth are asked
+# The best by held-out log-likelihood on eight other worlds; alpha: by whether prompts tell the type.
+HEAD_RATE, ROUTER_RATE, ALPHA = 0.03, 0.01, {True: 0.0, False: 0.5}
+MIX = {"start": "linear", "weights": "update"}      # weights are estimated, as EM-DPO's eta are
+MOE = {"start": "linear", "gate": "linear", "gate_features": "mean", "gate_lr": 0.05}
+OURS = {  # by whether prompts tell the type; the last is what all are compared with
+    False: {"Mix-DPO, random start": MIX | {"latent": "user", "start": "dirichlet"}, "Mix-DPO, no users": MIX,
+            "MoE-DPO": {"start": "linear", "latent": "user", "gate": "user", "gate_lr": 0.05},
+            "Mix-DPO": MIX | {"latent": "user"}},
+    True: {"MoE-DPO, random start": MOE | {"start": "dirichlet"}, "Mix-DPO": MIX, "MoE-DPO": MOE},
+}
+EM, WHOLE, HEADS, SOUP = "EM-DPO", "EM-DPO, whole fits", "reward heads", "soup of ours"
+
+
+def cells(preset: str) -> list[dict]:
+    return [{"world": world, "seed": seed} for seed in range(SEEDS[preset]) for world in WORLDS]
+
+
+def measure(cell: dict, folder: Path) -> dict:
+    world = World(seed=cell["seed"], **WORLDS[cell["world"]])
+    write(world, folder)
+    ways = OURS[world.domains]
+    methods = {"DPO": lambda: one_run(folder, "dpo", experts=1, seed=world.seed),
+               EM: lambda: em_dpo(folder, world, "em", 1), WHOLE: lambda: em_dpo(folder, world, "em-whole", PASSES),
+               HEADS: lambda: reward_heads(folder, world), SOUP: lambda: soup(folder, [*ways][-1])}
+    methods |= {name: lambda name=name: one_run(folder, name, experts=world.types, sharing="models", seed=world.seed,
+                                                **ways[name]) for name in ways}
+    methods[SOUP] = methods.pop(SOUP)                                       # after what it is made of
+    found = {"truth": says(world, *truth(world))}
+    for name, train in methods.items():
+        shutil.rmtree(folder / "cache", ignore_errors=True)                 # each pays for its own reference
+        began = time.process_time()
+        answer, told = train()
+        seconds = time.process_time() - began
+        found[name] = says(world, *answer(folder / "heldout.jsonl")) | {"seconds": seconds} | told
+    found[SOUP]["seconds"] += found[[*ways][-1]]["seconds"]
+    return found
+
+
+# ---- the methods. Each trains, and returns (what says h and log w (P,K) of a file, other figures)
+
+
+def one_run(folder: Path, name: str, **options):
+    path = fit(folder, name, **options)
+
+    def answer(file: Path):
+        found = look(path, file)
+        return found.h, found.log_w
+    return answer, {}
+
+
+def em_dpo(folder: Path, world: World, name: str, epochs: int):
+    """ROUNDS times: everybody to the likeliest expert, at first to any; K runs of DPO from the reference."""
+    K, of, lines = world.types, judged(world), (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    unit = torch.arange(len(lines)) if world.domains else torch.from_numpy(of.user)        # (N,) what shares a z
+    kind = torch.from_numpy(of.type[:: 1 if world.domains else world.each])                 # (U,) its true one
+    z = torch.randint(K, kind.shape, generator=torch.Generator().manual_seed(world.seed))
+    runs, ari, size = [None] * K, [], STEPS["batch"] // K                   # as many steps a pass as one run makes
+    for n in range(ROUNDS):
+        if n:                                                               # E-phase
+            h = torch.cat([look(run, folder / "train.jsonl").h for run in runs], 1)        # (N,K)
+            z = e_step(log_eta, h, unit)[1].argmax(1)                       # (U,)
+        log_eta = torch.log((z.bincount(minlength=K) + 1) / (len(z) + K))   # + 1: nobody's expert can be taken again
+        ari.append(adjusted_rand_index(z.tolist(), kind.tolist()))
+        for k in range(K):                                                  # M-phase
+            own, part = [line for line, its in zip(lines, z[unit].tolist()) if its == k], f"{name}-{n}-{k}"
+            if own:                                                         # nobody's expert stays as it was
+                (folder / f"{part}.jsonl").write_text("".join(own))
+                runs[k] = fit(folder, part, experts=1, data=f"{part}.jsonl", epochs=epochs, batch=size, micro=size,
+                              warmup=2 * epochs, seed=world.seed)           # a tenth of the steps, as in a whole run
+
+    def answer(file: Path):
+        h = torch.cat([look(run, file).h for run in runs], 1)
+        return h, log_eta.expand_as(h)
+    return answer, {"ari": ari}
+
+
+class RewardHeads(nn.Module):
+    """K linear rewards and a router: x (P,C) chosen less rejected, c (P,C) prompts -> h, log w (P,K)."""
+
+    def __init__(self, x: torch.Tensor, c: torch.Tensor, experts: int):
+        super().__init__()
+        self.size, self.mean = x.square().mean(0).sqrt(), c.mean(0)
+        self.deviation = c.std(0) * math.sqrt(c.shape[1])                   # prompts have length 1, about: gates.py
+        self.theta = nn.Parameter(0.1 * torch.randn(experts, x.shape[1]))
+        self.router = nn.Sequential(nn.Linear(c.shape[1], 128), nn.ReLU(), nn.Linear(128, experts))
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x / self.size @ self.theta.T, torch.log_softmax(self.router((c - self.mean) / self.deviation), dim=-1)
+
+
+def reward_heads(folder: Path, world: World):
+    """Of STARTS random starts the one that ends with the least loss on the training pairs."""
+    def states(file: Path):
+        config = TrainConfig(str(file), str(folder / "model"), "")
+        models, tokenizer = load_references(config, "cpu")
+        pairs = read_preferences(file, tokenizer, config.max_prompt, config.max_response)
+        ref = reference_of(file, pairs, models, tokenizer, config, torch.float32, folder / "cache")
+        return ref.features[:, 0] - ref.features[:, 1], ref.prompt[:, 1]
+
+    def loss(heads, x, c):
+        h, log_w = heads(x, c)
+        return (ALPHA[world.domains] * (log_w.exp() * log_w).sum(1) - log_marginal(log_w, h)).mean()
+
+    (x, c), tried = states(folder / "train.jsonl"), []
+    torch.manual_seed(world.seed)
+    for _ in range(STARTS):
+        tried.append(heads := RewardHeads(x, c, world.types))
+        optimizer = torch.optim.Adam([{"params": [heads.theta], "lr": HEAD_RATE},
+                                      {"params": heads.router.parameters(), "lr": ROUTER_RATE}])
+        for batch in (b for _ in range(PASSES) for b in torch.randperm(len(x)).split(STEPS["batch"])):
+            optimizer.zero_grad()
+            loss(heads, x[batch], c[batch]).backward()
+            optimizer.step()
+    best = min(tried, key=lambda heads: loss(heads, x, c).item()).requires_grad_(False)
+    return lambda file: best(*states(file)), {}
+
+
+def soup(folder: Path, name: str):
+    """The experts of a finished run as one model, the mean of their parameters."""
+    run = load_run(folder / name, "cpu", "")
+    mean = copy.deepcopy(run.experts.models[0])
+    with torch.no_grad():
+        for p, *own in zip(mean.parameters(), *(model.parameters() for model in run.experts.models)):
+            p.copy_(torch.stack(own).mean(0))
+    run.experts = Heads(mean, 1)
+
+    def answer(file: Path):
+        h = next(margins_of([run], *load_references(run.config, "cpu"), file, folder / "cache"))[2]     # (P,1)
+        return h, torch.zeros_like(h)
+    return answer, {}
+
+
+def truth(world: World) -> tuple[torch.Tensor, torch.Tensor]:
+    """True margins and weights, which no method passes but by chance."""
+    of = judged(world, heldout=True)
+    h = of.gaps(world.rewards())
+    told = torch.eye(world.types)[torch.from_numpy(of.domain)] > 0          # (P,K)
+    w = torch.where(told, OWN, (1 - OWN) / (world.types - 1)) if world.domains else torch.ones(h.shape) / world.types
+    return h, w.log().to(h)
+
+
+# ---- what a method says of held-out pairs
+
+
+def says(world: World, h: torch.Tensor, log_w: torch.Tensor) -> dict:
+    """Nats a pair: ll (M5), ll_user (M11). Accuracy, and that of the worst type: of what a user gets of whom five pairs
+    are known, `blind` of whom none are; `curve`: the worst by the pairs shown. Users are blocks of world.each."""
+    kind, users = torch.from_numpy(judged(world, heldout=True).type), range(0, len(h), world.each)
+
+    def after(shown: int, asked: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """log p of each user's pairs `asked` when its first `shown` are known; and which pairs these are."""
+        index = [[a + i for i in asked] for a in users]
+        w = torch.cat([weights_after(log_w, h, [*range(a, a + shown)], its) for a, its in zip(users, index)])
+        return log_marginal(w, h[(every := torch.tensor(index).flatten())]), every
+
+    def right(log_p: torch.Tensor, index: torch.Tensor) -> tuple[float, float]:
+        r = accuracy(log_p + math.log(2))
+        return r.mean().item(), min(r[kind[index] == t].mean().item() for t in range(world.types))
+
+    log_p = log_marginal(log_w, h)
+    if world.domains:
+        ll_user, curve = log_p.mean().item(), [right(log_p, torch.arange(len(h)))]
+    else:       # pair after pair, which is M11's chain; a router's w differs between a user's prompts, and has no other
+        ll_user = sum(after(n, range(n, n + 1))[0].mean().item() for n in range(world.each)) / world.each
+        curve = [right(*after(n, range(SHOWN[-1], world.each))) for n in SHOWN]
+    return {"ll": log_p.mean().item(), "ll_user": ll_user, "blind": curve[0][0], "accuracy": curve[-1][0],
+            "worst": curve[-1][1], "curve": [worst for _, worst in curve]}
+
+
+# ---- the page
+
+
+def cost(name: str, K: int) -> list[str]:
+    """Passes over the pairs in training; passes of one policy over all pairs, forward and backward, and forward."""
+    if name in (EM, WHOLE):
+        passes = ROUNDS * (1 if name == EM else PASSES)
+        return [str(passes), str(passes), str((ROUNDS - 1) * K)]
+    if name == HEADS:
+        return [f"{STARTS} x {PASSES}", "0", "0"]
+    return {"truth": [NONE] * 3, "DPO": [str(PASSES)] * 2 + ["0"]}.get(name, [str(PASSES), str(PASSES * K), str(K)])
+
+
+def less(found: list[dict], name: str, other: str, what: str) -> dict:
+    """Mean paired difference over worlds."""
+    return mean_se([f[name][what] - f[other][what] for f in found])
+
+
+def stands(found: list[dict], name: str, other: str, what: str) -> str:
+    """In words."""
+    f = less(found, name, other, what)
+    if not f["se"] > 0:
+        return f"{f['mean']:+.3f} beside"
+    t = f["mean"] / f["se"]
+    return f"{'ahead of' if t > 2 else 'behind' if t < -2 else 'within two SEs of'} ({f['mean']:+.3f}, {t:+.1f} SEs)"
+
+
+def tables(found: list[dict], what: dict[str, str], ours: str, K: int) -> list[str]:
+    """What each method reaches, mean over worlds ± SE; and the paired differences to ours."""
+    methods = [*found[0]]
+    reached = [[name, *cost(name, K), NONE if name == "truth" else f"{over([f[name] for f in found], 'seconds')['mean']:.1f}",
+                *(pm_of(over([f[name] for f in found], figure)) for figure in what)] for name in methods]
+    apart = [[name, *(f"{pm_of(f, '+')} ({in_ses(f)})" for f in (less(found, name, ours, figure) for figure in what))]
+             for name in methods if name != ours]
+    head = ["method", "passes", "policy passes", "read", "seconds", *what.values()]
+    return [table_of(head, reached), table_of([f"less {ours}'s", *what.values()], apart)]
+
+
+def page(rows):
+    parts, readings, shown, rounds = [], [], {}, {}
+    for world, found in by(rows, "world").items():
+        told, K = WORLDS[world].get("domains", False), WORLDS[world]["types"]
+        ours, ll = [*OURS[told]][-1], "ll" if told else "ll_user"
+        what = {"ll": "log-likelihood (M5)"} | ({} if told else {
+            "ll_user": "of a new user (M11)", "blind": "accuracy, none shown"}) | {
+            "accuracy": "accuracy" if told else f"accuracy, {SHOWN[-1]} shown", "worst": "worst annotator"}
+        parts += [f"**{world.capitalize()}**", *tables(found, what, ours, K)]
+        readings.append(reading(world, found, ours, ll, told))
+        for name in (EM, WHOLE):
+            curve = [mean_se(round_) for round_ in zip(*(f[name]["ari"] for f in found))]
+            rounds.setdefault(world, {})[name] = [(n, f["mean"], se_over(f)) for n, f in enumerate(curve, 1)]
+        for name in () if told else ("truth", "DPO", EM, HEADS, SOUP, ours):
+            curve = [mean_se(worst) for worst in zip(*(f[name]["curve"] for f in found))]
+            shown.setdefault(world, {})[name] = [(n, f["mean"], se_over(f)) for n, f in zip(SHOWN, curve)]
+    text = "\n\n".join([*readings, *parts, NOTES])
+    return text, {"shown": curves(shown, "pairs shown", "accuracy of the worst annotator"),
+                  "rounds": curves(rounds, "round", "ARI of what experts are trained on")}
+
+
+def reading(world: str, found: list[dict], ours: str, ll: str, told: bool) -> str:
+    """The sentences of one kind of world: names first by figures, words by comparison."""
+    def mean(name: str, what: str) -> float:
+        return over([f[name] for f in found], what)["mean"]
+
+    def ari(name: str) -> float:
+        return mean_se([f[name]["ari"][-1] for f in found])["mean"]
+
+    peers = [name for name in found[0] if name not in ("truth", *OURS[told])]
+    best, fair = (max(peers, key=lambda name: mean(name, what)) for what in (ll, "worst"))
+    stuck = ari(WHOLE) < ari(EM)
+    sentences = [
+        f"{world.capitalize()}: {ours} explains " + ("held-out choices" if told else "a new user's choices") +
+        f" with {mean(ours, ll):.3f} nats a pair (the truth {mean('truth', ll):.3f}, DPO {mean('DPO', ll):.3f}). "
+        f"The best of the peers is {best}, {stands(found, best, ours, ll)} it; for the worst annotator it is {fair}, "
+        f"{mean(fair, 'worst'):.3f} against {mean(ours, 'worst'):.3f}, {stands(found, fair, ours, 'worst')} it.",
+        f"EM-DPO at the same number of passes is {stands(found, EM, ours, ll)} {ours}, and "
+        f"{stands(found, EM, [*OURS[told]][0], ll)} ours from a random start, which EM-DPO has too; with "
+        f"{ROUNDS} times the passes it is {stands(found, WHOLE, EM, ll)} itself. Its last assignment has an ARI of "
+        f"{ari(EM):.2f}, with whole fits {ari(WHOLE):.2f}" +
+        (": experts that are trained longer learn a random assignment by heart, and then confirm it." if stuck else "."),
+        f"The reward heads are {stands(found, HEADS, 'DPO', ll)} DPO" + (
+            "" if told else f", and {stands(found, HEADS, 'Mix-DPO, no users', ll)} ours without users, which is told as "
+            "much as they are") + ".",
+        f"The soup is {stands(found, SOUP, 'DPO', ll)} DPO, and {stands(found, SOUP, 'DPO', 'worst')} it for the worst "
+        "annotator."]
+    return " ".join(sentences)
+
+
+NOTES = (
+    "Log-likelihood in nats a pair, of held-out pairs (M5) or of all choices of a new user (M11); accuracy: of what a "
+    f"new user gets of whom {SHOWN[-1]} pairs are known (`mixdpo/adaptation.py`), on its other pairs; worst annotator: "
+    "the type served worst. One policy answers all alike. Means over worlds ± SE, SEs of differences in brackets. "
+    "Passes: over the pairs, in training; policy passes: of one policy over all pairs, forward and backward; read: "
+    "forward alone, for E-phases; the reference's own pass is not counted. Seconds are of one core, and at this size "
+    "much of them is the start of a run, of which EM-DPO makes K in every round. Ours and EM-DPO are told which pairs "
+    "are of one user; where prompts tell the type nobody is named, and each pair stands alone.\n\nWhat is simplified. "
+    "EM-DPO: the published E-step keeps posteriors and its M-step weighs pairs by them; here users go wholly to their "
+    "likeliest expert, from random assignments, and the last stage, one policy of least regret, is left out. Reward "
+    "heads: MiCRo's first stage, linear heads and a router of 128 hidden units with a bonus for its entropy (alpha "
+    f"{ALPHA[False]}, as published, with users; {ALPHA[True]} where prompts tell the type, which is better there), the "
+    f"best of {STARTS} starts, on the mean states of a tiny model with random weights, not of a trained reward model; "
+    "its second stage, a router refitted on labelled contexts, is left out, since there are none: shown pairs reweigh "
+    "the heads as they do experts. They are rewards, not policies: to answer anybody they still want a policy trained "
+    "on them, which is not in the passes or seconds. Their rates were chosen in their favour on other worlds, all "
+    f"policies' are those of `data/studies/worlds.py`. Our linear start makes {STARTS} starts on frozen features "
+    "before the first pass: seconds, no policy.")
+
+
+STUDY = Study(
+    "Peers: the same pairs, other methods",
+    "DPO, EM-DPO with hard assignments, a mixture of reward heads with a router, a soup of expert weights, Mix-DPO "
+    f"and MoE-DPO, on the same planted pairs (1,000), the same encoder, {PASSES} passes. Who explains new people's "
+    "choices, who serves the worst annotator, and what does it take?",
+    cells, measure, page)
