@@ -189,7 +189,7 @@ def test_sentences_are_read_with_their_ratings(tmp_path, monkeypatch):
     assert (good.text, good.document, good.ratings, good.rating) == ("Good film.", "1", (1, 2), 1.5)
     assert bad.rating == -1
     ratings = "tweets_anonDataRatings.txt"
-    for name, text, told in (("tweets_GroundTruth.txt", "1_1\t1.5\n", r"tweets_GroundTruth.txt:1: got 2 fields, wanted 3"),
+    for name, text, told in (("tweets_GroundTruth.txt", "1_1\t1.5\n", "tweets_GroundTruth.txt:1: got 2 fields"),
                              (ratings, "1_1\t1\t0\t[1.5]\n1_2\t1\t0\t[1]\n", r"1_1: got '\[1.5\]'"),
                              (ratings, "1_1\t1\t0\t[1]\n", "1_2: got None"),
                              (ratings, "1_1\t1\t0\tprint(1)\n", "1_1: got 'print")):
@@ -241,3 +241,59 @@ def test_documents_give_prompts_of_their_own_sentences():
             for n in range(count)]
     assert texts.four_of(made) == [["a.0", "a.1", "a.2", "a.3"], ["a.4", "a.5", "a.6", "a.7"],
                                    ["c.0", "c.1", "c.2", "c.3"]]
+
+
+# ---- what single studies count
+
+
+def test_the_one_standard_error_rule():
+    """Catches: the best K itself for the smallest near it, the standard error of K's mean for that of its difference,
+    a deviation that is not divided by the root of the users."""
+    from data.studies.experts import picked
+
+    rng = np.random.default_rng(0)
+    users = rng.normal(-0.5, 0.3, size=400)                                 # users differ, by far more than K does
+    by_k = {1: users - 0.05 - 0.01 * rng.normal(size=400), 2: users - 0.0001 * rng.normal(size=400), 3: users}
+    assert picked(by_k, paired=True) == 2                                   # 0.05 is a hundred paired errors
+    assert picked({1: users - 0.01, 2: users}, paired=False) == 1           # and within one of the mean's own, 0.015
+    assert picked({1: users - 0.01 - 1e-4 * rng.normal(size=400), 2: users}, paired=True) == 2
+    assert picked({1: users - 0.02, 2: users}, paired=False) == 2
+
+
+def test_nearest_neighbours_are_counted_by_type():
+    """Catches: a user that is its own neighbour, the farthest for the nearest."""
+    from data.studies.separation import near
+
+    x = np.array([[0.0, 0], [0.1, 0], [5, 5], [5.1, 5], [0.2, 0]])
+    assert near(x, np.array([0, 0, 1, 1, 1])) == pytest.approx(4 / 5)
+
+
+def test_a_linear_gate_says_its_weights_anywhere():
+    """LinearMixture.weights at the training units is log_w. Catches: the constant left out, rows for columns."""
+    of = some_texts()
+    told = texts.judge(of, ("warm", "cold"), 80, 1, 0, domains=True)
+    c = of.c[told.prompt]
+    found = texts.fit(told, 2, c=c)
+    assert torch.allclose(found.weights(c), found.log_w, atol=1e-9) and found.V.shape == (2, 3)
+
+
+def test_rewards_agree_up_to_scale():
+    """Catches: a correlation of chosen-first gaps, which are all positive, an expert used for every type."""
+    from data.studies.noise import reward_agreement
+
+    class Like:
+        pass
+
+    rng, found = np.random.default_rng(1), Like()
+    rewards = rng.normal(size=(2, len(ITEMS)))
+    two = np.array([rng.choice(len(ITEMS), 2, replace=False) for _ in range(500)])
+    found.pairs = []
+    for a, b in two:
+        pair = Like()
+        pair.chosen, pair.rejected = [ord(ITEMS[a]), 256], [ord(ITEMS[b]), 256]
+        found.pairs.append(pair)
+    gaps = torch.from_numpy((rewards[:, two[:, 0]] - rewards[:, two[:, 1]]).T)
+    found.h = 3 * gaps[:, [1, 0]]  # experts in another order, three times as sure
+    assert reward_agreement(found, rewards) == pytest.approx(1.0)
+    found.h = torch.from_numpy(rng.normal(size=(500, 2)))
+    assert abs(reward_agreement(found, rewards)) < 0.2
