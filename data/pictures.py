@@ -264,9 +264,10 @@ def curves(shown: dict[str, dict[str, list[tuple]]], x: str, y: str, log: int = 
            columns: int = 3, one_scale: bool = True) -> Figure:
     """Panel -> line -> (x, mean, SE or 0). log: base of the x axis, 0: linear; lines: name -> level, dotted."""
     figure, axes = panels(len(shown), columns, 3.2, 2.4, sharey=one_scale)
+    names = list(dict.fromkeys(name for of in shown.values() for name in of))               # one look in all panels
     for axis, (title, of) in zip(axes, shown.items()):
-        for n, (name, points) in enumerate(of.items()):
-            at, means, ses = zip(*points)
+        for name, points in of.items():
+            (at, means, ses), n = zip(*points), names.index(name)
             axis.errorbar(at, means, ses, color=ANNOTATORS[n % 6], marker=MARKERS[n % 6], linestyle=LINES[n % 4],
                           markersize=3.5, capsize=2, label=name)
         for n, (name, level) in enumerate(lines.items()):
