@@ -93,12 +93,12 @@ def page(rows):
 
     few, many = (sum(t[n] for t in right["planted", "ll_user", True].values()) for n in (1, 2))
     reading = (
-        "On planted types the rule with paired standard errors on whole users is right in "
-        f"{rate('planted', 'll_user')} worlds (too few experts in {few}, too many in {many}); with the best's own "
-        f"standard error in {rate('planted', 'll_user', False)}; by pairs alone in {rate('planted', 'll')}: a single "
-        "comparison says too little of how many kinds of judges there are. On real sentences it is right in "
-        f"{rate('texts', 'll_user')} and {rate('texts', 'll')}. Experts beyond the number of types cost little "
-        "log-likelihood, since closed-form weights can starve them; too few cost what the types differ by.")
+        "On planted types, whole users and the usual rule, one standard error of the best's own mean, are right in "
+        f"{rate('planted', 'll_user', False)} worlds; one standard error of the paired difference, which is smaller, is "
+        f"right in {rate('planted', 'll_user')} (too few experts in {few}, too many in {many}). By pairs alone they are "
+        f"right in {rate('planted', 'll', False)} and {rate('planted', 'll')}. On real sentences: "
+        f"{rate('texts', 'll_user', False)} and {rate('texts', 'll_user')} by users, {rate('texts', 'll', False)} and "
+        f"{rate('texts', 'll')} by pairs.")
     types = sorted({t for _, t, _ in found})
     text = "\n\n".join([
         reading, "Right / too few / too many, of the worlds of each number of types:",

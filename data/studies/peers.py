@@ -32,7 +32,7 @@ from mixdpo.diagnostics import adjusted_rand_index, mean_se
 from mixdpo.dpo import accuracy
 from mixdpo.experts import Heads
 from mixdpo.finished import load_run
-from mixdpo.heldout import margins_of
+from mixdpo.heldout import alignment, margins_of
 from mixdpo.mixture import e_step, log_marginal
 from mixdpo.options import TrainConfig
 from mixdpo.preferences import read_preferences
@@ -40,7 +40,7 @@ from mixdpo.reference import load_references, reference_of
 
 WORLDS = {"two types of users": {"types": 2}, "two types, told by prompts": {"types": 2, "domains": True},
           "four types of users": {"types": 4}}
-SEEDS = {"smoke": 1, "quick": 8, "full": 20}
+SEEDS = {"smoke": 1, "quick": 4, "full": 20}
 PASSES, ROUNDS, STARTS = STEPS["epochs"], 5, 5      # STARTS: of the reward heads, as many as our linear start makes
 SHOWN = (0, 1, 2, 3, 5)                             # of a new user's pairs; those behind the fifth are asked
 # The best by held-out log-likelihood on eight other worlds; alpha: by whether prompts tell the type.
@@ -63,25 +63,27 @@ def cells(preset: str) -> list[dict]:
 def measure(cell: dict, folder: Path) -> dict:
     world = World(seed=cell["seed"], **WORLDS[cell["world"]])
     write(world, folder)
-    ways = OURS[world.domains]
+    *_, ours = ways = OURS[world.domains]
     methods = {"DPO": lambda: one_run(folder, "dpo", experts=1, seed=world.seed),
                EM: lambda: em_dpo(folder, world, "em", 1), WHOLE: lambda: em_dpo(folder, world, "em-whole", PASSES),
-               HEADS: lambda: reward_heads(folder, world), SOUP: lambda: soup(folder, [*ways][-1])}
+               HEADS: lambda: reward_heads(folder, world)}
     methods |= {name: lambda name=name: one_run(folder, name, experts=world.types, sharing="models", seed=world.seed,
                                                 **ways[name]) for name in ways}
-    methods[SOUP] = methods.pop(SOUP)                                       # after what it is made of
+    methods |= {SOUP: lambda: soup(folder, ours)}
     found = {"truth": says(world, *truth(world))}
+    one_run(folder, "warm", experts=1, epochs=1)                            # a process's first run takes longer
     for name, train in methods.items():
         shutil.rmtree(folder / "cache", ignore_errors=True)                 # each pays for its own reference
         began = time.process_time()
-        answer, told = train()
+        answer = train()
         seconds = time.process_time() - began
-        found[name] = says(world, *answer(folder / "heldout.jsonl")) | {"seconds": seconds} | told
-    found[SOUP]["seconds"] += found[[*ways][-1]]["seconds"]
+        h, log_w, ari = answer(folder / "heldout.jsonl")
+        found[name] = says(world, h, log_w) | {"seconds": seconds, "ari": ari}
+    found[SOUP]["seconds"] += found[ours]["seconds"]
     return found
 
 
-# ---- the methods. Each trains, and returns (what says h and log w (P,K) of a file, other figures)
+# ---- the methods. Each trains, and returns what answers for a file: h, log w (P,K); ARIs of the assignments on its way
 
 
 def one_run(folder: Path, name: str, **options):
@@ -89,8 +91,10 @@ def one_run(folder: Path, name: str, **options):
 
     def answer(file: Path):
         found = look(path, file)
-        return found.h, found.log_w
-    return answer, {}
+        run, several = found.run, found.run.config.experts > 1
+        ari = [alignment(run.table, run.plan.units, run.plan.pairs)["ari"]] if several else []          # at its end
+        return found.h, found.log_w, ari
+    return answer
 
 
 def em_dpo(folder: Path, world: World, name: str, epochs: int):
@@ -115,8 +119,8 @@ def em_dpo(folder: Path, world: World, name: str, epochs: int):
 
     def answer(file: Path):
         h = torch.cat([look(run, file).h for run in runs], 1)
-        return h, log_eta.expand_as(h)
-    return answer, {"ari": ari}
+        return h, log_eta.expand_as(h), ari
+    return answer
 
 
 class RewardHeads(nn.Module):
@@ -157,7 +161,7 @@ def reward_heads(folder: Path, world: World):
             loss(heads, x[batch], c[batch]).backward()
             optimizer.step()
     best = min(tried, key=lambda heads: loss(heads, x, c).item()).requires_grad_(False)
-    return lambda file: best(*states(file)), {}
+    return lambda file: (*best(*states(file)), [])
 
 
 def soup(folder: Path, name: str):
@@ -171,8 +175,8 @@ def soup(folder: Path, name: str):
 
     def answer(file: Path):
         h = next(margins_of([run], *load_references(run.config, "cpu"), file, folder / "cache"))[2]     # (P,1)
-        return h, torch.zeros_like(h)
-    return answer, {}
+        return h, torch.zeros_like(h), []
+    return answer
 
 
 def truth(world: World) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,99 +234,105 @@ def less(found: list[dict], name: str, other: str, what: str) -> dict:
     return mean_se([f[name][what] - f[other][what] for f in found])
 
 
-def stands(found: list[dict], name: str, other: str, what: str) -> str:
-    """In words."""
+def stands(found: list[dict], name: str, other: str, what: str, it: str) -> str:
+    """Where `name` is beside `other`, which the sentence calls `it`."""
     f = less(found, name, other, what)
     if not f["se"] > 0:
-        return f"{f['mean']:+.3f} beside"
+        return f"beside {it} ({f['mean']:+.3f})"                            # one world: nothing to judge it by
     t = f["mean"] / f["se"]
-    return f"{'ahead of' if t > 2 else 'behind' if t < -2 else 'within two SEs of'} ({f['mean']:+.3f}, {t:+.1f} SEs)"
+    word = "ahead of" if t > 2 else "behind" if t < -2 else "within two SEs of"
+    return f"{word} {it} ({f['mean']:+.3f}, {t:+.1f} SEs)"
 
 
 def tables(found: list[dict], what: dict[str, str], ours: str, K: int) -> list[str]:
     """What each method reaches, mean over worlds ± SE; and the paired differences to ours."""
-    methods = [*found[0]]
-    reached = [[name, *cost(name, K), NONE if name == "truth" else f"{over([f[name] for f in found], 'seconds')['mean']:.1f}",
-                *(pm_of(over([f[name] for f in found], figure)) for figure in what)] for name in methods]
-    apart = [[name, *(f"{pm_of(f, '+')} ({in_ses(f)})" for f in (less(found, name, ours, figure) for figure in what))]
-             for name in methods if name != ours]
-    head = ["method", "passes", "policy passes", "read", "seconds", *what.values()]
-    return [table_of(head, reached), table_of([f"less {ours}'s", *what.values()], apart)]
+    reached, apart = [], []
+    for name in found[0]:
+        of = [f[name] for f in found]
+        seconds = NONE if name == "truth" else f"{over(of, 'seconds')['mean']:.1f}"
+        reached.append([name, *cost(name, K), seconds, *(pm_of(over(of, figure)) for figure in what)])
+        if name != ours:
+            gaps = [less(found, name, ours, figure) for figure in what]
+            apart.append([name, *(f"{pm_of(gap, '+')} ({in_ses(gap)})" for gap in gaps)])
+    return [table_of(["method", "passes", "policy passes", "read", "seconds", *what.values()], reached),
+            table_of([f"less {ours}'s", *what.values()], apart)]
+
+
+def reading(world: str, found: list[dict], ours: str, ll: str, told: bool) -> str:
+    """Of one kind of world: who is named is chosen by figures, and the words by comparison."""
+    def mean(name: str, what: str) -> float:
+        return over([f[name] for f in found], what)["mean"]
+
+    peers = [name for name in found[0] if name not in ("truth", *OURS[told])]
+    best, fair = (max(peers, key=lambda name: mean(name, what)) for what in (ll, "worst"))
+    ari = {name: mean_se([f[name]["ari"][-1] for f in found])["mean"] for name in (EM, WHOLE, ours)}
+    later = mean_se([f[WHOLE]["ari"][-1] - f[EM]["ari"][-1] for f in found])
+    text = (
+        f"{world.capitalize()}: {ours} explains {'held-out choices' if told else 'choices of new users'} with "
+        f"{mean(ours, ll):.3f} nats a pair; the truth would with {mean('truth', ll):.3f}, DPO does with "
+        f"{mean('DPO', ll):.3f}. Of the peers {best} explains them best, {stands(found, best, ours, ll, ours)}; for "
+        f"the worst annotator {fair} is best, {mean(fair, 'worst'):.3f} against {mean(ours, 'worst'):.3f}, "
+        f"{stands(found, fair, ours, 'worst', ours)}. EM-DPO at the same number of passes is "
+        f"{stands(found, EM, ours, ll, ours)}, and "
+        f"{stands(found, EM, [*OURS[told]][0], ll, 'ours from a random start')}, which EM-DPO has too. With {ROUNDS} "
+        f"times the passes it is {stands(found, WHOLE, EM, ll, 'where it was')}. The ARI of its last assignment is "
+        f"{ari[EM]:.2f}, with whole fits {ari[WHOLE]:.2f}; {ours}'s is {ari[ours]:.2f}. ")
+    if later["mean"] < -2 * se_over(later):
+        text += "Experts that train longer learn a random assignment by heart, and the E-phase confirms it. "
+    if max(ari[EM], ari[WHOLE]) < 0.1:
+        text += "Units go to the expert that happened to train on them, not to that of their type. "
+    text += f"The reward heads are {stands(found, HEADS, 'DPO', ll, 'DPO')}"
+    if not told:
+        text += f", and {stands(found, HEADS, 'Mix-DPO, no users', ll, 'ours without users')}, which is told no more"
+    return text + (f". The soup, one policy, is {stands(found, SOUP, 'DPO', ll, 'DPO')}, and for the worst annotator "
+                   f"{stands(found, SOUP, 'DPO', 'worst', 'it')}.")
+
+
+NOTES = (
+    "Log-likelihood in nats a pair, of held-out pairs (M5) or of all choices of a new user (M11). Accuracy is of "
+    f"what a new user gets when {SHOWN[-1]} of its pairs are known (`mixdpo/adaptation.py`), on its other pairs; the "
+    "worst annotator is the type served worst; one policy answers all alike. Means over worlds ± SE, differences in "
+    "SEs in brackets. Passes are over the pairs, in training; policy passes those of one policy over all pairs, "
+    "forward and backward; read, forward alone, for E-phases. The reference's pass is not counted, nor is our "
+    f"linear start, {STARTS} starts on frozen features without a policy; both are in the seconds, of one core, much "
+    "of which at this size is the start of a run: EM-DPO starts K in every round. EM-DPO and ours are told which "
+    "pairs are of one user; where prompts tell the type nobody is named, and each pair stands alone.\n\n"
+    "What is simplified. EM-DPO: the published E-step keeps posteriors, by which the M-step weighs pairs; here each "
+    "user goes wholly to its likeliest expert, from a random assignment, and the last stage, one policy of least "
+    "regret, is left out. Reward heads: MiCRo's first stage, linear heads and a router of 128 hidden units with a "
+    f"bonus for its entropy (alpha {ALPHA[False]} as published, and {ALPHA[True]} where prompts tell the type, which "
+    f"is better there); the best of {STARTS} starts by its loss; on mean states of a tiny model with random weights, "
+    "not on a trained reward model. Its second stage, a router refitted on labelled contexts, is left out, as there "
+    "are none: a user's shown pairs weigh heads as they weigh experts. Heads are rewards, not policies: to answer "
+    "anybody, a policy is still to be trained on them, which is in no figure here. Their rates are the best by "
+    "held-out log-likelihood on eight other worlds; all policies have those of `data/studies/worlds.py`.")
 
 
 def page(rows):
     parts, readings, shown, rounds = [], [], {}, {}
     for world, found in by(rows, "world").items():
         told, K = WORLDS[world].get("domains", False), WORLDS[world]["types"]
-        ours, ll = [*OURS[told]][-1], "ll" if told else "ll_user"
-        what = {"ll": "log-likelihood (M5)"} | ({} if told else {
-            "ll_user": "of a new user (M11)", "blind": "accuracy, none shown"}) | {
+        *_, ours = OURS[told]
+        of_users = {} if told else {"ll_user": "of a new user (M11)", "blind": "accuracy, none shown"}
+        what = {"ll": "log-likelihood (M5)"} | of_users | {
             "accuracy": "accuracy" if told else f"accuracy, {SHOWN[-1]} shown", "worst": "worst annotator"}
+        readings.append(reading(world, found, ours, "ll" if told else "ll_user", told))
         parts += [f"**{world.capitalize()}**", *tables(found, what, ours, K)]
-        readings.append(reading(world, found, ours, ll, told))
-        for name in (EM, WHOLE):
-            curve = [mean_se(round_) for round_ in zip(*(f[name]["ari"] for f in found))]
-            rounds.setdefault(world, {})[name] = [(n, f["mean"], se_over(f)) for n, f in enumerate(curve, 1)]
+        for name in (EM, WHOLE, ours):
+            columns = [mean_se(column) for column in zip(*(f[name]["ari"] for f in found))]
+            columns = columns * ROUNDS if name == ours else columns         # known at its end
+            rounds.setdefault(world, {})[name] = [(n, f["mean"], se_over(f)) for n, f in enumerate(columns, 1)]
         for name in () if told else ("truth", "DPO", EM, HEADS, SOUP, ours):
-            curve = [mean_se(worst) for worst in zip(*(f[name]["curve"] for f in found))]
-            shown.setdefault(world, {})[name] = [(n, f["mean"], se_over(f)) for n, f in zip(SHOWN, curve)]
-    text = "\n\n".join([*readings, *parts, NOTES])
-    return text, {"shown": curves(shown, "pairs shown", "accuracy of the worst annotator"),
-                  "rounds": curves(rounds, "round", "ARI of what experts are trained on")}
-
-
-def reading(world: str, found: list[dict], ours: str, ll: str, told: bool) -> str:
-    """The sentences of one kind of world: names first by figures, words by comparison."""
-    def mean(name: str, what: str) -> float:
-        return over([f[name] for f in found], what)["mean"]
-
-    def ari(name: str) -> float:
-        return mean_se([f[name]["ari"][-1] for f in found])["mean"]
-
-    peers = [name for name in found[0] if name not in ("truth", *OURS[told])]
-    best, fair = (max(peers, key=lambda name: mean(name, what)) for what in (ll, "worst"))
-    stuck = ari(WHOLE) < ari(EM)
-    sentences = [
-        f"{world.capitalize()}: {ours} explains " + ("held-out choices" if told else "a new user's choices") +
-        f" with {mean(ours, ll):.3f} nats a pair (the truth {mean('truth', ll):.3f}, DPO {mean('DPO', ll):.3f}). "
-        f"The best of the peers is {best}, {stands(found, best, ours, ll)} it; for the worst annotator it is {fair}, "
-        f"{mean(fair, 'worst'):.3f} against {mean(ours, 'worst'):.3f}, {stands(found, fair, ours, 'worst')} it.",
-        f"EM-DPO at the same number of passes is {stands(found, EM, ours, ll)} {ours}, and "
-        f"{stands(found, EM, [*OURS[told]][0], ll)} ours from a random start, which EM-DPO has too; with "
-        f"{ROUNDS} times the passes it is {stands(found, WHOLE, EM, ll)} itself. Its last assignment has an ARI of "
-        f"{ari(EM):.2f}, with whole fits {ari(WHOLE):.2f}" +
-        (": experts that are trained longer learn a random assignment by heart, and then confirm it." if stuck else "."),
-        f"The reward heads are {stands(found, HEADS, 'DPO', ll)} DPO" + (
-            "" if told else f", and {stands(found, HEADS, 'Mix-DPO, no users', ll)} ours without users, which is told as "
-            "much as they are") + ".",
-        f"The soup is {stands(found, SOUP, 'DPO', ll)} DPO, and {stands(found, SOUP, 'DPO', 'worst')} it for the worst "
-        "annotator."]
-    return " ".join(sentences)
-
-
-NOTES = (
-    "Log-likelihood in nats a pair, of held-out pairs (M5) or of all choices of a new user (M11); accuracy: of what a "
-    f"new user gets of whom {SHOWN[-1]} pairs are known (`mixdpo/adaptation.py`), on its other pairs; worst annotator: "
-    "the type served worst. One policy answers all alike. Means over worlds ± SE, SEs of differences in brackets. "
-    "Passes: over the pairs, in training; policy passes: of one policy over all pairs, forward and backward; read: "
-    "forward alone, for E-phases; the reference's own pass is not counted. Seconds are of one core, and at this size "
-    "much of them is the start of a run, of which EM-DPO makes K in every round. Ours and EM-DPO are told which pairs "
-    "are of one user; where prompts tell the type nobody is named, and each pair stands alone.\n\nWhat is simplified. "
-    "EM-DPO: the published E-step keeps posteriors and its M-step weighs pairs by them; here users go wholly to their "
-    "likeliest expert, from random assignments, and the last stage, one policy of least regret, is left out. Reward "
-    "heads: MiCRo's first stage, linear heads and a router of 128 hidden units with a bonus for its entropy (alpha "
-    f"{ALPHA[False]}, as published, with users; {ALPHA[True]} where prompts tell the type, which is better there), the "
-    f"best of {STARTS} starts, on the mean states of a tiny model with random weights, not of a trained reward model; "
-    "its second stage, a router refitted on labelled contexts, is left out, since there are none: shown pairs reweigh "
-    "the heads as they do experts. They are rewards, not policies: to answer anybody they still want a policy trained "
-    "on them, which is not in the passes or seconds. Their rates were chosen in their favour on other worlds, all "
-    f"policies' are those of `data/studies/worlds.py`. Our linear start makes {STARTS} starts on frozen features "
-    "before the first pass: seconds, no policy.")
+            columns = [mean_se(column) for column in zip(*(f[name]["curve"] for f in found))]
+            shown.setdefault(world, {})[name] = [(n, f["mean"], se_over(f)) for n, f in zip(SHOWN, columns)]
+    return "\n\n".join([*readings, *parts, NOTES]), {
+        "shown": curves(shown, "pairs shown", "accuracy of the worst annotator"),
+        "rounds": curves(rounds, "round", "ARI of the assignment")}
 
 
 STUDY = Study(
-    "Peers: the same pairs, other methods",
-    "DPO, EM-DPO with hard assignments, a mixture of reward heads with a router, a soup of expert weights, Mix-DPO "
-    f"and MoE-DPO, on the same planted pairs (1,000), the same encoder, {PASSES} passes. Who explains new people's "
-    "choices, who serves the worst annotator, and what does it take?",
+    "Peers: other methods on the same pairs",
+    "DPO, EM-DPO with hard assignments, reward heads with a router, a soup of expert weights, Mix-DPO and MoE-DPO: on "
+    f"the same 1,000 planted pairs, with the same encoder, {PASSES} passes over the pairs where nothing else is said. "
+    "Who explains the choices of new people, who serves the worst annotator, and what does it take?",
     cells, measure, page)
