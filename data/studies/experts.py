@@ -94,9 +94,9 @@ def page(rows):
     few, many = (sum(t[n] for t in right["planted", "ll_user", True].values()) for n in (1, 2))
     reading = (
         "On planted types, whole users and the usual rule, one standard error of the best's own mean, are right in "
-        f"{rate('planted', 'll_user', False)} worlds; one standard error of the paired difference, which is smaller, is "
-        f"right in {rate('planted', 'll_user')} (too few experts in {few}, too many in {many}). By pairs alone they are "
-        f"right in {rate('planted', 'll', False)} and {rate('planted', 'll')}. On real sentences: "
+        f"{rate('planted', 'll_user', False)} worlds; one standard error of the paired difference, which is smaller, "
+        f"is right in {rate('planted', 'll_user')} (too few experts in {few}, too many in {many}). By pairs alone they "
+        f"are right in {rate('planted', 'll', False)} and {rate('planted', 'll')}. On real sentences: "
         f"{rate('texts', 'll_user', False)} and {rate('texts', 'll_user')} by users, {rate('texts', 'll', False)} and "
         f"{rate('texts', 'll')} by pairs.")
     types = sorted({t for _, t, _ in found})
