@@ -28,8 +28,9 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--{flag}: got {value!r}, wanted one of {', '.join(known)}")
     study, out = study_of(config.name), Path(config.out)
     facts = run(config.name, config.preset, Path(config.home), config.data_folder)
-    spent = Path(config.home) / config.name / f"{config.preset}.minutes"    # of all tries together
+    spent = Path(config.home) / config.name / f"{config.preset}.seconds"    # of all calls together
     seconds = time.monotonic() - began + (float(spent.read_text()) if spent.exists() else 0.0)
+    write_whole(spent, f"{seconds:.1f}")
     out.mkdir(parents=True, exist_ok=True)
     with pictures.style():
         text, figures = study.page([(row["cell"], row["figures"]) for row in facts])

@@ -90,5 +90,5 @@ def told_of(facts: list[dict], name: str, preset: str, seconds: float) -> str:
     revisions = sorted({row["environment"]["revision"] for row in facts})
     where = facts[0]["environment"]
     return (f"`make study NAME={name} PRESET={preset}`: {len(facts)} cells, {sum(r['seconds'] for r in facts):.0f} "
-            f"seconds of one core in all, {seconds / 60:.1f} minutes on {os.cpu_count()} cores where nothing was "
-            f"measured before; at revision {', '.join(revisions)}, torch {where['torch']}, Python {where['python']}.")
+            f"seconds of one core in all, {seconds / 60:.1f} minutes on {os.cpu_count()} cores; measured at revision "
+            f"{', '.join(revisions)}, torch {where['torch']}, Python {where['python']}.")
