@@ -43,7 +43,7 @@ def page(rows):
     real = by([(c, f) for c, f in rows if c["world"] == "texts"], "pairs", "each", "experts")
     found = {("planted", *key): of for key, of in planted.items()}
     found |= {("texts", "-", *key): of for key, of in real.items()}
-    body, shown, ahead = [], {}, {}
+    body, shown, ahead, lags = [], {}, {}, []
     for (world, agree, pairs, each, K), of in found.items():
         if K == 1:
             continue
@@ -55,6 +55,7 @@ def page(rows):
         f = over(of, "ari")
         shown.setdefault(name, {}).setdefault(f"{each} each", []).append((pairs, f["mean"], se_over(f)))
         ahead.setdefault((name, each), {})[pairs] = gap["mean"] > 2 * se_over(gap)
+        lags.append((agree, gap["mean"] < -2 * se_over(gap)))
 
     def first(name: str, each: int) -> str:
         """The least number of pairs from which on the mixture is ahead by two standard errors."""
@@ -69,18 +70,23 @@ def page(rows):
     names = list(dict.fromkeys(name for name, _ in ahead))
     told = [f"{name}: " + ", ".join(f"{first(name, each)} at {each} a user" for each in eaches) for name in names]
     clear = found["planted", 0.0, max(key[2] for key in found), max(eaches), 2]
+    single = found["planted", 0.0, max(key[2] for key in found), min(eaches), 2]
+    leads = [yes for of in ahead.values() for yes in of.values()]
+    behind, alike = (sum(lag for agree, lag in lags if which(agree)) for which in (
+        lambda _: True, lambda agree: agree != "-" and agree >= 0.5))
     reading = (
         "The least number of pairs, of those tried, from which on the mixture is ahead of one policy by two standard "
-        f"errors. {'; '.join(told)}. Where it is `none`, one policy (DPO) is the better choice: with single "
-        "comparisons the file itself holds next to nothing of who judged (the Bayes columns), and where types agree "
-        "there is little to tell. The gap between what is found and what the true rewards would find closes with "
-        f"pairs: with the most, independent rewards, {max(eaches)} a user, the ARI is {mean_over(clear, 'ari')} of a "
-        f"possible {mean_over(clear, 'bayes_ari')}.")
+        f"errors. {'; '.join(told)}. It is behind by as much in {behind} of {len(body)} kinds of files, {alike} of "
+        f"them with types that agree to 0.5 or more, and neither in {len(body) - behind - sum(leads)}: where it is not "
+        f"ahead, one policy (DPO) is the simpler choice. With the most pairs, independent rewards and {max(eaches)} a "
+        f"user, the ARI is {mean_over(clear, 'ari')} of a possible {mean_over(clear, 'bayes_ari')}; with one a user "
+        f"{mean_over(single, 'ari')} of {mean_over(single, 'bayes_ari')}.")
     head = ["types", "pairs", "pairs a user", "ARI", "ARI, Bayes", "log-likelihood less one policy's", "true rewards'"]
     text = "\n\n".join([reading, table_of(head, body), "ARI of the training users; Bayes: assignment by the true "
-                        "rewards, the most that the file can show. Log-likelihood of new users of ten comparisons "
-                        "(M11; of pairs alone where users have one), nats a pair, less that of one low-rank head on "
-                        "the same trunk; mean over worlds ± SE. Agreement: correlation of the two types' rewards."])
+                        "rewards, the most that the file can show. Log-likelihood of new users who judge as many "
+                        "(sentences: ten; M11; of pairs alone where users have one), nats a pair, less that of one "
+                        "low-rank head on the same trunk; mean over worlds ± SE, which of three worlds is itself "
+                        "uncertain. Agreement: correlation of the two types' rewards."])
     return text, {"pairs": curves(shown, "training pairs", "ARI of the users", 2, columns=4)}
 
 
