@@ -37,6 +37,7 @@ from mixdpo.mixture import e_step, log_marginal
 from mixdpo.options import TrainConfig
 from mixdpo.preferences import read_preferences
 from mixdpo.reference import load_references, reference_of
+from train import minimise
 
 WORLDS = {"two types of users": {"types": 2}, "two types, told by prompts": {"types": 2, "domains": True},
           "four types of users": {"types": 4}}
@@ -157,9 +158,7 @@ def reward_heads(folder: Path, world: World):
         optimizer = torch.optim.Adam([{"params": [heads.theta], "lr": HEAD_RATE},
                                       {"params": heads.router.parameters(), "lr": ROUTER_RATE}])
         for batch in (b for _ in range(PASSES) for b in torch.randperm(len(x)).split(STEPS["batch"])):
-            optimizer.zero_grad()
-            loss(heads, x[batch], c[batch]).backward()
-            optimizer.step()
+            minimise(loss(heads, x[batch], c[batch]), optimizer, math.inf)
     best = min(tried, key=lambda heads: loss(heads, x, c).item()).requires_grad_(False)
     return lambda file: (*best(*states(file)), [])
 
