@@ -101,7 +101,7 @@ def page(rows):
             if not gap["mean"] > 2 * se_over(gap):
                 break
             ahead.append(pairs)
-        return f"from {ahead[-1]} pairs on" if ahead else "at no number tried"
+        return f"from {ahead[-1]} pairs on" if ahead else "from no number of pairs on"
 
     most = max(p for _, _, p in found)
     told, learnt = (over(found["planted", gate, most], "ll")["mean"] for gate in ("domain", "linear"))
