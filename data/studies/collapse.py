@@ -69,8 +69,7 @@ def page(rows):
                 marks[title] = [(i, j, "".join(sign for sign, kind in (("E", "expert"), ("P", "posterior"))
                                                if any(f[kind] for f in found[K, T, bonus, beta])))
                                 for j, bonus in enumerate(bonuses) for i, beta in enumerate(betas)]
-        pictures[what] = maps(shown, "beta", "entropy bonus", label, len(temperatures), marks=marks,
-                              low=-1.0 if what == "ll" else None)
+        pictures[what] = maps(shown, "beta", "entropy bonus", label, len(temperatures), marks=marks)
     tally = []
     for kind, alarm in ALARMS.items():
         for K in ks:
