@@ -1,0 +1,288 @@
+"""DP-TBART: private synthetic tables from an autoregressive transformer (Castellon, Gopal, Bloniarz, Rosenberg 2023,
+arXiv 2307.10430).
+
+    log p(row) = sum_j log p(x_j | x_1 ... x_j-1)              columns in an order of their own
+
+A row is a sentence of d tokens behind a start token; every column has tokens of its own, and place j can only be given
+one that is legal there: no row can be sampled that the schema does not allow. Trained by DP-SGD (privacy.py) with Adam;
+what is kept is the parameters' moving average, which costs no privacy.
+
+    look      (first_look > 0) noisy counts of every column's values, one Gaussian mechanism, for that share of epsilon:
+              bins by quantiles and the order by entropy are made from them, and logits begin at their logarithms: the
+              model starts as independent columns and learns what ties them. This is ours; the paper has no such step
+    fit       epsilon's rest, over all steps
+    sample    column by column, with a cache of keys and values; the first columns of the order may be given
+
+epsilon = inf trains without noise and clipping, on the same batches.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mixdpo.accountant import Mechanism, epsilon_of, noise_multiplier
+from mixdpo.attention import KVCache
+from mixdpo.columns import Column, joined
+from mixdpo.config import InputError, Stopped
+from mixdpo.gpt2 import Block, GPT2Config
+from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
+from mixdpo.privacy import NOT_COVERED, Noise, ghost_clipped_sum, poisson
+from mixdpo.rundir import Progress, Stop, load_checkpoint, save_checkpoint
+
+ORDERS = ("given", "entropy", "random")
+DECAY = 0.99            # of the parameters' moving average, a step
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """How a table is learnt."""
+
+    epsilon: float = 1.0            # privacy budget; inf: no noise, no privacy
+    delta: float = 1e-5             # the chance that epsilon does not hold; below one over the rows
+    first_look: float = 0.1         # share of epsilon for noisy counts of each column
+    order: str = "given"            # of the columns: given, entropy (most even first), random
+    width: int = 64                 # C
+    layers: int = 3                 # L
+    heads: int = 4                  # H
+    batch: int = 1024               # rows a step, on average
+    steps: int = 600                # of Adam
+    lr: float = 2e-3                # its peak learning rate
+    clip: float = 1.0               # largest norm of a row's gradient
+    micro: int = 1024               # rows a forward pass
+    seed: int = 0                   # of the first weights and a random order
+    save_minutes: float = 5.0       # between checkpoints
+
+
+def validate(config: TableConfig) -> None:
+    """Raises: InputError on values out of range."""
+    if config.order not in ORDERS:
+        raise InputError(f"--order: got {config.order!r}, wanted one of {', '.join(ORDERS)}")
+    if not config.epsilon > 0:
+        raise InputError(f"--epsilon: got {config.epsilon}, wanted more than 0; inf: no privacy")
+    if not 0 < config.delta < 1:
+        raise InputError(f"--delta: got {config.delta}, wanted more than 0 and less than 1")
+    if not 0 <= config.first_look < 1:
+        raise InputError(f"--first-look: got {config.first_look}, wanted a share of epsilon from 0 to less than 1")
+    if config.order == "entropy" and not config.first_look:
+        raise InputError("--order entropy goes by counts of the columns: it wants a --first-look above 0")
+    for name in ("width", "layers", "heads", "batch", "steps", "micro"):
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name}: got {getattr(config, name)}, wanted 1 or more")
+    if config.width % config.heads:
+        raise InputError(f"--width: got {config.width}, wanted a multiple of --heads {config.heads}")
+    if not (config.lr > 0 and 0 < config.clip < math.inf):
+        raise InputError(f"--lr, --clip: got {config.lr}, {config.clip}, wanted finite numbers above 0")
+
+
+# ---- the model
+
+
+class TBART(nn.Module):
+    """model(codes) (N,j) of the first j columns -> logits (N,j+1,V), those that are not legal at their place -inf.
+
+    sizes: values of each column, in the model's order. V is their sum: column j's tokens follow column j-1's. prior
+    (V,): log-probabilities that logits begin at; not trained."""
+
+    def __init__(self, sizes: list[int], width: int, layers: int, heads: int, prior: torch.Tensor | None = None):
+        super().__init__()
+        V, d = sum(sizes), len(sizes)
+        config = GPT2Config(vocab=V + 1, context=d, width=width, layers=layers, heads=heads)
+        self.sizes, self.config = list(sizes), config
+        self.wte, self.wpe = nn.Embedding(V + 1, width), nn.Embedding(d, width)     # token V starts a row
+        self.h = nn.ModuleList(Block(config) for _ in range(layers))
+        self.ln_f = nn.LayerNorm(width, eps=config.eps)
+        self.head = nn.Linear(width, V, bias=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02 / (2 * layers) ** 0.5 if name.endswith("c_proj.weight") else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        first = torch.tensor([0, *sizes]).cumsum(0)
+        column = torch.repeat_interleave(torch.arange(d), torch.tensor(sizes))              # (V,) of each token
+        legal = torch.zeros(V) if prior is None else prior                                  # (V,)
+        self.register_buffer("first", first[:-1])                           # (d,) column j's first token
+        self.register_buffer("base", torch.where(column == torch.arange(d)[:, None], legal, -torch.inf))    # (d,V)
+
+    def forward(self, codes: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """With a cache: codes of all columns so far -> logits of the next alone, (N,1,V)."""
+        (N, j), V = codes.shape, self.head.out_features
+        ids = F.pad(codes + self.first[:j], (1, 0), value=V)                # (N,j+1)
+        place = torch.arange(j + 1, device=ids.device).expand(N, -1)
+        if cache is not None:
+            ids, place = ids[:, cache.used :], place[:, cache.used :]
+        window = None if cache is None else cache.window(N, ids.shape[1])
+        x = self.wte(ids) + self.wpe(place)                                 # (N,T,C)
+        for layer, block in enumerate(self.h):
+            x = block(x, layer, window, keep=True)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+            x, place = x[:, -1:], place[:, -1:]
+        return self.head(self.ln_f(x)) + self.base[place[0]]
+
+
+def row_losses(model: TBART, codes: torch.Tensor) -> torch.Tensor:
+    """- log p of each row, nats: (N,d) -> (N,)."""
+    logits = model(codes[:, :-1])                                           # (N,d,V)
+    return F.cross_entropy(logits.transpose(1, 2), codes + model.first, reduction="none").sum(1)
+
+
+@torch.no_grad()
+def sample(model: TBART, rows: int, seed: int, given: torch.Tensor | None = None, most: int = 4096) -> torch.Tensor:
+    """Rows (N,d) in the model's order. given (N,p): the first p columns' codes, which are kept; `most` at a time."""
+    d, (V, C), c = len(model.sizes), model.head.weight.shape, model.config
+    given = torch.empty(rows, 0, dtype=torch.int64) if given is None else given
+    assert len(given) == rows and given.shape[1] < d, f"got given {tuple(given.shape)}, want ({rows}, less than {d})"
+    generator, made = torch.Generator().manual_seed(seed), []
+    for codes in given.split(most):
+        cache = KVCache(c.layers, len(codes), c.heads, d, C // c.heads, model.head.weight.dtype, codes.device)
+        for j in range(given.shape[1], d):
+            p = torch.softmax(model(codes, cache)[:, -1, model.first[j] :][:, : model.sizes[j]], dim=-1)
+            codes = torch.cat([codes, torch.multinomial(p, 1, generator=generator)], dim=1)
+        made.append(codes)
+    return torch.cat(made)
+
+
+# ---- the first look
+
+
+@dataclass
+class Table:
+    """A table made ready: columns and codes in the order of the schema, and what was spent on it so far."""
+
+    columns: list[Column]
+    codes: np.ndarray               # (N,d)
+    order: list[int]                # the model's j-th column is columns[order[j]]
+    prior: torch.Tensor | None      # (V,) log-probabilities in the model's order
+    spent: list[Mechanism] = field(default_factory=list)
+
+    @property
+    def sizes(self) -> list[int]:
+        """In the model's order."""
+        return [self.columns[j].size for j in self.order]
+
+    def ordered(self) -> torch.Tensor:
+        return torch.from_numpy(self.codes[:, self.order])
+
+    def as_given(self, codes: torch.Tensor) -> np.ndarray:
+        """Sampled codes (N,d) with the schema's columns again."""
+        return codes.numpy()[:, np.argsort(self.order)]
+
+
+def look(columns: list[Column], codes: np.ndarray, config: TableConfig, seed: int) -> Table:
+    """Quantiles, order and start from noisy counts, if the configuration wants any.
+
+    A row is in one count of each of d columns, so the counts together have sensitivity sqrt(d): noise of deviation
+    sigma sqrt(d) on every count is one Gaussian mechanism of that sigma. Raises: InputError."""
+    N, d = codes.shape
+    if [c for c in columns if c.quantiles] and not config.first_look:
+        raise InputError("bins by quantiles are found in counts of the column: they want a --first-look above 0, or "
+                         "give the column edges, or bins")
+    order = np.random.default_rng([config.seed, 23]).permutation(d).tolist() if config.order == "random" else [*range(d)]
+    if not config.first_look:
+        return Table(columns, codes, order, None)
+    private, spent, rng = config.epsilon < math.inf, [], np.random.default_rng([seed, 29])
+    if private:
+        sigma = noise_multiplier(config.first_look * config.epsilon, config.delta / 10, 1.0, 1)
+        spent = [Mechanism(sigma)]
+    counts = []
+    for j, column in enumerate(columns):
+        exact = np.bincount(codes[:, j], minlength=column.size).astype(float)
+        counts.append(exact + (sigma * math.sqrt(d) * rng.normal(size=column.size) if private else 0.0))
+    columns, codes = [*columns], codes.copy()
+    for j, column in enumerate(columns):
+        if column.quantiles:
+            columns[j], code = joined(column, counts[j])
+            codes[:, j] = code[codes[:, j]]
+            counts[j] = np.bincount(code[: len(counts[j])], weights=counts[j], minlength=columns[j].size)
+    # A count is not below what noise hides, so that no value is ruled out.
+    floor = 0.5 + (sigma * math.sqrt(d) if private else 0.0)
+    shares = [np.maximum(c, floor) / np.maximum(c, floor).sum() for c in counts]
+    if config.order == "entropy":
+        order = np.argsort([(p * np.log(p)).sum() for p in shares], kind="stable").tolist()
+    prior = torch.from_numpy(np.log(np.concatenate([shares[j] for j in order]))).float()
+    return Table(columns, codes, order, prior, spent)
+
+
+# ---- fitting
+
+
+@dataclass
+class Fitted:
+    """A model, and what it cost."""
+
+    model: TBART
+    sigma: float
+    spent: list[Mechanism]
+    losses: list[float]             # mean of each step's rows, nats; NaN of an empty step. Not private
+
+
+def fit(table: Table, config: TableConfig, seed: int, out: Path | None = None, same: dict | None = None) -> Fitted:
+    """Trains on table.codes. seed: of sampling and noise, to be kept secret. With `out`, a run that was stopped goes
+    on at its checkpoint there, which must have been written with `same`. Raises: Stopped, InputError."""
+    rows = table.ordered()
+    N, private = len(rows), config.epsilon < math.inf
+    rate = min(1.0, config.batch / N)
+    sigma = noise_multiplier(config.epsilon, config.delta, rate, config.steps, table.spent) if private else 0.0
+    clip = config.clip if private else math.inf
+    noise = Noise(sigma, config.clip, rate * N, seed)
+    torch.manual_seed(config.seed)
+    model = TBART(table.sizes, config.width, config.layers, config.heads, table.prior)
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer, names = make_optimizer(model, config.lr)
+    losses, t, saved = [], 0, time.monotonic()
+    if out and (found := load_checkpoint(out, same)):
+        tensors, state = found
+        model.load_state_dict({n.removeprefix("model."): x for n, x in tensors.items() if n.startswith("model.")})
+        load_optimizer_state(optimizer, names, tensors)
+        average = {name: tensors[f"average.{name}"] for name in average}
+        losses, t = state["losses"], state["step"]
+        print(f"resumed at step {t} of {config.steps}")
+    progress = Progress(out.name if out else "fit", t)
+    with Stop() as stop:
+        while t < config.steps:
+            set_rate(optimizer, t, config.steps, config.steps // 20)
+            total, seen = dp_sum(model, rows[poisson(N, rate, seed, t)], clip, config.micro)
+            for p, g in zip(model.parameters(), noise.release(total, t)):
+                p.grad = g
+            optimizer.step()
+            t += 1
+            keep = min(DECAY, t / (t + 9))                                  # short at first: the start is forgotten
+            for name, p in model.named_parameters():
+                average[name].lerp_(p.detach(), 1 - keep)
+            losses.append(float(seen.mean()))
+            progress(t, config.steps, f"loss {losses[-1]:.3f}")
+            if out and t < config.steps and (stop.asked or time.monotonic() - saved > 60 * config.save_minutes):
+                tensors = {f"model.{n}": x.contiguous() for n, x in model.state_dict().items()}
+                tensors |= {f"average.{n}": x for n, x in average.items()} | optimizer_state(optimizer, names)
+                save_checkpoint(out, tensors, {"step": t, "losses": losses, "config": same}, keep=1)
+                saved = time.monotonic()
+                if stop.asked:
+                    raise Stopped(f"{out}: stopped and saved after step {t} of {config.steps}")
+    model.load_state_dict(average, strict=False)
+    spent = [*table.spent, Mechanism(sigma, rate, config.steps)] if private else []
+    return Fitted(model.eval(), sigma, spent, losses)
+
+
+def dp_sum(model: TBART, rows: torch.Tensor, clip: float, micro: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Sum of the rows' clipped gradients, a tensor a parameter, zeros if there is no row; and the rows' losses."""
+    total, seen = [torch.zeros_like(p) for p in model.parameters()], []
+    for part in rows.split(micro) if len(rows) else ():
+        grads, losses = ghost_clipped_sum(model, lambda part=part: row_losses(model, part), clip)
+        seen.append(losses)
+        for s, (name, _) in zip(total, model.named_parameters()):
+            s += grads[name]
+    return total, torch.cat([*seen, torch.empty(0)])
+
+
+def account(fitted: Fitted, config: TableConfig, rows: int) -> dict:
+    """What was spent, and what that does not cover."""
+    if not fitted.spent:
+        return {"epsilon": math.inf, "spent": [], "not_covered": ["everything: no noise was added"]}
+    return {"epsilon": epsilon_of(fitted.spent, config.delta), "delta": config.delta, "unit": "a row",
+            "rows": rows, "spent": [vars(m) for m in fitted.spent], "not_covered": list(NOT_COVERED)}
