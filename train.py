@@ -25,6 +25,7 @@ step is cut into micro-batches or chunks. K = 1 is DPO. Only this file calls bac
 import dataclasses
 import json
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ import torch
 
 from mixdpo import config as configs
 from mixdpo import fits
+from mixdpo.accountant import Mechanism, epsilon_of, noise_multiplier
 from mixdpo.adopt import adopt
 from mixdpo.config import InputError, Stopped
 from mixdpo.diagnostics import step_summary
@@ -47,8 +49,9 @@ from mixdpo.memory import steady
 from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, reweigh, update_weights, vary
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.options import TrainConfig, validate
-from mixdpo.plan import Micro, chunks, fitting_rows, make_plan, micro_batches
+from mixdpo.plan import Micro, chunks, fitting_rows, make_plan, micro_batches, sampled
 from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences, rows_of
+from mixdpo.privacy import NOT_COVERED, ClippedSum, Noise, secret_seed
 from mixdpo.records import lines
 from mixdpo.reference import load_references, reference_of
 from mixdpo.rundir import Log, Progress, Stop, compute_dtype, environment, load_checkpoint, save_checkpoint
@@ -131,14 +134,16 @@ def full_e_step(experts, gate, plan, ref_logp, inputs: Inputs, config, name: str
     return torch.log_softmax(gate(inputs).cpu() + pooled(said, plan), dim=-1), said         # M7, M11
 
 
-def step(experts, gate, optimizer, micros: list[Micro], ref_logp: torch.Tensor, latent: Latent,
-         config) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """One optimizer step on whole visits, those of `latent` in the order of the micro-batches.
+def step(experts, gate, optimizer, micros: list[Micro], ref_logp: torch.Tensor, latent: Latent, config,
+         clipped: ClippedSum | None = None) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """One optimizer step on whole visits, those of `latent` in the order of the micro-batches. clipped: for DP-SGD; its
+    examples come one after another, experts' and gate's gradients of each are clipped as one.
 
     Returns the step's figures (parameters before the update), the responsibilities used (G,K), and the mean loss of
     each user's pairs (U+1,), NaN of those without any.
     """
     pairs, used, seen, of_group, first = sum(len(m.train.ids) for m in micros), [], [], [], 0
+    share = pairs if clipped is None else 1                                 # an example's gradient is of its own sum
     for micro in micros:
         part = latent[first : first + len(micro.units)]
         of_group.append(first + micro.train.group.to(part.log_w.device))
@@ -146,15 +151,29 @@ def step(experts, gate, optimizer, micros: list[Micro], ref_logp: torch.Tensor, 
         if part.given is None and micro.context is not None:
             log_q = posterior(experts, micro.context, ref_logp, part.prior, config)
             part = dataclasses.replace(part, given=settle(log_q, part, config))
-        parts = accumulate(experts, micro, ref_logp, part, pairs, config)
+        parts = accumulate(experts, micro, ref_logp, part, share, config)
         used.append(torch.cat([q for q, *_ in parts]) if part.given is None else part.given)
         seen += parts
+        if clipped is not None:
+            if gate.kind in TRAINED:
+                gate_objective(gate, part, used[-1], config).backward()
+            if micro.ends:
+                clipped.add()
+    if clipped is not None:
+        clipped.release()                                                   # of an empty step too
+    elif gate.kind in TRAINED:
+        (gate_objective(gate, latent, torch.cat(used), config) / pairs).backward()
+    if not micros:
+        nothing = latent.log_w.new_full((1, config.experts), math.nan)
+        norm = descend(optimizer, 0.0, math.inf)
+        figures = step_summary(nothing, nothing, nothing) | {"pairs": 0, "grad_norm": norm, "clipped": math.nan}
+        return figures, latent.log_w, latent.log_w.new_full((gate.users + 1,), math.nan)
     log_q = torch.cat(used)                                                 # (G,K)
-    if gate.kind in TRAINED:
-        (gate_objective(gate, latent, log_q, config) / pairs).backward()
     of_pair, w_of_pair, h = (torch.cat(column) for column in list(zip(*seen))[1:])
     figures = step_summary(of_pair, w_of_pair, h) | {"pairs": pairs}
-    figures["grad_norm"] = descend(optimizer, figures["loss"], config.clip)
+    figures["grad_norm"] = descend(optimizer, figures["loss"], math.inf if clipped else config.clip)
+    if clipped is not None:
+        figures["clipped"] = sum(norm > config.clip for norm in clipped.norms) / len(clipped.norms)
     user = latent.inputs.user[torch.cat(of_group)]                          # (B,)
     total = h.new_zeros(gate.users + 1).index_add(0, user, expert_loss(of_pair, h))         # (U+1,)
     return figures, log_q, total / user.bincount(minlength=gate.users + 1)  # 0/0 is NaN
@@ -267,16 +286,18 @@ class Carried:
 
 
 def advance(experts, gate, optimizer, plan, ref_logp, inputs: Inputs, start, carried: Carried, e_step_of_all,
-            config) -> tuple[dict, list[int]]:
+            config, noise: Noise | None = None) -> tuple[dict, list[int]]:
     """Takes the next step of the plan, and carries on. Returns its figures, and the units it looked at.
     Raises: FloatingPointError, and changes nothing."""
     t, (epoch, ids) = carried.t, plan.steps[carried.t]
     gate.temperature = config.gate_temperature ** max(0.0, 1 - 2 * t / len(plan.steps))     # 1 from half the run on
     given, kept = given_responsibilities(t, plan, start, carried.table, carried.kept, e_step_of_all, config)
     set_rate(optimizer, t, len(plan.steps), config.warmup)
-    micros = micro_batches(plan, ids, config)
+    micros = micro_batches(plan, ids, config, apart=noise is not None)
     latent = latent_of(gate, inputs, plan, ids, given, kept, t, config, carried.log_v if config.robust else None)
-    figures, log_q, losses = step(experts, gate, optimizer, micros, ref_logp, latent, config)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    clipped = None if noise is None else ClippedSum(parameters, noise, t)
+    figures, log_q, losses = step(experts, gate, optimizer, micros, ref_logp, latent, config, clipped)
     last = {plan.visits[v].unit: n for n, v in enumerate(ids)}              # of several slices of a user, the last
     carried.table[list(last)] = log_q[list(last.values())].cpu()
     if latent.said is not None:
@@ -291,6 +312,9 @@ def learn(config: TrainConfig, same: dict, stop: Stop) -> None:
     """All steps that are left. same: what a checkpoint must have been written with. Raises: Stopped, all saved."""
     out, (experts, plan, reference, model_key, device) = Path(config.out), prepare(config)
     same = same | {"model_key": model_key}
+    noise = None
+    if config.epsilon < math.inf:
+        plan, noise = private(plan, config)
     ref_logp, (gate, inputs) = reference.logp.to(device), make_gate(plan, reference, config, device)
     optimizer, names = make_optimizer(experts, config.lr, config.head_lr, gate, config.gate_lr, config.moments,
                                       config.seed, once_a_step(experts) if config.in_backward else [])
@@ -306,7 +330,7 @@ def learn(config: TrainConfig, same: dict, stop: Stop) -> None:
         carried = Carried(0, torch.full((len(plan.units), config.experts), torch.nan),
                           torch.full((len(plan.visits), config.experts), torch.nan), users)
     if carried.t == 0 and not config.init_experts:
-        first = micro_batches(plan, plan.steps[0][1], config)[0]
+        first = micro_batches(plan, plan.steps[0][1] or [0], config)[0]
         log_w = gate(inputs[first.units]).detach()[first.train.group.to(device)]
         check_start(experts, first.train, ref_logp, log_w, config.beta)
 
@@ -323,7 +347,7 @@ def learn(config: TrainConfig, same: dict, stop: Stop) -> None:
     while carried.t < len(plan.steps):
         try:
             figures, units = advance(experts, gate, optimizer, plan, ref_logp, inputs, start, carried, e_step_of_all,
-                                     config)
+                                     config, noise)
         except FloatingPointError as error:
             raise InputError(told_of_batch(error, plan, carried.t, config)) from None
         log.step(figures, units, carried.table[units])
@@ -338,6 +362,37 @@ def learn(config: TrainConfig, same: dict, stop: Stop) -> None:
         log.responsibilities(carried.t, list(range(len(carried.table))), carried.table)
     save(finished=True)
     log.close()
+    (out / SECRET).unlink(missing_ok=True)                                  # nothing is left to draw
+
+
+SECRET = "noise-seed"
+
+
+def private(plan, config) -> tuple:
+    """The plan with steps drawn by chance, and the noise that keeps its run within the budget. Writes privacy.json, and
+    the secret seed, which a run that is resumed finds again. Raises: InputError."""
+    out = Path(config.out)
+    if not (out / SECRET).exists():
+        os.close(os.open(out / SECRET, os.O_CREAT | os.O_WRONLY, 0o600))    # its owner's alone, before it is written
+        (out / SECRET).write_text(f"{secret_seed(config.noise_seed)}\n")
+    seed = int((out / SECRET).read_text())
+    plan = sampled(plan, config, seed)
+    examples, steps = len(set(plan.owner.tolist())), len(plan.steps)
+    sigma = noise_multiplier(config.epsilon, config.delta, plan.rate, steps)
+    spent = epsilon_of([Mechanism(sigma, plan.rate, steps)], config.delta)
+    told = {"epsilon": spent, "delta": config.delta, "unit": config.privacy_unit, "examples": examples,
+            "rate": plan.rate, "steps": steps, "noise_multiplier": sigma, "clip": config.clip, "covered": COVERED,
+            "not_covered": [*NOT_COVERED, NOT_RELEASED]}
+    configs.write_whole(out / "privacy.json", json.dumps(told, indent=1) + "\n")
+    print(f"privacy: epsilon {spent:.4g} at delta {config.delta:g} for each of {examples} {config.privacy_unit}s: noise "
+          f"{sigma:.4g} times --clip {config.clip:g}, rate {plan.rate:.4g}, {steps} steps; what that covers is in "
+          f"{out / 'privacy.json'}")
+    return plan, Noise(sigma, config.clip, plan.rate * examples, seed)
+
+
+COVERED = "the weights of experts and gate, as eval.py and an export read them, and all that is made of these alone"
+NOT_RELEASED = ("metrics.jsonl, responsibilities.jsonl, the responsibilities in checkpoint/, cache/, what is printed: they "
+                "are made of the data without noise, and stay at home")
 
 
 def resumed(out: Path, same: dict, experts, gate, optimizer, names: list[str], device) -> Carried | None:

@@ -10,8 +10,8 @@
 
 A row of weights is of one unit of the latent (a pair, or a user: M11 has one prior a user), of that unit alone: rows
 never mix. Every trained gate starts uniform: W and E are 0, so that the step-0 invariant q = w holds. f is centred and
-scaled by the training units' mean and deviation, which the gate keeps. Softmax is of logits / temperature, 1 but while
-a run anneals it.
+scaled by the training units' mean and deviation, which the gate keeps; a private gate, whose rows must not tell of one
+another, takes each row at length 1 instead. Softmax is of logits / temperature, 1 but while a run anneals it.
 Left out: gates that read the response. The weights are a prior; what a response says belongs to the posterior (M7).
 """
 
@@ -87,10 +87,12 @@ class Gate(nn.Module):
     Raises: InputError if a domain gate has other than K domains, or a gate of users no users.
     """
 
-    def __init__(self, kind: str, experts: int, inputs: Inputs, log_w: torch.Tensor, seed: int = 0):
+    def __init__(self, kind: str, experts: int, inputs: Inputs, log_w: torch.Tensor, seed: int = 0,
+                 private: bool = False):
         super().__init__()
         assert kind in KINDS, f"got gate {kind!r}, want one of {KINDS}"
         self.kind, self.K, self.temperature = kind, experts, 1.0            # the loop sets the temperature (train.py)
+        self.private = private
         D, self.users = inputs.features.shape[1], int(inputs.user.max())    # that have a place, from 1
         generator = torch.Generator().manual_seed(seed)
         if kind == "fixed":
@@ -118,7 +120,8 @@ class Gate(nn.Module):
         """The prompt's share of the logits: (N,K), or 0 for a gate that does not read it."""
         if self.kind not in READS_PROMPT:
             return 0.0
-        f = (inputs.features - self.mean) / self.scale                      # (N,D), of length 1, about
+        f = inputs.features                                                 # (N,D), then of length 1, about
+        f = F.normalize(f) if self.private else (f - self.mean) / self.scale
         return (F.gelu(f @ self.V.T + self.c) if self.kind == "mlp" else f) @ self.W.T + self.b
 
     def forward(self, inputs: Inputs) -> torch.Tensor:
@@ -149,7 +152,8 @@ def make_gate(plan: Plan, reference, config, device) -> tuple[Gate, Inputs]:
     first = [unit[0] for unit in plan.units]                                # a group has one prior: any pair tells
     prompts = reference.prompt[first, ("last", "mean").index(config.gate_features)]         # (G,C)
     inputs = gate_inputs(config.gate, [plan.pairs[i] for i in first], prompts, plan.pairs).to(device)
-    return Gate(config.gate, config.experts, inputs, first_weights(config).to(device), config.seed).to(device), inputs
+    log_w, private = first_weights(config).to(device), config.epsilon < math.inf
+    return Gate(config.gate, config.experts, inputs, log_w, config.seed, private).to(device), inputs
 
 
 def gate_state(gate: Gate) -> dict[str, torch.Tensor]:
@@ -166,6 +170,6 @@ def saved_gate(config, tensors: dict[str, torch.Tensor], known: list[Pair]) -> G
     """The gate that gate_state saved, on the CPU. known: the pairs it was trained on."""
     width = len(domains_of(known)) if config.gate == "domain" else len(tensors.get("gate.mean", ()))
     sizes = Inputs(torch.zeros(1, width), torch.tensor([max(0, len(tensors.get("gate.E", ())) - 1)]))
-    gate = Gate(config.gate, config.experts, sizes, first_weights(config), config.seed)
+    gate = Gate(config.gate, config.experts, sizes, first_weights(config), config.seed, config.epsilon < math.inf)
     load_gate(gate, {name: value.cpu() for name, value in tensors.items()})
     return gate

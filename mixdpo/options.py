@@ -43,6 +43,10 @@ class TrainConfig:
     init_experts: str = ""          # where each begins: K of RUN:k (expert k of a run) and fresh, comma-separated
     freeze: str = ""                # experts that stay as they are: 0,2 and so on, or all
     label_noise: float = 0.0        # share of choices taken to be wrong, turned round at random; under 0.5
+    epsilon: float = math.inf       # privacy budget (DP-SGD, privacy.py), with --clip for each example; inf: no privacy
+    delta: float = 1e-5             # the chance that epsilon does not hold; below one over the examples
+    privacy_unit: str = "pair"      # whose part in the data is hidden: pair, or user with all of their pairs
+    noise_seed: int = 0             # of sampling and noise; 0: a secret one, kept in the run directory until it is done
     label_loss: str = "flips"       # what is made of it (dpo.py): flips (the likelihood), conservative (cDPO), robust
     start: str = "dirichlet"        # first responsibilities: dirichlet (random), linear (linear rewards), none (saddle)
     start_steps: int = 10           # optimizer steps that use them before the E-step takes over
@@ -91,6 +95,8 @@ def validate(config: TrainConfig) -> None:
     validate_effects(config)
     validate_experts(config)
     validate_e_step(config)
+    if config.epsilon < math.inf:
+        validate_privacy(config)
 
 
 def validate_values(config: TrainConfig) -> None:
@@ -98,15 +104,15 @@ def validate_values(config: TrainConfig) -> None:
     choices = {"sharing": ("heads", "lora", "models"), "latent": ("pair", "user"), "estep": ("all", "context", "first"),
                "start": ("dirichlet", "linear", "none"), "em": ("minibatch", "full", "incremental"), "gate": KINDS,
                "gate_features": ("last", "mean"), "variant": VARIANTS, "label_loss": LABEL_LOSSES,
-               "moments": ("float32", "bfloat16")}
+               "moments": ("float32", "bfloat16"), "privacy_unit": ("pair", "user")}
     for name, known in choices.items():
         if getattr(config, name) not in known:
             raise InputError(f"--{name.replace('_', '-')}: got {getattr(config, name)!r}, "
                              f"wanted one of {', '.join(known)}")
     least = {"experts": 1, "batch": 1, "micro": 1, "epochs": 1, "restarts": 1, "prior": 1, "rank": 0, "start_steps": 0,
              "warmup": 0, "head_rows": -1, "context": 0, "damping": 0, "draws": 1, "gate_entropy": 0, "gate_balance": 0,
-             "robust": 0, "label_noise": 0, "keep": 1}
-    above = {"beta": 0, "clip": 0, "lr": 0, "head_lr": 0, "gate_lr": 0, "gate_temperature": 0, "variant_temperature": 0}
+             "robust": 0, "label_noise": 0, "keep": 1, "noise_seed": 0}
+    above = {"beta": 0, "epsilon": 0, "delta": 0, "clip": 0, "lr": 0, "head_lr": 0, "gate_lr": 0, "gate_temperature": 0, "variant_temperature": 0}
     for name, bound in (least | above).items():
         value, word = getattr(config, name), "more than" if name in above else "at least"
         if value < bound or (name in above and value == bound):
@@ -133,6 +139,7 @@ def validate_effects(config: TrainConfig) -> None:
              "variant_temperature": (config.variant in ("tempered", "gumbel"), "--variant tempered or gumbel"),
              "start": (several, "--experts 2 or more"), "sharing": (several or lora, "--experts 2 or more"),
              "label_loss": (config.label_noise > 0, "--label-noise"),
+             **dict.fromkeys(("delta", "privacy_unit", "noise_seed"), (config.epsilon < math.inf, "--epsilon")),
              "restarts": (config.start == "linear", "--start linear"),
              "start_steps": (several and config.start != "none", "several experts and a --start"),
              "rank": (lora or several and config.sharing == "heads", "--experts 2 or more heads, or --sharing lora"),
@@ -174,6 +181,28 @@ def validate_experts(config: TrainConfig) -> None:
     if len(frozen) == config.experts and config.gate not in TRAINED and config.weights != "update":
         raise InputError("--freeze all leaves nothing to learn but the weights: choose a gate that is trained, "
                          "or --weights update")
+
+
+def validate_privacy(config: TrainConfig) -> None:
+    """What is learnt outside of DP-SGD, or of one example by way of another, is not in the budget: it is refused."""
+    wanted = {"clip": (config.clip < math.inf, "a finite --clip: the most that one example may add"),
+              "delta": (config.delta < 1, "less than 1"),
+              "in_backward": (not config.in_backward, "--in-backward false: an example's gradient is clipped as a whole"),
+              "start": (config.start != "linear", "--start dirichlet or none: a linear start is fitted to the data"),
+              "gate": (config.gate in ("fixed", "linear", "mlp", "random"), "fixed, linear, mlp or random: the others "
+                       "have a place for each user or domain of the data, which names them"),
+              "gate_balance": (config.gate_balance == 0, "0: it is a function of a whole step's weights"),
+              "weights": (config.weights != "update", "weights of your own or --gate linear: the closed form sums "
+                          "responsibilities without noise"),
+              "robust": (config.robust == 0, "0: weights of users go by losses without noise"),
+              "em": (config.em == "minibatch", "minibatch: responsibilities of the current parameters alone"),
+              "estep": (config.estep != "first", "all or context: responsibilities of the current parameters alone"),
+              "variant": (config.variant not in SAMPLED, "exact, tempered or hard"),
+              "privacy_unit": (config.latent == "pair" or config.privacy_unit == "user", "user with --latent user: one "
+                               "pair of a user tells about the user's others")}
+    for name, (fine, want) in wanted.items():
+        if not fine:
+            raise InputError(f"--epsilon with --{name.replace('_', '-')} {getattr(config, name)}: wanted {want}")
 
 
 def validate_e_step(config: TrainConfig) -> None:

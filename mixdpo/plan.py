@@ -10,14 +10,17 @@ what the others said when they were visited last (latent.py). There are as many 
 Within a step, whose sum has no order, visits stand by their longest text: micro-batches then hold little padding.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from mixdpo.config import InputError
 from mixdpo.preferences import Batch, Pair, collate, groups
+from mixdpo.privacy import poisson
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Plan:
     units: list[list[int]]              # the pairs of each unit
     visits: list[Visit]
     steps: list[tuple[int, list[int]]]  # epoch and visits of each step
+    rate: float = 1.0                   # chance of an example in a step, where steps are drawn (sampled)
+    owner: torch.Tensor | None = None   # (V,) of each visit the example that privacy hides, whose visits stand together
 
     @cached_property
     def unit_of(self) -> torch.Tensor:
@@ -51,6 +56,7 @@ class Micro:
     train: Batch                        # the pairs that are trained on
     context: Batch | None               # the pairs that only the E-step looks at
     units: torch.Tensor                 # (G,) the unit of each visit
+    ends: bool = True                   # the last of its example, where examples are apart
 
 
 def make_plan(pairs: list[Pair], config) -> Plan:
@@ -124,18 +130,45 @@ def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: li
     return out
 
 
-def micro_batches(plan: Plan, ids: list[int], config) -> list[Micro]:
-    """The visits `ids` in runs with about config.micro trained pairs each."""
-    runs, size = [[]], 0
-    for visit in (plan.visits[v] for v in ids):
-        if runs[-1] and size + len(visit.trained) > config.micro:
+def sampled(plan: Plan, config, seed: int) -> Plan:
+    """The plan with steps for DP-SGD: an example, a pair or a user, takes part in each by itself, with the chance that
+    makes config.batch pairs of it on average; as many steps as config.epochs passes are. A step may be empty.
+    Raises: InputError."""
+    pairs, names = plan.pairs, [visit.trained[0] for visit in plan.visits]
+    if config.privacy_unit == "user":
+        nameless = [pairs[i].line for i in names if pairs[i].user is None]
+        if nameless:
+            raise InputError(f"line {nameless[0]}: no user, and --privacy-unit user hides users; name them on every line")
+        names = [pairs[i].user for i in names]
+    place = {name: n for n, name in enumerate(dict.fromkeys(names))}
+    owner = torch.tensor([place[name] for name in names])
+    rate = min(1.0, config.batch / sum(len(visit.trained) for visit in plan.visits))
+    if config.delta * len(place) >= 1:
+        raise InputError(f"--delta {config.delta:g} for {len(place)} examples: one of them could be given away whole; "
+                         f"wanted less than {1 / len(place):.1g}")
+    of_owner = [[] for _ in place]
+    for v, n in enumerate(owner.tolist()):
+        of_owner[n].append(v)
+    drawn = [poisson(len(place), rate, seed, t) for t in range(math.ceil(config.epochs / rate - 1e-9))]
+    steps = [(int(t * rate), [v for n in examples for v in of_owner[n]]) for t, examples in enumerate(drawn)]
+    return replace(plan, steps=steps, owner=owner, rate=rate)
+
+
+def micro_batches(plan: Plan, ids: list[int], config, apart: bool = False) -> list[Micro]:
+    """The visits `ids` in runs with about config.micro trained pairs each. apart: none has two examples' visits."""
+    runs, size, owner = [], 0, plan.owner.tolist() if apart else [0] * len(plan.visits)
+    for v in ids:
+        count = len(plan.visits[v].trained)
+        if not runs or size + count > config.micro or owner[v] != owner[runs[-1][-1]]:
             runs.append([])
             size = 0
-        runs[-1].append(visit)
-        size += len(visit.trained)
+        runs[-1].append(v)
+        size += count
+    ends = [a != b for a, b in pairwise([*(owner[run[0]] for run in runs), None])]
     return [Micro(gathered(plan.pairs, [visit.trained for visit in run]),
                   gathered(plan.pairs, [visit.context for visit in run]) if run[0].context else None,
-                  torch.tensor([visit.unit for visit in run])) for run in runs]
+                  torch.tensor([visit.unit for visit in run]), last)
+            for run, last in zip(([plan.visits[v] for v in run] for run in runs), ends)]
 
 
 def gathered(pairs: list[Pair], groups: list[list[int]]) -> Batch:

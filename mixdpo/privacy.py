@@ -194,10 +194,11 @@ class Noise:
 
 @dataclass
 class ClippedSum:
-    """Sums the gradients in .grad, one example at a time: clip them with add(), end the step with release()."""
+    """Sums the gradients in .grad over step t, one example at a time: add() takes each, release() ends the step."""
 
     parameters: list[nn.Parameter]
     noise: Noise
+    t: int
     total: list[torch.Tensor] = field(init=False)
     norms: list[float] = field(init=False)
 
@@ -217,7 +218,7 @@ class ClippedSum:
         for p in self.parameters:
             p.grad = None
 
-    def release(self, t: int) -> None:
-        """Puts the noised mean of step t into .grad, of every parameter."""
-        for p, g in zip(self.parameters, self.noise.release(self.total, t)):
+    def release(self) -> None:
+        """Puts the step's noised mean into .grad, of every parameter."""
+        for p, g in zip(self.parameters, self.noise.release(self.total, self.t)):
             p.grad = g

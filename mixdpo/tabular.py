@@ -36,6 +36,7 @@ from mixdpo.privacy import NOT_COVERED, Noise, ghost_clipped_sum, poisson
 from mixdpo.rundir import Progress, Stop, load_checkpoint, save_checkpoint
 
 ORDERS = ("given", "entropy", "random")
+EMB, LNF, HEADW = 0.02, 0.0, 0.02
 DECAY = 0.99            # of the parameters' moving average, a step
 
 
@@ -84,10 +85,11 @@ def validate(config: TableConfig) -> None:
 
 
 class TBART(nn.Module):
-    """model(codes) (N,j) of the first j columns -> logits (N,j+1,V), those that are not legal at their place -inf.
+    """model(codes) (N,j) of the first j columns -> states (N,j+1,C); logits(j, states[:, j]) -> (N,sizes[j]).
 
-    sizes: values of each column, in the model's order. V is their sum: column j's tokens follow column j-1's. prior
-    (V,): log-probabilities that logits begin at; not trained."""
+    sizes: values of each column, in the model's order. Column j's tokens follow column j-1's; its logits are over its
+    own alone, as a mask over all columns' tokens would leave them. prior: log-probabilities of all tokens (V,), which
+    the logits' biases begin as."""
 
     def __init__(self, sizes: list[int], width: int, layers: int, heads: int, prior: torch.Tensor | None = None):
         super().__init__()
@@ -97,52 +99,57 @@ class TBART(nn.Module):
         self.wte, self.wpe = nn.Embedding(V + 1, width), nn.Embedding(d, width)     # token V starts a row
         self.h = nn.ModuleList(Block(config) for _ in range(layers))
         self.ln_f = nn.LayerNorm(width, eps=config.eps)
-        self.head = nn.Linear(width, V, bias=False)
+        self.heads = nn.ModuleList(nn.Linear(width, size) for size in sizes)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / (2 * layers) ** 0.5 if name.endswith("c_proj.weight") else 0.02)
+                nn.init.normal_(p, std=EMB if name in ("wte.weight","wpe.weight") else 0.02 / (2 * layers) ** 0.5 if name.endswith("c_proj.weight") else HEADW if name.startswith("heads") else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        first = torch.tensor([0, *sizes]).cumsum(0)
-        column = torch.repeat_interleave(torch.arange(d), torch.tensor(sizes))              # (V,) of each token
-        legal = torch.zeros(V) if prior is None else prior                                  # (V,)
-        self.register_buffer("first", first[:-1])                           # (d,) column j's first token
-        self.register_buffer("base", torch.where(column == torch.arange(d)[:, None], legal, -torch.inf))    # (d,V)
+        nn.init.constant_(self.ln_f.weight, width**-LNF)
+        if prior is not None:
+            for head, begin in zip(self.heads, prior.split(self.sizes)):
+                head.bias.data.copy_(begin)
+        self.register_buffer("first", torch.tensor([0, *sizes[:-1]]).cumsum(0))     # (d,) column j's first token
 
     def forward(self, codes: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """With a cache: codes of all columns so far -> logits of the next alone, (N,1,V)."""
-        (N, j), V = codes.shape, self.head.out_features
-        ids = F.pad(codes + self.first[:j], (1, 0), value=V)                # (N,j+1)
+        """With a cache, which holds the columns before: states of the new ones alone."""
+        N, j = codes.shape
+        ids = F.pad(codes + self.first[:j], (1, 0), value=self.wte.num_embeddings - 1)      # (N,j+1)
         place = torch.arange(j + 1, device=ids.device).expand(N, -1)
+        window = None
         if cache is not None:
             ids, place = ids[:, cache.used :], place[:, cache.used :]
-        window = None if cache is None else cache.window(N, ids.shape[1])
+            window = cache.window(*ids.shape)
         x = self.wte(ids) + self.wpe(place)                                 # (N,T,C)
         for layer, block in enumerate(self.h):
             x = block(x, layer, window, keep=True)
         if cache is not None:
             cache.advance(ids.shape[1])
-            x, place = x[:, -1:], place[:, -1:]
-        return self.head(self.ln_f(x)) + self.base[place[0]]
+        return self.ln_f(x)
+
+    def logits(self, j: int, states: torch.Tensor) -> torch.Tensor:
+        """Of column j's values: (N,C) -> (N,sizes[j])."""
+        return self.heads[j](states)
 
 
 def row_losses(model: TBART, codes: torch.Tensor) -> torch.Tensor:
     """- log p of each row, nats: (N,d) -> (N,)."""
-    logits = model(codes[:, :-1])                                           # (N,d,V)
-    return F.cross_entropy(logits.transpose(1, 2), codes + model.first, reduction="none").sum(1)
+    states = model(codes[:, :-1])                                           # (N,d,C)
+    return sum(F.cross_entropy(model.logits(j, states[:, j]), codes[:, j], reduction="none")
+               for j in range(codes.shape[1]))
 
 
 @torch.no_grad()
 def sample(model: TBART, rows: int, seed: int, given: torch.Tensor | None = None, most: int = 4096) -> torch.Tensor:
     """Rows (N,d) in the model's order. given (N,p): the first p columns' codes, which are kept; `most` at a time."""
-    d, (V, C), c = len(model.sizes), model.head.weight.shape, model.config
+    d, C, c = len(model.sizes), model.config.width, model.config
     given = torch.empty(rows, 0, dtype=torch.int64) if given is None else given
     assert len(given) == rows and given.shape[1] < d, f"got given {tuple(given.shape)}, want ({rows}, less than {d})"
     generator, made = torch.Generator().manual_seed(seed), []
     for codes in given.split(most):
-        cache = KVCache(c.layers, len(codes), c.heads, d, C // c.heads, model.head.weight.dtype, codes.device)
+        cache = KVCache(c.layers, len(codes), c.heads, d, C // c.heads, torch.float32, codes.device)
         for j in range(given.shape[1], d):
-            p = torch.softmax(model(codes, cache)[:, -1, model.first[j] :][:, : model.sizes[j]], dim=-1)
+            p = torch.softmax(model.logits(j, model(codes, cache)[:, -1]), dim=-1)
             codes = torch.cat([codes, torch.multinomial(p, 1, generator=generator)], dim=1)
         made.append(codes)
     return torch.cat(made)
@@ -200,13 +207,20 @@ def look(columns: list[Column], codes: np.ndarray, config: TableConfig, seed: in
             columns[j], code = joined(column, counts[j])
             codes[:, j] = code[codes[:, j]]
             counts[j] = np.bincount(code[: len(counts[j])], weights=counts[j], minlength=columns[j].size)
-    # A count is not below what noise hides, so that no value is ruled out.
-    floor = 0.5 + (sigma * math.sqrt(d) if private else 0.0)
-    shares = [np.maximum(c, floor) / np.maximum(c, floor).sum() for c in counts]
+    shares = [simplex(c) for c in counts]
     if config.order == "entropy":
         order = np.argsort([(p * np.log(p)).sum() for p in shares], kind="stable").tolist()
     prior = torch.from_numpy(np.log(np.concatenate([shares[j] for j in order]))).float()
     return Table(columns, codes, order, prior, spent)
+
+
+def simplex(counts: np.ndarray) -> np.ndarray:
+    """The shares nearest to noisy counts (n,): all lowered by what makes those left above 0 sum to one. Half a row each
+    on top, so that no value is ruled out."""
+    N, down = max(counts.sum(), 1.0), np.sort(counts)[::-1]
+    excess = (down.cumsum() - N) / np.arange(1, len(down) + 1)
+    kept = np.maximum(counts - excess[np.flatnonzero(down > excess)[-1]], 0) + 0.5
+    return kept / kept.sum()
 
 
 # ---- fitting

@@ -1,0 +1,263 @@
+"""What noisy releases have spent of a privacy budget, all together: (epsilon, delta).
+
+A mechanism adds Gaussian noise to a sum in which each example takes part with chance q, by itself, in every step
+(Poisson sampling; q = 1: all do). Neighbours differ in one example, added or removed. Measured by what one example can
+move the sum, the pair of outputs that tells most is one-dimensional (a dominating pair):
+
+    with the example   P = (1 - q) N(0, sigma^2) + q N(1, sigma^2)
+    without it         Q = N(0, sigma^2)
+    loss of privacy    L = log P(x)/Q(x) = log(1 - q + q exp((2x - 1) / (2 sigma^2)));  steps add up
+    removed            delta(epsilon) = E max(0, 1 - exp(epsilon - L)),  x from P
+    added              the same of -L, x from Q;  the larger of the two counts
+
+Two accountants, both upper bounds (Mironov, Talwar & Zhang 2019, arXiv 1908.10530: rdp, where removed is the worse way;
+Balle et al. 2020, arXiv 1905.09982, and Canonne, Kamath & Steinke 2020, arXiv 2004.00010: from there to epsilon):
+
+    rdp, epsilon_rdp        Renyi divergences D_a = log E_Q (P/Q)^a / (a - 1) add up, some percent too large:
+                            epsilon = min_a  D_a + log((a - 1)/a) - (log delta + log a) / (a - 1)
+    delta_of, epsilon_of    the distribution of L on a grid, composed by FFT: exact to about 1e-7 of epsilon.
+                            A cell's mass goes to the cell's two ends so that its shares of P and of Q stay the same:
+                            delta is right for a step at grid points, and too large between ("connect the dots").
+                            Losses beyond the grid count as infinite; what the FFT may lose, by wrapping around
+                            (Chernoff's bound) and by rounding (as measured), is added to delta as CHARGE.
+
+Koskela et al. 2020, arXiv 1906.03049, and Gopi et al. 2021, arXiv 2106.02848 (FFT); Doroshenko et al. 2022, arXiv
+2207.04380 (connect the dots); Zhu, Dong & Wang 2022, arXiv 2106.08567 (dominating pairs compose, also where a step
+depends on earlier ones); Lebeda et al. 2024, arXiv 2405.20769 (the worse way of a step need not be that of many).
+Left out: other noise, batches of fixed size, shuffling, neighbours that replace an example, delta below 1e-12.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from mixdpo.config import InputError
+
+ORDERS = [1 + x / 10 for x in range(1, 100)] + list(range(12, 64))
+CHARGE = 1e-13          # added to delta, and 2e-16 a step: 1e-15 of it for sums that wrap around, the rest for rounding
+REACH = 9.0             # standard deviations of the noise that the grid covers; 1e-19 of a step is beyond
+EXACT, SEARCH = 1e-7, 1e-5          # relative error of epsilon from the grid: of what is returned, while searching
+LEAST, MOST = 2.0**-10, 2.0**20     # noise multipliers to search among
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """Gaussian noise on a sum over examples drawn at random, `steps` times. Raises: InputError."""
+
+    sigma: float            # standard deviation of the noise, over what one example moves the sum by at most
+    rate: float = 1.0       # chance of an example to take part in a step
+    steps: int = 1
+
+    def __post_init__(self):
+        if not (0 <= self.sigma < math.inf and 0 <= self.rate <= 1 and self.steps >= 0):
+            raise InputError(f"{self}: wanted a finite sigma of 0 or more, a rate from 0 to 1, steps of 0 or more")
+
+
+def require_delta(delta: float) -> None:
+    if not 10 * CHARGE <= delta < 1:
+        raise InputError(f"delta: got {delta}, wanted {10 * CHARGE:g} or more and less than 1")
+
+
+def loss_at(x: np.ndarray, sigma: float, rate: float) -> np.ndarray:
+    """L in nats of outputs x: increasing, above log(1 - rate)."""
+    with np.errstate(divide="ignore"):
+        return np.logaddexp(np.log1p(-rate), math.log(rate) + (x - 0.5) / sigma**2)
+
+
+# --- Renyi divergences ------------------------------------------------------------------------------------------------
+
+
+def rdp(mechanism: Mechanism, orders=ORDERS) -> np.ndarray:
+    """Renyi divergences of all its steps in nats: orders (A,) above 1, whole or not -> (A,).
+
+    E_Q (P/Q)^a by the trapezoidal rule, in log space. The integrand is smooth on the scale of sigma and, where L bends,
+    of sigma^2: at this spacing the sum is exact to rounding."""
+    sigma, rate, orders = mechanism.sigma, mechanism.rate, np.asarray(orders, dtype=float)
+    if not (rate and mechanism.steps):
+        return np.zeros_like(orders)
+    if sigma == 0:
+        return np.full_like(orders, np.inf)
+    dx = min(sigma / 4, sigma**2 / 2)
+    x = np.arange(-10 * sigma, orders.max() + 10 * sigma, dx)               # (P/Q)^a Q has its bulk between 0 and a
+    log_q = -0.5 * (x / sigma) ** 2 - math.log(sigma * math.sqrt(2 * math.pi) / dx)
+    loss = loss_at(x, sigma, rate)
+
+    def divergence(a: float) -> float:
+        terms = log_q + a * loss
+        return max(0.0, terms.max() + math.log(np.exp(terms - terms.max()).sum())) / (a - 1)
+
+    return mechanism.steps * np.array([divergence(a) for a in orders.tolist()])
+
+
+def epsilon_rdp(mechanisms, delta: float, orders=ORDERS) -> float:
+    """Epsilon of all mechanisms together by Renyi divergences. Raises: InputError on delta."""
+    require_delta(delta)
+    a = np.asarray(orders, dtype=float)
+    total = sum((rdp(m, orders) for m in mechanisms), np.zeros_like(a))     # (A,)
+    if not total.any():
+        return 0.0
+    return max(0.0, float(np.min(total + np.log((a - 1) / a) - (math.log(delta) + np.log(a)) / (a - 1))))
+
+
+# --- distributions of the loss ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A distribution on a grid: the loss is h (first + i) with probability p_i, and otherwise infinite."""
+
+    h: float
+    first: int
+    p: np.ndarray
+    infinite: float
+
+    def tail(self, epsilon: float) -> tuple[float, float]:
+        """Sums over losses l >= epsilon of p and of p exp(epsilon - l): their difference is delta's finite part."""
+        start = int(np.clip(math.ceil(epsilon / self.h) - self.first, 0, len(self.p)))
+        p, l = self.p[start:], self.h * np.arange(self.first + start, self.first + len(self.p))
+        return float(p.sum()), float(p @ np.exp(epsilon - l))
+
+    def delta(self, epsilon: float) -> float:
+        above, discounted = self.tail(epsilon)
+        return min(1.0, above - discounted + self.infinite)
+
+    def epsilon(self, delta: float) -> float:
+        """The smallest one, 0 or more, that goes with this delta."""
+        if self.delta(0.0) <= delta:
+            return 0.0
+        if self.infinite >= delta:
+            return math.inf
+        low, high = 0, self.first + len(self.p)                             # delta(h low) > delta >= delta(h high)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.delta(self.h * middle) <= delta else (middle, high)
+        above, discounted = self.tail(self.h * (low + 0.5))                 # the same terms for all epsilon in the cell
+        return self.h * (low + 0.5) + math.log((above + self.infinite - delta) / discounted)
+
+
+def normal_masses(z: np.ndarray) -> np.ndarray:
+    """Of a standard normal, below z_0, between neighbours, above the last: (m,) increasing -> (m+1,).
+    As differences of the smaller tail, so that small ones keep their digits."""
+    z = np.concatenate([[-np.inf], z, [np.inf]])
+    tail = 0.5 * np.array(list(map(math.erfc, (np.abs(z) / math.sqrt(2)).tolist())))
+    left, right = tail[:-1], tail[1:]
+    return np.where(z[1:] <= 0, right - left, np.where(z[:-1] >= 0, left - right, 1 - left - right))
+
+
+def connect(mass: np.ndarray, other: np.ndarray, first: int, h: float) -> Losses:
+    """Moves masses (m+1,), below, between and above m grid points, to these points. In each cell
+    up + down = mass and exp(-upper) up + exp(-lower) down = other, the mass that the other distribution has there."""
+    inner, lower = mass[1:-1], h * np.arange(first, first + len(mass) - 2)
+    with np.errstate(divide="ignore"):
+        scaled = np.exp(np.log(np.where(other > 1e-290, other, 0.0)[1:-1]) + lower)     # if it underflows: all goes up
+    up = np.clip((inner - scaled) / -math.expm1(-h), 0.0, inner)
+    p = np.concatenate([mass[:1], up])
+    p[:-1] += inner - up
+    return Losses(h, first, p, float(mass[-1]))
+
+
+def one_step(sigma: float, rate: float, h: float) -> tuple[Losses, Losses]:
+    """Losses of a step, removed and added."""
+    low, high = loss_at(np.array([-REACH * sigma, 1 + REACH * sigma]), sigma, rate)
+    first, last = math.floor(low / h), math.ceil(high / h)
+    points = h * np.arange(first, last + 1)                                 # (m,)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        x = sigma**2 * (points + np.log(-np.expm1(np.log1p(-rate) - points)) - math.log(rate)) + 0.5    # L(x) = points
+    x = np.where(np.isnan(x), -np.inf, x)                                   # no x has a loss of log(1 - rate) or less
+    without = normal_masses(x / sigma)                                      # (m+1,)
+    having = (1 - rate) * without + rate * normal_masses((x - 1) / sigma)   # (m+1,)
+    return connect(having, without, first, h), connect(without[::-1], having[::-1], -last, h)
+
+
+def grid(steps: Counter, accuracy: float) -> float:
+    """Its h, from (sigma, rate) -> steps. Connecting dots adds about h^2 / 6 to the variance of a step's loss: let that
+    be `accuracy` of all variance, but have no more than some 10^6 cells a step, and 5 10^6 in all, at 1e-7."""
+    variance = span = 0.0
+    for (sigma, rate), n in steps.items():
+        x = np.linspace(-REACH * sigma, 1 + REACH * sigma, 4001)
+        loss, w = loss_at(x, sigma, rate), np.exp(-0.5 * (x / sigma) ** 2)
+        w /= w.sum()
+        variance += n * (w @ (loss - w @ loss) ** 2)
+        span = max(span, loss[-1] - loss[0])
+    return math.sqrt(accuracy) * max(math.sqrt(variance) * max(math.sqrt(6 / steps.total()), 0.012), 0.003 * span)
+
+
+def farthest(losses: list[Losses], counts: list[int], sign: int) -> int:
+    """Grid point that the sum of all steps' losses lies above (sign -1) or below (1) but for a probability of 1e-15:
+    min_t (log 1e15 + sum of log E exp(t loss)) / t, Chernoff's bound, over some t."""
+    points = [sign * l.h * np.arange(l.first, l.first + len(l.p)) for l in losses]
+    ends = [x.max() for x in points]
+    variance = sum(n * (l.p @ (x - l.p @ x) ** 2) for l, n, x in zip(losses, counts, points))
+    best = sum(n * end for n, end in zip(counts, ends))
+    for t in math.sqrt(2 * math.log(1e15) / variance) * 4.0 ** np.arange(-4, 2):
+        moments = sum(n * (t * end + math.log(l.p @ np.exp(t * (x - end)) + 1e-300))
+                      for l, n, x, end in zip(losses, counts, points, ends))
+        best = min(best, (math.log(1e15) + moments) / t)
+    return sign * math.ceil(best / losses[0].h)
+
+
+def compose(losses: list[Losses], counts: list[int]) -> Losses:
+    """Of all steps together: powers of the Fourier transforms, multiplied."""
+    first, last = (farthest(losses, counts, sign) for sign in (-1, 1))
+    size = 2 ** math.ceil(math.log2(last - first + 2))
+    transform = 1.0
+    for l, n in zip(losses, counts):
+        place = np.arange(l.first, l.first + len(l.p)) % size
+        transform = transform * np.fft.rfft(np.bincount(place, l.p, size)) ** n
+    p = np.roll(np.fft.irfft(transform, size), -first)
+    return Losses(losses[0].h, first, p, CHARGE + sum(n * (2e-16 + l.infinite) for l, n in zip(losses, counts)))
+
+
+def both_ways(mechanisms, accuracy: float) -> list[Losses]:
+    """Losses of all mechanisms together, removed and added."""
+    steps = Counter()                                                       # (sigma, rate) -> steps
+    for m in mechanisms:
+        steps[m.sigma, m.rate] += m.steps if m.rate else 0
+    steps = +steps
+    if not steps:
+        return [Losses(1.0, 0, np.ones(1), 0.0)] * 2
+    if any(sigma == 0 for sigma, _ in steps):
+        return [Losses(1.0, 0, np.zeros(1), 1.0)] * 2
+    h = grid(steps, accuracy)
+    return [compose(list(way), list(steps.values())) for way in zip(*(one_step(*key, h) for key in steps))]
+
+
+def delta_of(mechanisms, epsilon: float) -> float:
+    """Delta of all mechanisms together at any epsilon, below 0 too; without noise 1."""
+    return max(way.delta(epsilon) for way in both_ways(mechanisms, EXACT))
+
+
+def epsilon_of(mechanisms, delta: float) -> float:
+    """Epsilon, 0 or more, of all mechanisms together at this delta; without noise inf. Raises: InputError on delta."""
+    require_delta(delta)
+    return max(way.epsilon(delta) for way in both_ways(mechanisms, EXACT))
+
+
+def noise_multiplier(epsilon: float, delta: float, rate: float, steps: int, besides=()) -> float:
+    """Smallest sigma with which `steps` steps at `rate` and the mechanisms of `besides` stay within epsilon at delta:
+    epsilon_of is never above it, and below by 1e-3 of it at most (1e-5 mostly). 0 if nothing is released or epsilon is
+    inf; else 2^-10 or more (where delta lets the few examples drawn be published, any noise is enough).
+    Raises: InputError if there is none."""
+    besides = list(besides)
+    if not epsilon > 0:
+        raise InputError(f"epsilon: got {epsilon}, wanted more than 0")
+    Mechanism(0.0, rate, steps)                                             # or InputError
+    spent = epsilon_of(besides, delta)
+    if epsilon == math.inf or (spent <= epsilon and not (rate and steps)):
+        return 0.0
+
+    def enough(sigma: float) -> bool:
+        return max(w.delta(epsilon) for w in both_ways([*besides, Mechanism(sigma, rate, steps)], SEARCH)) <= delta
+
+    if spent >= epsilon or not enough(MOST):
+        raise InputError(f"epsilon: got {epsilon} at delta {delta}, of which other releases take {spent:.6g}, and the "
+                         f"rest is too little for {steps} steps; raise it, or give those more noise")
+    low, high = LEAST, MOST
+    while high > low * (1 + SEARCH):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    while epsilon_of([*besides, Mechanism(high, rate, steps)], delta) > epsilon:    # on the finer grid
+        high *= 1 + SEARCH
+    return high
