@@ -35,7 +35,8 @@ FIELDS = {"category": {"name", "type", "values", "missing"},
 
 @dataclass(frozen=True)
 class Column:
-    """What may stand in one column: `values` of a category, or bins between `edges`, the last one closed."""
+    """What may stand in one column: `values` of a category, or bins between `edges`, open above but for the last. Of
+    whole numbers the last edge is one above the highest, so that no bin is closed."""
 
     name: str
     values: tuple[str, ...] = ()
@@ -63,7 +64,7 @@ class Column:
             except ValueError:
                 raise ValueError(f"wanted one of {', '.join(map(repr, self.values[:12]))}"
                                  f"{', ...' if len(self.values) > 12 else ''}") from None
-        low, high = self.edges[0], self.edges[-1]
+        low, high = self.edges[0], self.edges[-1] - self.integer
         wanted = f"wanted a {'whole ' * self.integer}number from {low:g} to {high:g}"
         try:
             number = float(text)
@@ -81,8 +82,7 @@ class Column:
         edges = np.array(self.edges)
         low, high = edges[np.minimum(codes, self.known - 1)], edges[np.minimum(codes, self.known - 1) + 1]
         if self.integer:
-            last = codes == self.known - 1                                  # the one bin that holds its upper edge
-            numbers = [f"{n}" for n in rng.integers(low.astype(np.int64), high.astype(np.int64) + last)]
+            numbers = [f"{n}" for n in rng.integers(low.astype(np.int64), high.astype(np.int64))]
         else:
             numbers = [f"{n:.6g}" for n in rng.uniform(low, high)]
         return [self.missing if code == self.known else n for code, n in zip(codes, numbers)]
@@ -165,14 +165,15 @@ def number_of(entry: dict) -> Column:
         low, high, count = float(entry["low"]), float(entry["high"]), entry[ways[0]]
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"{ways[0]}: got {count!r}, wanted a whole number from 1 on")
-        bins = FINE if ways == ["quantiles"] else count
-        edges = np.linspace(low, high, bins + 1).tolist() if low < high else [low, high]
-        if integer:
-            edges = sorted({*np.linspace(low, high + 1, bins + 1).round()[:-1].tolist(), high})
+        edges = [low, high]
     if not all(map(math.isfinite, edges)) or any(a >= b for a, b in zip(edges, edges[1:])) or len(edges) < 2:
-        raise ValueError(f"wanted finite edges, each above the one before, got {edges[:6]}")
+        raise ValueError(f"wanted finite edges or bounds, each above the one before, got {edges[:6]}")
     if integer and any(e != int(e) for e in edges):
         raise ValueError("a whole number wants whole edges and bounds")
+    edges[-1] += integer
+    if count:
+        edges = np.linspace(*edges, (FINE if ways == ["quantiles"] else count) + 1)
+        edges = np.unique(edges.round() if integer else edges).tolist()     # fewer bins where there are fewer numbers
     return Column(entry["name"], (), tuple(edges), integer, missing_of(entry), count * (ways == ["quantiles"]))
 
 

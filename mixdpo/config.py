@@ -38,8 +38,10 @@ def reading(path, remedy: str = "it is damaged, or no such file: get it again"):
 
 def field_comments(cls) -> dict[str, str]:
     """The comment behind each field of a dataclass, read from its source: documentation is written once."""
-    found = re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(cls), re.MULTILINE)
-    return dict(found)
+    found = {}
+    for part in filter(dataclasses.is_dataclass, cls.__mro__):              # options that are inherited too
+        found |= re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(part), re.MULTILINE)
+    return found
 
 
 def usage(cls, program: str) -> str:

@@ -18,7 +18,7 @@ epsilon = inf trains without noise and clipping, on the same batches.
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +169,11 @@ class Table:
     order: list[int]                # the model's j-th column is columns[order[j]]
     prior: torch.Tensor | None      # (V,) log-probabilities in the model's order
     spent: list[Mechanism] = field(default_factory=list)
+    fine: list[np.ndarray | None] = field(default_factory=list)     # of each column joined by quantiles: new codes of old
+
+    def coded(self, codes: np.ndarray) -> np.ndarray:
+        """Another table's codes (M,d), which were made with the columns as they were before."""
+        return np.stack([x if code is None else code[x] for x, code in zip(codes.T, self.fine)], axis=1)
 
     @property
     def sizes(self) -> list[int]:
@@ -194,7 +199,7 @@ def look(columns: list[Column], codes: np.ndarray, config: TableConfig, seed: in
                          "give the column edges, or bins")
     order = np.random.default_rng([config.seed, 23]).permutation(d).tolist() if config.order == "random" else [*range(d)]
     if not config.first_look:
-        return Table(columns, codes, order, None)
+        return Table(columns, codes, order, None, fine=[None] * d)
     private, spent, rng = config.epsilon < math.inf, [], np.random.default_rng([seed, 29])
     if private:
         sigma = noise_multiplier(config.first_look * config.epsilon, config.delta / 10, 1.0, 1)
@@ -203,17 +208,17 @@ def look(columns: list[Column], codes: np.ndarray, config: TableConfig, seed: in
     for j, column in enumerate(columns):
         exact = np.bincount(codes[:, j], minlength=column.size).astype(float)
         counts.append(exact + (sigma * math.sqrt(d) * rng.normal(size=column.size) if private else 0.0))
-    columns, codes = [*columns], codes.copy()
+    columns, fine = [*columns], [None] * d
     for j, column in enumerate(columns):
         if column.quantiles:
-            columns[j], code = joined(column, counts[j])
-            codes[:, j] = code[codes[:, j]]
-            counts[j] = np.bincount(code[: len(counts[j])], weights=counts[j], minlength=columns[j].size)
+            columns[j], fine[j] = joined(column, counts[j])
+            counts[j] = np.bincount(fine[j][: column.size], weights=counts[j], minlength=columns[j].size)
     shares = [simplex(c) for c in counts]
     if config.order == "entropy":
         order = np.argsort([(p * np.log(p)).sum() for p in shares], kind="stable").tolist()
     prior = torch.from_numpy(np.log(np.concatenate([shares[j] for j in order]))).float()
-    return Table(columns, codes, order, prior, spent)
+    table = Table(columns, codes, order, prior, spent, fine)
+    return replace(table, codes=table.coded(codes))
 
 
 def simplex(counts: np.ndarray) -> np.ndarray:

@@ -1,0 +1,273 @@
+"""DP-TBART: the model by enumeration, fitting against a slow twin, the first look, and whole runs of data/synth.py.
+Docstrings name the faults that each test was seen to fail on."""
+
+import csv
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from data import synth
+from data.marginals import parity_table, satisfied, total_variation
+from mixdpo import tabular
+from mixdpo.accountant import Mechanism, epsilon_of, noise_multiplier
+from mixdpo.columns import columns_of
+from mixdpo.config import InputError, Stopped
+from mixdpo.optimizer import make_optimizer, set_rate
+from mixdpo.privacy import Noise, clipped_sum_slow, poisson
+from mixdpo.tabular import TBART, TableConfig, account, fit, look, row_losses, sample, validate
+
+SIZES = [3, 2, 4]
+TINY = dict(width=8, layers=2, heads=2, batch=6, steps=7, lr=1e-2, micro=3)
+
+
+def columns(sizes=SIZES):
+    return columns_of([{"name": f"c{j}", "type": "category", "values": [*map(str, range(n))]} for j, n in enumerate(sizes)])
+
+
+def codes_of(rows=40, seed=0, sizes=SIZES):
+    return np.random.default_rng(seed).integers(0, sizes, size=(rows, len(sizes)))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    made = TBART(SIZES, 8, 2, 2)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.5 * torch.randn_like(p))
+    return made
+
+
+def probabilities(model):
+    """p of every row there is, by the chain rule."""
+    rows = torch.tensor([*itertools.product(*map(range, SIZES))])
+    return rows, torch.exp(-row_losses(model, rows)).detach()
+
+
+def test_the_model_is_a_distribution_over_legal_rows(model):
+    """All rows' probabilities sum to one. Faults: no start token (the first column would see itself); a column that
+    sees itself or a later one; losses averaged over columns."""
+    rows, p = probabilities(model)
+    assert float(p.sum()) == pytest.approx(1, abs=1e-5)
+    states = model(rows[:, :-1])
+    changed = rows.clone()
+    changed[:, 1] = 1 - changed[:, 1]
+    assert torch.allclose(states[:, :2], model(changed[:, :-1])[:, :2]) and not torch.allclose(states, model(changed[:, :-1]))
+
+
+def test_samples_follow_the_model_given_or_not(model):
+    """Within 5 standard errors, and a cache changes nothing. Faults: the cache's place off by one; the first column
+    sampled again where it was given; greedy choice."""
+    rows, p = probabilities(model)
+    n, place = 40000, {tuple(r): i for i, r in enumerate(rows.tolist())}
+    drawn = sample(model, n, seed=1)
+    share = torch.bincount(torch.tensor([place[tuple(r)] for r in drawn.tolist()]), minlength=len(rows)) / n
+    assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-4).all()
+    assert torch.equal(drawn, sample(model, n, seed=1)) and not torch.equal(drawn, sample(model, n, seed=2))
+    given = torch.full((n, 1), 2)
+    drawn = sample(model, n, seed=1, given=given)
+    assert (drawn[:, 0] == 2).all()
+    kept = rows[:, 0] == 2
+    p = p * kept / p[kept].sum()
+    share = torch.bincount(torch.tensor([place[tuple(r)] for r in drawn.tolist()]), minlength=len(rows)) / n
+    assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-4).all()
+
+
+# --- fitting ----------------------------------------------------------------------------------------------------------
+
+
+def slow_fit(table, config, seed):
+    """The loop again: examples drawn by chance, each one's gradient clipped by itself, noise, Adam, an average."""
+    rows, (torch_seed, N) = table.ordered(), (config.seed, len(table.codes))
+    rate = min(1.0, config.batch / N)
+    sigma = noise_multiplier(config.epsilon, config.delta, rate, config.steps, table.spent)
+    torch.manual_seed(torch_seed)
+    model = TBART(table.sizes, config.width, config.layers, config.heads, table.prior)
+    optimizer, _ = make_optimizer(model, config.lr)
+    average = [p.detach().clone() for p in model.parameters()]
+
+    def loss(parameters, row):
+        return torch.func.functional_call(Losses(model), {f"model.{n}": p for n, p in parameters.items()}, (row[None],))[0]
+
+    for t in range(config.steps):
+        set_rate(optimizer, t, config.steps, config.steps // 20)
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        total = clipped_sum_slow(loss, parameters, config.clip, rows[poisson(N, rate, seed, t)])
+        noised = Noise(sigma, config.clip, rate * N, seed).release(list(total.values()), t)
+        for p, g in zip(model.parameters(), noised):
+            p.grad = g
+        optimizer.step()
+        keep = min(tabular.DECAY, (t + 1) / (t + 10))
+        average = [keep * a + (1 - keep) * p.detach() for a, p in zip(average, model.parameters())]
+    return average
+
+
+class Losses(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows):
+        return row_losses(self.model, rows)
+
+
+@pytest.mark.parametrize("batch", [6, 0.7])
+def test_fitting_is_the_slow_loop(batch):
+    """To 1e-5, over steps of which some are empty (batch 0.7 of 40 rows). Faults, each seen: no clipping; no noise;
+    noise without clip; batches of fixed size; division by what came instead of what is expected; an empty step passed
+    over; a micro-batch clipped as a whole; the average of an untrained model."""
+    table, config = look(columns(), codes_of(), TableConfig(), 5), TableConfig(**TINY | {"batch": 6, "clip": 0.4})
+    object.__setattr__(config, "batch", batch)
+    if batch < 1:
+        assert any(len(poisson(40, batch / 40, 5, t)) == 0 for t in range(config.steps))
+    fitted = fit(table, config, seed=5)
+    for p, wanted in zip(fitted.model.parameters(), slow_fit(table, config, 5)):
+        assert torch.allclose(p, wanted, atol=1e-5)
+
+
+def test_what_is_spent_is_the_budget():
+    """All mechanisms together stay within epsilon and use it. Faults: the look not charged; its share spent twice."""
+    table = look(columns(), codes_of(), TableConfig(), 5)
+    fitted = fit(table, TableConfig(**TINY), seed=5)
+    told = account(fitted, TableConfig(**TINY), 40)
+    assert 0.99 < told["epsilon"] <= 1 and len(told["spent"]) == 2 and told["not_covered"]
+    assert told["epsilon"] == epsilon_of([Mechanism(**m) for m in told["spent"]], 1e-5)
+    assert epsilon_of(table.spent, 1e-5) < 0.1
+    free = fit(look(columns(), codes_of(), TableConfig(epsilon=math.inf), 5), TableConfig(**TINY, epsilon=math.inf), 5)
+    assert free.sigma == 0 and account(free, TableConfig(epsilon=math.inf), 40)["epsilon"] == math.inf
+
+
+def test_the_look_is_noisy_counts(monkeypatch):
+    """Deviation sigma sqrt(d) on each count of each column. Faults: no noise; sigma without sqrt(d), which a row that is
+    in d counts wants; the same noise for all columns."""
+    table, wide = look(columns(), codes_of(), TableConfig(), 5), columns([4000, 4000])
+    codes, seen = np.zeros((10**6, 2), dtype=np.int64), []
+    monkeypatch.setattr(tabular, "simplex", lambda counts: seen.append(counts.copy()) or np.full(len(counts), 1.0))
+    table = look(wide, codes, TableConfig(), 5)
+    sigma = table.spent[0].sigma
+    noise = [counts[1:] for counts in seen]
+    assert all(abs(n.std() / (sigma * math.sqrt(2)) - 1) < 0.05 for n in noise)
+    assert abs(np.corrcoef(*noise)[0, 1]) < 0.08
+
+
+def test_a_model_begins_as_independent_columns():
+    """Without privacy its first samples have the table's 1-way marginals. Fault: the prior in the schema's order."""
+    codes = np.stack([np.repeat([0, 1, 2], [600, 300, 100]), np.tile([0, 0, 0, 0, 1], 200), np.tile([3, 3, 1, 2], 250)], 1)
+    for order in ("given", "random", "entropy"):
+        config = TableConfig(epsilon=math.inf, order=order, seed=1)
+        table = look(columns(), codes, config, 5)
+        assert sorted(table.order) == [0, 1, 2] and table.sizes == [SIZES[j] for j in table.order]
+        torch.manual_seed(0)
+        made = table.as_given(sample(TBART(table.sizes, 8, 1, 2, table.prior), 20000, 3))
+        assert total_variation(codes, made, SIZES, 1).max() < 0.08
+    assert table.order == [2, 0, 1]                                         # entropies 1.04, 0.90 and 0.50 nats
+
+
+def test_it_learns_what_no_pair_of_columns_shows():
+    """Parity of four bits: every pair is uniform. Faults: a model without attention; one that sees the last column
+    alone."""
+    codes, rng = parity_table(4000, 4, np.random.default_rng(0)), columns([2] * 4)
+    config = TableConfig(epsilon=math.inf, width=32, layers=2, heads=2, batch=256, steps=250, lr=1e-2)
+    table = look(rng, codes, config, 1)
+    made = table.as_given(sample(fit(table, config, 1).model, 4000, 3))
+    assert satisfied(made) > 0.97 and total_variation(codes, made, [2] * 4, 2).max() < 0.05
+
+
+def test_a_fit_that_was_stopped_ends_as_another(tmp_path, monkeypatch):
+    """To the bit. Faults: the average not saved; the schedule begun anew; noise drawn in order instead of by step."""
+    table, config = look(columns(), codes_of(), TableConfig(), 5), TableConfig(**TINY, save_minutes=0.0)
+    whole = fit(table, config, 5)
+    (tmp_path / "run").mkdir()
+    shown, progress = [], tabular.Progress.__call__
+
+    def stop_at_4(self, done, total, note=""):
+        shown.append(done)
+        if done == 4:
+            raise KeyboardInterrupt
+        progress(self, done, total, note)
+
+    monkeypatch.setattr(tabular.Progress, "__call__", stop_at_4)
+    with pytest.raises(KeyboardInterrupt):
+        fit(table, config, 5, tmp_path / "run", {"a": 1})
+    monkeypatch.setattr(tabular.Progress, "__call__", progress)
+    again = fit(table, config, 5, tmp_path / "run", {"a": 1})
+    assert len(again.losses) == config.steps and np.array_equal(again.losses, whole.losses, equal_nan=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values()))
+    with pytest.raises(InputError, match="another configuration"):
+        fit(table, config, 5, tmp_path / "run", {"a": 2})
+
+
+@pytest.mark.parametrize("options, wanted", [
+    ({"order": "size"}, "--order"), ({"epsilon": 0.0}, "--epsilon"), ({"delta": 1.0}, "--delta"), ({"steps": 0}, "--steps"),
+    ({"first_look": 1.0}, "--first-look"), ({"order": "entropy", "first_look": 0.0}, "--first-look"),
+    ({"heads": 3}, "multiple"), ({"clip": math.inf}, "--clip"),
+])
+def test_options_out_of_range_are_told(options, wanted):
+    with pytest.raises(InputError, match=wanted):
+        validate(TableConfig(**options))
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+SCHEMA = [{"name": "colour", "type": "category", "values": ["red", "green", "blue"], "missing": "?"},
+          {"name": "wage", "type": "number", "low": 0, "high": 50, "quantiles": 4},
+          {"name": "rich", "type": "category", "values": ["no", "yes"]}]
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A table of one's own, its schema and its test table, as options."""
+    rng = np.random.default_rng(0)
+    for name, n in (("table", 300), ("test", 100)):
+        wage = rng.beta(1, 4, n) * 50
+        rows = [[["red", "green", "blue", "?"][rng.integers(4)], f"{w:.2f}", ["no", "yes"][int(w > 12)]] for w in wage]
+        with open(tmp_path / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file).writerows([["colour", "wage", "rich"], *rows])
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    return {"data": tmp_path / "table.csv", "schema": tmp_path / "schema.json", "test": tmp_path / "test.csv",
+            "target": "rich", "out": tmp_path / "out", "preset": "smoke"}
+
+
+def call(options):
+    synth.main([word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))])
+
+
+def test_a_table_of_ones_own(own):
+    """From files to files; all values legal, as many rows as asked for, budget told, no secret left behind. Faults: the
+    test table in the bins as they were before the look; rows in the model's order of columns."""
+    call(own | {"rows": 50, "order": "random"})
+    rows = [*csv.DictReader(open(own["out"] / "synthetic.csv"))]
+    assert len(rows) == 50 and [*rows[0]] == ["colour", "wage", "rich"]
+    assert all(r["colour"] in ("red", "green", "blue", "?") and 0 <= float(r["wage"]) <= 50 and r["rich"] in ("no", "yes")
+               for r in rows)
+    told, figures = (json.loads((own["out"] / name).read_text()) for name in ("privacy.json", "figures.json"))
+    assert told["epsilon"] <= 1 and len(told["spent"]) == 2 and told["rows"] == 300
+    assert figures["figures"].keys() == {"DP-TBART", "independent columns", "MST", "the real table", "a second real table"}
+    real = figures["figures"]["the real table"]
+    assert real["distance"] == {"1": 0, "2": 0, "3": 0} and real["utility"]["boosting"]["accuracy"] > 0.8
+    report = (own["out"] / "report.md").read_text()
+    assert "DP-TBART" in report and "Not covered" in report and "--rows 50" in report
+    assert not (own["out"] / "noise-seed").exists()
+
+
+def test_the_same_noise_seed_gives_the_same_table(own, tmp_path):
+    made = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        call(own | {"out": tmp_path / name, "noise_seed": seed})
+        made.append((tmp_path / name / "synthetic.csv").read_bytes())
+    assert made[0] == made[1] != made[2]
+
+
+@pytest.mark.parametrize("change, wanted", [
+    ({"data": ""}, "--data"), ({"target": ""}, "go together"), ({"target": "poor"}, "'poor', wanted one of colour"),
+    ({"delta": 0.01}, "300 rows"), ({"preset": "huge"}, "--preset"), ({"dataset": "adults"}, "wanted adult"),
+    ({"first_look": 0.0}, "quantiles"),
+])
+def test_a_command_that_cannot_be_is_told(own, change, wanted):
+    with pytest.raises(InputError, match=wanted):
+        call(own | change)
