@@ -115,7 +115,7 @@ class Losses:
 
     def tail(self, epsilon: float) -> tuple[float, float]:
         """Sums over losses l >= epsilon of p and of p exp(epsilon - l): their difference is delta's finite part."""
-        start = int(np.clip(math.ceil(epsilon / self.h) - self.first, 0, len(self.p)))
+        start = int(np.clip(np.ceil(epsilon / self.h) - self.first, 0, len(self.p)))
         p, l = self.p[start:], self.h * np.arange(self.first + start, self.first + len(self.p))
         return float(p.sum()), float(p @ np.exp(epsilon - l))
 
@@ -179,8 +179,8 @@ def grid(steps: Counter, accuracy: float) -> float:
         x = np.linspace(-REACH * sigma, 1 + REACH * sigma, 4001)
         loss, w = loss_at(x, sigma, rate), np.exp(-0.5 * (x / sigma) ** 2)
         w /= w.sum()
-        variance += n * (w @ (loss - w @ loss) ** 2)
-        span = max(span, loss[-1] - loss[0])
+        variance += n * float(w @ (loss - w @ loss) ** 2)
+        span = max(span, float(loss[-1] - loss[0]))
     return math.sqrt(accuracy) * max(math.sqrt(variance) * max(math.sqrt(6 / steps.total()), 0.012), 0.003 * span)
 
 
