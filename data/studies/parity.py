@@ -1,0 +1,61 @@
+"""What no marginal of fewer than all columns shows: rows of bits with an even sum."""
+
+import math
+
+import numpy as np
+
+from data.marginals import distances, parity_table, satisfied
+from data.mst import marginal_method
+from data.pictures import curves
+from data.studies.study import Study
+from data.studies.tell import by, mean_over, table_of
+from mixdpo.columns import columns_of
+from mixdpo.tabular import TableConfig, fit, look, sample
+
+ROWS, DIMENSIONS = 20_000, range(3, 9)
+STEPS = {"smoke": 3, "quick": 1200, "full": 4000}
+SEEDS = {"smoke": 1, "quick": 2, "full": 5}
+METHODS = {"DP-TBART": math.inf, "DP-TBART, epsilon 10": 10.0, "DP-TBART, epsilon 3": 3.0, "MST": math.inf,
+           "MST, epsilon 10": 10.0}
+
+
+def cells(preset: str) -> list[dict]:
+    return [{"method": method, "d": d, "seed": seed, "steps": STEPS[preset]} for method in METHODS for d in DIMENSIONS
+            for seed in range(SEEDS[preset])]
+
+
+def measure(cell: dict, folder) -> dict:
+    d, seed, epsilon = cell["d"], cell["seed"], METHODS[cell["method"]]
+    codes, sizes = parity_table(ROWS, d, np.random.default_rng([seed, d])), [2] * d
+    if cell["method"].startswith("MST"):
+        made = marginal_method(codes, sizes, epsilon, 1e-5, ROWS, seed)
+    else:
+        columns = columns_of([{"name": f"bit {j}", "type": "category", "values": ["0", "1"]} for j in range(d)])
+        steps = cell["steps"] if epsilon == math.inf else min(cell["steps"], 400)
+        size = dict(batch=512, lr=1e-2) if epsilon == math.inf else dict(batch=2048, lr=2e-2)
+        config = TableConfig(epsilon=epsilon, seed=seed, width=32, layers=2, heads=4, steps=steps, micro=2048, **size)
+        table = look(columns, codes, config, 1000 + seed)
+        made = table.as_given(sample(fit(table, config, 1000 + seed).model, ROWS, seed))
+    return {"satisfied": satisfied(made), "two": distances(codes, made, sizes)[2]}
+
+
+def page(rows):
+    ways, shown = by(rows, "method", "d"), {}
+    for (method, d), found in ways.items():
+        shown.setdefault(method, []).append((d, float(np.mean([f["satisfied"] for f in found])), 0.0))
+    body = [[method, *(mean_over(ways[method, d], "satisfied", 4) for d in DIMENSIONS)] for method in METHODS]
+    text = (f"At d = 5 and without privacy {mean_over(ways['DP-TBART', 5], 'satisfied', 4)} of DP-TBART's rows have an "
+            f"even sum, and {mean_over(ways['MST', 5], 'satisfied', 4)} of MST's, whose trees have seen every pair of "
+            "columns: a coin's share. All pairs are uniform, so each method's 2-way distance is sampling noise "
+            f"({mean_over(ways['DP-TBART', 5], 'two', 4)} and {mean_over(ways['MST', 5], 'two', 4)}).")
+    head = ["share of rows with an even sum, d =", *map(str, DIMENSIONS)]
+    return "\n\n".join([text, table_of(head, body)]), {
+        "satisfied": curves({"parity": shown}, "columns d", "rows that satisfy it", lines={"a coin": 0.5})}
+
+
+STUDY = Study(
+    "Parity: what marginals cannot show",
+    f"{ROWS:,} rows of d bits, uniform among those with an even sum. Every set of d - 1 columns is uniform, so a method "
+    "that measures marginals of fewer than d columns learns nothing; an autoregressive model sees all columns before the "
+    "last (Castellon et al. 2023, section 5).",
+    cells, measure, page)
