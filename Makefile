@@ -2,6 +2,7 @@
 # Variables: DATASET=imdb|reviews|hh|ultrafeedback  PRESET=smoke|quick|cpu|paper  MODEL=gpt2|smollm2|llama-3.2-1b|DIRECTORY  DATA=FOLDER of local files, looked into first
 
 DATASET ?= imdb
+EPSILON ?= 1
 PY := .venv/bin/python
 OPTIONS := $(if $(PRESET),--preset $(PRESET)) $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data-folder $(DATA))
 
@@ -27,8 +28,11 @@ bench: .venv/peers        ## time and memory of a step, side by side with plain 
 bench-gpu: .venv/ready    ## what only a GPU can show: the kernels' tests, time and memory; writes docs/results/h100.md
 	$(PY) -m tests.bench.gpu
 
-study: .venv/ready        ## one study, its page in docs/studies: make study NAME=fixed|separation|gate|collapse|ood|noise|experts|data|peers
+study: .venv/ready        ## one study, its page in docs/studies: make study NAME=fixed|separation|gate|collapse|ood|noise|experts|data|peers|synth|parity|privacy
 	$(PY) -m data.studies --name $(NAME) $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data-folder $(DATA))
+
+synth: .venv/ready        ## a private synthetic table, what it cost and how near it comes: make synth DATASET=adult EPSILON=1
+	$(PY) -m data.synth --dataset $(DATASET) --epsilon $(EPSILON) --out runs/$(DATASET)-epsilon-$(EPSILON) $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data-folder $(DATA))
 
 chaos: .venv/chaos        ## runs that are killed, disks that fail, files that are damaged: a table of what was survived
 	$(PY) -m tests.chaos
@@ -50,4 +54,4 @@ peers: .venv/peers        ## the same numbers as transformers, tokenizers, PEFT 
 	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/chaos/requirements.txt
 	touch $@
 
-.PHONY: help train eval show test bench bench-gpu study chaos peers
+.PHONY: help train eval show test bench bench-gpu study synth chaos peers

@@ -8,8 +8,9 @@ one that is legal there: no row can be sampled that the schema does not allow. T
 what is kept is the parameters' moving average, which costs no privacy.
 
     look      (first_look > 0) noisy counts of every column's values, one Gaussian mechanism, for that share of epsilon:
-              bins by quantiles and the order by entropy are made from them, and logits begin at their logarithms: the
-              model starts as independent columns and learns what ties them. This is ours; the paper has no such step
+              bins by quantiles and the order by entropy are made from them; logits begin at their logarithms, so that the
+              model starts as independent columns and learns what ties them; and at the end biases are moved until
+              samples have these marginals (calibrate). This is ours; the paper has no such step
     fit       epsilon's rest, over all steps
     sample    column by column, with a cache of keys and values; the first columns of the order may be given
 
@@ -46,16 +47,16 @@ class TableConfig:
 
     epsilon: float = 1.0            # privacy budget; inf: no noise, no privacy
     delta: float = 1e-5             # the chance that epsilon does not hold; below one over the rows
-    first_look: float = 0.1         # share of epsilon for noisy counts of each column
+    first_look: float = 0.5         # share of epsilon for noisy counts of each column
     order: str = "given"            # of the columns: given, entropy (most even first), random
     width: int = 64                 # C
-    layers: int = 3                 # L
+    layers: int = 1                 # L
     heads: int = 4                  # H
-    batch: int = 1024               # rows a step, on average
-    steps: int = 600                # of Adam
-    lr: float = 2e-3                # its peak learning rate
+    batch: int = 4096               # rows a step, on average
+    steps: int = 150                # of Adam
+    lr: float = 3e-2                # its peak learning rate
     clip: float = 1.0               # largest norm of a row's gradient
-    micro: int = 1024               # rows a forward pass
+    micro: int = 2048               # rows a forward pass
     seed: int = 0                   # of the first weights and a random order
     save_minutes: float = 5.0       # between checkpoints
 

@@ -2,7 +2,8 @@
 
 import importlib
 
-NAMES = ("fixed", "separation", "gate", "collapse", "ood", "noise", "experts", "data", "peers")
+NAMES = ("fixed", "separation", "gate", "collapse", "ood", "noise", "experts", "data", "peers", "synth", "parity",
+         "privacy")
 
 
 def study_of(name: str):

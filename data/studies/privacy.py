@@ -1,0 +1,109 @@
+"""Preferences under differential privacy: what epsilon costs, and what somebody can tell of who took part."""
+
+import json
+import math
+
+import numpy as np
+
+from data.pictures import curves
+from data.stages import read_lines, write_lines
+from data.studies.study import Study
+from data.studies.tell import by, mean_over, over, pm_of, table_of
+from data.studies.worlds import FOREIGN, ITEMS, ONE, World, figures, fit, look, prompt, write
+from mixdpo.mixture import log_marginal
+
+EPSILONS = {"smoke": (8.0, math.inf), "quick": (2.0, 8.0, 32.0, math.inf), "full": (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, math.inf)}
+SEEDS = {"smoke": 1, "quick": 2, "full": 8}
+USERS = {"smoke": 60, "quick": 300, "full": 1000}
+CANARIES = 60           # pairs of foreign prompts whose choice is a coin's; half of them are trained on
+MIXTURE = {"experts": 2, "latent": "user", "start": "dirichlet"}
+WAYS = {"DPO, pairs": (ONE, "pair"), "Mix-DPO, users": (MIXTURE, "user"), "DPO, users": (ONE, "user")}
+
+
+def cells(preset: str) -> list[dict]:
+    common = [{"preset": preset, "seed": seed, "epsilon": str(epsilon)} for seed in range(SEEDS[preset])
+              for epsilon in EPSILONS[preset]]
+    return [cell | {"way": way} for cell in common for way in WAYS] + [cell | {"way": "inference"} for cell in common]
+
+
+def private(cell: dict, unit: str) -> dict:
+    """train.py's options for this epsilon."""
+    epsilon = float(cell["epsilon"])
+    return {} if epsilon == math.inf else {"epsilon": epsilon, "privacy_unit": unit, "noise_seed": 1 + cell["seed"]}
+
+
+def measure(cell: dict, folder) -> dict:
+    world = World(seed=cell["seed"], users=USERS[cell["preset"]])
+    write(world, folder)
+    if cell["way"] == "inference":
+        return inference(cell, folder, world)
+    options, unit = WAYS[cell["way"]]
+    more = private(cell, unit)
+    more |= {"batch": 400, "micro": 400, "epochs": 12} if more else {}      # noise wants large steps
+    return figures(look(fit(folder, "run", **options | more), folder / "heldout.jsonl"))
+
+
+def inference(cell: dict, folder, world: World) -> dict:
+    """The whole model learns 200 pairs until it knows them by heart; then, by the loss of a pair alone: was it there?"""
+    members, rng = read_lines(folder / "train.jsonl")[:200], np.random.default_rng([world.seed, 9])
+    canaries = []
+    for n in range(CANARIES):
+        chosen, rejected = rng.choice(len(ITEMS), 2, replace=False)
+        canaries.append({"prompt": prompt(rng, FOREIGN), "chosen": ITEMS[chosen], "rejected": ITEMS[rejected],
+                         "user": f"canary-{n}", "annotator": "type 0"})
+    write_lines(folder / "members.jsonl", members + canaries[::2])
+    write_lines(folder / "asked.jsonl", members + read_lines(folder / "heldout.jsonl")[:200] + canaries)
+    more = private(cell, "pair")
+    more |= {"batch": 115, "micro": 115} if more else {}
+    path = fit(folder, "run", experts=1, data="members.jsonl", epochs=40, **more)
+    found = look(path, folder / "asked.jsonl")
+    log_p = log_marginal(found.log_w, found.h).detach().numpy()             # (P,) the higher, the likelier a member
+    inside, outside = log_p[400::2], log_p[401::2]
+    told = path / "privacy.json"
+    return {"auc": auc(log_p[:200], log_p[200:400]), "auc_canaries": auc(inside, outside),
+            "loss_in": float(-log_p[:200].mean()), "loss_out": float(-log_p[200:400].mean()),
+            "epsilon": json.loads(told.read_text())["epsilon"] if told.exists() else None}
+
+
+def auc(members: np.ndarray, others: np.ndarray) -> float:
+    """Chance that a member scores above another one; a tie counts half."""
+    return float((members[:, None] > others).mean() + (members[:, None] == others).mean() / 2)
+
+
+def page(rows):
+    learnt = by([(c, f) for c, f in rows if c["way"] != "inference"], "way", "epsilon")
+    asked = by([(c, f) for c, f in rows if c["way"] == "inference"], "epsilon")
+    epsilons = list(asked)
+
+    def name(epsilon: str) -> str:
+        return "none" if epsilon == "inf" else f"{float(epsilon):g}"
+
+    body = [[way, name(e), pm_of(over(learnt[way, e], "ll_user")), mean_over(learnt[way, e], "own"),
+             mean_over(learnt[way, e], "ari") if way.startswith("Mix") else "–"] for way in WAYS for e in epsilons]
+    of = [[name(e), mean_over(asked[e], "loss_in"), mean_over(asked[e], "loss_out"), mean_over(asked[e], "auc"),
+           mean_over(asked[e], "auc_canaries")] for e in epsilons]
+    least = min(epsilons, key=float)
+    shown = {"new users": {way: [(float(e), over(learnt[way, e], "ll_user")["mean"], 0.0) for e in epsilons if e != "inf"]
+                           for way in WAYS}}
+    lines = {f"{way}, no privacy": over(learnt[way, "inf"], "ll_user")["mean"] for way in list(WAYS)[:2]}
+    mixture, alone = (over(learnt[way, least], "ll_user")["mean"] for way in ("Mix-DPO, users", "DPO, users"))
+    text = (f"Log-likelihood of all choices of a new user, nats a pair (a coin: {-math.log(2):.3f}). At epsilon "
+            f"{name(least)} for users the mixture reaches {mixture:.3f} and DPO {alone:.3f}; without privacy "
+            f"{over(learnt['Mix-DPO, users', 'inf'], 'll_user')['mean']:.3f} and "
+            f"{over(learnt['DPO, users', 'inf'], 'll_user')['mean']:.3f}.")
+    attack = ("Membership inference: the whole model, 200 pairs and 30 canaries, 40 passes; then each pair's loss is asked "
+              "for. AUC of telling the trained pairs from 200 others, and the trained canaries (foreign prompts, choices by "
+              "a coin) from 30 that were not; 0.5 is a coin. Without privacy "
+              f"{mean_over(asked['inf'], 'auc')} and {mean_over(asked['inf'], 'auc_canaries')}, at epsilon {name(least)} "
+              f"{mean_over(asked[least], 'auc')} and {mean_over(asked[least], 'auc_canaries')}. A failed attack proves "
+              "nothing; the budget does.")
+    return "\n\n".join([text, table_of(["policy, unit", "epsilon", "log-likelihood", "own accuracy", "ARI"], body, 2), attack,
+                        table_of(["epsilon", "loss, trained on", "loss, others", "AUC", "AUC, canaries"], of)]), {
+        "epsilon": curves(shown, "epsilon (delta 1e-5)", "log-likelihood (nats)", log=2, lines=lines)}
+
+
+STUDY = Study(
+    "Preferences under differential privacy",
+    "Two types of users with 10 comparisons each, `--epsilon` with `--privacy-unit pair` or `user`, delta 1e-5: what the "
+    "noise costs, and whether a pair's loss tells that it was trained on.",
+    cells, measure, page)
