@@ -32,7 +32,7 @@ from mixdpo.rundir import environment
 from mixdpo.tabular import TableConfig, account, fit, look, sample, validate
 from mixdpo.whole import alone
 
-PRESETS = {"smoke": dict(steps=4, batch=256, width=16, layers=1, heads=2), "quick": {}, "full": dict(steps=2000)}
+PRESETS = {"smoke": dict(steps=4, batch=256, width=16, layers=1, heads=2), "quick": {}, "full": dict(steps=1000, lr=1e-2)}
 
 
 @dataclass(frozen=True)

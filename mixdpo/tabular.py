@@ -47,14 +47,14 @@ class TableConfig:
 
     epsilon: float = 1.0            # privacy budget; inf: no noise, no privacy
     delta: float = 1e-5             # the chance that epsilon does not hold; below one over the rows
-    first_look: float = 0.5         # share of epsilon for noisy counts of each column
+    first_look: float = 0.4         # share of epsilon for noisy counts of each column
     order: str = "given"            # of the columns: given, entropy (most even first), random
     width: int = 64                 # C
     layers: int = 1                 # L
     heads: int = 4                  # H
     batch: int = 4096               # rows a step, on average
-    steps: int = 150                # of Adam
-    lr: float = 3e-2                # its peak learning rate
+    steps: int = 200                # of Adam
+    lr: float = 2e-2                # its peak learning rate
     clip: float = 1.0               # largest norm of a row's gradient
     micro: int = 2048               # rows a forward pass
     seed: int = 0                   # of the first weights and a random order
