@@ -19,6 +19,7 @@ import gzip
 import io
 import json
 import math
+import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -204,7 +205,11 @@ def read_table(path, columns: list[Column]) -> np.ndarray:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; wanted a table as .csv or .csv.gz")
     with reading(path, "wanted a table as .csv or .csv.gz, in UTF-8"):
-        raw = gzip.open(path).read() if str(path).endswith(".gz") else Path(path).read_bytes()
+        raw = Path(path).read_bytes()
+        try:
+            raw = gzip.decompress(raw) if str(path).endswith(".gz") else raw
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise InputError(f"{path}: not a whole gzip file ({error}); pack it again") from None
         reader = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), strict=True)
         header = next(reader, [])
         names = [column.name for column in columns]

@@ -1,7 +1,8 @@
 """Does it fit? The memory of a training step, before a weight is read.
 
     weights       4 bytes a parameter of the experts, frozen ones among them
-    gradients     4 bytes a parameter that learns; with in_backward only the heads' and one matrix at a time
+    gradients     4 bytes a parameter that learns; with in_backward only the heads' and one matrix at a time; with
+                  epsilon twice, one example's and their sum
     moments       AdamW's two, of 4 or 2 bytes a parameter that learns
     activations   what a micro-batch's forward pass keeps for backward: of one and of two blocks of this width, in
                   truth, on random weights and on the CPU; the others are like the second
@@ -14,6 +15,7 @@ in bfloat16), fragments, and what the libraries take for themselves.
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -46,6 +48,8 @@ def estimate(config, dtype: torch.dtype) -> dict[str, float]:
     gradients = sum(p.numel() for p in learns if id(p) not in lean)
     gradients += max((p.numel() for p in learns if id(p) in lean), default=0)
     trained = sum(p.numel() for p in learns)
+    if config.epsilon < math.inf:
+        gradients += trained                                                # the sum of those that are clipped
     rows, T = 2 * config.micro, config.max_prompt + config.max_response
     frozen_trunk = config.sharing == "heads" and not config.train_trunk
     V, heads = shapes[0].vocab, 1 if config.sharing == "lora" else config.experts

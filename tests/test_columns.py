@@ -97,6 +97,13 @@ def test_a_table_with_other_columns_or_fields_is_told(table, tmp_path):
                                ([*ROWS, ["red", "1"]], NAMES, ":6: 2 fields, wanted 3"), ([], NAMES, "no rows")):
         with pytest.raises(InputError, match=what):
             read_table(table(rows, header), columns)
+    for cut in (b"", b"a,b\n", table(name="whole.csv.gz").read_bytes()[:-9]):
+        (tmp_path / "cut.csv.gz").write_bytes(cut)
+        with pytest.raises(InputError, match="cut.csv.gz"):
+            read_table(tmp_path / "cut.csv.gz", columns)
+    (tmp_path / "bytes.csv").write_bytes(b"colour,age,gain\n\xff,1,2\n")
+    with pytest.raises(InputError, match="UTF-8"):
+        read_table(tmp_path / "bytes.csv", columns)
     with pytest.raises(InputError, match="no such file"):
         read_table(tmp_path / "none.csv", columns)
 

@@ -13,7 +13,7 @@ import torch
 
 import brute
 from data import sentences, studies
-from data.studies import study, texts, worlds
+from data.studies import parity, privacy, study, texts, worlds
 from data.studies.worlds import ITEMS, World, fit, item_probabilities, judged, look, oracle, prompt, write
 from mixdpo import fetch
 from mixdpo.config import InputError
@@ -154,6 +154,32 @@ def test_every_study_has_cells_and_a_page_to_come(name):
     quick, smoke = of.cells("quick"), of.cells("smoke")
     keys = [json.dumps(cell, sort_keys=True) for cell in quick]
     assert 0 < len(smoke) < len(quick) and len(set(keys)) == len(keys) and of.question.endswith(("?", "."))
+
+
+def test_membership_is_told_by_ranks():
+    """By hand. Catches: a tie counted as won, the lower score taken for the member's."""
+    assert privacy.auc(np.array([3.0, 1.0]), np.array([2.0, 1.0])) == (1 + 1 + 0 + 0.5) / 4
+
+
+@pytest.mark.parametrize("method", ["DP-TBART", "DP-TBART, epsilon 10", "MST"])
+def test_a_cell_of_parity(method, tmp_path):
+    """Catches: a table that is not of bits; satisfied by what was trained on instead of what was sampled."""
+    found = parity.measure({"method": method, "d": 3, "seed": 0, "steps": 2}, tmp_path)
+    assert 0.4 < found["satisfied"] < 0.6 and 0 <= found["two"] < 0.2
+
+
+def test_a_private_cell_hides_what_it_learns_from(tmp_path, monkeypatch):
+    """Members are known by heart without privacy and not with it. Catches: canaries trained on that should not be; an
+    epsilon that does not reach the run."""
+    monkeypatch.setattr(privacy, "CANARIES", 20)
+    found = {}
+    for epsilon in ("inf", "1.0"):
+        (tmp_path / epsilon).mkdir()
+        found[epsilon] = privacy.measure({"preset": "smoke", "seed": 0, "epsilon": epsilon, "way": "inference"},
+                                         tmp_path / epsilon)
+    assert found["inf"]["loss_in"] < found["1.0"]["loss_in"] - 0.1 and found["inf"]["auc"] > 0.8
+    assert found["inf"]["auc_canaries"] > 0.9 > found["1.0"]["auc_canaries"]
+    assert found["inf"]["epsilon"] is None and 0.99 < found["1.0"]["epsilon"] <= 1
 
 
 # ---- real sentences

@@ -12,10 +12,12 @@ from data.studies.tell import by, mean_over, over, pm_of, table_of
 from data.studies.worlds import FOREIGN, ITEMS, ONE, World, figures, fit, look, prompt, write
 from mixdpo.mixture import log_marginal
 
-EPSILONS = {"smoke": (8.0, math.inf), "quick": (2.0, 8.0, 32.0, math.inf), "full": (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, math.inf)}
-SEEDS = {"smoke": 1, "quick": 2, "full": 8}
-USERS = {"smoke": 60, "quick": 300, "full": 1000}
-CANARIES = 60           # pairs of foreign prompts whose choice is a coin's; half of them are trained on
+EPSILONS = {"smoke": (8.0, math.inf), "quick": (2.0, 8.0, math.inf), "full": (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, math.inf)}
+SEEDS = {"smoke": 1, "quick": 1, "full": 8}
+USERS = {"smoke": 30, "quick": 200, "full": 1000}
+MEMBERS = {"smoke": 40, "quick": 160, "full": 200}      # pairs that are trained on, and as many that are not
+CANARIES = 40           # pairs of foreign prompts whose choice is a coin's; half of them are trained on
+PASSES = 25             # until the model knows its pairs by heart
 MIXTURE = {"experts": 2, "latent": "user", "start": "dirichlet"}
 WAYS = {"DPO, pairs": (ONE, "pair"), "Mix-DPO, users": (MIXTURE, "user"), "DPO, users": (ONE, "user")}
 
@@ -39,29 +41,29 @@ def measure(cell: dict, folder) -> dict:
         return inference(cell, folder, world)
     options, unit = WAYS[cell["way"]]
     more = private(cell, unit)
-    more |= {"batch": 400, "micro": 400, "epochs": 12} if more else {}      # noise wants large steps
+    more |= {"batch": 200, "micro": 200, "epochs": 6 if unit == "pair" else 12} if more else {}     # noise wants large steps
     return figures(look(fit(folder, "run", **options | more), folder / "heldout.jsonl"))
 
 
 def inference(cell: dict, folder, world: World) -> dict:
-    """The whole model learns 200 pairs until it knows them by heart; then, by the loss of a pair alone: was it there?"""
-    members, rng = read_lines(folder / "train.jsonl")[:200], np.random.default_rng([world.seed, 9])
-    canaries = []
+    """The whole model learns pairs until it knows them by heart; then, by the loss of a pair alone: was it there?"""
+    M, rng, canaries = MEMBERS[cell["preset"]], np.random.default_rng([world.seed, 9]), []
+    members, others = (read_lines(folder / f"{name}.jsonl")[:M] for name in ("train", "heldout"))
     for n in range(CANARIES):
         chosen, rejected = rng.choice(len(ITEMS), 2, replace=False)
         canaries.append({"prompt": prompt(rng, FOREIGN), "chosen": ITEMS[chosen], "rejected": ITEMS[rejected],
                          "user": f"canary-{n}", "annotator": "type 0"})
     write_lines(folder / "members.jsonl", members + canaries[::2])
-    write_lines(folder / "asked.jsonl", members + read_lines(folder / "heldout.jsonl")[:200] + canaries)
+    write_lines(folder / "asked.jsonl", members + others + canaries)
     more = private(cell, "pair")
-    more |= {"batch": 115, "micro": 115} if more else {}
-    path = fit(folder, "run", experts=1, data="members.jsonl", epochs=40, **more)
+    more |= {"batch": M // 2, "micro": M // 2} if more else {}
+    path = fit(folder, "run", experts=1, data="members.jsonl", epochs=PASSES, **more)
     found = look(path, folder / "asked.jsonl")
     log_p = log_marginal(found.log_w, found.h).detach().numpy()             # (P,) the higher, the likelier a member
-    inside, outside = log_p[400::2], log_p[401::2]
+    inside, outside = log_p[2 * M :: 2], log_p[2 * M + 1 :: 2]
     told = path / "privacy.json"
-    return {"auc": auc(log_p[:200], log_p[200:400]), "auc_canaries": auc(inside, outside),
-            "loss_in": float(-log_p[:200].mean()), "loss_out": float(-log_p[200:400].mean()),
+    return {"auc": auc(log_p[:M], log_p[M : 2 * M]), "auc_canaries": auc(inside, outside),
+            "loss_in": float(-log_p[:M].mean()), "loss_out": float(-log_p[M : 2 * M].mean()),
             "epsilon": json.loads(told.read_text())["epsilon"] if told.exists() else None}
 
 
@@ -91,9 +93,9 @@ def page(rows):
             f"{name(least)} for users the mixture reaches {mixture:.3f} and DPO {alone:.3f}; without privacy "
             f"{over(learnt['Mix-DPO, users', 'inf'], 'll_user')['mean']:.3f} and "
             f"{over(learnt['DPO, users', 'inf'], 'll_user')['mean']:.3f}.")
-    attack = ("Membership inference: the whole model, 200 pairs and 30 canaries, 40 passes; then each pair's loss is asked "
-              "for. AUC of telling the trained pairs from 200 others, and the trained canaries (foreign prompts, choices by "
-              "a coin) from 30 that were not; 0.5 is a coin. Without privacy "
+    attack = (f"Membership inference: the whole model, {PASSES} passes over its pairs and {CANARIES // 2} canaries; then each "
+              "pair's loss is asked for. AUC of telling the trained pairs from as many others, and the trained canaries "
+              f"(foreign prompts, choices by a coin) from {CANARIES // 2} that were not; 0.5 is a coin. Without privacy "
               f"{mean_over(asked['inf'], 'auc')} and {mean_over(asked['inf'], 'auc_canaries')}, at epsilon {name(least)} "
               f"{mean_over(asked[least], 'auc')} and {mean_over(asked[least], 'auc_canaries')}. A failed attack proves "
               "nothing; the budget does.")
