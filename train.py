@@ -384,15 +384,15 @@ def private(plan, config) -> tuple:
             "rate": plan.rate, "steps": steps, "noise_multiplier": sigma, "clip": config.clip, "covered": COVERED,
             "not_covered": [*NOT_COVERED, NOT_RELEASED]}
     configs.write_whole(out / "privacy.json", json.dumps(told, indent=1) + "\n")
-    print(f"privacy: epsilon {spent:.4g} at delta {config.delta:g} for each of {examples} {config.privacy_unit}s: noise "
-          f"{sigma:.4g} times --clip {config.clip:g}, rate {plan.rate:.4g}, {steps} steps; what that covers is in "
+    print(f"privacy: epsilon {spent:.4g} at delta {config.delta:g} for each of {examples} {config.privacy_unit}s: "
+          f"noise {sigma:.4g} times --clip {config.clip:g}, rate {plan.rate:.4g}, {steps} steps; what that covers is in "
           f"{out / 'privacy.json'}")
     return plan, Noise(sigma, config.clip, plan.rate * examples, seed)
 
 
 COVERED = "the weights of experts and gate, as eval.py and an export read them, and all that is made of these alone"
-NOT_RELEASED = ("metrics.jsonl, responsibilities.jsonl, the responsibilities in checkpoint/, cache/, what is printed: they "
-                "are made of the data without noise, and stay at home")
+NOT_RELEASED = ("metrics.jsonl, responsibilities.jsonl, the responsibilities in checkpoint/, cache/, what is printed: "
+                "they are made of the data without noise, and stay at home")
 
 
 def resumed(out: Path, same: dict, experts, gate, optimizer, names: list[str], device) -> Carried | None:

@@ -32,7 +32,8 @@ from mixdpo.rundir import environment
 from mixdpo.tabular import TableConfig, account, fit, look, sample, validate
 from mixdpo.whole import alone
 
-PRESETS = {"smoke": dict(steps=4, batch=256, width=16, layers=1, heads=2), "quick": {}, "full": dict(steps=1000, lr=1e-2)}
+PRESETS = {"smoke": dict(steps=4, batch=256, width=16, layers=1, heads=2), "quick": {},
+           "full": dict(steps=1000, lr=1e-2)}
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ def read_tables(config: SynthConfig) -> Tables:
     names = [column.name for column in columns]
     if config.target and config.target not in names:
         raise InputError(f"--target: got {config.target!r}, wanted one of {', '.join(names)}")
-    test = read_table(config.test, columns) if config.test else None
-    return Tables(columns, read_table(config.data, columns), test, names.index(config.target) if config.target else None)
+    train, test = read_table(config.data, columns), read_table(config.test, columns) if config.test else None
+    return Tables(columns, train, test, names.index(config.target) if config.target else None)
 
 
 def compared(tables: Tables, made: dict[str, np.ndarray]) -> dict[str, dict]:
@@ -111,9 +112,9 @@ def rows_of(figures: dict[str, dict]) -> list[list]:
 
 HEAD = ["table", "1-way", "2-way", "3-way", "accuracy (LR)", "AUROC (LR)", "accuracy (GB)", "AUROC (GB)"]
 READING = (
-    "Mean total variation of all 1-, 2- and 3-way marginals to the real table, of one sample (two halves of a real table "
-    "are not at 0 either: the second real table's line); then classifiers of the target column, fitted to each table and "
-    "tested on real rows: logistic regression and gradient boosting.")
+    "Mean total variation of all 1-, 2- and 3-way marginals to the real table, of one sample (a second real table is not "
+    "at 0 either); then classifiers of the target column, fitted to each table and tested on real rows: logistic "
+    "regression (LR) and gradient boosting (GB).")
 
 
 def synthesize(tables: Tables, config: TableConfig, rows: int, seed: int, out: Path | None = None,

@@ -3,14 +3,14 @@
 A schema is a JSON list, a column an object:
 
     {"name": "sex", "type": "category", "values": ["Male", "Female"]}
-    {"name": "age", "type": "number", "low": 17, "high": 90, "bins": 20, "integer": true}      bins of equal width
-    {"name": "gain", "type": "number", "edges": [0, 1, 1000, 99999], "integer": true}          [0,1) [1,1000) [1000,99999]
-    {"name": "wage", "type": "number", "low": 0, "high": 500, "quantiles": 20}                 bins of about equal counts
+    {"name": "age", "type": "number", "low": 17, "high": 90, "bins": 20, "integer": true}    bins of equal width
+    {"name": "gain", "type": "number", "edges": [0, 1, 1000, 99999]}                         [0,1) [1,1000) [1000,99999]
+    {"name": "wage", "type": "number", "low": 0, "high": 500, "quantiles": 20}               bins of about equal counts
 
 and each may have {"missing": "?"}: how an absent value is written; it is then a value like any other, the last one.
-Whole numbers ("integer") have whole edges. Bins by quantiles depend on the data: they begin as FINE bins of equal width,
-and tabular.py, which accounts for it, joins these by noisy counts. A table is a CSV file whose first line names the
-columns, in any order; it must have those of the schema and no others.
+Whole numbers ("integer") have whole edges. Bins by quantiles depend on the data: they begin as FINE bins of equal
+width, and tabular.py, which accounts for it, joins these by noisy counts. A table is a CSV file whose first line names
+the columns, in any order; it must have those of the schema and no others.
 """
 
 import bisect
@@ -194,8 +194,8 @@ def encode(rows: list[dict], columns: list[Column], where=None) -> np.ndarray:
                     known[text] = column.encode(text)
                 except ValueError as error:
                     place = where(n) if where else f"row {n + 1}"
-                    raise InputError(f"{place}, column {column.name!r}: got {text!r}, {error}; mend the row, or let the "
-                                     "schema allow it") from None
+                    raise InputError(f"{place}, column {column.name!r}: got {text!r}, {error}; mend the row, or let "
+                                     "the schema allow it") from None
             codes[n, j] = known[text]
     return codes
 

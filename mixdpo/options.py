@@ -112,7 +112,8 @@ def validate_values(config: TrainConfig) -> None:
     least = {"experts": 1, "batch": 1, "micro": 1, "epochs": 1, "restarts": 1, "prior": 1, "rank": 0, "start_steps": 0,
              "warmup": 0, "head_rows": -1, "context": 0, "damping": 0, "draws": 1, "gate_entropy": 0, "gate_balance": 0,
              "robust": 0, "label_noise": 0, "keep": 1, "noise_seed": 0}
-    above = {"beta": 0, "epsilon": 0, "delta": 0, "clip": 0, "lr": 0, "head_lr": 0, "gate_lr": 0, "gate_temperature": 0, "variant_temperature": 0}
+    above = dict.fromkeys(("beta", "epsilon", "delta", "clip", "lr", "head_lr", "gate_lr", "gate_temperature",
+                           "variant_temperature"), 0)
     for name, bound in (least | above).items():
         value, word = getattr(config, name), "more than" if name in above else "at least"
         if value < bound or (name in above and value == bound):
@@ -187,7 +188,7 @@ def validate_privacy(config: TrainConfig) -> None:
     """What is learnt outside of DP-SGD, or of one example by way of another, is not in the budget: it is refused."""
     wanted = {"clip": (config.clip < math.inf, "a finite --clip: the most that one example may add"),
               "delta": (config.delta < 1, "less than 1"),
-              "in_backward": (not config.in_backward, "--in-backward false: an example's gradient is clipped as a whole"),
+              "in_backward": (not config.in_backward, "false: an example's gradient is clipped as a whole"),
               "start": (config.start != "linear", "--start dirichlet or none: a linear start is fitted to the data"),
               "gate": (config.gate in ("fixed", "linear", "mlp", "random"), "fixed, linear, mlp or random: the others "
                        "have a place for each user or domain of the data, which names them"),

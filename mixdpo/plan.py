@@ -138,7 +138,7 @@ def sampled(plan: Plan, config, seed: int) -> Plan:
     if config.privacy_unit == "user":
         nameless = [pairs[i].line for i in names if pairs[i].user is None]
         if nameless:
-            raise InputError(f"line {nameless[0]}: no user, and --privacy-unit user hides users; name them on every line")
+            raise InputError(f"line {nameless[0]}: no user, and --privacy-unit user hides users; name them all")
         names = [pairs[i].user for i in names]
     place = {name: n for n, name in enumerate(dict.fromkeys(names))}
     owner = torch.tensor([place[name] for name in names])

@@ -8,8 +8,8 @@ one that is legal there: no row can be sampled that the schema does not allow. T
 what is kept is the parameters' moving average, which costs no privacy.
 
     look      (first_look > 0) noisy counts of every column's values, one Gaussian mechanism, for that share of epsilon:
-              bins by quantiles and the order by entropy are made from them; logits begin at their logarithms, so that the
-              model starts as independent columns and learns what ties them; and at the end biases are moved until
+              bins by quantiles and the order by entropy are made from them; logits begin at their logarithms, so that
+              the model starts as independent columns and learns what ties them; and at the end biases are moved until
               samples have these marginals (calibrate). This is ours; the paper has no such step
     fit       epsilon's rest, over all steps
     sample    column by column, with a cache of keys and values; the first columns of the order may be given
@@ -37,7 +37,6 @@ from mixdpo.privacy import NOT_COVERED, Noise, ghost_clipped_sum, poisson
 from mixdpo.rundir import Progress, Stop, load_checkpoint, save_checkpoint
 
 ORDERS = ("given", "entropy", "random")
-EMB, LNF, HEADW, INIT, GAIN, AVG = 1., .5, 0.02, "new", 1., 9
 DECAY = 0.99            # of the parameters' moving average, a step
 
 
@@ -101,14 +100,15 @@ class TBART(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(layers))
         self.ln_f = nn.LayerNorm(width, eps=config.eps)
         self.heads = nn.ModuleList(nn.Linear(width, size) for size in sizes)
+        # Clipping shares one norm among all parameters. With GPT-2's small embeddings (0.02) the first layer norm makes
+        # theirs the largest gradients by far; with its small projections a place hardly sees the others at first.
         for name, p in self.named_parameters():
-            if p.dim() == 2:
-                if INIT=='old': std=EMB if name in ("wte.weight","wpe.weight") else 0.02 / (2 * layers) ** 0.5 if name.endswith("c_proj.weight") else HEADW if name.startswith("heads") else 0.02
-                else: std=EMB if name in ("wte.weight","wpe.weight") else HEADW if name.startswith("heads") else GAIN*p.shape[1]**-.5
-                nn.init.normal_(p, std=std)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 nn.init.zeros_(p)
-        nn.init.constant_(self.ln_f.weight, width**-LNF)
+            elif p.dim() == 2:
+                embeds, tells = name in ("wte.weight", "wpe.weight"), name.startswith("heads")
+                nn.init.normal_(p, std=1.0 if embeds else 0.02 if tells else p.shape[1] ** -0.5)
+        nn.init.constant_(self.ln_f.weight, width**-0.5)
         if prior is not None:
             for head, begin in zip(self.heads, prior.split(self.sizes)):
                 head.bias.data.copy_(begin)
@@ -184,7 +184,7 @@ class Table:
     order: list[int]                # the model's j-th column is columns[order[j]]
     prior: torch.Tensor | None      # (V,) log-probabilities in the model's order
     spent: list[Mechanism] = field(default_factory=list)
-    fine: list[np.ndarray | None] = field(default_factory=list)     # of each column joined by quantiles: new codes of old
+    fine: list[np.ndarray | None] = field(default_factory=list)     # of each column joined by quantiles: codes of old
 
     def coded(self, codes: np.ndarray) -> np.ndarray:
         """Another table's codes (M,d), which were made with the columns as they were before."""
@@ -212,7 +212,9 @@ def look(columns: list[Column], codes: np.ndarray, config: TableConfig, seed: in
     if [c for c in columns if c.quantiles] and not config.first_look:
         raise InputError("bins by quantiles are found in counts of the column: they want a --first-look above 0, or "
                          "give the column edges, or bins")
-    order = np.random.default_rng([config.seed, 23]).permutation(d).tolist() if config.order == "random" else [*range(d)]
+    order = [*range(d)]
+    if config.order == "random":
+        order = np.random.default_rng([config.seed, 23]).permutation(d).tolist()
     if not config.first_look:
         return Table(columns, codes, order, None, fine=[None] * d)
     private, spent, rng = config.epsilon < math.inf, [], np.random.default_rng([seed, 29])
@@ -288,7 +290,7 @@ def fit(table: Table, config: TableConfig, seed: int, out: Path | None = None, s
                 p.grad = g
             optimizer.step()
             t += 1
-            keep = min(DECAY, t / (t + AVG))                                  # short at first: the start is forgotten
+            keep = min(DECAY, t / (t + 9))                                  # short at first: the start is forgotten
             for name, p in model.named_parameters():
                 average[name].lerp_(p.detach(), 1 - keep)
             losses.append(float(seen.mean()))

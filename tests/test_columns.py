@@ -1,5 +1,5 @@
-"""Tables as codes: schemas, files, and what is said of faults in them. Docstrings name the faults that each test was seen
-to fail on."""
+"""Tables as codes: schemas, files, and what is said of faults in them. Docstrings name the faults that each test was
+seen to fail on."""
 
 import csv
 import gzip
@@ -43,8 +43,8 @@ def test_values_become_codes(table):
 
 
 def test_codes_become_values_of_their_own_code(tmp_path):
-    """Every code is written as values that read back as it, and all whole numbers of a bin occur. Faults: the upper edge
-    of an inner bin written; the highest number never written; missing written as a number."""
+    """Every code is written as values that read back as it, and all whole numbers of a bin occur. Faults: the upper
+    edge of an inner bin written; the highest number never written; missing written as a number."""
     columns, rng = columns_of(SCHEMA), np.random.default_rng(0)
     codes = np.stack([rng.integers(c.size, size=2000) for c in columns], 1)
     write_table(tmp_path / "made.csv", codes, columns, seed=1)
@@ -56,7 +56,7 @@ def test_codes_become_values_of_their_own_code(tmp_path):
 
 
 def test_bins_of_about_equal_counts():
-    """Faults: cuts by place instead of counts; noise below zero turning the order of cuts; missing joined with others."""
+    """Faults: cuts by place instead of counts; noise below zero turning the order of cuts; missing joined too."""
     column = columns_of([{"name": "x", "type": "number", "low": 0, "high": 1, "quantiles": 4, "missing": "?"}])[0]
     assert column.known == FINE and column.quantiles == 4
     x = np.random.default_rng(0).beta(1, 6, size=20000)
@@ -65,7 +65,7 @@ def test_bins_of_about_equal_counts():
     assert new.size == 5 and new.quantiles == 0 and new.edges[0] == 0 and new.edges[-1] == 1
     shares = np.bincount(code[fine], minlength=5)
     assert (abs(shares[:4] / 20000 - 0.25) < 0.03).all() and shares[4] == 7
-    assert (code[fine][:50] == [new.encode(f"{v}") for v in x[:50]]).all()  # the new column codes as its codes were joined
+    assert (code[fine][:50] == [new.encode(f"{v}") for v in x[:50]]).all()  # it codes as its codes were joined
     noisy, code = joined(column, np.random.default_rng(1).normal(size=column.size) * 50)
     assert 1 < noisy.size <= 5 and (np.diff(code) >= 0).all() and list(noisy.edges) == sorted(set(noisy.edges))
 

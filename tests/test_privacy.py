@@ -59,7 +59,8 @@ def same(a, b, slack=1e-10):
 
 
 def test_per_example_gradients_are_those_of_single_backward_passes(tiny):
-    """In float32, to 1e-6 of the largest element. Faults: a mean for a sum over tokens, gradients of the batch divided by its size."""
+    """In float32, to 1e-6 of the largest element. Faults: a mean for a sum over tokens, gradients
+    of the batch divided by its size."""
     model, ids, loss, parameters = tiny
     model.float()
     each = per_example_gradients(loss, {name: p.detach() for name, p in model.named_parameters()}, ids)
@@ -149,7 +150,7 @@ def test_noise_of_the_right_size_reaches_every_parameter():
         assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.05
     flat = torch.stack([x.flatten() for x in first])
     assert (torch.corrcoef(flat) - torch.eye(3)).abs().max() < 0.05
-    assert all(torch.equal(a, b) for a, b in zip(first, noise.release(total, 0)))           # a resumed run draws the same
+    assert all(torch.equal(a, b) for a, b in zip(first, noise.release(total, 0)))           # a resumed run's, too
     assert float((Noise(0.0, 1.0, 4.0, 1).release([torch.full((2,), 8.0)], 3)[0] - 2).abs().max()) == 0
 
 

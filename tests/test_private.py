@@ -131,7 +131,7 @@ def no_empty_step(monkeypatch):
     monkeypatch.setattr(train, "step", step)
 
 
-FAULTS = {"clipping": no_clipping, "noise": no_noise, "Poisson sampling": no_chance, "the step of an empty batch": no_empty_step}
+FAULTS = {"clipping": no_clipping, "noise": no_noise, "Poisson sampling": no_chance, "an empty step": no_empty_step}
 
 
 @pytest.mark.parametrize("what", FAULTS)

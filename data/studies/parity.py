@@ -45,8 +45,8 @@ def page(rows):
     sizes = sorted({d for _, d in ways})
     body = [[method, *(mean_over(ways[method, d], "satisfied", 4) for d in sizes)] for method in METHODS]
     d = 5 if 5 in sizes else sizes[-1]
-    text = (f"At d = {d} and without privacy {mean_over(ways['DP-TBART', d], 'satisfied', 4)} of DP-TBART's rows have an "
-            f"even sum, and {mean_over(ways['MST', d], 'satisfied', 4)} of MST's, which looks at pairs of columns: a "
+    text = (f"At d = {d} and without privacy {mean_over(ways['DP-TBART', d], 'satisfied', 4)} of DP-TBART's rows have "
+            f"an even sum, and {mean_over(ways['MST', d], 'satisfied', 4)} of MST's, which looks at pairs of columns: a "
             "coin's share. All pairs are uniform, so each method's 2-way distance is sampling noise "
             f"({mean_over(ways['DP-TBART', d], 'two', 4)} and {mean_over(ways['MST', d], 'two', 4)}).")
     head = ["share of rows with an even sum, d =", *map(str, sizes)]
@@ -56,7 +56,7 @@ def page(rows):
 
 STUDY = Study(
     "Parity: what marginals cannot show",
-    f"{ROWS:,} rows of d bits, uniform among those with an even sum. Every set of d - 1 columns is uniform, so a method "
-    "that measures marginals of fewer than d columns learns nothing; an autoregressive model sees all columns before the "
-    "last (Castellon et al. 2023, section 5).",
+    f"{ROWS:,} rows of d bits, uniform among those with an even sum. Every set of d - 1 columns is uniform, so a "
+    "method that measures marginals of fewer than d columns learns nothing; an autoregressive model sees all columns "
+    "before the last (Castellon et al. 2023).",
     cells, measure, page)

@@ -41,7 +41,8 @@ def measure(cell: dict, folder) -> dict:
         return inference(cell, folder, world)
     options, unit = WAYS[cell["way"]]
     more = private(cell, unit)
-    more |= {"batch": 200, "micro": 200, "epochs": 6 if unit == "pair" else 12} if more else {}     # noise wants large steps
+    if more:                                                                # noise wants large steps
+        more |= {"batch": 200, "micro": 200, "epochs": 6 if unit == "pair" else 12}
     return figures(look(fit(folder, "run", **options | more), folder / "heldout.jsonl"))
 
 
@@ -85,27 +86,28 @@ def page(rows):
     of = [[name(e), mean_over(asked[e], "loss_in"), mean_over(asked[e], "loss_out"), mean_over(asked[e], "auc"),
            mean_over(asked[e], "auc_canaries")] for e in epsilons]
     least = min(epsilons, key=float)
-    shown = {"new users": {way: [(float(e), over(learnt[way, e], "ll_user")["mean"], 0.0) for e in epsilons if e != "inf"]
-                           for way in WAYS}}
+    shown = {"new users": {way: [(float(e), over(learnt[way, e], "ll_user")["mean"], 0.0) for e in epsilons
+                                 if e != "inf"] for way in WAYS}}
     lines = {f"{way}, no privacy": over(learnt[way, "inf"], "ll_user")["mean"] for way in list(WAYS)[:2]}
     mixture, alone = (over(learnt[way, least], "ll_user")["mean"] for way in ("Mix-DPO, users", "DPO, users"))
     text = (f"Log-likelihood of all choices of a new user, nats a pair (a coin: {-math.log(2):.3f}). At epsilon "
             f"{name(least)} for users the mixture reaches {mixture:.3f} and DPO {alone:.3f}; without privacy "
             f"{over(learnt['Mix-DPO, users', 'inf'], 'll_user')['mean']:.3f} and "
             f"{over(learnt['DPO, users', 'inf'], 'll_user')['mean']:.3f}.")
-    attack = (f"Membership inference: the whole model, {PASSES} passes over its pairs and {CANARIES // 2} canaries; then each "
-              "pair's loss is asked for. AUC of telling the trained pairs from as many others, and the trained canaries "
-              f"(foreign prompts, choices by a coin) from {CANARIES // 2} that were not; 0.5 is a coin. Without privacy "
-              f"{mean_over(asked['inf'], 'auc')} and {mean_over(asked['inf'], 'auc_canaries')}, at epsilon {name(least)} "
-              f"{mean_over(asked[least], 'auc')} and {mean_over(asked[least], 'auc_canaries')}. A failed attack proves "
-              "nothing; the budget does.")
-    return "\n\n".join([text, table_of(["policy, unit", "epsilon", "log-likelihood", "own accuracy", "ARI"], body, 2), attack,
+    attack = (f"Membership inference: the whole model, {PASSES} passes over its pairs and {CANARIES // 2} canaries; then "
+              "each pair's loss is asked for. AUC of telling the trained pairs from as many others, and the trained "
+              f"canaries (foreign prompts, choices by a coin) from {CANARIES // 2} that were not; 0.5 is a coin. Without "
+              f"privacy {mean_over(asked['inf'], 'auc')} and {mean_over(asked['inf'], 'auc_canaries')}, at epsilon "
+              f"{name(least)} {mean_over(asked[least], 'auc')} and {mean_over(asked[least], 'auc_canaries')}. A failed "
+              "attack proves nothing; the budget does.")
+    head = ["policy, unit", "epsilon", "log-likelihood", "own accuracy", "ARI"]
+    return "\n\n".join([text, table_of(head, body, 2), attack,
                         table_of(["epsilon", "loss, trained on", "loss, others", "AUC", "AUC, canaries"], of)]), {
         "epsilon": curves(shown, "epsilon (delta 1e-5)", "log-likelihood (nats)", log=2, lines=lines)}
 
 
 STUDY = Study(
     "Preferences under differential privacy",
-    "Two types of users with 10 comparisons each, `--epsilon` with `--privacy-unit pair` or `user`, delta 1e-5: what the "
-    "noise costs, and whether a pair's loss tells that it was trained on.",
+    "Two types of users with 10 comparisons each, `--epsilon` with `--privacy-unit pair` or `user`, delta 1e-5: what "
+    "the noise costs, and whether a pair's loss tells that it was trained on.",
     cells, measure, page)

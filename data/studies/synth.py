@@ -9,7 +9,8 @@ from data import adult
 from data.pictures import curves
 from data.studies.study import Study
 from data.studies.tell import by, table_of
-from data.synth import HEAD, PRESETS, READING, SynthConfig, Tables, baselines, compared, read_tables, rows_of, synthesize
+from data.synth import (HEAD, PRESETS, READING, SynthConfig, Tables, baselines, compared, read_tables, rows_of,
+                        synthesize)
 from mixdpo.columns import columns_of
 
 EPSILONS = {"smoke": (1.0, math.inf), "quick": (0.5, 1.0, 3.0, 10.0, math.inf), "full": (0.5, 1.0, 3.0, 10.0, math.inf)}
@@ -53,15 +54,14 @@ def page(rows):
             body.append(["none" if epsilon == "inf" else f"{float(epsilon):g}", *line])
             if epsilon != "inf":
                 for way in "12":
-                    mean_tv = np.mean([one["distance"][way] for one in figures[name]])
-                    shown.setdefault(f"{way}-way", {}).setdefault(name, []).append((float(epsilon), float(mean_tv), 0.0))
+                    distance = float(np.mean([one["distance"][way] for one in figures[name]]))
+                    shown.setdefault(f"{way}-way", {}).setdefault(name, []).append((float(epsilon), distance, 0.0))
     one = {name: of for found in ways.get("1.0", []) for name, of in found.items()}
-    ratio = one["DP-TBART"]["distance"]["2"] / one["independent columns"]["distance"]["2"]
-    free = {name: of for found in ways["inf"] for name, of in found.items()}
-    text = (f"At epsilon 1 the mean 2-way distance of DP-TBART is {ratio:.2f} of that of independent columns with the "
-            f"same budget, and {one['DP-TBART']['distance']['2'] / free['independent columns']['distance']['2']:.2f} of "
-            f"that of independent columns with exact marginals; MST's is "
-            f"{one['MST']['distance']['2'] / free['independent columns']['distance']['2']:.2f} of the latter.")
+    free = {name: of for found in ways["inf"] for name, of in found.items()}["independent columns"]["distance"]["2"]
+    mine, tree, even = (one[name]["distance"]["2"] for name in ("DP-TBART", "MST", "independent columns"))
+    text = (f"At epsilon 1 the mean 2-way distance of DP-TBART is {mine / even:.2f} of that of independent columns with "
+            f"the same budget, and {mine / free:.2f} of that of independent columns with exact marginals; MST's is "
+            f"{tree / free:.2f} of the latter.")
     return "\n\n".join([text, table_of(["epsilon", *HEAD], body, 2), READING]), {
         "distance": curves(shown, "epsilon (delta 1e-5)", "mean total variation", log=10)}
 
