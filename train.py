@@ -385,8 +385,8 @@ def private(plan, config) -> tuple:
             "not_covered": [*NOT_COVERED, NOT_RELEASED]}
     configs.write_whole(out / "privacy.json", json.dumps(told, indent=1) + "\n")
     print(f"privacy: epsilon {spent:.4g} at delta {config.delta:g} for each of {examples} {config.privacy_unit}s: "
-          f"noise {sigma:.4g} times --clip {config.clip:g}, rate {plan.rate:.4g}, {steps} steps; what that covers is in "
-          f"{out / 'privacy.json'}")
+          f"noise {sigma:.4g} times --clip {config.clip:g}, rate {plan.rate:.4g}, {steps} steps; what that covers is "
+          f"in {out / 'privacy.json'}")
     return plan, Noise(sigma, config.clip, plan.rate * examples, seed)
 
 

@@ -112,8 +112,8 @@ def rows_of(figures: dict[str, dict]) -> list[list]:
 
 HEAD = ["table", "1-way", "2-way", "3-way", "accuracy (LR)", "AUROC (LR)", "accuracy (GB)", "AUROC (GB)"]
 READING = (
-    "Mean total variation of all 1-, 2- and 3-way marginals to the real table, of one sample (a second real table is not "
-    "at 0 either); then classifiers of the target column, fitted to each table and tested on real rows: logistic "
+    "Mean total variation of all 1-, 2- and 3-way marginals to the real table, of one sample (a second real table is "
+    "not at 0 either); then classifiers of the target column, fitted to each table and tested on real rows: logistic "
     "regression (LR) and gradient boosting (GB).")
 
 

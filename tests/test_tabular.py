@@ -224,7 +224,8 @@ def test_a_fit_that_was_stopped_ends_as_another(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options, wanted", [
     ({"order": "size"}, "--order"), ({"epsilon": 0.0}, "--epsilon"), ({"delta": 1.0}, "--delta"),
-    ({"steps": 0}, "--steps"), ({"first_look": 1.0}, "--first-look"), ({"order": "entropy", "first_look": 0.0}, "--first-look"),
+    ({"steps": 0}, "--steps"), ({"first_look": 1.0}, "--first-look"),
+    ({"order": "entropy", "first_look": 0.0}, "--first-look"),
     ({"heads": 3}, "multiple"), ({"clip": math.inf}, "--clip"),
 ])
 def test_options_out_of_range_are_told(options, wanted):

@@ -46,8 +46,8 @@ def page(rows):
     body = [[method, *(mean_over(ways[method, d], "satisfied", 4) for d in sizes)] for method in METHODS]
     d = 5 if 5 in sizes else sizes[-1]
     text = (f"At d = {d} and without privacy {mean_over(ways['DP-TBART', d], 'satisfied', 4)} of DP-TBART's rows have "
-            f"an even sum, and {mean_over(ways['MST', d], 'satisfied', 4)} of MST's, which looks at pairs of columns: a "
-            "coin's share. All pairs are uniform, so each method's 2-way distance is sampling noise "
+            f"an even sum, and {mean_over(ways['MST', d], 'satisfied', 4)} of MST's, which looks at pairs of columns: "
+            "a coin's share. All pairs are uniform, so each method's 2-way distance is sampling noise "
             f"({mean_over(ways['DP-TBART', d], 'two', 4)} and {mean_over(ways['MST', d], 'two', 4)}).")
     head = ["share of rows with an even sum, d =", *map(str, sizes)]
     return "\n\n".join([text, table_of(head, body)]), {

@@ -94,10 +94,10 @@ def page(rows):
             f"{name(least)} for users the mixture reaches {mixture:.3f} and DPO {alone:.3f}; without privacy "
             f"{over(learnt['Mix-DPO, users', 'inf'], 'll_user')['mean']:.3f} and "
             f"{over(learnt['DPO, users', 'inf'], 'll_user')['mean']:.3f}.")
-    attack = (f"Membership inference: the whole model, {PASSES} passes over its pairs and {CANARIES // 2} canaries; then "
-              "each pair's loss is asked for. AUC of telling the trained pairs from as many others, and the trained "
-              f"canaries (foreign prompts, choices by a coin) from {CANARIES // 2} that were not; 0.5 is a coin. Without "
-              f"privacy {mean_over(asked['inf'], 'auc')} and {mean_over(asked['inf'], 'auc_canaries')}, at epsilon "
+    attack = (f"Membership inference: the whole model, {PASSES} passes over its pairs and {CANARIES // 2} canaries; "
+              "then each pair's loss is asked for. AUC of telling the trained pairs from as many others, and the trained "
+              f"canaries (foreign prompts, choices by a coin) from {CANARIES // 2} that were not; 0.5 is a coin. "
+              f"Without privacy {mean_over(asked['inf'], 'auc')} and {mean_over(asked['inf'], 'auc_canaries')}, at epsilon "
               f"{name(least)} {mean_over(asked[least], 'auc')} and {mean_over(asked[least], 'auc_canaries')}. A failed "
               "attack proves nothing; the budget does.")
     head = ["policy, unit", "epsilon", "log-likelihood", "own accuracy", "ARI"]
