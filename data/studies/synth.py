@@ -60,8 +60,8 @@ def page(rows):
     free = {name: of for found in ways["inf"] for name, of in found.items()}["independent columns"]["distance"]["2"]
     mine, tree, even = (one[name]["distance"]["2"] for name in ("DP-TBART", "MST", "independent columns"))
     text = (f"At epsilon 1 the mean 2-way distance of DP-TBART is {mine / even:.2f} of that of independent columns "
-            f"with the same budget, and {mine / free:.2f} of that of independent columns with exact marginals; MST's is "
-            f"{tree / free:.2f} of the latter.")
+            f"with the same budget, and {mine / free:.2f} of that of independent columns with exact marginals; "
+            f"MST's is {tree / free:.2f} of the latter.")
     return "\n\n".join([text, table_of(["epsilon", *HEAD], body, 2), READING]), {
         "distance": curves(shown, "epsilon (delta 1e-5)", "mean total variation", log=10)}
 
