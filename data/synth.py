@@ -83,8 +83,8 @@ def read_tables(config: SynthConfig) -> Tables:
 
 
 def compared(tables: Tables, made: dict[str, np.ndarray]) -> dict[str, dict]:
-    """Figures of each synthetic table: mean total variation by way, and utility if there is a test table, but that one's
-    own, which would be tested on what it was fitted to."""
+    """Figures of each synthetic table: mean total variation by way, and utility if there is a test table, but not that
+    one's own, which would be tested on what it was fitted to."""
     sizes, kinds = [c.size for c in tables.columns], ["category" if c.values else "number" for c in tables.columns]
     return {name: {"distance": {str(k): v for k, v in distances(tables.train, codes, sizes).items()},
                    "utility": {} if tables.test is None or codes is tables.test else

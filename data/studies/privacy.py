@@ -97,9 +97,9 @@ def page(rows):
     attack = (f"Membership inference: the whole model, {PASSES} passes over its pairs and {CANARIES // 2} canaries; "
               "then each pair's loss is asked for. AUC of telling the trained pairs from as many others, and the "
               f"trained canaries (foreign prompts, choices by a coin) from {CANARIES // 2} that were not; 0.5 is a "
-              f"coin. Without privacy {mean_over(asked['inf'], 'auc')} and {mean_over(asked['inf'], 'auc_canaries')}, at "
-              f"epsilon {name(least)} {mean_over(asked[least], 'auc')} and {mean_over(asked[least], 'auc_canaries')}. A "
-              "failed attack proves nothing; the budget does.")
+              f"coin. Without privacy {mean_over(asked['inf'], 'auc')} and {mean_over(asked['inf'], 'auc_canaries')}; "
+              f"at epsilon {name(least)} {mean_over(asked[least], 'auc')} and "
+              f"{mean_over(asked[least], 'auc_canaries')}. A failed attack proves nothing; the budget does.")
     head = ["policy, unit", "epsilon", "log-likelihood", "own accuracy", "ARI"]
     return "\n\n".join([text, table_of(head, body, 2), attack,
                         table_of(["epsilon", "loss, trained on", "loss, others", "AUC", "AUC, canaries"], of)]), {
