@@ -285,6 +285,14 @@ def test_the_same_noise_seed_gives_the_same_table(own, tmp_path):
     assert made[0] == made[1] != made[2]
 
 
+def test_help_tells_inherited_options(capsys):
+    """Fault: only those of the last class have their comments as help."""
+    with pytest.raises(SystemExit):
+        synth.main(["--help"])
+    told = capsys.readouterr().out
+    assert "--epsilon" in told and "privacy budget" in told and "another table, for train-on" in told
+
+
 @pytest.mark.parametrize("change, wanted", [
     ({"data": ""}, "--data"), ({"target": ""}, "go together"), ({"target": "poor"}, "'poor', wanted one of colour"),
     ({"delta": 0.01}, "300 rows"), ({"preset": "huge"}, "--preset"), ({"dataset": "adults"}, "wanted adult"),
