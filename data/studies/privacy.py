@@ -17,6 +17,7 @@ SEEDS = {"smoke": 1, "quick": 1, "full": 8}
 USERS = {"smoke": 30, "quick": 200, "full": 1000}
 MEMBERS = {"smoke": 40, "quick": 160, "full": 200}      # pairs that are trained on, and as many that are not
 CANARIES = 40           # pairs of foreign prompts whose choice is a coin's; half of them are trained on
+RATE = 0.004            # of heads under noise, whose steps want to be smaller
 PASSES = 25             # until the model knows its pairs by heart
 MIXTURE = {"experts": 2, "latent": "user", "start": "dirichlet"}
 WAYS = {"DPO, pairs": (ONE, "pair"), "Mix-DPO, users": (MIXTURE, "user"), "DPO, users": (ONE, "user")}
@@ -25,7 +26,8 @@ WAYS = {"DPO, pairs": (ONE, "pair"), "Mix-DPO, users": (MIXTURE, "user"), "DPO, 
 def cells(preset: str) -> list[dict]:
     common = [{"preset": preset, "seed": seed, "epsilon": str(epsilon)} for seed in range(SEEDS[preset])
               for epsilon in EPSILONS[preset]]
-    return [cell | {"way": way} for cell in common for way in WAYS] + [cell | {"way": "inference"} for cell in common]
+    return ([cell | {"way": way} | ({"head_lr": RATE} if cell["epsilon"] != "inf" else {}) for cell in common
+             for way in WAYS] + [cell | {"way": "inference"} for cell in common])
 
 
 def private(cell: dict, unit: str) -> dict:
@@ -41,8 +43,8 @@ def measure(cell: dict, folder) -> dict:
         return inference(cell, folder, world)
     options, unit = WAYS[cell["way"]]
     more = private(cell, unit)
-    if more:                                                                # noise wants large steps
-        more |= {"batch": 200, "micro": 200, "epochs": 6 if unit == "pair" else 12}
+    if more:                                                                # noise wants large batches
+        more |= {"batch": 200, "micro": 200, "epochs": 6 if unit == "pair" else 12, "head_lr": cell["head_lr"]}
     return figures(look(fit(folder, "run", **options | more), folder / "heldout.jsonl"))
 
 
@@ -86,9 +88,11 @@ def page(rows):
     of = [[name(e), mean_over(asked[e], "loss_in"), mean_over(asked[e], "loss_out"), mean_over(asked[e], "auc"),
            mean_over(asked[e], "auc_canaries")] for e in epsilons]
     least = min(epsilons, key=float)
-    shown = {"new users": {way: [(float(e), over(learnt[way, e], "ll_user")["mean"], 0.0) for e in epsilons
-                                 if e != "inf"] for way in WAYS}}
-    lines = {f"{way}, no privacy": over(learnt[way, "inf"], "ll_user")["mean"] for way in list(WAYS)[:2]}
+    finite = [e for e in epsilons if e != "inf"]
+    shown = {"log-likelihood of new users": {way: [(float(e), over(learnt[way, e], "ll_user")["mean"], 0.0)
+                                                   for e in finite] for way in WAYS},
+             "AUC of inference": {what: [(float(e), over(asked[e], key)["mean"], 0.0) for e in finite]
+                                  for what, key in (("pairs told", "auc"), ("canaries told", "auc_canaries"))}}
     mixture, alone = (over(learnt[way, least], "ll_user")["mean"] for way in ("Mix-DPO, users", "DPO, users"))
     text = (f"Log-likelihood of all choices of a new user, nats a pair (a coin: {-math.log(2):.3f}). At epsilon "
             f"{name(least)} for users the mixture reaches {mixture:.3f} and DPO {alone:.3f}; without privacy "
@@ -103,7 +107,7 @@ def page(rows):
     head = ["policy, unit", "epsilon", "log-likelihood", "own accuracy", "ARI"]
     return "\n\n".join([text, table_of(head, body, 2), attack,
                         table_of(["epsilon", "loss, trained on", "loss, others", "AUC", "AUC, canaries"], of)]), {
-        "epsilon": curves(shown, "epsilon (delta 1e-5)", "log-likelihood (nats)", log=2, lines=lines)}
+        "epsilon": curves(shown, "epsilon (delta 1e-5)", "", log=2, columns=2, one_scale=False)}
 
 
 STUDY = Study(
