@@ -41,7 +41,9 @@ def measure(cell: dict, folder) -> dict:
 def page(rows):
     ways, shown = by(rows, "method", "d"), {}
     for (method, d), found in ways.items():
-        shown.setdefault(method, []).append((d, float(np.mean([f["satisfied"] for f in found])), 0.0))
+        name, _, epsilon = method.partition(", ")
+        points = shown.setdefault(epsilon or "without privacy", {}).setdefault(name, [])
+        points.append((d, float(np.mean([f["satisfied"] for f in found])), 0.0))
     sizes = sorted({d for _, d in ways})
     body = [[method, *(mean_over(ways[method, d], "satisfied", 4) for d in sizes)] for method in METHODS]
     d = 5 if 5 in sizes else sizes[-1]
@@ -51,7 +53,7 @@ def page(rows):
             f"({mean_over(ways['DP-TBART', d], 'two', 4)} and {mean_over(ways['MST', d], 'two', 4)}).")
     head = ["share of rows with an even sum, d =", *map(str, sizes)]
     return "\n\n".join([text, table_of(head, body)]), {
-        "satisfied": curves({"parity": shown}, "columns d", "rows that satisfy it", lines={"a coin": 0.5})}
+        "satisfied": curves(shown, "columns d", "rows with an even sum", lines={"a coin": 0.5})}
 
 
 STUDY = Study(
