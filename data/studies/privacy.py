@@ -17,7 +17,7 @@ SEEDS = {"smoke": 1, "quick": 1, "full": 8}
 USERS = {"smoke": 30, "quick": 200, "full": 1000}
 MEMBERS = {"smoke": 40, "quick": 160, "full": 200}      # pairs that are trained on, and as many that are not
 CANARIES = 40           # pairs of foreign prompts whose choice is a coin's; half of them are trained on
-RATE = 0.004            # of heads under noise, whose steps want to be smaller
+RATE = 0.004            # of heads for private pairs, whose noise is large beside a single pair's gradient
 PASSES = 25             # until the model knows its pairs by heart
 MIXTURE = {"experts": 2, "latent": "user", "start": "dirichlet"}
 WAYS = {"DPO, pairs": (ONE, "pair"), "Mix-DPO, users": (MIXTURE, "user"), "DPO, users": (ONE, "user")}
@@ -26,8 +26,11 @@ WAYS = {"DPO, pairs": (ONE, "pair"), "Mix-DPO, users": (MIXTURE, "user"), "DPO, 
 def cells(preset: str) -> list[dict]:
     common = [{"preset": preset, "seed": seed, "epsilon": str(epsilon)} for seed in range(SEEDS[preset])
               for epsilon in EPSILONS[preset]]
-    return ([cell | {"way": way} | ({"head_lr": RATE} if cell["epsilon"] != "inf" else {}) for cell in common
-             for way in WAYS] + [cell | {"way": "inference"} for cell in common])
+    def slower(cell: dict, unit: str) -> dict:
+        return {"head_lr": RATE} if cell["epsilon"] != "inf" and unit == "pair" else {}
+
+    return ([cell | {"way": way} | slower(cell, unit) for cell in common for way, (_, unit) in WAYS.items()]
+            + [cell | {"way": "inference"} for cell in common])
 
 
 def private(cell: dict, unit: str) -> dict:
@@ -44,7 +47,8 @@ def measure(cell: dict, folder) -> dict:
     options, unit = WAYS[cell["way"]]
     more = private(cell, unit)
     if more:                                                                # noise wants large batches
-        more |= {"batch": 200, "micro": 200, "epochs": 6 if unit == "pair" else 12, "head_lr": cell["head_lr"]}
+        more |= {"batch": 200, "micro": 200, "epochs": 6 if unit == "pair" else 12}
+        more |= {"head_lr": cell["head_lr"]} if "head_lr" in cell else {}
     return figures(look(fit(folder, "run", **options | more), folder / "heldout.jsonl"))
 
 
