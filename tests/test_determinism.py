@@ -82,12 +82,13 @@ def trajectories(folder, model):
 
 
 def test_the_committed_trajectory(tmp_path, model_dir):
-    """Catches: any change of the numbers, wherever it comes from."""
+    """Catches: any change of the numbers, wherever it comes from. Accuracy not at step 1: margins are 0 there but for
+    rounding, and their signs are the processor's."""
     wanted, got = json.loads(GOLDEN.read_text()), trajectories(tmp_path, model_dir)
     assert wanted.keys() == got.keys()
     for case in wanted:
         for step, (a, b) in enumerate(zip(wanted[case]["metrics"], got[case]["metrics"], strict=True), 1):
-            for key in a:
+            for key in a if step > 1 else ("loss", "grad_norm"):
                 assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), f"{case}, step {step}, {key}"
         assert got[case]["sums"].keys() == wanted[case]["sums"].keys()
         for name, value in wanted[case]["sums"].items():
