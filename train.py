@@ -25,7 +25,6 @@ step is cut into micro-batches or chunks. K = 1 is DPO. Only this file calls bac
 import dataclasses
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +33,8 @@ import torch
 
 from mixdpo import config as configs
 from mixdpo import fits
-from mixdpo.accountant import Mechanism, epsilon_of, noise_multiplier
 from mixdpo.adopt import adopt
+from mixdpo.budget import SECRET, budgeted
 from mixdpo.config import InputError, Stopped
 from mixdpo.diagnostics import step_summary
 from mixdpo.dpo import flipped_margins, label_loss, margins
@@ -49,9 +48,9 @@ from mixdpo.memory import steady
 from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, reweigh, update_weights, vary
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.options import TrainConfig, validate
-from mixdpo.plan import Micro, chunks, fitting_rows, make_plan, micro_batches, sampled
+from mixdpo.plan import Micro, chunks, fitting_rows, make_plan, micro_batches
 from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences, rows_of
-from mixdpo.privacy import NOT_COVERED, ClippedSum, Noise, secret_seed
+from mixdpo.privacy import ClippedSum, Noise
 from mixdpo.records import lines
 from mixdpo.reference import load_references, reference_of
 from mixdpo.rundir import Log, Progress, Stop, compute_dtype, environment, load_checkpoint, save_checkpoint
@@ -314,7 +313,7 @@ def learn(config: TrainConfig, same: dict, stop: Stop) -> None:
     same = same | {"model_key": model_key}
     noise = None
     if config.epsilon < math.inf:
-        plan, noise = private(plan, config)
+        plan, noise = budgeted(plan, config)
     ref_logp, (gate, inputs) = reference.logp.to(device), make_gate(plan, reference, config, device)
     optimizer, names = make_optimizer(experts, config.lr, config.head_lr, gate, config.gate_lr, config.moments,
                                       config.seed, once_a_step(experts) if config.in_backward else [])
@@ -363,36 +362,6 @@ def learn(config: TrainConfig, same: dict, stop: Stop) -> None:
     save(finished=True)
     log.close()
     (out / SECRET).unlink(missing_ok=True)                                  # nothing is left to draw
-
-
-SECRET = "noise-seed"
-
-
-def private(plan, config) -> tuple:
-    """The plan with steps drawn by chance, and the noise that keeps its run within the budget. Writes privacy.json, and
-    the secret seed, which a run that is resumed finds again. Raises: InputError."""
-    out = Path(config.out)
-    if not (out / SECRET).exists():
-        os.close(os.open(out / SECRET, os.O_CREAT | os.O_WRONLY, 0o600))    # its owner's alone, before it is written
-        (out / SECRET).write_text(f"{secret_seed(config.noise_seed)}\n")
-    seed = int((out / SECRET).read_text())
-    plan = sampled(plan, config, seed)
-    examples, steps = len(set(plan.owner.tolist())), len(plan.steps)
-    sigma = noise_multiplier(config.epsilon, config.delta, plan.rate, steps)
-    spent = epsilon_of([Mechanism(sigma, plan.rate, steps)], config.delta)
-    told = {"epsilon": spent, "delta": config.delta, "unit": config.privacy_unit, "examples": examples,
-            "rate": plan.rate, "steps": steps, "noise_multiplier": sigma, "clip": config.clip, "covered": COVERED,
-            "not_covered": [*NOT_COVERED, NOT_RELEASED]}
-    configs.write_whole(out / "privacy.json", json.dumps(told, indent=1) + "\n")
-    print(f"privacy: epsilon {spent:.4g} at delta {config.delta:g} for each of {examples} {config.privacy_unit}s: "
-          f"noise {sigma:.4g} times --clip {config.clip:g}, rate {plan.rate:.4g}, {steps} steps; what that covers is "
-          f"in {out / 'privacy.json'}")
-    return plan, Noise(sigma, config.clip, plan.rate * examples, seed)
-
-
-COVERED = "the weights of experts and gate, as eval.py and an export read them, and all that is made of these alone"
-NOT_RELEASED = ("metrics.jsonl, responsibilities.jsonl, the responsibilities in checkpoint/, cache/, what is printed: "
-                "they are made of the data without noise, and stay at home")
 
 
 def resumed(out: Path, same: dict, experts, gate, optimizer, names: list[str], device) -> Carried | None:

@@ -26,6 +26,8 @@ from itertools import combinations
 
 import numpy as np
 
+from mixdpo.tabular import simplex
+
 STEPS = 500         # of the projection of a pair's table
 
 
@@ -107,13 +109,6 @@ def spanning_tree(codes, sizes, ones: list[np.ndarray], rho: float, rng: np.rand
 
 
 # ---- estimation
-
-
-def simplex(x: np.ndarray, total: float) -> np.ndarray:
-    """The closest vector with no negative entry and this sum: max(x - t, 0) for the right t."""
-    largest = np.sort(x)[::-1]
-    t = (largest.cumsum() - total) / np.arange(1, len(x) + 1)
-    return np.maximum(x - t[largest > t][-1], 0)
 
 
 def closest(x: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:

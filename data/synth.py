@@ -11,6 +11,7 @@ budget, and beside the table itself.
 
 import json
 import math
+import shutil
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,10 +25,10 @@ from data.marginals import distances, independent, utility
 from data.mst import marginal_method
 from data.studies.tell import table_of
 from mixdpo.accountant import noise_multiplier
+from mixdpo.budget import SECRET, kept_seed
 from mixdpo.columns import Column, columns_of, encode, read_schema, read_table, write_table
 from mixdpo.config import InputError, command, parse, write_whole
 from mixdpo.memory import steady
-from mixdpo.privacy import secret_seed
 from mixdpo.rundir import environment
 from mixdpo.tabular import TableConfig, account, fit, look, sample, validate
 from mixdpo.whole import alone
@@ -137,12 +138,8 @@ def run(config: SynthConfig) -> Path:
         raise InputError(f"--delta {config.delta:g} for {N} rows: one of them could be given away whole; "
                          f"wanted less than {1 / N:.1g}")
     out.mkdir(parents=True, exist_ok=True)
-    secret = out / "noise-seed"
     with alone(out):
-        if not secret.exists():
-            secret.touch(mode=0o600)
-            secret.write_text(f"{secret_seed(config.noise_seed)}\n")
-        seed = int(secret.read_text())
+        seed = kept_seed(out, config.noise_seed)
         apart = ("out", "save_minutes", "micro", "data_folder", "rows", "noise_seed")
         same = {k: v for k, v in asdict(config).items() if k not in apart} | {"table": N}
         codes, table, fitted = synthesize(tables, config, rows, seed, out, same)
@@ -158,7 +155,8 @@ def run(config: SynthConfig) -> Path:
         real = {"the real table": tables.train} if tables.test is None else {
             "the real table": tables.train, "a second real table": tables.test}
         figures |= compared(tables, real)
-        secret.unlink()
+        (out / SECRET).unlink()
+        shutil.rmtree(out / "checkpoint", ignore_errors=True)               # other noise must not go on from there
     spent = (f"Each row of {N} is hidden with epsilon {told['epsilon']:.4g} at delta {config.delta:g}. Not covered: "
              + "; ".join(told["not_covered"])) if fitted.spent else "No privacy: epsilon is inf."
     where = environment()

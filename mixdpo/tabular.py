@@ -230,7 +230,8 @@ def look(columns: list[Column], codes: np.ndarray, config: TableConfig, seed: in
         if column.quantiles:
             columns[j], fine[j] = joined(column, counts[j])
             counts[j] = np.bincount(fine[j][: column.size], weights=counts[j], minlength=columns[j].size)
-    shares = [simplex(c) for c in counts]
+    counts = [simplex(c, max(c.sum(), 1.0)) + 0.5 for c in counts]          # half a row each: no value is ruled out
+    shares = [c / c.sum() for c in counts]
     if config.order == "entropy":
         order = np.argsort([(p * np.log(p)).sum() for p in shares], kind="stable").tolist()
     prior = torch.from_numpy(np.log(np.concatenate([shares[j] for j in order]))).float()
@@ -238,13 +239,11 @@ def look(columns: list[Column], codes: np.ndarray, config: TableConfig, seed: in
     return replace(table, codes=table.coded(codes))
 
 
-def simplex(counts: np.ndarray) -> np.ndarray:
-    """The shares nearest to noisy counts (n,): all lowered by what makes those left above 0 sum to one. Half a row each
-    on top, so that no value is ruled out."""
-    N, down = max(counts.sum(), 1.0), np.sort(counts)[::-1]
-    excess = (down.cumsum() - N) / np.arange(1, len(down) + 1)
-    kept = np.maximum(counts - excess[np.flatnonzero(down > excess)[-1]], 0) + 0.5
-    return kept / kept.sum()
+def simplex(x: np.ndarray, total: float) -> np.ndarray:
+    """The closest vector with no negative entry and this sum: max(x - t, 0) for the right t."""
+    largest = np.sort(x)[::-1]
+    t = (largest.cumsum() - total) / np.arange(1, len(x) + 1)
+    return np.maximum(x - t[largest > t][-1], 0)
 
 
 # ---- fitting

@@ -12,7 +12,7 @@ import tinyjob
 import train
 from mixdpo import plan as plans
 from mixdpo import privacy
-from mixdpo.accountant import Mechanism, epsilon_of
+from mixdpo.accountant import Mechanism, epsilon_of, noise_multiplier
 from mixdpo.config import InputError
 from mixdpo.dpo import margins
 from mixdpo.experts import pair_logp, trained_state
@@ -52,7 +52,7 @@ def slow(config) -> dict[str, torch.Tensor]:
     experts, plan, reference, _, device = train.prepare(config)
     plan = sampled(plan, config, config.noise_seed)
     examples = len(set(plan.owner.tolist()))
-    sigma = train.noise_multiplier(config.epsilon, config.delta, plan.rate, len(plan.steps))
+    sigma = noise_multiplier(config.epsilon, config.delta, plan.rate, len(plan.steps))
     gate, inputs = make_gate(plan, reference, config, device)
     optimizer, _ = make_optimizer(experts, config.lr, config.head_lr, gate, config.gate_lr)
     params = [p for group in optimizer.param_groups for p in group["params"]]

@@ -166,7 +166,7 @@ def test_the_look_is_noisy_counts(monkeypatch):
     is in d counts wants; the same noise for all columns."""
     table, wide = look(columns(), codes_of(), TableConfig(), 5), columns([4000, 4000])
     codes, seen = np.zeros((10**6, 2), dtype=np.int64), []
-    monkeypatch.setattr(tabular, "simplex", lambda counts: seen.append(counts.copy()) or np.full(len(counts), 1.0))
+    monkeypatch.setattr(tabular, "simplex", lambda counts, total: seen.append(counts) or np.ones(len(counts)))
     table = look(wide, codes, TableConfig(), 5)
     sigma = table.spent[0].sigma
     noise = [counts[1:] for counts in seen]
