@@ -1,5 +1,5 @@
-"""Tables as codes: schemas, files, and what is said of faults in them. Docstrings name the faults that each test was
-seen to fail on."""
+"""Tables as codes: schemas, files, and what is said of faults in them. Docstrings name the faults that each test is
+there for."""
 
 import csv
 import gzip

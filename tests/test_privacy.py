@@ -1,5 +1,5 @@
 """DP-SGD: three ways to one sum, noise of the right size everywhere, and each part of the mechanism missed when it is
-taken away. Docstrings name the faults that each test was seen to fail on."""
+taken away. Docstrings name the faults that each test is there for."""
 
 import math
 

@@ -1,5 +1,5 @@
 """train.py --epsilon: experts and gate by DP-SGD, against a slow twin that knows nothing of micro-batches. Docstrings
-name the faults that each test was seen to fail on; the four of `FAULTS` are put in here, each time."""
+name the faults that each test is there for; the four of `FAULTS` are put in here, each time."""
 
 import dataclasses
 import json

@@ -1,5 +1,5 @@
 """DP-TBART: the model by enumeration, fitting against a slow twin, the first look, and whole runs of data/synth.py.
-Docstrings name the faults that each test was seen to fail on."""
+Docstrings name the faults that each test is there for."""
 
 import csv
 import itertools
@@ -120,7 +120,7 @@ class Losses(torch.nn.Module):
 
 @pytest.mark.parametrize("batch", [6, 0.7])
 def test_fitting_is_the_slow_loop(batch, monkeypatch):
-    """To 1e-5, over steps of which some are empty (batch 0.7 of 40 rows). Faults, each seen: no clipping; no noise;
+    """To 1e-5, over steps of which some are empty (batch 0.7 of 40 rows). Faults: no clipping; no noise;
     noise without clip; batches of fixed size; division by what came instead of what is expected; an empty step passed
     over; a micro-batch clipped as a whole; the average of an untrained model."""
     table, config = look(columns(), codes_of(), TableConfig(), 5), TableConfig(**TINY | {"batch": 6, "clip": 0.4})
