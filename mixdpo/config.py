@@ -12,6 +12,7 @@ import difflib
 import errno
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -20,8 +21,14 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """What a user gave us cannot be used. The message says where (file and line), what was got,
-    what was wanted, and what to do."""
+    """User input that cannot be used. `message` says what is wrong, what was expected and what to do; file, line and
+    option say where. As text: "FILE:LINE: message", "FILE: message", "--option: message", or the message alone."""
+
+    def __init__(self, message: str, file=None, line: int | None = None, option: str | None = None):
+        self.message, self.file, self.line, self.option = message, file, line, option
+        where = f"{file}" if file is not None else f"--{option.replace('_', '-')}" if option is not None else ""
+        where += f":{line}" if line is not None else ""
+        super().__init__(f"{where}: {message}" if where else message)
 
 
 @contextlib.contextmanager
@@ -142,6 +149,19 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def to_json(value, **options) -> str:
+    """The value as JSON that every reader accepts. NaN becomes null, an infinity the string "inf" or "-inf": both are
+    valid in Python's own dialect only."""
+    def plain(value):
+        if isinstance(value, float) and not math.isfinite(value):
+            return None if math.isnan(value) else str(value)
+        if isinstance(value, dict):
+            return {key: plain(part) for key, part in value.items()}
+        return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+    return json.dumps(plain(value), allow_nan=False, **options)
 
 
 def save(config, path: Path) -> None:
