@@ -44,6 +44,8 @@ class Tokenizer:
         _refuse_flags(added, self.nfc, place)
         self.doc, self.config, self.place = doc, config, place
         self.special, self.chat_template = {t["content"]: t["id"] for t in added}, _template_of(config)  # for chat.py
+        named = {key: value for key, value in config.items() if key.endswith("_token")}          # for the template
+        self.named = {key: v["content"] if isinstance(v, dict) else v for key, v in named.items() if v is not None}
         self.eos, self.bos = self._id_of(config["eos_token"]), self._id_of(_first_of_template(doc))
         self.vocab = max(self.vocabulary.names) + 1
         try:
@@ -117,7 +119,8 @@ class Tokenizer:
         """sha256 of everything that decides ids; two tokenizers with the same key give the same ids."""
         merged = [(rank, self.vocabulary.ids[rank], token.hex()) for token, rank in self.vocabulary.ranks.items()]
         parts = [[(i, token) for _, i, token in sorted(merged)], self.pattern, self.prefix_space, self.nfc, self.eos,
-                 self.bos, sorted(self.vocabulary.literal.items()), self.vocab, self.chat_template]
+                 self.bos, sorted(self.vocabulary.literal.items()), self.vocab,
+                 self.chat_template and [self.chat_template, self.named]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def save(self, directory):
