@@ -29,8 +29,8 @@ def load_products(data) -> tuple[dict[str, list[Review]], dict]:
     Raises: InputError if there is no source, or it is not what it should be."""
     path = next((Path(data) / name for name in OWN if data is not None and (Path(data) / name).is_file()), None)
     if path is None:
-        raise InputError(f"book reviews: none of {', '.join(OWN)} lies in {data or 'a folder of yours'}; get the "
-                         f"second from {PAGE}, put it into a folder, and name that with DATA=FOLDER")
+        raise InputError(f"no book reviews: wanted one of {', '.join(OWN)} in a folder; get the second from {PAGE}, "
+                         "put it into a folder, and name that with DATA=FOLDER", file=data)
     read = read_archive if path.suffixes[-2:] == [".tar", ".gz"] else read_jsonl
     found, seen, count = {}, set(), 0
     for domain, label, text in read(path):
@@ -39,7 +39,7 @@ def load_products(data) -> tuple[dict[str, list[Review]], dict]:
             seen.add(text)
             found.setdefault(domain, []).append(Review(text, "train", label))
     if not found.get("books"):
-        raise InputError(f"{path}: {count} reviews, none of them of books; wanted the domain \"books\"")
+        raise InputError(f"{count} reviews, none of them of books; wanted the domain \"books\"", file=path)
     return found, {"source": path.name, "read": count} | {domain: len(rows) for domain, rows in found.items()}
 
 
@@ -51,8 +51,8 @@ def read_jsonl(path: Path):
                 row = json.loads(line)
                 yield str(row["domain"]), LABELS[row["label"]], str(row["text"])
             except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f'{path}:{number}: {type(error).__name__} {error}; wanted {{"domain": "books", '
-                                 '"label": "pos", "text": ...} on a line') from None
+                raise InputError(f'{type(error).__name__} {error}; wanted {{"domain": "books", "label": "pos", "text": '
+                                 '...} on a line', file=path, line=number) from None
 
 
 def read_archive(path: Path):
@@ -62,9 +62,9 @@ def read_archive(path: Path):
             for member in archive:
                 if found := re.fullmatch(r"(?:.*/)?([a-z]+)[^/]*/(positive|negative)\.review", member.name):
                     if member.size > MOST:
-                        raise InputError(f"{path}: {member.name} has {member.size} bytes, wanted {MOST} at most")
+                        raise InputError(f"{member.name} has {member.size} bytes, wanted {MOST} at most", file=path)
                     body = archive.extractfile(member).read().decode("utf-8", "replace")
                     for text in re.findall(r"<review_text>(.*?)</review_text>", body, re.DOTALL):
                         yield found[1], int(found[2] == "positive"), text
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"{path}: is not a whole archive ({error}); get it again from {PAGE}") from None
+        raise InputError(f"is not a whole archive ({error}); get it again from {PAGE}", file=path) from None

@@ -188,10 +188,10 @@ def choose_model(config: ExperimentConfig) -> tuple[str, str]:
 def choose_judge(config: ExperimentConfig) -> tuple[str | None, str]:
     """DistilBERT's name or directory, or None for the bag; and why."""
     if config.sentiment not in ("", "bag", "distilbert"):
-        raise InputError(f"--sentiment: got {config.sentiment!r}, wanted bag or distilbert, or nothing")
+        raise InputError(f"got {config.sentiment!r}, wanted bag or distilbert, or nothing", option="sentiment")
     found, why = (None, "as asked") if config.sentiment == "bag" else find_distilbert(config.data_folder or None)
     if config.sentiment == "distilbert" and found is None:
-        raise InputError(f"--sentiment distilbert: {why}")
+        raise InputError(f"distilbert: {why}", option="sentiment")
     return found, why
 
 
@@ -223,7 +223,7 @@ def chosen(of, config) -> tuple[str, dict, Path]:
     """The preset's name, its settings, and the job's folder. Raises: InputError if there is no such preset."""
     name = config.preset or ("paper" if torch.cuda.is_available() else "quick")
     if name not in of.presets:
-        raise InputError(f"--preset: got {name!r}, wanted one of {', '.join(of.presets)}")
+        raise InputError(f"got {name!r}, wanted one of {', '.join(of.presets)}", option="preset")
     job = Path(config.out or f"runs/{of.name}-{name}" + (f"-{Path(config.model).name}" if config.model else ""))
     return name, dict(of.presets[name]), job
 
@@ -237,8 +237,8 @@ def begin(job: Path, facts: dict) -> None:
     """Makes the job's folder, which says what it is a job of. Raises: InputError if it holds another one."""
     begun = begun_with(job)
     if differ := [what for what in begun if begun[what] != facts[what]]:
-        raise InputError(f"{job} holds a job of another {', '.join(differ)}: it goes on with what it began with. "
-                         f"Remove {job}, or name another folder with --out")
+        raise InputError(f"holds a job of another {', '.join(differ)}: it goes on with what it began with. Remove it, "
+                         "or name another folder with --out", file=job)
     job.mkdir(parents=True, exist_ok=True)
     if not begun:
         write_whole(job / "job.json", json.dumps(facts, indent=1) + "\n")

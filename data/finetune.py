@@ -49,7 +49,7 @@ def finetune(config: FinetuneConfig) -> Path:
     """Tunes and saves; a finished result of the same configuration and data is used again. Returns the directory."""
     out, device = Path(config.out), "cuda" if torch.cuda.is_available() else "cpu"
     if low := [name for name in ("steps", "batch", "held") if getattr(config, name) < 1]:
-        raise InputError(f"--{low[0]}: got {getattr(config, low[0])}, wanted at least 1")
+        raise InputError(f"got {getattr(config, low[0])}, wanted at least 1", option=low[0])
     model = load_model(config.model, device=device, data=config.data_folder or None)
     places = ("out", "data", "data_folder", "save_minutes")                 # what does not change the result
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in places}
@@ -62,8 +62,8 @@ def finetune(config: FinetuneConfig) -> Path:
     tokenizer = load_tokenizer(config.model, config.data_folder or None)
     blocks = read_blocks(config.data, tokenizer, config.tokens)             # (N,T)
     if len(blocks) < config.held + config.batch:
-        raise InputError(f"{config.data}: {len(blocks)} blocks of {config.tokens} tokens, "
-                         f"wanted at least {config.held + config.batch} (--held and one batch)")
+        raise InputError(f"{len(blocks)} blocks of {config.tokens} tokens, wanted at least "
+                         f"{config.held + config.batch} (--held and one batch)", file=config.data)
     blocks, held = blocks[: -config.held], blocks[-config.held :]
     print(f"fine-tuning on {len(blocks)} blocks of {config.tokens} tokens, "
           f"products in {str(dtype).removeprefix('torch.')}: {why}")
@@ -104,7 +104,7 @@ def tune(policy, blocks: torch.Tensor, config: FinetuneConfig, unfinished: Path,
             try:
                 minimise(loss, optimizer, clip=1.0)
             except FloatingPointError as error:
-                raise InputError(f"{config.data}: step {t}: {error}; nothing was saved. Lower --lr") from None
+                raise InputError(f"step {t}: {error}; nothing was saved. Lower --lr", file=config.data) from None
             t += 1
             progress(t, config.steps, f"loss {loss.item():.4f}")
             if t < config.steps and (stop.asked or time.monotonic() - saved > 60 * config.save_minutes):
@@ -126,7 +126,7 @@ def read_blocks(path: str, tokenizer, tokens: int) -> torch.Tensor:
                 raise TypeError("text is no string")
             ids += [*start, *tokenizer.encode(text), tokenizer.eos]
         except (ValueError, KeyError, TypeError) as error:          # no JSON, object, text or token for a character
-            raise InputError(f'{path}:{number}: wanted {{"text": "..."}}, got {line[:80]!r} ({error})') from None
+            raise InputError(f'wanted {{"text": "..."}}, got {line[:80]!r} ({error})', file=path, line=number) from None
     return torch.tensor(ids[: len(ids) // tokens * tokens]).view(-1, tokens)
 
 

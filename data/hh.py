@@ -37,8 +37,8 @@ def load(data: str | None, preset: dict) -> tuple[list[Item], dict]:
     """All items, and what there was in the file."""
     path = Path(data or ".") / FILE
     if data is None or not path.is_file():
-        raise InputError(f"{FILE} is not in {data or 'a folder of yours'}; put it into a folder, and name that with "
-                         "DATA=FOLDER. data/hh.py says what it holds")
+        raise InputError("no such file; put it into a folder, and name that with DATA=FOLDER. data/hh.py says what it "
+                         "holds", file=path)
     items, counts = [], dict.fromkeys(("pairs", "not a conversation", "labelled twice for one objective",
                                        "of these, otherwise"), 0)
     for number, raw in enumerate(lines(path), 1):
@@ -50,7 +50,7 @@ def load(data: str | None, preset: dict) -> tuple[list[Item], dict]:
                 raise ValueError("an objective or a label that is none")
             messages = conversation(row["prompt"])
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}:{number}: {error!r}; wanted a line as data/hh.py describes it") from None
+            raise InputError(f"{error!r}; wanted a line as data/hh.py describes it", file=path, line=number) from None
         counts["pairs"] += 1
         counts["labelled twice for one objective"] += label.keys() == first.keys()
         counts["of these, otherwise"] += label.keys() == first.keys() and label != first

@@ -181,12 +181,12 @@ def main(of: Judged, argv: list[str]) -> None:
     preset |= {key: getattr(config, key) for key, value in given.items() if value}
     preset |= {"conflicts": config.conflicts}
     if min(preset["users"], preset["pairs"]) < 1:
-        raise InputError(f"--users {preset['users']} --pairs {preset['pairs']}: both must be at least 1, or 0 for the "
-                         "preset's")
+        option = min(("users", "pairs"), key=preset.get)
+        raise InputError(f"got {preset[option]}; wanted at least 1, or 0 for the preset's", option=option)
     if config.types_as_users:
         if config.users or config.pairs:
-            raise InputError("--types-as-users true has one user of each type, who judges everything: leave --users "
-                             "and --pairs out")
+            raise InputError("true has one user of each type, who judges everything: leave --users and --pairs out",
+                             option="types_as_users")
         runs = {name: run | ({"em": "incremental"} if run.get("latent") == "user" else {})  # no batch holds a user
                 for name, run in preset["runs"].items()}
         preset |= {"users": 1, "pairs": 0, "runs": runs}

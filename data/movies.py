@@ -81,7 +81,7 @@ def read_jsonl(path: Path):
             except (ValueError, KeyError, TypeError) as error:
                 wanted = '{"split": "train", "label": "pos", "text": ...}'
                 got = f"{type(error).__name__} {error}"
-                raise InputError(f"{path}:{number}: {got}; wanted {wanted} on a line") from None
+                raise InputError(f"{got}; wanted {wanted} on a line", file=path, line=number) from None
 
 
 def read_archive(path: Path):
@@ -90,7 +90,7 @@ def read_archive(path: Path):
         for member in archive:
             if found := re.fullmatch(r"aclImdb/(train|test)/(pos|neg|unsup)/\d+_\d+\.txt", member.name):
                 if member.size > MOST:
-                    raise InputError(f"{path}: {member.name} has {member.size} bytes, wanted {MOST} at most")
+                    raise InputError(f"{member.name} has {member.size} bytes, wanted {MOST} at most", file=path)
                 split = "unsup" if found[2] == "unsup" else found[1]
                 yield archive.extractfile(member).read().decode("utf-8"), split, LABELS[found[2]]
 

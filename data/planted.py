@@ -66,10 +66,12 @@ def assigned(types: int, each: int, config: PlantedConfig, seed: int) -> dict[st
 
 def main(argv: list[str]) -> list[dict]:
     config = parse(PlantedConfig, argv, "python -m data.planted")
-    if min(config.seeds, config.starts, config.features, *config.types, *config.each) < 1 \
-            or config.pairs < max(config.each) * max(config.types):
-        raise InputError("--types, --each, --seeds, --starts and --features want positive numbers, and --pairs as many "
-                         "as a user of each type judges")
+    for option in ("seeds", "starts", "features", "types", "each"):
+        value = getattr(config, option)
+        if min(value if isinstance(value, tuple) else [value], default=0) < 1:
+            raise InputError(f"got {value}; wanted at least 1", option=option)
+    if config.pairs < (least := max(config.each) * max(config.types)):
+        raise InputError(f"got {config.pairs}; wanted at least {least}, as a user of each type judges", option="pairs")
     torch.set_num_threads(1)                                                # products of this size gain nothing by more
     kinds, rows = [(K, m) for K in config.types for m in config.each], []
     progress = Progress("worlds")

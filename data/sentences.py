@@ -47,7 +47,7 @@ def load_sentences(data=None) -> dict[str, list[Sentence]]:
             for key, (_, text) in texts.items():
                 said = ratings.get(key, [None])[-1]
                 if said is None or not re.fullmatch(r"\[-?\d+(, -?\d+)*\]", said):
-                    raise InputError(f"{path}: {name}, {key}: got {said!r:.80} for its ratings, wanted [1, -2, ...]")
+                    raise InputError(f"{name}, {key}: got {said!r:.80} for its ratings, wanted [1, -2, ...]", file=path)
                 document = key.split("_")[0] if "_" in key else ""
                 out[domain].append(Sentence(clean(text), domain, document, tuple(json.loads(said))))
     return out
@@ -57,11 +57,11 @@ def fields_of(archive: tarfile.TarFile, path, name: str, count: int) -> dict[str
     """ID -> the other fields, of a member with `count` fields a line."""
     member = next((m for m in archive if re.fullmatch(rf"[^/]+/{name}", m.name)), None)
     if member is None or member.size > MOST:
-        raise InputError(f"{path}: {name} is missing, or has more than {MOST} bytes; get the archive again")
+        raise InputError(f"{name} is missing, or has more than {MOST} bytes; get the archive again", file=path)
     rows = {}
     for number, line in enumerate(archive.extractfile(member).read().decode("utf-8-sig", "replace").splitlines(), 1):
         fields = line.split("\t")
         if len(fields) != count:
-            raise InputError(f"{path}: {name}:{number}: got {len(fields)} fields, wanted {count}")
+            raise InputError(f"got {len(fields)} fields, wanted {count}", file=f"{path}: {name}", line=number)
         rows[fields[0]] = fields[1:]
     return rows

@@ -68,7 +68,7 @@ def load(data: str | None, preset: dict) -> tuple[list[Item], dict]:
                 item = item_of(json.loads(raw), preset["seed"], counts["rows"], counts)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 wanted = "a line as data/ultrafeedback.py describes it"
-                raise InputError(f"{path}:{number}: {error!r}; wanted {wanted}") from None
+                raise InputError(f"{error!r}; wanted {wanted}", file=path, line=number) from None
             items += [item] if item else []
     return items, {"source": [path.name for path in paths], "read": dict(counts)}
 

@@ -58,7 +58,7 @@ class Mechanism:
 
 def require_delta(delta: float) -> None:
     if not 10 * CHARGE <= delta < 1:
-        raise InputError(f"delta: got {delta}, wanted {10 * CHARGE:g} or more and less than 1")
+        raise InputError(f"got {delta}, wanted {10 * CHARGE:g} or more and less than 1", option="delta")
 
 
 def loss_at(x: np.ndarray, sigma: float, rate: float) -> np.ndarray:
@@ -242,7 +242,7 @@ def noise_multiplier(epsilon: float, delta: float, rate: float, steps: int, besi
     Raises: InputError if there is none."""
     besides = list(besides)
     if not epsilon > 0:
-        raise InputError(f"epsilon: got {epsilon}, wanted more than 0")
+        raise InputError(f"got {epsilon}, wanted more than 0", option="epsilon")
     Mechanism(0.0, rate, steps)                                             # or InputError
     spent = epsilon_of(besides, delta)
     if epsilon == math.inf or (spent <= epsilon and not (rate and steps)):
@@ -252,8 +252,8 @@ def noise_multiplier(epsilon: float, delta: float, rate: float, steps: int, besi
         return max(w.delta(epsilon) for w in both_ways([*besides, Mechanism(sigma, rate, steps)], accuracy)) <= delta
 
     if not enough(MOST, SEARCH):
-        raise InputError(f"epsilon: got {epsilon} at delta {delta}, of which other releases take {spent:.6g}, and the "
-                         f"rest is too little for {steps} steps; raise it, or give those more noise")
+        raise InputError(f"got {epsilon} at delta {delta}, of which other releases take {spent:.6g}, and the rest is "
+                         f"too little for {steps} steps; raise it, or give those more noise", option="epsilon")
     low, high = LEAST, MOST
     for accuracy in (100 * SEARCH, SEARCH):                                 # most of the search is on a coarse grid
         while low > LEAST and enough(low, accuracy):

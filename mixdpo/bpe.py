@@ -112,9 +112,9 @@ def pattern_of(steps, place):
                 # What the regex leaves between its matches is a piece as well; tiktoken alone would drop it.
                 return rf"{regex}|(?:(?!{regex})[\s\S])+", False
     settings = "; ".join(", ".join(f"{key} {value!r}" for key, value in step.items()) for step in steps) or "none"
-    raise InputError(f"{place}: this pre-tokenizer is not supported: {settings}. Wanted: ByteLevel; Digits, ByteLevel; "
-                     "or Split (Regex, Isolated, not inverted), ByteLevel without regex; a prefix space with the first "
-                     "only")
+    raise InputError(f"this pre-tokenizer is not supported: {settings}. Wanted: ByteLevel; Digits, ByteLevel; or Split "
+                     "(Regex, Isolated, not inverted), ByteLevel without regex; a prefix space with the first only",
+                     file=place)
 
 
 def read_vocabulary(model, added, place):
@@ -122,7 +122,8 @@ def read_vocabulary(model, added, place):
     unsupported = {key: model[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
                                                "byte_fallback") if model.get(key)}
     if model["type"] != "BPE" or unsupported:
-        raise InputError(f"{place}: model {model['type']} {unsupported or ''} is not supported; wanted byte-level BPE")
+        raise InputError(f"model {model['type']} {unsupported or ''} is not supported; wanted byte-level BPE",
+                         file=place)
     vocab, whole = model["vocab"], bool(model.get("ignore_merges"))
     special = {token["content"] for token in added if token["special"]}
     written = {name: to_bytes(name) for name in vocab if name not in special}
@@ -140,8 +141,9 @@ def read_vocabulary(model, added, place):
 
     for token, parts in _unreachable(ranks, rules):
         if len(parts) == 2:
-            raise InputError(f"{place}: token {to_name(token)!r} would be joined from {to_name(parts[0])!r} and "
-                             f"{to_name(parts[1])!r}, for which there is no merge; these merges cannot be run by rank")
+            raise InputError(f"token {to_name(token)!r} would be joined from {to_name(parts[0])!r} and "
+                             f"{to_name(parts[1])!r}, for which there is no merge; these merges cannot be run by rank",
+                             file=place)
         if not whole:
             del ranks[token]                            # no text leads to it, and tiktoken must not take it as a piece
     literal = {token["content"]: token["id"] for token in added if not token["special"]}
@@ -155,11 +157,11 @@ def _rules(merges, written, special, place):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         parts = [written.get(name) for name in pair]
         if "".join(pair) in special:
-            raise InputError(f"{place}: merge {number}, {merge!r}, makes a special token, which text must never give; "
-                             "take that merge out, or the token out of added_tokens")
+            raise InputError(f"merge {number}, {merge!r}, makes a special token, which text must never give; take that "
+                             "merge out, or the token out of added_tokens", file=place)
         if len(parts) != 2 or None in parts or "".join(pair) not in written:
-            raise InputError(f"{place}: merge {number}, {merge!r}, is not two tokens of the vocabulary that "
-                             "make a third")
+            raise InputError(f"merge {number}, {merge!r}, is not two tokens of the vocabulary that make a third",
+                             file=place)
         token = parts[0] + parts[1]
         if token == latest or token not in rules:       # a rule that comes back later never acts: the first ones did
             rules.setdefault(token, []).append(tuple(parts))

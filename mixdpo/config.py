@@ -40,7 +40,7 @@ def reading(path, remedy: str = "it is damaged, or no such file: get it again"):
         raise
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError,
             MemoryError, RuntimeError) as error:
-        raise InputError(f"{path}: {type(error).__name__} {str(error)[:200]!r}; {remedy}") from error
+        raise InputError(f"{type(error).__name__} {str(error)[:200]!r}; {remedy}", file=path) from error
 
 
 def field_comments(cls) -> dict[str, str]:

@@ -168,7 +168,7 @@ def projections(model: nn.Module, targets: str) -> list[str]:
     wanted = targets.split(",") if targets else [name for name in TARGETS if name in known]
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise InputError(f"--targets: got {unknown[0]!r}, wanted some of {', '.join(known)}")
+        raise InputError(f"got {unknown[0]!r}, wanted some of {', '.join(known)}", option="targets")
     return [path for path in linear if path.rpartition(".")[2] in wanted]
 
 
@@ -283,7 +283,7 @@ def load_state(experts: nn.Module, tensors: dict[str, torch.Tensor], path: Path)
     state = {name: value for name, value in tensors.items() if name.startswith("experts.")}
     wrong = sorted(set(own) ^ set(state)) + [n for n in set(own) & set(state) if own[n].shape != state[n].shape]
     if wrong:
-        raise InputError(f"{path}: its tensors do not fit this configuration: {', '.join(wrong[:8])}; "
-                         "resume with the configuration it was written by")
+        raise InputError(f"its tensors do not fit this configuration: {', '.join(wrong[:8])}; resume with the "
+                         "configuration it was written by", file=path)
     for name, p in own.items():
         p.copy_(state[name])

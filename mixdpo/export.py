@@ -27,7 +27,7 @@ def export_experts(experts: Heads | Adapters | Models, out, models: list[str], d
     Raises: InputError if there is something in `out`: files of two exports would be taken for one."""
     out, model = Path(out), models[0]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: is not an empty folder; choose another one for the export")
+        raise InputError("is not an empty folder; choose another one for the export", file=out)
     places = [out / f"expert-{k}" for k in range(experts.K)]
     sources = [locate(name, data) for name in models]
     if isinstance(experts, Adapters) and not sources[0].is_dir():

@@ -116,7 +116,7 @@ def asset(name, data=None):
     with other bytes is an error; it is never passed over. Raises InputError that names every source and why it failed.
     """
     if name not in ASSETS:
-        raise InputError(f"asset {name!r} is not known; there are {', '.join(ASSETS)}")
+        raise InputError(f"no such asset; there are {', '.join(ASSETS)}", file=name)
     entry = ASSETS[name]
     given = _given(entry, data)
     if given is not None:
@@ -144,8 +144,9 @@ def hub(repository, name, revision="main"):
             headers = head(url)
             entry = Asset(name, int(headers["X-Linked-Size"]), headers["X-Linked-Etag"].strip('"'), (url,))
         except (Unavailable, OSError, http.client.HTTPException, KeyError, ValueError) as error:
-            raise InputError(f"{url}: the hub does not say which file that is ({error!r}).\n  By hand: get it, put it "
-                             f"into a folder as {name}, and give DATA=FOLDER") from None
+            raise InputError(f"the hub does not say which file that is ({error!r}).\n"
+                             f"  By hand: get it, put it into a folder as {name}, and give DATA=FOLDER",
+                             file=url) from None
         told.write_text(entry.sha256)
         return _from_sources(name, entry, None, target)
 
@@ -156,9 +157,9 @@ def directory(name, data=None):
     for place in places:
         if (place / "config.json").is_file():
             return place
-    raise InputError(f"{name}: its hub repository is gated, so nothing is downloaded. Accept its licence there, get "
+    raise InputError("its hub repository is gated, so nothing is downloaded. Accept its licence there, get "
                      f"config.json, *.safetensors and tokenizer.json, and put them into {places[-1]}, or into "
-                     f"FOLDER/{name} with DATA=FOLDER")
+                     f"FOLDER/{name} with DATA=FOLDER", file=name)
 
 
 def _given(entry, data):
@@ -166,14 +167,14 @@ def _given(entry, data):
     if data is None:
         return None
     if not Path(data).is_dir():
-        raise InputError(f"{data}: is not a folder; DATA names a folder of local data files")
+        raise InputError("is not a folder; DATA names a folder of local data files", file=data)
     for path in (Path(data) / entry.file, Path(data) / Path(entry.file).name):
         if not path.is_file():
             continue
         if size_of(path) == entry.bytes and sha256_of(path) == entry.sha256:
             return path
-        raise InputError(f"{path}: truncated or altered: {size_of(path)} bytes with sha256 {sha256_of(path)}, wanted "
-                         f"{entry.bytes} with {entry.sha256}; replace it, or take it away and it is fetched")
+        raise InputError(f"truncated or altered: {size_of(path)} bytes with sha256 {sha256_of(path)}, wanted "
+                         f"{entry.bytes} with {entry.sha256}; replace it, or take it away and it is fetched", file=path)
     return None
 
 
@@ -192,9 +193,9 @@ def _from_sources(name, entry, data, target):
             continue
         return path.replace(target) if path == part else path
     tried = "".join(f"\n  {reason}" for reason in reasons)
-    raise InputError(f"{name}: {entry.file} ({entry.bytes / 1e6:.1f} MB) could not be had from any source:{tried}\n"
+    raise InputError(f"{entry.file} ({entry.bytes / 1e6:.1f} MB) could not be had from any source:{tried}\n"
                      f"  By hand: put it into a folder as {entry.file} and give DATA=FOLDER, or put it at {target}\n"
-                     f"  (sha256 {entry.sha256})")
+                     f"  (sha256 {entry.sha256})", file=name)
 
 
 @contextlib.contextmanager

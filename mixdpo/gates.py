@@ -38,8 +38,8 @@ def first_weights(config) -> torch.Tensor:
         return torch.full((config.experts,), -math.log(config.experts))
     w = torch.tensor(convert(config.weights, tuple[float, ...], "--weights"))
     if len(w) != config.experts or (w <= 0).any():
-        raise InputError(f"--weights: got {config.weights!r}, wanted uniform, update, "
-                         f"or {config.experts} positive numbers")
+        raise InputError(f"got {config.weights!r}, wanted uniform, update, or {config.experts} positive numbers",
+                         option="weights")
     return torch.log(w / w.sum())
 
 
@@ -98,8 +98,9 @@ class Gate(nn.Module):
         if kind == "fixed":
             self.register_buffer("log_w", log_w.clone())                                    # (K,)
         if kind == "domain" and D != experts:
-            raise InputError(f"--gate domain: the training pairs name {D} domains, and there are {experts} experts; "
-                             'wanted one domain an expert: {"domain": ...} on each line, and --experts of that number')
+            raise InputError(f"domain: the training pairs name {D} domains, and there are {experts} experts; wanted "
+                             'one domain an expert: {"domain": ...} on each line, and --experts of that number',
+                             option="gate")
         if kind in READS_PROMPT:
             seen = inputs.features.new_tensor([[-1.0], [1.0]]).expand(2, D) if private else inputs.features
             self.register_buffer("mean", seen.mean(0))                                      # (D,)
@@ -111,7 +112,7 @@ class Gate(nn.Module):
             self.c = nn.Parameter(torch.zeros(HIDDEN))
         if kind in ("user", "prompt-user"):
             if not self.users:
-                raise InputError(f"--gate {kind}: no line of the training pairs names a user")
+                raise InputError(f"{kind}: no line of the training pairs names a user", option="gate")
             self.E = nn.Parameter(torch.zeros(self.users + 1, experts))                          # (U+1,K)
         if kind == "random":
             self.W.data = torch.randn(experts, D, generator=generator)                      # logits of deviation 1

@@ -59,13 +59,13 @@ class _Cursor:
     def __init__(self, path):
         self.path, self.place = path, 0
         if path.stat().st_size == 0:
-            raise InputError(f"{path}: the file is empty, wanted a GGUF file; fetch it again")
+            raise InputError("the file is empty, wanted a GGUF file; fetch it again", file=path)
         self.data = np.memmap(path, dtype=np.uint8, mode="r")
 
     def take(self, count):
         if count > len(self.data) - self.place:
-            raise InputError(f"{self.path}: truncated: {count} bytes wanted from byte {self.place} on, and there are "
-                             f"{len(self.data) - self.place}; fetch the file again")
+            raise InputError(f"truncated: {count} bytes wanted from byte {self.place} on, and there are "
+                             f"{len(self.data) - self.place}; fetch the file again", file=self.path)
         self.place += count
         return self.data[self.place - count:self.place]
 
@@ -87,8 +87,8 @@ class _Cursor:
 
     def dtype(self, kind):
         if kind not in SCALARS:
-            raise InputError(f"{self.path}: metadata type {kind} near byte {self.place} is not known; the file is "
-                             "altered, or has nested arrays; fetch it again")
+            raise InputError(f"metadata type {kind} near byte {self.place} is not known; the file is altered, or has "
+                             "nested arrays; fetch it again", file=self.path)
         return np.dtype(SCALARS[kind])
 
 
@@ -102,11 +102,11 @@ def read_gguf(path):
     cursor = _Cursor(path)
     magic = cursor.data[:4].tobytes()
     if magic != b"GGUF":
-        raise InputError(f"{path}: starts with {magic!r}, wanted b'GGUF': this is not a GGUF file")
+        raise InputError(f"starts with {magic!r}, wanted b'GGUF': this is not a GGUF file", file=path)
     cursor.take(4)
     version, tensor_count, value_count = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
     if version not in (2, 3):
-        raise InputError(f"{path}: GGUF version {version}, wanted 2 or 3; convert the file with a current llama.cpp")
+        raise InputError(f"GGUF version {version}, wanted 2 or 3; convert the file with a current llama.cpp", file=path)
     metadata = {}
     for _ in range(value_count):
         key = cursor.string()
@@ -124,11 +124,12 @@ def read_gguf(path):
 
 def _tensor(cursor, name, shape, kind, start):
     if kind not in KINDS:
-        raise InputError(f"{cursor.path}: tensor {name} has GGUF type number {kind}, wanted one of "
-                         f"{', '.join(f'{k} ({v[0]})' for k, v in KINDS.items())}; use a file in one of these")
+        raise InputError(f"tensor {name} has GGUF type number {kind}, wanted one of "
+                         f"{', '.join(f'{k} ({v[0]})' for k, v in KINDS.items())}; use a file in one of these",
+                         file=cursor.path)
     kind, per_block, block_bytes = KINDS[kind]
     if prod(shape) % per_block:
-        raise InputError(f"{cursor.path}: tensor {name} of shape {shape} is no whole number of {kind}'s blocks of "
-                         f"{per_block}; the file is altered, fetch it again")
+        raise InputError(f"tensor {name} of shape {shape} is no whole number of {kind}'s blocks of {per_block}; the "
+                         "file is altered, fetch it again", file=cursor.path)
     cursor.place = min(start, len(cursor.data))
     return GGUFTensor(shape, kind, cursor.take(prod(shape) // per_block * block_bytes))

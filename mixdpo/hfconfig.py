@@ -39,9 +39,9 @@ def read_json(path):
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: is not JSON ({error.msg}); fetch it again") from None
+        raise InputError(f"is not JSON ({error.msg}); fetch it again", file=path, line=error.lineno) from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}, wanted an object; fetch it again")
+        raise InputError(f"holds a {type(value).__name__}, wanted an object; fetch it again", file=path)
     return value
 
 
@@ -51,21 +51,22 @@ def checked(config, path):
     for field, most in LIMITS.items():
         value = getattr(config, field, 1)
         if type(value) is not int or not 1 <= value <= most:
-            raise InputError(f"{path}: {field} is {value!r:.80}, wanted a whole number from 1 to {most}; get it again")
+            raise InputError(f"{field} is {value!r:.80}, wanted a whole number from 1 to {most}; get it again",
+                             file=path)
     scaling = vars(config.scaling) if getattr(config, "scaling", None) else {}
     for field, value in ({"eps": config.eps, "theta": getattr(config, "theta", 1.0)} | scaling).items():
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise InputError(f"{path}: {field} is {value!r:.80}, wanted a number above 0; fetch it again")
+            raise InputError(f"{field} is {value!r:.80}, wanted a number above 0; fetch it again", file=path)
     for value in (config.bos, *(config.eos if isinstance(config.eos, tuple) else (config.eos,))):
         if value is not None and type(value) is not int:
-            raise InputError(f"{path}: a special token is {value!r:.80}, wanted its id; fetch it again")
+            raise InputError(f"a special token is {value!r:.80}, wanted its id; fetch it again", file=path)
     return config
 
 
 def config_from_json(path):
     """-> GPT2Config | LlamaConfig. Raises: InputError naming the file and the setting that is missing or refused."""
     if not path.is_file():
-        raise InputError(f"{path}: is not there; a model directory holds config.json and *.safetensors")
+        raise InputError("is not there; a model directory holds config.json and *.safetensors", file=path)
     raw = read_json(path)
     family = raw.get("model_type")
     _refuse_unless(family, ("gpt2", "llama"), "model_type", path)
@@ -74,7 +75,7 @@ def config_from_json(path):
         _refuse_unless(raw.get(key, accepted[0]), accepted, key, path)
     missing = [key for key in keys.values() if key not in raw]
     if missing:
-        raise InputError(f"{path}: lacks {', '.join(missing)}; use the config.json that came with the weights")
+        raise InputError(f"lacks {', '.join(missing)}; use the config.json that came with the weights", file=path)
     eos = raw.get("eos_token_id")                       # a number, a list of them, or none
     common = {field: raw[key] for field, key in keys.items()}
     common.update(bos=raw.get("bos_token_id"), eos=tuple(eos) if isinstance(eos, list) else eos)
@@ -88,13 +89,13 @@ def config_from_json(path):
     try:
         return checked(make(**common, **own), path)
     except AssertionError as error:                     # sizes that do not go together
-        raise InputError(f"{path}: {error}; use the config.json that came with the weights") from None
+        raise InputError(f"{error}; use the config.json that came with the weights", file=path) from None
 
 
 def _refuse_unless(value, accepted, key, path):
     if value not in accepted:
-        raise InputError(f'{path}: "{key}" is {value!r}, and only {" or ".join(map(repr, accepted))} is computed here; '
-                         "use a model with that")
+        raise InputError(f'"{key}" is {value!r}, and only {" or ".join(map(repr, accepted))} is computed here; use a '
+                         "model with that", file=path)
 
 
 def _rope(raw, path):
@@ -104,8 +105,8 @@ def _rope(raw, path):
     new = raw.get("rope_parameters") or {}
     differ = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
     if differ:
-        raise InputError(f"{path}: rope_parameters disagrees with rope_theta or rope_scaling in {', '.join(differ)}; "
-                         "use the config.json that came with the weights")
+        raise InputError(f"rope_parameters disagrees with rope_theta or rope_scaling in {', '.join(differ)}; use the "
+                         "config.json that came with the weights", file=path)
     rope = {**old, **new}
     kind = rope.pop("rope_type", rope.pop("type", "default"))       # "type" is the older name
     _refuse_unless(kind, ("default", "llama3"), "rope_type", path)
@@ -113,8 +114,8 @@ def _rope(raw, path):
     theta = float(rope.pop("rope_theta", 10000.0))                  # transformers' default: files older than the key
     wanted = set(SCALING_KEYS.values()) if kind == "llama3" else set()
     if set(rope) != wanted:
-        raise InputError(f"{path}: rope of type {kind!r} has the settings {sorted(rope)}, wanted {sorted(wanted)}; "
-                         "use the config.json that came with the weights")
+        raise InputError(f"rope of type {kind!r} has the settings {sorted(rope)}, wanted {sorted(wanted)}; use the "
+                         "config.json that came with the weights", file=path)
     return theta, RopeScaling(**{field: rope[key] for field, key in SCALING_KEYS.items()}) if kind == "llama3" else None
 
 

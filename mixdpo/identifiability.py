@@ -25,7 +25,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
-from mixdpo.config import command, parse
+from mixdpo.config import InputError, command, parse
 from mixdpo.preferences import Pair, read_preferences
 
 MOST = 300  # comparisons of one user whose pairs are counted: there are 45,000 by then
@@ -135,6 +135,10 @@ def main(argv: list[str]) -> None:
 
     flags = argv if argv and argv[0].startswith("-") else ["--data", *argv]
     config = parse(IdentifiabilityConfig, flags, "python -m mixdpo.identifiability FILE")
+    if config.experts < 1:
+        raise InputError(f"got {config.experts}; wanted at least 1", option="experts")
+    if config.latent not in ("pair", "user"):
+        raise InputError(f"got {config.latent!r}; wanted pair or user", option="latent")
     tokenizer = load_tokenizer(config.model, config.data_folder or None)
     pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
     print("\n".join(told(counts_of(pairs), config.experts, config.latent)))

@@ -54,26 +54,26 @@ def load_adapter(experts: Adapters, k: int, directory) -> None:
     settings, weights = Path(directory) / SETTINGS, Path(directory) / WEIGHTS
     for path in (settings, weights):
         if not path.is_file():
-            raise InputError(f"{path}: is not there; an adapter's directory holds {SETTINGS} and {WEIGHTS}")
+            raise InputError(f"is not there; an adapter's directory holds {SETTINGS} and {WEIGHTS}", file=path)
     raw = read_json(settings)
     for key, value in ONLY.items():
         if raw.get(key, value) != value:
-            raise InputError(f"{settings}: {key} is {raw[key]!r}, wanted {value!r}; use a plain LoRA adapter")
+            raise InputError(f"{key} is {raw[key]!r}, wanted {value!r}; use a plain LoRA adapter", file=settings)
     if not raw.get("r") or not raw.get("lora_alpha"):
-        raise InputError(f"{settings}: r is {raw.get('r')!r} and lora_alpha {raw.get('lora_alpha')!r}, wanted a number "
-                         "each; get the file again")
+        raise InputError(f"r is {raw.get('r')!r} and lora_alpha {raw.get('lora_alpha')!r}, wanted a number each; get "
+                         "the file again", file=settings)
     try:
         found = load_file(weights)
     except SafetensorError as error:
-        raise InputError(f"{weights}: is not a whole safetensors file ({error}); get it again") from None
+        raise InputError(f"is not a whole safetensors file ({error}); get it again", file=weights) from None
     own = factors(experts, k)
     want, got = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (own, found))
     wrong = [f"{name}: got {got.get(name, 'none')}, wanted {want.get(name, 'none')}"
              for name in sorted(want | got) if got.get(name) != want.get(name)]
     if wrong:
         more = f", and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise InputError(f"{weights}: {'; '.join(wrong[:8])}{more}. Load it into experts with the adapter's base, rank "
-                         f"{raw['r']} and targets {raw.get('target_modules')}")
+        raise InputError(f"{'; '.join(wrong[:8])}{more}. Load it into experts with the adapter's base, rank {raw['r']} "
+                         f"and targets {raw.get('target_modules')}", file=weights)
     gain = raw["lora_alpha"] / raw["r"] / SCALE
     for name, tensor in own.items():
         tensor.copy_(found[name] * gain if name.endswith("lora_B.weight") else found[name])

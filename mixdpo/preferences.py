@@ -15,7 +15,9 @@ and another's ordinary token. Prompts may be conversations (chat.py); EOS is the
 attention masks (a causal model needs none under right padding).
 """
 
+import functools
 import hashlib
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field, fields
 
@@ -28,6 +30,7 @@ from mixdpo.config import InputError
 from mixdpo.records import OPTIONAL, TEXTS, Fault, lines, read_record
 
 
+MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content)["']\s*:""")  # a list of messages, written as a string
 SHARED = 0.9  # of the tokens of plain rows: prompts are shared where no more than these are left
 
 
@@ -69,36 +72,37 @@ class Batch:
 def read_preferences(path, tokenizer, max_prompt, max_response, drop=False, report=print) -> list[Pair]:
     """The pairs of a .jsonl or .jsonl.gz file, in its order.
 
-    A prompt keeps its last max_prompt ids, a response its first max_response, EOS counted; `report` is told how many
-    were cut. Raises: InputError with file, line, what was got and what to do. With drop=True a faulty line is left out
-    instead, and `report` is told every such line under its kind of fault. An unknown field raises even then: the
-    file's format is wrong, not one of its pairs.
+    A prompt keeps its last max_prompt ids, a response its first max_response, EOS counted; `report` gets one line about
+    the number of those cut, and one about each kind of `suspicions`. Raises: Fault with file and line, or InputError.
+    With drop=True a faulty line is left out instead, and `report` gets all such lines under their kind of fault. An
+    unknown field raises even then: the file's format is wrong, not one of its pairs.
     """
-    if min(max_prompt, max_response) < 1:
-        raise InputError(f"max_prompt {max_prompt}, max_response {max_response}: both must be at least 1")
-    pairs, dropped, cut = [], defaultdict(list), defaultdict(list)
+    for option, value in (("max_prompt", max_prompt), ("max_response", max_response)):
+        if value < 1:
+            raise InputError(f"got {value}; wanted at least 1", option=option)
+    pairs, dropped, counted = [], defaultdict(list), defaultdict(list)
     for number, raw in enumerate(lines(path), start=1):
         if not raw.strip():
             continue  # an empty line holds nothing that could be lost
         try:
-            pairs.append(read_pair(raw, number, tokenizer, max_prompt, max_response, cut))
+            pairs.append(read_pair(raw, number, tokenizer, max_prompt, max_response, counted))
         except Fault as fault:
-            if fault.kind == "unknown field":
-                raise InputError(f"{path}:{number}: {fault}") from None
-            if not drop:
-                raise InputError(f"{path}:{number}: {fault} (or drop such lines: --drop true)") from None
+            if fault.kind == "unknown field" or not drop:
+                remedy = "" if fault.kind == "unknown field" else " (or drop such lines: --drop true)"
+                raise Fault(fault.kind, fault.got, fault.remedy + remedy, path, number) from None
             dropped[fault.kind].append(number)
     for kind, numbers in dropped.items():
         report(f"{path}: dropped, {kind}: {len(numbers)} (line {', '.join(map(str, numbers))})")
     if not pairs:
-        raise InputError(f"{path}: no pairs left in it; wanted one object with {', '.join(TEXTS)} a line")
-    for what, numbers in cut.items():
+        raise InputError(f"no pairs left in it; wanted one object with {', '.join(TEXTS)} a line", file=path)
+    for what, numbers in counted.items():
         report(f"{path}: {what}: {len(numbers)} (first: line {numbers[0]})")
     return pairs
 
 
-def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response: int, cut: dict) -> Pair:
-    """One line as a Pair; its number is appended to `cut` under each thing that had to be shortened. Raises: Fault."""
+def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response: int, counted: dict) -> Pair:
+    """One line as a Pair; its number is appended to `counted` under each thing that was cut or looks like a mistake.
+    Raises: Fault."""
     record = read_record(raw)
     if isinstance(record["prompt"], list):
         template_of(tokenizer)                                              # a tokenizer without one: no line's fault
@@ -108,7 +112,7 @@ def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response:
     except Fault:
         raise
     except InputError as error:
-        raise Fault("no token for a character", str(error), "replace that character or take the line out") from None
+        raise Fault("no token for a character", error.message, "replace that character or take the line out") from None
     if any(response[-1] in response[:-1] for response in whole):
         raise Fault("EOS in a response", f"its text holds token {whole[0][-1]}", "take it out: EOS is appended")
     chosen, rejected = (response[:max_response] for response in whole)
@@ -119,11 +123,39 @@ def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response:
         raise Fault("identical after truncation", got, "raise max_response or take the line out")
     if not all_of_it:
         chat = isinstance(record["prompt"], list)
-        cut[f"conversations without their oldest turns, to fit {max_prompt} ids" if chat else
+        counted[f"conversations without their oldest turns, to fit {max_prompt} ids" if chat else
             f"prompts cut to their last {max_prompt} ids"].append(number)
     if max(map(len, whole)) > max_response:
-        cut[f"pairs with a response cut to its first {max_response} ids, without EOS"].append(number)
+        counted[f"pairs with a response cut to its first {max_response} ids, without EOS"].append(number)
+    for suspicion in suspicions(record, tokenizer):
+        counted[suspicion].append(number)
     return Pair(prompt, chosen, rejected, *(record.get(field) for field in OPTIONAL), line=number)
+
+
+def suspicions(record: dict, tokenizer) -> list[str]:
+    """What looks like a mistake in a record that can be trained on as it stands."""
+    plain = isinstance(record["prompt"], str)
+    texts = [record[field] for field in TEXTS]
+    texts = texts if plain else [message["content"] for messages in texts for message in messages]
+    names, found = special_names(tokenizer), []
+    if names and any(map(names.search, texts)):
+        found.append("lines with the name of a special token in a text, read as characters (to have a chat template "
+                     "applied, write messages)")
+    if plain and any(map(MESSAGES.match, texts)):
+        found.append("lines with messages written as a string, read as text (write them as a list)")
+    prompt = texts[0].strip()
+    if plain and prompt and all(text.lstrip().startswith(prompt) for text in texts[1:]):
+        found.append("lines of which chosen and rejected begin with the prompt, which is trained on as part of them "
+                     "(take it out of both)")
+    return found
+
+
+@functools.cache
+def special_names(tokenizer) -> re.Pattern | None:
+    """Finds the names of special tokens in a text, where they are characters; None: there are no special tokens."""
+    literal = tokenizer.vocabulary.literal if hasattr(tokenizer, "vocabulary") else ()   # those a text may hold as ids
+    names = [re.escape(name) for name in getattr(tokenizer, "special", {}) if name not in literal]
+    return re.compile("|".join(names)) if names else None
 
 
 def encode_prompt(text: str | list, tokenizer, max_prompt: int) -> tuple[list[int], bool]:
@@ -149,10 +181,9 @@ def check_lengths(pairs: list[Pair], context: int, path) -> None:
     worst = max(pairs, key=Pair.longest)
     if worst.longest() > context:
         raise InputError(
-            f"{path}:{worst.line}: prompt ({len(worst.prompt)} ids) and response "
-            f"({worst.longest() - len(worst.prompt)}) are longer than the model's context of {context}; choose "
-            f"max_prompt + max_response <= {context}"
-        )
+            f"prompt ({len(worst.prompt)} ids) and response ({worst.longest() - len(worst.prompt)}) are longer than "
+            f"the model's context of {context}; choose max_prompt + max_response <= {context}",
+            file=path, line=worst.line)
 
 
 def data_key(path) -> str:
@@ -171,12 +202,10 @@ def groups(pairs: list[Pair], latent: str) -> list[list[int]]:
     if latent == "pair":
         return [[i] for i in range(len(pairs))]
     if latent != "user":
-        raise InputError(f"latent {latent!r}: wanted 'pair' or 'user'")
+        raise InputError(f"got {latent!r}; wanted pair or user", option="latent")
     if nameless := [pair.line for pair in pairs if pair.user is None]:
-        raise InputError(
-            f"line {nameless[0]}: no user (on {len(nameless)} of {len(pairs)} pairs), and latent 'user' needs one on "
-            "every line; name the users or choose latent 'pair'"
-        )
+        raise InputError(f"line {nameless[0]}: no user (on {len(nameless)} of {len(pairs)} pairs); name the users or "
+                         "choose --latent pair")             # whoever knows the file adds its name
     of_user = defaultdict(list)
     for i, pair in enumerate(pairs):
         of_user[pair.user].append(i)

@@ -29,9 +29,9 @@ TEXTS, OPTIONAL = ("prompt", "chosen", "rejected"), ("user", "annotator", "score
 class Fault(InputError):
     """What is wrong with one line. `kind` is the kind of fault, under which dropped lines are counted."""
 
-    def __init__(self, kind: str, got: str, remedy: str):
-        super().__init__(f"{kind}: {got}; {remedy}")
-        self.kind = kind
+    def __init__(self, kind: str, got: str, remedy: str, file=None, line: int | None = None):
+        super().__init__(f"{kind}: {got}; {remedy}", file, line)
+        self.kind, self.got, self.remedy = kind, got, remedy
 
 
 def lines(path):
@@ -41,18 +41,18 @@ def lines(path):
     packed file may unpack to any size.
     """
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; wanted preferences as .jsonl or .jsonl.gz")
+        raise InputError("no such file; wanted preferences as .jsonl or .jsonl.gz", file=path)
     with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
         try:
             for number in itertools.count(1):
                 if not (raw := file.readline(LONGEST + 1)):
                     return
                 if len(raw) > LONGEST:
-                    raise InputError(f"{path}:{number}: more than {LONGEST >> 20} MiB without a newline; wanted one "
-                                     "object a line")
+                    raise InputError(f"more than {LONGEST >> 20} MiB without a newline; wanted one object a line",
+                                     file=path, line=number)
                 yield raw
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(f"{path}: not a whole gzip file ({error}); fetch it or pack it again") from None
+            raise InputError(f"not a whole gzip file ({error}); fetch it or pack it again", file=path) from None
 
 
 def read_record(raw: bytes) -> dict:

@@ -54,8 +54,8 @@ def load_references(config, device) -> tuple[list, object]:
         models.append(load_model(name, device=device, data=folder))
         keys.append((tokenizer.key, tuple(models[-1].unembedding.shape)))
         if keys[-1] != keys[0]:
-            raise InputError(f"--model: {name} has another tokenizer, vocabulary or width than {config.models[0]}; "
-                             "experts of one mixture want the same")
+            raise InputError(f"{name} has another tokenizer, vocabulary or width than {config.models[0]}; experts of "
+                             "one mixture want the same", option="model")
     return models, tokenizer
 
 

@@ -1,20 +1,22 @@
 """A batch to look at: `python -m mixdpo.show FILE` (`make show RUN=FOLDER`).
 
-Prompt, response, end token and padding are told apart, in colour on a terminal and by name elsewhere. What is shown is
-the batch itself, from its ids and lengths: what training sees. Left out: the file's own text.
+Prompt, response, end token and padding are told apart, in colour on a terminal and by name elsewhere. So are a special
+token, <|name|>, and characters that spell its name, '<|name|>'. What is shown is the batch itself, from its ids and
+lengths: what training sees. Left out: the file's own text.
 """
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from mixdpo.chat import ends
-from mixdpo.config import command, parse
+from mixdpo.config import InputError, command, parse
 from mixdpo.preferences import Batch, collate, read_preferences
 from mixdpo.tokenizer import load_tokenizer
 
-COLOURS = {"prompt": "36", "response": "1;32", "EOS": "30;43", "padding": "90"}
+COLOURS = {"prompt": "36", "response": "1;32", "special": "30;45", "EOS": "30;43", "padding": "90"}
 
 
 def show(batch: Batch, tokenizer, colour: bool = False) -> str:
@@ -23,10 +25,17 @@ def show(batch: Batch, tokenizer, colour: bool = False) -> str:
     def part(kind: str, text: str) -> str:
         return f"\033[{COLOURS[kind]}m{text}\033[0m" if colour else f" {kind} {text}"
 
-    def quoted(ids: list[int]) -> str:
-        text = repr(tokenizer.decode(ids))  # line breaks and control characters stay visible, and on one line
-        return text[1:-1] if colour else text
+    def text_of(kind: str, ids: list[int]) -> str:
+        out = [] if colour else [part(kind, "").rstrip()]
+        for is_special, run in itertools.groupby(ids, special.__contains__):
+            text = tokenizer.decode(list(run))
+            if is_special:
+                out.append(part("special", text) if colour else f" {text}")
+            else:  # line breaks and control characters stay visible, and on one line
+                out.append(part(kind, repr(text)[1:-1]) if colour else f" {text!r}")
+        return "".join(out)
 
+    special = {*getattr(tokenizer, "special", {}).values()}
     T = batch.ids.shape[-1]
     out = [" ".join(part(kind, kind) for kind in COLOURS)] if colour else []
     for b, start in enumerate(batch.start.tolist()):
@@ -35,8 +44,8 @@ def show(batch: Batch, tokenizer, colour: bool = False) -> str:
         for side, name in enumerate(("chosen", "rejected")):
             row, length = batch.ids[b, side].tolist(), int(batch.length[b, side])
             finished = row[length - 1] in ends(tokenizer)
-            text = part("prompt", quoted(row[:start]))
-            text += part("response", quoted(row[start : length - finished]))
+            text = text_of("prompt", row[:start])
+            text += text_of("response", row[start : length - finished])
             text += part("EOS", f"<{row[length - 1]}>") if finished else ""
             text += part("padding", f"0 x {T - length}") if length < T else ""
             out.append(f"  {name:<9}{text.lstrip()}")
@@ -59,6 +68,8 @@ class ShowConfig:
 def main(argv: list[str]) -> None:
     flags = argv if argv and argv[0].startswith("-") else ["--data", *argv]
     config = parse(ShowConfig, flags, "python -m mixdpo.show FILE")
+    if config.pairs < 1:
+        raise InputError(f"got {config.pairs}; wanted at least 1", option="pairs")
     home = Path(config.data).parent
     beside = (home / "dataset.json", home / "job.json")
     facts, job = (json.loads(file.read_text()) if file.exists() else {} for file in beside)

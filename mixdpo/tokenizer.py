@@ -39,11 +39,13 @@ class Tokenizer:
         self.vocabulary = read_vocabulary(doc["model"], added, place)
         self.pattern, self.prefix_space = pattern_of(doc.get("pre_tokenizer"), place)
         if normalizer not in (None, {"type": "NFC"}):
-            raise InputError(f"{place}: normalizer {normalizer['type']} is not supported; wanted none, or NFC")
+            raise InputError(f"normalizer {normalizer['type']} is not supported; wanted none, or NFC", file=place)
         self.nfc = normalizer is not None
         _refuse_flags(added, self.nfc, place)
         self.doc, self.config, self.place = doc, config, place
         self.special, self.chat_template = {t["content"]: t["id"] for t in added}, _template_of(config)  # for chat.py
+        named = {key: value for key, value in config.items() if key.endswith("_token")}          # for the template
+        self.named = {key: v["content"] if isinstance(v, dict) else v for key, v in named.items() if v is not None}
         self.eos, self.bos = self._id_of(config["eos_token"]), self._id_of(_first_of_template(doc))
         self.vocab = max(self.vocabulary.names) + 1
         try:
@@ -52,8 +54,8 @@ class Tokenizer:
         except BaseException as error:                      # its panics are no Exceptions
             if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
                 raise
-            raise InputError(f"{place}: tiktoken cannot read the pattern {self.pattern!r}, or two tokens have one id: "
-                             f"{error}") from None
+            raise InputError(f"tiktoken cannot read the pattern {self.pattern!r}, or two tokens have one id: {error}",
+                             file=place) from None
         self._writable = bytes(token[0] for token in self.vocabulary.ranks if len(token) == 1)
         self._lengths = {i: len(self.vocabulary.names[i]) for i in self.vocabulary.ids.values()}
         literal = sorted(self.vocabulary.literal, key=len, reverse=True)    # an alternation takes the first that fits
@@ -66,7 +68,7 @@ class Tokenizer:
             return None
         found = self.special.get(name, self.doc["model"]["vocab"].get(name))
         if found is None:
-            raise InputError(f"{self.place}: {name!r} is named as a special token, and the vocabulary lacks it")
+            raise InputError(f"{name!r} is named as a special token, and the vocabulary lacks it", file=self.place)
         return found
 
     def encode(self, text):
@@ -95,17 +97,17 @@ class Tokenizer:
         except BaseException as error:                      # the class of a panic in tiktoken is no Exception
             if type(error).__name__ != "PanicException":
                 raise
-            raise InputError(f"{self.place}: tiktoken cannot cut this text of {len(text)} characters into pieces: it "
-                             "gives up at several 100,000 blanks in a row (shorten them), and at a pattern that can "
-                             "match the empty string") from None
+            raise InputError(f"tiktoken cannot cut this text of {len(text)} characters into pieces: it gives up at "
+                             "several 100,000 blanks in a row (shorten them), and at a pattern that can match the "
+                             "empty string", file=self.place) from None
         ids = list(map(self.vocabulary.ids.__getitem__, ranks))
         written = sum(map(self._lengths.__getitem__, ids))
         assert written == len(data), f"{self.place}: {written} bytes written of {len(data)}, wanted all"
         return ids
 
     def _refuse(self, text, n):
-        raise InputError(f"{self.place}: character {text[n]!r} (U+{ord(text[n]):04X}) at position {n} has no token in "
-                         f"this vocabulary; take it out of the text: {text[max(n - 20, 0):n + 20]!r}")
+        raise InputError(f"character {text[n]!r} (U+{ord(text[n]):04X}) at position {n} has no token in this "
+                         f"vocabulary; take it out of the text: {text[max(n - 20, 0):n + 20]!r}", file=self.place)
 
     def decode(self, ids):
         """Any ids -> text. Bytes that are not UTF-8 and ids without a token give U+FFFD; special tokens their names."""
@@ -117,7 +119,8 @@ class Tokenizer:
         """sha256 of everything that decides ids; two tokenizers with the same key give the same ids."""
         merged = [(rank, self.vocabulary.ids[rank], token.hex()) for token, rank in self.vocabulary.ranks.items()]
         parts = [[(i, token) for _, i, token in sorted(merged)], self.pattern, self.prefix_space, self.nfc, self.eos,
-                 self.bos, sorted(self.vocabulary.literal.items()), self.vocab, self.chat_template]
+                 self.bos, sorted(self.vocabulary.literal.items()), self.vocab,
+                 self.chat_template and [self.chat_template, self.named]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def save(self, directory):
@@ -136,7 +139,7 @@ def _refuse_flags(added, nfc, place):
         asked = [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]
         asked += ["normalized"] if nfc and token.get("normalized") else []
         if asked and not token["special"]:
-            raise InputError(f"{place}: added token {token['content']!r} with {', '.join(asked)} is not supported")
+            raise InputError(f"added token {token['content']!r} with {', '.join(asked)} is not supported", file=place)
 
 
 def _template_of(config):
@@ -168,7 +171,7 @@ def load_tokenizer(name_or_directory, data=None):
     if path.suffix == ".gguf" and path.is_file():
         return _from_gguf(path, str(path))
     if not path.is_dir():
-        raise InputError(f"tokenizer {str(path)!r} is neither a directory, a .gguf file nor one of {', '.join(NAMES)}")
+        raise InputError(f"no such tokenizer; wanted a directory, a .gguf file or one of {', '.join(NAMES)}", file=path)
     with reading(path, "its tokenizer files are not laid out as transformers does: save them anew"):
         doc = _document_of(path)
         return Tokenizer(doc, _config_of(path, doc), str(path))
@@ -179,17 +182,17 @@ def _document_of(directory):
         return _read_json(directory / "tokenizer.json")
     if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         return _from_merges(directory)
-    raise InputError(f"{directory}: holds no tokenizer.json, nor vocab.json and merges.txt; put the model's there (in "
-                     "transformers: AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY))")
+    raise InputError("holds no tokenizer.json, nor vocab.json and merges.txt; put the model's there (in transformers: "
+                     "AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY))", file=directory)
 
 
 def _read_json(path):
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:         # also of bytes that are not UTF-8
-        raise InputError(f"{path}: is not JSON ({error}); it is truncated or altered, get it again") from None
+        raise InputError(f"is not JSON ({error}); it is truncated or altered, get it again", file=path) from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}, wanted an object")
+        raise InputError(f"holds a {type(value).__name__}, wanted an object", file=path)
     return value
 
 
@@ -207,8 +210,8 @@ def _config_of(directory, doc):
         for name, i in {token["content"]: token["id"] for token in doc.get("added_tokens") or []}.items():
             if i == eos:
                 return config | {"eos_token": name}
-    raise InputError(f"{directory}: nothing says which token ends a text; add \"eos_token\": \"NAME\" to "
-                     "tokenizer_config.json")
+    raise InputError("nothing says which token ends a text; add \"eos_token\": \"NAME\" to tokenizer_config.json",
+                     file=directory)
 
 
 def _from_merges(directory):
@@ -246,8 +249,9 @@ def _from_gguf(path, place):
     metadata, _ = read_gguf(path)
     kind = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind not in GGUF_STEPS:
-        raise InputError(f"{path}: tokenizer {' '.join(map(str, kind))} is not supported; wanted one of "
-                         f"{', '.join(' '.join(known) for known in GGUF_STEPS)}, or a directory with tokenizer.json")
+        raise InputError(f"tokenizer {' '.join(map(str, kind))} is not supported; wanted one of "
+                         f"{', '.join(' '.join(known) for known in GGUF_STEPS)}, or a directory with tokenizer.json",
+                         file=path)
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     special = [token for token, number in zip(tokens, types) if number == 3]     # 3: control, by llama.cpp's count
     doc = document({token: i for i, token in enumerate(tokens)}, special, GGUF_STEPS[kind],

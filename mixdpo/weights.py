@@ -94,8 +94,8 @@ def _open_path(name, path):
         return *_open_gguf(path), path
     if path.suffix in PICKLED:
         raise _pickle_error(path)
-    raise InputError(f"{name}: wanted smollm2, gpt2, llama-3.2-1b, a directory with config.json and *.safetensors, "
-                     "or a .gguf file; it is none of these")
+    raise InputError("wanted smollm2, gpt2, llama-3.2-1b, a directory with config.json and *.safetensors, or a .gguf "
+                     "file; it is none of these", file=name)
 
 
 def locate(name, data=None):
@@ -117,8 +117,8 @@ def _build(config, tensors, where, dtype, device):
         head = tensors.pop("lm_head.weight").read()
         embedding = next(name for name, p in parameters.items() if p is model.unembedding)
         if embedding in tensors and not torch.equal(head, tensors[embedding].read()):
-            raise InputError(f"{where}: its configuration ties the unembedding to the embedding, but lm_head.weight is "
-                             'another matrix; set "tie_word_embeddings": false in config.json if it is to be used')
+            raise InputError("its configuration ties the unembedding to the embedding, but lm_head.weight is another "
+                             'matrix; set "tie_word_embeddings": false in config.json if it is to be used', file=where)
     _check_tensors({n: tuple(p.shape) for n, p in parameters.items()}, {n: t.shape for n, t in tensors.items()}, where)
     dtype = dtype or torch.float32
     state = {name: tensors[name].read().to(device=device, dtype=dtype).contiguous() for name in parameters}
@@ -134,7 +134,8 @@ def _our_names(family, tensors, where):
         if name.endswith(BUFFERS[family]):
             continue
         if name in ours:
-            raise InputError(f"{where}: holds {name} twice, with {PREFIX[family]!r} before it and without; remove one")
+            raise InputError(f"holds {name} twice, with {PREFIX[family]!r} before it and without; remove one",
+                             file=where)
         if family is GPT2 and name.endswith(TRANSPOSED):
             stored = Stored(stored.shape[::-1], lambda read=stored.read: read().t())
         ours[name] = stored
@@ -152,8 +153,8 @@ def _check_tensors(want, got, where):
     parts = [f"{kind}: {', '.join(names[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
              for kind, names in faults.items() if names]
     if parts:
-        raise InputError(f"{where}: its tensors are not those of its configuration; {'; '.join(parts)}. "
-                         "Use weights and config.json that belong together")
+        raise InputError(f"its tensors are not those of its configuration; {'; '.join(parts)}. Use weights and "
+                         "config.json that belong together", file=where)
 
 
 # --- safetensors ------------------------------------------------------------------------------------------------------
@@ -168,17 +169,17 @@ def _weight_files(directory):
         shards = sorted(set(read_json(index)["weight_map"].values()))
         for shard in shards:
             if Path(shard).name != shard or not (directory / shard).is_file():
-                raise InputError(f"{index}: names the shard {shard!r}, which is not in {directory}; fetch it again")
+                raise InputError(f"names the shard {shard!r}, which is not in {directory}; fetch it again", file=index)
         return [directory / shard for shard in shards]
     pickled = sorted(p for p in directory.iterdir() if p.suffix in PICKLED)
     if pickled:
         raise _pickle_error(pickled[0])
-    raise InputError(f"{directory}: has neither model.safetensors nor model.safetensors.index.json; fetch it again")
+    raise InputError("has neither model.safetensors nor model.safetensors.index.json; fetch it again", file=directory)
 
 
 def _pickle_error(path):
-    return InputError(f"{path}: is a pickled file, which can run any code when it is opened, and is not read. If you "
-                      "trust it, convert it: transformers' AutoModelForCausalLM.from_pretrained(A).save_pretrained(B)")
+    return InputError("is a pickled file, which can run any code when it is opened, and is not read. If you trust it, "
+                      "convert it: transformers' AutoModelForCausalLM.from_pretrained(A).save_pretrained(B)", file=path)
 
 
 def _open_safetensors(files):
@@ -188,14 +189,15 @@ def _open_safetensors(files):
         try:
             handle = safe_open(file, "pt")
         except SafetensorError as error:
-            raise InputError(f"{file}: is not a whole safetensors file ({error}); fetch or convert it again") from None
+            raise InputError(f"is not a whole safetensors file ({error}); fetch or convert it again",
+                             file=file) from None
         for name in handle.keys():
             part = handle.get_slice(name)
             if part.get_dtype() not in ("F64", "F32", "F16", "BF16") and not name.endswith(BUFFERS[GPT2]):
-                raise InputError(f"{file}: {name} is stored as {part.get_dtype()}, wanted floating point; "
-                                 "use weights that are not quantised")
+                raise InputError(f"{name} is stored as {part.get_dtype()}, wanted floating point; use weights that are "
+                                 "not quantised", file=file)
             if name in tensors:
-                raise InputError(f"{file}: holds {name}, as another shard does; fetch the directory whole again")
+                raise InputError(f"holds {name}, as another shard does; fetch the directory whole again", file=file)
             # clone: get_tensor points into the mapped file, which may be rewritten, and where tensors lie unaligned.
             read = lambda handle=handle, name=name: handle.get_tensor(name).clone()
             tensors[name] = Stored(tuple(part.get_shape()), read)
@@ -210,8 +212,8 @@ def _open_gguf(path):
     meta, raw = read_gguf(path)
     kind, scaling = meta.get("general.architecture"), meta.get("llama.rope.scaling.type", "none")
     if kind != "llama" or scaling != "none":
-        raise InputError(f"{path}: architecture {kind!r}, rope scaling {scaling!r}; of GGUF files only 'llama' ones "
-                         "without a scaling of rope are read: give the model's Hugging Face directory instead")
+        raise InputError(f"architecture {kind!r}, rope scaling {scaling!r}; of GGUF files only 'llama' ones without a "
+                         "scaling of rope are read: give the model's Hugging Face directory instead", file=path)
     size = {key.removeprefix("llama."): value for key, value in meta.items()}
     heads = size["attention.head_count"]
     config = LlamaConfig(

@@ -57,9 +57,9 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
             sha256, text = json.loads((file.metadata() or {})["whole"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
-        raise Damaged(f"{path}: is not whole ({error})") from None
+        raise Damaged(f"is not whole ({error})", file=path) from None
     if digest(tensors, text) != sha256:
-        raise Damaged(f"{path}: its bytes are not those that were written")
+        raise Damaged("its bytes are not those that were written", file=path)
     return tensors, json.loads(text)
 
 
@@ -90,8 +90,8 @@ def alone(folder: Path):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{folder}: another process is at work in it; wait for it, or choose another folder"
-                             ) from None
+            raise InputError("another process is at work in it; wait for it, or choose another folder",
+                             file=folder) from None
         yield
     finally:
         os.close(descriptor)

@@ -1,14 +1,16 @@
 """mixdpo/chat.py on the real tokenizers that packages ship; tests/peers/test_tokenizers.py has transformers beside it.
 What each test catches stands in its docstring."""
 
+import sys
+
 import pytest
 
-from mixdpo.chat import DATES, encode_answer, encode_chat, ends, template_of
-from mixdpo.config import InputError
+from mixdpo.chat import encode_answer, encode_chat, ends, template_of
 from mixdpo.preferences import read_preferences
 from mixdpo.records import Fault
 from mixdpo.tokenizer import load_tokenizer
 from letters import Letters, write
+from raising import refuses
 
 USER = [{"role": "user", "content": "How tall is K2?"}]
 LONG = [{"role": "system", "content": "Be brief."}, *USER, {"role": "assistant", "content": "8,611 m."},
@@ -66,32 +68,129 @@ def test_long_conversations_lose_whole_turns_from_the_left(smollm2, llama3):
         assert encode_chat(LONG, tokenizer, len(whole) - 1) == (encode_chat(one, tokenizer, 1000)[0], 1)
         shortest = encode_chat(two, tokenizer, 1000)[0]
         assert encode_chat(LONG, tokenizer, len(shortest)) == (shortest, 2)
-        with pytest.raises(Fault, match=f"turn too long: .* are {len(shortest)} ids; raise max_prompt"):
+        with refuses(f"{len(shortest)} ids", len(shortest) - 1, kind=Fault):
             encode_chat(LONG, tokenizer, len(shortest) - 1)
 
 
-def test_what_a_template_says_of_its_system_turn(smollm2, llama3, monkeypatch):
-    """Catches: SmolLM2's sentence for every ChatML model, Llama 3.2's dates left out, their blank lines stripped, the
-    same key of tokenizers that write another system turn, a template of another form read as one of these."""
-    keys = {smollm2.key, llama3.key}
+LOOP, OPEN = "{% for m in messages %}", "{% endfor %}{% if add_generation_prompt %}"
+TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+OWN = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n' + own + '<|im_end|>\n' }}{% endif %}"
+END = OPEN + "{{ '<|im_start|>assistant\n' }}{% endif %}"
+CHATML = LOOP + TURN + END
+HEAD3 = "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+END3 = OPEN + "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+LLAMA3 = "{{ bos_token }}" + LOOP + HEAD3 + END3
+SYSTEM3 = "{{ '<|start_header_id|>system<|end_header_id|>\n\n' + own + '<|eot_id|>' }}"
+DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+LLAMA31 = ("{{ bos_token }}{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = "
+           "strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
+           "{% set own = '' %}{% if messages[0]['role'] == 'system' %}{% set own = messages[0]['content'] | trim %}"
+           "{% set messages = messages[1:] %}{% endif %}{% set own = 'Cutting Knowledge Date: December 2023\n"
+           "Today Date: ' + date_string + '\n\n' + own %}" + SYSTEM3 + LOOP + HEAD3 + END3)
+THOUGHTS = TURN.replace("m['content']", "m['content'].split('</think>')[-1].lstrip('\n')")
+SAME = {    # (start token named in the configuration, template)
+    "ChatML": (None, CHATML),
+    "with bos_token": ("<|endoftext|>", "{{ bos_token }}" + CHATML),
+    "Qwen2.5": (None, "{% set own = 'You are Qwen.' %}" + OWN + CHATML),
+    "system in a variable, as LLaMA-Factory writes it":
+        (None, "{% set own = 'Be kind.' %}{% if messages[0]['role'] == 'system' %}{% set own = messages[0]['content'] "
+         "%}{% endif %}{{ '<|im_start|>system\n' + own + '<|im_end|>\n' }}{% for m in messages %}{% if m['role'] == "
+         "'user' %}{{ '<|im_start|>user\n' + m['content'] + '<|im_end|>\n<|im_start|>assistant\n' }}{% elif m['role'] "
+         "== 'assistant' %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"),
+    "system with an apostrophe": (None, '{% set own = "You\'re Q." %}' + OWN + CHATML),
+    "system with braces": (None, "{% set own = 'Write {json}.' %}" + OWN + CHATML),
+    "trim": (None, CHATML.replace("m['content']", "m['content'] | trim")),
+    "a start token that the template does not write": ("<|begin_of_text|>", LLAMA3.replace("{{ bos_token }}", "")),
+    "Llama 3": ("<|begin_of_text|>", LLAMA3),
+    "Llama 3.1": ("<|begin_of_text|>", LLAMA31),
+    "Llama 3 with a system of its own": ("<|begin_of_text|>", "{{ bos_token }}{% if messages[0]['role'] != 'system' %}"
+                                         "{% set own = 'Be kind.' %}" + SYSTEM3 + "{% endif %}" + LOOP + HEAD3 + END3),
+    "Llama 3 without trim": ("<|begin_of_text|>", LLAMA3.replace(" | trim", "")),
+}
+REFUSED = {
+    "no line break behind a turn": CHATML.replace("<|im_end|>\n", "<|im_end|>"),
+    "thoughts in the opening": CHATML.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n"),
+    "thoughts taken out": LOOP + THOUGHTS + END,
+    "other roles": CHATML.replace("m['role']", "{'user': 'human', 'assistant': 'gpt'}.get(m['role'], m['role'])")
+    .replace("|>assistant", "|>gpt"),
+    "no system turns": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}" + CHATML,
+    "an answer trimmed": CHATML.replace("m['content']", "(m['content'] | trim if m['role'] == 'assistant' else m["
+                                                        "'content'])"),
+    "text before all turns": "[gMASK]" + CHATML,
+    "not Jinja": "{% for <|im_start|>",
+    "of no known form": "[INST] {{ messages[0]['content'] }} [/INST]",
+}
+CONVERSATIONS = [USER, LONG, LONG[1:], [{"role": "user", "content": "\n white  "}],
+                 [{"role": "system", "content": " s\n"}, {"role": "user", "content": "\tu "}]]
 
-    def told(tokenizer, jinja):
+
+@pytest.fixture
+def written_by(smollm2, llama3, monkeypatch):
+    """with_template(template, bos_token) -> the tokenizer whose special tokens the template names, with that one."""
+    def with_template(jinja, bos=None):
+        tokenizer = llama3 if "<|start_header_id|>" in jinja else smollm2
         monkeypatch.setattr(tokenizer, "chat_template", jinja)
+        monkeypatch.setattr(tokenizer, "named", {"bos_token": bos} if bos else {})
         monkeypatch.delitem(tokenizer.__dict__, "key", raising=False)
-        keys.add(tokenizer.key)
         template_of.cache_clear()
-        return tokenizer.decode(encode_chat(USER, tokenizer, 99)[0])
+        return tokenizer
 
-    assert told(smollm2, None).startswith("<|im_start|>user\nHow")
-    its_own = "{{ '<|im_start|>system\\nYou are Q.<|im_end|>\\n<|im_start|>' + message['role'] }}"
-    assert told(smollm2, its_own).startswith("<|im_start|>system\nYou are Q.<|im_end|>\n<|im_start|>user\nHow")
-    assert told(smollm2, "{{ '<|im_start|>system\\n' + system + '<|im_end|>' }}").startswith("<|im_start|>user\nHow")
-    assert told(llama3, "<|start_header_id|> Cutting Knowledge Date: December 2023").startswith(
-        f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{DATES}<|eot_id|><|start_header_id|>user")
-    with pytest.raises(InputError, match="has no chat template that is known here"):
-        told(smollm2, "[INST] {{ content }} [/INST]")
-    assert len(keys) == 7
+    yield with_template
     template_of.cache_clear()
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_template_of_one_of_these_forms_decides_the_details(written_by, name):
+    """The text is what Jinja gives. Catches: a system turn of the template's own left out, however it is written;
+    blanks kept or taken away against the template; a start token that the template does not write."""
+    jinja2, (bos, jinja) = pytest.importorskip("jinja2"), SAME[name]
+    tokenizer, program = written_by(jinja, bos), jinja2.Template(jinja, trim_blocks=True, lstrip_blocks=True)
+    for messages in CONVERSATIONS:
+        ids, left_out = encode_chat(messages, tokenizer, 999)
+        wanted = program.render(messages=messages, add_generation_prompt=True, bos_token=bos)
+        assert tokenizer.decode(ids) == wanted and left_out == 0
+        whole = program.render(messages=[*messages, {"role": "assistant", "content": " K2. "}], bos_token=bos)
+        assert tokenizer.decode(ids + encode_answer(" K2. ", tokenizer)) == whole.removesuffix("\n")
+    assert sum(i == tokenizer.special.get(bos) for i in ids) == ("{{ bos_token }}" in jinja)
+
+
+def test_dates_by_hand(written_by):
+    """Catches: Llama 3.1's dates left out, or today's."""
+    tokenizer = written_by(LLAMA31, "<|begin_of_text|>")
+    assert tokenizer.decode(encode_chat(USER, tokenizer, 99)[0]).startswith(
+        f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{DATES}<|eot_id|><|start_header_id|>user<")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_template_of_another_form_is_refused(written_by, name):
+    """Catches: a template that only looks like ChatML read as plain ChatML."""
+    tokenizer = written_by(REFUSED[name])
+    with refuses(file=tokenizer.place):
+        encode_chat(USER, tokenizer, 99)
+    assert ends(tokenizer) == {tokenizer.eos}
+
+
+def test_without_jinja2_only_smollm2s_template_is_known(written_by, smollm2, monkeypatch):
+    """Catches: a template that nobody ran taken for ChatML; the default model refused."""
+    own, wanted = smollm2.chat_template, encode_chat(LONG[1:], smollm2, 99)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert encode_chat(LONG[1:], written_by(own), 99) == wanted
+    with refuses("jinja2", file=smollm2.place):
+        encode_chat(USER, written_by(CHATML), 99)
+
+
+def test_a_tokenizers_key_holds_what_its_template_writes(written_by):
+    """Catches: one cache of ids for two templates, or for two start tokens."""
+    start = "{{ bos_token }}" + CHATML
+    cases = [("", None), (CHATML, None), (start, None), (start, "<|endoftext|>")]
+    assert len({written_by(jinja, bos).key for jinja, bos in cases}) == 4
+
+
+def test_without_a_template_the_special_tokens_decide(written_by, llama3):
+    """Catches: SmolLM2's sentence for every ChatML model, a start token lost."""
+    tokenizer = written_by("")
+    assert tokenizer.decode(encode_chat(USER, tokenizer, 99)[0]).startswith("<|im_start|>user\nHow")
+    assert encode_chat(USER, llama3, 99)[0][0] == 128000
 
 
 def test_what_ends_a_response(smollm2, llama3):
@@ -103,7 +202,7 @@ def test_a_tokenizer_without_chat_is_no_fault_of_a_line(tmp_path):
     """Catches: lines dropped one by one because the model has no template."""
     path = write(tmp_path, {"prompt": USER, "chosen": [{"role": "assistant", "content": "a"}],
                             "rejected": [{"role": "assistant", "content": "b"}]})
-    with pytest.raises(InputError, match="has no chat template that is known here; wanted"):
+    with refuses("chat template"):
         read_preferences(path, Letters(), 64, 16, drop=True)
 
 

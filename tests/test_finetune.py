@@ -11,9 +11,10 @@ import torch
 import tinyjob
 from data import finetune as module
 from data.finetune import FinetuneConfig, finetune, read_blocks
-from mixdpo.config import InputError, Stopped
+from mixdpo.config import Stopped
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import load_model
+from raising import refuses
 
 TEXTS = [{"text": f"the {animal} sat on the {place}. " * 3}
          for animal in ("cat", "dog", "cow") for place in ("mat", "sofa", "roof")]
@@ -142,24 +143,21 @@ def test_other_weights_under_the_same_name_are_tuned_anew(tmp_path):
     assert before["perplexity_before"] != after["perplexity_before"]
 
 
-@pytest.mark.parametrize("line,says", [
-    ('{"text": 3}', ":2: wanted"), ('{"review": "x"}', ":2: wanted"),
-    ('["x"]', ":2: wanted"), ('{"text": "x"', ":2: wanted"),
-])
-def test_lines_that_hold_no_text_are_refused(line, says, tmp_path, model_dir):
+@pytest.mark.parametrize("line", ['{"text": 3}', '{"review": "x"}', '["x"]', '{"text": "x"'])
+def test_lines_that_hold_no_text_are_refused(line, tmp_path, model_dir):
     """Faults: a line skipped in silence; a traceback for what is no JSON."""
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "abc"}\n' + line + "\n")
-    with pytest.raises(InputError, match=says):
+    with refuses(line, file=path, line=2):
         read_blocks(path, load_tokenizer(model_dir), 5)
 
 
 def test_too_few_texts_and_nan_are_refused_and_nothing_is_saved(tmp_path, model_dir):
     """Faults: an endless loop over too few blocks; a NaN model saved; no block held out, read as all held out."""
-    with pytest.raises(InputError, match="--held: got 0, wanted at least 1"):
+    with refuses(0, option="held"):
         tune(tmp_path, model_dir, held=0)
-    with pytest.raises(InputError, match="3 blocks of 24 tokens, wanted at least 8"):
+    with refuses("3 blocks of 24", 8, file=tmp_path / "reviews.jsonl"):
         tune(tmp_path, model_dir, TEXTS[:1])
-    with pytest.raises(InputError, match="step 1.*nan.*Lower --lr"):
+    with refuses("step 1", "nan", "--lr", file=tmp_path / "reviews.jsonl"):
         tune(tmp_path, model_dir, lr=1e30, steps=3)
     assert not (tmp_path / "tuned").exists()

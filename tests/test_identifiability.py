@@ -7,7 +7,8 @@ from itertools import combinations
 import pytest
 import torch
 
-from letters import Letters
+from letters import GOOD, Letters, write
+from raising import refuses
 from mixdpo import identifiability
 from mixdpo.identifiability import counts_of, told
 from mixdpo.preferences import Pair
@@ -94,3 +95,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("mixdpo.tokenizer.load_tokenizer", lambda name, data: Letters())
     identifiability.main([str(path), "--experts", "3"])
     assert "one type a user: K = 2" in (out := capsys.readouterr().out) and "--experts 3 is more than that" in out
+
+
+@pytest.mark.parametrize("option, value", [("experts", "0"), ("experts", "-2"), ("latent", "foo"), ("max_prompt", "0"),
+                                           ("max_response", "-1")])
+def test_options_out_of_range_are_refused(tmp_path, monkeypatch, option, value):
+    """Catches: --experts 0 and --latent foo answered as if they were sensible."""
+    monkeypatch.setattr("mixdpo.tokenizer.load_tokenizer", lambda name, data: Letters())
+    with refuses(value, option=option):
+        identifiability.main([str(write(tmp_path, GOOD)), "--" + option.replace("_", "-"), value])

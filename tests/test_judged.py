@@ -4,6 +4,7 @@ docstring."""
 import gzip
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from data import hh, judged
 from data.job import read_job
 from data.judged import Item, deal, divide, fitting, line
 from data.presets import HH
-from mixdpo.config import InputError
 from mixdpo.preferences import read_preferences
 from mixdpo.tokenizer import load_tokenizer
+from raising import refuses
 
 WORDS = {"helpful": "abcd", "harmless": "wxyz"}
 
@@ -68,10 +69,10 @@ def test_hh_labels(tmp_path):
     assert facts["read"] == {"pairs": 3, "not a conversation": 1, "labelled twice for one objective": 2,
                              "of these, otherwise": 2}
     for bad in ("{", row | {"label": 2}, row | {"objective": "funny"}, row | {"responses": ["b"]}, {"prompt": "a"}):
-        with pytest.raises(InputError, match=":2: .*; wanted a line as data/hh.py describes it"):
+        with refuses(file=tmp_path / "bad" / hh.FILE, line=2):
             hh.load(str(write_hh(tmp_path / "bad", [row, bad])), {})
     for data in (None, str(tmp_path)):
-        with pytest.raises(InputError, match="hh_relabeled_objectives.jsonl.gz is not in"):
+        with refuses(file=Path(data or "") / hh.FILE):
             hh.load(data, {})
 
 
@@ -109,7 +110,7 @@ def test_users_get_the_items_of_their_type():
     for kind, times in (("helpful", {1, 2}), ("harmless", {1, 2})):
         seen = Counter(i.messages[0]["content"] for user, i in dealt if users[user] == kind)
         assert set(seen.values()) <= times and len(seen) == (20 if kind == "helpful" else 10)
-    with pytest.raises(InputError, match="10 items are judged by harmless, and each user wants 11"):
+    with refuses(10, "harmless", 11):
         deal(items, users, 11, seed=0)
 
 
@@ -170,7 +171,7 @@ def test_a_whole_tiny_job_of_two_objectives(chat_model, tmp_path, monkeypatch):
     before = (job / "mix-user" / "metrics.jsonl").stat().st_mtime_ns
     judged.main(hh.DATASET, words)
     assert (job / "mix-user" / "metrics.jsonl").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match="holds a job of another settings"):
+    with refuses("settings", file=job):
         judged.main(hh.DATASET, [*words, "--users", "2"])
 
 
@@ -196,14 +197,14 @@ def test_each_type_as_one_user_who_judges_everything(chat_model, tmp_path, monke
     assert {g for step in run.steps for g in step["groups"]} == {0, 1}
     found = json.loads((job / "results.json").read_text())["preferences"]["mix-user"]["alignment_train"]
     assert found["units"] == 2
-    with pytest.raises(InputError, match="leave --users and --pairs out"):
+    with refuses("--users", "--pairs", option="types_as_users"):
         judged.main(hh.DATASET, [*words, "--types-as-users", "true", "--pairs", "3"])
 
 
 def test_options_that_cannot_be_met(tmp_path):
     """Catches: a traceback in place of a sentence."""
-    for words, says in ((["--preset", "big"], "--preset: got 'big', wanted one of smoke, quick"),
-                        (["--preset", "smoke", "--pairs", "-2"], "both must be at least 1")):
-        with pytest.raises(InputError, match=says):
+    for words, option in ((["--preset", "big"], "preset"), (["--preset", "smoke", "--users", "-2"], "users"),
+                          (["--preset", "smoke", "--pairs", "-2"], "pairs")):
+        with refuses(words[-1], option=option):
             judged.main(hh.DATASET, [*words, "--out", str(tmp_path / "x")])
     assert not (tmp_path / "x").exists()

@@ -10,7 +10,7 @@ import torch
 import brute
 from data import planted
 from data.planted import PlantedConfig, assigned, world
-from mixdpo.config import InputError
+from raising import refuses
 
 
 @pytest.mark.parametrize("types", [2, 4])
@@ -55,5 +55,6 @@ def test_the_command_writes_figures_and_a_picture(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert text.count("\n| 2 | ") == text.count("\n| 3 | ") == 2 and "](planted.png)" in text
     assert (tmp_path / "planted.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(InputError, match="--pairs as many as a user"):
-        planted.main(["--pairs", "3"])
+    for option, value in (("pairs", "3"), ("types", "2,0"), ("each", "0"), ("seeds", "0"), ("features", "-1")):
+        with refuses(value.split(",")[-1], option=option):
+            planted.main([f"--{option}", value])

@@ -1,13 +1,14 @@
 """mixdpo/preferences.py: what each test catches stands in its docstring. Faulty files are test_records.py's."""
 
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from letters import GOOD, PEOPLE, Letters, pair, read
+from raising import refuses
 from torch.nn.attention.flex_attention import create_block_mask
 
-from mixdpo.config import InputError
 from mixdpo.preferences import (
     Batch,
     check_lengths,
@@ -15,6 +16,7 @@ from mixdpo.preferences import (
     encode_prompt,
     groups,
     rows_of,
+    suspicions,
 )
 
 # ---- text -> ids
@@ -62,16 +64,55 @@ def test_start_token_stays_before_the_prompt(tmp_path):
     ]
     (one,) = read(tmp_path, GOOD, tokenizer=Letters(bos=257))
     assert one.prompt == [257, *b"He said"] and one.chosen == [*b" yes", 256]
-    with pytest.raises(InputError, match="at least 1"):  # of an empty prompt nothing could be predicted
+    with refuses(option="max_prompt"):  # of an empty prompt nothing could be predicted
         read(tmp_path, GOOD, max_prompt=0)
+    with refuses(option="max_response"):
+        read(tmp_path, GOOD, max_response=0)
 
 
 def test_pair_longer_than_the_model(tmp_path):
     """Caught: only one of the two responses looked at; off by one at the context's end."""
     pairs = [pair("abc", "d", "efg", line=8), pair("a", "b", "c", line=9)]
     check_lengths(pairs, 6, "f.jsonl")
-    with pytest.raises(InputError, match=r"f\.jsonl:8: prompt \(3 ids\) and response \(3\) .* context of 5; choose"):
+    with refuses("(3 ids)", "(3)", 5, file="f.jsonl", line=8):
         check_lengths(pairs, 5, "f.jsonl")
+
+
+class Chat(Letters):
+    """Letters with a special token and an added one that a text may hold."""
+
+    special, place = {"<|im_end|>": 400, "<tool>": 401}, "chat"
+    vocabulary = SimpleNamespace(literal={"<tool>": 401})
+
+
+SUSPECT = {
+    "special token": [{**GOOD, "prompt": "He<|im_end|>"}, {**GOOD, "chosen": "<|im_end|>"},
+                      {**GOOD, "chosen": "<|im_end|>", "rejected": "a<|im_end|>"}],
+    "as a string": [{**GOOD, "prompt": '[{"role": "user"}]'}, {**GOOD, "chosen": "[{'content': 'a'}]"},
+                    {**GOOD, "rejected": ' { "role" : "assistant"'}],
+    "begin with the prompt": [{"prompt": "Q:\n", "chosen": "Q:\nyes", "rejected": " Q:\nno"}],
+}
+PLAIN = [GOOD, {**GOOD, "prompt": "a <tool> of [roles]"}, {**GOOD, "chosen": "He said so"}, {**GOOD, "prompt": " "},
+         {**GOOD, "chosen": '["role"] {"a": {"role": 1}}'}]
+
+
+@pytest.mark.parametrize("what", SUSPECT)
+def test_what_looks_like_a_mistake_is_counted(tmp_path, what):
+    """Catches: a text with the template applied already, one that holds the prompt again, messages written as a string:
+    all trained on without a word; a line counted for each of its texts; good lines counted."""
+    told, records = [], SUSPECT[what]
+    pairs = read(tmp_path, *PLAIN, *records, tokenizer=Chat(), max_prompt=99, max_response=99, report=told.append)
+    assert len(pairs) == len(PLAIN) + len(records), "they can be trained on as they stand"
+    (line,) = told
+    assert what in line and f": {len(records)} (first: line {len(PLAIN) + 1})" in line
+
+
+def test_names_of_special_tokens_in_messages_are_counted_too():
+    """Catches: messages whose content has the template applied already."""
+    turns = {"prompt": [{"role": "user", "content": "He<|im_end|>"}], "chosen": [{"role": "assistant", "content": "{"}],
+             "rejected": [{"role": "assistant", "content": '{"role": 1}'}]}
+    (one,) = suspicions(turns, Chat())
+    assert "special token" in one and suspicions(turns, Letters()) == []
 
 
 # ---- units of the latent
@@ -81,9 +122,9 @@ def test_groups_are_pairs_or_whole_users():
     """Caught: users sorted, or pooled only where their lines are neighbours; a line without a user let through."""
     assert groups(PEOPLE[:3], "pair") == [[0], [1], [2]]
     assert groups(PEOPLE[:6], "user") == [[0, 2, 5], [1, 4], [3]]
-    with pytest.raises(InputError, match="line 7: no user .on 1 of 2 pairs"):
+    with refuses("line 7", "1 of 2"):
         groups([PEOPLE[0], pair([1], [2], [3], line=7)], "user")
-    with pytest.raises(InputError, match="wanted 'pair' or 'user'"):
+    with refuses("users", option="latent"):
         groups(PEOPLE, "users")
 
 

@@ -15,10 +15,10 @@ from data.job import Job, Run
 from data.movies import Review
 from data.presets import REVIEWS
 from data.stages import read_lines
-from mixdpo.config import InputError
 from mixdpo.preferences import read_preferences
 from mixdpo.tokenizer import load_tokenizer
 from test_imdb import save_tiny, write_reviews
+from raising import refuses
 
 LINE = {"domain": "books", "label": "pos", "text": "A fine &quot;book&quot;.<br />Read it."}
 
@@ -64,25 +64,24 @@ def test_the_official_archive_of_products_is_read(tmp_path):
     assert {d: [(r.text, r.label) for r in rows] for d, rows in found.items()} == {
         "books": [("Good.", 1), ("Fine.", 1), ("Dull.", 0)], "kitchen": [("Rust.", 0)]}
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(InputError, match="not a whole archive"):
+    with refuses(file=path):
         load_products(tmp_path)
 
 
-@pytest.mark.parametrize(("line", "says"), [
-    ("{", ":1: JSONDecodeError"), ('{"domain": "books", "text": "a"}', ":1: KeyError"),
-    ('{"domain": "toys", "label": "pos", "text": "a"}', "none of them of books")])
-def test_faulty_product_reviews_are_named(tmp_path, line, says):
+@pytest.mark.parametrize(("line", "number"), [
+    ("{", 1), ('{"domain": "books", "text": "a"}', 1), ('{"domain": "toys", "label": "pos", "text": "a"}', None)])
+def test_faulty_product_reviews_are_named(tmp_path, line, number):
     """Caught: a line passed over; another domain taken for books."""
     with gzip.open(tmp_path / "books.jsonl.gz", "wt") as file:
         file.write(line + "\n")
-    with pytest.raises(InputError, match=says):
+    with refuses(file=tmp_path / "books.jsonl.gz", line=number):
         load_products(tmp_path)
 
 
 @pytest.mark.parametrize("data", [None, "FOLDER"])
 def test_no_source_says_what_to_do(tmp_path, data):
     """Caught: a missing folder for an empty one; no remedy."""
-    with pytest.raises(InputError, match="domain_sentiment_data.tar.gz.*DATA=FOLDER"):
+    with refuses("domain_sentiment_data.tar.gz", "DATA=FOLDER", file=data and tmp_path):
         load_products(data and str(tmp_path))
 
 
@@ -114,7 +113,7 @@ def test_shares_of_a_domain_are_apart(tiny):
     assert {name: len(rows) for name, rows in taken.items()} == counts
     assert all("film" in prompt for prompt in taken["crossed"])
     assert len(rest) == 65 - 39
-    with pytest.raises(InputError, match="book reviews give 2 for crossed, wanted 3"):
+    with refuses("book", 2, "crossed", 3):
         reviews.divide("book", own + crossed[:2], preset, load_tokenizer(tiny))
 
 

@@ -3,12 +3,13 @@
 import json
 
 import pytest
-from letters import Letters, read, write
+from letters import GOOD, Letters, read, write
+from raising import refuses
 
 import tinyjob
-from mixdpo.config import InputError
 from mixdpo.preferences import collate
 from mixdpo.show import main, show
+from mixdpo.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("eos", [256, 0])
@@ -29,7 +30,8 @@ def test_show_tells_the_parts_apart(tmp_path, eos):
 
 
 def test_command_prints_a_batch_with_a_real_tokenizer(tmp_path, capsys):
-    """Caught: a fake tokenizer unlike the real one; the name of EOS in a text read as EOS; FILE ignored."""
+    """Caught: a fake tokenizer unlike the real one; the name of EOS in a text read as EOS, or not counted; FILE
+    ignored."""
     letters = {c: i for i, c in enumerate("abcdehinost<|>Ġ")} | {"th": 15}
     tokens = [{"id": 16, "content": "<|eos|>", "special": True}]
     document = {
@@ -42,16 +44,43 @@ def test_command_prints_a_batch_with_a_real_tokenizer(tmp_path, capsys):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|eos|>"}))
     path = write(tmp_path, {"prompt": "cat", "chosen": "hi <|eos|>", "rejected": "the bath"})
     main([str(path), "--model", str(tmp_path), "--max-response", "20"])
-    assert capsys.readouterr().out.splitlines() == [
+    counted, *shown = capsys.readouterr().out.splitlines()
+    assert counted.startswith(f"{path}: ") and counted.endswith(": 1 (first: line 1)")
+    assert shown == [
         "pair 0 (group 0)",
         "  chosen   prompt 'cat' response 'hi <|eos|>' EOS <16>",
         "  rejected prompt 'cat' response 'the bath' EOS <16> padding 0 x 4",
     ]
     write(tmp_path, *({"prompt": "cat", "chosen": letter, "rejected": "a"} for letter in "xb"))
-    with pytest.raises(InputError, match=r":1: no token for a character: .*character 'x' .* at position 0"):
+    with refuses("'x'", "position 0", file=path, line=1):
         main(["--data", str(path), "--model", str(tmp_path)])
     main([str(path), "--model", str(tmp_path), "--drop", "true"])
     assert capsys.readouterr().out.startswith(f"{path}: dropped, no token for a character: 1 (line 1)\npair 0")
+
+
+def test_a_special_token_and_its_name_are_told_apart(tmp_path):
+    """A conversation, and a text with the template written out. Catches: both shown alike."""
+    tokenizer = load_tokenizer("smollm2")
+    turns = [{"role": role, "content": text} for role, text in (("system", "S"), ("user", "Hi"), ("assistant", "a"))]
+    template = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns[:2])
+    rows = [{"prompt": turns[:2], "chosen": turns[2:], "rejected": [turns[2] | {"content": "b"}]},
+            {"prompt": template + "<|im_start|>assistant\n", "chosen": "a<|im_end|>", "rejected": "b"}]
+    batch = collate(read(tmp_path, *rows, tokenizer=tokenizer, max_prompt=99, report=str), [0, 1])
+    plain, coloured = show(batch, tokenizer).splitlines(), show(batch, tokenizer, colour=True).splitlines()
+    turn = " <|im_start|> '{}\\n{}' <|im_end|> '\\n'".format
+    assert plain[1].startswith(f"  chosen   prompt{turn('system', 'S')}{turn('user', 'Hi')} <|im_start|> "
+                               "'assistant\\n' response 'a' EOS <2> padding")
+    prompt = template.replace("\n", "\\n")
+    assert plain[4].startswith(f"  chosen   prompt '{prompt}<|im_start|>assistant\\n' response 'a<|im_end|>' EOS")
+    assert "\033[30;45mspecial\033[0m" in coloured[0] and coloured[2].count("\033[30;45m<|im_end|>\033[0m") == 2
+    assert "\033[30;45m" not in coloured[5] and "<|im_end|>" in coloured[5]
+
+
+@pytest.mark.parametrize("pairs", [0, -1])
+def test_at_least_one_pair_is_shown(tmp_path, pairs):
+    """Catches: a ValueError of max() for --pairs 0."""
+    with refuses(pairs, option="pairs"):
+        main([str(write(tmp_path, GOOD)), "--pairs", str(pairs)])
 
 
 def test_a_jobs_own_model_and_lengths_are_taken(tmp_path, capsys):
@@ -66,7 +95,7 @@ def test_a_jobs_own_model_and_lengths_are_taken(tmp_path, capsys):
     (tmp_path / "job.json").write_text(json.dumps({"model": str(model)}))
     main([str(path)])
     shown = capsys.readouterr().out
-    assert "user\\n" + "x" * 90 + "<|im_end|>" in shown and "response 'chose'\n" in shown
+    assert "<|im_start|> 'user\\n" + "x" * 90 + "' <|im_end|> '" in shown and "response 'chose'\n" in shown
     (tmp_path / "job.json").write_text(json.dumps({"model": "none such"}))
     tinyjob.make_model(tmp_path / "reference", context=256, special=special)
     main([str(path)])

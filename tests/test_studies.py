@@ -17,6 +17,7 @@ from data.studies import parity, privacy, study, texts, worlds
 from data.studies.worlds import ITEMS, World, fit, item_probabilities, judged, look, oracle, prompt, write
 from mixdpo import fetch
 from mixdpo.config import InputError
+from raising import refuses
 
 
 # ---- planted worlds
@@ -137,7 +138,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     calls, home = [], tmp_path / "studies"
     (home / "fake").mkdir(parents=True)
     monkeypatch.setattr(study, "study_of", lambda name: fake(calls, fail=(2,)))
-    with pytest.raises(InputError, match="study fake, {'n': 2.*no such thing"):
+    with refuses("fake", "'n': 2", "no such thing"):
         for n in range(4):
             study.measured("fake", {"n": n, "preset": "quick"}, home)
     monkeypatch.setattr(study, "study_of", lambda name: fake(calls))
@@ -215,16 +216,17 @@ def test_sentences_are_read_with_their_ratings(tmp_path, monkeypatch):
     assert (good.text, good.document, good.ratings, good.rating) == ("Good film.", "1", (1, 2), 1.5)
     assert bad.rating == -1
     ratings = "tweets_anonDataRatings.txt"
-    for name, text, told in (("tweets_GroundTruth.txt", "1_1\t1.5\n", "tweets_GroundTruth.txt:1: got 2 fields"),
-                             (ratings, "1_1\t1\t0\t[1.5]\n1_2\t1\t0\t[1]\n", r"1_1: got '\[1.5\]'"),
-                             (ratings, "1_1\t1\t0\t[1]\n", "1_2: got None"),
-                             (ratings, "1_1\t1\t0\tprint(1)\n", "1_1: got 'print")):
+    truth = "tweets_GroundTruth.txt"
+    for name, text, place, named in ((truth, "1_1\t1.5\n", (f"{path}: {truth}", 1), ["2"]),
+                                     (ratings, "1_1\t1\t0\t[1.5]\n1_2\t1\t0\t[1]\n", (path,), ["1_1", "'[1.5]'"]),
+                                     (ratings, "1_1\t1\t0\t[1]\n", (path,), ["1_2", None]),
+                                     (ratings, "1_1\t1\t0\tprint(1)\n", (path,), ["1_1", "'print"])):
         archive(path, members(**{name: text}))
-        with pytest.raises(InputError, match=told):
+        with refuses(*named, **dict(zip(("file", "line"), place))):
             sentences.load_sentences()
     monkeypatch.setattr(sentences, "MOST", 5)
     archive(path, members())
-    with pytest.raises(InputError, match="more than 5 bytes"):
+    with refuses("5 bytes", file=path):
         sentences.load_sentences()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mixdpo.config import InputError
 from mixdpo.tokenizer import load_tokenizer
-from refusal import assert_refused
+from raising import refuses
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizers.json").read_text())
 EOT = "<|endoftext|>"
@@ -131,31 +131,36 @@ def test_vocab_covers_every_id(load):
 # --- what a text cannot hold ------------------------------------------------------------------------------------------
 
 
-def test_a_character_without_a_token_is_named(load):
+def test_a_character_without_a_token_is_named(load, tmp_path):
     """Bytes that the vocabulary lacks: tiktoken itself ends in a panic. Faults: no check; the position of the byte."""
     tokenizer = load("digits")
-    assert_refused(lambda: tokenizer.encode("中中 ok\x04"), "'\\x04'", "U+0004", "position 5", "ok")
-    assert_refused(lambda: tokenizer.encode("film 👍"), "U+1F44D", "position 5")
+    with refuses("'\\x04'", "U+0004", "position 5", file=tmp_path / "digits"):
+        tokenizer.encode("中中 ok\x04")
+    with refuses("U+1F44D", "position 5", file=tmp_path / "digits"):
+        tokenizer.encode("film 👍")
     assert tokenizer.encode("the film")         # and it goes on working
 
 
-def test_half_a_surrogate_is_named(load):
+def test_half_a_surrogate_is_named(load, tmp_path):
     """JSON can hold "\\ud83d" alone; tiktoken writes U+FFFD for it without a word. Fault: the text left to tiktoken."""
-    assert_refused(lambda: load("gpt2").encode("ab\ud83dc"), "U+D83D", "position 2")
+    with refuses("U+D83D", "position 2", file=tmp_path / "gpt2"):
+        load("gpt2").encode("ab\ud83dc")
 
 
-def test_endless_blanks_are_an_error_that_says_so(load):
+def test_endless_blanks_are_an_error_that_says_so(load, tmp_path):
     """tiktoken's regex gives up with a panic, whose class is no Exception. Fault: `except Exception`."""
-    assert_refused(lambda: load("gpt2").encode(" " * 1_000_000 + "x"), "1000001 characters", "blanks")
+    with refuses(1000001, file=tmp_path / "gpt2"):
+        load("gpt2").encode(" " * 1_000_000 + "x")
 
 
-def test_a_pattern_that_matches_the_empty_string_is_an_error(load):
+def test_a_pattern_that_matches_the_empty_string_is_an_error(load, tmp_path):
     """tiktoken panics at it too. Fault: `except Exception`."""
 
     def empty(doc):
         doc["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{N}*"
 
-    assert_refused(lambda: load("split", empty).encode("ab 12"), "pattern", "empty")
+    with refuses(5, file=tmp_path / "split"):
+        load("split", empty).encode("ab 12")
 
 
 # --- the key ----------------------------------------------------------------------------------------------------------
@@ -203,7 +208,8 @@ def test_the_end_token_is_found_in_the_models_config(file, tmp_path):
     """Faults: one of the two files not read; a list of ids not understood; id 0 taken for none."""
     doc = GOLDEN["gpt2"]["tokenizer"]
     folder = write(tmp_path / "t", doc)
-    assert_refused(lambda: load_tokenizer(folder), str(folder), "eos_token")
+    with refuses("eos_token", file=folder):
+        load_tokenizer(folder)
     for value in (0, [0, 5]):
         assert doc["added_tokens"][0]["id"] == 0
         (folder / file).write_text(json.dumps({"eos_token_id": value}))
@@ -213,7 +219,8 @@ def test_the_end_token_is_found_in_the_models_config(file, tmp_path):
 def test_an_end_token_that_the_vocabulary_lacks_is_refused(tmp_path):
     """Fault: eos None, which would be trained on as if there were one."""
     folder = write(tmp_path / "t", GOLDEN["gpt2"]["tokenizer"], {"eos_token": "</s>"})
-    assert_refused(lambda: load_tokenizer(folder), str(folder), "'</s>'")
+    with refuses("'</s>'", file=folder):
+        load_tokenizer(folder)
 
 
 def test_the_start_token_is_the_templates(load):
@@ -269,7 +276,7 @@ REFUSED = {
     "merge of three": ("gpt2", setting(("model", "merges", 3), "a b c"), ["merge 4", "a b c"]),
     "merge of none": ("gpt2", setting(("model", "merges", 3), ["a", "中"]), ["merge 4", "中"]),
     "merge to none": ("gpt2", setting(("model", "merges", 3), "x z"), ["merge 4", "x z"]),
-    "merge to special": ("gpt2", setting(("added_tokens", 0, "content"), "the"), ["merge 2", "makes a special token"]),
+    "merge to special": ("gpt2", setting(("added_tokens", 0, "content"), "the"), ["merge 2"]),
     "no model": ("gpt2", lambda doc: doc.pop("model"), ["model"]),
     "a list": ("gpt2", setting(("added_tokens",), [1]), ["TypeError"]),
 }
@@ -279,20 +286,25 @@ REFUSED = {
 def test_what_is_not_supported_is_refused_by_its_name(what, load, tmp_path):
     """Fault: the check taken out, so that ids are others in silence or a KeyError names nothing."""
     case, change, words = REFUSED[what]
-    assert_refused(lambda: load(case, change), str(tmp_path / case), *words)
+    with refuses(*words, file=tmp_path / case):
+        load(case, change)
 
 
 def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     """Faults: json's own error without the file's name; a name that is no directory tried as one."""
-    assert_refused(lambda: load_tokenizer("gpt3"), "gpt3", "smollm2")
-    assert_refused(lambda: load_tokenizer(tmp_path), str(tmp_path), "tokenizer.json")
+    with refuses("smollm2", file="gpt3"):
+        load_tokenizer("gpt3")
+    with refuses("tokenizer.json", file=tmp_path):
+        load_tokenizer(tmp_path)
     folder = write(tmp_path / "t", GOLDEN["gpt2"]["tokenizer"], GOLDEN["gpt2"]["config"])
     whole = (folder / "tokenizer.json").read_text()
-    for text, word in ((whole[:2000], "truncated"), ("[]", "list"), ("", "truncated")):
+    for text in (whole[:2000], "[]", ""):
         (folder / "tokenizer.json").write_text(text)
-        assert_refused(lambda: load_tokenizer(folder), str(folder / "tokenizer.json"), word)
+        with refuses(file=folder / "tokenizer.json"):
+            load_tokenizer(folder)
     (folder / "tokenizer.json").write_bytes(b"\xff\xfe{")
-    assert_refused(lambda: load_tokenizer(folder), str(folder / "tokenizer.json"))
+    with refuses(file=folder / "tokenizer.json"):
+        load_tokenizer(folder)
 
 
 # --- the three names, and speed ---------------------------------------------------------------------------------------
@@ -318,7 +330,8 @@ def test_real_vocabularies(name, tmp_path):
     for text, ids in golden.items():
         assert tokenizer.encode(text) == ids
     if name == "smollm2":
-        assert_refused(lambda: tokenizer.encode("a\x04"), "U+0004", "position 1")
+        with refuses("U+0004", "position 1", file=name):
+            tokenizer.encode("a\x04")
     text = "I'd say:\n\n  « naïve » 中文 👍🏽 <|endoftext|> 2,500 strings!"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     if name != "llama-3.2-1b":      # it takes seconds to load

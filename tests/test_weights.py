@@ -17,7 +17,7 @@ from mixdpo.gpt2 import GPT2, GPT2Config
 from mixdpo.hfconfig import config_from_json, config_to_json
 from mixdpo.llama import LlamaConfig, RopeScaling
 from mixdpo.weights import content_key, load_model, save_model
-from refusal import assert_refused
+from raising import refuses
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ["gpt2", "gpt2-inner", "llama-tied", "llama-untied", "llama3-scaling"]
@@ -42,9 +42,10 @@ def copy(tmp_path):
     return make
 
 
-def assert_not_loaded(name, *words, **kwargs):
-    """load_model(name) is refused."""
-    assert_refused(lambda: load_model(name, **kwargs), *words)
+def assert_not_loaded(name, *named, file=None, line=None, **kwargs):
+    """load_model(name) is refused, because of that file, or of what has the name; the error names the values."""
+    with refuses(*named, file=file or name, line=line):
+        load_model(name, **kwargs)
 
 
 # --- there and back ---------------------------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ def test_a_repeated_embedding_is_accepted_and_another_matrix_is_not(copy, tmp_pa
     assert content_key(load_model(copy("llama-tied", repeat))) == content_key(load_model(GOLDEN / "llama-tied"))
     shutil.rmtree(tmp_path / "llama-tied")
     folder = copy("llama-tied", lambda tensors: tensors.update({"lm_head.weight": torch.randn(53, 18)}))
-    assert_not_loaded(folder, str(folder), "lm_head.weight", "tie_word_embeddings")
+    assert_not_loaded(folder, "lm_head.weight", "tie_word_embeddings")
 
 
 # --- what is wrong is named -------------------------------------------------------------------------------------------
@@ -236,19 +237,20 @@ def test_missing_extra_and_misshapen_tensors_are_named(copy):
         tensors["transformer.h.0.mlp.c_fc.weight"] = tensors["transformer.h.0.mlp.c_fc.weight"].t()
 
     folder = copy("gpt2", damage)
-    assert_not_loaded(folder, str(folder), "missing: h.1.ln_2.bias", "unknown: h.2.ln_2.bias",
-            "misshapen: h.0.mlp.c_fc.weight is (20, 80), wanted (80, 20)")
+    assert_not_loaded(folder, "missing: h.1.ln_2.bias", "unknown: h.2.ln_2.bias",
+                      "misshapen: h.0.mlp.c_fc.weight is (20, 80), wanted (80, 20)")
 
 
 def test_an_untied_model_without_its_unembedding(copy):
     """Fault: the embedding taken instead."""
-    assert_not_loaded(copy("llama-tied", tie_word_embeddings=False), "missing: lm_head.weight")
+    folder = copy("llama-tied", tie_word_embeddings=False)
+    assert_not_loaded(folder, "missing: lm_head.weight")
 
 
 def test_a_tensor_given_twice(copy):
     """Fault: the last one wins."""
     folder = copy("gpt2", lambda tensors: tensors.update({"wte.weight": torch.zeros(51, 20)}))
-    assert_not_loaded(folder, "wte.weight twice")
+    assert_not_loaded(folder, "wte.weight")
 
 
 @pytest.mark.parametrize("case, setting, value", [
@@ -271,28 +273,28 @@ def test_settings_that_are_not_computed_are_refused_by_name(case, setting, value
     """Fault: any of them read over, which would give another function than the one that was trained."""
     folder = copy(case, **{setting: value})
     named = {"rope_scaling": "rope", "rope_parameters": "rope"}.get(setting, setting)
-    assert_not_loaded(folder, str(folder / "config.json"), named)
+    assert_not_loaded(folder, named, file=folder / "config.json")
 
 
 def test_config_json_missing_broken_or_incomplete(copy):
     """Faults: a KeyError or a JSONDecodeError instead of an error that says where."""
     folder = copy("llama-tied", hidden_size=None, rms_norm_eps=None)
-    assert_not_loaded(folder, "config.json", "hidden_size, rms_norm_eps")
+    assert_not_loaded(folder, "hidden_size, rms_norm_eps", file=folder / "config.json")
     (folder / "config.json").write_text('{\n"model_type": \n}')
-    assert_not_loaded(folder, "config.json:3", "not JSON")
+    assert_not_loaded(folder, file=folder / "config.json", line=3)
     (folder / "config.json").unlink()
-    assert_not_loaded(folder, "config.json", "is not there")
+    assert_not_loaded(folder, file=folder / "config.json")
 
 
-@pytest.mark.parametrize("case, setting, value, words", [
-    ("gpt2", "n_head", 3, ["width 20 is not a multiple of heads 3"]),
-    ("llama-tied", "num_key_value_heads", 5, ["no multiple of kv_heads 5"]),
-    ("llama-tied", "head_dim", 3, ["head_dim 3 is odd"]),
+@pytest.mark.parametrize("case, setting, value, values", [
+    ("gpt2", "n_head", 3, ["width 20", "heads 3"]),
+    ("llama-tied", "num_key_value_heads", 5, ["kv_heads 5"]),
+    ("llama-tied", "head_dim", 3, ["head_dim 3"]),
 ])
-def test_sizes_that_do_not_go_together(case, setting, value, words, copy):
+def test_sizes_that_do_not_go_together(case, setting, value, values, copy):
     """Fault: an AssertionError that names no file."""
     folder = copy(case, **{setting: value})
-    assert_not_loaded(folder, str(folder / "config.json"), *words)
+    assert_not_loaded(folder, *values, file=folder / "config.json")
 
 
 def test_shards(copy, tmp_path):
@@ -302,11 +304,11 @@ def test_shards(copy, tmp_path):
     table = json.loads(index.read_text())
     moved = folder / "model-00002-of-00004.safetensors"
     moved.rename(tmp_path / moved.name)
-    assert_not_loaded(folder, str(index), moved.name)
+    assert_not_loaded(folder, moved.name, file=index)
     index.write_text(json.dumps(table).replace(moved.name, f"../{moved.name}"))
-    assert_not_loaded(folder, str(index), f"../{moved.name}")
+    assert_not_loaded(folder, f"../{moved.name}", file=index)
     index.unlink()
-    assert_not_loaded(folder, str(folder), "model.safetensors.index.json")
+    assert_not_loaded(folder, "model.safetensors.index.json")
 
 
 def test_a_tensor_in_two_shards(copy):
@@ -315,7 +317,7 @@ def test_a_tensor_in_two_shards(copy):
     first, second = sorted(folder.glob("model-*.safetensors"))[:2]
     save_file(load_file(first) | {"model.norm.weight": torch.zeros(21)}, first)
     save_file(load_file(second) | {"model.norm.weight": torch.zeros(21)}, second)
-    assert_not_loaded(folder, "model.norm.weight", "another shard")
+    assert_not_loaded(folder, "model.norm.weight", file=second)
 
 
 def test_pickles_are_never_opened(copy, monkeypatch):
@@ -325,10 +327,10 @@ def test_pickles_are_never_opened(copy, monkeypatch):
     torch.save({"wte.weight": torch.zeros(51, 20)}, folder / "pytorch_model.bin")
     load_model(folder)                                  # beside safetensors it is not looked at
     (folder / "model.safetensors").unlink()
-    assert_not_loaded(folder, "pytorch_model.bin", "pickled", "save_pretrained")
-    assert_not_loaded(folder / "pytorch_model.bin", "pickled", "save_pretrained")
+    assert_not_loaded(folder, "save_pretrained", file=folder / "pytorch_model.bin")
+    assert_not_loaded(folder / "pytorch_model.bin", "save_pretrained")
     (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
-    assert_not_loaded(folder, "model.safetensors", "not a whole safetensors file")
+    assert_not_loaded(folder, file=folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("size", [0, 7, 900, -1])
@@ -336,14 +338,14 @@ def test_a_truncated_weight_file_is_refused(size, copy):
     """Cut to nothing, in its length, in its header and one byte short."""
     file = copy("llama-tied") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
-    assert_not_loaded(file.parent, str(file), "not a whole safetensors file")
+    assert_not_loaded(file.parent, file=file)
 
 
 def test_quantised_tensors_are_refused(copy):
     """Fault: int8 codes taken for weights."""
     codes = torch.ones(40, 20, dtype=torch.int8)
     folder = copy("gpt2", lambda tensors: tensors.update({"transformer.wpe.weight": codes}))
-    assert_not_loaded(folder, "wpe.weight", "I8")
+    assert_not_loaded(folder, "wpe.weight", "I8", file=folder / "model.safetensors")
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -351,12 +353,13 @@ def test_quantised_tensors_are_refused(copy):
 
 def test_names(copy, tmp_path, monkeypatch):
     """Faults: the data folder not looked into first; "gpt2" taken for whatever sizes the file has; a bare KeyError."""
-    assert_not_loaded("gpt3", "gpt3", "smollm2", "gpt2", "llama-3.2-1b")
-    assert_not_loaded(GOLDEN / "gpt2" / "model.safetensors", "a directory")
+    assert_not_loaded("gpt3", "smollm2", "gpt2", "llama-3.2-1b")
+    assert_not_loaded(GOLDEN / "gpt2" / "model.safetensors")
     monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
-    assert_not_loaded("llama-3.2-1b", "llama-3.2-1b", "DATA=FOLDER", data=tmp_path)
+    assert_not_loaded("llama-3.2-1b", "DATA=FOLDER", data=tmp_path)
     monkeypatch.setattr(fetch, "asset", lambda name, data=None: GOLDEN / name / "model.safetensors")
-    assert_not_loaded("gpt2", "missing: h.10.", "misshapen: h.0.attn.c_attn.bias is (60,), wanted (2304,)")
+    assert_not_loaded("gpt2", "missing: h.10.", "misshapen: h.0.attn.c_attn.bias is (60,), wanted (2304,)",
+                      file=GOLDEN / "gpt2" / "model.safetensors")
     copy("llama-tied").rename(tmp_path / "llama-3.2-1b")
     copy("gpt2").rename(tmp_path / "smollm2")
     assert load_model("llama-3.2-1b", data=tmp_path).config.vocab == 53
@@ -432,4 +435,4 @@ def test_gguf_that_is_not_plain_llama_is_refused(change, word, tmp_path):
     """Faults: another architecture, a rope scaling, or a bias read over."""
     metadata, tensors = as_gguf(load_model(GOLDEN / "llama-untied"))
     write_gguf(tmp_path / "m.gguf", metadata | change.get("metadata", {}), tensors | change.get("tensors", {}))
-    assert_not_loaded(tmp_path / "m.gguf", str(tmp_path / "m.gguf"), word)
+    assert_not_loaded(tmp_path / "m.gguf", word)

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     config, began = parse(StudyConfig, argv, "python -m data.studies"), time.monotonic()
     for value, known, flag in ((config.name, NAMES, "name"), (config.preset, PRESETS, "preset")):
         if value not in known:
-            raise InputError(f"--{flag}: got {value!r}, wanted one of {', '.join(known)}")
+            raise InputError(f"got {value!r}, wanted one of {', '.join(known)}", option=flag)
     study, out = study_of(config.name), Path(config.out)
     facts = run(config.name, config.preset, Path(config.home), config.data_folder)
     spent = Path(config.home) / config.name / f"{config.preset}.seconds"    # of all calls together
