@@ -48,7 +48,8 @@ def field_comments(cls) -> dict[str, str]:
     on over the comment lines below it that are indented further than the fields."""
     found = {}
     for part in filter(dataclasses.is_dataclass, cls.__mro__):              # options that are inherited too
-        for name, comment in re.findall(r"^    (\w+): [^#\n]*#(.+(?:\n {5,}#.*)*)$", inspect.getsource(part), re.MULTILINE):
+        source, field = inspect.getsource(part), r"^    (\w+): [^#\n]*#(.+(?:\n {5,}#.*)*)$"
+        for name, comment in re.findall(field, source, re.MULTILINE):
             found[name] = " ".join(line.strip(" #") for line in comment.splitlines())
     return found
 
@@ -71,8 +72,8 @@ def convert(text: str, kind: type, flag: str):
     if typing.get_origin(kind) is tuple:
         words = text.split(",") if text else []
         if not all(word.strip() for word in words):
-            raise InputError(f"got {text!r}, an empty word between commas; wanted a value in each place, or none of the "
-                             "commas", option=option)
+            raise InputError(f"got {text!r}, where a place between commas is empty; wanted a value in each",
+                             option=option)
         return tuple(convert(word, typing.get_args(kind)[0], flag) for word in words)
     if kind is bool:
         if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
