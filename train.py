@@ -23,7 +23,6 @@ step is cut into micro-batches or chunks. K = 1 is DPO. Only this file calls bac
 """
 
 import dataclasses
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -279,9 +278,10 @@ class Carried:
     table: torch.Tensor             # (U,K) log q of each unit as last used, NaN before
     kept: torch.Tensor              # (V,K) what em = full or incremental keeps, NaN before
     log_v: torch.Tensor             # (U+1,) log weights of the users in the loss, the unknown one first
+    user_loss: torch.Tensor         # (U+1,) each user's loss as last seen
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {"table": self.table, "kept": self.kept, "log_v": self.log_v}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "t"}
 
 
 def advance(experts, gate, optimizer, plan, ref_logp, inputs: Inputs, start, carried: Carried, e_step_of_all,
@@ -301,7 +301,8 @@ def advance(experts, gate, optimizer, plan, ref_logp, inputs: Inputs, start, car
     carried.table[list(last)] = log_q[list(last.values())].cpu()
     if latent.said is not None:
         kept[ids] = latent.said.cpu()
-    carried.t, carried.kept, carried.log_v = t + 1, kept, reweigh(carried.log_v, losses, config.robust)
+    carried.t, carried.kept = t + 1, kept
+    carried.log_v, carried.user_loss = reweigh(carried.log_v, carried.user_loss, losses, config.robust)
     if config.weights == "update":
         gate.log_w.copy_(update_weights(carried.table[~carried.table.isnan().any(1)], config.prior))        # M10
     return {"step": t + 1, "epoch": epoch, "rate": optimizer.param_groups[0]["lr"]} | figures, list(last)
@@ -327,7 +328,8 @@ def learn(config: TrainConfig, same: dict, stop: Stop) -> None:
     else:
         users = inputs.user.bincount(minlength=gate.users + 1).clamp_max(1).log().to(ref_logp)              # (U+1,)
         carried = Carried(0, torch.full((len(plan.units), config.experts), torch.nan),
-                          torch.full((len(plan.visits), config.experts), torch.nan), users)
+                          torch.full((len(plan.visits), config.experts), torch.nan), users,
+                          torch.full_like(users, math.log(2)))              # the loss where experts are the reference
     if carried.t == 0 and not config.init_experts:
         first = micro_batches(plan, plan.steps[0][1] or [0], config)[0]
         log_w = gate(inputs[first.units]).detach()[first.train.group.to(device)]
@@ -372,7 +374,8 @@ def resumed(out: Path, same: dict, experts, gate, optimizer, names: list[str], d
     load_state(experts, tensors, out)
     load_gate(gate, tensors)
     load_optimizer_state(optimizer, names, tensors)
-    return Carried(state["step"], tensors["table"], tensors["kept"], tensors["log_v"].to(device))
+    return Carried(state["step"], tensors["table"], tensors["kept"],
+                   *(tensors[name].to(device) for name in ("log_v", "user_loss")))
 
 
 def told_of_batch(error: FloatingPointError, plan, t: int, config) -> str:
@@ -400,7 +403,7 @@ def run(config: TrainConfig) -> Path:
                 print(f"{config.out}: finished before")
             else:
                 must_be_writable(Path(config.out))                          # told before long passes, not after
-                print(json.dumps(dataclasses.asdict(config) | environment()))
+                print(configs.to_json(dataclasses.asdict(config) | environment()))
                 learn(config, same, stop)
     except RuntimeError as error:                                           # CUDA's out-of-memory is one, too
         if not fits.exceeded(error):

@@ -28,7 +28,8 @@ class TrainConfig:
     em: str = "minibatch"           # E-step on: minibatch (a step's groups), full (all, before each epoch), incremental
                                     # (log-likelihoods are kept, so a user's pairs need not stand in one batch)
     damping: float = 0.0            # share of a pair's log-likelihoods kept from its visit before (incremental)
-    variant: str = "exact"          # of the E-step (M12): exact, tempered, hard, monte-carlo, gumbel, straight-through
+    variant: str = "exact"          # of the E-step (M12): exact, tempered, hard (all on the likeliest expert, a tie is
+                                    # shared equally), monte-carlo, gumbel, straight-through
     variant_temperature: float = 1.0    # of tempered and gumbel
     draws: int = 1                  # samples of z a group (monte-carlo)
     gate: str = "fixed"             # w(x) (M9): fixed (--weights), linear, mlp, user, prompt-user, random, domain
@@ -39,7 +40,8 @@ class TrainConfig:
     gate_balance: float = 0.0       # bonus a nat of the entropy of the step's mean weights
     weights: str = "uniform"        # of a fixed gate (M10): uniform, update (closed form, each step), or 0.3,0.7
     prior: float = 1.0              # Dirichlet prior of the closed-form update
-    robust: float = 0.0             # step of the weights of users in the loss: those served worst count more (DRO)
+    robust: float = 0.0             # group-DRO step size over users: log weight += this times the user's loss as last
+                                    # seen, each step, so those served worst count more; 0 turns it off
     init_experts: str = ""          # where each begins: K of RUN:k (expert k of a run) and fresh, comma-separated
     freeze: str = ""                # experts that stay as they are: 0,2 and so on, or all
     label_noise: float = 0.0        # share of choices taken to be wrong, turned round at random; under 0.5

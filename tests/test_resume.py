@@ -1,5 +1,6 @@
 """train.py interrupted, resumed, and given bad input. Docstrings name the faults that each test was seen to fail on."""
 
+import math
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ CASES = {
     "full EM": dict(em="full", epochs=3, beta=0.5),
     "gate of users": dict(latent="user", gate="user", epochs=3, gate_temperature=2.0),
     "untied": dict(rank=0, epochs=2),
+    "robust": dict(robust=2.0, clip=math.inf, epochs=3),
     "lora": dict(sharing="lora", lr=train.TrainConfig.lr, epochs=2),
 }
 

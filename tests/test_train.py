@@ -496,6 +496,17 @@ def test_users_who_are_served_worst_count_more(tmp_path, model_dir):
         tinyjob.run(tmp_path, model_dir, nameless, "nameless", robust=0.1, **options)
 
 
+@pytest.mark.parametrize("options", [{"rank": 0}, {"rank": 2}, {"sharing": "models", "experts": 3},
+                                     {"sharing": "lora", "lr": train.TrainConfig.lr}], ids=str)
+def test_equal_experts_share_what_hard_responsibilities_give(options, tmp_path, model_dir):
+    """--variant hard --start none: in the first step every expert is the reference, and none is the likeliest. Catches:
+    all pairs to expert 0, so that the run is DPO and does not say so; a tie that rounding decides."""
+    out = tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), variant="hard", start="none", **options)
+    K = options.get("experts", 2)
+    q = tinyjob.lines(out / "responsibilities.jsonl")[0]["q"]
+    assert all(row == pytest.approx([1 / K] * K, abs=1e-4) for row in q)
+
+
 def test_weighted_pairs_have_weighted_gradients(model_dir):
     """Two groups' weights against the gradients of each alone. Catches: the mean of weights divided out, weights of the
     wrong group's pairs, chunks that begin at the first group's weight."""
