@@ -1,13 +1,15 @@
 """What can be asked of a run, and what goes together."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from mixdpo.config import InputError, convert
 from mixdpo.dpo import LABEL_LOSSES
 from mixdpo.gates import KINDS, READS_PROMPT, TRAINED, first_weights
 from mixdpo.mixture import SAMPLED, VARIANTS
 from mixdpo.rundir import compute_dtype
+
+LARGEST = (2 - 2**-23) * 2.0**127   # float32's largest number: everything over K is float32
 
 
 @dataclass(frozen=True)
@@ -109,19 +111,27 @@ def validate_values(config: TrainConfig) -> None:
                "moments": ("float32", "bfloat16"), "privacy_unit": ("pair", "user")}
     for name, known in choices.items():
         if getattr(config, name) not in known:
-            raise InputError(f"--{name.replace('_', '-')}: got {getattr(config, name)!r}, "
-                             f"wanted one of {', '.join(known)}")
+            raise InputError(f"got {getattr(config, name)!r}, wanted one of {', '.join(known)}", option=name)
+    for name in [f.name for f in fields(config) if f.type is float]:
+        value = getattr(config, name)
+        if not (abs(value) <= LARGEST or value == math.inf and name in ("clip", "epsilon", "save_minutes")):
+            raise InputError(f"got {value}, wanted a number of at most {LARGEST:.3g}: float32 holds no larger one",
+                             option=name)
     least = {"experts": 1, "batch": 1, "micro": 1, "epochs": 1, "restarts": 1, "prior": 1, "rank": 0, "start_steps": 0,
              "warmup": 0, "head_rows": -1, "context": 0, "damping": 0, "draws": 1, "gate_entropy": 0, "gate_balance": 0,
-             "robust": 0, "label_noise": 0, "keep": 1, "noise_seed": 0}
+             "robust": 0, "label_noise": 0, "keep": 1, "noise_seed": 0, "seed": 0, "save_minutes": 0, "max_prompt": 1,
+             "max_response": 1}
     above = dict.fromkeys(("beta", "epsilon", "delta", "clip", "lr", "head_lr", "gate_lr", "gate_temperature",
                            "variant_temperature"), 0)
     for name, bound in (least | above).items():
         value, word = getattr(config, name), "more than" if name in above else "at least"
         if value < bound or (name in above and value == bound):
-            raise InputError(f"--{name.replace('_', '-')}: got {value}, wanted {word} {bound}")
+            raise InputError(f"got {value}, wanted {word} {bound}", option=name)
+    if config.seed >= 2**32:
+        raise InputError(f"got {config.seed}, wanted at most {2**32 - 1}: a generator on a CPU reads 32 bits of its "
+                         "seed, so larger ones would repeat smaller ones", option="seed")
     if config.label_noise >= 0.5:
-        raise InputError(f"--label-noise: got {config.label_noise}, wanted less than 0.5: a coin tells nothing")
+        raise InputError(f"got {config.label_noise}, wanted less than 0.5: a coin tells nothing", option="label_noise")
     first_weights(config), compute_dtype(config.dtype, "cpu")               # each refuses what it does not know
 
 

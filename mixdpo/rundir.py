@@ -49,7 +49,7 @@ def compute_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     if name in known:
         return known[name], "as asked"
     if name != "auto":
-        raise InputError(f"--dtype: got {name!r}, wanted auto, float32 or bfloat16")
+        raise InputError(f"got {name!r}, wanted auto, float32 or bfloat16", option="dtype")
     if device == "cuda":
         if torch.cuda.is_bf16_supported():
             return torch.bfloat16, "the GPU has bfloat16 units"

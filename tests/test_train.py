@@ -21,6 +21,7 @@ from mixdpo import start as start_module
 from mixdpo.config import InputError
 from mixdpo.experts import make_experts
 from mixdpo.mixture import random_responsibilities
+from mixdpo.options import validate_values
 from mixdpo.plan import batches, mark_context
 from mixdpo.preferences import groups, read_preferences
 from mixdpo.reference import compute_reference
@@ -464,6 +465,44 @@ def test_wrong_and_contradictory_options_are_refused_before_anything_is_written(
     with pytest.raises(InputError, match=says):
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), **options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.jsonl"]
+
+
+NUMBERS = {f.name: f.type for f in dataclasses.fields(train.TrainConfig) if f.type in (int, float)}
+MAY_BE = {math.inf: {"clip", "epsilon", "save_minutes"}, -1: {"head_rows"},
+          0: {"rank", "context", "damping", "gate_entropy", "gate_balance", "robust", "label_noise", "noise_seed",
+              "start_steps", "head_rows", "warmup", "seed", "save_minutes"}}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_is_in_its_range(name):
+    """NaN, infinities, -1 and 0 for every number of the command line. Catches: NaN, which is neither below nor above a
+    bound; --beta inf, whose margins are NaN; --seed -1 and --max-prompt 0, which fail later with a traceback."""
+    config = train.TrainConfig("prefs.jsonl", "smollm2", "out")
+    for value in (-1, 0, *((math.nan, math.inf, -math.inf, 1e39) if NUMBERS[name] is float else ())):
+        changed = dataclasses.replace(config, **{name: NUMBERS[name](value)})
+        if name in MAY_BE.get(value, ()):
+            validate_values(changed)
+            continue
+        with pytest.raises(InputError) as caught:
+            validate_values(changed)
+        assert caught.value.option == name, value
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**32 + 5, 10**23])
+def test_a_seed_that_would_not_be_read_whole_is_refused(seed):
+    """Catches: a seed of which a generator on a CPU reads the low 32 bits, so that 2^32 + 5 is 5; a traceback."""
+    with pytest.raises(InputError) as caught:
+        validate_values(train.TrainConfig("prefs.jsonl", "smollm2", "out", seed=seed))
+    assert caught.value.option == "seed"
+    validate_values(train.TrainConfig("prefs.jsonl", "smollm2", "out", seed=2**32 - 1))
+
+
+@pytest.mark.parametrize("weights", ["0.3,,0.7", "0.3,0.7,", "inf,1", "nan,1", "3e38,3e38", "1e-50,1", "-1,2", ""])
+def test_weights_are_positive_numbers(weights):
+    """Catches: an empty place skipped; infinite weights, or a sum that is, whose logarithms are NaN."""
+    with pytest.raises(InputError) as caught:
+        validate_values(train.TrainConfig("prefs.jsonl", "smollm2", "out", weights=weights))
+    assert caught.value.option == "weights"
 
 
 def test_the_configuration_is_printed_and_saved(tmp_path, model_dir, capsys):
