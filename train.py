@@ -34,7 +34,7 @@ from mixdpo import config as configs
 from mixdpo import fits
 from mixdpo.adopt import adopt
 from mixdpo.budget import SECRET, budgeted
-from mixdpo.config import InputError, Stopped
+from mixdpo.config import InputError
 from mixdpo.diagnostics import step_summary
 from mixdpo.dpo import flipped_margins, label_loss, margins
 from mixdpo.experts import (load_state, make_experts, once_a_step, pair_logp, predicting_states, projections,
@@ -46,7 +46,7 @@ from mixdpo.logprob import sum_responses
 from mixdpo.memory import steady
 from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, reweigh, update_weights, vary
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
-from mixdpo.options import TrainConfig, validate
+from mixdpo.options import TrainConfig, compared, short_run, validate
 from mixdpo.plan import Micro, chunks, fitting_rows, make_plan, micro_batches
 from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences, rows_of
 from mixdpo.privacy import ClippedSum, Noise
@@ -119,15 +119,17 @@ def posterior(experts, batch: Batch, ref_logp: torch.Tensor, log_w: torch.Tensor
 
 
 @torch.no_grad()
-def full_e_step(experts, gate, plan, ref_logp, inputs: Inputs, config, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def full_e_step(experts, gate, plan, ref_logp, inputs: Inputs, config, name: str,
+                between=lambda: None) -> tuple[torch.Tensor, torch.Tensor]:
     """Responsibilities of all units under the experts and the gate as they are (U,K), and what each visit said (V,K):
-    its pairs' log-likelihoods, to a constant a row. On the CPU."""
+    its pairs' log-likelihoods, to a constant a row. On the CPU. between: called after each micro-batch."""
     micros, said = micro_batches(plan, list(range(len(plan.visits))), config), []
     progress = Progress(f"{Path(config.out).name} {name}")
     for n, micro in enumerate(micros, 1):
         nothing = ref_logp.new_zeros(len(micro.units), config.experts)
         said.append(posterior(experts, micro.context or micro.train, ref_logp, nothing, config).cpu())
         progress(n, len(micros))
+        between()
     said = torch.cat(said)
     return torch.log_softmax(gate(inputs).cpu() + pooled(said, plan), dim=-1), said         # M7, M11
 
@@ -215,8 +217,9 @@ def minimise(loss: torch.Tensor, optimizer, clip: float) -> float:
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def prepare(config):
-    """Everything the loop needs: experts, plan, reference, the models' key, device. Prints what it decided."""
+def prepare(config, between=lambda: None):
+    """Everything the loop needs: experts, plan, reference, what a checkpoint must have been written with, device.
+    Prints what it decided. between: called after each batch of the reference's pass."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, why = compute_dtype(config.dtype, device)
     if config.packing and device == "cpu":
@@ -241,7 +244,7 @@ def prepare(config):
     if config.experts > 1:
         pooled = config.latent == "user" or config.gate.endswith("user")    # either way a user's pairs speak together
         print(*told(counts_of(pairs), config.experts, "user" if pooled else "pair"), sep="\n")
-    reference = reference_of(config.data, pairs, models, tokenizer, config, dtype, cache)
+    reference = reference_of(config.data, pairs, models, tokenizer, config, dtype, cache, between)
     if not config.train_trunk:
         plan = dataclasses.replace(plan, pairs=reference.with_states(plan.pairs))
     keys, experts = [content_key(model) for model in models], make_experts(models, config, dtype)
@@ -249,7 +252,8 @@ def prepare(config):
     if config.compile:
         for model in trunks(experts):
             model.compile(dynamic=True)
-    return experts, plan, reference, "+".join(keys), device
+    keys = {"model_key": "+".join(keys), "tokenizer_key": tokenizer.key, "dtype": name}
+    return experts, plan, reference, keys, device
 
 
 def given_responsibilities(t: int, plan, start, table, kept, e_step_of_all, config):
@@ -310,11 +314,12 @@ def advance(experts, gate, optimizer, plan, ref_logp, inputs: Inputs, start, car
 
 def learn(config: TrainConfig, same: dict, stop: Stop) -> None:
     """All steps that are left. same: what a checkpoint must have been written with. Raises: Stopped, all saved."""
-    out, (experts, plan, reference, model_key, device) = Path(config.out), prepare(config)
-    same = same | {"model_key": model_key}
+    out, (experts, plan, reference, keys, device) = Path(config.out), prepare(config, stop.check)
+    same = same | keys
     noise = None
     if config.epsilon < math.inf:
         plan, noise = budgeted(plan, config)
+    print(end="".join(f"{line}\n" for line in short_run(config, len(plan.steps))))
     ref_logp, (gate, inputs) = reference.logp.to(device), make_gate(plan, reference, config, device)
     optimizer, names = make_optimizer(experts, config.lr, config.head_lr, gate, config.gate_lr, config.moments,
                                       config.seed, once_a_step(experts) if config.in_backward else [])
@@ -336,13 +341,20 @@ def learn(config: TrainConfig, same: dict, stop: Stop) -> None:
         check_start(experts, first.train, ref_logp, log_w, config.beta)
 
     def e_step_of_all(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return full_e_step(experts, gate, plan, ref_logp, inputs, config, name)
+        return full_e_step(experts, gate, plan, ref_logp, inputs, config, name, leave_if_asked)
 
     def save(finished: bool) -> None:
         log.sync()
         moments = {} if finished else optimizer_state(optimizer, names)
         save_checkpoint(out, trained_state(experts) | gate_state(gate) | moments | carried.tensors(),
-                        {"step": carried.t, "finished": finished, "config": same}, 1 if finished else config.keep)
+                        {"step": carried.t, "finished": finished, "config": same, "device": device},
+                        1 if finished else config.keep)
+
+    def leave_if_asked() -> None:
+        """In an E-step nothing has changed since the step before it: that is saved, and the E-step is done again."""
+        if stop.asked and carried.t:
+            save(finished=False)
+        stop.check(f"stopped and saved after step {carried.t} of {len(plan.steps)}" if carried.t else None)
 
     log, saved = Log(out, carried.t, len(plan.steps), config), time.monotonic()
     while carried.t < len(plan.steps):
@@ -352,11 +364,11 @@ def learn(config: TrainConfig, same: dict, stop: Stop) -> None:
         except FloatingPointError as error:
             raise InputError(told_of_batch(error, plan, carried.t, config)) from None
         log.step(figures, units, carried.table[units])
-        if carried.t < len(plan.steps) and (stop.asked or time.monotonic() - saved > 60 * config.save_minutes):
-            save(finished=False)
-            saved = time.monotonic()
-            if stop.asked:
-                raise Stopped(f"{out}: stopped and saved after step {carried.t} of {len(plan.steps)}")
+        if carried.t < len(plan.steps):
+            leave_if_asked()
+            if time.monotonic() - saved > 60 * config.save_minutes:
+                save(finished=False)
+                saved = time.monotonic()
     gate.temperature = 1.0                                                  # a run of one step ends before it is there
     if config.experts > 1 and config.estep != "first":                      # a first visit is kept for good
         carried.table = e_step_of_all("last E-step")[0]
@@ -371,6 +383,8 @@ def resumed(out: Path, same: dict, experts, gate, optimizer, names: list[str], d
     if (found := load_checkpoint(out, same)) is None:
         return None
     tensors, state = found
+    if state["device"] != device:
+        print(f"{out}: begun on {state['device']}, goes on on {device}: the same steps, up to rounding")
     load_state(experts, tensors, out)
     load_gate(gate, tensors)
     load_optimizer_state(optimizer, names, tensors)
@@ -394,11 +408,9 @@ def run(config: TrainConfig) -> Path:
     Stopped if SIGINT or SIGTERM asked for it.
     """
     validate(config)
-    apart = ("out", "data_folder", "save_minutes", "keep", "micro", "head_rows", "checkpointing")   # but for rounding
-    same = {k: v for k, v in dataclasses.asdict(config).items() if k not in apart}
-    same |= {"data_key": data_key(config.data)}
+    same = compared(config) | {"data_key": data_key(config.data)}
     try:
-        with alone(Path(config.out)), Stop() as stop:
+        with alone(Path(config.out)), Stop(config.out) as stop:
             if (load_checkpoint(Path(config.out), same) or ({}, {"finished": False}))[1]["finished"]:
                 print(f"{config.out}: finished before")
             else:

@@ -1,7 +1,7 @@
 """What can be asked of a run, and what goes together."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 from mixdpo.config import InputError, convert
 from mixdpo.dpo import LABEL_LOSSES
@@ -133,6 +133,30 @@ def validate_values(config: TrainConfig) -> None:
     if config.label_noise >= 0.5:
         raise InputError(f"got {config.label_noise}, wanted less than 0.5: a coin tells nothing", option="label_noise")
     first_weights(config), compute_dtype(config.dtype, "cpu")               # each refuses what it does not know
+
+
+def compared(config: TrainConfig) -> dict:
+    """The options with which a run may be resumed: all but those that change nothing, or rounding only. --dtype auto is
+    left out: what it stands for on this machine is compared once the device is known."""
+    apart = ["out", "data_folder", "save_minutes", "keep", "micro", "head_rows", "checkpointing"]
+    apart += ["dtype"] * (config.dtype == "auto")
+    return {name: value for name, value in asdict(config).items() if name not in apart}
+
+
+def short_run(config: TrainConfig, steps: int) -> list[str]:
+    """Warnings about a run of so few optimizer steps that the E-step or the peak learning rate is never reached."""
+    remedy = "more --epochs or a smaller --batch" + f", or --{{}} {max(1, steps // 4)}" * (steps > 1)
+    found = []
+    if config.experts > 1 and config.start != "none" and steps <= config.start_steps:
+        random = ", and random responsibilities do not depend on the data" * (config.start == "dirichlet")
+        found.append(f"WARNING: the run has {steps} optimizer steps, and all of them use the responsibilities of "
+                     f"--start {config.start} (--start-steps {config.start_steps}): the E-step is never used{random}. Choose "
+                     + remedy.format("start-steps"))
+    if steps <= config.warmup:
+        found.append(f"WARNING: the run has {steps} optimizer steps, and the learning rate rises over --warmup "
+                     f"{config.warmup}: its last step has {steps / config.warmup:.0%} of the peak, the steps before it "
+                     "less. Choose " + remedy.format("warmup"))
+    return found
 
 
 def validate_effects(config: TrainConfig) -> None:

@@ -123,10 +123,15 @@ def cached_reference(folder: Path, key: tuple, compute) -> Reference:
 
 
 def reference_of(path, pairs: list[Pair], models: list, tokenizer, config, dtype: torch.dtype,
-                 folder: Path) -> Reference:
+                 folder: Path, between=lambda: None) -> Reference:
     """The reference of the pairs that were read from `path` with config's max_prompt, max_response and drop: one for
-    each of the models. Features are the first's."""
-    found, progress = [], Progress(f"reference, {Path(path).stem}")
+    each of the models. Features are the first's. between: called after each batch."""
+    found, bar = [], Progress(f"reference, {Path(path).stem}")
+
+    def progress(done: int, total: int) -> None:
+        bar(done, total)
+        between()
+
     for model in models:
         key = (VERSION, content_key(model), data_key(path), tokenizer.key, config.max_prompt, config.max_response,
                config.drop, str(dtype), str(model.unembedding.device))

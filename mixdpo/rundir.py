@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from mixdpo.config import InputError, to_json, write_whole
+from mixdpo.config import InputError, Stopped, to_json, write_whole
 from mixdpo.diagnostics import WINDOW, alarms
 from mixdpo.whole import Damaged, read_tensors, write_tensors
 
@@ -177,7 +177,15 @@ def keep_lines(path: Path, steps: int):
 
 class Stop:
     """Within it, SIGINT and SIGTERM are wishes: `asked` is true, and the loop ends after its step. The second one stops
-    at once. Elsewhere than in the main thread signals stay as they are."""
+    at once. Elsewhere than in the main thread signals stay as they are. name: of what is stopped."""
+
+    def __init__(self, name: str = ""):
+        self.name = name
+
+    def check(self, message: str | None = None) -> None:
+        """Raises: Stopped if it was asked for."""
+        if self.asked:
+            raise Stopped(f"{self.name}: {message or 'stopped before its first step'}")
 
     def __enter__(self):
         self.asked, main = False, threading.current_thread() is threading.main_thread()

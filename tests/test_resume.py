@@ -1,5 +1,6 @@
 """train.py interrupted, resumed, and given bad input. Docstrings name the faults that each test was seen to fail on."""
 
+import json
 import math
 import shutil
 import subprocess
@@ -7,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import tinyjob
 import train
 from mixdpo.config import InputError
 from mixdpo.plan import batches
+from mixdpo.rundir import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 CASES = {
@@ -138,6 +141,59 @@ def test_a_run_from_another_model_under_the_same_name_is_refused(tmp_path, monke
     with pytest.raises(InputError, match="model"):
         tinyjob.run(tmp_path, model, None)
     assert (tmp_path / "run" / "config.json").read_text() == "as it was"
+
+
+def on_machine(monkeypatch, auto, folder, model, **options):
+    """A run where --dtype auto is the dtype `auto`."""
+    folder.mkdir(exist_ok=True)
+    resolved = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    monkeypatch.setattr(train, "compute_dtype", lambda name, device: (resolved[name], "so it is here"))
+    return tinyjob.run(folder, model, tinyjob.make_records(), save_minutes=0.0, **options)
+
+
+@pytest.mark.parametrize("begun,now", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_run_goes_on_in_the_dtype_that_it_was_begun_in(begun, now, tmp_path, model_dir, monkeypatch):
+    """--dtype auto on two machines. Catches: the word compared and not what it stands for, so that the second half is
+    in another dtype; the same dtype by its own name refused; a finished run that another machine finds unfinished."""
+    there, here = (str(x).removeprefix("torch.") for x in (begun, now))
+    whole = on_machine(monkeypatch, begun, tmp_path / "a", model_dir, dtype="auto")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "step", 3)
+        on_machine(patch, begun, tmp_path / "b", model_dir, dtype="auto")
+    for word in ("auto", here):
+        with pytest.raises(InputError) as caught:
+            on_machine(monkeypatch, now, tmp_path / "b", model_dir, dtype=word)
+        assert f"dtype: there '{there}', now '{here}'" in caught.value.message
+    assert tinyjob.equal(whole, on_machine(monkeypatch, now, tmp_path / "b", model_dir, dtype=there))
+    monkeypatch.setattr(train, "learn", lambda *_: pytest.fail("trained again"))
+    assert on_machine(monkeypatch, now, tmp_path / "b", model_dir, dtype="auto") == tmp_path / "b" / "run"
+
+
+def test_a_run_on_another_tokenizer_is_refused(tmp_path, monkeypatch):
+    """Catches: the second half of a run on other ids of the same texts."""
+    model = tinyjob.make_model(tmp_path / "model")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "step", 3)
+        tinyjob.run(tmp_path, model, tinyjob.make_records(), save_minutes=0.0)
+    path = model / "tokenizer.json"
+    document = json.loads(path.read_text())
+    vocab = document["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError) as caught:
+        tinyjob.run(tmp_path, model, None)
+    assert "tokenizer_key: there" in caught.value.message
+
+
+def test_another_device_is_named(tmp_path, model_dir, monkeypatch, capsys):
+    """Catches: a change of device, which changes rounding, that nothing says."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "step", 3)
+        patch.setattr(train, "save_checkpoint", lambda out, tensors, state, keep: save_checkpoint(
+            out, tensors, state | {"device": "cuda"}, keep))
+        tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), save_minutes=0.0)
+    tinyjob.run(tmp_path, model_dir, None)
+    assert "begun on cuda, goes on on cpu" in capsys.readouterr().out
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
