@@ -150,8 +150,8 @@ def short_run(config: TrainConfig, steps: int) -> list[str]:
     if config.experts > 1 and config.start != "none" and steps <= config.start_steps:
         random = ", and random responsibilities do not depend on the data" * (config.start == "dirichlet")
         found.append(f"WARNING: the run has {steps} optimizer steps, and all of them use the responsibilities of "
-                     f"--start {config.start} (--start-steps {config.start_steps}): the E-step is never used{random}. Choose "
-                     + remedy.format("start-steps"))
+                     f"--start {config.start} (--start-steps {config.start_steps}): the E-step is never used{random}. "
+                     "Choose " + remedy.format("start-steps"))
     if steps <= config.warmup:
         found.append(f"WARNING: the run has {steps} optimizer steps, and the learning rate rises over --warmup "
                      f"{config.warmup}: its last step has {steps / config.warmup:.0%} of the peak, the steps before it "

@@ -82,7 +82,13 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
         prompts.append(states_of_prompts(of_pairs, batch.start.to(device)))
         if progress:
             progress(min(start + size, len(pairs)), len(pairs))
-    return Reference(*(torch.cat(column).cpu() for column in (logps, features, prompts, states)))
+    made = Reference(*(torch.cat(column).cpu() for column in (logps, features, prompts, states)))
+    broken = [pair.line for pair, row in zip(pairs, made.logp) if not row.isfinite().all()]
+    if broken:
+        raise InputError(f"the model's log-probs of {len(broken)} pairs are NaN or infinite in {dtype}, first in line "
+                         f"{broken[0]}; wanted numbers: its weights are too large or damaged. Choose another model, or "
+                         "--dtype float32", option="model")
+    return made
 
 
 def states_of_prompts(hidden: torch.Tensor, start: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,13 @@ import pytest
 import torch
 
 import brute
+import small
 from mixdpo.dpo import dpo_loss
-from mixdpo.mixture import (balance, damp, e_step, elbo, entropy, expert_loss, gate_loss, log_marginal,
+from mixdpo.gates import Gate, Inputs
+from mixdpo.latent import latent_of
+from mixdpo.mixture import (SAMPLED, balance, damp, e_step, elbo, entropy, expert_loss, gate_loss, log_marginal,
                             random_responsibilities, reweigh, update_weights, vary)
+from mixdpo.plan import make_plan
 
 FP32, FP64 = torch.float32, torch.float64
 TOLERANCE = {FP32: 3e-6, FP64: 1e-12}
@@ -303,6 +307,25 @@ def test_random_responsibilities_have_the_mean_q(kind, options):
     assert ((found.mean(0) - q).abs() < 5 * error + 1e-3).all(), f"{found.mean(0)}, wanted {q}"
     first = vary(log_q[:2], kind, noise[0][:, :2], **options).exp()         # a row's noise is its own
     assert torch.equal(first, found[0, :2])
+
+
+@pytest.mark.parametrize("variant", SAMPLED)
+def test_sampled_responsibilities_are_drawn_by_seed_and_step(variant):
+    """What latent_of gives the M-step's noise. Catches: a seed, or a step, that changes nothing; noise of a pair that
+    depends on how a step is cut."""
+    pairs = small.pairs(5)
+    inputs = Inputs(torch.zeros(5, 0), torch.zeros(5, dtype=torch.int64))
+    gate = Gate("fixed", 2, inputs, torch.tensor([0.4, 0.6]).log())
+
+    def noise(seed, t):
+        config = small.config(experts=2, variant=variant, draws=3, seed=seed)
+        return latent_of(gate, inputs, make_plan(pairs, config), [0, 1, 2, 3, 4], None, None, t, config)
+
+    first = noise(0, 0).uniform
+    assert first.shape == (3, 5, 2) and torch.equal(first, noise(0, 0).uniform)
+    assert torch.equal(noise(0, 0)[1:3].uniform, first[:, 1:3])
+    others = [noise(seed, t).uniform for seed, t in ((0, 1), (1, 0), (2**31, 0), (2**32 - 1, 0))]
+    assert not any((a == b).any() for n, a in enumerate([first, *others]) for b in others[n:])
 
 
 def test_gumbel_softmax_between_its_limits():

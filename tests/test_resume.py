@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tinyjob
 import train
@@ -210,6 +211,52 @@ def test_a_loss_that_is_not_a_number_stops_with_its_lines_and_leaves_nothing_hal
     assert told == sorted(i + 1 for i in plan[1])                           # lines count from 1, steps from 0
     assert not (out / "checkpoint").exists() and not (out / "checkpoint.new").exists()
     assert len(tinyjob.lines(out / "metrics.jsonl")) == len(tinyjob.lines(out / "responsibilities.jsonl")) == 1
+
+
+@pytest.mark.parametrize("options", [dict(experts=1), {}, dict(sharing="lora", lr=train.TrainConfig.lr)], ids=str)
+def test_a_model_without_numbers_is_the_users_fault(options, tmp_path):
+    """A NaN in the model's file, and weights so large that its log-probs are NaN. Catches: an assertion on step 0, as
+    if the policy and the reference differed; log-probs that are cached before anyone looks at them."""
+    model = tinyjob.make_model(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    name = next(name for name in tensors if "mlp" in name)
+    damaged = tensors[name].clone()
+    damaged[0, 0] = torch.nan
+    save_file(tensors | {name: damaged}, model / "model.safetensors")
+    with pytest.raises(InputError) as caught:
+        tinyjob.run(tmp_path, model, tinyjob.make_records(), **options)
+    assert caught.value.file == model / "model.safetensors" and name in caught.value.message
+    save_file(tensors | {"model.norm.weight": torch.full((16,), 3e38)}, model / "model.safetensors")
+    with pytest.raises(InputError) as caught:
+        tinyjob.run(tmp_path, model, None, **options)
+    assert caught.value.option == "model" and "line 1" in caught.value.message
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_the_largest_beta_is_no_assertion(tmp_path, model_dir):
+    """Catches: margins that overflow at step 0, where policy and reference are equal."""
+    with pytest.raises(InputError) as caught:
+        tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), beta=1e39)
+    assert caught.value.option == "beta"
+
+
+@pytest.mark.parametrize("options,warned", [
+    (dict(start_steps=3, warmup=3, latent="user", batch=6),
+     {"start-steps 1": "--start-steps 3", "warmup 1": "--warmup 3"}),
+    (dict(start_steps=2, warmup=2, latent="user", batch=6), {}),
+    (dict(start="linear", start_steps=9, warmup=0, latent="user", batch=6), {"start-steps 1": "--start linear"}),
+    (dict(experts=1, warmup=10, batch=6), {"warmup 1": "30%"}),
+    (dict(start="none", warmup=1, batch=6), {}),
+    (dict(start_steps=3, warmup=1, batch=18, epochs=1), {"--epochs": "1 optimizer steps", "batch": "100%"}),
+], ids=str)
+def test_a_run_too_short_for_its_options_is_announced(options, warned, tmp_path, model_dir, capsys):
+    """18 pairs: three steps of six, or one. Catches: a run on random responsibilities alone, or at a fraction of its
+    learning rate, that nothing announces; a warning about a run that is long enough; one that names no remedy."""
+    tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), **options)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert len(lines) == len(warned)
+    for line, (remedy, number) in zip(lines, warned.items()):
+        assert number in line and remedy in line.partition("Choose")[2], line
 
 
 def test_descend_steps_nowhere_on_nan_and_clips_the_norm(model_dir):
