@@ -23,7 +23,6 @@ step is cut into micro-batches or chunks. K = 1 is DPO. Only this file calls bac
 """
 
 import dataclasses
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from mixdpo import config as configs
 from mixdpo import fits
 from mixdpo.adopt import adopt
 from mixdpo.budget import Private, drop_key, kept_key, spent_before
-from mixdpo.config import InputError, Stopped
+from mixdpo.config import InputError
 from mixdpo.diagnostics import step_summary
 from mixdpo.dpo import flipped_margins, label_loss, margins
 from mixdpo.experts import (load_state, make_experts, once_a_step, pair_logp, predicting_states, projections,
@@ -48,7 +47,7 @@ from mixdpo.logprob import sum_responses
 from mixdpo.memory import steady
 from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, reweigh, update_weights, vary
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
-from mixdpo.options import TrainConfig, validate
+from mixdpo.options import TrainConfig, compared, short_run, validate
 from mixdpo.plan import Micro, chunks, fitting_rows, make_plan, micro_batches
 from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences, rows_of
 from mixdpo.privacy import ClippedSum, Noise
@@ -121,15 +120,17 @@ def posterior(experts, batch: Batch, ref_logp: torch.Tensor, log_w: torch.Tensor
 
 
 @torch.no_grad()
-def full_e_step(experts, gate, plan, ref_logp, inputs: Inputs, config, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def full_e_step(experts, gate, plan, ref_logp, inputs: Inputs, config, name: str,
+                between=lambda: None) -> tuple[torch.Tensor, torch.Tensor]:
     """Responsibilities of all units under the experts and the gate as they are (U,K), and what each visit said (V,K):
-    its pairs' log-likelihoods, to a constant a row. On the CPU."""
+    its pairs' log-likelihoods, to a constant a row. On the CPU. between: called after each micro-batch."""
     micros, said = micro_batches(plan, list(range(len(plan.visits))), config), []
     progress = Progress(f"{Path(config.out).name} {name}")
     for n, micro in enumerate(micros, 1):
         nothing = ref_logp.new_zeros(len(micro.units), config.experts)
         said.append(posterior(experts, micro.context or micro.train, ref_logp, nothing, config).cpu())
         progress(n, len(micros))
+        between()
     said = torch.cat(said)
     return torch.log_softmax(gate(inputs).cpu() + pooled(said, plan), dim=-1), said         # M7, M11
 
@@ -217,8 +218,9 @@ def minimise(loss: torch.Tensor, optimizer, clip: float) -> float:
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def prepare(config, private: Private | None = None):
-    """Everything the loop needs: experts, plan, reference, the models' key, device. Prints what it decided."""
+def prepare(config, between=lambda: None, private: Private | None = None):
+    """Everything the loop needs: experts, plan, reference, what a checkpoint must have been written with, device.
+    Prints what it decided. between: called after each batch of the reference's pass."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, why = compute_dtype(config.dtype, device)
     if config.packing and device == "cpu":
@@ -243,7 +245,7 @@ def prepare(config, private: Private | None = None):
     if config.experts > 1:
         pooled = config.latent == "user" or config.gate.endswith("user")    # either way a user's pairs speak together
         print(*told(counts_of(pairs), config.experts, "user" if pooled else "pair"), sep="\n")
-    reference = reference_of(config.data, pairs, models, tokenizer, config, dtype, cache, alone=private is not None)
+    reference = reference_of(config.data, pairs, models, tokenizer, config, dtype, cache, between, private is not None)
     if not config.train_trunk:
         plan = dataclasses.replace(plan, pairs=reference.with_states(plan.pairs))
     keys, experts = [content_key(model) for model in models], make_experts(models, config, dtype)
@@ -251,7 +253,8 @@ def prepare(config, private: Private | None = None):
     if config.compile:
         for model in trunks(experts):
             model.compile(dynamic=True)
-    return experts, plan, reference, "+".join(keys), device
+    keys = {"model_key": "+".join(keys), "tokenizer_key": tokenizer.key, "dtype": name}
+    return experts, plan, reference, keys, device
 
 
 def given_responsibilities(t: int, plan, start, table, kept, e_step_of_all, config):
@@ -280,9 +283,10 @@ class Carried:
     table: torch.Tensor             # (U,K) log q of each unit as last used, NaN before
     kept: torch.Tensor              # (V,K) what em = full or incremental keeps, NaN before
     log_v: torch.Tensor             # (U+1,) log weights of the users in the loss, the unknown one first
+    user_loss: torch.Tensor         # (U+1,) each user's loss as last seen
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {"table": self.table, "kept": self.kept, "log_v": self.log_v}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "t"}
 
 
 def advance(experts, gate, optimizer, plan, ref_logp, inputs: Inputs, start, carried: Carried, e_step_of_all,
@@ -302,7 +306,8 @@ def advance(experts, gate, optimizer, plan, ref_logp, inputs: Inputs, start, car
     carried.table[list(last)] = log_q[list(last.values())].cpu()
     if latent.said is not None:
         kept[ids] = latent.said.cpu()
-    carried.t, carried.kept, carried.log_v = t + 1, kept, reweigh(carried.log_v, losses, config.robust)
+    carried.t, carried.kept = t + 1, kept
+    carried.log_v, carried.user_loss = reweigh(carried.log_v, carried.user_loss, losses, config.robust)
     if config.weights == "update":
         gate.log_w.copy_(update_weights(carried.table[~carried.table.isnan().any(1)], config.prior))        # M10
     return {"step": t + 1, "epoch": epoch, "rate": optimizer.param_groups[0]["lr"]} | figures, list(last)
@@ -310,9 +315,10 @@ def advance(experts, gate, optimizer, plan, ref_logp, inputs: Inputs, start, car
 
 def learn(config: TrainConfig, same: dict, stop: Stop, private: Private | None = None) -> None:
     """All steps that are left. same: what a checkpoint must have been written with. Raises: Stopped, all saved."""
-    out, (experts, plan, reference, model_key, device) = Path(config.out), prepare(config, private)
-    same = same | {"model_key": model_key}
+    out, (experts, plan, reference, keys, device) = Path(config.out), prepare(config, stop.check, private)
+    same = same | keys
     plan, noise = private.budgeted(plan, config) if private else (plan, None)
+    print(end="".join(f"{line}\n" for line in short_run(config, len(plan.steps))))
     ref_logp, (gate, inputs) = reference.logp.to(device), make_gate(plan, reference, config, device)
     optimizer, names = make_optimizer(experts, config.lr, config.head_lr, gate, config.gate_lr, config.moments,
                                       config.seed, once_a_step(experts) if config.in_backward else [])
@@ -328,20 +334,28 @@ def learn(config: TrainConfig, same: dict, stop: Stop, private: Private | None =
         users = inputs.user.bincount(minlength=gate.users + 1).clamp_max(1).log().to(ref_logp)              # (U+1,)
         never = 0.0 if config.experts == 1 else torch.nan                   # one expert: log q = 0 without any E-step
         carried = Carried(0, torch.full((len(plan.units), config.experts), never),
-                          torch.full((len(plan.visits), config.experts), torch.nan), users)
+                          torch.full((len(plan.visits), config.experts), torch.nan), users,
+                          torch.full_like(users, math.log(2)))              # the loss where experts are the reference
     if carried.t == 0 and not config.init_experts:
         first = micro_batches(plan, plan.steps[0][1] or [0], config)[0]
         log_w = gate(inputs[first.units]).detach()[first.train.group.to(device)]
         check_start(experts, first.train, ref_logp, log_w, config.beta)
 
     def e_step_of_all(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return full_e_step(experts, gate, plan, ref_logp, inputs, config, name)
+        return full_e_step(experts, gate, plan, ref_logp, inputs, config, name, leave_if_asked)
 
     def save(finished: bool) -> None:
         log.sync()
         moments = {} if finished else optimizer_state(optimizer, names)
         save_checkpoint(out, trained_state(experts) | gate_state(gate) | moments | carried.tensors(),
-                        {"step": carried.t, "finished": finished, "config": same}, 1 if finished else config.keep)
+                        {"step": carried.t, "finished": finished, "config": same, "device": device},
+                        1 if finished else config.keep)
+
+    def leave_if_asked() -> None:
+        """In an E-step nothing has changed since the step before it: that is saved, and the E-step is done again."""
+        if stop.asked and carried.t:
+            save(finished=False)
+        stop.check(f"stopped and saved after step {carried.t} of {len(plan.steps)}" if carried.t else None)
 
     log, saved = Log(out, carried.t, len(plan.steps), config), time.monotonic()
     while carried.t < len(plan.steps):
@@ -351,11 +365,11 @@ def learn(config: TrainConfig, same: dict, stop: Stop, private: Private | None =
         except FloatingPointError as error:
             raise InputError(told_of_batch(error, plan, carried.t, config)) from None
         log.step(figures, units, carried.table[units])
-        if carried.t < len(plan.steps) and (stop.asked or time.monotonic() - saved > 60 * config.save_minutes):
-            save(finished=False)
-            saved = time.monotonic()
-            if stop.asked:
-                raise Stopped(f"{out}: stopped and saved after step {carried.t} of {len(plan.steps)}")
+        if carried.t < len(plan.steps):
+            leave_if_asked()
+            if time.monotonic() - saved > 60 * config.save_minutes:
+                save(finished=False)
+                saved = time.monotonic()
     gate.temperature = 1.0                                                  # a run of one step ends before it is there
     if config.experts > 1 and config.estep != "first":                      # a first visit is kept for good
         carried.table = e_step_of_all("last E-step")[0]
@@ -370,10 +384,13 @@ def resumed(out: Path, same: dict, experts, gate, optimizer, names: list[str], d
     if (found := load_checkpoint(out, same)) is None:
         return None
     tensors, state = found
+    if state["device"] != device:
+        print(f"{out}: begun on {state['device']}, goes on on {device}: the same steps, up to rounding")
     load_state(experts, tensors, out)
     load_gate(gate, tensors)
     load_optimizer_state(optimizer, names, tensors)
-    return Carried(state["step"], tensors["table"], tensors["kept"], tensors["log_v"].to(device))
+    return Carried(state["step"], tensors["table"], tensors["kept"],
+                   *(tensors[name].to(device) for name in ("log_v", "user_loss")))
 
 
 def told_of_batch(error: FloatingPointError, plan, t: int, config) -> str:
@@ -393,18 +410,16 @@ def run(config: TrainConfig, key: Key | None = None) -> Path:
     Stopped if SIGINT or SIGTERM asked for it.
     """
     validate(config)
-    apart = ("out", "data_folder", "save_minutes", "keep", "micro", "head_rows", "checkpointing")   # but for rounding
-    same = {k: v for k, v in dataclasses.asdict(config).items() if k not in apart}
-    same |= {"data_key": data_key(config.data)}
+    same = compared(config) | {"data_key": data_key(config.data)}
     try:
-        with alone(Path(config.out)), Stop() as stop:
+        with alone(Path(config.out)), Stop(config.out) as stop:
             found = load_checkpoint(Path(config.out), same)
             if found and found[1]["finished"]:
                 print(f"{config.out}: finished before")
                 drop_key(Path(config.out))                                  # if it was killed before it could
             else:
                 must_be_writable(Path(config.out))                          # told before long passes, not after
-                print(json.dumps(dataclasses.asdict(config) | environment()))
+                print(configs.to_json(dataclasses.asdict(config) | environment()))
                 private = None
                 if config.epsilon < math.inf:
                     sources = spent_before(config)

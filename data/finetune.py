@@ -69,7 +69,7 @@ def finetune(config: FinetuneConfig) -> Path:
           f"products in {str(dtype).removeprefix('torch.')}: {why}")
     policy = Heads(model, 1, dtype=dtype)
     before, unfinished = perplexity(policy, held), out.with_name(f"{out.name}-unfinished")
-    tune(policy, blocks, config, unfinished, settings)
+    tune(policy, blocks, config, unfinished, settings | {"dtype": str(dtype)})              # auto: what that is here
     after = perplexity(policy, held)
     print(f"perplexity on {config.held} held-out blocks: {before:.2f} before, {after:.2f} after")
     report.unlink(missing_ok=True)                              # a report vouches for all that lies beside it

@@ -44,10 +44,13 @@ def reading(path, remedy: str = "it is damaged, or no such file: get it again"):
 
 
 def field_comments(cls) -> dict[str, str]:
-    """The comment behind each field of a dataclass, read from its source: documentation is written once."""
+    """The comment behind each field of a dataclass, read from its source: documentation is written once. A comment goes
+    on over the comment lines below it that are indented further than the fields."""
     found = {}
     for part in filter(dataclasses.is_dataclass, cls.__mro__):              # options that are inherited too
-        found |= re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(part), re.MULTILINE)
+        source, field = inspect.getsource(part), r"^    (\w+): [^#\n]*#(.+(?:\n {5,}#.*)*)$"
+        for name, comment in re.findall(field, source, re.MULTILINE):
+            found[name] = " ".join(line.strip(" #") for line in comment.splitlines())
     return found
 
 
@@ -65,18 +68,23 @@ def usage(cls, program: str) -> str:
 def convert(text: str, kind: type, flag: str):
     """One word of the command line as the field's type: str, int, float, bool,
     or a comma-separated tuple of one of them."""
+    option = flag.removeprefix("--").replace("-", "_")
     if typing.get_origin(kind) is tuple:
-        return tuple(convert(word, typing.get_args(kind)[0], flag) for word in text.split(",") if word)
+        words = text.split(",") if text else []
+        if not all(word.strip() for word in words):
+            raise InputError(f"got {text!r}, where a place between commas is empty; wanted a value in each",
+                             option=option)
+        return tuple(convert(word, typing.get_args(kind)[0], flag) for word in words)
     if kind is bool:
         if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-            raise InputError(f"{flag}: got {text!r}, wanted true or false")
+            raise InputError(f"got {text!r}, wanted true or false", option=option)
         return text.lower() in ("true", "1", "yes")
     try:
         value = kind(text)
     except ValueError:
-        raise InputError(f"{flag}: got {text!r}, wanted a value of type {kind.__name__}") from None
+        raise InputError(f"got {text!r}, wanted a value of type {kind.__name__}", option=option) from None
     if value != value:                                                      # NaN passes every later check like x <= 0
-        raise InputError(f"{flag}: got {text!r}, wanted a number")
+        raise InputError(f"got {text!r}, wanted a number", option=option)
     return value
 
 
@@ -100,13 +108,13 @@ def parse(cls, argv: list[str], program: str):
             hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
             raise InputError(f"unknown option {word!r}{hint} (`{program} --help` lists them all)")
         if not equals and not words:
-            raise InputError(f"{flag} wants a value, and none follows")
+            raise InputError("wants a value, and none follows", option=name)
         if name in values:
-            raise InputError(f"{flag} is given twice; give it once")
+            raise InputError("is given twice; give it once", option=name)
         values[name] = convert(attached if equals else words.pop(0), kinds[name], flag)
     for f in dataclasses.fields(cls):
         if f.name not in values and f.default is dataclasses.MISSING:
-            raise InputError(f"--{f.name.replace('_', '-')} is required: {field_comments(cls).get(f.name, '')}")
+            raise InputError(f"is required: {field_comments(cls).get(f.name, '')}", option=f.name)
     return cls(**values)
 
 
@@ -166,12 +174,12 @@ def to_json(value, **options) -> str:
 
 def save(config, path: Path) -> None:
     """Writes the resolved configuration as JSON."""
-    write_whole(path, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    write_whole(path, to_json(dataclasses.asdict(config), indent=1) + "\n")
 
 
 def load(cls, path: Path):
-    """Reads back what `save` wrote. Raises: InputError if the file holds other fields than `cls` has, or other types
-    in them."""
+    """Reads back what `save` wrote; also a bare Infinity, as older files have it. Raises: InputError if the file holds
+    other fields than `cls` has, or other types in them."""
     kinds = typing.get_type_hints(cls)
     with reading(path):
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -180,6 +188,8 @@ def load(cls, path: Path):
                              "it was written by another version")
         for name, value in values.items():
             kind = typing.get_origin(kinds[name]) or kinds[name]
+            if kind is float and value in ("inf", "-inf"):
+                values[name] = value = float(value)
             if type(value) not in {tuple: (list,), float: (float, int)}.get(kind, (kind,)):
                 raise InputError(f"{path}: {name} is {value!r:.80}, wanted {kind.__name__}; put back what was there")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -37,7 +37,7 @@ def first_weights(config) -> torch.Tensor:
     if config.weights in ("uniform", "update"):
         return torch.full((config.experts,), -math.log(config.experts))
     w = torch.tensor(convert(config.weights, tuple[float, ...], "--weights"))
-    if len(w) != config.experts or (w <= 0).any():
+    if len(w) != config.experts or not (w > 0).all() or not w.sum().isfinite():
         raise InputError(f"got {config.weights!r}, wanted uniform, update, or {config.experts} positive numbers",
                          option="weights")
     return torch.log(w / w.sum())

@@ -92,7 +92,7 @@ def vary(
     """Responsibilities for the M-step other than the exact posterior log_q (...,K):
     exact, tempered, hard, monte-carlo, gumbel, straight-through (M12).
 
-    tempered: q^(1/temperature), normalised; hard: all on the likeliest expert;
+    tempered: q^(1/temperature), normalised; hard: all on the likeliest expert, shared equally by those that tie for it;
     monte-carlo: the shares among S samples of z, whose mean is q;
     gumbel: softmax((log q + Gumbel noise) / temperature), hard samples as the temperature falls;
     straight-through: its hard form. With q a constant, as here, that is one sample of monte-carlo.
@@ -103,7 +103,8 @@ def vary(
     if kind == "tempered":
         return torch.log_softmax(log_q / temperature, dim=-1)
     if kind == "hard":
-        return F.one_hot(log_q.argmax(-1), log_q.shape[-1]).to(log_q.dtype).log()
+        likeliest = (log_q == log_q.amax(-1, keepdim=True)).to(log_q.dtype)                 # argmax takes the first
+        return (likeliest / likeliest.sum(-1, keepdim=True)).log()
     assert kind in VARIANTS, f"E-step variant {kind!r}, want one of {', '.join(VARIANTS)}"
     noisy = log_q.double() - torch.log(-torch.log(uniform.double().clamp(1e-300, 1 - 1e-16)))       # + Gumbel noise
     if kind == "gumbel":
@@ -173,15 +174,20 @@ def update_weights(log_q: torch.Tensor, prior: float = 1.0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def reweigh(log_v: torch.Tensor, loss: torch.Tensor, rate: float) -> torch.Tensor:
-    """Group-robust weights after one multiplicative update, log v_g + rate * loss_g, their mean 1: (U,), (U,) -> (U,).
+def reweigh(
+    log_v: torch.Tensor, known: torch.Tensor, loss: torch.Tensor, rate: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Group-robust weights after one step, and each group's loss as last seen: (U,) each -> (U,), (U,).
 
-    loss: each group's mean M8; NaN where a step had none of its pairs. -inf: no group, ever. Exponentiated gradient
-    ascent on max_v sum_g v_g loss_g (Sagawa et al. 2020, arXiv 1911.08731, Algorithm 1): those who are served worst
-    count more.
+    Exponentiated gradient ascent on max_v sum_g v_g loss_g, log v_g <- log v_g + rate * loss_g, their mean 1 (Sagawa et
+    al. 2020, arXiv 1911.08731, Algorithm 1): those who are served worst count more. The gradient has a loss of *every*
+    group. Of a group without pairs in this step it is the loss as last seen, so a group's weight depends on its losses
+    and not on how often it appears.
+    loss: each group's mean M8, NaN where the step has none of its pairs. log_v -inf: no group, ever.
     """
-    log_v = log_v + rate * loss.nan_to_num(0.0)
-    return log_v - torch.logsumexp(log_v, dim=0) + math.log(int(log_v.isfinite().sum()))
+    known = torch.where(loss.isnan(), known, loss)
+    log_v = log_v + rate * known
+    return log_v - torch.logsumexp(log_v, dim=0) + math.log(int(log_v.isfinite().sum())), known
 
 
 # --- the start --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ moments in bfloat16, rounded at random so that what is below their precision is 
 the backward pass itself, so that gradients are not all there at once (InBackward).
 """
 
+import numpy as np
 import torch
 
 BETAS, EPS = (0.9, 0.99), 1e-8
@@ -58,8 +59,14 @@ class RoundedAdamW(torch.optim.Optimizer):
                     state |= {key: torch.zeros_like(p, dtype=torch.bfloat16) for key in ("exp_avg", "exp_avg_sq")}
                 state["step"] += 1
                 t, noise = int(state["step"]), torch.Generator(p.device)
-                noise.manual_seed((self.seed * 2**24 + t) * 2**16 + place)
+                noise.manual_seed(mixed(self.seed, t, place))
                 step_of(p, p.grad, state["exp_avg"], state["exp_avg_sq"], group["lr"], t, noise, self.PIECE)
+
+
+def mixed(*numbers: int) -> int:
+    """One seed of 32 bits for torch.Generator, made of all the numbers, each 0 or more. A generator on a CPU uses only
+    the low 32 bits of its seed, so numbers that are shifted or multiplied together would be lost."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def step_of(p, g, m16, v16, lr: float, t: int, noise: torch.Generator, piece: int) -> None:

@@ -1,13 +1,15 @@
 """What can be asked of a run, and what goes together."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 from mixdpo.config import InputError, convert
 from mixdpo.dpo import LABEL_LOSSES
 from mixdpo.gates import KINDS, READS_PROMPT, TRAINED, first_weights
 from mixdpo.mixture import SAMPLED, VARIANTS
 from mixdpo.rundir import compute_dtype
+
+LARGEST = (2 - 2**-23) * 2.0**127   # float32's largest number: everything over K is float32
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class TrainConfig:
     em: str = "minibatch"           # E-step on: minibatch (a step's groups), full (all, before each epoch), incremental
                                     # (log-likelihoods are kept, so a user's pairs need not stand in one batch)
     damping: float = 0.0            # share of a pair's log-likelihoods kept from its visit before (incremental)
-    variant: str = "exact"          # of the E-step (M12): exact, tempered, hard, monte-carlo, gumbel, straight-through
+    variant: str = "exact"          # of the E-step (M12): exact, tempered, hard (all on the likeliest expert, a tie is
+                                    # shared equally), monte-carlo, gumbel, straight-through
     variant_temperature: float = 1.0    # of tempered and gumbel
     draws: int = 1                  # samples of z a group (monte-carlo)
     gate: str = "fixed"             # w(x) (M9): fixed (--weights), linear, mlp, user, prompt-user, random, domain
@@ -39,7 +42,8 @@ class TrainConfig:
     gate_balance: float = 0.0       # bonus a nat of the entropy of the step's mean weights
     weights: str = "uniform"        # of a fixed gate (M10): uniform, update (closed form, each step), or 0.3,0.7
     prior: float = 1.0              # Dirichlet prior of the closed-form update
-    robust: float = 0.0             # step of the weights of users in the loss: those served worst count more (DRO)
+    robust: float = 0.0             # group-DRO step size over users: log weight += this times the user's loss as last
+                                    # seen, each step, so those served worst count more; 0 turns it off
     init_experts: str = ""          # where each begins: K of RUN:k (expert k of a run) and fresh, comma-separated
     freeze: str = ""                # experts that stay as they are: 0,2 and so on, or all
     label_noise: float = 0.0        # share of choices taken to be wrong, turned round at random; under 0.5
@@ -107,20 +111,52 @@ def validate_values(config: TrainConfig) -> None:
                "moments": ("float32", "bfloat16"), "privacy_unit": ("pair", "user")}
     for name, known in choices.items():
         if getattr(config, name) not in known:
-            raise InputError(f"--{name.replace('_', '-')}: got {getattr(config, name)!r}, "
-                             f"wanted one of {', '.join(known)}")
+            raise InputError(f"got {getattr(config, name)!r}, wanted one of {', '.join(known)}", option=name)
+    for name in [f.name for f in fields(config) if f.type is float]:
+        value = getattr(config, name)
+        if not (abs(value) <= LARGEST or value == math.inf and name in ("clip", "epsilon", "save_minutes")):
+            raise InputError(f"got {value}, wanted a number of at most {LARGEST:.3g}: float32 holds no larger one",
+                             option=name)
     least = {"experts": 1, "batch": 1, "micro": 1, "epochs": 1, "restarts": 1, "prior": 1, "rank": 0, "start_steps": 0,
              "warmup": 0, "head_rows": -1, "context": 0, "damping": 0, "draws": 1, "gate_entropy": 0, "gate_balance": 0,
-             "robust": 0, "label_noise": 0, "keep": 1, "examples": 0}
+             "robust": 0, "label_noise": 0, "keep": 1, "examples": 0, "seed": 0, "save_minutes": 0, "max_prompt": 1,
+             "max_response": 1}
     above = dict.fromkeys(("beta", "epsilon", "delta", "clip", "lr", "head_lr", "gate_lr", "gate_temperature",
                            "variant_temperature"), 0)
     for name, bound in (least | above).items():
         value, word = getattr(config, name), "more than" if name in above else "at least"
         if value < bound or (name in above and value == bound):
-            raise InputError(f"--{name.replace('_', '-')}: got {value}, wanted {word} {bound}")
+            raise InputError(f"got {value}, wanted {word} {bound}", option=name)
+    if config.seed >= 2**32:
+        raise InputError(f"got {config.seed}, wanted at most {2**32 - 1}: a generator on a CPU reads 32 bits of its "
+                         "seed, so larger ones would repeat smaller ones", option="seed")
     if config.label_noise >= 0.5:
-        raise InputError(f"--label-noise: got {config.label_noise}, wanted less than 0.5: a coin tells nothing")
+        raise InputError(f"got {config.label_noise}, wanted less than 0.5: a coin tells nothing", option="label_noise")
     first_weights(config), compute_dtype(config.dtype, "cpu")               # each refuses what it does not know
+
+
+def compared(config: TrainConfig) -> dict:
+    """The options with which a run may be resumed: all but those that change nothing, or rounding only. --dtype auto is
+    left out: what it stands for on this machine is compared once the device is known."""
+    apart = ["out", "data_folder", "save_minutes", "keep", "micro", "head_rows", "checkpointing"]
+    apart += ["dtype"] * (config.dtype == "auto")
+    return {name: value for name, value in asdict(config).items() if name not in apart}
+
+
+def short_run(config: TrainConfig, steps: int) -> list[str]:
+    """Warnings about a run of so few optimizer steps that the E-step or the peak learning rate is never reached."""
+    remedy = "more --epochs or a smaller --batch" + f", or --{{}} {max(1, steps // 4)}" * (steps > 1)
+    found = []
+    if config.experts > 1 and config.start != "none" and steps <= config.start_steps:
+        random = ", and random responsibilities do not depend on the data" * (config.start == "dirichlet")
+        found.append(f"WARNING: the run has {steps} optimizer steps, and all of them use the responsibilities of "
+                     f"--start {config.start} (--start-steps {config.start_steps}): the E-step is never used{random}. "
+                     "Choose " + remedy.format("start-steps"))
+    if steps <= config.warmup:
+        found.append(f"WARNING: the run has {steps} optimizer steps, and the learning rate rises over --warmup "
+                     f"{config.warmup}: its last step has {steps / config.warmup:.0%} of the peak, the steps before it "
+                     "less. Choose " + remedy.format("warmup"))
+    return found
 
 
 def validate_effects(config: TrainConfig) -> None:

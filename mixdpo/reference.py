@@ -84,7 +84,13 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
         prompts.append(states_of_prompts(of_pairs, batch.start.to(device)))
         if progress:
             progress(min(start + size, len(pairs)), len(pairs))
-    return Reference(*(torch.cat(column).cpu() for column in (logps, features, prompts, states)))
+    made = Reference(*(torch.cat(column).cpu() for column in (logps, features, prompts, states)))
+    broken = [pair.line for pair, row in zip(pairs, made.logp) if not row.isfinite().all()]
+    if broken:
+        raise InputError(f"the model's log-probs of {len(broken)} pairs are NaN or infinite in {dtype}, first in line "
+                         f"{broken[0]}; wanted numbers: its weights are too large or damaged. Choose another model, or "
+                         "--dtype float32", option="model")
+    return made
 
 
 def states_of_prompts(hidden: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
@@ -125,12 +131,17 @@ def cached_reference(folder: Path, key: tuple, compute) -> Reference:
 
 
 def reference_of(path, pairs: list[Pair], models: list, tokenizer, config, dtype: torch.dtype,
-                 folder: Path, alone: bool = False) -> Reference:
+                 folder: Path, between=lambda: None, alone: bool = False) -> Reference:
     """The reference of the pairs that were read from `path` with config's max_prompt, max_response and drop: one for
-    each of the models. Features are the first's. alone: every pair passes by itself and no states are kept, so that a
-    pair's figures do not depend on any other pair, to the bit."""
-    found, progress = [], Progress(f"reference, {Path(path).stem}")
+    each of the models. Features are the first's. between: called after each batch. alone: every pair passes by itself
+    and no states are kept, so that a pair's figures do not depend on any other pair, to the bit."""
+    found, bar = [], Progress(f"reference, {Path(path).stem}")
     size, most = (1, 0) if alone else (16, STATES)
+
+    def progress(done: int, total: int) -> None:
+        bar(done, total)
+        between()
+
     for model in models:
         key = (VERSION, content_key(model), data_key(path), tokenizer.key, config.max_prompt, config.max_response,
                config.drop, str(dtype), str(model.unembedding.device)) + (("alone",) if alone else ())

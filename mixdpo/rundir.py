@@ -8,6 +8,7 @@ checkpoint ends as the uninterrupted one does, to the bit.
 """
 
 import json
+import math
 import os
 import platform
 import signal
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from mixdpo.config import InputError, write_whole
+from mixdpo.config import InputError, Stopped, to_json, write_whole
 from mixdpo.diagnostics import WINDOW, alarms
 from mixdpo.whole import Damaged, read_tensors, write_tensors
 
@@ -48,7 +49,7 @@ def compute_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     if name in known:
         return known[name], "as asked"
     if name != "auto":
-        raise InputError(f"--dtype: got {name!r}, wanted auto, float32 or bfloat16")
+        raise InputError(f"got {name!r}, wanted auto, float32 or bfloat16", option="dtype")
     if device == "cuda":
         if torch.cuda.is_bf16_supported():
             return torch.bfloat16, "the GPU has bfloat16 units"
@@ -78,20 +79,27 @@ class Progress:
         print(f"\r{line:<118}" if live else line, end=end, file=sys.stderr, flush=True)
 
 
+def with_nan(value):
+    """Figures as they were before to_json wrote NaN as null."""
+    if isinstance(value, dict):
+        return {key: with_nan(part) for key, part in value.items()}
+    return [with_nan(part) for part in value] if isinstance(value, list) else math.nan if value is None else value
+
+
 class Log:
     """metrics.jsonl and responsibilities.jsonl, a line a step each, the progress line, and alarms, each told once."""
 
     def __init__(self, run: Path, t: int, total: int, config):              # t: steps done before; later lines go
         self.metrics, self.q = keep_lines(run / "metrics.jsonl", t), keep_lines(run / "responsibilities.jsonl", t)
         told = (run / "metrics.jsonl").read_text().splitlines()[-WINDOW:]
-        self.history = deque(map(json.loads, told), maxlen=WINDOW)          # all that alarms look at
+        self.history = deque(map(with_nan, map(json.loads, told)), maxlen=WINDOW)           # all that alarms look at
         self.total, self.config, self.progress, self.rung = total, config, Progress(run.name, t), set()
 
     def step(self, figures: dict, groups: list[int], log_q: torch.Tensor) -> None:
         """One step's figures, and the responsibilities (G,K) that it used."""
         t = figures["step"]
         self.history.append(figures)
-        self.write(self.metrics, json.dumps(figures))
+        self.write(self.metrics, to_json(figures))
         self.responsibilities(t, groups, log_q)
         accuracy = " ".join(f"{a:.2f}" for a in figures["accuracy"])
         self.progress(t, self.total, f"loss {figures['loss']:.4f}  accuracy {accuracy}")
@@ -102,7 +110,7 @@ class Log:
 
     def responsibilities(self, t: int, groups: list[int], log_q: torch.Tensor) -> None:
         q = log_q.exp().mul(1e4).round().div(1e4).tolist()                  # to four digits
-        self.write(self.q, json.dumps({"step": t, "groups": groups, "q": q}))
+        self.write(self.q, to_json({"step": t, "groups": groups, "q": q}))
 
     def write(self, file, line: str) -> None:
         """One line, now. Raises: OSError that names the file, which the system's own does not."""
@@ -148,7 +156,7 @@ def load_checkpoint(run: Path, config: dict) -> tuple[dict[str, torch.Tensor], d
         if checkpoints(run):
             raise InputError(f"{run / 'checkpoint'}: no checkpoint in it is whole; remove {run}, and begin again")
         return None
-    differ = [k for k in config if json.dumps(state["config"].get(k)) != json.dumps(config[k])]
+    differ = [k for k in config if to_json(state["config"].get(k)) != to_json(config[k])]   # a list is like a tuple
     if differ:
         what = "; ".join(f"{k}: there {state['config'].get(k)!r}, now {config[k]!r}" for k in differ)
         raise InputError(f"{path} is the checkpoint of another configuration ({what}); "
@@ -169,7 +177,15 @@ def keep_lines(path: Path, steps: int):
 
 class Stop:
     """Within it, SIGINT and SIGTERM are wishes: `asked` is true, and the loop ends after its step. The second one stops
-    at once. Elsewhere than in the main thread signals stay as they are."""
+    at once. Elsewhere than in the main thread signals stay as they are. name: of what is stopped."""
+
+    def __init__(self, name: str = ""):
+        self.name = name
+
+    def check(self, message: str | None = None) -> None:
+        """Raises: Stopped if it was asked for."""
+        if self.asked:
+            raise Stopped(f"{self.name}: {message or 'stopped before its first step'}")
 
     def __enter__(self):
         self.asked, main = False, threading.current_thread() is threading.main_thread()

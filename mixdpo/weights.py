@@ -68,7 +68,7 @@ def load_model(name, dtype=None, device=None, data=None):
 
     name: "smollm2" or "gpt2" (both fetched), "llama-3.2-1b", a Hugging Face directory, or a .gguf file.
     data: a local folder that is looked into before anything is fetched; a model directory `name` in it counts.
-    Raises: InputError naming the file and what is wrong with it.
+    Raises: InputError naming the file and what is wrong with it, a tensor that holds NaN or an infinity included.
     """
     return _build(*_open(name, data), dtype, device)
 
@@ -199,7 +199,7 @@ def _open_safetensors(files):
             if name in tensors:
                 raise InputError(f"holds {name}, as another shard does; fetch the directory whole again", file=file)
             # clone: get_tensor points into the mapped file, which may be rewritten, and where tensors lie unaligned.
-            read = lambda handle=handle, name=name: handle.get_tensor(name).clone()
+            read = lambda file=file, handle=handle, name=name: finite(handle.get_tensor(name), file, name).clone()
             tensors[name] = Stored(tuple(part.get_shape()), read)
     return tensors
 
@@ -227,16 +227,28 @@ def _open_gguf(path):
     checked(config, path)
     tensors = {}
     for name, tensor in raw.items():
+        stored = name
         block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
         if block:
             name = f"layers.{block[1]}.{GGUF_BLOCK.get(block[2], block[2])}.weight"
         else:
             name = GGUF_TOP.get(name.removesuffix(".weight"), name.removesuffix(".weight")) + ".weight"
-        read = lambda tensor=tensor: torch.from_numpy(tensor.float32())
+        read = lambda tensor=tensor, stored=stored: finite(torch.from_numpy(tensor.float32()), path, stored)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             read = lambda read=read: unpermute(read(), config.head_dim)
         tensors[name] = Stored(tensor.shape, read)
     return config, tensors
+
+
+def finite(tensor, file, name):
+    """The tensor. Raises: InputError if it holds NaN or an infinity, which would be every number of a run later on. One
+    pass without a copy: NaN is the minimum and the maximum of whatever it stands among."""
+    ends = torch.aminmax(tensor) if tensor.numel() else ()
+    if not all(end.isfinite() for end in ends):
+        bad = int((~tensor.isfinite()).sum())
+        raise InputError(f"the tensor {name} holds {bad} values that are NaN or infinite; wanted numbers: get the file "
+                         "again, or choose another model", file=file)
+    return tensor
 
 
 def unpermute(weight, head_dim):

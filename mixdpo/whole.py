@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mixdpo.config import InputError
+from mixdpo.config import InputError, to_json
 
 
 class Damaged(InputError):
@@ -36,7 +36,7 @@ def digest(tensors: dict[str, torch.Tensor], facts: str) -> str:
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict) -> None:
     """Raises: OSError if the disk does not take it; what lay there before still does."""
-    part, text = path.with_name(f"{path.name}.{os.getpid()}.part"), json.dumps(facts)
+    part, text = path.with_name(f"{path.name}.{os.getpid()}.part"), to_json(facts)
     try:
         try:
             save_file(tensors, part, {"whole": json.dumps([digest(tensors, text), text])})  # one key: the same bytes

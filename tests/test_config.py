@@ -2,6 +2,13 @@
 Docstrings name the faults that each test was seen to fail on."""
 
 import dataclasses
+import importlib
+import io
+import json
+import math
+import re
+import tokenize
+from pathlib import Path
 
 import pytest
 
@@ -78,10 +85,13 @@ def test_an_empty_value_behind_an_equals_sign_is_a_value():
     (["--path", "x", "--rate", "1", "--rate=1"], ["--rate", "twice"]),
     (["--rate", "1"], ["--path", "required", "where"]),
     (["--path", "x", "--rate", "nan"], ["--rate", "'nan'"]),
+    (["--path", "x", "--shares", "0.3,,0.7"], ["--shares", "'0.3,,0.7'", "is empty"]),
+    (["--path", "x", "--shares", "0.3,"], ["--shares", "is empty"]),
+    (["--path", "x", "--shares", ","], ["--shares", "is empty"]),
 ])
 def test_refused(words, tell):
     """Faults: an unknown option skipped; no near match offered; a single dash taken; the last of two values wins;
-    a required option left None; nan taken."""
+    a required option left None; nan taken; an empty word between commas skipped."""
     assert_not_parsed(*words, tell=tell)
 
 
@@ -96,6 +106,61 @@ def test_every_option_is_explained_in_the_help(capsys):
         assert ended.value.code == 0
         for f in dataclasses.fields(cls):
             assert f"--{f.name.replace('_', '-')}" in said and comments[f.name] in said, f.name
+
+
+def config_classes():
+    """Every dataclass that a command line is made from, but for those of tests/chaos, which needs packages of its own:
+    (file, class name)."""
+    root = Path(__file__).parent.parent
+    files = [root / "train.py", root / "eval.py",
+             *(path for part in ("mixdpo", "data", "tests/bench") for path in sorted(root.glob(f"{part}/**/*.py")))]
+    return [(file, name) for file in files
+            for name in re.findall(r"@dataclass\(frozen=True\)\nclass (\w*Config)\b", file.read_text())]
+
+
+def comments_by_token(file, name):
+    """Each field's comment by Python's own tokenizer: all comments from its line up to the next field's."""
+    tokens = list(tokenize.generate_tokens(io.StringIO(file.read_text()).readline))
+    begin = next(n for n, t in enumerate(tokens) if t.string == "class" and tokens[n + 1].string == name)
+    depth, field, found = 0, None, {}
+    for token, after in zip(tokens[begin:], tokens[begin + 1 :]):
+        depth += (token.type == tokenize.INDENT) - (token.type == tokenize.DEDENT)
+        if found and depth < 1 or token.string in ("def", "@"):
+            return found
+        if token.type == tokenize.NAME and token.start[1] == 4 and after.string == ":":
+            field = token.string
+            found[field] = []
+        if token.type == tokenize.COMMENT and field and token.start[1] > 4:
+            found[field].append(token.string.strip("# "))
+    raise AssertionError(f"{name} has no end")
+
+
+def test_no_help_text_is_cut():
+    """Every option of every script, its comment in the source by another reader. Catches: the lines of a comment after
+    the first left out; a comment of the next field or of a section taken for one of its lines."""
+    classes, long = config_classes(), 0
+    assert len(classes) >= 10 and {"TrainConfig", "EvalConfig", "FinetuneConfig"} <= {name for _, name in classes}
+    for file, name in classes:
+        module = ".".join(file.relative_to(Path(__file__).parent.parent).with_suffix("").parts)
+        cls = getattr(importlib.import_module(module), name)
+        comments = configs.field_comments(cls)
+        for field, lines in comments_by_token(file, name).items():
+            assert comments.get(field, "") == " ".join(lines), f"{name}.{field}"
+            assert " ".join(lines) in configs.usage(cls, "prog")
+            long += len(lines) > 1
+    assert long >= 5
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 0.25])
+def test_infinities_are_json_and_come_back(value, tmp_path):
+    """Catches: a bare Infinity, which is not JSON; "inf" that comes back as a word; files of before, which hold bare
+    ones, refused."""
+    config, path = Example("inf", rate=value), tmp_path / "config.json"
+    configs.save(config, path)
+    json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"a bare {word}"))
+    assert configs.load(Example, path) == config
+    path.write_text(json.dumps(dataclasses.asdict(config)))
+    assert configs.load(Example, path) == config
 
 
 def test_saved_configurations_come_back_and_other_versions_are_refused(tmp_path):

@@ -84,6 +84,67 @@ def test_the_second_signal_stops_at_once(tmp_path, model_dir, monkeypatch):
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
+def asks_at(monkeypatch, count, name="posterior", owner=train):
+    """Asks the Stop in use to stop within call number `count` of owner.NAME; returns the calls so far."""
+    calls, stops, real, begin = [], [], getattr(owner, name), train.Stop.__enter__
+
+    def enter(stop):
+        stops.append(begin(stop))
+        return stop
+
+    def counted(*arguments, **options):
+        calls.append(None)
+        if len(calls) == count:
+            stops[-1].ask(signal.SIGTERM, None)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(train.Stop, "__enter__", enter)
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+E_STEPS = {                                                                 # options; calls before the stop, steps done
+    "last": (dict(epochs=1), 2, 3),
+    "last of context": (dict(latent="user", estep="context", context=1, epochs=1, start_steps=9), 2, 2),
+    "full": (dict(em="full", epochs=2, start_steps=1), 7, 3),
+    "first of incremental": (dict(latent="user", em="incremental", epochs=2, start_steps=2), 2, 2),
+    "first of all": (dict(em="full", epochs=1, start="none"), 2, 0),
+}
+
+
+@pytest.mark.parametrize("case", E_STEPS)
+def test_a_stop_within_an_e_step_is_heeded(case, tmp_path, model_dir, monkeypatch):
+    """A stop is asked for in the middle of an E-step over all pairs. Catches: the whole pass waited for, the steps
+    before it lost or done again, another result."""
+    options, count, steps = E_STEPS[case]
+    data = tinyjob.write(tmp_path / "d.jsonl", tinyjob.make_records())
+    whole = tinyjob.run(tmp_path, model_dir, None, name="whole", data=data, **options)
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as caught:
+        calls = asks_at(patch, count)
+        tinyjob.run(tmp_path, model_dir, None, name="run", data=data, **options)
+    assert len(calls) == count and str(tmp_path / "run") in str(caught.value)
+    assert [path.stem for path in checkpoints(tmp_path / "run")] == [f"{steps:08d}"] * (steps > 0)
+    taken, real = [], train.step
+    monkeypatch.setattr(train, "step", lambda *a: taken.append(None) or real(*a))
+    run = tinyjob.run(tmp_path, model_dir, None, name="run", data=data, **options)
+    assert tinyjob.equal(whole, run) and len(taken) == len(tinyjob.lines(whole / "metrics.jsonl")) - steps
+    for name in ("metrics.jsonl", "responsibilities.jsonl"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_stop_within_the_references_pass_is_heeded(tmp_path, model_dir, monkeypatch):
+    """Catches: all batches of the pass waited for, and a step after it."""
+    from mixdpo import reference
+
+    data = tinyjob.write(tmp_path / "d.jsonl", tinyjob.make_records(each=12))               # 72 pairs, batches of 16
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        calls = asks_at(patch, 2, "rows_of", reference)
+        patch.setattr(train, "step", lambda *_: pytest.fail("a step"))
+        tinyjob.run(tmp_path, model_dir, None, data=data)
+    assert len(calls) == 2
+    tinyjob.run(tmp_path, model_dir, None, data=data)
+
+
 def test_how_a_program_ends(monkeypatch, capsys):
     """Catches: a traceback for what the system refuses, an exit status of success."""
     assert ended(monkeypatch, KeyboardInterrupt()) == 130

@@ -133,6 +133,25 @@ def test_a_stop_saves_after_the_step(tmp_path, model_dir, monkeypatch):
     assert len(steps) == 6 and all(torch.equal(whole[name], value) for name, value in found.items())
 
 
+def test_a_stopped_tuning_does_not_go_on_in_another_dtype(tmp_path, model_dir, monkeypatch, capsys):
+    """--dtype auto on two machines: it begins anew. Catches: the word compared and not what it stands for."""
+    real, calls = module.minimise, []
+
+    def stopped(*args, **options):
+        calls.append(None)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, "minimise", stopped)
+    monkeypatch.setattr(module, "compute_dtype", lambda *_: (torch.float32, "so it is here"))
+    with pytest.raises(Stopped):
+        tune(tmp_path, model_dir, steps=6, dtype="auto")
+    monkeypatch.setattr(module, "compute_dtype", lambda *_: (torch.bfloat16, "so it is here"))
+    tune(tmp_path, model_dir, steps=6, dtype="auto")
+    assert len(calls) == 3 + 6 and "resumed" not in capsys.readouterr().out
+
+
 def test_other_weights_under_the_same_name_are_tuned_anew(tmp_path):
     """Fault: a model known by its name alone."""
     model = tinyjob.make_model(tmp_path / "model", seed=0)

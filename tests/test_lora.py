@@ -225,7 +225,7 @@ def test_a_whole_run_trains_and_loads_for_evaluation(job, model_dir):
     got, metrics = tinyjob.tensors(job), tinyjob.lines(job / "metrics.jsonl")
     paths = [f"layers.{i}.{p}" for i in range(2) for p in ("self_attn.v_proj", "mlp.down_proj")]
     own = {f"experts.trunk.{p}.{f}" for p in paths for f in "AB"}
-    assert set(got) == {"table", "kept", "log_v", "gate.log_w"} | own
+    assert set(got) == {"table", "kept", "log_v", "user_loss", "gate.log_w"} | own
     assert all(got[f"experts.trunk.{p}.B"][k].any() for p in paths for k in range(2))
     assert abs(metrics[0]["loss"] - 0.6931) < 1e-3 and metrics[-1]["loss"] < metrics[0]["loss"] - 0.01
     run, reference, tokenizer = evaluation.load_run(job, "cpu", ""), load_model(model_dir), load_tokenizer(model_dir)

@@ -9,7 +9,7 @@ import train
 from mixdpo.gates import Gate, Inputs
 from mixdpo.latent import latent_of
 from mixdpo.experts import once_a_step
-from mixdpo.optimizer import RoundedAdamW, load_optimizer_state, make_optimizer, optimizer_state, rounded
+from mixdpo.optimizer import RoundedAdamW, load_optimizer_state, make_optimizer, mixed, optimizer_state, rounded
 from mixdpo.plan import make_plan, micro_batches
 from tests import small
 from tests.refusal import assert_refused
@@ -96,6 +96,31 @@ def test_rounded_moments_follow_adamw():
     v, want = ours.state[p]["exp_avg_sq"].float().mean(), theirs.state[plain]["exp_avg_sq"].mean()
     assert ours.state[p]["exp_avg"].dtype == ours.state[p]["exp_avg_sq"].dtype == torch.bfloat16
     assert abs(v / want - 1) < 0.02 and abs(p.mean() / plain.mean() - 1) < 0.02
+
+
+def moments_after(seed, first=0):
+    """Moments in bfloat16 after one step on gradients that bfloat16 cannot hold, of two equal parameters."""
+    ps = [torch.nn.Parameter(torch.zeros(4000)) for _ in range(2)]
+    optimizer = RoundedAdamW([{"params": ps, "lr": 1e-3}], seed, first)
+    for p in ps:
+        p.grad = torch.full((4000,), 0.1001)
+    optimizer.step()
+    one = [optimizer.state[p]["exp_avg"].clone() for p in ps]
+    optimizer.step()
+    return *one, *(optimizer.state[p]["exp_avg"] for p in ps)
+
+
+def test_rounding_noise_belongs_to_seed_step_and_parameter():
+    """Any two seeds of the whole range, which differ in high or in low bits, and any two parameters round differently.
+    Catches: a seed that is shifted above the 32 bits that a generator on a CPU reads, so that it changes nothing; one
+    noise for all parameters."""
+    seeds = (0, 1, 2**8, 2**24, 2**31, 2**32 - 1)
+    found = [x for seed in seeds for x in moments_after(seed)[:2]]
+    assert not any(torch.equal(a, b) for n, a in enumerate(found) for b in found[:n])
+    assert all(torch.equal(a, b) for a, b in zip(moments_after(3), moments_after(3)))
+    assert torch.equal(moments_after(3, first=1)[0], moments_after(3)[1])   # a parameter's place is its own
+    seeds = {mixed(seed, t, place) for seed in range(8) for t in range(8) for place in range(8)}
+    assert len(seeds) == 8**3 and max(seeds) < 2**32
 
 
 def test_rounded_moments_resume_to_the_bit():

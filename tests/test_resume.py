@@ -1,16 +1,21 @@
 """train.py interrupted, resumed, and given bad input. Docstrings name the faults that each test was seen to fail on."""
 
+import json
+import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import tinyjob
 import train
 from mixdpo.config import InputError
 from mixdpo.plan import batches
+from mixdpo.rundir import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 CASES = {
@@ -25,6 +30,7 @@ CASES = {
     "full EM": dict(em="full", epochs=3, beta=0.5),
     "gate of users": dict(latent="user", gate="user", epochs=3, gate_temperature=2.0),
     "untied": dict(rank=0, epochs=2),
+    "robust": dict(robust=2.0, clip=math.inf, epochs=3),
     "lora": dict(sharing="lora", lr=train.TrainConfig.lr, epochs=2),
 }
 
@@ -138,6 +144,59 @@ def test_a_run_from_another_model_under_the_same_name_is_refused(tmp_path, monke
     assert (tmp_path / "run" / "config.json").read_text() == "as it was"
 
 
+def on_machine(monkeypatch, auto, folder, model, **options):
+    """A run where --dtype auto is the dtype `auto`."""
+    folder.mkdir(exist_ok=True)
+    resolved = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    monkeypatch.setattr(train, "compute_dtype", lambda name, device: (resolved[name], "so it is here"))
+    return tinyjob.run(folder, model, tinyjob.make_records(), save_minutes=0.0, **options)
+
+
+@pytest.mark.parametrize("begun,now", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_run_goes_on_in_the_dtype_that_it_was_begun_in(begun, now, tmp_path, model_dir, monkeypatch):
+    """--dtype auto on two machines. Catches: the word compared and not what it stands for, so that the second half is
+    in another dtype; the same dtype by its own name refused; a finished run that another machine finds unfinished."""
+    there, here = (str(x).removeprefix("torch.") for x in (begun, now))
+    whole = on_machine(monkeypatch, begun, tmp_path / "a", model_dir, dtype="auto")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "step", 3)
+        on_machine(patch, begun, tmp_path / "b", model_dir, dtype="auto")
+    for word in ("auto", here):
+        with pytest.raises(InputError) as caught:
+            on_machine(monkeypatch, now, tmp_path / "b", model_dir, dtype=word)
+        assert f"dtype: there '{there}', now '{here}'" in caught.value.message
+    assert tinyjob.equal(whole, on_machine(monkeypatch, now, tmp_path / "b", model_dir, dtype=there))
+    monkeypatch.setattr(train, "learn", lambda *_: pytest.fail("trained again"))
+    assert on_machine(monkeypatch, now, tmp_path / "b", model_dir, dtype="auto") == tmp_path / "b" / "run"
+
+
+def test_a_run_on_another_tokenizer_is_refused(tmp_path, monkeypatch):
+    """Catches: the second half of a run on other ids of the same texts."""
+    model = tinyjob.make_model(tmp_path / "model")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "step", 3)
+        tinyjob.run(tmp_path, model, tinyjob.make_records(), save_minutes=0.0)
+    path = model / "tokenizer.json"
+    document = json.loads(path.read_text())
+    vocab = document["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError) as caught:
+        tinyjob.run(tmp_path, model, None)
+    assert "tokenizer_key: there" in caught.value.message
+
+
+def test_another_device_is_named(tmp_path, model_dir, monkeypatch, capsys):
+    """Catches: a change of device, which changes rounding, that nothing says."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "step", 3)
+        patch.setattr(train, "save_checkpoint", lambda out, tensors, state, keep: save_checkpoint(
+            out, tensors, state | {"device": "cuda"}, keep))
+        tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), save_minutes=0.0)
+    tinyjob.run(tmp_path, model_dir, None)
+    assert "begun on cuda, goes on on cpu" in capsys.readouterr().out
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +211,52 @@ def test_a_loss_that_is_not_a_number_stops_with_its_lines_and_leaves_nothing_hal
     assert told == sorted(i + 1 for i in plan[1])                           # lines count from 1, steps from 0
     assert not (out / "checkpoint").exists() and not (out / "checkpoint.new").exists()
     assert len(tinyjob.lines(out / "metrics.jsonl")) == len(tinyjob.lines(out / "responsibilities.jsonl")) == 1
+
+
+@pytest.mark.parametrize("options", [dict(experts=1), {}, dict(sharing="lora", lr=train.TrainConfig.lr)], ids=str)
+def test_a_model_without_numbers_is_the_users_fault(options, tmp_path):
+    """A NaN in the model's file, and weights so large that its log-probs are NaN. Catches: an assertion on step 0, as
+    if the policy and the reference differed; log-probs that are cached before anyone looks at them."""
+    model = tinyjob.make_model(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    name = next(name for name in tensors if "mlp" in name)
+    damaged = tensors[name].clone()
+    damaged[0, 0] = torch.nan
+    save_file(tensors | {name: damaged}, model / "model.safetensors")
+    with pytest.raises(InputError) as caught:
+        tinyjob.run(tmp_path, model, tinyjob.make_records(), **options)
+    assert caught.value.file == model / "model.safetensors" and name in caught.value.message
+    save_file(tensors | {"model.norm.weight": torch.full((16,), 3e38)}, model / "model.safetensors")
+    with pytest.raises(InputError) as caught:
+        tinyjob.run(tmp_path, model, None, **options)
+    assert caught.value.option == "model" and "line 1" in caught.value.message
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_the_largest_beta_is_no_assertion(tmp_path, model_dir):
+    """Catches: margins that overflow at step 0, where policy and reference are equal."""
+    with pytest.raises(InputError) as caught:
+        tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), beta=1e39)
+    assert caught.value.option == "beta"
+
+
+@pytest.mark.parametrize("options,warned", [
+    (dict(start_steps=3, warmup=3, latent="user", batch=6),
+     {"start-steps 1": "--start-steps 3", "warmup 1": "--warmup 3"}),
+    (dict(start_steps=2, warmup=2, latent="user", batch=6), {}),
+    (dict(start="linear", start_steps=9, warmup=0, latent="user", batch=6), {"start-steps 1": "--start linear"}),
+    (dict(experts=1, warmup=10, batch=6), {"warmup 1": "30%"}),
+    (dict(start="none", warmup=1, batch=6), {}),
+    (dict(start_steps=3, warmup=1, batch=18, epochs=1), {"--epochs": "1 optimizer steps", "batch": "100%"}),
+], ids=str)
+def test_a_run_too_short_for_its_options_is_announced(options, warned, tmp_path, model_dir, capsys):
+    """18 pairs: three steps of six, or one. Catches: a run on random responsibilities alone, or at a fraction of its
+    learning rate, that nothing announces; a warning about a run that is long enough; one that names no remedy."""
+    tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), **options)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert len(lines) == len(warned)
+    for line, (remedy, number) in zip(lines, warned.items()):
+        assert number in line and remedy in line.partition("Choose")[2], line
 
 
 def test_descend_steps_nowhere_on_nan_and_clips_the_norm(model_dir):

@@ -2,16 +2,19 @@
 Docstrings name the faults seen."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from mixdpo import rundir
 from mixdpo.config import InputError
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
+from mixdpo.options import TrainConfig
 from mixdpo.rundir import compute_dtype, load_checkpoint, save_checkpoint
 from mixdpo.whole import alone
 
@@ -101,6 +104,39 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_field(tmp_path):
         load_checkpoint(tmp_path, {"a": 2, "b": "y", "c": (1, 2)})
     assert all(part in str(caught.value) for part in ("a: there 1, now 2", "b: there 'x', now 'y'", "--out"))
     assert "c:" not in str(caught.value)
+
+
+def strict(text):
+    """JSON as every reader has it: no bare NaN or Infinity."""
+    return json.loads(text, parse_constant=lambda word: pytest.fail(f"a bare {word}"))
+
+
+def test_no_file_of_a_run_holds_a_bare_nan_or_infinity(tmp_path):
+    """A step without pairs, whose figures are NaN, and an option that is infinite. Catches: lines and facts that only
+    Python reads; null where alarms of a resumed run look for a number; "inf" in a checkpoint taken for a difference to
+    infinity, and a bare one, as in older files."""
+    config = TrainConfig("d.jsonl", "m", "out", clip=math.inf)
+    figures = {"step": 1, "loss": math.nan, "accuracy": [math.nan, 0.5], "q_gain": math.nan, "gate_entropy": 0.1}
+    log = rundir.Log(tmp_path, 0, 2, config)
+    log.step(figures, [0], torch.tensor([[math.nan, 0.0]]))
+    log.sync(), log.close()
+    line, = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert strict(line)["accuracy"] == [None, 0.5]
+    assert strict((tmp_path / "responsibilities.jsonl").read_text())["q"] == [[None, 1.0]]
+    again = rundir.Log(tmp_path, 1, 2, config)
+    assert str(again.history) == str(log.history)                           # NaN is not equal to NaN
+    again.close()
+    save(tmp_path, 1.0, clip=math.inf)
+    with safe_open(rundir.checkpoints(tmp_path)[0], "pt") as file:
+        strict(strict(file.metadata()["whole"])[1])
+    load_checkpoint(tmp_path, {"clip": math.inf})
+    with pytest.raises(InputError):
+        load_checkpoint(tmp_path, {"clip": 1.0})
+    older = {"step": 2, "config": {"clip": math.inf}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mixdpo.whole.to_json", json.dumps)
+        save_checkpoint(tmp_path, {"x": torch.zeros(1)}, older, 1)
+    assert load_checkpoint(tmp_path, {"clip": math.inf})[1] == older
 
 
 def test_the_dtype_of_the_products():

@@ -21,6 +21,7 @@ from mixdpo import start as start_module
 from mixdpo.config import InputError
 from mixdpo.experts import make_experts
 from mixdpo.mixture import random_responsibilities
+from mixdpo.options import validate_values
 from mixdpo.plan import batches, mark_context
 from mixdpo.preferences import groups, read_preferences
 from mixdpo.reference import compute_reference
@@ -466,6 +467,44 @@ def test_wrong_and_contradictory_options_are_refused_before_anything_is_written(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.jsonl"]
 
 
+NUMBERS = {f.name: f.type for f in dataclasses.fields(train.TrainConfig) if f.type in (int, float)}
+MAY_BE = {math.inf: {"clip", "epsilon", "save_minutes"}, -1: {"head_rows"},
+          0: {"rank", "context", "damping", "gate_entropy", "gate_balance", "robust", "label_noise", "noise_seed",
+              "start_steps", "head_rows", "warmup", "seed", "save_minutes"}}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_is_in_its_range(name):
+    """NaN, infinities, -1 and 0 for every number of the command line. Catches: NaN, which is neither below nor above a
+    bound; --beta inf, whose margins are NaN; --seed -1 and --max-prompt 0, which fail later with a traceback."""
+    config = train.TrainConfig("prefs.jsonl", "smollm2", "out")
+    for value in (-1, 0, *((math.nan, math.inf, -math.inf, 1e39) if NUMBERS[name] is float else ())):
+        changed = dataclasses.replace(config, **{name: NUMBERS[name](value)})
+        if name in MAY_BE.get(value, ()):
+            validate_values(changed)
+            continue
+        with pytest.raises(InputError) as caught:
+            validate_values(changed)
+        assert caught.value.option == name, value
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**32 + 5, 10**23])
+def test_a_seed_that_would_not_be_read_whole_is_refused(seed):
+    """Catches: a seed of which a generator on a CPU reads the low 32 bits, so that 2^32 + 5 is 5; a traceback."""
+    with pytest.raises(InputError) as caught:
+        validate_values(train.TrainConfig("prefs.jsonl", "smollm2", "out", seed=seed))
+    assert caught.value.option == "seed"
+    validate_values(train.TrainConfig("prefs.jsonl", "smollm2", "out", seed=2**32 - 1))
+
+
+@pytest.mark.parametrize("weights", ["0.3,,0.7", "0.3,0.7,", "inf,1", "nan,1", "3e38,3e38", "1e-50,1", "-1,2", ""])
+def test_weights_are_positive_numbers(weights):
+    """Catches: an empty place skipped; infinite weights, or a sum that is, whose logarithms are NaN."""
+    with pytest.raises(InputError) as caught:
+        validate_values(train.TrainConfig("prefs.jsonl", "smollm2", "out", weights=weights))
+    assert caught.value.option == "weights"
+
+
 def test_the_configuration_is_printed_and_saved(tmp_path, model_dir, capsys):
     """Fault: defaults left out of what is saved."""
     out = tinyjob.run(tmp_path, model_dir, tinyjob.make_records())
@@ -494,6 +533,17 @@ def test_users_who_are_served_worst_count_more(tmp_path, model_dir):
     with pytest.raises(InputError, match="--robust weighs users, and no line names one"):
         nameless = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in records]
         tinyjob.run(tmp_path, model_dir, nameless, "nameless", robust=0.1, **options)
+
+
+@pytest.mark.parametrize("options", [{"rank": 0}, {"rank": 2}, {"sharing": "models", "experts": 3},
+                                     {"sharing": "lora", "lr": train.TrainConfig.lr}], ids=str)
+def test_equal_experts_share_what_hard_responsibilities_give(options, tmp_path, model_dir):
+    """--variant hard --start none: in the first step every expert is the reference, and none is the likeliest. Catches:
+    all pairs to expert 0, so that the run is DPO and does not say so; a tie that rounding decides."""
+    out = tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), variant="hard", start="none", **options)
+    K = options.get("experts", 2)
+    q = tinyjob.lines(out / "responsibilities.jsonl")[0]["q"]
+    assert all(row == pytest.approx([1 / K] * K, abs=1e-4) for row in q)
 
 
 def test_weighted_pairs_have_weighted_gradients(model_dir):

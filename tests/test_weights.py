@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixdpo import fetch, weights
+from mixdpo.config import InputError
 from mixdpo.gpt2 import GPT2, GPT2Config
 from mixdpo.hfconfig import config_from_json, config_to_json
 from mixdpo.llama import LlamaConfig, RopeScaling
@@ -46,6 +47,22 @@ def assert_not_loaded(name, *named, file=None, line=None, **kwargs):
     """load_model(name) is refused, because of that file, or of what has the name; the error names the values."""
     with refuses(*named, file=file or name, line=line):
         load_model(name, **kwargs)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("case,name", [("gpt2", "transformer.h.1.mlp.c_fc.weight"), ("gpt2", "transformer.wte.weight"),
+                                       ("llama-untied", "lm_head.weight"), ("llama-tied", "model.norm.weight")])
+def test_a_tensor_that_holds_no_numbers_is_refused_by_name(case, name, bad, copy):
+    """One value of one tensor. Catches: a model that loads, and whose numbers are NaN from the first step on; a fault
+    that is blamed on the policy; an error that names the directory alone."""
+    folder = copy(case)
+    file, = [file for file in folder.glob("*.safetensors") if name in load_file(file)]     # of several shards, its own
+    tensors = load_file(file)
+    tensors[name].view(-1)[3] = bad
+    save_file(tensors, file)
+    with pytest.raises(InputError) as caught:
+        load_model(folder, dtype=torch.bfloat16)
+    assert caught.value.file == file and f"tensor {name} holds 1 values" in caught.value.message
 
 
 # --- there and back ---------------------------------------------------------------------------------------------------
@@ -422,6 +439,17 @@ def test_gguf(case, tmp_path):
     got = load_model(tmp_path / "model.gguf")
     assert asdict(got.config) == asdict(model.config)
     assert content_key(got) == content_key(model)
+
+
+def test_a_gguf_tensor_that_holds_no_numbers_is_refused_by_name(tmp_path):
+    """Catches: the check for safetensors alone; our name of the tensor for the file's."""
+    metadata, tensors = as_gguf(load_model(GOLDEN / "llama-untied"))
+    tensors["blk.1.attn_q.weight"] = tensors["blk.1.attn_q.weight"].clone()
+    tensors["blk.1.attn_q.weight"][0, 0] = torch.nan
+    write_gguf(tmp_path / "m.gguf", metadata, tensors)
+    with pytest.raises(InputError) as caught:
+        load_model(tmp_path / "m.gguf")
+    assert caught.value.file == tmp_path / "m.gguf" and "tensor blk.1.attn_q.weight holds 1" in caught.value.message
 
 
 @pytest.mark.parametrize("change, word", [
