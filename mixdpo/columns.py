@@ -307,12 +307,11 @@ def read_table(path, columns: list[Column]) -> np.ndarray:
     return encode(rows, columns, path, numbers)
 
 
-def write_table(path: Path, codes: np.ndarray, columns: list[Column], seed: int) -> None:
+def write_table(path: Path, codes: np.ndarray, columns: list[Column], rng: np.random.Generator) -> None:
     """The codes as a .csv file, from which read_table gets them back; numbers are drawn within their bins."""
-    rng, text, names = np.random.default_rng([seed, 19]), io.StringIO(), [column.name for column in columns]
-    known = "".join(part for c in columns for part in (c.name, *c.values, c.missing or ""))
+    text, known = io.StringIO(), "".join(part for c in columns for part in (c.name, *c.values, c.missing or ""))
     lost = any(mark in known for mark in "\r\ufeff")                        # outside of quotes readers take them away
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if lost else csv.QUOTE_MINIMAL)
-    writer.writerow(names)
+    writer.writerow([column.name for column in columns])
     writer.writerows(zip(*(column.decode(codes[:, j], rng) for j, column in enumerate(columns))))
     write_whole(path, text.getvalue())

@@ -49,11 +49,11 @@ def test_codes_become_values_of_their_own_code(tmp_path):
     edge of an inner bin written; the highest number never written; missing written as a number."""
     columns, rng = columns_of(SCHEMA), np.random.default_rng(0)
     codes = np.stack([rng.integers(c.size, size=2000) for c in columns], 1)
-    write_table(tmp_path / "made.csv", codes, columns, seed=1)
+    write_table(tmp_path / "made.csv", codes, columns, np.random.default_rng(1))
     assert (read_table(tmp_path / "made.csv", columns) == codes).all()
     ages = {row[1] for row in csv.reader(open(tmp_path / "made.csv"))}
     assert ages == {"age", *map(str, range(10))}
-    write_table(tmp_path / "again.csv", codes, columns, seed=1)
+    write_table(tmp_path / "again.csv", codes, columns, np.random.default_rng(1))
     assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "made.csv").read_bytes()
 
 
@@ -165,7 +165,7 @@ def test_a_number_is_written_within_its_own_bin(what, tmp_path):
     another bin or out of bounds); whole numbers above 2^53 by way of floats."""
     column = columns_of([{"name": "x", "type": "number", **NUMBERS[what]}])[0]
     codes = np.random.default_rng(0).integers(column.size, size=(3000, 1))
-    write_table(tmp_path / "made.csv", codes, [column], seed=1)
+    write_table(tmp_path / "made.csv", codes, [column], np.random.default_rng(1))
     assert (read_table(tmp_path / "made.csv", [column]) == codes).all()
     texts = (tmp_path / "made.csv").read_text().split()[1:]
     values = [(int if column.integer else float)(text) for text in texts if text != "?"]
@@ -210,7 +210,7 @@ def test_values_that_csv_could_lose_come_back(tmp_path):
     columns = columns_of([{"name": "\ufeffx", "type": "category", "values": ["a\rb", "a\nb", 'a"b', "a,b", " ", ""]},
                           {"name": "y", "type": "number", "low": 0, "high": 9, "bins": 3, "missing": "none"}])
     codes = np.array([[n, n % 4] for n in range(6)])
-    write_table(tmp_path / "made.csv", codes, columns, seed=1)
+    write_table(tmp_path / "made.csv", codes, columns, np.random.default_rng(1))
     assert (read_table(tmp_path / "made.csv", columns) == codes).all()
     for entry in ({"type": "number", "low": 0, "high": 9, "bins": 3, "missing": "5"},
                   {"type": "category", "values": ["\ud800"]}):
