@@ -9,9 +9,9 @@ A schema is a JSON list, a column an object:
 
 and each may have {"missing": "?"}: how an absent value is written; it is then a value like any other, the last one.
 Whole numbers ("integer") have whole edges, which are exact up to 64 bits. Other numbers are written with digits enough
-to tell a thousand values of the narrowest bin apart, each within its own bin. Bins by quantiles depend on the data: they begin as FINE bins of equal
-width, and tabular.py, which accounts for it, joins these by noisy counts. A table is a CSV file whose first line names
-the columns, in any order; it must have those of the schema and no others.
+to tell a thousand values of the narrowest bin apart, each within its own bin. Bins by quantiles depend on the data:
+they begin as FINE bins of equal width, and tabular.py, which accounts for it, joins these by noisy counts. A table is a
+CSV file whose first line names the columns, in any order; it must have those of the schema and no others.
 """
 
 import bisect
@@ -223,7 +223,7 @@ def edges_of(given: list, integer: bool) -> list:
         if max(map(abs, given)) > sys.float_info.max / 2:
             raise ValueError(f"wanted edges or bounds of {sys.float_info.max / 2:.1g} in size at most")
         if unlike := [e for e in given if float(e) != e]:
-            raise ValueError(f'{unlike[0]} has more digits than a float; if it is of whole numbers, add "integer": true')
+            raise ValueError(f'{unlike[0]} has more digits than a float; for whole numbers add "integer": true')
         return list(map(float, given))
     if any(e != int(e) for e in given):
         raise ValueError("a whole number wants whole edges and bounds")
