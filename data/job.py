@@ -155,7 +155,11 @@ def last_responsibilities(run: Run) -> dict[str, np.ndarray]:
 
 
 def smooth(values: list, stretches: int = 50) -> tuple[np.ndarray, np.ndarray]:
-    """Means over at most `stretches` stretches of consecutive steps: middles (S,) and means (S,...)."""
+    """Means over at most `stretches` stretches of consecutive steps: middles (S,) and means (S,...). Steps without
+    figures, which nobody took part in, count for nothing."""
     values = np.array(values, dtype=np.float64)
     edges = np.linspace(0, len(values), min(stretches, len(values)) + 1).round().astype(int)
-    return (edges[:-1] + edges[1:] + 1) / 2, np.array([values[a:b].mean(0) for a, b in zip(edges, edges[1:])])
+    parts = [values[a:b] for a, b in zip(edges, edges[1:])]
+    counts = [np.isfinite(part).sum(0) for part in parts]
+    means = [np.nansum(part, 0) / np.where(n > 0, n, np.nan) for part, n in zip(parts, counts)]
+    return (edges[:-1] + edges[1:] + 1) / 2, np.array(means)

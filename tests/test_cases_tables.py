@@ -3,6 +3,7 @@ two commands. Docstrings name the faults that each test is there for."""
 
 import csv
 import json
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,11 +12,15 @@ import numpy as np
 import pytest
 
 import tinyjob
-import train
-from data import finetune, planted, synth
+from data import experiment, hh, imdb, judged, planted, stages, synth
+from data.presets import HH, IMDB, REVIEWS, ULTRAFEEDBACK
+from data.report import report
+from data.studies import __main__ as studies
+from data.studies import study
+from fakejob import make_job
 from mixdpo import tabular
 from mixdpo.columns import read_schema, read_table
-from mixdpo.config import InputError
+from mixdpo.config import InputError, to_json
 
 SCHEMA = [{"name": "sex", "type": "category", "values": ["F", "M"]},
           {"name": "age", "type": "number", "low": 0, "high": 99, "quantiles": 5, "integer": True}]
@@ -225,7 +230,7 @@ def test_a_run_is_not_written_over_what_is_not_its_own(tmp_path):
     assert {folder: kept(folder) for folder in before} == before
 
 
-def test_a_runs_own_folder_is_used_again(tmp_path, monkeypatch, capsys):
+def test_a_runs_own_folder_is_used_again(tmp_path, capsys):
     """New, empty, begun and not far, finished, or with the config.json gone. Fault: a run refuses its own folder."""
     records, model = tinyjob.make_records(), tinyjob.make_model(tmp_path / "model")
     (tmp_path / "run").mkdir()
@@ -236,6 +241,109 @@ def test_a_runs_own_folder_is_used_again(tmp_path, monkeypatch, capsys):
     (out / "config.json").unlink()
     tinyjob.run(tmp_path, model, records)
     assert "finished before" in capsys.readouterr().out
+
+
+def test_a_job_and_its_kin_do_not_begin_among_other_files(tmp_path):
+    """Fault: fixed names written into anybody's folder."""
+    (tmp_path / "report.md").write_text("mine")
+    for command in (lambda: planted.main(["--out", str(tmp_path)]),
+                    lambda: experiment.main(imdb.DATASET, ["--preset", "smoke", "--out", str(tmp_path)]),
+                    lambda: judged.main(hh.DATASET, ["--preset", "smoke", "--out", str(tmp_path)])):
+        with pytest.raises(InputError) as error:
+            command()
+        assert error.value.option == "out"
+    assert kept(tmp_path) == {"report.md": b"mine"}
+
+
+# --- options of the data scripts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command, option, values", [
+    (planted.main, "types", ["0", "2,-1", ""]), (planted.main, "each", ["0", ""]), (planted.main, "pairs", ["0", "3"]),
+    (planted.main, "features", ["0"]), (planted.main, "seeds", ["0"]), (planted.main, "starts", ["-1"]),
+    (studies.main, "name", ["none"]), (studies.main, "preset", ["cpu"]),
+    (lambda words: experiment.main(imdb.DATASET, words), "sentiment", ["me"]),
+    (lambda words: experiment.main(imdb.DATASET, words), "preset", ["big"]),
+])
+def test_options_out_of_range_carry_their_name(command, option, values, tmp_path, monkeypatch):
+    """Faults: a traceback, or an endless run, for a number that makes no sense; an error that names five options."""
+    monkeypatch.chdir(tmp_path)
+    for value in values:
+        words = {"--name": "fixed"} if command is studies.main else {}
+        with pytest.raises(InputError) as error:
+            command([word for pair in (words | {f"--{option}": value}).items() for word in pair])
+        assert error.value.option == option and not [*tmp_path.iterdir()]
+
+
+def test_presets_are_checked_before_anything_is_made():
+    """Fault: options of the last stage that are refused when all others are done."""
+    for presets in (IMDB, REVIEWS, HH, ULTRAFEEDBACK):
+        for preset in presets.values():
+            parts = ["finetune"] * ("finetune" in preset)
+            experiment.check_preset(preset, *parts)
+            for change, option in (({"users": 0}, "users"), ({"seed": -1}, "seed"), ({"pairs": -1}, "pairs"),
+                                   ({"heldout": math.nan}, "heldout"), ({"evaluate": -3}, "evaluate"),
+                                   ({"finetune": {"steps": 0}}, "steps") if parts else ({"users": -1}, "users")):
+                with pytest.raises(InputError) as error:
+                    experiment.check_preset(preset | change, *parts)
+                assert error.value.option == option
+            with pytest.raises(InputError):
+                experiment.check_preset(preset | {"runs": {"x": {"experts": 0}}})
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_json_of_a_table_is_valid(own):
+    """Without privacy epsilon is infinite. Fault: Infinity and NaN, which are not JSON."""
+    call(own | {"epsilon": "inf"})
+    for path in own["out"].glob("*.json"):
+        json.loads(path.read_text(), parse_constant=lambda word, path=path: pytest.fail(f"{path} holds {word}"))
+    assert "No privacy" in (own["out"] / "report.md").read_text()
+
+
+def test_lines_and_figures_without_a_value_come_back(tmp_path):
+    """Faults: NaN in a file; a figure that is None, and no number, once it was read back."""
+    stages.write_lines(tmp_path / "rows.jsonl", [{"a": math.nan, "b": [math.inf, -math.inf, 1.0], "c": "nan"}])
+    text = (tmp_path / "rows.jsonl").read_text()
+    found = stages.numbers(json.loads(text, parse_constant=pytest.fail))
+    assert math.isnan(found["a"]) and found["b"] == [math.inf, -math.inf, 1.0] and found["c"] == "nan"
+
+
+def test_a_cells_figures_are_the_same_now_and_later(tmp_path, monkeypatch):
+    """Faults: a study's file with NaN; a page made of None."""
+    class Fake:
+        version = 1
+        measure = staticmethod(lambda cell, folder: {"mean": math.nan, "most": math.inf, "of": [1.0, math.nan]})
+
+    monkeypatch.setattr(study, "study_of", lambda name: Fake)
+    (tmp_path / "fake").mkdir()
+    first, again = (study.measured("fake", {"n": 1}, tmp_path)["figures"] for _ in range(2))
+    for found in (first, again):
+        assert math.isnan(found["mean"]) and found["most"] == math.inf and math.isnan(found["of"][1])
+    path, = (tmp_path / "fake").glob("*.json")
+    json.loads(path.read_text(), parse_constant=pytest.fail)
+
+
+def test_a_report_copes_with_figures_that_are_null(tmp_path):
+    """A job whose results hold null for NaN, and "inf" for no privacy. Faults: a traceback; an option shown as if it
+    were not at its default."""
+    home = make_job(tmp_path / "job")
+    results = json.loads((home / "results.json").read_text())
+    row = results["preferences"]["mix-user"]
+    row["types"]["sentiment"]["own_expert"] = {"mean": math.nan, "se": math.nan, "n": 0}
+    row["elbo_gap"]["se"] = math.nan
+    row["conflicts_by_pair"][0] = math.nan
+    row["alignment_train"]["ari"] = math.nan
+    (home / "results.json").write_text(to_json(results))
+    for path in home.glob("*/config.json"):
+        path.write_text(to_json(json.loads(path.read_text())))
+    lines = [json.loads(line) for line in (home / "dpo/metrics.jsonl").read_text().splitlines()]
+    lines[2] |= {"loss": math.nan, "accuracy": [math.nan]}
+    stages.write_lines(home / "dpo/metrics.jsonl", lines)
+    assert (home / "results.json").read_text().count("null") > 4
+    text = report(home).read_text()
+    assert "epsilon" not in text.split("## ")[1]
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
