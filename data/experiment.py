@@ -233,9 +233,9 @@ def check_preset(preset: dict, *parts: str) -> None:
     """Before anything is fetched or sampled. Raises: InputError on sizes out of range, and on options that train.py or,
     with "finetune" among the parts, data/finetune.py would refuse in the end."""
     ranges = dict.fromkeys(("prompts", "users", "reviews", "judge_reviews", "max_prompt", "max_response"), "[1, inf)")
-    ranges |= dict.fromkeys(("pairs", "heldout_pairs", "context", "new_users", "new_pairs", "apart", "margin"), "[0, inf)")
-    ranges |= {"seed": SEEDS, "heldout": "(0, inf)", "evaluate": "[0, inf)", "continuations": "[2, inf)",
-               "agree": "[0, 1]"}
+    ranges |= dict.fromkeys(("pairs", "heldout_pairs", "context", "new_users", "new_pairs", "apart", "margin",
+                             "evaluate"), "[0, inf)")
+    ranges |= {"seed": SEEDS, "heldout": "(0, inf)", "continuations": "[2, inf)", "agree": "[0, 1]"}
     check_ranges(SimpleNamespace(**preset), {name: ranges[name] for name in ranges if name in preset})
     for options in preset["runs"].values():
         validate(TrainConfig(data="", model="", out="", **preset["train"] | options))

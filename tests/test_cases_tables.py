@@ -354,7 +354,8 @@ def test_each_make_target_takes_a_data_set_that_it_knows():
     root = Path(__file__).resolve().parent.parent
 
     def asked(*words):
-        return subprocess.run(["make", "--dry-run", *words], cwd=root, capture_output=True, text=True, check=True).stdout
+        call = ["make", "--dry-run", *words]
+        return subprocess.run(call, cwd=root, capture_output=True, text=True, check=True).stdout
 
     assert "data.synth --dataset adult " in asked("synth") and "-m data.imdb" in asked("train")
     assert "--dataset other " in asked("synth", "DATASET=other") and "-m data.hh" in asked("train", "DATASET=hh")
