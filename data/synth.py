@@ -6,7 +6,7 @@
     OUT/privacy.json        what was spent on which table, and what that does not cover. With it the release is
                             finished: its secret key goes, and a run with other options is refused
     OUT/report.md           how near it comes; made of the table without noise, so it stays at home
-    OUT/config.json         the options, and sha256 of table, schema and test table: the folder is a table's
+    OUT/config.json         the options, and sha256 of table, schema and test table, which stay at home too
 
 The report is made of these files: if it fails or is stopped, the same command makes the report alone. It
 holds DP-TBART (mixdpo/tabular.py), independent columns and trees of pairs (MST) with the same budget, and the real
