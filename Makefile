@@ -1,7 +1,8 @@
 # make help lists the targets. Each one that runs Python makes .venv from the pinned requirements first.
 # Variables: DATASET=imdb|reviews|hh|ultrafeedback  PRESET=smoke|quick|cpu|paper  MODEL=gpt2|smollm2|llama-3.2-1b|DIRECTORY  DATA=FOLDER of local files, looked into first
 
-DATASET ?= imdb
+train: DATASET ?= imdb
+synth: DATASET ?= adult
 EPSILON ?= 1
 PY := .venv/bin/python
 OPTIONS := $(if $(PRESET),--preset $(PRESET)) $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data-folder $(DATA))

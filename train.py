@@ -53,7 +53,8 @@ from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences,
 from mixdpo.privacy import ClippedSum, Noise
 from mixdpo.records import lines
 from mixdpo.reference import load_references, reference_of
-from mixdpo.rundir import Log, Progress, Stop, compute_dtype, environment, load_checkpoint, save_checkpoint
+from mixdpo.rundir import (Log, Progress, Stop, compute_dtype, environment, load_checkpoint, must_be_run,
+                           save_checkpoint)
 from mixdpo.start import check_start, make_start
 from mixdpo.weights import content_key
 from mixdpo.whole import alone, must_be_writable
@@ -410,6 +411,7 @@ def run(config: TrainConfig, key: Key | None = None) -> Path:
     Stopped if SIGINT or SIGTERM asked for it.
     """
     validate(config)
+    must_be_run(config)
     same = compared(config) | {"data_key": data_key(config.data)}
     try:
         with alone(Path(config.out)), Stop(config.out) as stop:

@@ -11,12 +11,12 @@ numbers (ISO 3), ten or twenty a decade: their first and last are wide of the da
 numbers the values of education, so it is a category too.
 """
 
-import csv
 import gzip
 import zlib
 from pathlib import Path
 
 from mixdpo import fetch
+from mixdpo.columns import csv_rows
 from mixdpo.config import InputError, reading
 
 OWN = "adult.csv.gz"
@@ -75,14 +75,14 @@ def read_own(path: Path, split: str) -> list[dict[str, str]]:
     try:
         text = gzip.decompress(path.read_bytes()).decode("utf-8")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is not a whole .csv.gz ({error}); get it again") from None
-    rows, header, reader = [], ["split", *COLUMNS], csv.reader(text.splitlines())
-    if (got := next(reader, [])) != header:
-        raise InputError(f"{path}:1: got {','.join(got)!r:.80}, wanted {','.join(header)}")
-    for fields in reader:
-        row = row_of(fields[1:], f"{path}:{reader.line_num}")
+        raise InputError(f"is not a whole .csv.gz ({error}); get it again", file=path) from None
+    rows, header, reader = [], ["split", *COLUMNS], csv_rows(text.splitlines(), path)
+    if (got := next(reader, (1, []))[1]) != header:
+        raise InputError(f"got {','.join(got)!r:.80}, wanted {','.join(header)}", file=path, line=1)
+    for number, fields in reader:
+        row = row_of(fields[1:], path, number)
         if fields[0] not in ("train", "test"):
-            raise InputError(f"{path}:{reader.line_num}: split {fields[0]!r:.40}, wanted train or test")
+            raise InputError(f"split {fields[0]!r:.40}, wanted train or test", file=path, line=number)
         rows += [row] if fields[0] == split else []
     return rows
 
@@ -93,23 +93,23 @@ def read_uci(path: Path, split: str) -> list[dict[str, str]]:
         lines = Path(path).read_text(encoding="ascii").splitlines()
     test, rows = split == "test", []
     if test and lines[:1] != [FIRST]:
-        raise InputError(f"{path}:1: got {''.join(lines[:1])!r:.80}, wanted {FIRST!r}")
+        raise InputError(f"got {''.join(lines[:1])!r:.80}, wanted {FIRST!r}", file=path, line=1)
     for number, line in enumerate(lines, start=1):
         if not line or test and number == 1:
             continue
         if test and not line.endswith("."):
-            raise InputError(f"{path}:{number}: got {line[-20:]!r}, wanted a label that ends in a dot")
-        rows.append(row_of(line.removesuffix("." * test).split(", "), f"{path}:{number}"))
+            raise InputError(f"got {line[-20:]!r}, wanted a label that ends in a dot", file=path, line=number)
+        rows.append(row_of(line.removesuffix("." * test).split(", "), path, number))
     return rows
 
 
-def row_of(fields: list[str], where: str) -> dict[str, str]:
+def row_of(fields: list[str], path, line: int) -> dict[str, str]:
     row = dict(zip(COLUMNS, fields))
     if len(fields) != len(COLUMNS):
-        raise InputError(f"{where}: {len(fields)} fields, wanted {len(COLUMNS)}; get the file again")
+        raise InputError(f"{len(fields)} fields, wanted {len(COLUMNS)}; get the file again", file=path, line=line)
     for name in NUMBERS:
         if not row[name].isdecimal():
-            raise InputError(f"{where}: {name} {row[name]!r:.40}, wanted a whole number")
+            raise InputError(f"{name} {row[name]!r:.40}, wanted a whole number", file=path, line=line)
     if row["income"] not in ("<=50K", ">50K"):
-        raise InputError(f"{where}: income {row['income']!r:.40}, wanted <=50K or >50K")
+        raise InputError(f"income {row['income']!r:.40}, wanted <=50K or >50K", file=path, line=line)
     return row

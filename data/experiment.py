@@ -18,25 +18,28 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from data.annotators import NAMES, score
 from data.estimate import estimate
 from data.finetune import FinetuneConfig, finetune
+from data.finetune import validate as validate_finetune
 from data.pairs import judge_apart, name_users, pair_facts, pair_line, spreads
 from data.sentiment import find_distilbert
 from data.stages import key_of, line_by_line, read_lines, stage, write_lines
 from eval import EvalConfig, evaluate
 from mixdpo import fetch
-from mixdpo.config import InputError, parse, write_whole
+from mixdpo.config import SEEDS, InputError, check_choices, check_ranges, parse, to_json, write_whole
 from mixdpo.generate import generate
 from mixdpo.memory import steady
+from mixdpo.options import validate
 from mixdpo.preferences import encode_prompt
 from mixdpo.rundir import compute_dtype
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import load_model
-from mixdpo.whole import alone
+from mixdpo.whole import alone, must_be_own
 from train import TrainConfig, run
 
 MAX_PROMPT = 16  # tokens of a review that make a prompt
@@ -163,9 +166,9 @@ def judge(job: Path, preset: dict, max_prompt: int) -> None:
         write_lines(job / f"{name}.jsonl", (pair_line(rows[pair["prompt"]], pair) for pair in judged))
         lost = sum(row["lost"] for row in read_lines(job / f"sampled-{FILES[source]}"))
         facts[name] = {"prompts": len(rows), "continuations_lost": lost} | pair_facts(rows, judged, types, spread)
-        print(f"{name}: {json.dumps(facts[name])}")
+        print(f"{name}: {to_json(facts[name])}")
     facts["reviews"] = json.loads((job / "split.json").read_text())
-    (job / "dataset.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (job / "dataset.json").write_text(to_json(facts, indent=1) + "\n")
 
 
 # ---- the whole
@@ -187,11 +190,9 @@ def choose_model(config: ExperimentConfig) -> tuple[str, str]:
 
 def choose_judge(config: ExperimentConfig) -> tuple[str | None, str]:
     """DistilBERT's name or directory, or None for the bag; and why."""
-    if config.sentiment not in ("", "bag", "distilbert"):
-        raise InputError(f"got {config.sentiment!r}, wanted bag or distilbert, or nothing", option="sentiment")
     found, why = (None, "as asked") if config.sentiment == "bag" else find_distilbert(config.data_folder or None)
     if config.sentiment == "distilbert" and found is None:
-        raise InputError(f"distilbert: {why}", option="sentiment")
+        raise InputError(f"distilbert cannot be had: {why}", option="sentiment")
     return found, why
 
 
@@ -228,6 +229,20 @@ def chosen(of, config) -> tuple[str, dict, Path]:
     return name, dict(of.presets[name]), job
 
 
+def check_preset(preset: dict, *parts: str) -> None:
+    """Before anything is fetched or sampled. Raises: InputError on sizes out of range, and on options that train.py or,
+    with "finetune" among the parts, data/finetune.py would refuse in the end."""
+    ranges = dict.fromkeys(("prompts", "users", "reviews", "judge_reviews", "max_prompt", "max_response"), "[1, inf)")
+    ranges |= dict.fromkeys(("pairs", "heldout_pairs", "context", "new_users", "new_pairs", "apart", "margin",
+                             "evaluate"), "[0, inf)")
+    ranges |= {"seed": SEEDS, "heldout": "(0, inf)", "continuations": "[2, inf)", "agree": "[0, 1]"}
+    check_ranges(SimpleNamespace(**preset), {name: ranges[name] for name in ranges if name in preset})
+    for options in preset["runs"].values():
+        validate(TrainConfig(data="", model="", out="", **preset["train"] | options))
+    if "finetune" in parts:
+        validate_finetune(FinetuneConfig(data="", model="", out="", **preset["finetune"]))
+
+
 def begun_with(job: Path) -> dict:
     """What the job in this folder was begun with; {} if there is none."""
     return json.loads((job / "job.json").read_text()) if (job / "job.json").exists() else {}
@@ -241,7 +256,7 @@ def begin(job: Path, facts: dict) -> None:
                          "or name another folder with --out", file=job)
     job.mkdir(parents=True, exist_ok=True)
     if not begun:
-        write_whole(job / "job.json", json.dumps(facts, indent=1) + "\n")
+        write_whole(job / "job.json", to_json(facts, indent=1) + "\n")
 
 
 def train_and_evaluate(job: Path, preset: dict, shared: dict, **asked) -> None:
@@ -255,7 +270,10 @@ def main(of: DataSet, argv: list[str]) -> None:
     """The data set's command."""
     steady()
     config = parse(ExperimentConfig, argv, f"python -m data.{of.name}")
+    check_choices(config, {"sentiment": ("", "bag", "distilbert")})
     name, preset, job = chosen(of, config)
+    check_preset(preset, "finetune")
+    must_be_own(job, [], "job.json", {"preset"})
     with alone(job):
         whole_job(of, config, name, preset, job)
 
@@ -266,7 +284,7 @@ def whole_job(of: DataSet, config, name: str, preset: dict, job: Path) -> None:
     model, why = (begun["model"], "as the job began") if begun and not config.model else choose_model(config)
     goes_on = begun and not config.sentiment
     distilbert, why_judge = (begun["judge"], "as the job began") if goes_on else choose_judge(config)
-    begin(job, {"preset": name, "model": model, "judge": distilbert, "settings": json.loads(json.dumps(preset))})
+    begin(job, {"preset": name, "model": model, "judge": distilbert, "settings": json.loads(to_json(preset))})
     print(f"preset {name} in {job}; model {model}: {why}")
     print(f"judge of sentiment: {distilbert or 'bag of words and word pairs'}: {why_judge}")
     print(estimate(preset, model, MAX_PROMPT))

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from mixdpo import config as configs
-from mixdpo.config import InputError, Stopped
+from mixdpo.config import SEEDS, InputError, Stopped, check_ranges
 from mixdpo.experts import Heads, load_state, trained_state
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.preferences import data_key
@@ -24,6 +24,7 @@ from mixdpo.records import lines
 from mixdpo.rundir import Progress, Stop, compute_dtype, load_checkpoint, save_checkpoint
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import content_key, load_model, save_model
+from mixdpo.whole import must_be_own
 from train import minimise
 
 
@@ -45,16 +46,24 @@ class FinetuneConfig:
     data_folder: str = ""           # local files looked into before anything is fetched
 
 
+def validate(config: FinetuneConfig) -> None:
+    """Raises: InputError on values out of range."""
+    check_ranges(config, {"steps": "[1, inf)", "batch": "[1, inf)", "held": "[1, inf)", "tokens": "[2, inf)",
+                          "lr": "(0, inf)", "seed": SEEDS, "save_minutes": "[0, inf]"})
+    compute_dtype(config.dtype, "cpu")                                      # which refuses what it does not know
+
+
 def finetune(config: FinetuneConfig) -> Path:
     """Tunes and saves; a finished result of the same configuration and data is used again. Returns the directory."""
     out, device = Path(config.out), "cuda" if torch.cuda.is_available() else "cpu"
-    if low := [name for name in ("steps", "batch", "held") if getattr(config, name) < 1]:
-        raise InputError(f"got {getattr(config, low[0])}, wanted at least 1", option=low[0])
+    validate(config)
+    report, begun = out / "finetune.json", out / "unfinished.json"
+    mark = report if report.exists() else begun
+    must_be_own(out, [("data", config.data), ("model", config.model)], mark.name, {"settings"})
     model = load_model(config.model, device=device, data=config.data_folder or None)
     places = ("out", "data", "data_folder", "save_minutes")                 # what does not change the result
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in places}
     settings |= {"data_key": data_key(config.data), "model_key": content_key(model)}    # contents, not only names
-    report = out / "finetune.json"
     if report.exists() and json.loads(report.read_text())["settings"] == settings:
         print(f"{out}: tuned before, {report.read_text()}")
         return out
@@ -72,11 +81,14 @@ def finetune(config: FinetuneConfig) -> Path:
     tune(policy, blocks, config, unfinished, settings | {"dtype": str(dtype)})              # auto: what that is here
     after = perplexity(policy, held)
     print(f"perplexity on {config.held} held-out blocks: {before:.2f} before, {after:.2f} after")
+    out.mkdir(parents=True, exist_ok=True)
+    configs.write_whole(begun, configs.to_json({"settings": settings}) + "\n")               # the folder is ours now
     report.unlink(missing_ok=True)                              # a report vouches for all that lies beside it
     save_model(policy.trunk, out)
     tokenizer.save(out)
     facts = {"perplexity_before": before, "perplexity_after": after, "settings": settings}
-    configs.write_whole(report, json.dumps(facts) + "\n")
+    configs.write_whole(report, configs.to_json(facts) + "\n")
+    begun.unlink()
     shutil.rmtree(unfinished, ignore_errors=True)
     return out
 

@@ -6,7 +6,6 @@ those of the train prompts too, never on those of held-out prompts.
 """
 
 import hashlib
-import json
 from pathlib import Path
 
 from data.experiment import FILES, DataSet, main, prompt_of
@@ -14,7 +13,7 @@ from data.movies import ARCHIVE, OWN, Review, load_reviews
 from data.presets import IMDB
 from data.sentiment import fit_sentiment, use_distilbert
 from data.stages import write_lines
-from mixdpo.config import command
+from mixdpo.config import command, to_json
 
 JUDGE_LEAST = 5000  # labelled reviews that the judge of sentiment needs to reach its accuracy
 
@@ -61,8 +60,8 @@ def split(job: Path, preset: dict, tokenizer, distilbert: str | None, data: str 
     judge = use_distilbert(job, distilbert) if distilbert else fit_sentiment(fitted, job, preset["seed"])
     facts = {"texts": counts, "taken": {name: len(rows) for name, rows in taken.items()}, "share_of_asked": kept}
     facts |= {"judge_of_sentiment": judge, "its_reviews_are_apart_from_all_prompts": apart or bool(distilbert)}
-    (job / "split.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps(facts))
+    (job / "split.json").write_text(to_json(facts, indent=1) + "\n")
+    print(to_json(facts))
 
 
 DATASET = DataSet("imdb", IMDB, (OWN, ARCHIVE), ("seed", "prompts", "heldout", "reviews", "judge_reviews"), split)

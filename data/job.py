@@ -16,10 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from data.stages import numbers
 from mixdpo.diagnostics import mean_se
 from mixdpo.records import lines
 
 SAMPLES = 6  # prompts whose completions are shown
+FIGURES = {"mean", "se", "values", "conflicts_by_pair", "effective_experts", "ari", "matched", "bayes_ari",
+           "bayes_matched", "perplexity_before", "perplexity_after"}
 
 
 @dataclass
@@ -61,7 +64,7 @@ def read_job(folder: Path) -> Job:
     home = folder.parent if (folder / "metrics.jsonl").exists() else folder  # of a single run's data
 
     def read(path: Path) -> dict:
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text(), object_hook=figure) if path.exists() else {}
 
     results = {"preferences": {}, "adapt": {}, "policies": {}} | read(folder / "results.json")
     named = dict.fromkeys([*results["preferences"], *(run_of(row) for row in results["policies"])])
@@ -73,13 +76,19 @@ def read_job(folder: Path) -> Job:
     return Job(home, results, read(home / "dataset.json"), samples, tuned, files, runs, read(folder / "winrates.json"))
 
 
+def figure(found: dict) -> dict:
+    """An object of a results file: what is null in a figure or a list of them was NaN (mixdpo/config.py, to_json);
+    anything else that is null is not there."""
+    return found | {name: numbers(found[name]) for name in FIGURES & found.keys()}
+
+
 def run_of(row: str) -> str:
     """The run that a row of the policies belongs to; "reference" is its own."""
     return re.sub(r" (mixture|sparse|head \d+)$", "", row)
 
 
 def read_run(path: Path) -> Run:
-    config = json.loads((path / "config.json").read_text())
+    config = numbers(json.loads((path / "config.json").read_text()))
     beside = path.parent / Path(config["data"]).name
     data = beside if beside.exists() else Path(config["data"])              # a job's folder may have moved since
     units = {}
@@ -88,7 +97,7 @@ def read_run(path: Path) -> Run:
             continue                                                        # in no group (mixdpo/plan.py)
         units.setdefault(pair["user"] if config["latent"] == "user" else n, pair.get("annotator") or "all")
     seconds = (path / "metrics.jsonl").stat().st_mtime - (path / "config.json").stat().st_mtime
-    return Run(path.name, config, records(path / "metrics.jsonl"), records(path / "responsibilities.jsonl"),
+    return Run(path.name, config, numbers(records(path / "metrics.jsonl")), records(path / "responsibilities.jsonl"),
                list(units.values()), seconds)
 
 
@@ -146,7 +155,11 @@ def last_responsibilities(run: Run) -> dict[str, np.ndarray]:
 
 
 def smooth(values: list, stretches: int = 50) -> tuple[np.ndarray, np.ndarray]:
-    """Means over at most `stretches` stretches of consecutive steps: middles (S,) and means (S,...)."""
+    """Means over at most `stretches` stretches of consecutive steps: middles (S,) and means (S,...). Steps without
+    figures, which nobody took part in, count for nothing."""
     values = np.array(values, dtype=np.float64)
     edges = np.linspace(0, len(values), min(stretches, len(values)) + 1).round().astype(int)
-    return (edges[:-1] + edges[1:] + 1) / 2, np.array([values[a:b].mean(0) for a, b in zip(edges, edges[1:])])
+    parts = [values[a:b] for a, b in zip(edges, edges[1:])]
+    counts = [np.isfinite(part).sum(0) for part in parts]
+    means = [np.nansum(part, 0) / np.where(n > 0, n, np.nan) for part, n in zip(parts, counts)]
+    return (edges[:-1] + edges[1:] + 1) / 2, np.array(means)

@@ -22,15 +22,15 @@ from pathlib import Path
 
 import numpy as np
 
-from data.experiment import begin, chosen, train_and_evaluate
+from data.experiment import begin, check_preset, chosen, train_and_evaluate
 from data.pairs import name_users
 from data.stages import key_of, stage, write_lines
 from mixdpo import fetch
-from mixdpo.config import InputError, parse
+from mixdpo.config import InputError, check_ranges, parse, to_json
 from mixdpo.memory import steady
 from mixdpo.preferences import encode_prompt, encode_response
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.whole import alone
+from mixdpo.whole import alone, must_be_own
 
 
 FILES = ["train.jsonl", "heldout.jsonl", "adapt-new-user.jsonl", "adapt-new-user-new-prompt.jsonl", "prompts.jsonl",
@@ -168,21 +168,19 @@ def judge(job: Path, of: Judged, preset: dict, tokenizer, data: str | None) -> N
     names = ("users", "pairs", "new_users", "new_pairs", "seed", "conflicts")
     facts |= {"max_prompt": preset["max_prompt"], "max_new": preset["max_response"]}
     facts |= {"settings": {name: preset[name] for name in names}}
-    (job / "dataset.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps(facts))
+    (job / "dataset.json").write_text(to_json(facts, indent=1) + "\n")
+    print(to_json(facts))
 
 
 def main(of: Judged, argv: list[str]) -> None:
     """The data set's command."""
     steady()
     config = parse(JudgedConfig, argv, f"python -m data.{of.name}")
+    check_ranges(config, {"users": "[0, inf)", "pairs": "[0, inf)", "seed": "[-1, 4294967295]"})
     name, preset, job = chosen(of, config)
     given = {"users": config.users, "pairs": config.pairs, "seed": config.seed + 1}
     preset |= {key: getattr(config, key) for key, value in given.items() if value}
     preset |= {"conflicts": config.conflicts}
-    if min(preset["users"], preset["pairs"]) < 1:
-        option = min(("users", "pairs"), key=preset.get)
-        raise InputError(f"got {preset[option]}; wanted at least 1, or 0 for the preset's", option=option)
     if config.types_as_users:
         if config.users or config.pairs:
             raise InputError("true has one user of each type, who judges everything: leave --users and --pairs out",
@@ -190,9 +188,11 @@ def main(of: Judged, argv: list[str]) -> None:
         runs = {name: run | ({"em": "incremental"} if run.get("latent") == "user" else {})  # no batch holds a user
                 for name, run in preset["runs"].items()}
         preset |= {"users": 1, "pairs": 0, "runs": runs}
+    check_preset(preset)
+    must_be_own(job, [], "job.json", {"preset"})
     with alone(job):
         model = config.model or "smollm2"
-        begin(job, {"preset": name, "model": model, "settings": json.loads(json.dumps(preset))})
+        begin(job, {"preset": name, "model": model, "settings": json.loads(to_json(preset))})
         tokenizer = load_tokenizer(model, config.data_folder or None)
         own = [Path(config.data_folder) / source for source in of.sources] if config.data_folder else []
         source = [fetch.sha256_of(file) for file in own if file.is_file()] or "fetched"

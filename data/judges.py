@@ -22,7 +22,7 @@ import numpy as np
 from data.annotators import score
 from data.llm import Endpoint
 from data.stages import read_lines
-from mixdpo.config import InputError, write_whole
+from mixdpo.config import InputError, to_json, write_whole
 
 GENERAL = {"better": "the better answer: helpful, right, harmless and clear"}
 
@@ -44,7 +44,7 @@ def win_rates(folder: Path, judge: str, against: str, seed: int = 0) -> dict:
         for column, wins in preferred(rows).items():
             columns.setdefault(column, {})[policy] = rate(wins, seed)
     found = {"judge": judge, "against": against, "prompts": len(samples), "columns": columns}
-    write_whole(folder / "winrates.json", json.dumps(found, indent=1) + "\n")
+    write_whole(folder / "winrates.json", to_json(found, indent=1) + "\n")
     return found
 
 

@@ -14,18 +14,18 @@ planted.json, and report.md with its picture where matplotlib is installed.
 """
 
 import importlib.util
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from mixdpo.config import InputError, command, parse, write_whole
+from mixdpo.config import InputError, check_ranges, command, parse, to_json, write_whole
 from mixdpo.diagnostics import adjusted_rand_index
 from mixdpo.linear import linear_mixture
 from mixdpo.mixture import e_step
 from mixdpo.rundir import Progress
+from mixdpo.whole import must_be_own
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ def assigned(types: int, each: int, config: PlantedConfig, seed: int) -> dict[st
 
 def main(argv: list[str]) -> list[dict]:
     config = parse(PlantedConfig, argv, "python -m data.planted")
-    for option in ("seeds", "starts", "features", "types", "each"):
-        value = getattr(config, option)
-        if min(value if isinstance(value, tuple) else [value], default=0) < 1:
-            raise InputError(f"got {value}; wanted at least 1", option=option)
+    check_ranges(config, dict.fromkeys(("types", "each", "seeds", "starts", "features", "pairs"), "[1, inf)"))
     if config.pairs < (least := max(config.each) * max(config.types)):
-        raise InputError(f"got {config.pairs}; wanted at least {least}, as a user of each type judges", option="pairs")
+        raise InputError(f"got {config.pairs}, wanted {least} or more: as many as a user of each type judges",
+                         option="pairs")
+    folder = Path(config.out)
+    must_be_own(folder, [], "planted.json", {"config", "rows"})
     torch.set_num_threads(1)                                                # products of this size gain nothing by more
     kinds, rows = [(K, m) for K in config.types for m in config.each], []
     progress = Progress("worlds")
@@ -81,9 +81,8 @@ def main(argv: list[str]) -> list[dict]:
             worlds.append(assigned(K, m, config, seed))
             progress(len(rows) * config.seeds + seed + 1, len(kinds) * config.seeds)
         rows.append({"types": K, "each": m, "users": config.pairs // m, "worlds": worlds})
-    folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "planted.json", json.dumps({"config": asdict(config), "rows": rows}, indent=1) + "\n")
+    write_whole(folder / "planted.json", to_json({"config": asdict(config), "rows": rows}, indent=1) + "\n")
     if importlib.util.find_spec("matplotlib"):
         from data.report import planted_report
 

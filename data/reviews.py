@@ -14,7 +14,6 @@ labelled ones that are left, of both domains.
 """
 
 import hashlib
-import json
 import re
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from data.movies import ARCHIVE, OWN, Review, load_reviews
 from data.presets import REVIEWS
 from data.sentiment import fit_sentiment, use_distilbert
 from data.stages import write_lines
-from mixdpo.config import InputError, command
+from mixdpo.config import InputError, command, to_json
 
 FILM = "film films movie movies cinema screen screenplay hollywood actor actors actress oscar".split()
 BOOK = "book books novel novels author authors chapter chapters paperback pages".split()
@@ -95,8 +94,8 @@ def split(job: Path, preset: dict, tokenizer, distilbert: str | None, data: str 
              "domains_left_out": missing}
     if missing:
         print(f"no reviews of {' and '.join(missing)} in {counts_of_products['source']}: these tests are left out")
-    (job / "split.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps(facts))
+    (job / "split.json").write_text(to_json(facts, indent=1) + "\n")
+    print(to_json(facts))
 
 
 def mixed(of: dict[str, list[str]], part: str = "") -> list[dict]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mixdpo.config import InputError
+from mixdpo.config import InputError, to_json
 
 DISTILBERT = "distilbert/distilbert-base-uncased-finetuned-sst-2-english"
 FEATURES = 2**20  # places of the hashed bag
@@ -43,7 +43,7 @@ def read_judge(folder) -> dict | None:
 
 def write_judge(folder: Path, report: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "judge.json.part").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "judge.json.part").write_text(to_json(report, indent=1) + "\n")
     os.replace(folder / "judge.json.part", folder / "judge.json")
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from mixdpo import fetch
+from mixdpo.config import to_json
 from mixdpo.rundir import Progress
 
 VERSION = 1     # part of every key: raise it when a stage's result changes
@@ -16,7 +17,7 @@ def write_lines(path: Path, rows) -> None:
     """JSON Lines, whole or not at all."""
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(to_json(row) + "\n" for row in rows)
     os.replace(part, path)
 
 
@@ -24,6 +25,15 @@ def read_lines(path: Path, whole: bool = False) -> list[dict]:
     """whole: leaves out a last line that an interruption cut short."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in (lines[:-1] if whole else lines) if line]
+
+
+def numbers(value):
+    """Undoes to_json within what json.loads gave: null is NaN, and "inf" and "-inf" are infinities."""
+    if isinstance(value, dict):
+        return {key: numbers(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [numbers(part) for part in value]
+    return float("nan" if value is None else value) if value in (None, "inf", "-inf") else value
 
 
 def line_by_line(path: Path, key: str, items: list, size: int, work, name: str) -> None:
@@ -37,7 +47,7 @@ def line_by_line(path: Path, key: str, items: list, size: int, work, name: str) 
     with unfinished.open("a", encoding="utf-8") as out:
         for start in range(len(done), len(items), size):
             part = items[start : start + size]
-            out.writelines(json.dumps(row) + "\n" for row in work(start, part))
+            out.writelines(to_json(row) + "\n" for row in work(start, part))
             out.flush()
             progress(start + len(part), len(items))
     os.replace(unfinished, path)

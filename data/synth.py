@@ -2,13 +2,18 @@
 --schema schema.json` (mixdpo/columns.py), perhaps with `--test held-out.csv --target column`.
 
     OUT/synthetic.csv       as many rows as the table has: what may be published, with model.safetensors and
-    OUT/privacy.json        what was spent on which table, and what that does not cover
+    OUT/schema.json         its columns, with the bins that were found under noise
+    OUT/privacy.json        what was spent on which table, and what that does not cover. With it the release is
+                            finished: its secret key goes, and a run with other options is refused
     OUT/report.md           how near it comes; made of the table without noise, so it stays at home
+    OUT/config.json         the options, and sha256 of table, schema and test table, which stay at home too
 
-The report holds DP-TBART (mixdpo/tabular.py) beside independent columns and trees of pairs (MST) that have the same
-budget, and beside the table itself.
+The report is made of these files: if it fails or is stopped, the same command makes the report alone. It
+holds DP-TBART (mixdpo/tabular.py), independent columns and trees of pairs (MST) with the same budget, and the real
+table itself.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -26,13 +31,13 @@ from data.mst import marginal_method
 from data.studies.tell import table_of
 from mixdpo.accountant import noise_multiplier
 from mixdpo.budget import drop_key, kept_key
-from mixdpo.columns import Column, columns_of, encode, read_schema, read_table, write_table
-from mixdpo.config import InputError, command, parse, write_whole
+from mixdpo.columns import Column, columns_of, encode, read_schema, read_table, schema_of, write_table
+from mixdpo.config import InputError, check_choices, check_ranges, command, parse, to_json, write_whole
 from mixdpo.keys import Key
 from mixdpo.memory import steady
 from mixdpo.rundir import environment, load_checkpoint
 from mixdpo.tabular import TableConfig, account, fit, look, sample, validate
-from mixdpo.whole import alone
+from mixdpo.whole import alone, must_be_own, must_be_writable, noted
 
 PRESETS = {"smoke": dict(steps=4, batch=256, width=16, layers=1, heads=2), "quick": {},
            "full": dict(steps=1000, lr=1e-2)}
@@ -63,24 +68,61 @@ class Tables:
     target: int | None
 
 
-def read_tables(config: SynthConfig) -> Tables:
-    """Raises: InputError."""
-    if config.dataset == "adult":
-        columns, folder = columns_of(adult.SCHEMA), config.data_folder or None
+def read_tables(config: SynthConfig, columns: list[Column] | None = None) -> Tables:
+    """columns: with bins that were found since, instead of the schema's. Raises: InputError."""
+    if config.dataset:
+        for name in ("data", "schema", "test", "target"):
+            if getattr(config, name):
+                raise InputError(f"got {getattr(config, name)!r}, and --dataset adult brings its own; leave one out",
+                                 option=name)
+        columns, folder = columns or columns_of(adult.SCHEMA), config.data_folder or None
         train, test = (encode(adult.table(split, folder), columns) for split in ("train", "test"))
         return Tables(columns, train, test, len(columns) - 1)
-    if config.dataset:
-        raise InputError(f"--dataset: got {config.dataset!r}, wanted adult; for your own, --data and --schema")
     if not (config.data and config.schema):
-        raise InputError("wanted --dataset adult, or --data table.csv and --schema schema.json")
+        raise InputError("wanted --data table.csv and --schema schema.json, or --dataset adult",
+                         option="schema" if config.data else "data")
     if bool(config.test) != bool(config.target):
-        raise InputError("--test and --target go together: a table to test on, and the column to be foretold")
-    columns = read_schema(config.schema)
+        raise InputError("--test and --target go together: a table to test on, and the column to be foretold",
+                         option="target" if config.test else "test")
+    columns = columns or read_schema(config.schema)
     names = [column.name for column in columns]
     if config.target and config.target not in names:
-        raise InputError(f"--target: got {config.target!r}, wanted one of {', '.join(names)}")
+        raise InputError(f"got {config.target!r}, wanted one of {', '.join(names)}", option="target")
     train, test = read_table(config.data, columns), read_table(config.test, columns) if config.test else None
     return Tables(columns, train, test, names.index(config.target) if config.target else None)
+
+
+def check(config: SynthConfig) -> None:
+    """Raises: InputError on values out of range."""
+    check_choices(config, {"dataset": ("", "adult"), "preset": PRESETS})
+    check_ranges(config, {"rows": "[0, inf)"})
+    validate(config)
+
+
+def check_tables(tables: Tables, config: SynthConfig) -> None:
+    """Raises: InputError on what the end would be too late for."""
+    N = config.examples or len(tables.train)
+    if config.epsilon < math.inf and config.delta * N >= 1:
+        raise InputError(f"got {config.delta:g} for {N} rows; wanted less than {1 / N:.1g}: otherwise releasing one "
+                         "row in full would be allowed", option="delta")
+    if tables.test is None:
+        return
+    if len(tables.columns) < 2:
+        raise InputError(f"{config.target!r} is the only column; wanted others, to foretell it from", option="target")
+    if len(np.unique(tables.test[:, tables.target])) < 2:
+        raise InputError(f"column {tables.columns[tables.target].name!r}, the --target, has one value in all rows; "
+                         "wanted a test table with two values or more", file=config.test or None, option="test")
+
+
+def identity(config: SynthConfig, tables: Tables) -> dict:
+    """The options that a release depends on, and sha256 of what the files hold instead of their names."""
+    def key(content) -> str:
+        return hashlib.sha256(content if isinstance(content, bytes) else repr(content).encode()).hexdigest()
+
+    apart = ("out", "save_minutes", "micro", "data_folder", "data", "schema", "test")
+    test = None if tables.test is None else tables.test.tobytes()
+    return {k: v for k, v in asdict(config).items() if k not in apart} | {
+        "data_key": key(tables.train.tobytes()), "schema_key": key(tables.columns), "test_key": test and key(test)}
 
 
 def compared(tables: Tables, made: dict[str, np.ndarray]) -> dict[str, dict]:
@@ -106,10 +148,10 @@ def rows_of(figures: dict[str, dict]) -> list[list]:
     lines = []
     for name, found in figures.items():
         ways = [found["distance"].get(way) for way in "123"]
-        told = [found["utility"].get(model, {}).get(what) for model in ("logistic", "boosting") for what in
+        scores = [found["utility"].get(model, {}).get(what, math.nan) for model in ("logistic", "boosting") for what in
                 ("accuracy", "auroc")]
         lines.append([name, *(["–" if v is None else f"{v:.4f}" for v in ways]),
-                      *(["–" if v is None else f"{v:.3f}" for v in told])])
+                      *(["–" if math.isnan(v) else f"{v:.3f}" for v in scores])])
     return lines
 
 
@@ -131,43 +173,68 @@ def synthesize(tables: Tables, config: TableConfig, rows: int, key: Key, out: Pa
 
 def run(config: SynthConfig) -> Path:
     """Raises: InputError; Stopped, and the same command goes on."""
-    validate(config)
-    tables, out, began = read_tables(config), Path(config.out), time.monotonic()
-    N = config.examples or len(tables.train)
-    rows = config.rows or N
-    if config.epsilon < math.inf and config.delta * N >= 1:
-        raise InputError(f"--delta {config.delta:g} for {N} rows: one of them could be given away whole; "
-                         f"wanted less than {1 / N:.1g}")
-    out.mkdir(parents=True, exist_ok=True)
+    check(config)
+    out, began = Path(config.out), time.monotonic()
+    must_be_own(out, [(name, getattr(config, name)) for name in ("data", "schema", "test")], "config.json", {"synth"})
+    tables = read_tables(config)
+    check_tables(tables, config)
     with alone(out):
-        apart = ("out", "save_minutes", "micro", "data_folder")
-        same = {k: v for k, v in asdict(config).items() if k not in apart} | {"table": len(tables.train)}
-        key = kept_key(out, same, load_checkpoint(out, same) is not None)
-        codes, table, fitted = synthesize(tables, config, rows, key, out, same)
-        told = account(fitted, config, N)
-        write_table(out / "synthetic.csv", codes, table.columns, key.generator("numbers"))
-        save_file({n: x.contiguous() for n, x in fitted.model.state_dict().items()}, out / "model.safetensors")
-        write_whole(out / "privacy.json", json.dumps(told, indent=1) + "\n")
-        # Bins that were found in the data are its columns now: all tables are compared in them.
-        tables = replace(tables, columns=table.columns, train=table.codes, test=None if tables.test is None else
-                         table.coded(tables.test))
-        print("the table is written; now the report")
-        figures = compared(tables, {"DP-TBART": codes} | baselines(tables, config.epsilon, config.delta, rows, Key.fresh()))
-        real = {"the real table": tables.train} if tables.test is None else {
-            "the real table": tables.train, "a second real table": tables.test}
-        figures |= compared(tables, real)
-        drop_key(out)
+        must_be_writable(out)
+        same = identity(config, tables)
+        if not released(out, same):
+            release(tables, config, out, same)
+            print("the table is written; now the report")
+        drop_key(out)                                                       # before all that may fail or take long
         shutil.rmtree(out / "checkpoint", ignore_errors=True)               # other noise must not go on from there
-    spent = (f"Each row of {N} is hidden with epsilon {told['epsilon']:.4g} at delta {config.delta:g}. Not covered: "
-             + "; ".join(told["not_covered"])) if fitted.spent else "No privacy: epsilon is inf."
+        if (out / "report.md").exists():
+            print(f"{out}: finished before")
+        else:
+            report(config, out, began)
+    print(f"table: {out / 'synthetic.csv'}\nreport: {out / 'report.md'}")
+    return out
+
+
+def released(out: Path, same: dict) -> bool:
+    """Whether a release of the same options lies in the folder. Raises: InputError if one of others does."""
+    if not (out / "privacy.json").exists():
+        return False
+    there, now = noted(out / "config.json")["synth"], json.loads(to_json(same))
+    if differ := [name for name in now if there.get(name) != now[name]]:
+        what = "; ".join(f"{name}: there {there.get(name)!r}, now {now[name]!r}" for name in differ)
+        raise InputError(f"{out} holds a finished table of other options ({what}), which may have been published; use "
+                         "another folder for this one", option="out")
+    return True
+
+
+def release(tables: Tables, config: SynthConfig, out: Path, same: dict) -> None:
+    """Writes all that may be published; privacy.json comes last and says that it is whole."""
+    N, resumes = config.examples or len(tables.train), load_checkpoint(out, same) is not None
+    write_whole(out / "config.json", to_json({"synth": same}, indent=1) + "\n")
+    (out / "report.md").unlink(missing_ok=True)                             # of a release that was taken away
+    key = kept_key(out, same, resumes)
+    codes, table, fitted = synthesize(tables, config, config.rows or N, key, out, same)
+    write_table(out / "synthetic.csv", codes, table.columns, key.generator("numbers"))
+    write_whole(out / "schema.json", to_json(schema_of(table.columns), indent=1) + "\n")
+    save_file({n: x.contiguous() for n, x in fitted.model.state_dict().items()}, out / "model.safetensors")
+    write_whole(out / "privacy.json", to_json(account(fitted, config, N), indent=1) + "\n")
+
+
+def report(config: SynthConfig, out: Path, began: float) -> None:
+    """Writes figures.json and report.md, from the release and the tables. The bins of the release are the columns of
+    all tables now. began: of this command, for the report."""
+    columns, told = read_schema(out / "schema.json"), json.loads((out / "privacy.json").read_text())
+    tables, codes = read_tables(config, columns), read_table(out / "synthetic.csv", columns)
+    real = {"the real table": tables.train} | ({} if tables.test is None else {"a second real table": tables.test})
+    simpler = baselines(tables, config.epsilon, config.delta, len(codes), Key.fresh())
+    figures = compared(tables, {"DP-TBART": codes} | simpler | real)
+    spent = (f"Each row of {told['rows']} is hidden with epsilon {told['epsilon']:.4g} at delta {told['delta']:g}. Not "
+             f"covered: {'; '.join(told['not_covered'])}") if told["spent"] else "No privacy: epsilon is inf."
     where = environment()
     how = (f"{(time.monotonic() - began) / 60:.1f} minutes; revision {where['revision']}, torch {where['torch']}, "
            f"`python -m data.synth {words(config)}`")
-    write_whole(out / "figures.json", json.dumps({"config": asdict(config), "figures": figures}, indent=1) + "\n")
+    write_whole(out / "figures.json", to_json({"config": asdict(config), "figures": figures}, indent=1) + "\n")
     write_whole(out / "report.md", "\n\n".join(["# A synthetic table", table_of(HEAD, rows_of(figures)), READING,
                                                 spent + ".", how + "."]) + "\n")
-    print(f"table: {out / 'synthetic.csv'}\nreport: {out / 'report.md'}")
-    return out
 
 
 def words(config: SynthConfig) -> str:
@@ -181,8 +248,7 @@ def main(argv: list[str]) -> None:
     steady()
     torch.set_float32_matmul_precision("highest")
     config = parse(SynthConfig, argv, "python -m data.synth")
-    if config.preset not in PRESETS:
-        raise InputError(f"--preset: got {config.preset!r}, wanted one of {', '.join(PRESETS)}")
+    check_choices(config, {"preset": PRESETS})
     given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv}
     run(replace(config, **{name: value for name, value in PRESETS[config.preset].items() if name not in given}))
 

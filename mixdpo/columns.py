@@ -8,20 +8,26 @@ A schema is a JSON list, a column an object:
     {"name": "wage", "type": "number", "low": 0, "high": 500, "quantiles": 20}               bins of about equal counts
 
 and each may have {"missing": "?"}: how an absent value is written; it is then a value like any other, the last one.
-Whole numbers ("integer") have whole edges. Bins by quantiles depend on the data: they begin as FINE bins of equal
-width, and tabular.py, which accounts for it, joins these by noisy counts. A table is a CSV file whose first line names
-the columns, in any order; it must have those of the schema and no others.
+Whole numbers ("integer") have whole edges, which are exact up to 64 bits. Other numbers are written with digits enough
+to tell a thousand values of the narrowest bin apart, each within its own bin. Bins by quantiles depend on the data:
+they begin as FINE bins of equal width, and tabular.py, which accounts for it, joins these by noisy counts. A table is a
+CSV file whose first line names the columns, in any order; it must have those of the schema and no others.
 """
 
 import bisect
+import contextlib
 import csv
 import gzip
 import io
 import json
 import math
+import sys
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +35,8 @@ import numpy as np
 from mixdpo.config import InputError, reading, write_whole
 
 FINE = 256      # bins of equal width that quantiles are found in
+EXACT = 2**53   # the largest whole number up to which a float holds every one
+LARGEST = 2**63 - 1
 
 FIELDS = {"category": {"name", "type", "values", "missing"},
           "number": {"name", "type", "low", "high", "bins", "edges", "quantiles", "integer", "missing"}}
@@ -41,7 +49,7 @@ class Column:
 
     name: str
     values: tuple[str, ...] = ()
-    edges: tuple[float, ...] = ()
+    edges: tuple[float, ...] = ()   # int where `integer`: a float holds no whole number above 2^53 exactly
     integer: bool = False
     missing: str | None = None      # its code is the last
     quantiles: int = 0              # to be joined into so many bins
@@ -66,27 +74,40 @@ class Column:
                 raise ValueError(f"wanted one of {', '.join(map(repr, self.values[:12]))}"
                                  f"{', ...' if len(self.values) > 12 else ''}") from None
         low, high = self.edges[0], self.edges[-1] - self.integer
-        wanted = f"wanted a {'whole ' * self.integer}number from {low:g} to {high:g}"
         try:
-            number = float(text)
-        except ValueError:
-            raise ValueError(wanted) from None
-        if not low <= number <= high or self.integer and number != int(number):
-            raise ValueError(wanted)
+            number = Decimal(text) if self.integer else float(text)         # a float would round a large whole number
+            allowed = low <= number <= high and not (self.integer and number % 1)
+        except (ValueError, InvalidOperation):                              # NaN has no order among Decimals
+            allowed = False
+        if not allowed:
+            raise ValueError(f"wanted a {'whole ' * self.integer}number from {exactly(low)} to {exactly(high)}")
         return min(bisect.bisect_right(self.edges, number), self.known) - 1
 
     def decode(self, codes: np.ndarray, rng: np.random.Generator) -> list[str]:
-        """Values; of a bin, each of its numbers alike."""
+        """Values; of a bin, each of its numbers alike. Each value has the code that it was made from."""
         if self.values:
             names = np.array([*self.values, self.missing or ""], dtype=object)
             return names[codes].tolist()
-        edges = np.array(self.edges)
-        low, high = edges[np.minimum(codes, self.known - 1)], edges[np.minimum(codes, self.known - 1) + 1]
+        edges, place = np.array(self.edges, np.int64 if self.integer else float), codes.clip(0, self.known - 1)
+        low, high = edges[place], edges[place + 1]
         if self.integer:
-            numbers = [f"{n}" for n in rng.integers(low.astype(np.int64), high.astype(np.int64))]
+            texts = map(str, rng.integers(low, high).tolist())
         else:
-            numbers = [f"{n:.6g}" for n in rng.uniform(low, high)]
-        return [self.missing if code == self.known else n for code, n in zip(codes, numbers)]
+            numbers = np.minimum(rng.uniform(low, high), np.nextafter(high, low))   # uniform may round up to high
+            digits = min(max(3 - math.floor(math.log10(np.diff(edges).min())), 0), 17)
+            texts = (written(*of, digits) for of in zip(numbers.tolist(), low.tolist(), high.tolist()))
+        return [self.missing if code == self.known else text for code, text in zip(codes.tolist(), texts)]
+
+
+def written(number: float, low: float, high: float, digits: int) -> str:
+    """The number with so many digits behind the point, or with all that it has where that leaves [low, high)."""
+    text = f"{round(number, digits) + 0.0:.{digits}f}"                      # + 0.0: there is no -0
+    return text if low <= float(text) < high else repr(number)
+
+
+def exactly(number: float) -> str:
+    """A bound with all of its digits: 0, 0.1, 1700086400."""
+    return repr(number).removesuffix(".0")
 
 
 def joined(column: Column, counts: np.ndarray) -> tuple[Column, np.ndarray]:
@@ -109,7 +130,7 @@ def read_schema(path) -> list[Column]:
     with reading(path, "wanted a schema: a JSON list of columns"):
         described = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(described, list) or not described:
-            raise InputError(f"{path}: wanted a list of columns, got {str(described)[:60]!r}")
+            raise InputError(f"wanted a list of columns, got {str(described)[:60]!r}", file=path)
     return columns_of(described, path)
 
 
@@ -117,20 +138,34 @@ def columns_of(described: list[dict], path="schema") -> list[Column]:
     """Raises: InputError, as above."""
     columns = []
     for number, entry in enumerate(described, 1):
-        where = f"{path}: column {number}"
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or entry.get("type") not in FIELDS:
-            raise InputError(f'{where}: wanted {{"name": ..., "type": "category" or "number", ...}}, got {entry!r:.80}')
-        where = f"{path}: column {entry['name']!r}"
+            raise InputError(f'column {number}: wanted {{"name": ..., "type": "category" or "number", ...}}, '
+                             f"got {entry!r:.80}", file=path)
+        where = f"column {entry['name']!r}"
         if unknown := sorted(set(entry) - FIELDS[entry["type"]]):
-            raise InputError(f"{where}: unknown field {unknown[0]!r}; known are {sorted(FIELDS[entry['type']])}")
+            raise InputError(f"{where}: unknown field {unknown[0]!r}; known are {sorted(FIELDS[entry['type']])}",
+                             file=path)
         try:
-            columns.append(category(entry) if entry["type"] == "category" else number_of(entry))
+            column = category(entry) if entry["type"] == "category" else number_of(entry)
+            "".join([column.name, *column.values, column.missing or ""]).encode()           # before it is learnt
         except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{where}: {error}") from None
+            raise InputError(f"{where}: {error}", file=path) from None
+        columns.append(column)
     twice = [name for name, count in Counter(c.name for c in columns).items() if count > 1]
     if twice:
-        raise InputError(f"{path}: column {twice[0]!r} is described twice")
+        raise InputError(f"column {twice[0]!r} is described twice", file=path)
     return columns
+
+
+def schema_of(columns: list[Column]) -> list[dict]:
+    """The schema of these columns, bins as edges: columns_of gives them back."""
+    out = []
+    for c in columns:
+        entry = {"name": c.name, "type": "category" if c.values else "number"}
+        edges = [*c.edges[:-1], c.edges[-1] - c.integer] if c.edges else []
+        entry |= {"values": list(c.values)} if c.values else {"edges": edges, "integer": c.integer}
+        out.append(entry | ({} if c.missing is None else {"missing": c.missing}))
+    return out
 
 
 def category(entry: dict) -> Column:
@@ -156,34 +191,62 @@ def number_of(entry: dict) -> Column:
         raise ValueError(f"integer: got {integer!r}, wanted true or false")
     count = 0
     if ways == ["edges"]:
-        edges = [float(e) for e in entry["edges"]]
+        given = entry["edges"]
         if "low" in entry or "high" in entry:
             raise ValueError("edges say where it begins and ends: leave low and high out")
     else:
         if "low" not in entry or "high" not in entry:
             raise ValueError(f"{ways[0]} want low and high, bounds from public knowledge: those found in the data "
                              "would tell of its outermost rows")
-        low, high, count = float(entry["low"]), float(entry["high"]), entry[ways[0]]
-        if not isinstance(count, int) or count < 1:
+        given, count = [entry["low"], entry["high"]], entry[ways[0]]
+        if type(count) is not int or count < 1:
             raise ValueError(f"{ways[0]}: got {count!r}, wanted a whole number from 1 on")
-        edges = [low, high]
-    if not all(map(math.isfinite, edges)) or any(a >= b for a, b in zip(edges, edges[1:])) or len(edges) < 2:
-        raise ValueError(f"wanted finite edges or bounds, each above the one before, got {edges[:6]}")
-    if integer and any(e != int(e) for e in edges):
-        raise ValueError("a whole number wants whole edges and bounds")
-    edges[-1] += integer
+    edges = edges_of(given, integer)
     if count:
-        edges = np.linspace(*edges, (FINE if ways == ["quantiles"] else count) + 1)
-        edges = np.unique(edges.round() if integer else edges).tolist()     # fewer bins where there are fewer numbers
-    return Column(entry["name"], (), tuple(edges), integer, missing_of(entry), count * (ways == ["quantiles"]))
+        edges = equal_bins(edges, FINE if ways == ["quantiles"] else count)
+    column = Column(entry["name"], (), tuple(edges), integer, missing_of(entry), count * (ways == ["quantiles"]))
+    with contextlib.suppress(ValueError):
+        replace(column, missing=None).encode(column.missing or "")
+        raise TypeError(f"missing: {column.missing!r} is a number of the column too, and could not be told from it")
+    return column
+
+
+def edges_of(given: list, integer: bool) -> list:
+    """Edges as in Column, from those of a schema: int, or else float. Raises: ValueError, TypeError."""
+    if any(type(e) not in (int, float) for e in given):
+        raise TypeError(f"wanted numbers as edges or bounds, got {given[:6]}")
+    rising = [a < b for a, b in zip(given, given[1:])]                      # false of NaN too
+    single = integer and len(given) > 2 and given[-1] == given[-2]          # the last bin holds one number
+    if not all(rising[:-1] if single else rising) or len(given) < 2 or math.inf in map(abs, given):
+        raise ValueError(f"wanted finite edges or bounds, each above the one before, got {given[:6]}")
+    if not integer:
+        if max(map(abs, given)) > sys.float_info.max / 2:
+            raise ValueError(f"wanted edges or bounds of {sys.float_info.max / 2:.1g} in size at most")
+        if unlike := [e for e in given if float(e) != e]:
+            raise ValueError(f'{unlike[0]} has more digits than a float; for whole numbers add "integer": true')
+        return list(map(float, given))
+    if any(e != int(e) for e in given):
+        raise ValueError("a whole number wants whole edges and bounds")
+    if unlike := [e for e in given if not -LARGEST <= e < LARGEST or isinstance(e, float) and abs(e) > EXACT]:
+        raise ValueError(f"{unlike[0]} is not exact; wanted whole numbers from {-LARGEST} to {LARGEST - 1}, above "
+                         f"{EXACT} without a point or an exponent")
+    return [*map(int, given[:-1]), int(given[-1]) + 1]
+
+
+def equal_bins(bounds: list, count: int) -> list:
+    """Edges of `count` bins of equal width; of fewer, where there are fewer numbers."""
+    low, high = bounds
+    if isinstance(low, int):                                                # exact, and halves go to the even number
+        return sorted({low + round(Fraction((high - low) * n, count)) for n in range(count + 1)})
+    return np.unique(np.linspace(low, high, count + 1)).tolist()
 
 
 # ---- tables
 
 
-def encode(rows: list[dict], columns: list[Column], where=None) -> np.ndarray:
-    """Codes (N,d) int64 of rows, each by column name. where(n): what to call row n. Raises: InputError that names row
-    and column."""
+def encode(rows: list[dict], columns: list[Column], file=None, numbers: list[int] | None = None) -> np.ndarray:
+    """Codes (N,d) int64 of rows, each by column name. file, and numbers (N): where the rows stand, for errors.
+    Raises: InputError that names row and column."""
     codes = np.empty((len(rows), len(columns)), dtype=np.int64)
     for j, column in enumerate(columns):
         known = {}                                                          # a value is looked up once
@@ -193,50 +256,62 @@ def encode(rows: list[dict], columns: list[Column], where=None) -> np.ndarray:
                 try:
                     known[text] = column.encode(text)
                 except ValueError as error:
-                    place = where(n) if where else f"row {n + 1}"
-                    raise InputError(f"{place}, column {column.name!r}: got {text!r}, {error}; mend the row, or let "
-                                     "the schema allow it") from None
+                    row_of = "" if numbers else f"row {n + 1}, "
+                    raise InputError(f"{row_of}column {column.name!r}: got {text!r:.80}, {error}; mend the row, or let "
+                                     "the schema allow it", file=file, line=numbers[n] if numbers else None) from None
             codes[n, j] = known[text]
     return codes
+
+
+def csv_rows(text, path, **options) -> Iterator[tuple[int, list[str]]]:
+    """(line, fields) of each row of a CSV file's text, or of its lines. Raises: InputError on what is no CSV."""
+    reader = csv.reader(text, **options)
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise InputError(f"not CSV ({error}); wanted fields without quotes, or with one at each end and those within "
+                         "doubled", file=path, line=reader.line_num) from None
 
 
 def read_table(path, columns: list[Column]) -> np.ndarray:
     """Codes (N,d) int64 of a .csv or .csv.gz file. Raises: InputError that names file, line and column."""
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; wanted a table as .csv or .csv.gz")
+        raise InputError("no such file; wanted a table as .csv or .csv.gz", file=path)
     with reading(path, "wanted a table as .csv or .csv.gz, in UTF-8"):
         raw = Path(path).read_bytes()
         try:
             raw = gzip.decompress(raw) if str(path).endswith(".gz") else raw
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(f"{path}: not a whole gzip file ({error}); pack it again") from None
-        reader = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), strict=True)
-        header = next(reader, [])
+            raise InputError(f"not a whole gzip file ({error}); pack it again", file=path) from None
+        reader = csv_rows(io.StringIO(raw.decode("utf-8-sig"), newline=""), path, strict=True)
+        header = next(reader, (1, []))[1]
         names = [column.name for column in columns]
         for wrong, what in ((sorted(set(names) - set(header)), "is in the schema and not in the file"),
                             (sorted(set(header) - set(names)), "is in the file and not in the schema: describe it, or "
                                                                "take it out of the file"),
                             ([n for n, c in Counter(header).items() if c > 1], "is there twice")):
             if wrong:
-                raise InputError(f"{path}: column {wrong[0]!r} {what}")
+                raise InputError(f"column {wrong[0]!r} {what}", file=path, line=1)
         rows, numbers = [], []
-        for row in reader:
+        for number, row in reader:
             if not row:
                 continue                                                    # an empty line holds nothing
             if len(row) != len(header):
-                raise InputError(f"{path}:{reader.line_num}: {len(row)} fields, wanted {len(header)} as in its first "
-                                 "line")
+                raise InputError(f"{len(row)} fields, wanted {len(header)} as in its first line", file=path,
+                                 line=number)
             rows.append(dict(zip(header, row)))
-            numbers.append(reader.line_num)
+            numbers.append(number)
     if not rows:
-        raise InputError(f"{path}: no rows in it")
-    return encode(rows, columns, lambda n: f"{path}:{numbers[n]}")
+        raise InputError("no rows in it", file=path)
+    return encode(rows, columns, path, numbers)
 
 
 def write_table(path: Path, codes: np.ndarray, columns: list[Column], rng: np.random.Generator) -> None:
-    """The codes as a .csv file; numbers are drawn within their bins."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    """The codes as a .csv file, from which read_table gets them back; numbers are drawn within their bins."""
+    text, known = io.StringIO(), "".join(part for c in columns for part in (c.name, *c.values, c.missing or ""))
+    lost = any(mark in known for mark in "\r\ufeff")                        # outside of quotes readers take them away
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if lost else csv.QUOTE_MINIMAL)
     writer.writerow([column.name for column in columns])
     writer.writerows(zip(*(column.decode(codes[:, j], rng) for j, column in enumerate(columns))))
     write_whole(path, text.getvalue())

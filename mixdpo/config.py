@@ -118,6 +118,30 @@ def parse(cls, argv: list[str], program: str):
     return cls(**values)
 
 
+SEEDS = "[0, 4294967295]"       # torch's generator on a CPU uses 32 bits: others would give the numbers of one of these
+
+
+def check_ranges(config, ranges: dict[str, str]) -> None:
+    """ranges: option -> interval, "[1, inf)" for 1 or more, "(0, inf)" for a finite number above 0. Each number of a
+    tuple is checked. Raises: InputError that carries the option; NaN lies in no interval."""
+    for name, interval in ranges.items():
+        (low, high), value = map(float, interval[1:-1].split(",")), getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            inside = low <= number <= high
+            if not inside or number == low and interval[0] == "(" or number == high and interval[-1] == ")":
+                raise InputError(f"got {number}, wanted a number in {interval}", option=name)
+        if value == ():
+            raise InputError(f"got no number, wanted one or more in {interval}", option=name)
+
+
+def check_choices(config, choices: dict[str, typing.Iterable[str]]) -> None:
+    """choices: option -> the words that it takes. Raises: InputError that carries the option."""
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise InputError(f"got {getattr(config, name)!r}, wanted one of {', '.join(filter(None, known))}",
+                             option=name)
+
+
 class Stopped(Exception):
     """The user asked for it, and all is saved. The message says how to go on."""
 

@@ -23,7 +23,7 @@ import torch
 
 from mixdpo.config import InputError, Stopped, to_json, write_whole
 from mixdpo.diagnostics import WINDOW, alarms
-from mixdpo.whole import Damaged, read_tensors, write_tensors
+from mixdpo.whole import Damaged, must_be_own, read_tensors, write_tensors
 
 
 def revision() -> str:
@@ -59,6 +59,13 @@ def compute_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     if units:
         return torch.bfloat16, f"the processor has {units[0]}"
     return torch.float32, "the processor has no bfloat16 units"
+
+
+def must_be_run(config) -> None:
+    """Raises: InputError unless a run of this TrainConfig may write into its --out."""
+    before = {"noise-key", "privacy.json", "checkpoint", "metrics.jsonl", "responsibilities.jsonl"}
+    inputs = [("data", config.data), *(("model", model) for model in config.models)]
+    must_be_own(Path(config.out), inputs, "config.json", {"data", "model", "out", "experts"}, before)
 
 
 class Progress:

@@ -30,7 +30,7 @@ from torch import nn
 from mixdpo.accountant import Mechanism, epsilon_of, noise_multiplier
 from mixdpo.attention import KVCache
 from mixdpo.columns import Column, joined
-from mixdpo.config import InputError, Stopped
+from mixdpo.config import SEEDS, InputError, Stopped, check_choices, check_ranges
 from mixdpo.gpt2 import Block, GPT2Config
 from mixdpo.keys import Key, identities
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
@@ -64,25 +64,15 @@ class TableConfig:
 
 def validate(config: TableConfig) -> None:
     """Raises: InputError on values out of range."""
-    if config.order not in ORDERS:
-        raise InputError(f"--order: got {config.order!r}, wanted one of {', '.join(ORDERS)}")
-    if not config.epsilon > 0:
-        raise InputError(f"--epsilon: got {config.epsilon}, wanted more than 0; inf: no privacy")
-    if not 0 < config.delta < 1:
-        raise InputError(f"--delta: got {config.delta}, wanted more than 0 and less than 1")
-    if not 0 <= config.first_look < 1:
-        raise InputError(f"--first-look: got {config.first_look}, wanted a share of epsilon from 0 to less than 1")
+    check_choices(config, {"order": ORDERS})
+    sizes = dict.fromkeys(("width", "layers", "heads", "batch", "steps", "micro"), "[1, inf)")
+    check_ranges(config, sizes | {
+        "epsilon": "(0, inf]", "delta": "[1e-11, 1)", "first_look": "[0, 1)", "lr": "(0, inf)", "clip": "(0, inf)",
+        "seed": SEEDS, "examples": "[0, inf)", "save_minutes": "[0, inf]"})
     if config.order == "entropy" and not config.first_look:
-        raise InputError("--order entropy goes by counts of the columns: it wants a --first-look above 0")
-    if config.examples < 0:
-        raise InputError(f"got {config.examples}, wanted 0 or more", option="examples")
-    for name in ("width", "layers", "heads", "batch", "steps", "micro"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name}: got {getattr(config, name)}, wanted 1 or more")
+        raise InputError("entropy goes by counts of the columns: it wants a --first-look above 0", option="order")
     if config.width % config.heads:
-        raise InputError(f"--width: got {config.width}, wanted a multiple of --heads {config.heads}")
-    if not (config.lr > 0 and 0 < config.clip < math.inf):
-        raise InputError(f"--lr, --clip: got {config.lr}, {config.clip}, wanted finite numbers above 0")
+        raise InputError(f"got {config.width}, wanted a multiple of --heads {config.heads}", option="width")
 
 
 # ---- the model
@@ -218,7 +208,7 @@ def look(columns: list[Column], codes: np.ndarray, config: TableConfig, key: Key
     N, d = codes.shape
     if [c for c in columns if c.quantiles] and not config.first_look:
         raise InputError("bins by quantiles are found in counts of the column: they want a --first-look above 0, or "
-                         "give the column edges, or bins")
+                         "give the column edges, or bins", option="first_look")
     order = [*range(d)]
     if config.order == "random":
         order = np.random.default_rng([config.seed, 23]).permutation(d).tolist()

@@ -79,6 +79,35 @@ def must_be_writable(folder: Path) -> None:
         raise OSError(number, os.strerror(number), str(folder))
 
 
+def noted(path: Path) -> dict:
+    """The object of a JSON file; {} if there is none, or none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def must_be_own(out: Path, inputs: list[tuple[str, str]], mark: str, fields: set[str], early: set[str] = set()) -> None:
+    """Raises: InputError unless `out` may be written into: it is new or empty, or an earlier run of the same program
+    wrote it, and it is not the folder of an input, (option, path) each.
+
+    Such a run has a JSON file `mark` with these fields; one that was killed before it has only files named in `early`.
+    """
+    for option, path in inputs:
+        place = Path(path)
+        folder = place if place.is_dir() else place.parent
+        if path and place.exists() and out.exists() and out.samefile(folder):
+            raise InputError(f"got {out}, the folder of --{option} {path}, whose files could be overwritten; choose a "
+                             "folder of its own", option="out")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"got {out}, which is a file; wanted a folder", option="out")
+    there = {path.name for path in (out.iterdir() if out.exists() else ()) if path.suffix != ".part"}
+    if not fields <= noted(out / mark).keys() and there - early:
+        raise InputError(f"{out} holds files that no run of this program wrote ({', '.join(sorted(there)[:3])}); "
+                         "choose a folder that is new or empty", option="out")
+
+
 @contextlib.contextmanager
 def alone(folder: Path):
     """Makes the folder, and holds it for this process; one that stays empty is taken away again. The system lets go of

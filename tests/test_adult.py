@@ -87,10 +87,11 @@ def test_what_the_two_files_of_uci_differ_in(tmp_path):
 
 
 def test_a_fault_in_the_users_own_file_is_named_with_its_line(tmp_path):
-    """Caught: another header, a third split, a short line; a fault in the split that is not asked for."""
+    """Caught: another header, a third split, a short line; a fault in the split that is not asked for; csv.Error."""
     good, path = f"train,{LINES[0]}".replace(", ", ","), tmp_path / "adult.csv.gz"
     for rows, line, words in (([good, good[:-6]], 3, "14 fields"), ([good, good.replace("train", "dev")], 3, "'dev'"),
-                              ([good.replace("39", "x", 1), good], 2, "age 'x'"), ([good, ""], 3, "0 fields")):
+                              ([good.replace("39", "x", 1), good], 2, "age 'x'"), ([good, ""], 3, "0 fields"),
+                              ([good.replace("State-gov", "x" * 140_000), good], 2, "field limit")):
         own(tmp_path, rows)
         for split in ("train", "test"):
             assert_refused(lambda: table(split, tmp_path), f"{path}:{line}: ", words)

@@ -172,11 +172,40 @@ def test_lines_that_hold_no_text_are_refused(line, tmp_path, model_dir):
 
 
 def test_too_few_texts_and_nan_are_refused_and_nothing_is_saved(tmp_path, model_dir):
-    """Faults: an endless loop over too few blocks; a NaN model saved; no block held out, read as all held out."""
-    with refuses(0, option="held"):
-        tune(tmp_path, model_dir, held=0)
+    """Faults: an endless loop over too few blocks; a NaN model saved."""
     with refuses("3 blocks of 24", 8, file=tmp_path / "reviews.jsonl"):
         tune(tmp_path, model_dir, TEXTS[:1])
     with refuses("step 1", "nan", "--lr", file=tmp_path / "reviews.jsonl"):
         tune(tmp_path, model_dir, lr=1e30, steps=3)
     assert not (tmp_path / "tuned").exists()
+
+
+@pytest.mark.parametrize("option, values", [
+    ("steps", [0, -1]), ("batch", [0, -2]), ("held", [0, -1]), ("tokens", [0, 1]), ("seed", [-1, 2**32]),
+    ("lr", [0.0, -1.0, math.nan, math.inf]), ("save_minutes", [-1.0, math.nan]), ("dtype", ["float64"]),
+])
+def test_options_out_of_range_are_refused(option, values, tmp_path, model_dir):
+    """Faults: no block held out, read as all held out; blocks of one token, which predict nothing; a traceback."""
+    for value in values:
+        with pytest.raises(InputError) as error:
+            tune(tmp_path, model_dir, **{option: value})
+        assert option in (error.value.option or error.value.message) and not (tmp_path / "tuned").exists()
+
+
+def test_a_model_is_not_tuned_over_another(tmp_path, model_dir, monkeypatch):
+    """Faults: a model written over by the one that is tuned from it, or by one of other texts; a folder that was begun
+    and not finished refused afterwards."""
+    other = tinyjob.make_model(tmp_path / "model")
+    texts = tinyjob.write(tmp_path / "reviews.jsonl", [{"text": text} for text in TEXTS])
+    before = {path: path.read_bytes() for path in other.iterdir()}
+    for model, out in ((other, other), (model_dir, other), (other, tmp_path)):
+        with pytest.raises(InputError) as error:
+            module.finetune(FinetuneConfig(texts, str(model), str(out)))
+        assert error.value.option == "out"
+    assert {path: path.read_bytes() for path in other.iterdir()} == before
+    save = module.save_model
+    monkeypatch.setattr(module, "save_model", lambda *at: (save(*at), (_ for _ in ()).throw(KeyboardInterrupt)))
+    with pytest.raises(KeyboardInterrupt):
+        tune(tmp_path, model_dir)
+    monkeypatch.undo()
+    assert not (tune(tmp_path, model_dir) / "unfinished.json").exists()

@@ -203,8 +203,9 @@ def test_each_type_as_one_user_who_judges_everything(chat_model, tmp_path, monke
 
 def test_options_that_cannot_be_met(tmp_path):
     """Catches: a traceback in place of a sentence."""
-    for words, option in ((["--preset", "big"], "preset"), (["--preset", "smoke", "--users", "-2"], "users"),
-                          (["--preset", "smoke", "--pairs", "-2"], "pairs")):
-        with refuses(words[-1], option=option):
-            judged.main(hh.DATASET, [*words, "--out", str(tmp_path / "x")])
+    for option, value in (("preset", "big"), ("pairs", "-2"), ("users", "-1"), ("seed", "-2"), ("seed", "5000000000")):
+        words = [] if option == "preset" else ["--preset", "smoke"]
+        with pytest.raises(InputError) as error:
+            judged.main(hh.DATASET, [*words, f"--{option}", value, "--out", str(tmp_path / "x")])
+        assert error.value.option == option
     assert not (tmp_path / "x").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 from data import pictures
 from data.studies import NAMES, study_of
 from data.studies.study import PRESETS, run, told_of
-from mixdpo.config import InputError, command, parse, write_whole
+from mixdpo.config import check_choices, command, parse, write_whole
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,7 @@ class StudyConfig:
 
 def main(argv: list[str]) -> None:
     config, began = parse(StudyConfig, argv, "python -m data.studies"), time.monotonic()
-    for value, known, flag in ((config.name, NAMES, "name"), (config.preset, PRESETS, "preset")):
-        if value not in known:
-            raise InputError(f"got {value!r}, wanted one of {', '.join(known)}", option=flag)
+    check_choices(config, {"name": NAMES, "preset": PRESETS})
     study, out = study_of(config.name), Path(config.out)
     facts = run(config.name, config.preset, Path(config.home), config.data_folder)
     spent = Path(config.home) / config.name / f"{config.preset}.seconds"    # of all calls together

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from data.stages import key_of
+from data.stages import key_of, numbers
 from data.studies import study_of
-from mixdpo.config import InputError, write_whole
+from mixdpo.config import InputError, to_json, write_whole
 from mixdpo.rundir import Progress, environment
 from mixdpo.whole import alone
 
@@ -48,7 +48,7 @@ def measured(name: str, cell: dict, home: Path) -> dict:
     key = key_of(cell, study_of(name).version)[:20]
     path, folder = home / name / f"{key}.json", home / name / f"{key}.work"
     if path.is_file():
-        return json.loads(path.read_text())
+        return facts_of(path)
     torch.set_num_threads(1)                                                # cells are what runs side by side
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -59,9 +59,15 @@ def measured(name: str, cell: dict, home: Path) -> dict:
         except InputError as error:
             raise InputError(f"study {name}, {cell}: {error}") from None
     facts = {"cell": cell, "figures": found, "seconds": time.monotonic() - began, "environment": environment()}
-    write_whole(path, json.dumps(facts) + "\n")
+    write_whole(path, to_json(facts) + "\n")
     shutil.rmtree(folder)
-    return facts
+    return facts_of(path)
+
+
+def facts_of(path: Path) -> dict:
+    """A cell's file, the same whether it was written just now or before."""
+    facts = json.loads(path.read_text())
+    return facts | {"figures": numbers(facts["figures"])}
 
 
 def run(name: str, preset: str, home: Path, data_folder: str) -> list[dict]:
