@@ -34,7 +34,7 @@ import torch
 from mixdpo import config as configs
 from mixdpo import fits
 from mixdpo.adopt import adopt
-from mixdpo.budget import SECRET, budgeted
+from mixdpo.budget import Private, drop_key, kept_key, spent_before
 from mixdpo.config import InputError, Stopped
 from mixdpo.diagnostics import step_summary
 from mixdpo.dpo import flipped_margins, label_loss, margins
@@ -42,6 +42,7 @@ from mixdpo.experts import (load_state, make_experts, once_a_step, pair_logp, pr
                             trained_state, trunks)
 from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
 from mixdpo.identifiability import counts_of, told
+from mixdpo.keys import Key
 from mixdpo.latent import Latent, latent_of, pooled, settle
 from mixdpo.logprob import sum_responses
 from mixdpo.memory import steady
@@ -216,7 +217,7 @@ def minimise(loss: torch.Tensor, optimizer, clip: float) -> float:
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def prepare(config):
+def prepare(config, private: Private | None = None):
     """Everything the loop needs: experts, plan, reference, the models' key, device. Prints what it decided."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, why = compute_dtype(config.dtype, device)
@@ -231,7 +232,7 @@ def prepare(config):
     pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
     check_lengths(pairs, min(model.config.context for model in models), config.data)
     try:
-        plan = make_plan(pairs, config)
+        plan = make_plan(pairs, config, private and private.shuffled, private and (lambda *_: []))
     except InputError as error:
         raise InputError(f"{config.data}: {error}") from None
     name, cache = str(dtype).removeprefix("torch."), Path(config.out).parent / "cache"
@@ -242,7 +243,7 @@ def prepare(config):
     if config.experts > 1:
         pooled = config.latent == "user" or config.gate.endswith("user")    # either way a user's pairs speak together
         print(*told(counts_of(pairs), config.experts, "user" if pooled else "pair"), sep="\n")
-    reference = reference_of(config.data, pairs, models, tokenizer, config, dtype, cache)
+    reference = reference_of(config.data, pairs, models, tokenizer, config, dtype, cache, alone=private is not None)
     if not config.train_trunk:
         plan = dataclasses.replace(plan, pairs=reference.with_states(plan.pairs))
     keys, experts = [content_key(model) for model in models], make_experts(models, config, dtype)
@@ -307,26 +308,26 @@ def advance(experts, gate, optimizer, plan, ref_logp, inputs: Inputs, start, car
     return {"step": t + 1, "epoch": epoch, "rate": optimizer.param_groups[0]["lr"]} | figures, list(last)
 
 
-def learn(config: TrainConfig, same: dict, stop: Stop) -> None:
+def learn(config: TrainConfig, same: dict, stop: Stop, private: Private | None = None) -> None:
     """All steps that are left. same: what a checkpoint must have been written with. Raises: Stopped, all saved."""
-    out, (experts, plan, reference, model_key, device) = Path(config.out), prepare(config)
+    out, (experts, plan, reference, model_key, device) = Path(config.out), prepare(config, private)
     same = same | {"model_key": model_key}
-    noise = None
-    if config.epsilon < math.inf:
-        plan, noise = budgeted(plan, config)
+    plan, noise = private.budgeted(plan, config) if private else (plan, None)
     ref_logp, (gate, inputs) = reference.logp.to(device), make_gate(plan, reference, config, device)
     optimizer, names = make_optimizer(experts, config.lr, config.head_lr, gate, config.gate_lr, config.moments,
                                       config.seed, once_a_step(experts) if config.in_backward else [])
     if config.robust and not gate.users:
         raise InputError(f"{config.data}: --robust weighs users, and no line names one")
-    start = make_start(gate, inputs, plan, reference.features, config)
+    drawn = private and private.start(plan, config.experts, config.latent)
+    start = make_start(gate, inputs, plan, reference.features, config, drawn)
     carried = resumed(out, same, experts, gate, optimizer, names, device)
     configs.save(config, out / "config.json")                               # not before all input is known to be good
     if carried:
         print(f"resumed at step {carried.t} of {len(plan.steps)}")
     else:
         users = inputs.user.bincount(minlength=gate.users + 1).clamp_max(1).log().to(ref_logp)              # (U+1,)
-        carried = Carried(0, torch.full((len(plan.units), config.experts), torch.nan),
+        never = 0.0 if config.experts == 1 else torch.nan                   # one expert: log q = 0 without any E-step
+        carried = Carried(0, torch.full((len(plan.units), config.experts), never),
                           torch.full((len(plan.visits), config.experts), torch.nan), users)
     if carried.t == 0 and not config.init_experts:
         first = micro_batches(plan, plan.steps[0][1] or [0], config)[0]
@@ -361,7 +362,7 @@ def learn(config: TrainConfig, same: dict, stop: Stop) -> None:
         log.responsibilities(carried.t, list(range(len(carried.table))), carried.table)
     save(finished=True)
     log.close()
-    (out / SECRET).unlink(missing_ok=True)                                  # nothing is left to draw
+    drop_key(out)
 
 
 def resumed(out: Path, same: dict, experts, gate, optimizer, names: list[str], device) -> Carried | None:
@@ -384,8 +385,9 @@ def told_of_batch(error: FloatingPointError, plan, t: int, config) -> str:
             f"in {path}. Lower --lr, or look at these lines")
 
 
-def run(config: TrainConfig) -> Path:
+def run(config: TrainConfig, key: Key | None = None) -> Path:
     """Trains, or goes on where an interrupted run of the same configuration stopped; returns the run directory.
+    key: of a private run on made data, where nothing is secret; default: a fresh secret, kept until the run is finished.
 
     Raises: InputError on bad input, where another process is at work in the directory, and where memory is too small;
     Stopped if SIGINT or SIGTERM asked for it.
@@ -396,12 +398,18 @@ def run(config: TrainConfig) -> Path:
     same |= {"data_key": data_key(config.data)}
     try:
         with alone(Path(config.out)), Stop() as stop:
-            if (load_checkpoint(Path(config.out), same) or ({}, {"finished": False}))[1]["finished"]:
+            found = load_checkpoint(Path(config.out), same)
+            if found and found[1]["finished"]:
                 print(f"{config.out}: finished before")
+                drop_key(Path(config.out))                                  # if it was killed before it could
             else:
                 must_be_writable(Path(config.out))                          # told before long passes, not after
                 print(json.dumps(dataclasses.asdict(config) | environment()))
-                learn(config, same, stop)
+                private = None
+                if config.epsilon < math.inf:
+                    sources = spent_before(config)
+                    private = Private(key or kept_key(Path(config.out), same, found is not None), sources)
+                learn(config, same, stop, private)
     except RuntimeError as error:                                           # CUDA's out-of-memory is one, too
         if not fits.exceeded(error):
             raise

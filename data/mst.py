@@ -32,10 +32,9 @@ STEPS = 500         # of the projection of a pair's table
 
 
 def marginal_method(codes: np.ndarray, sizes: list[int], epsilon: float, delta: float, rows: int,
-                    seed: int) -> np.ndarray:
+                    rng: np.random.Generator) -> np.ndarray:
     """codes (N,d), column j in 0..sizes[j]-1 -> a table (rows,d), (epsilon, delta)-private. epsilon = inf: no noise."""
-    rng, d = np.random.default_rng([seed, 23]), len(sizes)
-    third = zcdp(epsilon, delta) / 3
+    d, third = len(sizes), zcdp(epsilon, delta) / 3
     ones = [counted(codes, sizes, [j], third / d, rng) for j in range(d)]
     total = max(np.average([one.sum() for one in ones], weights=1 / np.array(sizes)), 1.0)
     tree = spanning_tree(codes, sizes, [simplex(one, total) for one in ones], third, rng)

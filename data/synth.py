@@ -25,11 +25,12 @@ from data.marginals import distances, independent, utility
 from data.mst import marginal_method
 from data.studies.tell import table_of
 from mixdpo.accountant import noise_multiplier
-from mixdpo.budget import SECRET, kept_seed
+from mixdpo.budget import drop_key, kept_key
 from mixdpo.columns import Column, columns_of, encode, read_schema, read_table, write_table
 from mixdpo.config import InputError, command, parse, write_whole
+from mixdpo.keys import Key
 from mixdpo.memory import steady
-from mixdpo.rundir import environment
+from mixdpo.rundir import environment, load_checkpoint
 from mixdpo.tabular import TableConfig, account, fit, look, sample, validate
 from mixdpo.whole import alone
 
@@ -48,7 +49,6 @@ class SynthConfig(TableConfig):
     target: str = ""                            # the column to be foretold there
     rows: int = 0                               # to be written; 0: as many as the table has
     preset: str = "quick"                       # smoke, quick (under half an hour on two cores) or full
-    noise_seed: int = 0                         # of sampling, noise and rows; 0: a secret one
     out: str = "runs/synth"                     # folder
     data_folder: str = ""                       # local files looked into before anything is fetched
 
@@ -93,12 +93,12 @@ def compared(tables: Tables, made: dict[str, np.ndarray]) -> dict[str, dict]:
             for name, codes in made.items()}
 
 
-def baselines(tables: Tables, epsilon: float, delta: float, rows: int, seed: int) -> dict[str, np.ndarray]:
+def baselines(tables: Tables, epsilon: float, delta: float, rows: int, key: Key) -> dict[str, np.ndarray]:
     """The same budget spent in simpler ways."""
-    sizes, rng = [c.size for c in tables.columns], np.random.default_rng([seed, 31])
+    sizes, rng = [c.size for c in tables.columns], key.generator("independent columns")
     sigma = noise_multiplier(epsilon, delta, 1.0, 1) * math.sqrt(len(sizes)) if epsilon < math.inf else 0.0
     return {"independent columns": independent(tables.train, sizes, rows, rng, sigma),
-            "MST": marginal_method(tables.train, sizes, epsilon, delta, rows, seed)}
+            "MST": marginal_method(tables.train, sizes, epsilon, delta, rows, key.generator("MST"))}
 
 
 def rows_of(figures: dict[str, dict]) -> list[list]:
@@ -120,42 +120,43 @@ READING = (
     "regression (LR) and gradient boosting (GB).")
 
 
-def synthesize(tables: Tables, config: TableConfig, rows: int, seed: int, out: Path | None = None,
+def synthesize(tables: Tables, config: TableConfig, rows: int, key: Key, out: Path | None = None,
                same: dict | None = None) -> tuple:
     """Fits and samples. Returns codes (rows,d) under the columns of the second, the Table that it learnt, and the
     Fitted."""
-    table = look(tables.columns, tables.train, config, seed)
-    fitted = fit(table, config, seed, out, same)
-    return table.as_given(sample(fitted.model, rows, seed)), table, fitted
+    table = look(tables.columns, tables.train, config, key)
+    fitted = fit(table, config, key, out, same)
+    return table.as_given(sample(fitted.model, rows, key.generator("rows"))), table, fitted
 
 
 def run(config: SynthConfig) -> Path:
     """Raises: InputError; Stopped, and the same command goes on."""
     validate(config)
     tables, out, began = read_tables(config), Path(config.out), time.monotonic()
-    N, rows = len(tables.train), config.rows or len(tables.train)
+    N = config.examples or len(tables.train)
+    rows = config.rows or N
     if config.epsilon < math.inf and config.delta * N >= 1:
         raise InputError(f"--delta {config.delta:g} for {N} rows: one of them could be given away whole; "
                          f"wanted less than {1 / N:.1g}")
     out.mkdir(parents=True, exist_ok=True)
     with alone(out):
-        seed = kept_seed(out, config.noise_seed)
-        apart = ("out", "save_minutes", "micro", "data_folder", "rows", "noise_seed")
-        same = {k: v for k, v in asdict(config).items() if k not in apart} | {"table": N}
-        codes, table, fitted = synthesize(tables, config, rows, seed, out, same)
+        apart = ("out", "save_minutes", "micro", "data_folder")
+        same = {k: v for k, v in asdict(config).items() if k not in apart} | {"table": len(tables.train)}
+        key = kept_key(out, same, load_checkpoint(out, same) is not None)
+        codes, table, fitted = synthesize(tables, config, rows, key, out, same)
         told = account(fitted, config, N)
-        write_table(out / "synthetic.csv", codes, table.columns, seed)
+        write_table(out / "synthetic.csv", codes, table.columns, key.generator("numbers"))
         save_file({n: x.contiguous() for n, x in fitted.model.state_dict().items()}, out / "model.safetensors")
         write_whole(out / "privacy.json", json.dumps(told, indent=1) + "\n")
         # Bins that were found in the data are its columns now: all tables are compared in them.
         tables = replace(tables, columns=table.columns, train=table.codes, test=None if tables.test is None else
                          table.coded(tables.test))
         print("the table is written; now the report")
-        figures = compared(tables, {"DP-TBART": codes} | baselines(tables, config.epsilon, config.delta, rows, seed))
+        figures = compared(tables, {"DP-TBART": codes} | baselines(tables, config.epsilon, config.delta, rows, Key.fresh()))
         real = {"the real table": tables.train} if tables.test is None else {
             "the real table": tables.train, "a second real table": tables.test}
         figures |= compared(tables, real)
-        (out / SECRET).unlink()
+        drop_key(out)
         shutil.rmtree(out / "checkpoint", ignore_errors=True)               # other noise must not go on from there
     spent = (f"Each row of {N} is hidden with epsilon {told['epsilon']:.4g} at delta {config.delta:g}. Not covered: "
              + "; ".join(told["not_covered"])) if fitted.spent else "No privacy: epsilon is inf."

@@ -81,6 +81,7 @@ def freeze(experts, frozen: list[int]) -> None:
             others = torch.ones(experts.K, *[1] * (p.ndim - 1), device=p.device)
             others[frozen] = 0
             p.register_hook(lambda grad, others=others: grad * others)
+            p.learns = others                                               # what is added to gradients later wants it
 
 
 def is_factor(name: str) -> bool:

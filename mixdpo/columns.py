@@ -233,9 +233,9 @@ def read_table(path, columns: list[Column]) -> np.ndarray:
     return encode(rows, columns, lambda n: f"{path}:{numbers[n]}")
 
 
-def write_table(path: Path, codes: np.ndarray, columns: list[Column], seed: int) -> None:
+def write_table(path: Path, codes: np.ndarray, columns: list[Column], rng: np.random.Generator) -> None:
     """The codes as a .csv file; numbers are drawn within their bins."""
-    rng, text = np.random.default_rng([seed, 19]), io.StringIO()
+    text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([column.name for column in columns])
     writer.writerows(zip(*(column.decode(codes[:, j], rng) for j, column in enumerate(columns))))

@@ -30,6 +30,11 @@ class Key:
         """A new secret from the operating system."""
         return cls(secrets.token_bytes(32))
 
+    @classmethod
+    def public(cls, seed: int) -> "Key":
+        """A key that everybody can make again: for made or public data, never for a release."""
+        return cls(hashlib.sha256(f"public {seed}".encode()).digest())
+
     def generator(self, purpose: str, *about: int | str | bytes) -> np.random.Generator:
         """The generator for one purpose, and within it for one step or example. The same arguments give the same
         numbers from the start."""

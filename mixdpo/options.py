@@ -46,7 +46,7 @@ class TrainConfig:
     epsilon: float = math.inf       # privacy budget (DP-SGD, privacy.py), with --clip for each example; inf: no privacy
     delta: float = 1e-5             # the chance that epsilon does not hold; below one over the examples
     privacy_unit: str = "pair"      # whose part in the data is hidden: pair, or user with all of their pairs
-    noise_seed: int = 0             # of sampling and noise; 0: a secret one, kept in the run directory until it is done
+    examples: int = 0               # with --epsilon: their number, declared public; 0: the file's, which this discloses
     label_loss: str = "flips"       # what is made of it (dpo.py): flips (the likelihood), conservative (cDPO), robust
     start: str = "dirichlet"        # first responsibilities: dirichlet (random), linear (linear rewards), none (saddle)
     start_steps: int = 10           # optimizer steps that use them before the E-step takes over
@@ -55,7 +55,7 @@ class TrainConfig:
     lr: float = 2e-5                # AdamW's peak learning rate
     head_lr: float = 3e-4           # the same for the low-rank factors A_k, B_k of heads or adapters
     epochs: int = 1                 # passes over the data
-    batch: int = 32                 # pairs an optimizer step, at most; whole users
+    batch: int = 32                 # pairs an optimizer step, at most; whole users. With --epsilon: examples, on average
     micro: int = 16                 # pairs a forward pass, at most; whole users, so one large user may exceed it
     head_rows: int = -1             # response tokens a head micro-batch, about; -1: as many as memory allows (KEPT in
                                     # plan.py); 0: all at once, in vocabulary tiles
@@ -111,7 +111,7 @@ def validate_values(config: TrainConfig) -> None:
                              f"wanted one of {', '.join(known)}")
     least = {"experts": 1, "batch": 1, "micro": 1, "epochs": 1, "restarts": 1, "prior": 1, "rank": 0, "start_steps": 0,
              "warmup": 0, "head_rows": -1, "context": 0, "damping": 0, "draws": 1, "gate_entropy": 0, "gate_balance": 0,
-             "robust": 0, "label_noise": 0, "keep": 1, "noise_seed": 0}
+             "robust": 0, "label_noise": 0, "keep": 1, "examples": 0}
     above = dict.fromkeys(("beta", "epsilon", "delta", "clip", "lr", "head_lr", "gate_lr", "gate_temperature",
                            "variant_temperature"), 0)
     for name, bound in (least | above).items():
@@ -140,7 +140,7 @@ def validate_effects(config: TrainConfig) -> None:
              "variant_temperature": (config.variant in ("tempered", "gumbel"), "--variant tempered or gumbel"),
              "start": (several, "--experts 2 or more"), "sharing": (several or lora, "--experts 2 or more"),
              "label_loss": (config.label_noise > 0, "--label-noise"),
-             **dict.fromkeys(("delta", "privacy_unit", "noise_seed"), (config.epsilon < math.inf, "--epsilon")),
+             **dict.fromkeys(("delta", "privacy_unit", "examples"), (config.epsilon < math.inf, "--epsilon")),
              "restarts": (config.start == "linear", "--start linear"),
              "start_steps": (several and config.start != "none", "several experts and a --start"),
              "rank": (lora or several and config.sharing == "heads", "--experts 2 or more heads, or --sharing lora"),

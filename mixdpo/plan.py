@@ -10,7 +10,6 @@ what the others said when they were visited last (latent.py). There are as many 
 Within a step, whose sum has no order, visits stand by their longest text: micro-batches then hold little padding.
 """
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -20,7 +19,6 @@ import torch
 
 from mixdpo.config import InputError
 from mixdpo.preferences import Batch, Pair, collate, groups
-from mixdpo.privacy import poisson
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,7 @@ class Plan:
     units: list[list[int]]              # the pairs of each unit
     visits: list[Visit]
     steps: list[tuple[int, list[int]]]  # epoch and visits of each step
-    rate: float = 1.0                   # chance of an example in a step, where steps are drawn (sampled)
-    owner: torch.Tensor | None = None   # (V,) of each visit the example that privacy hides, whose visits stand together
+    owner: torch.Tensor | None = None   # (V,) the example that each visit belongs to, if examples are clipped one by one
 
     @cached_property
     def unit_of(self) -> torch.Tensor:
@@ -59,10 +56,14 @@ class Micro:
     ends: bool = True                   # the last of its example, where examples are apart
 
 
-def make_plan(pairs: list[Pair], config) -> Plan:
-    """All steps of a run (config: train.py's). Raises: InputError naming a user with too few or too many pairs."""
+def make_plan(pairs: list[Pair], config, shuffled=None, schedule=None) -> Plan:
+    """All steps of a run (config: train.py's). Raises: InputError naming a user with too few or too many pairs.
+
+    shuffled(pairs, group): the pairs of one user in the order in which they become context; default: by config.seed.
+    schedule(visits, pairs, config): (epoch, visits) of each step; default: passes over shuffled visits.
+    """
     apart = config.estep == "context"
-    pairs = mark_context(pairs, config.context, config.seed) if apart else pairs
+    pairs = mark_context(pairs, config.context, config.seed, shuffled) if apart else pairs
     units = groups(pairs, config.latent)
     trained = [[i for i in unit if not pairs[i].context] for unit in units]
     if not apart:
@@ -71,10 +72,14 @@ def make_plan(pairs: list[Pair], config) -> Plan:
         raise InputError(f"all {len(pairs)} pairs are context pairs; wanted others to train on")
     visits = [visit for u, (unit, learns) in enumerate(zip(units, trained))
               for visit in visits_of(u, unit, learns, config.em == "incremental")]
+    return Plan(pairs, units, visits, (schedule or passes)(visits, pairs, config))
+
+
+def passes(visits: list[Visit], pairs: list[Pair], config) -> list[tuple[int, list[int]]]:
+    """Every visit once an epoch, in shuffled batches. Within a step, which is a sum, the shortest texts come first."""
     longest = [max(pairs[i].longest() for i in visit.trained) for visit in visits]
-    steps = [(epoch, sorted(ids, key=longest.__getitem__)) for epoch in range(config.epochs)
-             for ids in batches([visit.trained for visit in visits], config.batch, config.seed, epoch, pairs)]
-    return Plan(pairs, units, visits, steps)
+    return [(epoch, sorted(ids, key=longest.__getitem__)) for epoch in range(config.epochs)
+            for ids in batches([visit.trained for visit in visits], config.batch, config.seed, epoch, pairs)]
 
 
 def visits_of(u: int, unit: list[int], trained: list[int], sliced: bool) -> list[Visit]:
@@ -86,15 +91,17 @@ def visits_of(u: int, unit: list[int], trained: list[int], sliced: bool) -> list
     return [Visit(u, some.tolist(), others.tolist()) for some, others in zip(learns, looks)]
 
 
-def mark_context(pairs: list[Pair], count: int, seed: int) -> list[Pair]:
-    """The pairs, with `count` of each user's drawn by `seed` as context pairs, which the E-step alone looks at.
+def mark_context(pairs: list[Pair], count: int, seed: int, shuffled=None) -> list[Pair]:
+    """The pairs, with `count` of each user's as context pairs, which the E-step alone looks at: the first of
+    shuffled(pairs, group), or of a permutation by `seed`.
 
     A user for whom the file says context, on any line, is left as the file has it. Raises: InputError unless every
     user then has a context pair, without which its E-step is the prior, and another pair to train on.
     """
     generator, marked = np.random.default_rng(seed), list(pairs)
+    shuffled = shuffled or (lambda pairs, group: generator.permutation(group).tolist())
     for group in groups(pairs, "user"):
-        drawn = set(generator.permutation(group)[:count].tolist())
+        drawn = set(shuffled(pairs, group)[:count])
         if all(pairs[i].context is None for i in group):
             for i in group:
                 marked[i] = replace(pairs[i], context=i in drawn)
@@ -128,30 +135,6 @@ def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: li
         out[-1].append(g)
         room -= len(groups[g])
     return out
-
-
-def sampled(plan: Plan, config, seed: int) -> Plan:
-    """The plan with steps for DP-SGD: an example, a pair or a user, takes part in each by itself, with the chance that
-    makes config.batch pairs of it on average; as many steps as config.epochs passes are. A step may be empty.
-    Raises: InputError."""
-    pairs, names = plan.pairs, [visit.trained[0] for visit in plan.visits]
-    if config.privacy_unit == "user":
-        nameless = [pairs[i].line for i in names if pairs[i].user is None]
-        if nameless:
-            raise InputError(f"line {nameless[0]}: no user, and --privacy-unit user hides users; name them all")
-        names = [pairs[i].user for i in names]
-    place = {name: n for n, name in enumerate(dict.fromkeys(names))}
-    owner = torch.tensor([place[name] for name in names])
-    rate = min(1.0, config.batch / sum(len(visit.trained) for visit in plan.visits))
-    if config.delta * len(place) >= 1:
-        raise InputError(f"--delta {config.delta:g} for {len(place)} examples: one of them could be given away whole; "
-                         f"wanted less than {1 / len(place):.1g}")
-    of_owner = [[] for _ in place]
-    for v, n in enumerate(owner.tolist()):
-        of_owner[n].append(v)
-    drawn = [poisson(len(place), rate, seed, t) for t in range(math.ceil(config.epochs / rate - 1e-9))]
-    steps = [(int(t * rate), [v for n in examples for v in of_owner[n]]) for t, examples in enumerate(drawn)]
-    return replace(plan, steps=steps, owner=owner, rate=rate)
 
 
 def micro_batches(plan: Plan, ids: list[int], config, apart: bool = False) -> list[Micro]:

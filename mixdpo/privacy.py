@@ -17,10 +17,9 @@ Three ways to the sum of clipped gradients, equal but for rounding:
                         both, as Bu et al. 2023, arXiv 2210.00038)
 
 and ClippedSum for a training loop that makes the gradient of one example (a user, say) at a time.
-Not covered: noise is float32 from a seeded generator, and who knows the seed knows the noise (`secret_seed`).
+All random numbers come from the run's secret key (keys.py). What the guarantee leaves open: NOT_COVERED.
 """
 
-import secrets
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,12 +28,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mixdpo.keys import Key
+
 NOT_COVERED = (
-    "the number of examples, which rates and steps are made from",
-    "the vocabulary: legal values of columns and bounds of numbers are taken to be public; so is a tokenizer",
-    "choices made by looking at the data before: hyper-parameters, seeds, which of several runs to publish",
-    "floating-point noise: Gaussians in float32 from a seeded generator, not a cryptographic one",
-    "whoever knows the noise seed: it is not published",
+    "the number of examples, from which the sampling rate and the number of steps are made: declared public",
+    "the vocabulary: legal values and bounds of columns, and the tokenizer, are taken to be public",
+    "choices made by looking at the data before: hyper-parameters, seeds, the schema, which of several runs to publish",
+    "floating-point arithmetic: Gaussian noise in finite precision is not an exact Gaussian (Mironov 2012), and rounding "
+    "depends on which examples share a product",
+    "timing: a step takes longer if more examples take part in it",
+    "the generator: Philox is not a cryptographic one; and whoever reads the secret key while the run is unfinished",
 )
 
 
@@ -168,14 +171,13 @@ def uses_of(module: nn.Module, x: torch.Tensor, back: torch.Tensor) -> list[tupl
 # --- sampling and noise -----------------------------------------------------------------------------------------------
 
 
-def secret_seed(given: int = 0) -> int:
-    """A seed for sampling and noise: what was given, or, if 0, 62 bits from the system."""
-    return given or secrets.randbits(62) + 1
-
-
-def poisson(examples: int, rate: float, seed: int, t: int) -> np.ndarray:
-    """Who takes part in step t, each by itself with chance `rate`: indices in order, maybe none."""
-    return np.flatnonzero(np.random.default_rng([seed, 17, t]).random(examples) < rate)
+def participants(key: Key, examples: list[str], rate: float, steps: int) -> list[np.ndarray]:
+    """Poisson sampling: of each step the examples that take part, as indices in order, perhaps none. Each takes part by
+    itself with chance `rate`, by numbers that depend on the key and its own name alone."""
+    takes = [np.flatnonzero(key.generator("sampling", name).random(steps) < rate) for name in examples]
+    step, example = np.concatenate([np.empty(0, int), *takes]), np.repeat(np.arange(len(takes)), [*map(len, takes)])
+    order = np.argsort(step, kind="stable")
+    return np.split(example[order], np.bincount(step, minlength=steps).cumsum()[:-1])
 
 
 @dataclass(frozen=True)
@@ -185,13 +187,13 @@ class Noise:
     sigma: float                    # noise multiplier; 0: none, and no privacy
     clip: float                     # C
     expected: float                 # examples in a step, on average: q N
-    seed: int
+    key: Key
 
     def release(self, total: list[torch.Tensor], t: int) -> list[torch.Tensor]:
         """The mean of step t, noised: of one shape and device with each of `total`, which may be of an empty step."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + t) % 2**63)
-        made = [torch.randn(g.shape, generator=generator).to(g) for g in total]
-        return [(g + self.sigma * self.clip * noise) / self.expected for g, noise in zip(total, made)]
+        generator, scale = self.key.generator("noise", t), self.sigma * self.clip
+        made = [torch.from_numpy(generator.standard_normal(g.shape)) for g in total]        # float64
+        return [(g + (scale * noise).to(g)) / self.expected for g, noise in zip(total, made)]
 
 
 @dataclass
@@ -221,6 +223,6 @@ class ClippedSum:
             p.grad = None
 
     def release(self) -> None:
-        """Puts the step's noised mean into .grad, of every parameter."""
+        """Puts the step's noised mean into .grad of every parameter, and 0 where a parameter is frozen (adopt.py)."""
         for p, g in zip(self.parameters, self.noise.release(self.total, self.t)):
-            p.grad = g
+            p.grad = g * getattr(p, "learns", 1.0)

@@ -60,12 +60,14 @@ def load_references(config, device) -> tuple[list, object]:
 
 
 @torch.no_grad()
-def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 16, progress=None) -> Reference:
-    """One pass over the pairs in file order, `size` pairs a batch, on the model's device; results on the CPU."""
+def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 16, progress=None,
+                      most: int = STATES) -> Reference:
+    """One pass over the pairs in file order, `size` pairs a batch, on the model's device; results on the CPU. States of
+    response tokens are kept if all of them take no more than `most` bytes."""
     policy, device = Heads(model, 1, dtype=dtype), model.unembedding.device
     logps, features, prompts, states = [], [], [], []
     tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    keep = tokens * model.config.width * dtype.itemsize <= STATES
+    keep = tokens * model.config.width * dtype.itemsize <= most
     for start in range(0, len(pairs), size):
         batch = collate(pairs, range(start, min(start + size, len(pairs))))
         text, B = rows_of(batch).to(device), len(batch.ids)
@@ -123,12 +125,14 @@ def cached_reference(folder: Path, key: tuple, compute) -> Reference:
 
 
 def reference_of(path, pairs: list[Pair], models: list, tokenizer, config, dtype: torch.dtype,
-                 folder: Path) -> Reference:
+                 folder: Path, alone: bool = False) -> Reference:
     """The reference of the pairs that were read from `path` with config's max_prompt, max_response and drop: one for
-    each of the models. Features are the first's."""
+    each of the models. Features are the first's. alone: every pair passes by itself and no states are kept, so that a
+    pair's figures do not depend on any other pair, to the bit."""
     found, progress = [], Progress(f"reference, {Path(path).stem}")
+    size, most = (1, 0) if alone else (16, STATES)
     for model in models:
         key = (VERSION, content_key(model), data_key(path), tokenizer.key, config.max_prompt, config.max_response,
-               config.drop, str(dtype), str(model.unembedding.device))
-        found.append(cached_reference(folder, key, lambda: compute_reference(model, pairs, dtype, progress=progress)))
+               config.drop, str(dtype), str(model.unembedding.device)) + (("alone",) if alone else ())
+        found.append(cached_reference(folder, key, lambda: compute_reference(model, pairs, dtype, size, progress, most)))
     return dataclasses.replace(found[0], logp=torch.cat([each.logp for each in found], dim=1))

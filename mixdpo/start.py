@@ -22,15 +22,18 @@ RIDGES = (0.01, 0.1, 1.0)           # a pair, of the linear start: the least tha
 
 @torch.no_grad()
 def first_responsibilities(config, units: list[list[int]], features: torch.Tensor, log_w: torch.Tensor | None = None,
-                           reads: torch.Tensor | None = None) -> torch.Tensor | None:
+                           reads: torch.Tensor | None = None, drawn: torch.Tensor | None = None
+                           ) -> torch.Tensor | None:
     """log q (G,K) of all groups for the first config.start_steps steps; None to start at the saddle.
 
     units: the pairs of each group; features (P,2,C): the reference's mean hidden state over each response; log_w (K,)
-    or (G,K): weights that training keeps, None if it does not; reads (G,D): what a gate that is trained looks at.
+    or (G,K): weights that training keeps, None if it does not; reads (G,D): what a gate that is trained looks at;
+    drawn (G,K): random log q to start from, if they are not to be drawn by config.seed.
     """
     if config.experts == 1 or config.start == "none":
         return None
-    drawn = random_responsibilities(len(units), config.experts, torch.Generator().manual_seed(config.seed))
+    if drawn is None:
+        drawn = random_responsibilities(len(units), config.experts, torch.Generator().manual_seed(config.seed))
     if config.start == "dirichlet":
         return drawn
     index, group = [i for unit in units for i in unit], [g for g, unit in enumerate(units) for _ in unit]
@@ -60,11 +63,12 @@ def first_responsibilities(config, units: list[list[int]], features: torch.Tenso
 
 
 @torch.no_grad()
-def make_start(gate, inputs, plan, features: torch.Tensor, config) -> torch.Tensor | None:
+def make_start(gate, inputs, plan, features: torch.Tensor, config, drawn: torch.Tensor | None = None
+               ) -> torch.Tensor | None:
     """first_responsibilities of a plan's groups, under the weights that training keeps or by what its gate reads."""
     kept = gate.kind not in TRAINED and config.weights != "update"
     reads = looked_at(gate, inputs).cpu() if gate.kind in TRAINED and config.latent == "pair" else None
-    return first_responsibilities(config, plan.units, features, gate(inputs).cpu() if kept else None, reads)
+    return first_responsibilities(config, plan.units, features, gate(inputs).cpu() if kept else None, reads, drawn)
 
 
 @torch.no_grad()

@@ -32,8 +32,9 @@ from mixdpo.attention import KVCache
 from mixdpo.columns import Column, joined
 from mixdpo.config import InputError, Stopped
 from mixdpo.gpt2 import Block, GPT2Config
+from mixdpo.keys import Key, identities
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
-from mixdpo.privacy import NOT_COVERED, Noise, ghost_clipped_sum, poisson
+from mixdpo.privacy import NOT_COVERED, Noise, ghost_clipped_sum, participants
 from mixdpo.rundir import Progress, Stop, load_checkpoint, save_checkpoint
 
 ORDERS = ("given", "entropy", "random")
@@ -57,6 +58,7 @@ class TableConfig:
     clip: float = 1.0               # largest norm of a row's gradient
     micro: int = 2048               # rows a forward pass
     seed: int = 0                   # of the first weights and a random order
+    examples: int = 0               # the number of rows, declared public; 0: the table's, which this discloses
     save_minutes: float = 5.0       # between checkpoints
 
 
@@ -72,6 +74,8 @@ def validate(config: TableConfig) -> None:
         raise InputError(f"--first-look: got {config.first_look}, wanted a share of epsilon from 0 to less than 1")
     if config.order == "entropy" and not config.first_look:
         raise InputError("--order entropy goes by counts of the columns: it wants a --first-look above 0")
+    if config.examples < 0:
+        raise InputError(f"got {config.examples}, wanted 0 or more", option="examples")
     for name in ("width", "layers", "heads", "batch", "steps", "micro"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name}: got {getattr(config, name)}, wanted 1 or more")
@@ -143,17 +147,20 @@ def row_losses(model: TBART, codes: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample(model: TBART, rows: int, seed: int, given: torch.Tensor | None = None, most: int = 4096) -> torch.Tensor:
+def sample(model: TBART, rows: int, rng: np.random.Generator, given: torch.Tensor | None = None,
+           most: int = 4096) -> torch.Tensor:
     """Rows (N,d) in the model's order. given (N,p): the first p columns' codes, which are kept; `most` at a time."""
     d, C, c = len(model.sizes), model.config.width, model.config
     given = torch.empty(rows, 0, dtype=torch.int64) if given is None else given
     assert len(given) == rows and given.shape[1] < d, f"got given {tuple(given.shape)}, want ({rows}, less than {d})"
-    generator, made = torch.Generator().manual_seed(seed), []
+    made = []
     for codes in given.split(most):
         cache = KVCache(c.layers, len(codes), c.heads, d, C // c.heads, torch.float32, codes.device)
         for j in range(given.shape[1], d):
-            p = torch.softmax(model.logits(j, model(codes, cache)[:, -1]), dim=-1)
-            codes = torch.cat([codes, torch.multinomial(p, 1, generator=generator)], dim=1)
+            up_to = torch.softmax(model.logits(j, model(codes, cache)[:, -1]), dim=-1).double().cumsum(-1)  # (N,size)
+            u = torch.from_numpy(rng.random((len(codes), 1))) * up_to[:, -1:]
+            drawn = (up_to <= u).sum(1, keepdim=True).clamp_max(up_to.shape[1] - 1)
+            codes = torch.cat([codes, drawn], dim=1)
         made.append(codes)
     return torch.cat(made)
 
@@ -203,7 +210,7 @@ class Table:
         return codes.numpy()[:, np.argsort(self.order)]
 
 
-def look(columns: list[Column], codes: np.ndarray, config: TableConfig, seed: int) -> Table:
+def look(columns: list[Column], codes: np.ndarray, config: TableConfig, key: Key) -> Table:
     """Quantiles, order and start from noisy counts, if the configuration wants any.
 
     A row is in one count of each of d columns, so the counts together have sensitivity sqrt(d): noise of deviation
@@ -217,7 +224,7 @@ def look(columns: list[Column], codes: np.ndarray, config: TableConfig, seed: in
         order = np.random.default_rng([config.seed, 23]).permutation(d).tolist()
     if not config.first_look:
         return Table(columns, codes, order, None, fine=[None] * d)
-    private, spent, rng = config.epsilon < math.inf, [], np.random.default_rng([seed, 29])
+    private, spent, rng = config.epsilon < math.inf, [], key.generator("look")
     if private:
         sigma = noise_multiplier(config.first_look * config.epsilon, config.delta / 10, 1.0, 1)
         spent = [Mechanism(sigma)]
@@ -259,15 +266,16 @@ class Fitted:
     losses: list[float]             # mean of each step's rows, nats; NaN of an empty step. Not private
 
 
-def fit(table: Table, config: TableConfig, seed: int, out: Path | None = None, same: dict | None = None) -> Fitted:
-    """Trains on table.codes. seed: of sampling and noise, to be kept secret. With `out`, a run that was stopped goes
+def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, same: dict | None = None) -> Fitted:
+    """Trains on table.codes. key: of sampling and noise, to be kept secret. With `out`, a run that was stopped goes
     on at its checkpoint there, which must have been written with `same`. Raises: Stopped, InputError."""
     rows = table.ordered()
-    N, private = len(rows), config.epsilon < math.inf
+    N, private = config.examples or len(rows), config.epsilon < math.inf
     rate = min(1.0, config.batch / N)
     sigma = noise_multiplier(config.epsilon, config.delta, rate, config.steps, table.spent) if private else 0.0
     clip = config.clip if private else math.inf
-    noise = Noise(sigma, config.clip, rate * N, seed)
+    noise = Noise(sigma, config.clip, rate * N, key)
+    drawn = participants(key, identities([row.tobytes() for row in table.codes]), rate, config.steps)
     torch.manual_seed(config.seed)
     model = TBART(table.sizes, config.width, config.layers, config.heads, table.prior)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -284,7 +292,7 @@ def fit(table: Table, config: TableConfig, seed: int, out: Path | None = None, s
     with Stop() as stop:
         while t < config.steps:
             set_rate(optimizer, t, config.steps, config.steps // 20)
-            total, seen = dp_sum(model, rows[poisson(N, rate, seed, t)], clip, config.micro)
+            total, seen = dp_sum(model, rows[drawn[t]], clip, config.micro)
             for p, g in zip(model.parameters(), noise.release(total, t)):
                 p.grad = g
             optimizer.step()

@@ -176,7 +176,7 @@ def test_a_tree_cannot_tell_parity():
     """Caught: a tree that joins more than pairs; no dependence at all, which two columns show."""
     for d, epsilon, share in ((2, math.inf, 1), (5, math.inf, 0.5), (5, 1.0, 0.5)):
         real = parity_table(10_000, d, np.random.default_rng(0))
-        made = marginal_method(real, [2] * d, epsilon, 1e-6, 10_000, seed=0)
+        made = marginal_method(real, [2] * d, epsilon, 1e-6, 10_000, np.random.default_rng(0))
         assert satisfied(made) == pytest.approx(share, abs=0.025)
 
 
@@ -207,7 +207,7 @@ def test_the_parts_add_up_to_the_budget(monkeypatch):
     spent, spanning = [], spanning_tree
     monkeypatch.setattr(mst, "counted", lambda c, s, j, rho, g: spent.append(rho) or counted(c, s, j, rho, g))
     monkeypatch.setattr(mst, "spanning_tree", lambda c, s, o, rho, g: spent.append(rho) or spanning(c, s, o, rho, g))
-    marginal_method(parity_table(100, 4, np.random.default_rng(0)), [2] * 4, 2.0, 1e-6, 10, seed=0)
+    marginal_method(parity_table(100, 4, np.random.default_rng(0)), [2] * 4, 2.0, 1e-6, 10, np.random.default_rng(0))
     private = [rho for rho in spent if rho < math.inf]
     assert len(private) == 4 + 1 + 3 and sum(private) == pytest.approx(zcdp(2.0, 1e-6), rel=1e-9)
     assert len(spent) - len(private) == 6, "the true tables that the exponential mechanism scores"
@@ -291,14 +291,14 @@ def test_a_tree_is_recovered_without_noise_and_nearly_with_it():
     by_chance = distances(real, grown(20_000, seed=1), sizes)
     apart = distances(real, independent(real, sizes, 20_000, rng), sizes)
     for epsilon, factor in ((math.inf, 1.5), (1.0, 2.5)):
-        made = marginal_method(real, sizes, epsilon, 1e-6, 20_000, seed=0)
-        assert np.array_equal(made, marginal_method(real, sizes, epsilon, 1e-6, 20_000, seed=0))
-        assert not np.array_equal(made, marginal_method(real, sizes, epsilon, 1e-6, 20_000, seed=1))
+        made = marginal_method(real, sizes, epsilon, 1e-6, 20_000, np.random.default_rng(0))
+        assert np.array_equal(made, marginal_method(real, sizes, epsilon, 1e-6, 20_000, np.random.default_rng(0)))
+        assert not np.array_equal(made, marginal_method(real, sizes, epsilon, 1e-6, 20_000, np.random.default_rng(1)))
         found = distances(real, made, sizes)
         assert all(found[way] < factor * by_chance[way] for way in (1, 2, 3)) and found[2] < apart[2] / 10
-    noisy = distances(real, marginal_method(real, sizes, 0.005, 1e-6, 20_000, seed=0), sizes)
+    noisy = distances(real, marginal_method(real, sizes, 0.005, 1e-6, 20_000, np.random.default_rng(0)), sizes)
     assert noisy[2] > 5 * by_chance[2]
-    assert marginal_method(real[:, :1], [3], 1.0, 1e-6, 7, seed=0).shape == (7, 1)
+    assert marginal_method(real[:, :1], [3], 1.0, 1e-6, 7, np.random.default_rng(0)).shape == (7, 1)
 
 
 def test_the_packaged_method_agrees():

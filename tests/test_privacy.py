@@ -11,8 +11,9 @@ from torch import nn
 
 from mixdpo import privacy
 from mixdpo.gpt2 import Block, GPT2Config
+from mixdpo.keys import Key
 from mixdpo.privacy import (ClippedSum, Noise, clip_factors, clipped_sum, clipped_sum_slow, ghost_clipped_sum,
-                            per_example_gradients, poisson, secret_seed)
+                            per_example_gradients, participants)
 
 V, T, C = 11, 6, 8
 
@@ -125,23 +126,25 @@ def test_a_frozen_parameter_takes_no_part(tiny):
 def test_everybody_takes_part_by_chance_and_alone():
     """Poisson sampling: sizes are binomial, everybody's chance is the rate, two take part independently, a step may be
     empty. Faults: batches of fixed size, permutations cut into batches, the same draw for every step."""
-    N, rate, steps = 40, 0.1, 4000
+    N, rate, steps, names = 40, 0.1, 4000, [f"example {n}" for n in range(40)]
     drawn = np.zeros((steps, N))
-    for t in range(steps):
-        drawn[t, poisson(N, rate, seed=3, t=t)] = 1
+    for t, taking in enumerate(participants(Key.public(3), names, rate, steps)):
+        drawn[t, taking] = 1
     sizes, slack = drawn.sum(1), 5 / math.sqrt(steps)
     assert abs(sizes.mean() / (N * rate) - 1) < slack and abs(sizes.var() / (N * rate * (1 - rate)) - 1) < 3 * slack
     assert (np.abs(drawn.mean(0) - rate) < slack).all() and (sizes == 0).any()
     together = np.corrcoef(drawn.T)[np.triu_indices(N, 1)]
     assert np.abs(together).max() < slack
     assert np.abs(np.corrcoef(drawn[:-1].ravel(), drawn[1:].ravel())[0, 1]) < slack         # of one step and the next
-    assert (poisson(N, rate, 3, 5) == poisson(N, rate, 3, 5)).all() and len(poisson(N, 1.0, 3, 5)) == N
+    assert len(participants(Key.public(3), names, 1.0, 2)[1]) == N
+    again = participants(Key.public(3), names[:7] + names[8:], rate, steps)                 # without one of them
+    assert all(np.array_equal(np.delete(row, 7), np.bincount(taking, minlength=N - 1)) for row, taking in zip(drawn, again))
 
 
 def test_noise_of_the_right_size_reaches_every_parameter():
     """Deviation sigma C / expected, zero mean, every element its own, another at every step. Faults: sigma without C;
     noise on the mean; one draw for all parameters; the same noise each step; a parameter left out."""
-    noise = Noise(sigma=1.7, clip=0.3, expected=50.0, seed=4)
+    noise = Noise(sigma=1.7, clip=0.3, expected=50.0, key=Key.public(4))
     total = [torch.zeros(300, 40), torch.zeros(12000), torch.ones(100, 120)]
     first, second = noise.release(total, 0), noise.release(total, 1)
     for zero, a, b in zip(total, first, second):
@@ -151,7 +154,7 @@ def test_noise_of_the_right_size_reaches_every_parameter():
     flat = torch.stack([x.flatten() for x in first])
     assert (torch.corrcoef(flat) - torch.eye(3)).abs().max() < 0.05
     assert all(torch.equal(a, b) for a, b in zip(first, noise.release(total, 0)))           # a resumed run's, too
-    assert float((Noise(0.0, 1.0, 4.0, 1).release([torch.full((2,), 8.0)], 3)[0] - 2).abs().max()) == 0
+    assert float((Noise(0.0, 1.0, 4.0, Key.public(1)).release([torch.full((2,), 8.0)], 3)[0] - 2).abs().max()) == 0
 
 
 def test_a_sum_of_examples_one_at_a_time(tiny):
@@ -159,13 +162,13 @@ def test_a_sum_of_examples_one_at_a_time(tiny):
     example released; a parameter without gradient left without noise."""
     model, ids, loss, parameters = tiny
     extra = nn.Parameter(torch.zeros(5, dtype=torch.float64))               # no example says anything of it
-    clipped = ClippedSum([*model.parameters(), extra], Noise(2.0, 0.5, 4.0, 7), t=3)
+    clipped = ClippedSum([*model.parameters(), extra], Noise(2.0, 0.5, 4.0, Key.public(7)), t=3)
     for n in range(len(ids)):
         losses_of(model, ids[n : n + 1]).sum().backward()
         clipped.add()
     clipped.release()
     slow = clipped_sum_slow(loss, parameters, 0.5, ids)
-    wanted = Noise(2.0, 0.5, 4.0, 7).release([*slow.values(), torch.zeros_like(extra)], 3)
+    wanted = Noise(2.0, 0.5, 4.0, Key.public(7)).release([*slow.values(), torch.zeros_like(extra)], 3)
     assert all(torch.allclose(p.grad, g, rtol=0, atol=1e-12) for p, g in zip([*model.parameters(), extra], wanted))
     assert extra.grad.any() and len(clipped.norms) == len(ids)
     assert clipped.norms[2] == pytest.approx(float(torch.cat([g.flatten() for g in torch.func.grad(loss)(
@@ -174,17 +177,13 @@ def test_a_sum_of_examples_one_at_a_time(tiny):
 
 def test_an_example_without_a_finite_gradient_is_an_error(tiny):
     model, *_ = tiny
-    clipped = ClippedSum(list(model.parameters()), Noise(1.0, 1.0, 1.0, 1), 0)
+    clipped = ClippedSum(list(model.parameters()), Noise(1.0, 1.0, 1.0, Key.public(1)), 0)
     model.ln_f.weight.grad = torch.full_like(model.ln_f.weight, torch.nan)
     with pytest.raises(FloatingPointError):
         clipped.add()
 
 
-def test_a_secret_seed_is_nobodys():
-    assert secret_seed(5) == 5 and secret_seed() != secret_seed() and 0 < secret_seed() <= 2**62
-
-
 def test_what_is_not_covered_is_said():
     told = " ".join(privacy.NOT_COVERED)
-    for what in ("vocabulary", "bounds", "number of examples", "hyper-parameters", "floating-point", "seed"):
+    for what in ("vocabulary", "bounds", "number of examples", "hyper-parameters", "floating-point", "timing", "key"):
         assert what in told

@@ -17,7 +17,8 @@ from mixdpo.accountant import Mechanism, epsilon_of, noise_multiplier
 from mixdpo.columns import columns_of
 from mixdpo.config import InputError
 from mixdpo.optimizer import make_optimizer, set_rate
-from mixdpo.privacy import Noise, clipped_sum_slow, poisson
+from mixdpo.keys import Key, identities
+from mixdpo.privacy import Noise, clipped_sum_slow, participants
 from mixdpo.tabular import TBART, TableConfig, account, fit, look, row_losses, sample, validate
 
 SIZES = [3, 2, 4]
@@ -66,12 +67,12 @@ def test_samples_follow_the_model_given_or_not(model):
     sampled again where it was given; greedy choice."""
     rows, p = probabilities(model)
     n, place = 40000, {tuple(r): i for i, r in enumerate(rows.tolist())}
-    drawn = sample(model, n, seed=1)
+    drawn = sample(model, n, np.random.default_rng(1))
     share = torch.bincount(torch.tensor([place[tuple(r)] for r in drawn.tolist()]), minlength=len(rows)) / n
     assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-4).all()
-    assert torch.equal(drawn, sample(model, n, seed=1)) and not torch.equal(drawn, sample(model, n, seed=2))
+    assert torch.equal(drawn, sample(model, n, np.random.default_rng(1))) and not torch.equal(drawn, sample(model, n, np.random.default_rng(2)))
     given = torch.full((n, 1), 2)
-    drawn = sample(model, n, seed=1, given=given)
+    drawn = sample(model, n, np.random.default_rng(1), given=given)
     assert (drawn[:, 0] == 2).all()
     kept = rows[:, 0] == 2
     p = p * kept / p[kept].sum()
@@ -82,7 +83,7 @@ def test_samples_follow_the_model_given_or_not(model):
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def slow_fit(table, config, seed):
+def slow_fit(table, config, key):
     """The loop again: examples drawn by chance, each one's gradient clipped by itself, noise, Adam, an average."""
     rows, (torch_seed, N) = table.ordered(), (config.seed, len(table.codes))
     rate = min(1.0, config.batch / N)
@@ -96,11 +97,12 @@ def slow_fit(table, config, seed):
         named = {f"model.{name}": p for name, p in parameters.items()}
         return torch.func.functional_call(Losses(model), named, (row[None],))[0]
 
+    drawn = participants(key, identities([row.tobytes() for row in table.codes]), rate, config.steps)
     for t in range(config.steps):
         set_rate(optimizer, t, config.steps, config.steps // 20)
         parameters = {name: p.detach() for name, p in model.named_parameters()}
-        total = clipped_sum_slow(loss, parameters, config.clip, rows[poisson(N, rate, seed, t)])
-        noised = Noise(sigma, config.clip, rate * N, seed).release(list(total.values()), t)
+        total = clipped_sum_slow(loss, parameters, config.clip, rows[drawn[t]])
+        noised = Noise(sigma, config.clip, rate * N, key).release(list(total.values()), t)
         for p, g in zip(model.parameters(), noised):
             p.grad = g
         optimizer.step()
@@ -123,13 +125,14 @@ def test_fitting_is_the_slow_loop(batch, monkeypatch):
     """To 1e-5, over steps of which some are empty (batch 0.7 of 40 rows). Faults: no clipping; no noise;
     noise without clip; batches of fixed size; division by what came instead of what is expected; an empty step passed
     over; a micro-batch clipped as a whole; the average of an untrained model."""
-    table, config = look(columns(), codes_of(), TableConfig(), 5), TableConfig(**TINY | {"batch": 6, "clip": 0.4})
+    table, config = look(columns(), codes_of(), TableConfig(), Key.public(5)), TableConfig(**TINY | {"batch": 6, "clip": 0.4})
     object.__setattr__(config, "batch", batch)
     monkeypatch.setattr(tabular, "calibrate", lambda *_: None)
     if batch < 1:
-        assert any(len(poisson(40, batch / 40, 5, t)) == 0 for t in range(config.steps))
-    fitted = fit(table, config, seed=5)
-    for p, wanted in zip(fitted.model.parameters(), slow_fit(table, config, 5)):
+        drawn = participants(Key.public(5), identities([row.tobytes() for row in table.codes]), batch / 40, config.steps)
+        assert any(len(taking) == 0 for taking in drawn)
+    fitted = fit(table, config, Key.public(5))
+    for p, wanted in zip(fitted.model.parameters(), slow_fit(table, config, Key.public(5))):
         assert torch.allclose(p, wanted, atol=1e-5)
 
 
@@ -138,9 +141,9 @@ def test_calibrated_samples_have_the_noisy_marginals(model):
     before they were calibrated."""
     torch.manual_seed(1)
     prior = torch.cat([torch.log_softmax(torch.randn(n), 0) for n in SIZES])
-    before = sample(model, 20000, 2)
+    before = sample(model, 20000, np.random.default_rng(2))
     tabular.calibrate(model, prior, seed=4)
-    after = sample(model, 20000, 2)
+    after = sample(model, 20000, np.random.default_rng(2))
     for j, wanted in enumerate(prior.split(SIZES)):
         share = torch.bincount(after[:, j], minlength=SIZES[j]) / 20000
         assert (share - wanted.exp()).abs().max() < 0.02
@@ -151,23 +154,23 @@ def test_calibrated_samples_have_the_noisy_marginals(model):
 
 def test_what_is_spent_is_the_budget():
     """All mechanisms together stay within epsilon and use it. Faults: the look not charged; its share spent twice."""
-    table = look(columns(), codes_of(), TableConfig(), 5)
-    fitted = fit(table, TableConfig(**TINY), seed=5)
+    table = look(columns(), codes_of(), TableConfig(), Key.public(5))
+    fitted = fit(table, TableConfig(**TINY), Key.public(5))
     told = account(fitted, TableConfig(**TINY), 40)
     assert 0.99 < told["epsilon"] <= 1 and len(told["spent"]) == 2 and told["not_covered"]
     assert told["epsilon"] == epsilon_of([Mechanism(**m) for m in told["spent"]], 1e-5)
     assert epsilon_of(table.spent, 1e-6) == pytest.approx(TableConfig.first_look, rel=1e-3)
-    free = fit(look(columns(), codes_of(), TableConfig(epsilon=math.inf), 5), TableConfig(**TINY, epsilon=math.inf), 5)
+    free = fit(look(columns(), codes_of(), TableConfig(epsilon=math.inf), Key.public(5)), TableConfig(**TINY, epsilon=math.inf), Key.public(5))
     assert free.sigma == 0 and account(free, TableConfig(epsilon=math.inf), 40)["epsilon"] == math.inf
 
 
 def test_the_look_is_noisy_counts(monkeypatch):
     """Deviation sigma sqrt(d) on each count of each column. Faults: no noise; sigma without sqrt(d), which a row that
     is in d counts wants; the same noise for all columns."""
-    table, wide = look(columns(), codes_of(), TableConfig(), 5), columns([4000, 4000])
+    table, wide = look(columns(), codes_of(), TableConfig(), Key.public(5)), columns([4000, 4000])
     codes, seen = np.zeros((10**6, 2), dtype=np.int64), []
     monkeypatch.setattr(tabular, "simplex", lambda counts, total: seen.append(counts) or np.ones(len(counts)))
-    table = look(wide, codes, TableConfig(), 5)
+    table = look(wide, codes, TableConfig(), Key.public(5))
     sigma = table.spent[0].sigma
     noise = [counts[1:] for counts in seen]
     assert all(abs(n.std() / (sigma * math.sqrt(2)) - 1) < 0.05 for n in noise)
@@ -180,10 +183,10 @@ def test_a_model_begins_as_independent_columns():
     codes = np.stack(each, axis=1)
     for order in ("given", "random", "entropy"):
         config = TableConfig(epsilon=math.inf, order=order, seed=1)
-        table = look(columns(), codes, config, 5)
+        table = look(columns(), codes, config, Key.public(5))
         assert sorted(table.order) == [0, 1, 2] and table.sizes == [SIZES[j] for j in table.order]
         torch.manual_seed(0)
-        made = table.as_given(sample(TBART(table.sizes, 8, 1, 2, table.prior), 20000, 3))
+        made = table.as_given(sample(TBART(table.sizes, 8, 1, 2, table.prior), 20000, np.random.default_rng(3)))
         assert total_variation(codes, made, SIZES, 1).max() < 0.08
     assert table.order == [2, 0, 1]                                         # entropies 1.04, 0.90 and 0.50 nats
 
@@ -193,15 +196,15 @@ def test_it_learns_what_no_pair_of_columns_shows():
     alone."""
     codes, rng = parity_table(4000, 4, np.random.default_rng(0)), columns([2] * 4)
     config = TableConfig(epsilon=math.inf, width=32, layers=2, heads=2, batch=256, steps=250, lr=1e-2)
-    table = look(rng, codes, config, 1)
-    made = table.as_given(sample(fit(table, config, 1).model, 4000, 3))
+    table = look(rng, codes, config, Key.public(1))
+    made = table.as_given(sample(fit(table, config, Key.public(1)).model, 4000, np.random.default_rng(3)))
     assert satisfied(made) > 0.97 and total_variation(codes, made, [2] * 4, 2).max() < 0.05
 
 
 def test_a_fit_that_was_stopped_ends_as_another(tmp_path, monkeypatch):
     """To the bit. Faults: the average not saved; the schedule begun anew; noise drawn in order instead of by step."""
-    table, config = look(columns(), codes_of(), TableConfig(), 5), TableConfig(**TINY, save_minutes=0.0)
-    whole = fit(table, config, 5)
+    table, config = look(columns(), codes_of(), TableConfig(), Key.public(5)), TableConfig(**TINY, save_minutes=0.0)
+    whole = fit(table, config, Key.public(5))
     (tmp_path / "run").mkdir()
     shown, progress = [], tabular.Progress.__call__
 
@@ -213,13 +216,13 @@ def test_a_fit_that_was_stopped_ends_as_another(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tabular.Progress, "__call__", stop_at_4)
     with pytest.raises(KeyboardInterrupt):
-        fit(table, config, 5, tmp_path / "run", {"a": 1})
+        fit(table, config, Key.public(5), tmp_path / "run", {"a": 1})
     monkeypatch.setattr(tabular.Progress, "__call__", progress)
-    again = fit(table, config, 5, tmp_path / "run", {"a": 1})
+    again = fit(table, config, Key.public(5), tmp_path / "run", {"a": 1})
     assert len(again.losses) == config.steps and np.array_equal(again.losses, whole.losses, equal_nan=True)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values()))
     with pytest.raises(InputError, match="another configuration"):
-        fit(table, config, 5, tmp_path / "run", {"a": 2})
+        fit(table, config, Key.public(5), tmp_path / "run", {"a": 2})
 
 
 @pytest.mark.parametrize("options, wanted", [
@@ -274,13 +277,21 @@ def test_a_table_of_ones_own(own):
     assert real["distance"] == {"1": 0, "2": 0, "3": 0} and real["utility"]["boosting"]["accuracy"] > 0.8
     report = (own["out"] / "report.md").read_text()
     assert "DP-TBART" in report and "Not covered" in report and "--rows 50" in report
-    assert not (own["out"] / "noise-seed").exists()
+    assert not (own["out"] / "noise-key").exists()
 
 
-def test_the_same_noise_seed_gives_the_same_table(own, tmp_path):
+def test_one_key_gives_one_table_and_no_key_is_used_twice(own, tmp_path, monkeypatch):
+    """Noise, sampling and published rows have keys of their own. Faults: rows drawn from the seed of the noise; one
+    generator for the look and for a step; rows that do not depend on the key at all."""
+    used, generator = [], Key.generator
+    monkeypatch.setattr(Key, "generator", lambda self, *about: used.append(about) or generator(self, *about))
     made = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        call(own | {"out": tmp_path / name, "noise_seed": seed})
+        monkeypatch.setattr(Key, "fresh", classmethod(lambda cls, seed=seed: cls.public(seed)))
+        used.clear()
+        call(own | {"out": tmp_path / name})
+        release = used[: used.index(("numbers",)) + 1]
+        assert len(set(release)) == len(release) and {"look", "sampling", "noise", "rows"} <= {what for what, *_ in release}
         made.append((tmp_path / name / "synthetic.csv").read_bytes())
     assert made[0] == made[1] != made[2]
 

@@ -65,13 +65,13 @@ def small(**options):
     return {name: value for name, value in SMALL.items() if used.get(name, True)} | options
 
 
-def run(folder, model, records, name="run", **options):
-    """train.run on `records` in folder/NAME; returns the run's directory."""
+def run(folder, model, records, name="run", key=None, **options):
+    """train.run on `records` in folder/NAME; returns the run's directory. key: of a private run."""
     data = folder / f"{name}.jsonl"
     if "data" not in options and not data.exists():
         write(data, records)
     paths = dict(data=str(data), model=str(model), out=str(folder / name))
-    return train.run(train.TrainConfig(**paths | small(**options)))
+    return train.run(train.TrainConfig(**paths | small(**options)), key)
 
 
 def lines(path):

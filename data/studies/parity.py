@@ -10,6 +10,7 @@ from data.pictures import curves
 from data.studies.study import Study
 from data.studies.tell import by, mean_over, table_of
 from mixdpo.columns import columns_of
+from mixdpo.keys import Key
 from mixdpo.tabular import TableConfig, fit, look, sample
 
 ROWS, DIMENSIONS = 20_000, range(3, 9)
@@ -24,17 +25,17 @@ def cells(preset: str) -> list[dict]:
 
 
 def measure(cell: dict, folder) -> dict:
-    d, seed, epsilon = cell["d"], cell["seed"], METHODS[cell["method"]]
+    d, seed, epsilon, key = cell["d"], cell["seed"], METHODS[cell["method"]], Key.public(1000 + cell["seed"])
     codes, sizes = parity_table(ROWS, d, np.random.default_rng([seed, d])), [2] * d
     if cell["method"].startswith("MST"):
-        made = marginal_method(codes, sizes, epsilon, 1e-5, ROWS, seed)
+        made = marginal_method(codes, sizes, epsilon, 1e-5, ROWS, key.generator("MST"))
     else:
         columns = columns_of([{"name": f"bit {j}", "type": "category", "values": ["0", "1"]} for j in range(d)])
         steps = cell["steps"] if epsilon == math.inf else min(cell["steps"], 200)
         size = dict(batch=512, lr=1e-2) if epsilon == math.inf else dict(batch=2048, lr=2e-2)
         config = TableConfig(epsilon=epsilon, seed=seed, width=32, layers=2, heads=4, steps=steps, micro=2048, **size)
-        table = look(columns, codes, config, 1000 + seed)
-        made = table.as_given(sample(fit(table, config, 1000 + seed).model, ROWS, seed))
+        table = look(columns, codes, config, key)
+        made = table.as_given(sample(fit(table, config, key).model, ROWS, key.generator("rows")))
     return {"satisfied": satisfied(made), "two": distances(codes, made, sizes)[2]}
 
 

@@ -36,7 +36,7 @@ def cells(preset: str) -> list[dict]:
 def private(cell: dict, unit: str) -> dict:
     """train.py's options for this epsilon."""
     epsilon = float(cell["epsilon"])
-    return {} if epsilon == math.inf else {"epsilon": epsilon, "privacy_unit": unit, "noise_seed": 1 + cell["seed"]}
+    return {} if epsilon == math.inf else {"epsilon": epsilon, "privacy_unit": unit, "seed": cell["seed"]}
 
 
 def measure(cell: dict, folder) -> dict:
@@ -47,7 +47,7 @@ def measure(cell: dict, folder) -> dict:
     options, unit = WAYS[cell["way"]]
     more = private(cell, unit)
     if more:                                                                # noise wants large batches
-        more |= {"batch": 200, "micro": 200, "epochs": 6 if unit == "pair" else 12}
+        more |= {"batch": 200 if unit == "pair" else 20, "micro": 200, "epochs": 6 if unit == "pair" else 12}
         more |= {"head_lr": cell["head_lr"]} if "head_lr" in cell else {}
     return figures(look(fit(folder, "run", **options | more), folder / "heldout.jsonl"))
 

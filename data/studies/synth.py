@@ -12,6 +12,7 @@ from data.studies.tell import by, table_of
 from data.synth import (HEAD, PRESETS, READING, SynthConfig, Tables, baselines, compared, read_tables, rows_of,
                         synthesize)
 from mixdpo.columns import columns_of
+from mixdpo.keys import Key
 
 EPSILONS = {"smoke": (1.0, math.inf), "quick": (0.5, 1.0, 3.0, 10.0, math.inf), "full": (0.5, 1.0, 3.0, 10.0, math.inf)}
 SEEDS = {"smoke": 1, "quick": 1, "full": 3}
@@ -34,13 +35,13 @@ def prepare(home, preset: str, data_folder: str | None) -> None:
 def measure(cell: dict, folder) -> dict:
     with np.load(folder.parent.parent / "adult.npz") as found:
         tables = Tables(columns_of(adult.SCHEMA), found["train"], found["test"], len(adult.SCHEMA) - 1)
-    epsilon, rows, seed = float(cell["epsilon"]), len(tables.train), 1000 + cell["seed"]
+    epsilon, rows, key = float(cell["epsilon"]), len(tables.train), Key.public(1000 + cell["seed"])
     if cell["method"] == REAL:
         return compared(tables, {REAL: tables.test, "the real table": tables.train})
     if cell["method"] == "baselines":
-        return compared(tables, baselines(tables, epsilon, SynthConfig.delta, rows, seed))
+        return compared(tables, baselines(tables, epsilon, SynthConfig.delta, rows, key))
     config = replace(SynthConfig(epsilon=epsilon, seed=cell["seed"]), **PRESETS[cell["preset"]])
-    return compared(tables, {"DP-TBART": synthesize(tables, config, rows, seed)[0]})
+    return compared(tables, {"DP-TBART": synthesize(tables, config, rows, key)[0]})
 
 
 def page(rows):

@@ -28,6 +28,7 @@ from mixdpo.dpo import accuracy
 from mixdpo.finished import Run, load_run
 from mixdpo.gpt2 import GPT2, GPT2Config
 from mixdpo.heldout import alignment, margins_of
+from mixdpo.keys import Key
 from mixdpo.mixture import e_step, log_marginal
 from mixdpo.options import TrainConfig
 from mixdpo.preferences import Pair, groups
@@ -155,7 +156,8 @@ def fit(folder: Path, name: str, **options) -> Path:
     if not several or options.get("start") == "none":
         usual = {key: value for key, value in usual.items() if key != "start_steps"}
     data = options.pop("data", "train.jsonl")
-    return train.run(TrainConfig(str(folder / data), str(folder / "model"), str(folder / name), **usual | options))
+    config = TrainConfig(str(folder / data), str(folder / "model"), str(folder / name), **usual | options)
+    return train.run(config, Key.public(config.seed))                       # planted worlds hold no secrets
 
 
 @dataclass
