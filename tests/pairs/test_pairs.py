@@ -1,7 +1,7 @@
 """Every two settings of train.py together, on a job of seconds. Two settings either are refused, in a sentence that
 names one of them, before anything is trained; or they train, and then
 
-    resume      a run that was cut behind its second step ends as the whole one does, to the bit
+    resume      a run that was cut behind its third step, within an epoch, ends as the whole one does, to the bit
     evaluate    held-out preferences and new users give finite figures, in files that are valid JSON
     agree       evaluation finds the responsibilities of training again; a step cut into other micro-batches is the same
     stay        a frozen trunk, base or expert keeps every bit, the reference too; every other expert learns
@@ -180,14 +180,13 @@ def load_references(config, device):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """One thread, models that are read once, one key for all private runs; no process for the revision, no report."""
+    """One thread, and models that are read once; no process for the revision, no report."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for module in (train, evaluation, finished):
         monkeypatch.setattr(module, "load_references", load_references)
     monkeypatch.setattr(rundir, "revision", lambda: "unknown")
     monkeypatch.setattr(evaluation, "write_report", lambda folder: None)
-    monkeypatch.setattr(keys.Key, "fresh", classmethod(lambda cls: cls(bytes(range(32)))))
     monkeypatch.setattr(rundir, "alarms", functools.partial(diagnostics.alarms, window=2))
     yield
     torch.set_num_threads(threads)
@@ -239,19 +238,27 @@ def silence():
 @silence()
 def check(job: Job, options: dict, out: Path, monkeypatch) -> None:
     """Trains and evaluates; every promise of the module's head is an assertion. Raises: InputError if it is refused."""
+    count_keys(monkeypatch)
     with monkeypatch.context() as patch:
-        copied, seen = copy_behind(patch, 2), watch(patch)
+        copied, seen = copy_behind(patch, 3), watch(patch)
         whole = train.run(TrainConfig(out=str(out), **options))
-    assert copied, "fewer than three steps: nothing to resume"
+    assert copied, "fewer than four steps: nothing to resume"
     stays_and_learns(*seen)
     parts = train.run(TrainConfig(out=str(copied[0]), **options))
     assert differences(whole, parts) == [], "resumed and whole differ"
     evaluates(job, options, whole, monkeypatch)
     cut = options | other_cut(options)
     if cut != options:
+        count_keys(monkeypatch)
         same_but_for_rounding(whole, train.run(TrainConfig(out=f"{out}-cut", **cut)), options)
     for folder in (out, copied[0], Path(f"{out}-cut")):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def count_keys(monkeypatch) -> None:
+    """From here on the first secret key is always the same, the second another: a run that resumes must draw none."""
+    drawn = itertools.count()
+    monkeypatch.setattr(keys.Key, "fresh", classmethod(lambda cls: cls(bytes([next(drawn)]) * 32)))
 
 
 def copy_behind(patch, step: int) -> list[Path]:
