@@ -416,7 +416,7 @@ def other_cut(options: dict) -> dict:
 
 def same_but_for_rounding(a: Path, b: Path, options: dict) -> None:
     """The figures of all steps, and the last responsibilities."""
-    slack = 3e-5 if options["dtype"] == "float32" else 0.02                 # ten and five times what was seen
+    slack = 3e-5 if options["dtype"] == "float32" else 0.05                 # five times what was seen
     for x, y in zip(*(tinyjob.lines(run / "metrics.jsonl") for run in (a, b)), strict=True):
         for name in ("loss", "log_marginal", "elbo", "margin", "q", "w", "pairs"):
             if x[name] != y[name]:
