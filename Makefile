@@ -20,8 +20,11 @@ eval: .venv/ready         ## evaluate again and rewrite the report: make eval RU
 show: .venv/ready         ## one batch, its prompt, response, end token and padding told apart: make show RUN=runs/imdb-quick
 	$(PY) -m mixdpo.show $(RUN)/train.jsonl
 
-test: .venv/ready         ## the test suite
-	$(PY) -m pytest tests --ignore=tests/peers --ignore=tests/bench --ignore=tests/chaos
+test: .venv/ready         ## the test suite, but for pairs of options
+	$(PY) -m pytest tests --ignore=tests/peers --ignore=tests/bench --ignore=tests/chaos --ignore=tests/pairs
+
+test-all: test            ## the test suite, and every two options of train.py together
+	$(PY) -m pytest tests/pairs --show-capture=no
 
 bench: .venv/peers        ## time and memory of a step, side by side with plain PyTorch and TRL
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m tests.bench.step
@@ -55,4 +58,4 @@ peers: .venv/peers        ## the same numbers as transformers, tokenizers, PEFT 
 	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/chaos/requirements.txt
 	touch $@
 
-.PHONY: help train eval show test bench bench-gpu study synth chaos peers
+.PHONY: help train eval show test test-all bench bench-gpu study synth chaos peers

@@ -17,11 +17,11 @@ SMALL = dict(dtype="float32", rank=2, batch=8, micro=4, head_rows=12, lr=1e-3, h
              save_minutes=1e9)
 
 
-def make_model(folder, seed=0, tied=True, context=64, scale=5.0, special=("<end>",)):
+def make_model(folder, seed=0, tied=True, context=64, scale=5.0, special=("<end>",), layers=2):
     """A Hugging Face directory: a Llama with 256 bytes and special tokens, the first of which ends a text, weights
     `scale` times those of a fresh one."""
     torch.manual_seed(seed)
-    sizes = dict(width=16, inner=24, layers=2, heads=2, kv_heads=1)
+    sizes = dict(width=16, inner=24, layers=layers, heads=2, kv_heads=1)
     model = Llama(LlamaConfig(vocab=EOS + len(special), context=context, tied=tied, eos=EOS, **sizes))
     with torch.no_grad():
         for p in model.parameters():
