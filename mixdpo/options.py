@@ -199,8 +199,12 @@ def validate_experts(config: TrainConfig) -> None:
     if config.in_backward and (config.clip < math.inf or config.micro < config.batch or lora or not config.train_trunk):
         raise InputError("--in-backward true steps while gradients are made, before their norm is known: it wants "
                          "--clip inf, --micro at least --batch, and a trunk that learns")
-    if len(config.models) not in (1, config.experts):
-        raise InputError(f"--model: got {len(config.models)} for {config.experts} experts; wanted one, or one each")
+    if "," in config.model and config.sharing != "models":
+        raise InputError(f"got {config.model!r} with --sharing {config.sharing}, which has one reference; wanted one "
+                         "model, or --sharing models", option="model")
+    if len(config.models) not in (1, config.experts) or len(config.models) > 1 and "" in config.models:
+        raise InputError(f"got {config.model!r} for {config.experts} experts; wanted one model, or one each",
+                         option="model")
     begun, frozen = config.init_experts.split(",") if config.init_experts else [], config.frozen
     if begun and len(begun) != config.experts:
         raise InputError(f"--init-experts: got {len(begun)} entries for {config.experts} experts; wanted RUN:k or "

@@ -68,7 +68,11 @@ def make_start(gate, inputs, plan, features: torch.Tensor, config, drawn: torch.
     """first_responsibilities of a plan's groups, under the weights that training keeps or by what its gate reads."""
     kept = gate.kind not in TRAINED and config.weights != "update"
     reads = looked_at(gate, inputs).cpu() if gate.kind in TRAINED and config.latent == "pair" else None
-    return first_responsibilities(config, plan.units, features, gate(inputs).cpu() if kept else None, reads, drawn)
+    log_w = gate(inputs).cpu()                                              # (G,K)
+    log_q = first_responsibilities(config, plan.units, features, log_w if kept else None, reads, drawn)
+    if log_q is None or not log_w.isinf().any():
+        return log_q
+    return torch.log_softmax(log_q.masked_fill(log_w.isinf(), -torch.inf), dim=-1)     # w_k = 0 leaves no q_k
 
 
 @torch.no_grad()

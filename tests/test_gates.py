@@ -195,3 +195,15 @@ def test_alarms_ring_on_runs_built_to_fail_and_on_no_other(name, options, letter
     rung = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ALARM")]
     assert len(rung) == (name is not None), rung
     assert name is None or f", {name}: " in rung[0]
+
+
+def test_a_domain_gate_starts_where_it_has_weight(tmp_path):
+    """No responsibility for an expert without weight, from the first step on. Fault: random first responsibilities
+    beside weights of 0, for which the bound is minus infinity."""
+    import tinyjob
+
+    records = [r | {"domain": ("films", "books")[n % 2]} for n, r in enumerate(tinyjob.make_records())]
+    out = tinyjob.run(tmp_path, tinyjob.make_model(tmp_path / "model"), records, gate="domain", start_steps=2)
+    first = tinyjob.lines(out / "responsibilities.jsonl")[0]
+    assert {tuple(q) for q in first["q"]} == {(1.0, 0.0), (0.0, 1.0)}
+    assert all(isinstance(line["elbo"], float) for line in tinyjob.lines(out / "metrics.jsonl"))
