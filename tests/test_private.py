@@ -19,7 +19,7 @@ from mixdpo.keys import Key
 from mixdpo.options import TrainConfig, validate
 from private_oracle import Twin, public_secret
 
-PRIVATE = dict(epsilon=4.0, clip=17.0, batch=6, micro=3, beta=1.0)           # a user of four pairs is cut by micro
+PRIVATE = dict(epsilon=8.0, clip=17.0, batch=6, micro=3, beta=1.0)           # a user of four pairs is cut by micro
 USERS = dict(latent="user", privacy_unit="user", batch=2, clip=55.0)
 HEADS, LORA = dict(train_trunk=False, clip=0.7), dict(sharing="lora", targets="q_proj,up_proj", clip=0.7)
 CASES = {
@@ -47,14 +47,20 @@ def records():
     return made + [made[0], made[4], made[0]]
 
 
+def private(options) -> dict:
+    """All options of a tiny private run. Ten times the usual rates: posteriors then leave their prior in a few steps."""
+    made = tinyjob.small(**PRIVATE | options)
+    return made | {name: 10 * made[name] for name in ("lr", "head_lr") if name in made}
+
+
 def job(folder, model, name="run", key=Key(public_secret(11)), **options):
-    return tinyjob.run(folder, model, records(), name=name, key=key, **PRIVATE | options)
+    return tinyjob.run(folder, model, records(), name=name, key=key, **private(options))
 
 
 def twin(folder, model, name="run", secret=public_secret(11), **options):
     tinyjob.write(folder / f"{name}.jsonl", records())
     paths = dict(data=str(folder / f"{name}.jsonl"), model=str(model), out=str(folder / "twin"))
-    return Twin(TrainConfig(**paths | tinyjob.small(**PRIVATE | options)), secret)
+    return Twin(TrainConfig(**paths | private(options)), secret)
 
 
 def off(folder, wanted) -> float:
@@ -71,7 +77,7 @@ def privacy_of(folder) -> dict:
 def sources(tmp_path_factory, model_dir):
     """Finished runs of two experts to take over: private ones, one of them of users, and one without privacy."""
     folder = tmp_path_factory.mktemp("sources")
-    wide = dict(batch=30, epsilon=8.0)                                      # one step
+    wide = dict(batch=30, epsilon=6.0)                                      # one step
     made = {name: job(folder, model_dir, name=name, **wide | options)
             for name, options in (("heads", HEADS), ("lora", LORA), ("of users", HEADS | dict(privacy_unit="user")))}
     return made | {"open": tinyjob.run(folder, model_dir, records(), name="open", train_trunk=False)}
@@ -172,7 +178,7 @@ def test_the_budget_is_what_was_asked_for(tmp_path, model_dir, unit, examples):
     out = job(tmp_path, model_dir, privacy_unit=unit, epochs=3, batch=2)
     facts, rate, steps = privacy_of(out), 2 / examples, -(-3 * examples // 2)
     assert (facts["unit"], facts["examples"], facts["rate"], facts["steps"]) == (unit, examples, rate, steps)
-    assert 3.99 < facts["epsilon"] <= 4 and facts["delta"] == 1e-5 and facts["experts_taken_over"] == []
+    assert 7.99 < facts["epsilon"] <= 8 and facts["delta"] == 1e-5 and facts["experts_taken_over"] == []
     assert facts["epsilon"] == epsilon_of([Mechanism(facts["noise_multiplier"], rate, steps)], 1e-5)
     assert "metrics.jsonl" in facts["not_covered"][-1] and not (out / "noise-key").exists()
 
@@ -185,7 +191,7 @@ def test_budgets_of_private_experts_add_up(tmp_path, model_dir, sources):
     both = job(tmp_path, model_dir, name="both", start="none", init_experts=f"{heads}:0,{again}:1", **HEADS)
     facts, first, this = privacy_of(both), privacy_of(heads), privacy_of(own)
     assert facts["this_run"] == {"epsilon": this["epsilon"], "delta": this["delta"]}
-    assert facts["epsilon"] == pytest.approx(this["epsilon"] + first["epsilon"], rel=1e-12) and first["epsilon"] > 7.9
+    assert facts["epsilon"] == pytest.approx(this["epsilon"] + first["epsilon"], rel=1e-12) and first["epsilon"] > 5.9
     assert facts["delta"] == pytest.approx(2e-5, rel=1e-12)
     assert [(run["epsilon"], run["delta"]) for run in facts["experts_taken_over"]] == [(first["epsilon"], 1e-5)]
     third = job(tmp_path, model_dir, name="third", start="none", init_experts=f"{both}:0,fresh", **HEADS)
@@ -202,6 +208,15 @@ def test_experts_outside_of_the_budget_are_refused(tmp_path, model_dir, sources,
         job(tmp_path, model_dir, key=None, **options)
     assert error.value.option == "init_experts"
     assert not any((tmp_path / "run" / name).exists() for name in ("privacy.json", "noise-key", "checkpoint"))
+
+
+@pytest.mark.xfail(strict=True, reason="train.py leaves privacy.json of a private attempt beside a run without privacy")
+def test_a_run_without_privacy_leaves_no_privacy_json(tmp_path, model_dir):
+    """In a directory where a private one was killed before its first checkpoint. Fault: its privacy.json stays, and
+    --init-experts takes the experts trained without privacy as covered."""
+    killed(tmp_path, model_dir, 1, **HEADS)
+    out = tinyjob.run(tmp_path, model_dir, records(), train_trunk=False)
+    assert not (out / "privacy.json").exists()
 
 
 def test_a_user_who_never_took_part_leaves_no_nan(tmp_path, model_dir):
