@@ -48,7 +48,7 @@ def records():
 
 
 def private(options) -> dict:
-    """All options of a tiny private run. Ten times the usual rates: posteriors then leave their prior in a few steps."""
+    """All options of a tiny run. Ten times the usual rates: posteriors then leave their prior in a few steps."""
     made = tinyjob.small(**PRIVATE | options)
     return made | {name: 10 * made[name] for name in ("lr", "head_lr") if name in made}
 
@@ -198,8 +198,8 @@ def test_budgets_of_private_experts_add_up(tmp_path, model_dir, sources):
     assert privacy_of(third)["epsilon"] == pytest.approx(facts["epsilon"] + this["epsilon"], rel=1e-12)
 
 
-@pytest.mark.parametrize("entries, unit", [("open:0,fresh", "pair"), ("heads:0,open:1", "pair"), ("heads:0,fresh", "user"),
-                                           ("of users:0,fresh", "pair")])
+@pytest.mark.parametrize("entries, unit", [("open:0,fresh", "pair"), ("heads:0,open:1", "pair"),
+                                           ("heads:0,fresh", "user"), ("of users:0,fresh", "pair")])
 def test_experts_outside_of_the_budget_are_refused(tmp_path, model_dir, sources, entries, unit):
     """And nothing is written. Faults: experts trained without privacy pass as covered; only the first source is looked
     at; pairs' budgets added to users'."""
@@ -230,8 +230,8 @@ def test_a_user_who_never_took_part_leaves_no_nan(tmp_path, model_dir):
 # --- the key ----------------------------------------------------------------------------------------------------------
 
 
-def stop_after(monkeypatch, t: int):
-    """Lets the program be killed after step t, before its checkpoint."""
+def killed(folder, model, t: int, **options) -> Path:
+    """The key's file of a run that was killed after step t, before its checkpoint; the one of step t - 1 is there."""
     def stopping(*arguments):
         result = advance(*arguments)
         if arguments[7].t == t:
@@ -239,13 +239,8 @@ def stop_after(monkeypatch, t: int):
         return result
 
     advance = train.advance
-    monkeypatch.setattr(train, "advance", stopping)
-
-
-def killed(folder, model, t: int, **options) -> Path:
-    """The key's file of a run that was killed after step t; a checkpoint of the step before is there if t > 1."""
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        stop_after(patched, t)
+        patched.setattr(train, "advance", stopping)
         job(folder, model, key=None, save_minutes=0.0, **options)
     return folder / "run" / "noise-key"
 
