@@ -1,108 +1,114 @@
-"""train.py --epsilon: experts and gate by DP-SGD, against a slow twin that knows nothing of micro-batches. Docstrings
-name the faults that each test is there for; the four of `FAULTS` are put in here, each time."""
+"""train.py --epsilon. Runs are compared with an oracle that shares no code with them (private_oracle.py). Docstrings
+name the faults that each test was seen to catch."""
 
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 import tinyjob
 import train
-from mixdpo import plan as plans
-from mixdpo import privacy
-from mixdpo.accountant import Mechanism, epsilon_of, noise_multiplier
+from mixdpo import budget, privacy
+from mixdpo.accountant import Mechanism, epsilon_of
 from mixdpo.config import InputError
-from mixdpo.dpo import margins
-from mixdpo.experts import pair_logp, trained_state
-from mixdpo.gates import TRAINED, gate_state, make_gate
-from mixdpo.mixture import e_step, expert_loss, gate_loss
-from mixdpo.optimizer import make_optimizer, set_rate
+from mixdpo.gates import gate_state, make_gate
+from mixdpo.keys import Key
 from mixdpo.options import TrainConfig, validate
-from mixdpo.plan import gathered, sampled
-from mixdpo.start import make_start
+from private_oracle import Twin, public_secret
 
-PRIVATE = dict(epsilon=4.0, noise_seed=11, clip=0.7, batch=6, micro=4)
+PRIVATE = dict(epsilon=8.0, clip=17.0, batch=6, micro=3, beta=1.0)           # a user of four pairs is cut by micro
+USERS = dict(latent="user", privacy_unit="user", batch=2, clip=55.0)
+HEADS, LORA = dict(train_trunk=False, clip=0.7), dict(sharing="lora", targets="q_proj,up_proj", clip=0.7)
 CASES = {
-    "dpo": {"experts": 1},
-    "pairs": {"rank": 0},
-    "gate": {"gate": "linear", "gate_entropy": 0.1},
-    "users": {"latent": "user", "privacy_unit": "user"},
-    "users, one type a pair": {"privacy_unit": "user", "gate": "mlp", "train_trunk": False},
-    "models": {"sharing": "models", "privacy_unit": "user", "latent": "user"},
-    "lora": {"sharing": "lora", "lr": TrainConfig.lr, "targets": "q_proj,up_proj"},
-    "context": {"latent": "user", "privacy_unit": "user", "estep": "context", "context": 1, "epochs": 2},
-    "empty steps": {"batch": 1, "micro": 1},
+    "dpo": dict(experts=1),
+    "pairs": dict(rank=0),
+    "gate": dict(experts=3, gate="linear", gate_entropy=0.1),
+    "users": USERS,
+    "users, one type a pair": HEADS | dict(privacy_unit="user", gate="mlp", batch=2, clip=5.0),
+    "models": dict(USERS, sharing="models", weights="0.3,0.7"),
+    "lora": LORA,
+    "context": dict(USERS, estep="context", context=1, epochs=2),
+    "empty steps": dict(experts=1, batch=1),
+    "declared number": dict(HEADS, examples=40),
+    "frozen head": dict(HEADS, freeze="1", gate="linear"),
+    "frozen adapter": dict(LORA, freeze="0"),
+    "heads of a private run": dict(HEADS, start="none", init_experts="heads:1,fresh", freeze="0"),
+    "adapters of a private run": dict(LORA, start="none", init_experts="fresh,lora:0", epochs=2),
 }
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return tinyjob.make_model(tmp_path_factory.mktemp("model"))
+def records():
+    """Six users with four pairs each; two lines again; a line of a domain; a user whose context the file says."""
+    made = tinyjob.make_records(users=6, each=4)
+    made[3]["domain"], made[5]["context"], made[11]["context"] = "letters", True, False
+    return made + [made[0], made[4], made[0]]
 
 
-def job(folder, model, **options):
-    records = tinyjob.make_records(users=6, each=4)
-    return tinyjob.run(folder, model, records, **PRIVATE | options)
+def private(options) -> dict:
+    """All options of a tiny run. Ten times the usual rates: posteriors then leave their prior in a few steps."""
+    made = tinyjob.small(**PRIVATE | options)
+    return made | {name: 10 * made[name] for name in ("lr", "head_lr") if name in made}
 
 
-def slow(config) -> dict[str, torch.Tensor]:
-    """The parameters after a run: every example's loss in one go, from whole logits, its gradient clipped, noise."""
-    experts, plan, reference, _, device = train.prepare(config)
-    plan = sampled(plan, config, config.noise_seed)
-    examples = len(set(plan.owner.tolist()))
-    sigma = noise_multiplier(config.epsilon, config.delta, plan.rate, len(plan.steps))
-    gate, inputs = make_gate(plan, reference, config, device)
-    optimizer, _ = make_optimizer(experts, config.lr, config.head_lr, gate, config.gate_lr)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    start = make_start(gate, inputs, plan, reference.features, config)
-    for t, (_, ids) in enumerate(plan.steps):
-        set_rate(optimizer, t, len(plan.steps), config.warmup)
-        total = [torch.zeros_like(p) for p in params]
-        for owner in sorted({int(plan.owner[v]) for v in ids}):
-            loss = 0.0
-            for visit in (plan.visits[v] for v in ids if plan.owner[v] == owner):
-                log_w = gate(inputs[[visit.unit]])                          # (1,K)
-                h = [margins(pair_logp(experts, gathered(plan.pairs, [part])), reference.logp[part], config.beta)
-                     for part in (visit.trained, visit.context or visit.trained)]
-                log_q = start[[visit.unit]] if start is not None and t < config.start_steps else e_step(
-                    log_w.detach().expand_as(h[1]), h[1].detach(), torch.zeros(len(h[1]), dtype=torch.int64))[1]
-                loss = loss + expert_loss(log_q.expand_as(h[0]), h[0]).sum()
-                if gate.kind in TRAINED:
-                    loss = loss + gate_loss(log_q, log_w).sum()
-                    loss = loss + config.gate_entropy * (log_w.exp() * log_w).sum()
-            grads = torch.autograd.grad(loss, params, allow_unused=True)
-            grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)]
-            norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
-            for s, g in zip(total, grads):
-                s += g * min(1.0, config.clip / (norm + 1e-6))
-        generator = torch.Generator().manual_seed((config.noise_seed * 1_000_003 + t) % 2**63)
-        for p, s in zip(params, total):
-            p.grad = (s + sigma * config.clip * torch.randn(s.shape, generator=generator)) / (plan.rate * examples)
-        optimizer.step()
-    return trained_state(experts) | (gate_state(gate) if gate.kind in TRAINED else {})
+def job(folder, model, name="run", key=Key(public_secret(11)), **options):
+    return tinyjob.run(folder, model, records(), name=name, key=key, **private(options))
+
+
+def twin(folder, model, name="run", secret=public_secret(11), **options):
+    tinyjob.write(folder / f"{name}.jsonl", records())
+    paths = dict(data=str(folder / f"{name}.jsonl"), model=str(model), out=str(folder / "twin"))
+    return Twin(TrainConfig(**paths | private(options)), secret)
 
 
 def off(folder, wanted) -> float:
     found = tinyjob.tensors(folder)
+    assert {n for n in found if n.startswith("experts.")} == {n for n in wanted if n.startswith("experts.")}
     return max(float((found[name] - value).abs().max()) for name, value in wanted.items())
 
 
-def config_of(folder, model, **options):
-    paths = dict(data=str(folder / "run.jsonl"), model=str(model), out=str(folder / "slow"))
-    return TrainConfig(**paths | tinyjob.small(**PRIVATE | options))
+def privacy_of(folder) -> dict:
+    return json.loads((folder / "privacy.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, model_dir):
+    """Finished runs of two experts to take over: private ones, one of them of users, and one without privacy."""
+    folder = tmp_path_factory.mktemp("sources")
+    wide = dict(batch=30, epsilon=6.0)                                      # one step
+    made = {name: job(folder, model_dir, name=name, **wide | options)
+            for name, options in (("heads", HEADS), ("lora", LORA), ("of users", HEADS | dict(privacy_unit="user")))}
+    return made | {"open": tinyjob.run(folder, model_dir, records(), name="open", train_trunk=False)}
+
+
+def taking(sources, options) -> dict:
+    """The options, with the source's folder for its name."""
+    named = [entry.split(":") for entry in options.get("init_experts", "").split(",")]
+    return options | {"init_experts": ",".join(":".join([str(sources.get(name, name)), *k]) for name, *k in named)}
+
+
+# --- the run and its twin ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_private_run_is_the_slow_loop(tmp_path, model_dir, case):
-    """To 2e-5. Faults: a user's pairs clipped apart; experts and gate clipped apart; the gate's gradient outside of the
-    clipped sum; the mean over pairs that came; --clip applied again to what is released; a user cut by micro-batches
-    counted twice; context pairs of a user counted as an example."""
-    out = job(tmp_path, model_dir, **CASES[case])
-    pairs = [line["pairs"] for line in tinyjob.lines(out / "metrics.jsonl")]
-    assert case != "empty steps" or 0 in pairs
-    assert off(out, slow(config_of(tmp_path, model_dir, **CASES[case]))) < 2e-5
+def test_a_private_run_is_its_twin(tmp_path, model_dir, sources, case):
+    """To 2e-6. Faults: draws for sampling, start or context by place in the file; one draw for all examples; batches of
+    fixed size; the same noise in each step; a user clipped by micro-batch, by parameter, or apart from the gate; the
+    mean over pairs that came; noise in frozen experts; a step without examples left out; a rate for another number of
+    steps; NaN in the table."""
+    options = taking(sources, CASES[case])
+    out, other = job(tmp_path, model_dir, **options), twin(tmp_path, model_dir, **options)
+    wanted, found = other.train(), tinyjob.tensors(out)
+    assert off(out, wanted) < 2e-6
+    assert min(other.norms) < other.config.clip < max(other.norms), "some are clipped, some are not"
+    assert case != "empty steps" or 0 in other.sizes
+    assert found["table"].isfinite().all()
+    begun = twin(tmp_path, model_dir, **options).experts.float()
+    for name, p in begun.named_parameters():
+        for k in other.config.frozen if p.requires_grad else ():
+            assert torch.equal(found[f"experts.{name}"][k], p[k]) and not torch.equal(found[f"experts.{name}"], p)
 
 
 def no_clipping(monkeypatch):
@@ -114,19 +120,19 @@ def no_noise(monkeypatch):
 
 
 def no_chance(monkeypatch):
-    monkeypatch.setattr(plans, "poisson", lambda N, rate, seed, t: range(t % 2, N, max(1, round(1 / rate))))
+    monkeypatch.setattr(budget, "participants", lambda key, names, rate, steps: [
+        range(t % 2, len(names), round(1 / rate)) for t in range(steps)])
 
 
 def no_empty_step(monkeypatch):
     whole = train.step
 
-    def step(experts, gate, optimizer, micros, ref_logp, latent, config, clipped=None):
+    def step(experts, gate, optimizer, micros, *rest):
         if not micros:
             optimizer.step = lambda: None
-            result = whole(experts, gate, optimizer, micros, ref_logp, latent, config, clipped)
-            del optimizer.step
-            return result
-        return whole(experts, gate, optimizer, micros, ref_logp, latent, config, clipped)
+        result = whole(experts, gate, optimizer, micros, *rest)
+        vars(optimizer).pop("step", None)
+        return result
 
     monkeypatch.setattr(train, "step", step)
 
@@ -134,14 +140,16 @@ def no_empty_step(monkeypatch):
 FAULTS = {"clipping": no_clipping, "noise": no_noise, "Poisson sampling": no_chance, "an empty step": no_empty_step}
 
 
+@pytest.fixture(scope="module")
+def of_empty_steps(tmp_path_factory, model_dir):
+    return twin(tmp_path_factory.mktemp("twin"), model_dir, **CASES["empty steps"]).train()
+
+
 @pytest.mark.parametrize("what", FAULTS)
-def test_what_is_taken_away_is_missed(tmp_path, model_dir, monkeypatch, what):
+def test_what_is_taken_away_is_missed(tmp_path, model_dir, monkeypatch, of_empty_steps, what):
     """A run without one part of the mechanism is far from the twin, which has it."""
-    options = CASES["empty steps"]
-    tinyjob.write(tmp_path / "run.jsonl", tinyjob.make_records(users=6, each=4))
-    wanted = slow(config_of(tmp_path, model_dir, **options))
     FAULTS[what](monkeypatch)
-    assert off(job(tmp_path, model_dir, **options), wanted) > 1e-3
+    assert off(job(tmp_path, model_dir, **CASES["empty steps"]), of_empty_steps) > 1e-3
 
 
 def test_noise_of_the_right_size_reaches_every_parameter(tmp_path, model_dir, monkeypatch):
@@ -151,84 +159,188 @@ def test_noise_of_the_right_size_reaches_every_parameter(tmp_path, model_dir, mo
 
     def kept(self):
         release(self)
-        seen.append((len(self.norms), torch.cat([p.grad.flatten() for p in self.parameters]),
-                     [float(p.grad.abs().max()) for p in self.parameters]))
+        seen.append((len(self.norms), [p.grad.flatten() for p in self.parameters]))
 
     monkeypatch.setattr(privacy.ClippedSum, "release", kept)
-    out = job(tmp_path, model_dir, batch=1, micro=1, gate="linear", epochs=2)
-    told = json.loads((out / "privacy.json").read_text())
-    wanted = told["noise_multiplier"] * told["clip"] / (told["rate"] * told["examples"])
-    empty = [(flat, each) for count, flat, each in seen if count == 0]
-    assert len(empty) > 5 and all(min(each) > 0 for _, each in empty)
-    assert float(torch.cat([flat for flat, _ in empty]).std()) == pytest.approx(wanted, rel=0.02)
+    facts = privacy_of(job(tmp_path, model_dir, batch=1, gate="linear"))
+    wanted = facts["noise_multiplier"] * facts["clip"] / (facts["rate"] * facts["examples"])
+    empty = [grads for count, grads in seen if count == 0]
+    assert len(empty) > 4 and all(g.abs().max() > 0 for grads in empty for g in grads)
+    assert float(torch.cat([g for grads in empty for g in grads]).std()) == pytest.approx(wanted, rel=0.02)
 
 
-def test_the_budget_is_what_was_asked_for(tmp_path, model_dir):
-    """Faults: passes counted as steps; the rate of pairs used for users."""
-    for unit, examples in (("pair", 24), ("user", 6)):
-        out = job(tmp_path, model_dir, name=unit, privacy_unit=unit, epochs=3)
-        told = json.loads((out / "privacy.json").read_text())
-        assert (told["unit"], told["examples"], told["rate"], told["steps"]) == (unit, examples, 0.25, 12)
-        assert 3.99 < told["epsilon"] <= 4 and told["not_covered"] and "metrics.jsonl" in told["not_covered"][-1]
-        assert told["epsilon"] == epsilon_of([Mechanism(told["noise_multiplier"], 0.25, 12)], 1e-5)
-        assert not (out / "noise-seed").exists()
+# --- the budget -------------------------------------------------------------------------------------------------------
 
 
-def test_a_private_run_that_was_stopped_ends_as_another(tmp_path, model_dir, monkeypatch):
-    """To the bit, with a secret seed too, which lies in the directory until then, its owner's alone. Faults: the seed
-    drawn again; sampling from --seed, which is published."""
-    whole = job(tmp_path, model_dir)
-    advance = train.advance
+@pytest.mark.parametrize("unit, examples", [("pair", 26), ("user", 6)])
+def test_the_budget_is_what_was_asked_for(tmp_path, model_dir, unit, examples):
+    """Faults: passes counted as steps; the rate of pairs used for users; a pair set aside counted; the key kept."""
+    out = job(tmp_path, model_dir, privacy_unit=unit, epochs=3, batch=2)
+    facts, rate, steps = privacy_of(out), 2 / examples, -(-3 * examples // 2)
+    assert (facts["unit"], facts["examples"], facts["rate"], facts["steps"]) == (unit, examples, rate, steps)
+    assert 7.99 < facts["epsilon"] <= 8 and facts["delta"] == 1e-5 and facts["experts_taken_over"] == []
+    assert facts["epsilon"] == epsilon_of([Mechanism(facts["noise_multiplier"], rate, steps)], 1e-5)
+    assert "metrics.jsonl" in facts["not_covered"][-1] and not (out / "noise-key").exists()
 
+
+def test_budgets_of_private_experts_add_up(tmp_path, model_dir, sources):
+    """Faults: a source left out of epsilon or delta; one that gives two experts counted twice."""
+    heads = Path(sources["heads"])
+    again = heads.parent / "." / ".." / heads.parent.name / heads.name      # the same folder
+    own = job(tmp_path, model_dir, name="own", **HEADS)
+    both = job(tmp_path, model_dir, name="both", start="none", init_experts=f"{heads}:0,{again}:1", **HEADS)
+    facts, first, this = privacy_of(both), privacy_of(heads), privacy_of(own)
+    assert facts["this_run"] == {"epsilon": this["epsilon"], "delta": this["delta"]}
+    assert facts["epsilon"] == pytest.approx(this["epsilon"] + first["epsilon"], rel=1e-12) and first["epsilon"] > 5.9
+    assert facts["delta"] == pytest.approx(2e-5, rel=1e-12)
+    assert [(run["epsilon"], run["delta"]) for run in facts["experts_taken_over"]] == [(first["epsilon"], 1e-5)]
+    third = job(tmp_path, model_dir, name="third", start="none", init_experts=f"{both}:0,fresh", **HEADS)
+    assert privacy_of(third)["epsilon"] == pytest.approx(facts["epsilon"] + this["epsilon"], rel=1e-12)
+
+
+@pytest.mark.parametrize("entries, unit", [("open:0,fresh", "pair"), ("heads:0,open:1", "pair"),
+                                           ("heads:0,fresh", "user"), ("of users:0,fresh", "pair")])
+def test_experts_outside_of_the_budget_are_refused(tmp_path, model_dir, sources, entries, unit):
+    """And nothing is written. Faults: experts trained without privacy pass as covered; only the first source is looked
+    at; pairs' budgets added to users'."""
+    options = taking(sources, dict(HEADS, init_experts=entries, privacy_unit=unit, start="none"))
+    with pytest.raises(InputError) as error:
+        job(tmp_path, model_dir, key=None, **options)
+    assert error.value.option == "init_experts"
+    assert not any((tmp_path / "run" / name).exists() for name in ("privacy.json", "noise-key", "checkpoint"))
+
+
+@pytest.mark.xfail(strict=True, reason="train.py leaves privacy.json of a private attempt beside a run without privacy")
+def test_a_run_without_privacy_leaves_no_privacy_json(tmp_path, model_dir):
+    """In a directory where a private one was killed before its first checkpoint. Fault: its privacy.json stays, and
+    --init-experts takes the experts trained without privacy as covered."""
+    killed(tmp_path, model_dir, 1, **HEADS)
+    out = tinyjob.run(tmp_path, model_dir, records(), train_trunk=False)
+    assert not (out / "privacy.json").exists()
+
+
+def test_a_user_who_never_took_part_leaves_no_nan(tmp_path, model_dir):
+    """DPO's responsibilities are 1, of all users. Fault: NaN in the table of the checkpoint for those not drawn."""
+    options = dict(USERS, experts=1, batch=1)
+    assert 0 in twin(tmp_path, model_dir, **options).draws().sum(1), "not everybody takes part"
+    table = tinyjob.tensors(job(tmp_path, model_dir, **options))["table"]
+    assert table.shape == (6, 1) and not table.any() and not table.isnan().any()
+
+
+# --- the key ----------------------------------------------------------------------------------------------------------
+
+
+def killed(folder, model, t: int, **options) -> Path:
+    """The key's file of a run that was killed after step t, before its checkpoint; the one of step t - 1 is there."""
     def stopping(*arguments):
         result = advance(*arguments)
-        if arguments[7].t == 2:
+        if arguments[7].t == t:
             raise KeyboardInterrupt
         return result
 
-    for name, seed in (("cut", 11), ("secret", 0)):
-        monkeypatch.setattr(train, "advance", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            job(tmp_path, model_dir, name=name, data=str(tmp_path / "run.jsonl"), noise_seed=seed, save_minutes=0.0)
-        kept = tmp_path / name / "noise-seed"
-        assert kept.stat().st_mode & 0o777 == 0o600 and (int(kept.read_text()) == 11) == (seed == 11)
-        monkeypatch.setattr(train, "advance", advance)
-        out = job(tmp_path, model_dir, name=name, data=str(tmp_path / "run.jsonl"), noise_seed=seed, save_minutes=0.0)
-        assert tinyjob.equal(out, whole) == (seed == 11)
+    advance = train.advance
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train, "advance", stopping)
+        job(folder, model, key=None, save_minutes=0.0, **options)
+    return folder / "run" / "noise-key"
 
 
-@pytest.mark.parametrize("options, wanted", [
-    ({"clip": math.inf}, "--clip"), ({"start": "linear"}, "--start linear"), ({"gate": "user"}, "--gate user"),
-    ({"gate": "domain"}, "--gate domain"), ({"weights": "update"}, "--weights update"), ({"robust": 0.1}, "--robust"),
-    ({"em": "full"}, "--em full"), ({"variant": "gumbel"}, "--variant gumbel"), ({"delta": 2.0}, "--delta"),
-    ({"gate": "linear", "gate_balance": 0.1}, "--gate-balance"), ({"latent": "user"}, "--privacy-unit pair"),
-    ({"estep": "first", "start": "none"}, "--estep first"), ({"epsilon": 0.0}, "--epsilon"),
+def test_a_private_run_that_was_killed_ends_as_another(tmp_path, model_dir):
+    """To the bit, under the secret that lies in the directory until then, its owner's alone. Faults: the secret drawn
+    again; sampling from --seed, which is published; the secret kept."""
+    kept = killed(tmp_path, model_dir, 2)
+    found = json.loads(kept.read_text())
+    secret = bytes.fromhex(found["key"])
+    assert kept.stat().st_mode & 0o777 == 0o600 and set(found) == {"key", "options"} and len(secret) == 32
+    out, whole = job(tmp_path, model_dir, key=None), job(tmp_path, model_dir, name="whole", key=Key(secret),
+                                                         data=str(tmp_path / "run.jsonl"))
+    assert tinyjob.equal(out, whole) and not kept.exists()
+    assert off(out, twin(tmp_path, model_dir, secret=secret).train()) < 2e-6
+    public = job(tmp_path, model_dir, name="public", data=str(tmp_path / "run.jsonl"))
+    assert not tinyjob.equal(out, public)
+    assert not any(found["key"].encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_key_belongs_to_the_options(tmp_path, model_dir):
+    """Faults: two releases that share noise; a key drawn anew at each call, before the first checkpoint or after it."""
+    first = json.loads(killed(tmp_path, model_dir, 1).read_text())
+    again = json.loads(killed(tmp_path, model_dir, 1).read_text())
+    other = json.loads(killed(tmp_path, model_dir, 1, clip=1.5).read_text())
+    assert again == first and other["key"] != first["key"] and other["options"] != first["options"]
+    later = json.loads(killed(tmp_path, model_dir, 2, clip=1.5).read_text())
+    assert later == json.loads(killed(tmp_path, model_dir, 3, clip=1.5).read_text()) == other
+
+
+@pytest.mark.parametrize("gone", ["file", "options"])
+def test_a_run_does_not_resume_under_another_key(tmp_path, model_dir, gone):
+    """Fault: a fresh key beside a checkpoint, whose sampling would then not be Poisson's."""
+    kept = killed(tmp_path, model_dir, 3)
+    found = json.loads(kept.read_text())
+    kept.unlink()
+    if gone == "options":
+        kept.write_text(json.dumps(found | {"options": "0" * 64}))
+    with pytest.raises(InputError) as error:
+        job(tmp_path, model_dir, key=None)
+    assert error.value.file == kept
+
+
+def test_a_key_that_outlived_its_run_is_dropped(tmp_path, model_dir, monkeypatch):
+    """Killed between the last checkpoint and dropping the key. Fault: a secret that stays for good beside what was made
+    with it."""
+    def kill(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "drop_key", kill)
+    with pytest.raises(KeyboardInterrupt):
+        job(tmp_path, model_dir, key=None)
+    assert (tmp_path / "run" / "noise-key").exists()
+    monkeypatch.undo()
+    job(tmp_path, model_dir, key=None)
+    assert not (tmp_path / "run" / "noise-key").exists()
+
+
+def test_a_public_key_is_the_documented_one():
+    assert Key.public(11).secret == public_secret(11) and len({Key.fresh().secret for _ in range(3)}) == 3
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, name", [
+    (dict(clip=math.inf), "clip"), (dict(start="linear"), "start"), (dict(gate="user"), "gate"),
+    (dict(gate="domain"), "gate"), (dict(weights="update"), "weights"), (dict(robust=0.1), "robust"),
+    (dict(em="full"), "em"), (dict(variant="gumbel"), "variant"), (dict(delta=2.0), "delta"),
+    (dict(gate="linear", gate_balance=0.1), "gate-balance"), (dict(latent="user"), "privacy-unit"),
+    (dict(estep="first", start="none"), "estep"), (dict(epsilon=0.0), "epsilon"),
 ])
-def test_what_would_leak_is_refused(options, wanted):
+def test_what_would_leak_is_refused(options, name):
     """Each is learnt from the data outside of the clipped sums, or lets one example change what is done with others."""
-    with pytest.raises(InputError, match=wanted):
+    with pytest.raises(InputError) as error:
         validate(TrainConfig(**dict(data="", model="", out="", epsilon=1.0) | options))
+    assert f"--{name}" in str(error.value)
 
 
-def test_privacy_options_without_epsilon_have_no_effect_and_are_refused():
-    for options in ({"delta": 1e-6}, {"privacy_unit": "user"}, {"noise_seed": 3}):
-        with pytest.raises(InputError, match="without --epsilon"):
-            validate(TrainConfig(data="", model="", out="", **options))
+@pytest.mark.parametrize("options", [dict(delta=1e-6), dict(privacy_unit="user"), dict(examples=3)])
+def test_privacy_options_without_epsilon_have_no_effect_and_are_refused(options):
+    with pytest.raises(InputError) as error:
+        validate(TrainConfig(data="", model="", out="", **options))
+    assert "--epsilon" in str(error.value)
 
 
-def test_too_large_a_delta_and_nameless_users_are_told(tmp_path, model_dir):
-    with pytest.raises(InputError, match="24 examples"):
+def test_too_large_a_delta_and_nameless_users_are_refused(tmp_path, model_dir):
+    with pytest.raises(InputError) as error:
         job(tmp_path, model_dir, delta=0.05)
-    nameless = [{k: v for k, v in r.items() if k != "user"} for r in tinyjob.make_records(users=6, each=4)]
-    with pytest.raises(InputError, match="line 1: no user"):
+    assert error.value.option == "delta"
+    nameless = [{name: value for name, value in r.items() if name != "user"} for r in records()]
+    with pytest.raises(InputError) as error:
         tinyjob.run(tmp_path, model_dir, nameless, name="nameless", **PRIVATE, privacy_unit="user")
+    assert (error.value.option, error.value.line) == ("privacy_unit", 1)
 
 
 def test_a_private_gate_keeps_nothing_of_the_data(tmp_path, model_dir):
     """Its weights for a prompt do not change with the other rows it was made with. Faults: mean and scale of
     the data, in the weights or in the checkpoint, which is published."""
-    config = dataclasses.replace(config_of(tmp_path, model_dir, gate="linear"))
-    tinyjob.write(tmp_path / "run.jsonl", tinyjob.make_records(users=6, each=4))
+    config = twin(tmp_path, model_dir, gate="linear").config
     _, plan, reference, _, _ = train.prepare(config)
     gate, inputs = make_gate(plan, reference, config, "cpu")
     few = dataclasses.replace(plan, units=plan.units[:5])
