@@ -33,7 +33,7 @@ import torch
 from mixdpo import config as configs
 from mixdpo import fits
 from mixdpo.adopt import adopt
-from mixdpo.budget import Private, drop_key, kept_key, spent_before
+from mixdpo.budget import Private, certify, drop_key, kept_key, spent_before
 from mixdpo.config import InputError
 from mixdpo.diagnostics import step_summary
 from mixdpo.dpo import flipped_margins, label_loss, margins
@@ -318,7 +318,7 @@ def learn(config: TrainConfig, same: dict, stop: Stop, private: Private | None =
     """All steps that are left. same: what a checkpoint must have been written with. Raises: Stopped, all saved."""
     out, (experts, plan, reference, keys, device) = Path(config.out), prepare(config, stop.check, private)
     same = same | keys
-    plan, noise = private.budgeted(plan, config) if private else (plan, None)
+    plan, noise, guarantee = private.budgeted(plan, config) if private else (plan, None, None)
     print(end="".join(f"{line}\n" for line in short_run(config, len(plan.steps))))
     ref_logp, (gate, inputs) = reference.logp.to(device), make_gate(plan, reference, config, device)
     optimizer, names = make_optimizer(experts, config.lr, config.head_lr, gate, config.gate_lr, config.moments,
@@ -375,6 +375,7 @@ def learn(config: TrainConfig, same: dict, stop: Stop, private: Private | None =
     if config.experts > 1 and config.estep != "first":                      # a first visit is kept for good
         carried.table = e_step_of_all("last E-step")[0]
         log.responsibilities(carried.t, list(range(len(carried.table))), carried.table)
+    certify(out, guarantee)                                                 # not before all steps are done
     save(finished=True)
     log.close()
     drop_key(out)
@@ -405,7 +406,7 @@ def told_of_batch(error: FloatingPointError, plan, t: int, config) -> str:
 
 def run(config: TrainConfig, key: Key | None = None) -> Path:
     """Trains, or goes on where an interrupted run of the same configuration stopped; returns the run directory.
-    key: of a private run on made data, where nothing is secret; default: a fresh secret, kept until the run is finished.
+    key: of a private run on made data, where nothing is secret; default: a fresh secret, kept until it is finished.
 
     Raises: InputError on bad input, where another process is at work in the directory, and where memory is too small;
     Stopped if SIGINT or SIGTERM asked for it.

@@ -28,8 +28,8 @@ from mixdpo.privacy import NOT_COVERED, Noise, participants
 
 SECRET = "noise-key"
 COVERED = "the weights of experts and gate, as eval.py and an export read them, and all that is made of these alone"
-NOT_RELEASED = ("metrics.jsonl, responsibilities.jsonl, the responsibilities in checkpoint/, cache/, and what is "
-                "printed, warnings among it: made from the data without noise; do not publish them")
+NOT_RELEASED = ("metrics.jsonl, responsibilities.jsonl, step-*.jsonl, the responsibilities in checkpoint/, cache/, and "
+                "what is printed, warnings among it: made from the data without noise; do not publish them")
 
 
 # --- the secret -------------------------------------------------------------------------------------------------------
@@ -63,6 +63,14 @@ def kept_key(folder: Path, options: dict, resumes: bool) -> Key:
 def drop_key(folder: Path) -> None:
     """Forgets the secret of what is released: nothing is left to draw, and no other release may use it."""
     (folder / SECRET).unlink(missing_ok=True)
+
+
+def certify(folder: Path, facts: dict | None) -> None:
+    """Writes privacy.json, which vouches for a finished private run; None: removes a stale one."""
+    if facts is None:
+        (folder / "privacy.json").unlink(missing_ok=True)
+    else:
+        write_whole(folder / "privacy.json", to_json(facts, indent=1) + "\n")
 
 
 # --- experts of other runs --------------------------------------------------------------------------------------------
@@ -111,14 +119,14 @@ class Private:
         q = [self.key.generator("start", latent, name).dirichlet(np.ones(experts)) for name in names]
         return torch.from_numpy(np.log(np.maximum(q, 1e-30))).float()
 
-    def budgeted(self, plan: Plan, config) -> tuple[Plan, Noise]:
-        """The plan with steps drawn by Poisson sampling, and the noise that keeps the run within its epsilon. Writes
-        privacy.json. Raises: InputError."""
+    def budgeted(self, plan: Plan, config) -> tuple[Plan, Noise, dict]:
+        """The plan with steps drawn by Poisson sampling, the noise that keeps the run within its epsilon, and what
+        privacy.json says once the run is finished. Raises: InputError."""
         owner, names = examples_of(plan, config.privacy_unit)
         count = config.examples or len(names)
         rate = min(1.0, config.batch / count)
-        if config.delta * count >= 1:
-            raise InputError(f"got {config.delta:g} for {count} examples; wanted less than {1 / count:.1g}: otherwise "
+        if (delta := config.delta + sum(run["delta"] for run in self.sources)) * count >= 1:
+            raise InputError(f"together {delta:g} for {count} examples; wanted less than {1 / count:.1g}: otherwise "
                              "releasing one example in full would be allowed", option="delta")
         visits = [[] for _ in names]
         for v, n in enumerate(owner.tolist()):
@@ -127,12 +135,11 @@ class Private:
         steps = [(int(t * rate), [v for n in taking for v in visits[n]]) for t, taking in enumerate(drawn)]
         sigma = noise_multiplier(config.epsilon, config.delta, rate, len(steps))
         facts = statement(config, self.sources, Mechanism(sigma, rate, len(steps)), count)
-        write_whole(Path(config.out) / "privacy.json", to_json(facts, indent=1) + "\n")
         print(f"privacy: epsilon {facts['epsilon']:.4g} at delta {facts['delta']:g} for each of {count} "
               f"{config.privacy_unit}s: noise {sigma:.4g} times --clip {config.clip:g}, rate {rate:.4g}, {len(steps)} "
-              f"steps; what that covers is in {Path(config.out) / 'privacy.json'}")
+              f"steps; what that covers will be in {Path(config.out) / 'privacy.json'}")
         noise = Noise(sigma, config.clip, rate * count, self.key)
-        return replace(plan, steps=steps, owner=torch.from_numpy(owner)), noise
+        return replace(plan, steps=steps, owner=torch.from_numpy(owner)), noise, facts
 
 
 def pair_names(pairs: list[Pair]) -> list[str]:
@@ -162,8 +169,8 @@ def statement(config, sources: list[dict], mechanism: Mechanism, count: int) -> 
     return {"epsilon": own + sum(run["epsilon"] for run in sources),
             "delta": config.delta + sum(run["delta"] for run in sources),
             "unit": config.privacy_unit, "examples": count, "rate": mechanism.rate, "steps": mechanism.steps,
-            "noise_multiplier": mechanism.sigma, "clip": config.clip, "this_run": {"epsilon": own, "delta": config.delta},
-            "experts_taken_over": sources, "covered": COVERED,
+            "noise_multiplier": mechanism.sigma, "clip": config.clip,
+            "this_run": {"epsilon": own, "delta": config.delta}, "experts_taken_over": sources, "covered": COVERED,
             "not_covered": [f"the reference, --model {config.model}: taken to be public, with its tokenizer. If it was "
                             "trained on these data (an export, or a fine-tuned model), that is not in the budget",
                             *NOT_COVERED, NOT_RELEASED]}

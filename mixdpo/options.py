@@ -59,7 +59,7 @@ class TrainConfig:
     lr: float = 2e-5                # AdamW's peak learning rate
     head_lr: float = 3e-4           # the same for the low-rank factors A_k, B_k of heads or adapters
     epochs: int = 1                 # passes over the data
-    batch: int = 32                 # pairs an optimizer step, at most; whole users. With --epsilon: examples, on average
+    batch: int = 32                 # pairs an optimizer step, at most; whole users. With --epsilon: mean examples
     micro: int = 16                 # pairs a forward pass, at most; whole users, so one large user may exceed it
     head_rows: int = -1             # response tokens a head micro-batch, about; -1: as many as memory allows (KEPT in
                                     # plan.py); 0: all at once, in vocabulary tiles

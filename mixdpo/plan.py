@@ -38,7 +38,7 @@ class Plan:
     units: list[list[int]]              # the pairs of each unit
     visits: list[Visit]
     steps: list[tuple[int, list[int]]]  # epoch and visits of each step
-    owner: torch.Tensor | None = None   # (V,) the example that each visit belongs to, if examples are clipped one by one
+    owner: torch.Tensor | None = None   # (V,) the example of each visit, if examples are clipped one by one
 
     @cached_property
     def unit_of(self) -> torch.Tensor:

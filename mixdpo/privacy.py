@@ -34,8 +34,8 @@ NOT_COVERED = (
     "the number of examples, from which the sampling rate and the number of steps are made: declared public",
     "the vocabulary: legal values and bounds of columns, and the tokenizer, are taken to be public",
     "choices made by looking at the data before: hyper-parameters, seeds, the schema, which of several runs to publish",
-    "floating-point arithmetic: Gaussian noise in finite precision is not an exact Gaussian (Mironov 2012), and rounding "
-    "depends on which examples share a product",
+    "floating-point arithmetic: Gaussian noise in finite precision is not an exact Gaussian (Mironov 2012), and "
+    "rounding depends on which examples share a product",
     "timing: a step takes longer if more examples take part in it",
     "the generator: Philox is not a cryptographic one; and whoever reads the secret key while the run is unfinished",
 )

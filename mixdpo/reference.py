@@ -10,6 +10,7 @@ another model or file can never be answered with these numbers.
 """
 
 import dataclasses
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,5 +146,6 @@ def reference_of(path, pairs: list[Pair], models: list, tokenizer, config, dtype
     for model in models:
         key = (VERSION, content_key(model), data_key(path), tokenizer.key, config.max_prompt, config.max_response,
                config.drop, str(dtype), str(model.unembedding.device)) + (("alone",) if alone else ())
-        found.append(cached_reference(folder, key, lambda: compute_reference(model, pairs, dtype, size, progress, most)))
+        made = functools.partial(compute_reference, model, pairs, dtype, size, progress, most)
+        found.append(cached_reference(folder, key, made))
     return dataclasses.replace(found[0], logp=torch.cat([each.logp for each in found], dim=1))

@@ -2,7 +2,7 @@
 
 The guarantee supposes that the clipped sum of a step then moves by no more than C (2 C if an example is replaced), and
 that nothing else depends on the data. A neighbour's run is therefore given what the first run released, step by step,
-so that both have the same parameters at every step; then each sum is compared, and each single contribution, bit by bit.
+so that both have the same parameters at every step; then each sum is compared, and each contribution, bit by bit.
 The number of examples is public (--examples), as privacy.json says.
 """
 
@@ -151,7 +151,8 @@ def test_a_table_without_one_row_moves_each_sum_by_one_gradient(monkeypatch):
         fit(table, config, KEY)
     moved = 0
     for bound, other in ((1, codes[1:]), (1, codes[:-1]), (1, np.delete(codes, 30, 0)),
-                         (1, np.insert(codes, 7, codes[40], 0)), (2, np.concatenate([codes[:9], [[1, 2, 1]], codes[10:]]))):
+                         (1, np.insert(codes, 7, codes[40], 0)),
+                         (2, np.concatenate([codes[:9], [[1, 2, 1]], codes[10:]]))):
         with pytest.MonkeyPatch.context() as patch:
             second = Recorded(patch, first.released)
             fit(replace(table, codes=other), config, KEY)

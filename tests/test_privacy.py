@@ -138,7 +138,8 @@ def test_everybody_takes_part_by_chance_and_alone():
     assert np.abs(np.corrcoef(drawn[:-1].ravel(), drawn[1:].ravel())[0, 1]) < slack         # of one step and the next
     assert len(participants(Key.public(3), names, 1.0, 2)[1]) == N
     again = participants(Key.public(3), names[:7] + names[8:], rate, steps)                 # without one of them
-    assert all(np.array_equal(np.delete(row, 7), np.bincount(taking, minlength=N - 1)) for row, taking in zip(drawn, again))
+    assert all(np.array_equal(np.delete(row, 7), np.bincount(taking, minlength=N - 1))
+               for row, taking in zip(drawn, again))
 
 
 def test_noise_of_the_right_size_reaches_every_parameter():

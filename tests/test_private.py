@@ -210,7 +210,6 @@ def test_experts_outside_of_the_budget_are_refused(tmp_path, model_dir, sources,
     assert not any((tmp_path / "run" / name).exists() for name in ("privacy.json", "noise-key", "checkpoint"))
 
 
-@pytest.mark.xfail(strict=True, reason="train.py leaves privacy.json of a private attempt beside a run without privacy")
 def test_a_run_without_privacy_leaves_no_privacy_json(tmp_path, model_dir):
     """In a directory where a private one was killed before its first checkpoint. Fault: its privacy.json stays, and
     --init-experts takes the experts trained without privacy as covered."""

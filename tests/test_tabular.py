@@ -22,6 +22,7 @@ from mixdpo.privacy import Noise, clipped_sum_slow, participants
 from mixdpo.tabular import TBART, TableConfig, account, fit, look, row_losses, sample, validate
 
 SIZES = [3, 2, 4]
+KEY = Key.public(5)
 TINY = dict(width=8, layers=2, heads=2, batch=6, steps=7, lr=1e-2, micro=3)
 
 
@@ -70,7 +71,8 @@ def test_samples_follow_the_model_given_or_not(model):
     drawn = sample(model, n, np.random.default_rng(1))
     share = torch.bincount(torch.tensor([place[tuple(r)] for r in drawn.tolist()]), minlength=len(rows)) / n
     assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-4).all()
-    assert torch.equal(drawn, sample(model, n, np.random.default_rng(1))) and not torch.equal(drawn, sample(model, n, np.random.default_rng(2)))
+    assert torch.equal(drawn, sample(model, n, np.random.default_rng(1)))
+    assert not torch.equal(drawn, sample(model, n, np.random.default_rng(2)))
     given = torch.full((n, 1), 2)
     drawn = sample(model, n, np.random.default_rng(1), given=given)
     assert (drawn[:, 0] == 2).all()
@@ -125,14 +127,15 @@ def test_fitting_is_the_slow_loop(batch, monkeypatch):
     """To 1e-5, over steps of which some are empty (batch 0.7 of 40 rows). Faults: no clipping; no noise;
     noise without clip; batches of fixed size; division by what came instead of what is expected; an empty step passed
     over; a micro-batch clipped as a whole; the average of an untrained model."""
-    table, config = look(columns(), codes_of(), TableConfig(), Key.public(5)), TableConfig(**TINY | {"batch": 6, "clip": 0.4})
+    table = look(columns(), codes_of(), TableConfig(), KEY)
+    config = TableConfig(**TINY | {"batch": 6, "clip": 0.4})
     object.__setattr__(config, "batch", batch)
     monkeypatch.setattr(tabular, "calibrate", lambda *_: None)
     if batch < 1:
-        drawn = participants(Key.public(5), identities([row.tobytes() for row in table.codes]), batch / 40, config.steps)
+        drawn = participants(KEY, identities([row.tobytes() for row in table.codes]), batch / 40, config.steps)
         assert any(len(taking) == 0 for taking in drawn)
-    fitted = fit(table, config, Key.public(5))
-    for p, wanted in zip(fitted.model.parameters(), slow_fit(table, config, Key.public(5))):
+    fitted = fit(table, config, KEY)
+    for p, wanted in zip(fitted.model.parameters(), slow_fit(table, config, KEY)):
         assert torch.allclose(p, wanted, atol=1e-5)
 
 
@@ -154,23 +157,24 @@ def test_calibrated_samples_have_the_noisy_marginals(model):
 
 def test_what_is_spent_is_the_budget():
     """All mechanisms together stay within epsilon and use it. Faults: the look not charged; its share spent twice."""
-    table = look(columns(), codes_of(), TableConfig(), Key.public(5))
-    fitted = fit(table, TableConfig(**TINY), Key.public(5))
+    table = look(columns(), codes_of(), TableConfig(), KEY)
+    fitted = fit(table, TableConfig(**TINY), KEY)
     told = account(fitted, TableConfig(**TINY), 40)
     assert 0.99 < told["epsilon"] <= 1 and len(told["spent"]) == 2 and told["not_covered"]
     assert told["epsilon"] == epsilon_of([Mechanism(**m) for m in told["spent"]], 1e-5)
     assert epsilon_of(table.spent, 1e-6) == pytest.approx(TableConfig.first_look, rel=1e-3)
-    free = fit(look(columns(), codes_of(), TableConfig(epsilon=math.inf), Key.public(5)), TableConfig(**TINY, epsilon=math.inf), Key.public(5))
+    table = look(columns(), codes_of(), TableConfig(epsilon=math.inf), KEY)
+    free = fit(table, TableConfig(**TINY, epsilon=math.inf), KEY)
     assert free.sigma == 0 and account(free, TableConfig(epsilon=math.inf), 40)["epsilon"] == math.inf
 
 
 def test_the_look_is_noisy_counts(monkeypatch):
     """Deviation sigma sqrt(d) on each count of each column. Faults: no noise; sigma without sqrt(d), which a row that
     is in d counts wants; the same noise for all columns."""
-    table, wide = look(columns(), codes_of(), TableConfig(), Key.public(5)), columns([4000, 4000])
+    table, wide = look(columns(), codes_of(), TableConfig(), KEY), columns([4000, 4000])
     codes, seen = np.zeros((10**6, 2), dtype=np.int64), []
     monkeypatch.setattr(tabular, "simplex", lambda counts, total: seen.append(counts) or np.ones(len(counts)))
-    table = look(wide, codes, TableConfig(), Key.public(5))
+    table = look(wide, codes, TableConfig(), KEY)
     sigma = table.spent[0].sigma
     noise = [counts[1:] for counts in seen]
     assert all(abs(n.std() / (sigma * math.sqrt(2)) - 1) < 0.05 for n in noise)
@@ -183,7 +187,7 @@ def test_a_model_begins_as_independent_columns():
     codes = np.stack(each, axis=1)
     for order in ("given", "random", "entropy"):
         config = TableConfig(epsilon=math.inf, order=order, seed=1)
-        table = look(columns(), codes, config, Key.public(5))
+        table = look(columns(), codes, config, KEY)
         assert sorted(table.order) == [0, 1, 2] and table.sizes == [SIZES[j] for j in table.order]
         torch.manual_seed(0)
         made = table.as_given(sample(TBART(table.sizes, 8, 1, 2, table.prior), 20000, np.random.default_rng(3)))
@@ -203,8 +207,8 @@ def test_it_learns_what_no_pair_of_columns_shows():
 
 def test_a_fit_that_was_stopped_ends_as_another(tmp_path, monkeypatch):
     """To the bit. Faults: the average not saved; the schedule begun anew; noise drawn in order instead of by step."""
-    table, config = look(columns(), codes_of(), TableConfig(), Key.public(5)), TableConfig(**TINY, save_minutes=0.0)
-    whole = fit(table, config, Key.public(5))
+    table, config = look(columns(), codes_of(), TableConfig(), KEY), TableConfig(**TINY, save_minutes=0.0)
+    whole = fit(table, config, KEY)
     (tmp_path / "run").mkdir()
     shown, progress = [], tabular.Progress.__call__
 
@@ -216,13 +220,13 @@ def test_a_fit_that_was_stopped_ends_as_another(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tabular.Progress, "__call__", stop_at_4)
     with pytest.raises(KeyboardInterrupt):
-        fit(table, config, Key.public(5), tmp_path / "run", {"a": 1})
+        fit(table, config, KEY, tmp_path / "run", {"a": 1})
     monkeypatch.setattr(tabular.Progress, "__call__", progress)
-    again = fit(table, config, Key.public(5), tmp_path / "run", {"a": 1})
+    again = fit(table, config, KEY, tmp_path / "run", {"a": 1})
     assert len(again.losses) == config.steps and np.array_equal(again.losses, whole.losses, equal_nan=True)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values()))
     with pytest.raises(InputError, match="another configuration"):
-        fit(table, config, Key.public(5), tmp_path / "run", {"a": 2})
+        fit(table, config, KEY, tmp_path / "run", {"a": 2})
 
 
 @pytest.mark.parametrize("option, values", [
@@ -304,7 +308,8 @@ def test_one_key_gives_one_table_and_no_key_is_used_twice(own, tmp_path, monkeyp
         used.clear()
         call(own | {"out": tmp_path / name})
         release = used[: used.index(("numbers",)) + 1]
-        assert len(set(release)) == len(release) and {"look", "sampling", "noise", "rows"} <= {what for what, *_ in release}
+        assert len(set(release)) == len(release)
+        assert {"look", "sampling", "noise", "rows"} <= {what for what, *_ in release}
         made.append((tmp_path / name / "synthetic.csv").read_bytes())
     assert made[0] == made[1] != made[2]
 
