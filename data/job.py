@@ -9,6 +9,7 @@ Any of them may be missing. Left out: every figure that eval.py computes.
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mixdpo import config as configs
 from mixdpo.diagnostics import mean_se
+from mixdpo.options import TrainConfig
 from mixdpo.records import lines
 
 SAMPLES = 6  # prompts whose completions are shown
@@ -56,12 +59,18 @@ def records(path: Path, most: int | None = None) -> list[dict]:
     return [json.loads(line) for line in islice(lines(path), most) if line.strip()] if path.exists() else []
 
 
+def figure(found: dict) -> dict:
+    """An object of a results file, with NaN for the null that stands for it where a figure has no number."""
+    numbers = ("mean", "se", "rate", "low", "high")
+    return {name: math.nan if value is None and name in numbers else value for name, value in found.items()}
+
+
 def read_job(folder: Path) -> Job:
     """The runs are those that results.json names, in its order; all in the folder if it names none."""
     home = folder.parent if (folder / "metrics.jsonl").exists() else folder  # of a single run's data
 
     def read(path: Path) -> dict:
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text(), object_hook=figure) if path.exists() else {}
 
     results = {"preferences": {}, "adapt": {}, "policies": {}} | read(folder / "results.json")
     named = dict.fromkeys([*results["preferences"], *(run_of(row) for row in results["policies"])])
@@ -69,7 +78,9 @@ def read_job(folder: Path) -> Job:
     runs = [read_run(home / name) for name in found if not named.keys() & set(found) or name in named]
     runs.sort(key=lambda run: [*named, run.name].index(run.name))
     files = {name: rows for name in ("train", "heldout", "prompts") if (rows := records(home / f"{name}.jsonl"))}
-    samples, tuned = records(folder / "samples.jsonl", SAMPLES), read(home / "reference" / "finetune.json")
+    shown = SAMPLES if results.get("asked", True) else 0                    # else they are of an evaluation before
+    samples = records(folder / "samples.jsonl", shown)
+    tuned = read(home / "reference" / "finetune.json")
     return Job(home, results, read(home / "dataset.json"), samples, tuned, files, runs, read(folder / "winrates.json"))
 
 
@@ -79,7 +90,7 @@ def run_of(row: str) -> str:
 
 
 def read_run(path: Path) -> Run:
-    config = json.loads((path / "config.json").read_text())
+    config = vars(configs.load(TrainConfig, path / "config.json", report=lambda line: None))       # eval.py reported
     beside = path.parent / Path(config["data"]).name
     data = beside if beside.exists() else Path(config["data"])              # a job's folder may have moved since
     units = {}
@@ -146,7 +157,11 @@ def last_responsibilities(run: Run) -> dict[str, np.ndarray]:
 
 
 def smooth(values: list, stretches: int = 50) -> tuple[np.ndarray, np.ndarray]:
-    """Means over at most `stretches` stretches of consecutive steps: middles (S,) and means (S,...)."""
+    """Means over at most `stretches` stretches of consecutive steps: middles (S,) and means (S,...). A step without
+    figures (null) does not count; NaN is of a stretch of such steps alone."""
     values = np.array(values, dtype=np.float64)
     edges = np.linspace(0, len(values), min(stretches, len(values)) + 1).round().astype(int)
-    return (edges[:-1] + edges[1:] + 1) / 2, np.array([values[a:b].mean(0) for a, b in zip(edges, edges[1:])])
+    parts = [values[a:b] for a, b in zip(edges, edges[1:])]
+    with np.errstate(invalid="ignore"):
+        means = np.array([np.nansum(part, 0) / np.isfinite(part).sum(0) for part in parts])
+    return (edges[:-1] + edges[1:] + 1) / 2, means

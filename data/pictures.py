@@ -102,7 +102,7 @@ def training(job: Job) -> dict[str, Figure]:
                 axis.plot(x, curves[run.name]["accuracy_mbt"][1], color="black", linewidth=1)
             drawn = [key, "accuracy_mbt"] if key == "accuracy" else [key]
             low, high = (pick([pick(curves[name][of][1]) for name in curves for of in drawn])
-                         for pick in (np.min, np.max))
+                         for pick in (np.nanmin, np.nanmax))
             axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
             axis.set(title=label, xlabel="step")
         figure.suptitle(run.name, fontsize=9, fontweight="bold")

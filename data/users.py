@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from data.job import Job, annotators_of
-from data.tables import NONE, escape, in_ses, plain, pm, section, table
+from data.tables import NONE, escape, in_ses, measured, plain, pm, section, table
 from mixdpo.diagnostics import mean_se
 
 WAYS = ("user", "pair, pooled", "pair, majority")  # of assigning users to planted types (data/planted.py)
@@ -26,16 +26,17 @@ def types(job: Job) -> str:
     for run, figures in rows.items():
         of = figures["types"]
         for name, digits, body in (("accuracy", 3, by_accuracy), ("log_likelihood", 4, by_nats)):
-            worst = min(kinds, key=lambda kind: of[kind][name]["mean"])
+            worst = min(kinds, key=lambda kind: (measured(of[kind][name]), of[kind][name]["mean"]))
             body.append([escape(run), *(pm(of[kind][name], digits) for kind in kinds), pm(of[worst][name], digits)])
-        by_accuracy[-1].append(f"{max(best[kind] - of[kind]['accuracy']['mean'] for kind in kinds):.3f}")
+        regrets = [best[kind] - of[kind]["accuracy"]["mean"] for kind in kinds]
+        by_accuracy[-1].append(f"{max(regrets):.3f}" if all(map(math.isfinite, regrets)) else NONE)
         if found := figures["conflicts"]:
             less = [NONE, NONE]
-            if dpo and dpo is not figures and math.isfinite(found["mean"]):
-                gap = np.subtract(figures["conflicts_by_pair"], dpo["conflicts_by_pair"])
+            if dpo and dpo is not figures and measured(found):
+                gap = np.subtract(*(np.array(of["conflicts_by_pair"], float) for of in (figures, dpo)))     # null: NaN
                 less = [pm(gap := mean_se(gap, figures["conflicts_prompt"]), sign="+"), in_ses(gap)]
             own = [of[kind]["own_expert"] for kind in kinds]
-            shares = [pm(f) if math.isfinite(f["mean"]) else NONE for f in (*own, found)]
+            shares = [pm(f) for f in (*own, found)]
             apart.append([escape(run), *shares, *less, str(found["n"])])
     head = ["run", *map(escape, kinds), "worst type"]
     return section(
@@ -46,7 +47,8 @@ def types(job: Job) -> str:
         table([*head, "greatest regret"], by_accuracy),
         "The same in nats a pair.", table(head, by_nats),
         apart and "Were every user's type known: its expert's accuracy on all pairs of the type, and on those pairs on "
-        "which types disagree; and how much better than DPO there, pair by pair. SEs count prompts. An empty cell "
+        "which types disagree; and how much better than DPO there, pair by pair. SEs count prompts here, since no "
+        "user's own weights are used, and prompts and users in the tables above. An empty cell "
         "is a type for which no expert stands.",
         apart and table(["run", *(f"{escape(kind)}, its expert" for kind in kinds), "where types disagree",
                          "less DPO's", "in SEs", "pairs"], apart))
@@ -69,8 +71,8 @@ def adaptation(job: Job) -> str:
     return section(
         title,
         "Accuracy on the second half of a new user's pairs, when so many of the first half were shown: a posterior "
-        "over the experts, and no weight is touched. SEs count users; the last two columns compare each user with "
-        "itself.", *parts)
+        "over the experts, and no weight is touched. SEs count users and prompts; the last two columns compare each "
+        "user with itself.", *parts)
 
 
 def win_rates(job: Job) -> str:

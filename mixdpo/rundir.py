@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from mixdpo.config import InputError, write_whole
+from mixdpo.config import InputError, to_json, write_whole
 from mixdpo.diagnostics import WINDOW, alarms
 from mixdpo.whole import Damaged, read_tensors, write_tensors
 
@@ -83,15 +83,16 @@ class Log:
 
     def __init__(self, run: Path, t: int, total: int, config):              # t: steps done before; later lines go
         self.metrics, self.q = keep_lines(run / "metrics.jsonl", t), keep_lines(run / "responsibilities.jsonl", t)
-        told = (run / "metrics.jsonl").read_text().splitlines()[-WINDOW:]
-        self.history = deque(map(json.loads, told), maxlen=WINDOW)          # all that alarms look at
+        told = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        self.history = deque((step for step in told if step.get("pairs", 1)), maxlen=WINDOW)    # what alarms look at
         self.total, self.config, self.progress, self.rung = total, config, Progress(run.name, t), set()
 
     def step(self, figures: dict, groups: list[int], log_q: torch.Tensor) -> None:
         """One step's figures, and the responsibilities (G,K) that it used."""
         t = figures["step"]
-        self.history.append(figures)
-        self.write(self.metrics, json.dumps(figures))
+        if figures.get("pairs", 1):                                         # none: a private step that drew no example
+            self.history.append(figures)
+        self.write(self.metrics, to_json(figures))
         self.responsibilities(t, groups, log_q)
         accuracy = " ".join(f"{a:.2f}" for a in figures["accuracy"])
         self.progress(t, self.total, f"loss {figures['loss']:.4f}  accuracy {accuracy}")
