@@ -79,18 +79,19 @@ def win_rates(job: Job) -> str:
     found, columns, body = job.win_rates, job.win_rates["columns"], []
 
     def cell(f: dict) -> str:
-        return f"{f['rate']:.3f} ({f['low']:.3f} to {f['high']:.3f})"
+        return f"{f['rate']:.3f} ({f['low']:.3f} to {f['high']:.3f})" if measured(f, "rate") else NONE
 
     for policy in next(iter(columns.values())):
         of = [rows[policy] for rows in columns.values()]
-        ties = sum(f["ties"] for f in of) / len(of)
-        body.append([escape(policy), *map(cell, of), cell(min(of, key=lambda f: f["rate"])), f"{ties:.1f}"])
+        ties, unjudged = (sum(f.get(what, 0) for f in of) / len(of) for what in ("ties", "unjudged"))
+        worst = min(of, key=lambda f: (measured(f, "rate"), f["rate"]))
+        body.append([escape(policy), *map(cell, of), cell(worst), f"{ties:.1f}", f"{unjudged:.1f}"])
     return section(
         "Win rates",
         f"Against {escape(found['against'])} on {found['prompts']} prompts, judged by {escape(found['judge'])}: the "
         "share of prompts on which a policy's completion is preferred, ties half, with its 95 % bootstrap interval; "
-        "0.5 is no better.",
-        table(["policy", *map(escape, columns), "worst", "ties"], body))
+        "0.5 is no better. Prompts that the judge did not answer are in no rate.",
+        table(["policy", *map(escape, columns), "worst", "ties", "not judged"], body))
 
 
 # ---- planted types (data/planted.py)

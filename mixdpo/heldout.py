@@ -31,18 +31,20 @@ def margins_of(runs: list[Run], references: list, tokenizer, path: Path, store: 
     ref = reference_of(path, pairs, references, tokenizer, config, dtype, store)
     for run in runs:
         own = pairs if run.config.train_trunk else ref.with_states(pairs)
-        h = margins(expert_logp(run, own, Path(path).stem), ref.logp, run.config.beta)     # (P,K)  M4
+        logp = expert_logp(run.experts, own, f"{run.name} {Path(path).stem}")               # (P,K,2)
+        h = margins(logp, ref.logp, run.config.beta)                        # (P,K)  M4
         h = observed_margins(h, run.config.label_noise, run.config.label_loss)
         yield run, pairs, h, weights(run, pairs, ref.prompt)
 
 
 @torch.no_grad()
-def expert_logp(run: Run, pairs: list[Pair], what: str, size: int = 16) -> torch.Tensor:
-    """Summed response log-probs of every pair under every expert: (P,K,2) float32 nats, on the CPU."""
-    out, progress = [], Progress(f"{run.name} {what}")
+def expert_logp(experts, pairs: list[Pair], name: str, size: int = 16, temperature: float = 1.0) -> torch.Tensor:
+    """Summed response log-probs of every pair under every expert, at that temperature: (P,K,2) float32 nats, on the
+    CPU. name: of the progress line."""
+    out, progress = [], Progress(name)
     for start in range(0, len(pairs), size):
         batch = collate(pairs, list(range(start, min(start + size, len(pairs)))))
-        out.append(pair_logp(run.experts, batch).cpu())
+        out.append(pair_logp(experts, batch, temperature=temperature).cpu())
         progress(min(start + size, len(pairs)), len(pairs))
     return torch.cat(out)
 

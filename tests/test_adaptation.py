@@ -17,7 +17,7 @@ def planted(users=60, each=40, seed=0, sure=1.0):
     generator, pairs, h = torch.Generator().manual_seed(seed), [], []
     for n in range(users * each):
         u = n % users
-        pairs.append(Pair([1], [2], [3], user=f"u{u}", annotator=("a", "b")[u % 2]))
+        pairs.append(Pair([n // 2], [2], [3], user=f"u{u}", annotator=("a", "b")[u % 2]))
         noise = sure * torch.randn(2, generator=generator, dtype=torch.float64)
         h.append(noise + torch.tensor([0.8, -0.4])[[u % 2, 1 - u % 2]])
     return pairs, torch.stack(h)

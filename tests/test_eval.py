@@ -328,7 +328,7 @@ def test_each_type_is_answered_by_its_own_expert(monkeypatch):
     h = torch.tensor([[1.0, -1.0] if kind == "b" else [-1.0, 1.0] for kind in kinds])
     train = {"naming": {"0": "b", "1": "a"}, "ari": 1.0}
     monkeypatch.setattr(heldout, "alignment", lambda log_q, units, of: train)
-    config = SimpleNamespace(experts=2, latent="pair")
+    config = SimpleNamespace(experts=2, latent="pair", gate="fixed")
     run = SimpleNamespace(config=config, table=None, plan=SimpleNamespace(units=[], pairs=[]))
     found = heldout.preference_figures(run, pairs, h, torch.full((12, 2), 0.5).log())
     own = {kind: of["own_expert"]["mean"] for kind, of in found["types"].items()}
