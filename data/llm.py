@@ -54,11 +54,11 @@ def verdict(reply: str | None, criterion: str) -> str:
     """One of WORDS, from a reply to ASK: the word alone, "Second answer", "The first answer is better.", "It's a tie",
     behind a <think> block or not. Anything else could mean the other answer ("the first is worse").
     Raises: NoVerdict."""
-    text = re.sub(r"[\s*_`\"']+", " ", (reply or "").rpartition("</think>")[2]).strip(" .!:").lower()
+    text = re.sub(r"[\s*_`\"]+", " ", str(reply or "").rpartition("</think>")[2]).strip(" .!:'").lower()
     better = "|".join(["(?:the )?better", "(?:the )?best", "preferable", "preferred", re.escape(criterion.lower())])
     lead = r"(?:(?:my |the )?(?:final )?(?:answer|verdict|choice)(?: is)? ?:? ?)?"
     found = re.fullmatch(rf"{lead}(?:the )?(first|second)(?: (?:answer|one|response))?"
-                         rf"(?: is (?:{better})(?: (?:answer|one|response))?)?|{lead}(?:it( i)?s )?(?:a )?(tie)", text)
+                         rf"(?: is (?:{better})(?: (?:answer|one|response))?)?|{lead}(?:it(?:'s| is) )?(?:a )?(tie)", text)
     if found is None:
         raise NoVerdict(f"answered {text!r:.60}, wanted one of {', '.join(WORDS)}")
     return found[1] or "tie"
@@ -88,10 +88,12 @@ class Endpoint:
         write_lines(kept, rows)                                             # without a line that was cut short
         self.known = {row["key"]: row["answer"] for row in rows}
         self.calls, self.tokens, self.ended, self.refusals, self.options = 0, [0, 0], False, [], {"temperature": 0}
+        self.asked = set()
 
     def answers(self, asked: list[tuple[str, str, str, str]]) -> list[str | None]:
         """One of WORDS for each (criterion, prompt, first, second), in order; None where the model gives no verdict."""
         keys = [hashlib.sha256(json.dumps([self.model, *question]).encode()).hexdigest() for question in asked]
+        self.asked.update(keys)
         open_ones = {key: question for key, question in zip(keys, asked) if key not in self.known}
         progress = Progress(f"judged by {self.model}")
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -145,7 +147,7 @@ class Endpoint:
         with self.lock:
             self.refusals.append(refusal)
             self.known[key] = None
-            return len(self.refusals) < MOST_REFUSED or any(self.known.values())
+            return len(self.refusals) < MOST_REFUSED or any(self.known.get(asked) for asked in self.asked)
 
     def ask(self, question: tuple) -> str:
         """One question: its verdict. Raises: whatever can go wrong."""

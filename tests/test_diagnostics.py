@@ -1,6 +1,7 @@
 """diagnostics.py against brute force that shares no code with it. Docstrings name the faults seen."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -258,3 +259,26 @@ def test_a_mixture_of_opposed_experts_is_a_tie():
     lost = torch.tensor([math.nan, 1.0, -1.0, 0.0])
     assert torch.equal(accuracy(lost)[1:], torch.tensor([1.0, 0.0, 0.5])) and accuracy(lost)[0].isnan()
     assert mixture_accuracy(torch.tensor([math.nan, -0.1]))[0].isnan()
+
+
+@pytest.mark.parametrize("stop", [WINDOW + 1, 12], ids=["at once", "resumed"])
+def test_the_log_passes_over_steps_without_figures(stop, tmp_path, capsys):
+    """NaN is null in metrics.jsonl, and a window of steps with figures rings, also when a run goes on. Catches: a bare
+    NaN; an empty step that takes another's place in the window, as it comes or as it is read back."""
+    from types import SimpleNamespace
+
+    from mixdpo.rundir import Log
+
+    config, q = SimpleNamespace(experts=2, start_steps=0), torch.zeros(0, 2)
+    some = [step | {"loss": 0.5, "accuracy": [0.5, 0.5]} for step in steps_of(w=0.99)]
+    some.insert(9, {"pairs": 0, "loss": math.nan, "accuracy": [math.nan] * 2})
+    for first, last in ((0, stop), (stop, len(some))):
+        log = Log(tmp_path, first, len(some), config)
+        for n in range(first, last):
+            assert "ALARM" not in capsys.readouterr().out
+            log.step(some[n] | {"step": n + 1}, [], q)
+        log.close()
+    assert "expert collapse" in capsys.readouterr().out
+    text = (tmp_path / "metrics.jsonl").read_text()
+    kept = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    assert len(kept) == len(some) and kept[9]["loss"] is None and kept[9]["accuracy"] == [None, None]
