@@ -221,8 +221,10 @@ def test_a_comparison_without_a_verdict_is_not_judged_and_the_rest_is(job, endpo
     """Catches: one prompt that the judge will not answer ends everything, at every run; such a prompt as a tie, or its
     number not told; a pause before the same question again."""
     endpoint.style = lambda word, said: reply if asked_of(said) == "p0" else f"<think>first or second</think>{word}"
-    monkeypatch.setattr(llm, "PAUSE", 60.0)
+    pauses = []
+    monkeypatch.setattr(llm.time, "sleep", pauses.append)
     evaluation.main([str(job), "--judge", "llm:judge", "--against", "dpo"])
+    assert not any(pauses)
     calls, found = len(endpoint.calls), json.loads((job / "winrates.json").read_text())
     assert calls == 24 - 8 + 8 * llm.ATTEMPTS, "2 policies, 2 criteria, 2 orders of the first prompt"
     assert "1 not judged" in capsys.readouterr().out
@@ -236,6 +238,7 @@ def test_a_comparison_without_a_verdict_is_not_judged_and_the_rest_is(job, endpo
 def test_a_question_that_a_filter_refuses_is_not_judged(job, endpoint, capsys, monkeypatch):
     """Catches: HTTP 400 for one prompt ends everything, or is kept for good; a wrong request that is sent for each
     prompt of thousands."""
+    monkeypatch.setattr(llm, "MOST_REFUSED", 5)
     endpoint.refuses = lambda body, said: (400, '{"code": "content_filter"}') if asked_of(said) == "p2" else None
     found = win_rates(job, "llm:judge", "dpo")
     assert all(f["unjudged"] == 1 for rows in found["columns"].values() for f in rows.values())
@@ -246,7 +249,6 @@ def test_a_question_that_a_filter_refuses_is_not_judged(job, endpoint, capsys, m
                                                      for f in rows.values())
     endpoint.calls.clear()
     endpoint.refuses = lambda body, said: (400, "no such option")
-    monkeypatch.setattr(llm, "MOST_REFUSED", 5)
     with pytest.raises(InputError) as error:
         win_rates(job, "llm:other", "dpo")
     assert error.value.option == "judge" and len(endpoint.calls) < 5 + llm.AT_ONCE
