@@ -23,7 +23,6 @@ step is cut into micro-batches or chunks. K = 1 is DPO. Only this file calls bac
 """
 
 import dataclasses
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -397,7 +396,7 @@ def run(config: TrainConfig) -> Path:
                 print(f"{config.out}: finished before")
             else:
                 must_be_writable(Path(config.out))                          # told before long passes, not after
-                print(json.dumps(dataclasses.asdict(config) | environment()))
+                print(configs.to_json(dataclasses.asdict(config) | environment()))
                 learn(config, same, stop)
     except RuntimeError as error:                                           # CUDA's out-of-memory is one, too
         if not fits.exceeded(error):
