@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from safetensors.torch import save_file
 from mixdpo import config as configs
 from mixdpo.adaptation import adapted
 from mixdpo.chat import template_of
-from mixdpo.config import InputError, write_whole
+from mixdpo.config import InputError, to_json, write_whole
 from mixdpo.diagnostics import mean_se
+from mixdpo.experts import Heads
 from mixdpo.export import export_experts
 from mixdpo.finished import Run, find_runs, load_run
 from mixdpo.gates import READS_PROMPT
@@ -47,7 +49,7 @@ class EvalConfig:
     prompts: str = ""               # evaluation prompts, {"prompt": ...} a line; default: prompts.jsonl in the folder
     limit: int = 0                  # evaluate on the first so many prompts; 0: all
     max_new: int = 0                # tokens a completion; 0: what dataset.json says, else the runs' max_response
-    temperature: float = 1.0        # of sampling; KL stays that of the policies themselves
+    temperature: float = 1.0        # of sampling; 0: greedy. KL is of the policies as sampled, to the reference at 1
     batch: int = 128                # prompts sampled together
     seed: int = 1                   # of sampling; the same for every row
     data_folder: str = ""           # local files looked into before anything is fetched
@@ -55,6 +57,14 @@ class EvalConfig:
                                     # classifier:PATH or llm:MODEL (data/judges.py), and stop there
     against: str = ""               # with --judge: the policy that the others are compared with; default: dpo
     export: str = ""                # write the run's experts into this folder, as models or adapters, and stop there
+
+
+def validate(config: EvalConfig) -> None:
+    """Raises: InputError on a value out of range, before anything is read, computed or replaced."""
+    for name, least in {"limit": 0, "max_new": 0, "temperature": 0, "batch": 1, "seed": 0}.items():
+        value = getattr(config, name)
+        if not least <= value < math.inf:                                   # false of NaN too
+            raise InputError(f"got {value}, wanted a number of at least {least}", option=name)
 
 
 # --- completions ------------------------------------------------------------------------------------------------------
@@ -71,33 +81,46 @@ def sample(policies: list[tuple], dtype, prompts, config: EvalConfig, max_new: i
     return [ids[k * N : (k + 1) * N] for k in range(K)]
 
 
-def log_ratios(run: Run, reference, texts: list[list], of: list[list[int]], spare: list) -> torch.Tensor:
-    """log pi_j - log pi_ref of every expert's completions (K,N), under all experts: (K,N,K) nats. Two experts'
-    completions of a prompt go through the model behind one prompt; an odd one out beside `spare`."""
-    out = []
-    for k in range(0, len(texts), 2):
+def log_ratios(experts, frozen: bool, reference, texts: list[list], of: list[list[int]], spare: list, name: str,
+               temperature: float) -> torch.Tensor:
+    """log pi_j - log pi_ref of every expert's completions (K,N), under all experts: (K,N,K) nats. pi_j is the policy
+    that was sampled: at that temperature, token by token; at 0 it is sure of its own completion. The reference is at
+    temperature 1. frozen: the experts' trunk is the reference's. Two experts' completions of a prompt go through the
+    model behind one prompt; an odd one out beside `spare`."""
+    policy, base, K = [], [], len(texts)
+    for k in range(0, K, 2):
         two = [*texts[k : k + 2], spare][:2]
         pairs = [Pair(prompt, *both) for prompt, *both in zip(of, *two)]
-        base = compute_reference(reference, pairs, run.experts.dtype)
-        pairs = pairs if run.config.train_trunk else base.with_states(pairs)
-        out.append((expert_logp(run, pairs, f"KL {k}") - base.logp).permute(2, 0, 1))               # (2,N,K)
-    return torch.cat(out)[: len(texts)]
+        ref = compute_reference(reference, pairs, experts.dtype)
+        base.append(ref.logp.permute(2, 0, 1))                              # (2,N,1)
+        if temperature:
+            pairs = ref.with_states(pairs) if frozen else pairs
+            policy.append(expert_logp(experts, pairs, f"{name} KL {k}", temperature=temperature).permute(2, 0, 1))
+    if temperature:
+        logp = torch.cat(policy)[:K]                                        # (K,N,K)
+    else:
+        alike = [[[mine[n] == other[n] for other in texts] for n in range(len(of))] for mine in texts]
+        logp = torch.tensor(alike).float().log()                            # (K,N,K) log 1 or log 0
+    return logp - torch.cat(base)[:K]
 
 
 def policy_rows(runs: list[Run], reference, prompts: list[Pair], config: EvalConfig, max_new: int, eos: int) -> dict:
     """Completions of every row of the table: name -> {"ids": of each prompt, "kl": (N,) log pi - log pi_ref of each in
-    nats, "z": the expert of each, or None, "w": of a mixture, (N,K)}. Where experts have references of their own, the
-    first is the row's and KL's."""
+    nats, pi as sampled (log_ratios), "z": the expert of each, or None, "w": of a mixture, (N,K)}. Where experts have
+    references of their own, the first is the row's and KL's."""
     dtype, of = runs[0].experts.dtype, [p.prompt for p in prompts]
     states = prompt_features(reference, of, dtype)                          # (N,2,C)
     plain, = sample([(reference, reference.unembedding)], dtype, of, config, max_new, eos, "reference")
-    rows = {"reference": {"ids": plain, "kl": torch.zeros(len(prompts)), "z": None}}
+    kl = torch.zeros(len(prompts)) if config.temperature == 1 else log_ratios(
+        Heads(reference, 1, dtype=dtype), True, reference, [plain], of, plain, "reference", config.temperature)[0, :, 0]
+    rows = {"reference": {"ids": plain, "kl": kl, "z": None}}
     for run in runs:
         K, ids = run.config.experts, []
         for experts in [range(K)] if run.config.sharing == "heads" else [[k] for k in range(K)]:
             policies, name = [run.experts.policy(k) for k in experts], "+".join(map(str, experts))
             ids += sample(policies, dtype, of, config, max_new, eos, f"{run.name} expert {name}")
-        kl = log_ratios(run, reference, ids, of, plain)                     # (K,N,K)
+        kl = log_ratios(run.experts, not run.config.train_trunk, reference, ids, of, plain, run.name,
+                        config.temperature)                                 # (K,N,K)
         log_w, n = weights(run, prompts, states), torch.arange(len(prompts))
         for mode in ("mixture", "sparse", *range(K)) if K > 1 else (0,):
             z = choose_expert(log_w, len(prompts), str(mode), config.seed)                          # (N,)  M13
@@ -149,12 +172,23 @@ def read_prompts(path: Path, tokenizer, max_prompt: int, limit: int) -> tuple[li
             prompts.append(Pair(encode_prompt(prompt, tokenizer, max_prompt)[0], [], [], domain=row.get("domain")))
         except (ValueError, KeyError, TypeError) as error:                  # no JSON, no prompt, no token for a letter
             got = f"{line[:80]!r} ({error})"
-            raise InputError(f'{path}:{number}: wanted {{"prompt": text or messages}}, got {got}') from None
+            raise InputError(f'wanted {{"prompt": text or messages}}, got {got}', file=path, line=number) from None
         kinds.add(type(prompt))
+    if not prompts:
+        raise InputError("no prompt in it; wanted a line a prompt, or no such file", file=path)
     if len(kinds) > 1:
-        raise InputError(f"{path}: some prompts are texts and some conversations, which end differently; wanted one "
-                         "kind")
+        raise InputError("some prompts are texts and some conversations, which end differently; wanted one kind",
+                         file=path)
     return prompts[: limit or None], template_of(tokenizer).end if kinds == {list} else tokenizer.eos
+
+
+def check_room(prompts: list[Pair], max_new: int, context: int) -> int:
+    """max_new. Raises: InputError if so many tokens behind the longest prompt exceed the models' context."""
+    longest = max(len(p.prompt) for p in prompts)
+    if longest + max_new > context:
+        raise InputError(f"{max_new} new tokens behind the longest prompt, of {longest}, exceed the model's context of "
+                         f"{context}; wanted at most {context - longest}", option="max_new")
+    return max_new
 
 
 def told_of_prompts(path: Path, limit: int) -> list[dict]:
@@ -163,54 +197,80 @@ def told_of_prompts(path: Path, limit: int) -> list[dict]:
     return [{name: row[name] for name in ("domain", "set") if name in row} for row in rows]
 
 
-def evaluate(config: EvalConfig) -> dict:
-    """Evaluates and writes results.json, samples.jsonl and the report; returns the results."""
-    folder, local = Path(config.dir).resolve(), config.data_folder
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    home = folder.parent if (folder / "checkpoint").exists() else folder    # where the data of a single run lie
-    runs = [load_run(path, device, local) for path in find_runs(folder)]
-    first, dtype = runs[0].config, runs[0].experts.dtype
-    for run in runs:
-        if any(getattr(run.config, name) != getattr(first, name) for name in ("model", "max_prompt", "max_response",
-                                                                              "dtype")):
-            raise InputError(f"{run.path}: its model, lengths or dtype differ from {runs[0].path}'s; "
-                             "evaluate such runs one at a time")
-    references, tokenizer = load_references(runs[0].config, device)
-    facts = environment() | {"dtype": str(dtype).removeprefix("torch.")}
-    results = {"environment": facts, "config": dataclasses.asdict(config)}
-    results |= {"preferences": {}, "adapt": {}, "policies": {}}
+def files_of(config: EvalConfig, home: Path) -> tuple[Path, Path, dict]:
+    """The files of held-out preferences and of prompts, which may be missing, and what dataset.json says, or {}.
+    Raises: InputError if a file that an option names is missing, or if there is nothing to evaluate on."""
     heldout, prompts = Path(config.heldout or home / "heldout.jsonl"), Path(config.prompts or home / "prompts.jsonl")
-    told = home / "dataset.json"                                            # which names the rewards, if there are any
-    dataset = json.loads(told.read_text()) if told.exists() else {}
-    for asked, path in ((config.heldout, heldout), (config.adapt, Path(config.adapt)), (config.prompts, prompts),
-                        (config.prompts, told)):
-        if asked and not path.exists():
-            raise InputError(f"{path}: no such file; --heldout and --adapt want preferences, --prompts wants prompts "
-                             "and, in the folder of the runs, the dataset.json that names their reward functions")
+    facts = home / "dataset.json"                                           # which names the rewards, if there are any
+    for option, path in (("heldout", heldout), ("adapt", Path(config.adapt)), ("prompts", prompts), ("prompts", facts)):
+        if getattr(config, option) and not path.exists():
+            raise InputError("no such file; --heldout and --adapt want preferences, --prompts wants prompts and, in "
+                             "the folder of the runs, the dataset.json that names their reward functions", file=path,
+                             option=option)
+    dataset = json.loads(facts.read_text()) if facts.exists() else {}
     if not heldout.exists() and not config.adapt and not (prompts.exists() and dataset):
-        raise InputError(f"{home}: nothing to evaluate on; wanted heldout.jsonl there, or --heldout FILE")
+        raise InputError("nothing to evaluate on; wanted heldout.jsonl there, or --heldout FILE", file=home)
+    return heldout, prompts, dataset
+
+
+def load_runs(folder: Path, device: str, data_folder: str) -> list[Run]:
+    """The finished runs to evaluate. Raises: InputError if they cannot be evaluated together."""
+    runs = [load_run(path, device, data_folder) for path in find_runs(folder)]
+    for run in runs:
+        if any(getattr(run.config, name) != getattr(runs[0].config, name)
+               for name in ("model", "max_prompt", "max_response", "dtype")):
+            raise InputError(f"its model, lengths or dtype differ from {runs[0].path}'s; evaluate such runs one at a "
+                             "time", file=run.path)
+    return runs
+
+
+def complete(config: EvalConfig, folder: Path, home: Path, runs: list[Run], reference, tokenizer, asked: list[Pair],
+             end: int, max_new: int, dataset: dict) -> dict:
+    """Completes the prompts, writes samples.jsonl (and what a gate saw of the prompts) into `folder`; returns the
+    table of rewards, {} where dataset.json names none."""
+    ids, table = [p.prompt for p in asked], {}
+    rows = policy_rows(runs, reference, asked, config, max_new, end)
+    texts = {name: [plain_text(p, y, tokenizer, end) for p, y in zip(ids, row["ids"])] for name, row in rows.items()}
+    if "rewards" in dataset:
+        table = reward_table(rows, texts, dataset, home)
+    if any(run.config.gate in READS_PROMPT for run in runs):                # what they look at, for pictures
+        states = prompt_features(reference, ids, runs[0].experts.dtype)
+        save_file({"states": states}, folder / "prompt-states.safetensors")
+    samples = [{"prompt": plain_text(prompt, [], tokenizer, end), "texts": {name: of[n] for name, of in texts.items()}}
+               for n, prompt in enumerate(ids)]
+    write_whole(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+    return table
+
+
+def evaluate(config: EvalConfig) -> dict:
+    """Evaluates and writes results.json, samples.jsonl and the report; returns the results. What an evaluation before
+    wrote is replaced when its successor is there. Raises: InputError, before anything is computed."""
+    validate(config)
+    folder, device = Path(config.dir).resolve(), "cuda" if torch.cuda.is_available() else "cpu"
+    home = folder.parent if (folder / "checkpoint").exists() else folder    # where the data of a single run lie
+    runs = load_runs(folder, device, config.data_folder)
+    first, cache = runs[0].config, home / "cache"
+    references, tokenizer = load_references(first, device)
+    heldout, prompts, dataset = files_of(config, home)
+    completed = prompts.exists() and bool(dataset)
+    if completed:
+        asked, end = read_prompts(prompts, tokenizer, first.max_prompt, config.limit)
+        max_new = check_room(asked, config.max_new or dataset.get("max_new") or first.max_response,
+                             min(model.config.context for model in references))
+    facts = environment() | {"dtype": str(runs[0].experts.dtype).removeprefix("torch.")}
+    results = {"environment": facts, "config": dataclasses.asdict(config)}
+    results |= {"preferences": {}, "adapt": {}, "policies": {}, "asked": []}
     if heldout.exists():
         results["preferences"] = {run.name: preference_figures(run, *found) for run, *found in
-                                  margins_of(runs, references, tokenizer, heldout, home / "cache")}
+                                  margins_of(runs, references, tokenizer, heldout, cache)}
     for path in [Path(config.adapt)] if config.adapt else sorted(home.glob("adapt-*.jsonl"), key=lambda p: p.stem):
         results["adapt"][path.stem] = {run.name: adapted(*found, config.seed) for run, *found in
-                                       margins_of(runs, references, tokenizer, path, home / "cache")}
-    (folder / "samples.jsonl").unlink(missing_ok=True)                      # of an evaluation before
-    if prompts.exists() and dataset:
-        asked, end = read_prompts(prompts, tokenizer, first.max_prompt, config.limit)
-        max_new, ids = config.max_new or dataset.get("max_new") or first.max_response, [p.prompt for p in asked]
-        rows = policy_rows(runs, references[0], asked, config, max_new, end)
-        texts = {name: [plain_text(p, y, tokenizer, end) for p, y in zip(ids, row["ids"])]
-                 for name, row in rows.items()}
-        if "rewards" in dataset:
-            results["policies"] = reward_table(rows, texts, dataset, home)
+                                       margins_of(runs, references, tokenizer, path, cache)}
+    if completed:
+        results["policies"] = complete(config, folder, home, runs, references[0], tokenizer, asked, end, max_new,
+                                       dataset)
         results["asked"] = told_of_prompts(prompts, config.limit)
-        if any(run.config.gate in READS_PROMPT for run in runs):            # what they look at, for pictures
-            save_file({"states": prompt_features(references[0], ids, dtype)}, folder / "prompt-states.safetensors")
-        samples = [{"prompt": plain_text(prompt, [], tokenizer, end),
-                    "texts": {name: of[n] for name, of in texts.items()}} for n, prompt in enumerate(ids)]
-        write_whole(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
-    write_whole(folder / "results.json", json.dumps(results) + "\n")
+    write_whole(folder / "results.json", to_json(results) + "\n")
     print_tables(results)
     print_curves(results["adapt"])
     write_report(folder)
@@ -222,7 +282,7 @@ def export(config: EvalConfig) -> list[Path]:
     path = Path(config.dir).resolve()
     refuse_idle(config, "--export evaluates nothing", ("dir", "export", "data_folder"))
     if not (path / "checkpoint").exists():
-        raise InputError(f"{path}: is no run; --export takes one run, a directory that train.py wrote")
+        raise InputError("is no run; --export takes one run, a directory that train.py wrote", file=path)
     run = load_run(path, "cpu", config.data_folder)
     places = export_experts(run.experts, config.export, run.config.models, config.data_folder or None)
     for k, place in enumerate(places):
@@ -232,6 +292,7 @@ def export(config: EvalConfig) -> list[Path]:
 
 def compare(config: EvalConfig) -> dict:
     """Win rates of the policies in samples.jsonl by config.judge; prints and returns them."""
+    validate(config)
     refuse_idle(config, "--judge compares what was completed before", ("dir", "judge", "against", "seed"))
     from data.judges import win_rates                                       # here: only this needs its packages
 
@@ -239,7 +300,8 @@ def compare(config: EvalConfig) -> dict:
     for column, policies in found["columns"].items():
         print(f"\n{column}: win rate against {found['against']} on {found['prompts']} prompts, 95 % interval")
         for name, f in policies.items():
-            print(f"{name:<24}{f['rate']:.3f} ({f['low']:.3f} to {f['high']:.3f}), {f['wins']} wins, {f['ties']} ties")
+            print(f"{name:<24}{f['rate']:.3f} ({f['low']:.3f} to {f['high']:.3f}), {f['wins']} wins, {f['ties']} ties"
+                  + (f", {f['unjudged']} not judged" if f["unjudged"] else ""))
     write_report(Path(config.dir).resolve())
     return found
 
@@ -248,7 +310,7 @@ def refuse_idle(config: EvalConfig, why: str, used: tuple) -> None:
     """Raises: InputError naming an option that is set and has no effect here."""
     idle = [f.name for f in dataclasses.fields(config) if f.name not in used and getattr(config, f.name) != f.default]
     if idle:
-        raise InputError(f"{why}; leave --{idle[0].replace('_', '-')} out")
+        raise InputError(f"{why}; leave this option out", option=idle[0])
 
 
 def print_tables(results: dict) -> None:

@@ -36,7 +36,7 @@ from mixdpo.adopt import adopt
 from mixdpo.budget import Private, certify, drop_key, kept_key, spent_before
 from mixdpo.config import InputError
 from mixdpo.diagnostics import step_summary
-from mixdpo.dpo import flipped_margins, label_loss, margins
+from mixdpo.dpo import label_loss, margins, observed_margins
 from mixdpo.experts import (load_state, make_experts, once_a_step, pair_logp, predicting_states, projections,
                             trained_state, trunks)
 from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
@@ -82,7 +82,8 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
         tile = None if split else 0                                         # few rows: keep their logits
         logps = experts.token_logps(states[..., m:m_end, :], targets[m:m_end], tile, heads)         # (K,m)
         logp = sum_responses(logps, sequence[m:m_end] - 2 * p, p_end - p)                           # (b,K,2)
-        h = heard(margins(logp, ref_logp[pair[p:p_end]].to(logp), config.beta), config)       # (b,K)  M4
+        h = margins(logp, ref_logp[pair[p:p_end]].to(logp), config.beta)                            # (b,K)  M4
+        h = observed_margins(h, config.label_noise, config.label_loss)
         group = groups[p:p_end]
         if known is None:
             first, last = int(batch.group[p]), int(batch.group[p_end - 1])
@@ -105,18 +106,14 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
     return seen
 
 
-def heard(h: torch.Tensor, config) -> torch.Tensor:
-    """The margins of the choices as they were made, wrong ones among them, if that is what --label-noise asks for."""
-    return flipped_margins(h, config.label_noise) if config.label_loss == "flips" else h
-
-
 @torch.no_grad()
 def posterior(experts, batch: Batch, ref_logp: torch.Tensor, log_w: torch.Tensor, config) -> torch.Tensor:
     """An E-step by a pass of its own: q of each group (G,K) from the pairs of `batch`, log_w (G,K). Out of sample if
     these are context pairs, which the M-step never trains on."""
     pair, group = batch.pair.to(log_w.device), batch.group.to(log_w.device)                   # (B,) each
     logp = pair_logp(experts, batch, packed=config.packing)                 # (B,K,2)
-    h = heard(margins(logp, ref_logp[pair].to(log_w), config.beta), config)                   # (B,K)  M4
+    h = margins(logp, ref_logp[pair].to(log_w), config.beta)                # (B,K)  M4
+    h = observed_margins(h, config.label_noise, config.label_loss)
     return e_step(log_w[group], h, group)[1]                                # M7, M11
 
 

@@ -83,7 +83,9 @@ def likelihoods(job: Job) -> str:
     def less(run: str, base: str | None) -> list[str]:
         if base is None or run == base:
             return [NONE, NONE]
-        gap = mean_se(np.array(of[run]["by_pair"]) - np.array(of[base]["by_pair"]), of[run]["prompt_of_pair"])
+        users = of[run].get("user_of_pair") or of[base].get("user_of_pair")                 # where weights are theirs
+        clusters = [of[run]["prompt_of_pair"], *([users] if users else [])]
+        gap = mean_se(np.subtract(*(np.array(of[name]["by_pair"], float) for name in (run, base))), *clusters)
         return [pm(gap, 4, sign="+"), in_ses(gap)]
 
     def first(holds) -> str | None:

@@ -9,6 +9,7 @@ Any of them may be missing. Left out: every figure that eval.py computes.
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,7 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from data.stages import numbers
+from mixdpo import config as configs
 from mixdpo.diagnostics import mean_se
+from mixdpo.options import TrainConfig
 from mixdpo.records import lines
 
 SAMPLES = 6  # prompts whose completions are shown
@@ -59,6 +62,12 @@ def records(path: Path, most: int | None = None) -> list[dict]:
     return [json.loads(line) for line in islice(lines(path), most) if line.strip()] if path.exists() else []
 
 
+def figure(found: dict) -> dict:
+    """An object of a results file, with NaN for the null that stands for it where a figure has no number."""
+    numbers = ("mean", "se", "rate", "low", "high")
+    return {name: math.nan if value is None and name in numbers else value for name, value in found.items()}
+
+
 def read_job(folder: Path) -> Job:
     """The runs are those that results.json names, in its order; all in the folder if it names none."""
     home = folder.parent if (folder / "metrics.jsonl").exists() else folder  # of a single run's data
@@ -72,7 +81,9 @@ def read_job(folder: Path) -> Job:
     runs = [read_run(home / name) for name in found if not named.keys() & set(found) or name in named]
     runs.sort(key=lambda run: [*named, run.name].index(run.name))
     files = {name: rows for name in ("train", "heldout", "prompts") if (rows := records(home / f"{name}.jsonl"))}
-    samples, tuned = records(folder / "samples.jsonl", SAMPLES), read(home / "reference" / "finetune.json")
+    shown = SAMPLES if results.get("asked", True) else 0                    # else they are of an evaluation before
+    samples = records(folder / "samples.jsonl", shown)
+    tuned = read(home / "reference" / "finetune.json")
     return Job(home, results, read(home / "dataset.json"), samples, tuned, files, runs, read(folder / "winrates.json"))
 
 
@@ -88,7 +99,7 @@ def run_of(row: str) -> str:
 
 
 def read_run(path: Path) -> Run:
-    config = numbers(json.loads((path / "config.json").read_text()))
+    config = vars(configs.load(TrainConfig, path / "config.json", report=lambda line: None))       # eval.py reported
     beside = path.parent / Path(config["data"]).name
     data = beside if beside.exists() else Path(config["data"])              # a job's folder may have moved since
     units = {}

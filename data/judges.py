@@ -9,12 +9,14 @@
 
     win rate    (wins + ties / 2) / prompts, with the 95 % interval of 10,000 bootstrap samples of the prompts
     tie         equal scores, the same text, or an LLM that answers otherwise when the order is turned round
+    not judged  an LLM that gives no verdict in one of the orders; such prompts are counted, and in no rate
 
 Columns are types of users: the worst one is what a policy guarantees. Writes DIR/winrates.json.
 """
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +24,27 @@ import numpy as np
 from data.annotators import score
 from data.llm import Endpoint
 from data.stages import read_lines
-from mixdpo.config import InputError, to_json, write_whole
+from mixdpo.config import InputError, reading, to_json, write_whole
 
 GENERAL = {"better": "the better answer: helpful, right, harmless and clear"}
 
 
 def win_rates(folder: Path, judge: str, against: str, seed: int = 0) -> dict:
-    """{"judge", "against", "columns": {column: {policy: {"rate", "low", "high", "wins", "ties", "losses"}}}}, for every
+    """{"judge", "against", "columns": {column: {policy: {"rate", "low", "high", "wins", "ties", "losses",
+    "unjudged"}}}}, for every
     policy but `against` ("": dpo if it is there, else the reference). Raises: InputError, before anything is asked."""
     if not (folder / "samples.jsonl").exists():
-        raise InputError(f"{folder}: no samples.jsonl in it; let `python eval.py {folder}` complete its prompts first")
-    samples = read_lines(folder / "samples.jsonl")
-    policies = list(samples[0]["texts"])
+        raise InputError(f"no samples.jsonl in it; let `python eval.py {folder}` complete its prompts first",
+                         file=folder)
+    with reading(folder / "samples.jsonl", f"let `python eval.py {folder}` write it anew"):
+        samples = read_lines(folder / "samples.jsonl")
+        if not samples:
+            raise InputError(f"no completions in it; let `python eval.py {folder}` complete its prompts first",
+                             file=folder / "samples.jsonl")
+        policies = list(samples[0]["texts"])
     against = against or ("dpo" if "dpo" in policies else "reference")
     if against not in policies:
-        raise InputError(f"--against: got {against!r}, wanted one of {', '.join(policies)}")
+        raise InputError(f"got {against!r}, wanted one of {', '.join(policies)}", option="against")
     preferred, columns = judge_of(judge, folder), {}
     for policy in [name for name in policies if name != against]:
         rows = [(s["prompt"], *(s["texts"][name].removeprefix(s["prompt"]) for name in (policy, against)))
@@ -48,17 +56,20 @@ def win_rates(folder: Path, judge: str, against: str, seed: int = 0) -> dict:
     return found
 
 
-def rate(wins: list[float], seed: int) -> dict:
-    """wins (N): 1 for a win, 1/2 for a tie, 0 for a loss."""
-    wins = np.array(wins, dtype=float)
+def rate(wins: list[float | None], seed: int) -> dict:
+    """wins (N): 1 for a win, 1/2 for a tie, 0 for a loss, None where it was not judged. NaN if none was."""
+    unjudged, wins = wins.count(None), np.array([win for win in wins if win is not None], dtype=float)
+    if not len(wins):
+        none = dict.fromkeys(("rate", "low", "high"), math.nan) | dict.fromkeys(("wins", "ties", "losses"), 0)
+        return none | {"unjudged": unjudged}
     drawn = np.random.default_rng([seed, 41]).integers(len(wins), size=(10000, len(wins)))
     low, high = np.quantile(wins[drawn].mean(1), [0.025, 0.975])
     counts = {name: int((wins == value).sum()) for name, value in (("wins", 1), ("ties", 0.5), ("losses", 0))}
-    return {"rate": wins.mean(), "low": low, "high": high} | counts
+    return {"rate": wins.mean(), "low": low, "high": high} | counts | {"unjudged": unjudged}
 
 
 def judge_of(judge: str, folder: Path):
-    """A function: [(prompt, a, b)] -> column -> [1, 1/2 or 0 of each, whether a wins]."""
+    """A function: [(prompt, a, b)] -> column -> [1, 1/2 or 0 of each, whether a wins; None: not judged]."""
     kind, _, name = judge.partition(":")
     home = folder.parent if (folder / "checkpoint").exists() else folder
     if kind == "annotator" and name:
@@ -69,7 +80,7 @@ def judge_of(judge: str, folder: Path):
         facts = home / "dataset.json"
         criteria = json.loads(facts.read_text()).get("criteria") if facts.exists() else None
         return by_asking(Endpoint(name, folder / "judged.jsonl"), criteria or GENERAL)
-    raise InputError(f"--judge: got {judge!r}, wanted annotator:NAME, classifier:PATH or llm:MODEL")
+    raise InputError(f"got {judge!r}, wanted annotator:NAME, classifier:PATH or llm:MODEL", option="judge")
 
 
 def by_scores(scores):
@@ -83,7 +94,7 @@ def by_scores(scores):
 
 
 def by_asking(endpoint: Endpoint, criteria: dict[str, str]):
-    """Of answers: asked in both orders, a wins if it wins in both."""
+    """Of answers: asked in both orders, a wins if it wins in both; not judged unless both have a verdict."""
     def preferred(rows):
         asked = [(criterion, prompt, *texts) for criterion in criteria.values() for prompt, a, b in rows if a != b
                  for texts in ((a, b), (b, a))]
@@ -97,7 +108,7 @@ def by_asking(endpoint: Endpoint, criteria: dict[str, str]):
                     "first": answers[criterion, prompt, a, b], "second": answers[criterion, prompt, b, a]}
                 a_wins = said == {"first": "first", "second": "second"}
                 b_wins = said == {"first": "second", "second": "first"}
-                out[column].append(1.0 if a_wins else 0.0 if b_wins else 0.5)
+                out[column].append(None if None in said.values() else 1.0 if a_wins else 0.0 if b_wins else 0.5)
         return out
 
     return preferred
@@ -106,19 +117,20 @@ def by_asking(endpoint: Endpoint, criteria: dict[str, str]):
 def refuse_policies(path: Path, home: Path) -> Path:
     """The path, unless it is a model of the job itself. Raises: InputError then, or if it holds no model."""
     if not (path / "config.json").is_file():
-        raise InputError(f"{path}: no config.json in it; --judge classifier: wants a Hugging Face directory")
+        raise InputError(f"{path}: no config.json in it; classifier: wants a Hugging Face directory", option="judge")
     used = {Path(json.loads(file.read_text())["model"]).resolve() for file in home.glob("*/config.json")
             if "model" in json.loads(file.read_text())}
     if path.resolve() in used or home.resolve() in path.resolve().parents:
-        raise InputError(f"{path}: is a policy of this job, and no policy judges itself; take another model")
+        raise InputError(f"{path}: is a policy of this job, and no policy judges itself; take another model",
+                         option="judge")
     return path
 
 
 def classify(texts: list[str], path: Path) -> list[float]:
     """The logit of the model's last label, the only one of a reward model."""
     if importlib.util.find_spec("transformers") is None:
-        raise InputError("--judge classifier: needs the package transformers, which is not installed: pip install "
-                         "transformers")
+        raise InputError("classifier: needs the package transformers, which is not installed: pip install "
+                         "transformers", option="judge")
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

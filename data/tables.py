@@ -50,14 +50,22 @@ def section(title: str, reading: str, *parts: str) -> str:
     return "\n\n".join([f"## {title}", reading, *filter(None, parts)])
 
 
+def measured(figure: dict, what: str = "mean") -> bool:
+    """Whether the figure has a number there."""
+    return math.isfinite(figure[what])
+
+
 def pm(figure: dict, digits: int = 3, sign: str = "") -> str:
-    """mean ± SE; the mean alone where there is no SE."""
+    """mean ± SE; the mean alone where there is no SE, an empty cell where there is no mean."""
+    if not measured(figure):
+        return NONE
     mean = f"{figure['mean']:{sign}.{digits}f}"
-    return f"{mean} ± {figure['se']:.{digits}f}" if math.isfinite(figure["se"]) else mean
+    return f"{mean} ± {figure['se']:.{digits}f}" if measured(figure, "se") else mean
 
 
 def in_ses(figure: dict) -> str:
-    return f"{figure['mean'] / figure['se']:+.1f}" if figure["se"] > 0 else NONE            # false of NaN too
+    """The mean over its standard error; an empty cell where there is none, or it is 0."""
+    return f"{figure['mean'] / figure['se']:+.1f}" if measured(figure) and figure["se"] > 0 else NONE
 
 
 def plain(value) -> str:
@@ -137,7 +145,8 @@ def policies(job: Job) -> str:
     return section(
         title,
         "Means over the evaluation prompts ± standard error; mean of trained: of the rewards that the annotators of "
-        "the training pairs follow; the gain in it is paired, prompt by prompt; KL is to the reference.",
+        "the training pairs follow; the gain in it is paired, prompt by prompt; KL is of the policy as it was sampled, "
+        "temperature included, to the reference.",
         table(head, body), note)
 
 
@@ -160,7 +169,7 @@ def head_differences(job: Job) -> str:
         for i, a in enumerate(names):
             for b in names[i + 1 :]:
                 figures = paired(job.results["policies"], a, b)
-                cells = [pm(f, sign="+") + (f" ({in_ses(f)} SE)" if f["se"] > 0 else "") for f in figures]
+                cells = [pm(f, sign="+") + (f" ({in_ses(f)} SE)" if in_ses(f) != NONE else "") for f in figures]
                 body.append([escape(run), f"{a.removeprefix(f'{run} ')} less {b.removeprefix(f'{run} ')}", *cells])
     if not body:
         return section(title, "No completions of a run with several experts were evaluated.")
@@ -196,7 +205,8 @@ def preferences(job: Job) -> str:
         title,
         "The share of held-out pairs on which an expert prefers the chosen response (0.5 is a coin); an expert that "
         "learnt its annotator does better on that annotator's pairs (own) than on the others'. Users share prompts and "
-        "even pairs: standard errors count the prompts, not the pairs. An expert is named after the annotator whose "
+        "even pairs: standard errors count the prompts, not the pairs; those of figures under the user's weights count "
+        "prompts and users. An expert is named after the annotator whose "
         "training groups it has most of.",
         table(head, of_expert, left=3),
         "The mixture of Bradley-Terry, per pair: a log-likelihood above -0.6931 beats a coin; the user's weights are "

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from data.job import Job, annotators_of
-from data.tables import NONE, escape, in_ses, plain, pm, section, table
+from data.tables import NONE, escape, in_ses, measured, plain, pm, section, table
 from mixdpo.diagnostics import mean_se
 
 WAYS = ("user", "pair, pooled", "pair, majority")  # of assigning users to planted types (data/planted.py)
@@ -26,16 +26,17 @@ def types(job: Job) -> str:
     for run, figures in rows.items():
         of = figures["types"]
         for name, digits, body in (("accuracy", 3, by_accuracy), ("log_likelihood", 4, by_nats)):
-            worst = min(kinds, key=lambda kind: of[kind][name]["mean"])
+            worst = min(kinds, key=lambda kind: (measured(of[kind][name]), of[kind][name]["mean"]))
             body.append([escape(run), *(pm(of[kind][name], digits) for kind in kinds), pm(of[worst][name], digits)])
-        by_accuracy[-1].append(f"{max(best[kind] - of[kind]['accuracy']['mean'] for kind in kinds):.3f}")
+        regrets = [best[kind] - of[kind]["accuracy"]["mean"] for kind in kinds]
+        by_accuracy[-1].append(f"{max(regrets):.3f}" if all(map(math.isfinite, regrets)) else NONE)
         if found := figures["conflicts"]:
             less = [NONE, NONE]
-            if dpo and dpo is not figures and math.isfinite(found["mean"]):
-                gap = np.subtract(figures["conflicts_by_pair"], dpo["conflicts_by_pair"])
+            if dpo and dpo is not figures and measured(found):
+                gap = np.subtract(*(np.array(of["conflicts_by_pair"], float) for of in (figures, dpo)))     # null: NaN
                 less = [pm(gap := mean_se(gap, figures["conflicts_prompt"]), sign="+"), in_ses(gap)]
             own = [of[kind]["own_expert"] for kind in kinds]
-            shares = [pm(f) if math.isfinite(f["mean"]) else NONE for f in (*own, found)]
+            shares = [pm(f) for f in (*own, found)]
             apart.append([escape(run), *shares, *less, str(found["n"])])
     head = ["run", *map(escape, kinds), "worst type"]
     return section(
@@ -46,7 +47,8 @@ def types(job: Job) -> str:
         table([*head, "greatest regret"], by_accuracy),
         "The same in nats a pair.", table(head, by_nats),
         apart and "Were every user's type known: its expert's accuracy on all pairs of the type, and on those pairs on "
-        "which types disagree; and how much better than DPO there, pair by pair. SEs count prompts. An empty cell "
+        "which types disagree; and how much better than DPO there, pair by pair. SEs count prompts here, since no "
+        "user's own weights are used, and prompts and users in the tables above. An empty cell "
         "is a type for which no expert stands.",
         apart and table(["run", *(f"{escape(kind)}, its expert" for kind in kinds), "where types disagree",
                          "less DPO's", "in SEs", "pairs"], apart))
@@ -69,26 +71,27 @@ def adaptation(job: Job) -> str:
     return section(
         title,
         "Accuracy on the second half of a new user's pairs, when so many of the first half were shown: a posterior "
-        "over the experts, and no weight is touched. SEs count users; the last two columns compare each user with "
-        "itself.", *parts)
+        "over the experts, and no weight is touched. SEs count users and prompts; the last two columns compare each "
+        "user with itself.", *parts)
 
 
 def win_rates(job: Job) -> str:
     found, columns, body = job.win_rates, job.win_rates["columns"], []
 
     def cell(f: dict) -> str:
-        return f"{f['rate']:.3f} ({f['low']:.3f} to {f['high']:.3f})"
+        return f"{f['rate']:.3f} ({f['low']:.3f} to {f['high']:.3f})" if measured(f, "rate") else NONE
 
     for policy in next(iter(columns.values())):
         of = [rows[policy] for rows in columns.values()]
-        ties = sum(f["ties"] for f in of) / len(of)
-        body.append([escape(policy), *map(cell, of), cell(min(of, key=lambda f: f["rate"])), f"{ties:.1f}"])
+        ties, unjudged = (sum(f.get(what, 0) for f in of) / len(of) for what in ("ties", "unjudged"))
+        worst = min(of, key=lambda f: (measured(f, "rate"), f["rate"]))
+        body.append([escape(policy), *map(cell, of), cell(worst), f"{ties:.1f}", f"{unjudged:.1f}"])
     return section(
         "Win rates",
         f"Against {escape(found['against'])} on {found['prompts']} prompts, judged by {escape(found['judge'])}: the "
         "share of prompts on which a policy's completion is preferred, ties half, with its 95 % bootstrap interval; "
-        "0.5 is no better.",
-        table(["policy", *map(escape, columns), "worst", "ties"], body))
+        "0.5 is no better. Prompts that the judge did not answer are in no rate.",
+        table(["policy", *map(escape, columns), "worst", "ties", "not judged"], body))
 
 
 # ---- planted types (data/planted.py)

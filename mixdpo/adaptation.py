@@ -8,14 +8,12 @@ the second half is what is asked, and of the first half 0, 1, 2, 4, 8, 16 are sh
 nothing else. A user without so many counts in the points before.
 """
 
-import math
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from mixdpo.diagnostics import mean_se
-from mixdpo.dpo import accuracy
+from mixdpo.dpo import mixture_accuracy
 from mixdpo.mixture import log_marginal
 from mixdpo.preferences import Pair, groups
 
@@ -32,7 +30,7 @@ def weights_after(log_w: torch.Tensor, h: torch.Tensor, shown: list[int], asked:
 def adapted(pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor, seed: int = 0) -> list[dict]:
     """The curve: for each number of pairs shown, accuracy and log-likelihood (nats) of those asked, in all and by type;
     and the rise, how much more accurate it is for the same users than with none shown. h (P,K) margins, log_w (P,K)
-    weights of a gate that does not know the users. SEs count users.
+    weights of a gate that does not know the users. SEs count users and prompts, those of the rise users.
 
     Raises: InputError if a pair has no user.
     """
@@ -46,13 +44,14 @@ def adapted(pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor, seed: int =
         index = torch.tensor([i for _, asked in able for i in asked])
         after = torch.cat([weights_after(log_w, h, shown, asked) for shown, asked in able])            # (A,K)
         log_p = log_marginal(after, h[index])                               # M5
-        right, user = accuracy(log_p + math.log(2)), [pairs[i].user for i in index.tolist()]
+        right, user = mixture_accuracy(log_p), [pairs[i].user for i in index.tolist()]
+        prompt = [tuple(pairs[i].prompt) for i in index.tolist()]
         kind = [pairs[i].annotator or "all" for i in index.tolist()]
 
         def figures(keep: list[bool]) -> dict:
-            of = [u for u, k in zip(user, keep) if k]
-            return {name: mean_se(values[torch.tensor(keep)], of) for name, values in (("accuracy", right),
-                                                                                       ("log_likelihood", log_p))}
+            clusters = [[x for x, k in zip(of, keep) if k] for of in (user, prompt)]
+            named = (("accuracy", right), ("log_likelihood", log_p))
+            return {name: mean_se(values[torch.tensor(keep)], *clusters) for name, values in named}
 
         of_user = {u: float(right[torch.tensor([v == u for v in user])].mean()) for u in dict.fromkeys(user)}
         first_of = first_of or of_user

@@ -201,19 +201,26 @@ def save(config, path: Path) -> None:
     write_whole(path, to_json(dataclasses.asdict(config), indent=1) + "\n")
 
 
-def load(cls, path: Path):
-    """Reads back what `save` wrote; also a bare Infinity, as older files have it. Raises: InputError if the file holds
-    other fields than `cls` has, or other types in them."""
+def load(cls, path: Path, report=print):
+    """Reads back what `save` wrote, by this version or another: an option that it did not have yet is at its default,
+    one that is no more is ignored, and `report` gets a line that says which. A bare Infinity, as older files have it,
+    is read too. Raises: InputError if another field is missing, or holds another type."""
     kinds = typing.get_type_hints(cls)
+    defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
     with reading(path):
         values = json.loads(path.read_text(encoding="utf-8"))
-        if set(values) != set(kinds):
-            raise InputError(f"{path}: its fields differ from this version's in {sorted(set(values) ^ set(kinds))}; "
-                             "it was written by another version")
+        new, old = [n for n in kinds if n not in values], [n for n in values if n not in kinds]
+        if lost := [n for n in new if n not in defaults]:
+            raise InputError(f"has no {', '.join(lost)}; wanted a file that this program wrote: put it back", file=path)
+        for names, what in ((new, "written before these options, which are at their defaults"),
+                            (old, "has options that are no more and are ignored")):
+            if names:
+                report(f"{path}: {what}: {', '.join(names)}")
+        values = {name: values.get(name, defaults.get(name)) for name in kinds}
         for name, value in values.items():
             kind = typing.get_origin(kinds[name]) or kinds[name]
             if kind is float and value in ("inf", "-inf"):
-                values[name] = value = float(value)
-            if type(value) not in {tuple: (list,), float: (float, int)}.get(kind, (kind,)):
-                raise InputError(f"{path}: {name} is {value!r:.80}, wanted {kind.__name__}; put back what was there")
+                values[name] = float(value)
+            elif type(value) not in {tuple: (list, tuple), float: (float, int)}.get(kind, (kind,)):
+                raise InputError(f"{name} is {value!r:.80}, wanted {kind.__name__}; put back what was there", file=path)
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -8,7 +8,10 @@
     ARI                 adjusted Rand index (Hubert & Arabie 1985): 1 for the same partition, 0 on average by chance
     matched accuracy    share assigned rightly under the best one-to-one naming of experts
     standard errors     of means over clusters: pairs on one prompt share texts and even judgements, so they are not
-                        independent; residuals are summed within a prompt first (Liang & Zeger 1986, with C / (C - 1))
+                        independent; residuals are summed within a prompt first (Liang & Zeger 1986, with C / (C - 1)).
+                        Where a figure uses each user's own weights, a user's pairs are not independent either: two-way,
+                        V = V_prompts + V_users - V_both (Cameron, Gelbach & Miller 2011), and never less than either
+                        one-way variance
 """
 
 import math
@@ -16,7 +19,7 @@ from collections import Counter
 
 import torch
 
-from mixdpo.dpo import accuracy
+from mixdpo.dpo import accuracy, mixture_accuracy
 from mixdpo.mixture import balance, elbo, entropy, expert_loss, gate_loss, log_marginal
 
 
@@ -38,7 +41,7 @@ def step_summary(log_q: torch.Tensor, log_w: torch.Tensor, h: torch.Tensor) -> d
         "log_marginal": log_p.mean().item(),
         "elbo": elbo(log_q, log_w, h).mean().item(),
         "accuracy": accuracy(h).mean(0).tolist(),                           # of each expert on all pairs of the step
-        "accuracy_mbt": accuracy(log_p + math.log(2)).mean().item(),        # of the mixture of Bradley-Terry: p > 1/2
+        "accuracy_mbt": mixture_accuracy(log_p).mean().item(),              # of the mixture of Bradley-Terry: p > 1/2
         "margin": h.mean(0).tolist(),
         "q": log_q.exp().mean(0).tolist(),
         "q_entropy": entropy(log_q).mean().item(),
@@ -55,11 +58,12 @@ WINDOW = 20     # steps that an alarm looks back
 
 def alarms(metrics, experts: int, start_steps: int, window: int = WINDOW) -> dict[str, str]:
     """Name -> what is wrong and what to do, from the last `window` steps behind the start's; none while they are fewer.
+    Steps without pairs, which DP-SGD's sampling may draw, have no figures and do not count.
 
     Posterior collapse: responsibilities move from the weights by less than a hundredth of ln K, these are no sharper
     than half of it. Expert collapse: one expert has over 0.95 of all weight, or of all responsibilities.
     """
-    recent = [step for step in metrics if step["step"] > start_steps][-window:]
+    recent = [step for step in metrics if step["step"] > start_steps and step.get("pairs", 1)][-window:]
     if experts == 1 or len(recent) < window:
         return {}
 
@@ -79,9 +83,9 @@ def alarms(metrics, experts: int, start_steps: int, window: int = WINDOW) -> dic
     return found
 
 
-def clustered_se(influence: torch.Tensor, cluster: list | None) -> float:
-    """Standard error of a sum of centred terms (N,), of which those with equal entries in `cluster` (N) depend on each
-    other; NaN for a single cluster."""
+def one_way_variance(influence: torch.Tensor, cluster: list | None) -> float:
+    """Variance of a sum of centred terms (N,), of which those with equal entries in `cluster` (N) depend on each other;
+    None: all independent. NaN for a single cluster."""
     if cluster is None:
         sums = influence
     else:
@@ -89,23 +93,39 @@ def clustered_se(influence: torch.Tensor, cluster: list | None) -> float:
         index = torch.tensor([place[name] for name in cluster])
         sums = influence.new_zeros(len(place)).index_add(0, index, influence)               # (C,)
     C = len(sums)
-    return math.sqrt(C / (C - 1) * float(sums.square().sum())) if C > 1 else math.nan
+    return C / (C - 1) * float(sums.square().sum()) if C > 1 else math.nan
 
 
-def mean_se(values, cluster: list | None = None) -> dict:
-    """Mean and its standard error: (N,) -> {"mean", "se", "n"}. cluster (N): say, its prompt; None: all apart."""
+def clustered_se(influence: torch.Tensor, *clusters: list) -> float:
+    """Standard error of a sum of centred terms (N,): independent ones, or clustered in one or two ways, a list of N
+    names each. NaN where a way has a single cluster.
+
+    Two-way, the difference V_1 + V_2 - V_both may fall below V_1 or V_2 by chance, even below 0. In expectation it does
+    not unless terms of one cluster are negatively correlated, so the larger one-way variance is the floor: it errs on
+    the side of a larger error.
+    """
+    if len(clusters) < 2:
+        return math.sqrt(one_way_variance(influence, *(clusters or [None])))
+    first, second = (one_way_variance(influence, cluster) for cluster in clusters)
+    both = one_way_variance(influence, list(zip(*clusters, strict=True)))
+    return math.sqrt(max(first + second - both, first, second))             # NaN in front of max stays NaN
+
+
+def mean_se(values, *clusters: list) -> dict:
+    """Mean and its standard error: (N,) -> {"mean", "se", "n"}. clusters: none, or one or two lists of N, say the
+    prompts and the users (clustered_se)."""
     values = torch.as_tensor(values, dtype=torch.float64)
     mean = values.mean()
-    return {"mean": mean.item(), "se": clustered_se((values - mean) / len(values), cluster), "n": len(values)}
+    return {"mean": mean.item(), "se": clustered_se((values - mean) / len(values), *clusters), "n": len(values)}
 
 
-def difference_se(values, first: torch.Tensor, cluster: list | None = None) -> dict:
+def difference_se(values, first: torch.Tensor, *clusters: list) -> dict:
     """Mean of the values where `first` (N,) bool, less that of the others, and its standard error. A cluster may lie
     on both sides: what it adds to both means is then counted as one."""
     values = torch.as_tensor(values, dtype=torch.float64)
     a, b = values[first].mean(), values[~first].mean()
     influence = torch.where(first, (values - a) / first.sum(), (b - values) / (~first).sum())
-    return {"mean": (a - b).item(), "se": clustered_se(influence, cluster)}
+    return {"mean": (a - b).item(), "se": clustered_se(influence, *clusters)}
 
 
 def contingency(found: list, truth: list) -> torch.Tensor:
@@ -129,23 +149,42 @@ def adjusted_rand_index(found: list, truth: list) -> float:
     return 1.0 if largest == expected else (together - expected) / (largest - expected)
 
 
+def best_assignment(value: list[list[int]]) -> list[int]:
+    """The column of each row, all different, whose values have the largest sum: R rows, C >= R columns, O(R^2 C).
+    The Hungarian algorithm (Kuhn 1955) with potentials: rows are added one by one, each by a shortest augmenting path
+    in the reduced costs -value - u - v >= 0. Row and column 0 are sentinels."""
+    R, C = len(value), len(value[0])
+    u, v, row_of, before = [0] * (R + 1), [0] * (C + 1), [0] * (C + 1), [0] * (C + 1)
+    for row in range(1, R + 1):
+        row_of[0], at, done, slack = row, 0, {0}, [math.inf] * (C + 1)
+        while row_of[at]:                                                   # until the path ends at a free column
+            r = row_of[at]
+            for c in set(range(1, C + 1)) - done:
+                if (reduced := -value[r - 1][c - 1] - u[r] - v[c]) < slack[c]:
+                    slack[c], before[c] = reduced, at
+            at = min((c for c in range(1, C + 1) if c not in done), key=slack.__getitem__)
+            step = slack[at]
+            for c in range(C + 1):
+                if c in done:
+                    u[row_of[c]], v[c] = u[row_of[c]] + step, v[c] - step
+                else:
+                    slack[c] -= step
+            done.add(at)
+        while at:                                                           # turn the path round
+            row_of[at], at = row_of[before[at]], before[at]
+    return [row_of.index(row, 1) - 1 for row in range(1, R + 1)]
+
+
 def matched_accuracy(found: list[int], truth: list, experts: int) -> tuple[float, dict[int, object]]:
     """Share of units assigned rightly under the best one-to-one naming of experts,
-    and that naming {expert: true label}; None: the expert stands for nobody."""
-    kinds = sorted(set(truth))
-    counts = Counter(zip(found, truth))
-    best = {0: (0, ())}                     # the kinds taken, as bits: most units named rightly so far, and the naming
-    for k in range(experts):
-        after = {}
-        for taken, (right, naming) in best.items():
-            for a in (*(a for a in range(len(kinds)) if not taken >> a & 1), None):
-                key = taken if a is None else taken | 1 << a
-                option = (right + (0 if a is None else counts[k, kinds[a]]), (*naming, None if a is None else kinds[a]))
-                if key not in after or option[0] > after[key][0]:
-                    after[key] = option
-        best = after
-    right, naming = max(best.values(), key=lambda option: (option[0], sum(name is not None for name in option[1])))
-    return right / len(truth), dict(enumerate(naming))
+    and that naming {expert: true label}; None: the expert stands for nobody. Of equal namings of more experts than
+    labels, the one that names the first experts."""
+    kinds, counts = sorted(set(truth)), Counter(zip(found, truth))
+    columns = max(experts, len(kinds))                                      # those beyond the kinds: None
+    value = [[counts[k, kinds[a]] * experts**2 + experts - k if a < len(kinds) else 0 for a in range(columns)]
+             for k in range(experts)]                                       # the second term only decides ties
+    naming = {k: kinds[a] if a < len(kinds) else None for k, a in enumerate(best_assignment(value))}
+    return sum(counts[pair] for pair in naming.items()) / len(truth), naming
 
 
 def bayes_posterior(units: list[list[dict]], annotators: list[str]) -> torch.Tensor:

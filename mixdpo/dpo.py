@@ -56,6 +56,12 @@ def flipped_margins(h: torch.Tensor, share: float) -> torch.Tensor:
     return torch.logaddexp(floor, kept + F.logsigmoid(h)) - torch.logaddexp(floor, kept + F.logsigmoid(-h))
 
 
+def observed_margins(h: torch.Tensor, share: float, kind: str) -> torch.Tensor:
+    """The margins of the choices as they were observed, of which `share` is turned round: flipped_margins if the label
+    loss is `flips`, else h. E-steps and likelihoods, in training, evaluation and adaptation alike, are of these."""
+    return flipped_margins(h, share) if kind == "flips" else h
+
+
 def label_loss(loss, h: torch.Tensor, share: float, kind: str) -> torch.Tensor:
     """loss(h) (B,), or what `conservative` and `robust` make of it; for `flips`, h are flipped_margins already."""
     assert kind in LABEL_LOSSES and 0 <= share < 0.5, f"got {kind!r} and a share of {share}, want under 1/2"
@@ -67,6 +73,13 @@ def label_loss(loss, h: torch.Tensor, share: float, kind: str) -> torch.Tensor:
 
 
 def accuracy(h: torch.Tensor) -> torch.Tensor:
-    """Share of pairs ranked rightly, per pair: 1 where h > 0, 0 where h < 0, one half on a tie.
+    """Share of pairs ranked rightly, per pair: 1 where h > 0, 0 where h < 0, one half on a tie, NaN where h is NaN.
     (...) -> (...) float32."""
-    return (1 + torch.sign(h).float()) / 2
+    return ((1 + torch.sign(h).float()) / 2).masked_fill(h.isnan(), math.nan)           # sign(NaN) is 0
+
+
+def mixture_accuracy(log_p: torch.Tensor) -> torch.Tensor:
+    """The same of a mixture, from log p of each choice (M5): whether p > 1/2. p = 1/2 up to rounding is a tie: log p is
+    a sum of several rounded terms, so experts that are exactly opposed leave it a few units in the last place away."""
+    above = log_p + math.log(2)
+    return accuracy(above.masked_fill(above.abs() <= 16 * torch.finfo(log_p.dtype).eps, 0.0))

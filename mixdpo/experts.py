@@ -250,12 +250,13 @@ def predicting_states(experts: Heads | Adapters | Models, batch: Batch, text: Ro
 
 
 def pair_logp(experts: Heads | Adapters | Models, batch: Batch, tile: int | None = 0,
-              shared: bool | None = None, packed: bool = False) -> torch.Tensor:
+              shared: bool | None = None, packed: bool = False, temperature: float = 1.0) -> torch.Tensor:
     """Summed response log-probs of every expert, with gradient: (B,K,2) float32 nats.
     The composable route, text ids to log-probs in three lines. shared, packed: as in
-    preferences.rows_of."""
+    preferences.rows_of. temperature: of the policies, whose logits are linear in the states."""
     text = rows_of(batch, shared, packed).to(experts.heads()[0].device)
-    logps = experts.token_logps(predicting_states(experts, batch, text), text.targets, tile)    # (K,M)
+    rows = predicting_states(experts, batch, text)                          # (M,C), or (K,M,C)
+    logps = experts.token_logps(rows if temperature == 1 else rows / temperature, text.targets, tile)       # (K,M)
     return sum_responses(logps, text.sequence, len(batch.ids))              # (B,K,2)
 
 

@@ -9,7 +9,7 @@ import torch
 from mixdpo import config as configs
 from mixdpo.config import InputError
 from mixdpo.experts import load_state, make_experts
-from mixdpo.gates import Gate, saved_gate
+from mixdpo.gates import Gate, known_pairs, saved_gate
 from mixdpo.options import TrainConfig
 from mixdpo.plan import Plan, make_plan
 from mixdpo.preferences import data_key, read_preferences
@@ -35,11 +35,11 @@ class Run:
 def load_experts(path: Path, device, data_folder: str) -> tuple[TrainConfig, torch.nn.Module, dict, dict]:
     """A finished run's options, experts, and the tensors and the state of its checkpoint."""
     if (found := load_checkpoint(path, {})) is None:
-        raise InputError(f"{path}: no checkpoint in it; wanted a directory that train.py wrote")
+        raise InputError("no checkpoint in it; wanted a directory that train.py wrote", file=path)
     config = dataclasses.replace(configs.load(TrainConfig, path / "config.json"), data_folder=data_folder)
     tensors, state = found
     if not state["finished"]:
-        raise InputError(f"{path}: stopped at step {state['step']}; finish it with the options in its config.json")
+        raise InputError(f"stopped at step {state['step']}; finish it with the options in its config.json", file=path)
     models, _ = load_references(config, device)
     unchanged(path, "model", state, "+".join(map(content_key, models)), config)
     experts = make_experts(models, config, compute_dtype(config.dtype, str(device))[0]).eval()
@@ -50,8 +50,8 @@ def load_experts(path: Path, device, data_folder: str) -> tuple[TrainConfig, tor
 def unchanged(path: Path, what: str, state: dict, now: str, config) -> None:
     """Raises: InputError if a run's model or data are not what it was trained with."""
     if state["config"][f"{what}_key"] != now:
-        raise InputError(f"{path}: was trained with another {what} than lies in {getattr(config, what)} now; "
-                         "put that back, or train again into another --out")
+        raise InputError(f"was trained with another {what} than lies in {getattr(config, what)} now; put that back, or "
+                         "train again into another --out", file=path)
 
 
 def load_run(path: Path, device: str, data_folder: str) -> Run:
@@ -61,14 +61,14 @@ def load_run(path: Path, device: str, data_folder: str) -> Run:
     pairs = read_preferences(config.data, load_tokenizer(config.models[0], data_folder or None), config.max_prompt,
                              config.max_response, config.drop, report=lambda line: None)
     plan = make_plan(pairs, config, schedule=lambda *_: [])                 # who shares a latent; the steps are over
-    return Run(path.name, config, experts, saved_gate(config, tensors, plan.pairs), plan, tensors["table"], path)
+    return Run(path.name, config, experts, saved_gate(config, tensors, known_pairs(plan)), plan, tensors["table"], path)
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The folder itself if it is a run, else the runs in it in the order in which they were begun."""
-    found = [path.parent for path in sorted(folder.glob("*/checkpoint"), key=lambda path: path.stat().st_mtime)]
+    """The folder itself if it is a run, else the runs in it by name: an order that no later write or copy changes."""
+    found = [path.parent for path in sorted(folder.glob("*/checkpoint"))]
     if checkpoints(folder):
         return [folder]
     if not found:
-        raise InputError(f"{folder}: no run in it; wanted a directory that train.py wrote, or a folder of such")
+        raise InputError("no run in it; wanted a directory that train.py wrote, or a folder of such", file=folder)
     return found

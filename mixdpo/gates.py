@@ -69,6 +69,14 @@ def gate_inputs(kind: str, pairs: list[Pair], prompts: torch.Tensor, known: list
     return Inputs(prompts if kind in READS_PROMPT else prompts[:, :0], user)
 
 
+def known_pairs(plan: Plan) -> list[Pair]:
+    """The training pairs whose user and domain are trained on: those have a place in a gate. Others are in the file
+    alone, with context pairs that the E-step does not look at."""
+    trained = [plan.pairs[i] for unit in plan.units for i in unit]
+    users, domains = {pair.user for pair in trained}, {pair.domain for pair in trained}
+    return [pair for pair in plan.pairs if pair.user in users and pair.domain in domains]
+
+
 def looked_at(gate: "Gate", inputs: Inputs) -> torch.Tensor:
     """All that a trained gate's weights may depend on, as features (N,D): of the prompt, and which user it is."""
     users = F.one_hot(inputs.user).float()[:, : (int(inputs.user.max()) + 1) * gate.kind.endswith("user")]
@@ -153,7 +161,7 @@ def make_gate(plan: Plan, reference, config, device) -> tuple[Gate, Inputs]:
     """A run's gate and its inputs, a row a group of the plan. reference: that of the plan's pairs (reference.py)."""
     first = [unit[0] for unit in plan.units]                                # a group has one prior: any pair tells
     prompts = reference.prompt[first, ("last", "mean").index(config.gate_features)]         # (G,C)
-    inputs = gate_inputs(config.gate, [plan.pairs[i] for i in first], prompts, plan.pairs).to(device)
+    inputs = gate_inputs(config.gate, [plan.pairs[i] for i in first], prompts, known_pairs(plan)).to(device)
     log_w, private = first_weights(config).to(device), config.epsilon < math.inf
     return Gate(config.gate, config.experts, inputs, log_w, config.seed, private).to(device), inputs
 

@@ -1,6 +1,7 @@
-"""What a finished run says of preferences that it never saw, with standard errors that count prompts.
+"""What a finished run says of preferences that it never saw, with standard errors that count prompts, and users too
+where a figure uses each user's own weights.
 
-    h of every pair under every expert                                        (M4)
+    h of every pair under every expert, with --label-noise as in training     (M4)
     w: the gate's weights; own: a known user's responsibilities from training   (M9, M11)
     accuracy of each expert, by annotator; log p(y+ > y-) (M5); the gap to the bound (M6); alignment with the annotators
 """
@@ -12,10 +13,10 @@ import torch
 
 from mixdpo.diagnostics import (adjusted_rand_index, bayes_posterior, difference_se, effective_experts,
                                 matched_accuracy, mean_se)
-from mixdpo.dpo import accuracy, margins
+from mixdpo.dpo import accuracy, margins, mixture_accuracy, observed_margins
 from mixdpo.experts import pair_logp
 from mixdpo.finished import Run
-from mixdpo.gates import gate_inputs
+from mixdpo.gates import gate_inputs, known_pairs
 from mixdpo.mixture import e_step, elbo, log_marginal
 from mixdpo.preferences import Pair, check_lengths, collate, read_preferences
 from mixdpo.reference import reference_of
@@ -30,17 +31,20 @@ def margins_of(runs: list[Run], references: list, tokenizer, path: Path, store: 
     ref = reference_of(path, pairs, references, tokenizer, config, dtype, store)
     for run in runs:
         own = pairs if run.config.train_trunk else ref.with_states(pairs)
-        h = margins(expert_logp(run, own, Path(path).stem), ref.logp, run.config.beta)     # (P,K)  M4
+        logp = expert_logp(run.experts, own, f"{run.name} {Path(path).stem}")               # (P,K,2)
+        h = margins(logp, ref.logp, run.config.beta)                        # (P,K)  M4
+        h = observed_margins(h, run.config.label_noise, run.config.label_loss)
         yield run, pairs, h, weights(run, pairs, ref.prompt)
 
 
 @torch.no_grad()
-def expert_logp(run: Run, pairs: list[Pair], what: str, size: int = 16) -> torch.Tensor:
-    """Summed response log-probs of every pair under every expert: (P,K,2) float32 nats, on the CPU."""
-    out, progress = [], Progress(f"{run.name} {what}")
+def expert_logp(experts, pairs: list[Pair], name: str, size: int = 16, temperature: float = 1.0) -> torch.Tensor:
+    """Summed response log-probs of every pair under every expert, at that temperature: (P,K,2) float32 nats, on the
+    CPU. name: of the progress line."""
+    out, progress = [], Progress(name)
     for start in range(0, len(pairs), size):
         batch = collate(pairs, list(range(start, min(start + size, len(pairs)))))
-        out.append(pair_logp(run.experts, batch).cpu())
+        out.append(pair_logp(experts, batch, temperature=temperature).cpu())
         progress(min(start + size, len(pairs)), len(pairs))
     return torch.cat(out)
 
@@ -49,14 +53,16 @@ def expert_logp(run: Run, pairs: list[Pair], what: str, size: int = 16) -> torch
 def weights(run: Run, pairs: list[Pair], prompts: torch.Tensor) -> torch.Tensor:
     """log w(x) of each pair (P,K), from its prompt's states (P,2,C), user and domain."""
     prompts = prompts[:, ("last", "mean").index(run.config.gate_features)]
-    return run.gate(gate_inputs(run.config.gate, pairs, prompts, run.plan.pairs))
+    return run.gate(gate_inputs(run.config.gate, pairs, prompts, known_pairs(run.plan)))
 
 
 def user_weights(run: Run, pairs: list[Pair], log_w: torch.Tensor) -> torch.Tensor:
-    """log weights of each held-out pair (P,K): its user's responsibilities from training (M11) where known, else w."""
+    """log weights of each held-out pair (P,K): its user's responsibilities from training (M11) where known, else w.
+    A user whom no step of training drew has none: a row of NaN."""
     log_w = log_w.clone()
     if run.config.latent == "user":
-        row = {run.plan.pairs[unit[0]].user: g for g, unit in enumerate(run.plan.units)}
+        row = {run.plan.pairs[unit[0]].user: g for g, unit in enumerate(run.plan.units)
+               if not run.table[g].isnan().any()}
         known = [(n, row[p.user]) for n, p in enumerate(pairs) if p.user in row]
         log_w[[n for n, _ in known]] = run.table[[g for _, g in known]]
     return log_w
@@ -87,45 +93,50 @@ def disagree(pair: Pair, kinds) -> bool:
 
 def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor) -> dict:
     """Everything that a run's held-out margins h (P,K) and weights log_w (P,K) say. Pairs on one prompt are not
-    independent: standard errors count prompts. Experts are named by the training groups: held-out pairs have no say.
+    independent: standard errors count prompts; under each user's own weights, prompts and users, since a user with the
+    wrong weights errs on all of its pairs. Experts are named by the training groups: held-out pairs have no say.
     NaN is of a type for which no expert stands."""
     own, right = user_weights(run, pairs, log_w), accuracy(h)               # (P,K), (P,K)
     log_p, log_q = e_step(log_w, h)
     number = {p: n for n, p in enumerate(dict.fromkeys(tuple(pair.prompt) for pair in pairs))}
-    prompt, of = [tuple(p.prompt) for p in pairs], [p.annotator or "all" for p in pairs]
+    prompt, of = [number[tuple(p.prompt)] for p in pairs], [p.annotator or "all" for p in pairs]
+    user = [n if p.user is None else p.user for n, p in enumerate(pairs)]  # unknown ones: each a user by itself
+    of_gate = [prompt, user] if run.config.gate in ("user", "prompt-user") else [prompt]    # w is the user's own there
     by = {kind: torch.tensor([a == kind for a in of]) for kind in sorted(set(of))}
     log_p_own = log_marginal(own, h)
     train_side = alignment(run.table, run.plan.units, run.plan.pairs) if run.config.experts > 1 else {}
     named = [train_side.get("naming", {}).get(str(k)) for k in range(run.config.experts)]
 
-    def among(mask, values):
-        return mean_se(values[mask], [x for x, keep in zip(prompt, mask) if keep])
+    def among(mask, values, *clusters):
+        return mean_se(values[mask], *([x for x, keep in zip(cluster, mask) if keep] for cluster in clusters))
 
-    chosen_own = accuracy(log_p_own + math.log(2))                          # M5 > 1/2 under each user's own weights
+    chosen_own = mixture_accuracy(log_p_own)                                # M5 > 1/2 under each user's own weights
     expert = torch.tensor([0 if run.config.experts == 1 else named.index(a) if a in named else -1 for a in of])
     of_own_expert = right.gather(1, expert.clamp_min(0)[:, None])[:, 0].masked_fill(expert < 0, math.nan)   # (P,)
     apart = torch.tensor([disagree(pair, by) for pair in pairs])
     return {
-        "types": {kind: {"accuracy": among(mask, chosen_own), "log_likelihood": among(mask, log_p_own),
-                         "own_expert": among(mask, of_own_expert)} for kind, mask in by.items()},
-        "conflicts": among(apart, of_own_expert) if apart.any() else None,  # pairs on which types disagree
+        "types": {kind: {"accuracy": among(mask, chosen_own, prompt, user),
+                         "log_likelihood": among(mask, log_p_own, prompt, user),
+                         "own_expert": among(mask, of_own_expert, prompt)} for kind, mask in by.items()},
+        "conflicts": among(apart, of_own_expert, prompt) if apart.any() else None,  # pairs on which types disagree
         "conflicts_by_pair": of_own_expert[apart].tolist(),
-        "conflicts_prompt": [number[p] for p, keep in zip(prompt, apart) if keep],
+        "conflicts_prompt": [p for p, keep in zip(prompt, apart) if keep],
         "experts": run.config.experts,
         "weights": log_w.exp().mean(0).tolist(),
-        "accuracy": {kind: [among(mask, column) for column in right.T] for kind, mask in by.items()},
+        "accuracy": {kind: [among(mask, column, prompt) for column in right.T] for kind, mask in by.items()},
         "accuracy_all": [mean_se(column, prompt) for column in right.T],    # of each expert
         "own": named,                                                       # the annotator that each stands for
         "own_other": [difference_se(column, by[kind], prompt) if kind in by and len(by) > 1 else None
                       for kind, column in zip(named, right.T)],             # its accuracy there, less that elsewhere
-        "accuracy_mbt": mean_se(accuracy(log_p + math.log(2)), prompt),     # M5 > 1/2 under w
-        "accuracy_own": mean_se(chosen_own, prompt),
-        "log_likelihood": mean_se(log_p, prompt),                           # M5 under w
-        "log_likelihood_own": mean_se(log_p_own, prompt),                   # M5 under each user's own weights
-        "elbo_gap": mean_se(log_p_own - elbo(own, own, h), prompt),         # KL(q || posterior), q before the pair
+        "accuracy_mbt": mean_se(mixture_accuracy(log_p), *of_gate),         # M5 > 1/2 under w
+        "accuracy_own": mean_se(chosen_own, prompt, user),
+        "log_likelihood": mean_se(log_p, *of_gate),                         # M5 under w
+        "log_likelihood_own": mean_se(log_p_own, prompt, user),             # M5 under each user's own weights
+        "elbo_gap": mean_se(log_p_own - elbo(own, own, h), prompt, user),   # KL(q || posterior), q before the pair
         "prompts": len(set(prompt)),
         "by_pair": log_p.tolist(),                                          # M5 under w: runs are compared pair by pair
-        "prompt_of_pair": [number[p] for p in prompt],
+        "prompt_of_pair": prompt,
+        "user_of_pair": user if len(of_gate) == 2 else None,                # where by_pair depends on the user, too
         "effective_experts": effective_experts(log_q),
         "alignment_heldout": alignment(log_q, [[i] for i in range(len(pairs))], pairs),
         "alignment_train": train_side,

@@ -98,14 +98,15 @@ class Log:
 
     def __init__(self, run: Path, t: int, total: int, config):              # t: steps done before; later lines go
         self.metrics, self.q = keep_lines(run / "metrics.jsonl", t), keep_lines(run / "responsibilities.jsonl", t)
-        told = (run / "metrics.jsonl").read_text().splitlines()[-WINDOW:]
-        self.history = deque(map(with_nan, map(json.loads, told)), maxlen=WINDOW)           # all that alarms look at
+        lines = map(with_nan, map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
+        self.history = deque((step for step in lines if step.get("pairs", 1)), maxlen=WINDOW)   # what alarms look at
         self.total, self.config, self.progress, self.rung = total, config, Progress(run.name, t), set()
 
     def step(self, figures: dict, groups: list[int], log_q: torch.Tensor) -> None:
         """One step's figures, and the responsibilities (G,K) that it used."""
         t = figures["step"]
-        self.history.append(figures)
+        if figures.get("pairs", 1):                                         # none: a private step that drew no example
+            self.history.append(figures)
         self.write(self.metrics, to_json(figures))
         self.responsibilities(t, groups, log_q)
         accuracy = " ".join(f"{a:.2f}" for a in figures["accuracy"])

@@ -1,5 +1,6 @@
 """mixdpo/adaptation.py: what each test catches stands in its docstring."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 import brute
 from mixdpo.adaptation import adapted
+from mixdpo.diagnostics import mean_se
 from mixdpo.preferences import Pair
 from raising import refuses
 
@@ -17,7 +19,7 @@ def planted(users=60, each=40, seed=0, sure=1.0):
     generator, pairs, h = torch.Generator().manual_seed(seed), [], []
     for n in range(users * each):
         u = n % users
-        pairs.append(Pair([1], [2], [3], user=f"u{u}", annotator=("a", "b")[u % 2]))
+        pairs.append(Pair([n // 2], [2], [3], user=f"u{u}", annotator=("a", "b")[u % 2]))
         noise = sure * torch.randn(2, generator=generator, dtype=torch.float64)
         h.append(noise + torch.tensor([0.8, -0.4])[[u % 2, 1 - u % 2]])
     return pairs, torch.stack(h)
@@ -72,3 +74,18 @@ def test_users_of_few_pairs_count_where_they_can():
     assert [point["rise"]["n"] for point in curve] == [2, 2, 1, 1]
     with refuses("1 of 1"):
         adapted([Pair([1], [2], [3])], h[:1], h[:1])
+
+
+def test_standard_errors_count_users_and_prompts():
+    """By hand: users share prompts. Catches: users alone counted, whose pairs on one prompt are not independent of
+    another user's; pairs shown among those that count."""
+    pairs, h = planted(users=12, each=6)
+    pairs = [dataclasses.replace(pair, prompt=[n // 12]) for n, pair in enumerate(pairs)]   # prompt p: each user's p-th
+    point = adapted(pairs, h, torch.full_like(h, 0.5).log())[0]
+    asked, order = [], np.random.default_rng([0, 31])
+    for u in range(12):
+        asked += order.permutation([i for i in range(72) if i % 12 == u]).tolist()[3:]
+    right = (torch.sigmoid(h).mean(1) > 0.5).double().numpy()[asked]
+    want = mean_se(right, [i % 12 for i in asked], [i // 12 for i in asked])
+    assert point["accuracy"] == pytest.approx(want)
+    assert want["se"] != pytest.approx(mean_se(right, [i % 12 for i in asked])["se"], rel=1e-3)

@@ -164,7 +164,7 @@ def test_models_with_references_of_their_own(tmp_path, model_dir):
     (tmp_path / "heldout.jsonl").write_text((tmp_path / "train.jsonl").read_text())
     got = evaluate(EvalConfig(dir=str(out)))["preferences"]["train"]
     pairs = read_preferences(tmp_path / "heldout.jsonl", tokenizer, 256, 256, False)
-    logp = expert_logp(run, pairs, "again")
+    logp = expert_logp(run.experts, pairs, "again")
     h = [margins(logp[:, k], compute_reference(load_model(place), pairs, torch.float32).logp[:, 0], 0.5)
          for k, place in enumerate((model_dir, other))]
     want = log_marginal(torch.full((len(pairs), 2), 0.5).log(), torch.stack(h, 1)).mean()

@@ -1,6 +1,7 @@
 """diagnostics.py against brute force that shares no code with it. Docstrings name the faults seen."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 
 import brute
 from mixdpo.diagnostics import (
-    adjusted_rand_index, bayes_posterior, difference_se, effective_experts, entropy, matched_accuracy, mean_se,
-    step_summary
+    WINDOW, adjusted_rand_index, alarms, bayes_posterior, difference_se, effective_experts, entropy, matched_accuracy,
+    mean_se, step_summary
 )
 
 
@@ -111,7 +112,7 @@ def test_standard_errors_count_clusters():
     assert mean_se(values, list("abcdefg")) == pytest.approx(got)
     twice = mean_se(np.repeat(values, 2), [c for c in "abcdefg" for _ in range(2)])
     assert twice["se"] == pytest.approx(got["se"]) and twice["mean"] == pytest.approx(got["mean"])
-    assert math.isnan(mean_se([1.0], None)["se"]) and math.isnan(mean_se([1.0, 2.0], ["a", "a"])["se"])
+    assert math.isnan(mean_se([1.0])["se"]) and math.isnan(mean_se([1.0, 2.0], ["a", "a"])["se"])
     first = torch.tensor([n % 2 == 0 for n in range(8)])
     apart = difference_se(rng.normal(size=8), first)
     assert apart["se"] > 0
@@ -141,3 +142,143 @@ def test_matching_of_many_experts_is_quick_and_right():
         assert len(set(given)) == len(given) == min(experts, kinds) and list(naming) == list(range(experts))
     found = list(range(12)) * 3
     assert matched_accuracy(found, [f"kind {11 - f}" for f in found], 12)[0] == 1.0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_matching_is_scipys_and_not_exponential(seed):
+    """Against scipy's linear_sum_assignment. Catches: the greedy naming; a path turned round wrongly; the search over
+    all namings, which took 40 s for 4 experts and 100 annotators and never ended for 8."""
+    from scipy.optimize import linear_sum_assignment
+
+    rng = np.random.default_rng(seed)
+    for experts, kinds in ((8, 100), (100, 8), (8, 8), (1, 30), (40, 1), (13, 12)):
+        found, truth = rng.integers(0, experts, 600), rng.integers(0, kinds, 600)
+        counts = np.zeros((experts, kinds), int)
+        np.add.at(counts, (found, truth), 1)
+        share, naming = matched_accuracy(found.tolist(), truth.tolist(), experts)
+        assert share == counts[linear_sum_assignment(counts, maximize=True)].sum() / 600
+        given = [name for name in naming.values() if name is not None]
+        assert len(set(given)) == len(given) == min(experts, len(set(truth.tolist())))
+
+
+def hh_draw(rng, wrong=0.1):
+    """Accuracy of each of 48 users' 27 held-out pairs on 865 prompts, some harder than others: a user with the wrong
+    weights errs on all of its pairs. (values, prompts, users)."""
+    easy = np.clip(rng.normal(0.75, 0.15, 865), 0, 1)
+    prompts = np.concatenate([rng.choice(865, 27, replace=False) for _ in range(48)])
+    users = np.repeat(np.arange(48), 27)
+    fine = rng.random(48) >= wrong
+    return (rng.random(48 * 27) < easy[prompts]) & fine[users], prompts.tolist(), users.tolist()
+
+
+def test_two_way_standard_errors_are_those_of_many_draws():
+    """In the sizes of the hh job. Catches: users who err as a whole counted as so many independent pairs, which halves
+    the error; V_both added instead of taken away; each way's variance by itself."""
+    rng = np.random.default_rng(0)
+    means, both, one = [], [], []
+    for _ in range(400):
+        values, prompts, users = hh_draw(rng)
+        means.append(values.mean())
+        both.append(mean_se(values, prompts, users)["se"])
+        one.append(mean_se(values, prompts)["se"])
+    assert np.mean(both) == pytest.approx(np.std(means), rel=0.15)
+    assert np.mean(one) < 0.6 * np.std(means), "prompts alone: too small"
+
+
+def test_two_way_errors_where_prompts_are_what_is_shared_and_where_nothing_is():
+    """Catches: prompts left out where users are counted; a variance that is counted twice; a floor above the truth."""
+    rng = np.random.default_rng(1)
+    prompts, users = [n % 60 for n in range(1200)], [n // 25 for n in range(1200)]          # 48 users
+    for of_prompt in (1.0, 0.0):
+        means, ses = [], []
+        for _ in range(300):
+            values = of_prompt * rng.normal(size=60)[prompts] + rng.normal(size=1200)
+            means.append(values.mean())
+            ses.append(mean_se(values, prompts, users)["se"])
+        assert np.mean(ses) == pytest.approx(np.std(means), rel=0.15)
+
+
+def test_a_two_way_variance_is_at_least_each_ways():
+    """By hand, and where V_prompts + V_users - V_both is too small. Catches: the square root of a negative number; a
+    smaller error than users alone have; the intersection's clusters by one of the two names."""
+    first, second = [0, 0, 1, 1], ["a", "b", "a", "b"]
+    # rows' sums 4 and -4: 2/1 32/16 = 4; columns' the same; all apart: 4/3 32/16; 4 + 4 - 8/3 is above each
+    assert mean_se([4.0, 0.0, 0.0, -4.0], first, second)["se"] == pytest.approx(math.sqrt(16 / 3))
+    # rows' sums 0: 0; columns' sums 4 and -4: 4; all apart: 4/3 16/16; 0 + 4 - 4/3 is below 4
+    assert mean_se([2.0, -2.0, 2.0, -2.0], first, second)["se"] == pytest.approx(2.0)
+    assert mean_se([1.0, -1.0, -1.0, 1.0], first, second)["se"] == 0.0      # sums of 0: below 0 without a floor
+    values, side = [2.0, -1.0, -1.5, 0.5], torch.tensor([True, False, False, True])
+    assert math.isnan(mean_se(values, [0] * 4, second)["se"]) and math.isnan(mean_se(values, first, [0] * 4)["se"])
+    one_way = [difference_se(values, side, names)["se"] for names in (first, second)]
+    assert difference_se(values, side, first, second)["se"] >= max(one_way)
+
+
+def steps_of(w=0.5, q=0.5, count=WINDOW, q_gain=0.5, gate_entropy=0.6, first=1):
+    return [{"step": first + n, "pairs": 4, "w": [w, 1 - w], "q": [q, 1 - q], "q_gain": q_gain,
+             "gate_entropy": gate_entropy} for n in range(count)]
+
+
+def test_the_thresholds_of_the_alarms():
+    """Catches: expert collapse at another share of weight or responsibilities than 0.95, say 0.6; the first expert's
+    alone; the window's last step instead of its mean; posterior collapse at another share of ln 2 than a hundredth."""
+    for share, rings in ((0.6, False), (0.94, False), (0.951, True), (0.06, False), (0.049, True)):
+        assert ("expert collapse" in alarms(steps_of(w=share), 2, 0)) == rings, f"w {share}"
+        assert ("expert collapse" in alarms(steps_of(q=share), 2, 0)) == rings, f"q {share}"
+    half = steps_of(w=0.99, count=WINDOW // 2) + steps_of(w=0.9, count=WINDOW // 2, first=WINDOW // 2 + 1)
+    assert "expert collapse" not in alarms(half, 2, 0)                      # 0.945 on average
+    for gain, entropy, rings in ((0.0069, 0.35, True), (0.0070, 0.35, False), (0.0069, 0.34, False)):
+        assert ("posterior collapse" in alarms(steps_of(q_gain=gain, gate_entropy=entropy), 2, 0)) == rings
+
+
+def test_an_empty_private_step_does_not_silence_the_alarms():
+    """Catches: NaN of a step without pairs, which compares as false, in the mean of the window; a window that counts
+    such steps."""
+    empty = {"step": 0, "pairs": 0, "w": [math.nan] * 2, "q": [math.nan] * 2, "q_gain": math.nan,
+             "gate_entropy": math.nan}
+    collapsed = steps_of(w=0.99, q_gain=0.0)
+    for place in range(WINDOW + 1):
+        some = [*collapsed[:place], empty | {"step": place}, *collapsed[place:]]
+        assert set(alarms(some, 2, -1)) == {"expert collapse", "posterior collapse"}
+    assert not alarms([*collapsed[1:], empty], 2, -1), "one figure short of a window"
+
+
+def test_a_mixture_of_opposed_experts_is_a_tie():
+    """Catches: rounding that decides whether p > 1/2 where experts are exactly opposed; a tie where there is none; NaN
+    as a tie (accuracy 1/2)."""
+    from mixdpo.dpo import accuracy, mixture_accuracy
+    from mixdpo.mixture import log_marginal
+
+    for dtype in (torch.float32, torch.float64):
+        a = 10 * torch.randn(500, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        h = torch.stack([a, -a, a / 3, -a / 3], 1)
+        even = torch.full((4,), -math.log(4), dtype=dtype)
+        assert (mixture_accuracy(log_marginal(even, h)) == 0.5).all()
+        assert step_summary(even.expand_as(h), even.expand_as(h), h)["accuracy_mbt"] == 0.5
+        above = log_marginal(even, h + torch.tensor([1e-4 if dtype == torch.float32 else 1e-12, 0, 0, 0], dtype=dtype))
+        assert (mixture_accuracy(above)[a.abs() < 1] == 1).all()
+    lost = torch.tensor([math.nan, 1.0, -1.0, 0.0])
+    assert torch.equal(accuracy(lost)[1:], torch.tensor([1.0, 0.0, 0.5])) and accuracy(lost)[0].isnan()
+    assert mixture_accuracy(torch.tensor([math.nan, -0.1]))[0].isnan()
+
+
+@pytest.mark.parametrize("stop", [WINDOW + 1, 12], ids=["at once", "resumed"])
+def test_the_log_passes_over_steps_without_figures(stop, tmp_path, capsys):
+    """NaN is null in metrics.jsonl, and a window of steps with figures rings, also when a run goes on. Catches: a bare
+    NaN; an empty step that takes another's place in the window, as it comes or as it is read back."""
+    from types import SimpleNamespace
+
+    from mixdpo.rundir import Log
+
+    config, q = SimpleNamespace(experts=2, start_steps=0), torch.zeros(0, 2)
+    some = [step | {"loss": 0.5, "accuracy": [0.5, 0.5]} for step in steps_of(w=0.99)]
+    some.insert(9, {"pairs": 0, "loss": math.nan, "accuracy": [math.nan] * 2})
+    for first, last in ((0, stop), (stop, len(some))):
+        log = Log(tmp_path, first, len(some), config)
+        for n in range(first, last):
+            assert "ALARM" not in capsys.readouterr().out
+            log.step(some[n] | {"step": n + 1}, [], q)
+        log.close()
+    assert "expert collapse" in capsys.readouterr().out
+    text = (tmp_path / "metrics.jsonl").read_text()
+    kept = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    assert len(kept) == len(some) and kept[9]["loss"] is None and kept[9]["accuracy"] == [None, None]

@@ -43,7 +43,7 @@ def job(tmp_path_factory):
     for record, scores in zip(held, ([[1, 0], [0, 1]], [[1, 0], [1, 0]], [[0, 0], [1, 0]])):
         record["scores"] = dict(zip(("first", "second"), scores))
     for n, record in enumerate(held):
-        record["prompt"] = held[n % 9]["prompt"]                            # users share prompts
+        record["prompt"] = held[n % 6]["prompt"]                            # users share prompts, of one type too
     tinyjob.write(folder / "heldout.jsonl", held)
     tinyjob.write(folder / "prompts.jsonl", [{"prompt": p} for p in PROMPTS])
     dataset = {"rewards": ["first", "second"], "annotators": ["second"], "max_new": MAX_NEW}
@@ -63,9 +63,10 @@ def job(tmp_path_factory):
     return folder, results, model
 
 
-def slow_logp(model, head, prompt, response):
+def slow_logp(model, head, prompt, response, temperature=1.0):
     with torch.no_grad():
-        logps = torch.log_softmax(model(torch.tensor([prompt + response]))[0] @ head.T, -1)[len(prompt) - 1 : -1]
+        logits = model(torch.tensor([prompt + response]))[0] @ head.T / temperature
+        logps = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
     return logps[torch.arange(len(response)), torch.tensor(response)].sum().item()
 
 
@@ -75,10 +76,17 @@ def slow_ratios(run, reference, prompt, response):
     return [slow_logp(*run.experts.policy(k), prompt, response) - base for k in range(run.config.experts)]
 
 
-def slow_se(values, prompts):
-    """Prompt by prompt: the sum of its residuals, squared."""
-    sums = {p: sum(v - np.mean(values) for v, q in zip(values, prompts) if q == p) for p in prompts}
-    return math.sqrt(len(sums) / (len(sums) - 1) * sum(s**2 for s in sums.values())) / len(values)
+def slow_se(values, prompts, users=None):
+    """Prompt by prompt: the sum of its residuals, squared. With users two-way: V_prompts + V_users - V_both, no less
+    than either."""
+    def variance(names):
+        sums = {p: sum(v - np.mean(values) for v, q in zip(values, names) if q == p) for p in names}
+        return len(sums) / (len(sums) - 1) * sum(s**2 for s in sums.values()) / len(values) ** 2
+
+    if users is None:
+        return math.sqrt(variance(prompts))
+    one, other = variance(prompts), variance(users)
+    return math.sqrt(max(one, other, one + other - variance(list(zip(prompts, users)))))
 
 
 def slow_heldout(job, name):
@@ -99,30 +107,41 @@ def test_heldout_figures_by_hand(job, name):
     """Faults: margins against another reference; M5 under uniform w; a tie for a win; each user's own weights not used,
     or those of another user; pairs to compare runs by under other weights; accuracy of an annotator on all pairs; the
     gap with its sign turned; pairs of one prompt counted as independent, or prompts told apart by their first token;
-    own - other of another annotator."""
+    own - other of another annotator; a type's standard errors without clusters; figures under users' own weights whose
+    errors count prompts alone."""
     records, h, w, table = slow_heldout(job, name)
     got, users = job[1]["preferences"][name], [f"u{n}" for n in range(6)]   # in the training file's order
     own = [table[users.index(r["user"])].tolist() if name == "mix-user" and r["user"] in users else w for r in records]
     p, p_own = np.array(brute.marginal(w, h)), np.array(brute.marginal(own, h))
     assert (abs(h) > 0.01).any(), "the runs moved nowhere: nothing is compared"
-    prompts = [r["prompt"] for r in records]
+    prompts, by_user = [r["prompt"] for r in records], [r["user"] for r in records]
     figures = {"accuracy_mbt": p > 0.5, "accuracy_own": p_own > 0.5,
                "log_likelihood": np.log(p), "log_likelihood_own": np.log(p_own)}
     for key, values in figures.items():
         assert got[key]["mean"] == pytest.approx(values.mean(), abs=1e-5), key
-        assert got[key]["se"] == pytest.approx(slow_se(values, prompts), abs=1e-5), key
+        se = slow_se(values, prompts, by_user if key.endswith("own") else None)
+        assert got[key]["se"] == pytest.approx(se, abs=1e-5), key
         assert got[key]["n"] == 16, key
     assert got["prompts"] == len(set(prompts)) < 16
     assert got["by_pair"] == pytest.approx(np.log(p).tolist(), abs=1e-5)
     assert [got["prompt_of_pair"].index(n) for n in got["prompt_of_pair"]] == [prompts.index(q) for q in prompts]
     gap = [brute.kl(q, posterior) for q, posterior in zip(own, brute.posterior(own, h))]
     assert got["elbo_gap"]["mean"] == pytest.approx(np.mean(gap), abs=1e-5)
+    assert got["elbo_gap"]["se"] == pytest.approx(slow_se(gap, prompts, by_user), abs=1e-5)
     for kind in ("first", "second"):
         mask = [r["annotator"] == kind for r in records]
         assert [a["mean"] for a in got["accuracy"][kind]] == pytest.approx((h[mask] > 0).mean(0).tolist()), kind
         of_kind = [q for q, keep in zip(prompts, mask) if keep]
         se = [slow_se(column, of_kind) for column in (h[mask] > 0).T]
         assert [a["se"] for a in got["accuracy"][kind]] == pytest.approx(se, abs=1e-5)
+        users_of_kind = [u for u, keep in zip(by_user, mask) if keep]
+        for what, values in (("accuracy", p_own > 0.5), ("log_likelihood", np.log(p_own))):
+            found = got["types"][kind][what]
+            assert found["mean"] == pytest.approx(values[mask].mean(), abs=1e-5)
+            assert found["se"] == pytest.approx(slow_se(values[mask], of_kind, users_of_kind), abs=1e-5), what
+        expert = 0 if name == "dpo" else got["own"].index(kind)
+        found, right = got["types"][kind]["own_expert"], (h[mask] > 0)[:, expert]
+        assert (found["mean"], found["se"]) == pytest.approx((right.mean(), slow_se(right, of_kind)), abs=1e-5)
         for k in np.flatnonzero([own == kind for own in got["own"]]):
             apart = (h[mask, k] > 0).mean() - (h[~np.array(mask), k] > 0).mean()
             assert got["own_other"][k]["mean"] == pytest.approx(apart)
@@ -192,6 +211,61 @@ def test_kl_of_every_row_by_hand(job):
         assert results["policies"][f"mix-pair {mode}"]["length"]["mean"] == np.mean([len(ids) for ids in row["ids"]])
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 0.0])
+def test_kl_is_of_the_policy_that_was_sampled(job, temperature):
+    """At another temperature than 1, by hand; greedy, log pi is 0 and KL is -log pi_ref, and the mixture's is what the
+    experts that say the same weigh together. Faults: the untempered log-ratio of tempered samples; a tempered reference
+    to compare with; the reference's own row at 0; an expert of a mixture that cannot have said it counted."""
+    folder, _, model = job
+    run, reference = evaluation.load_run(folder / "mix-pair", "cpu", ""), load_model(model)
+    tokenizer = load_tokenizer(model)
+    prompts = [Pair(tokenizer.encode(p), [], []) for p in PROMPTS]
+    if not temperature:
+        with torch.no_grad():
+            run.experts.W_k[1, ::2] *= -1                                   # else both heads say the same, greedily
+    config = EvalConfig(dir=str(folder), temperature=temperature)
+    rows = evaluation.policy_rows([run], reference, prompts, config, MAX_NEW, tokenizer.eos)
+    heads = [run.experts.policy(k) for k in range(2)]
+    for mode in ("reference", "mix-pair mixture", "mix-pair sparse", "mix-pair head 0", "mix-pair head 1"):
+        row = rows[mode]
+        for n, (prompt, ids) in enumerate(zip(prompts, row["ids"])):
+            base = slow_logp(reference, reference.unembedding, prompt.prompt, ids)
+            z = row["z"][n] if row["z"] else None
+            if temperature:
+                experts = [slow_logp(*head, prompt.prompt, ids, temperature) for head in heads]
+                own = slow_logp(reference, reference.unembedding, prompt.prompt, ids, temperature)
+            else:
+                experts = [0.0 if rows[f"mix-pair head {k}"]["ids"][n] == ids else -math.inf for k in range(2)]
+                own = 0.0
+            mixed = 0.3 * math.exp(experts[0]) + 0.7 * math.exp(experts[1])
+            want = own if z is None else math.log(mixed) if "mixture" in mode else experts[z]
+            assert row["kl"][n].item() == pytest.approx(want - base, abs=1e-4), (mode, n)
+    if not temperature:
+        alike = [a == b for a, b in zip(rows["mix-pair head 0"]["ids"], rows["mix-pair head 1"]["ids"])]
+        assert min(rows["reference"]["kl"]) > 0.1 and any(alike) and not all(alike)
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 1.5])
+def test_kl_is_on_average_the_kl_of_the_two_policies(job, temperature):
+    """One new token, 1,500 samples, against the sum over the vocabulary. Faults: as above."""
+    folder, _, model = job
+    run, reference, tokenizer = evaluation.load_run(folder / "dpo", "cpu", ""), load_model(model), load_tokenizer(model)
+    prompt = tokenizer.encode("mn")
+    config = EvalConfig(dir=str(folder), temperature=temperature, batch=1500)
+    rows = evaluation.policy_rows([run], reference, [Pair(prompt, [], [])] * 1500, config, 1, tokenizer.eos)
+
+    def next_logp(policy, head, at):
+        with torch.no_grad():
+            return torch.log_softmax((policy(torch.tensor([prompt]))[0, -1] @ head.T / at).double(), -1)
+
+    base = next_logp(reference, reference.unembedding, 1.0)
+    for name, policy in (("reference", (reference, reference.unembedding)), ("dpo", run.experts.policy(0))):
+        logp = next_logp(*policy, temperature)
+        exact, kl = float((logp.exp() * (logp - base)).sum()), rows[name]["kl"].double()
+        spread = float((logp.exp() * (logp - base - exact) ** 2).sum().sqrt()) / math.sqrt(1500)
+        assert abs(float(kl.mean()) - exact) <= 4 * spread + 1e-5, (name, float(kl.mean()), exact)
+
+
 def test_rewards_are_those_of_the_texts(job):
     """Faults: scores in another order than the texts; `trained` the mean of all rewards; gain against no reference;
     values not a prompt each."""
@@ -216,6 +290,7 @@ def test_nothing_depends_on_the_batch_and_one_run_can_be_evaluated_alone(job, mo
     monkeypatch.setitem(sys.modules, "data.annotators", types.SimpleNamespace(score=score))
     kept = {path: path.read_text() for path in folder.glob("*.json*")}
     alone = evaluate(EvalConfig(dir=str(folder / "mix-user"), batch=64, limit=4))
+    assert alone["asked"] == [{}] * 4
     for row in alone["policies"]:
         assert alone["policies"][row]["values"] == results["policies"][row]["values"][:4]
     assert len(alone["asked"]) == 4 < len(results["asked"]) == len(PROMPTS)
@@ -241,31 +316,37 @@ def test_what_is_refused(tmp_path, model_dir, job, monkeypatch):
     """Faults: an empty folder, an unfinished run, or runs of different lengths evaluated; --heldout or --prompts that
     are not there passed over in silence; nothing to evaluate on; a run on another model or file than it was trained
     on."""
-    with pytest.raises(InputError, match="no run in it"):
-        evaluate(EvalConfig(dir=str(tmp_path)))
+    def refused(call) -> InputError:
+        with pytest.raises(InputError) as error:
+            call()
+        return error.value
+
+    assert refused(lambda: evaluate(EvalConfig(dir=str(tmp_path)))).file == tmp_path
     tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name="a")
     tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name="b", max_prompt=32)
-    with pytest.raises(InputError, match="lengths or dtype differ.*one at a time"):
-        evaluate(EvalConfig(dir=str(tmp_path)))
+    assert refused(lambda: evaluate(EvalConfig(dir=str(tmp_path)))).file == tmp_path / "b"
     path, = checkpoints(tmp_path / "b")
     tensors, state = read_tensors(path)
     write_tensors(path, tensors, state | {"finished": False})
-    with pytest.raises(InputError, match="b: stopped at step 3; finish it"):
-        evaluate(EvalConfig(dir=str(tmp_path / "b")))
+    error = refused(lambda: evaluate(EvalConfig(dir=str(tmp_path / "b"))))
+    assert error.file == tmp_path / "b" and "step 3" in error.message
+    prompts = tmp_path / "prompts.jsonl"
     for line in ('{"prompt": ""}', '{"prompt": 3}', '{"text": "x"}', "[]", '{"prompt": '):
-        (tmp_path / "prompts.jsonl").write_text('{"prompt": "x"}\n\n' + line + "\n")
-        with pytest.raises(InputError, match=r"prompts\.jsonl:3"):
-            evaluation.read_prompts(tmp_path / "prompts.jsonl", load_tokenizer(model_dir), 8, 0)
-    for options in ({"heldout": "typo.jsonl"}, {"prompts": "typo.jsonl"}, {"prompts": str(tmp_path / "prompts.jsonl")}):
-        with pytest.raises(InputError, match="(typo.jsonl|dataset.json): no such file; --heldout and"):
-            evaluate(EvalConfig(dir=str(tmp_path / "a"), **options))
-    with pytest.raises(InputError, match="nothing to evaluate on; wanted heldout.jsonl"):
-        evaluate(EvalConfig(dir=str(tmp_path / "a")))
+        prompts.write_text('{"prompt": "x"}\n\n' + line + "\n")
+        error = refused(lambda: evaluation.read_prompts(prompts, load_tokenizer(model_dir), 8, 0))
+        assert (error.file, error.line) == (prompts, 3)
+    prompts.write_text('{"prompt": "x"}\n{"prompt": [{"role": "user", "content": "x"}]}\n')
+    assert refused(lambda: evaluation.read_prompts(prompts, load_tokenizer(model_dir), 8, 0)).file == prompts
+    for option, name, missing in (("heldout", "typo.jsonl", "typo.jsonl"), ("adapt", "typo.jsonl", "typo.jsonl"),
+                                  ("prompts", "typo.jsonl", "typo.jsonl"),
+                                  ("prompts", str(prompts), tmp_path / "dataset.json")):
+        error = refused(lambda: evaluate(EvalConfig(dir=str(tmp_path / "a"), **{option: name})))
+        assert error.option == option and str(error.file) == str(missing)
+    assert refused(lambda: evaluate(EvalConfig(dir=str(tmp_path / "a")))).file == tmp_path
     (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text() + "\n")
-    with pytest.raises(InputError, match="a: was trained with another data than lies in .*a.jsonl now"):
-        evaluate(EvalConfig(dir=str(tmp_path / "a")))
-    with pytest.raises(InputError, match="no run in it"):
-        evaluation.main([str(tmp_path / "nothing")])
+    error = refused(lambda: evaluate(EvalConfig(dir=str(tmp_path / "a"))))
+    assert error.file == tmp_path / "a" and "another data" in error.message
+    assert refused(lambda: evaluation.main([str(tmp_path / "nothing")])).file == tmp_path / "nothing"
 
 
 def test_a_gate_gives_each_prompt_its_own_weights(job, tmp_path, monkeypatch):
@@ -328,7 +409,7 @@ def test_each_type_is_answered_by_its_own_expert(monkeypatch):
     h = torch.tensor([[1.0, -1.0] if kind == "b" else [-1.0, 1.0] for kind in kinds])
     train = {"naming": {"0": "b", "1": "a"}, "ari": 1.0}
     monkeypatch.setattr(heldout, "alignment", lambda log_q, units, of: train)
-    config = SimpleNamespace(experts=2, latent="pair")
+    config = SimpleNamespace(experts=2, latent="pair", gate="fixed")
     run = SimpleNamespace(config=config, table=None, plan=SimpleNamespace(units=[], pairs=[]))
     found = heldout.preference_figures(run, pairs, h, torch.full((12, 2), 0.5).log())
     own = {kind: of["own_expert"]["mean"] for kind, of in found["types"].items()}
@@ -336,3 +417,148 @@ def test_each_type_is_answered_by_its_own_expert(monkeypatch):
     config.experts = 1
     alone = heldout.preference_figures(run, pairs, h[:, :1], torch.zeros(12, 1))
     assert {kind: of["own_expert"]["mean"] for kind, of in alone["types"].items()} == {"a": 0.0, "b": 1.0, "c": 0.0}
+
+
+def test_evaluation_and_adaptation_take_choices_as_noisy_as_training_did(tmp_path, model_dir):
+    """The posterior of the training users is the last E-step's, in evaluation and in adaptation. Catches: margins
+    without --label-noise's flips, under which the same pairs are more certain."""
+    from mixdpo.adaptation import weights_after
+    from mixdpo.heldout import margins_of
+    from mixdpo.mixture import e_step
+    from mixdpo.preferences import groups
+
+    out = tinyjob.run(tmp_path, model_dir, tinyjob.make_records(each=4), latent="user", label_noise=0.3, beta=2.0,
+                      weights="0.4,0.6", epochs=3, head_lr=5e-2)
+    run, reference, tokenizer = evaluation.load_run(out, "cpu", ""), load_model(model_dir), load_tokenizer(model_dir)
+    (_, pairs, h, log_w), = margins_of([run], [reference], tokenizer, tmp_path / "run.jsonl", tmp_path / "cache")
+    assert h.abs().max() <= math.log(0.7 / 0.3) + 1e-5 and h.abs().max() > 0.3
+    units = groups(pairs, "user")
+    group = torch.tensor([g for i in range(len(pairs)) for g, unit in enumerate(units) if i in unit])
+    assert torch.allclose(e_step(log_w, h, group)[1], run.table, atol=1e-4)
+    for g, unit in enumerate(units):
+        assert torch.allclose(weights_after(log_w, h, unit, unit[:1])[0], run.table[g], atol=1e-4)
+
+
+@pytest.mark.parametrize("gate", ["user", "prompt-user"])
+@pytest.mark.parametrize("place", [0, -1], ids=["first in the file", "last in the file"])
+def test_a_user_of_context_pairs_alone_is_the_generic_one(gate, place, tmp_path, model_dir):
+    """Without --estep context such pairs are left out, and the user is not known. Catches: a row of the gate that was
+    never trained, or IndexError, for such a user; the rows of the others moved by one."""
+    records = tinyjob.make_records(users=4, each=3)
+    aside = [r | {"user": "aside", "context": True} for r in tinyjob.make_records(users=1, each=2, seed=3)]
+    records = aside + records if place == 0 else records + aside
+    out = tinyjob.run(tmp_path, model_dir, records, gate=gate, gate_lr=0.5, epochs=3)
+    tinyjob.write(tmp_path / "heldout.jsonl", records)
+    run, reference, tokenizer = evaluation.load_run(out, "cpu", ""), load_model(model_dir), load_tokenizer(model_dir)
+    (_, pairs, _, log_w), = evaluation.margins_of([run], [reference], tokenizer, tmp_path / "heldout.jsonl",
+                                                  tmp_path / "cache")
+    assert run.gate.E.shape[0] == 1 + 4 and all(run.gate.E.abs().sum(1) > 0), "every row learns"
+    if gate == "user":
+        for user, row in (("aside", 0), ("u0", 1), ("u3", 4)):
+            own = torch.stack([log_w[n] for n, p in enumerate(pairs) if p.user == user])
+            assert torch.allclose(own, torch.log_softmax(run.gate.E[row], -1).expand_as(own), atol=1e-6), user
+
+
+def test_a_user_whom_no_step_drew_has_the_gates_weights():
+    """Catches: NaN for responsibilities of a user who took part in no step (--experts 1 --latent user --epsilon)."""
+    from mixdpo.heldout import user_weights
+
+    pairs = [Pair([1], [2], [3], user=user) for user in "abc"]
+    run = types.SimpleNamespace(config=types.SimpleNamespace(latent="user"), table=torch.tensor([[-0.5, -1.0],
+                                                                                             [math.nan, math.nan]]),
+                                plan=types.SimpleNamespace(pairs=pairs, units=[[0], [1]]))
+    log_w = torch.tensor([[-2.0, -3.0]] * 3)
+    assert user_weights(run, pairs, log_w).tolist() == [[-0.5, -1.0], [-2.0, -3.0], [-2.0, -3.0]]
+
+
+def refuse_constants(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_no_json_file_holds_nan_and_the_report_reads_null(tmp_path, model_dir):
+    """A run with fewer experts than types, and a single user of one type, has figures without a number. Catches: bare
+    NaN or Infinity in results.json, config.json or metrics.jsonl; a reader that takes null for a number."""
+    tmp_path = tmp_path / "job"
+    tmp_path.mkdir()
+    records = tinyjob.make_records(users=6, each=3)
+    for n, record in enumerate(records):
+        record["annotator"] = "abc"[n % 3]
+        record["scores"] = {kind: [float(kind == "abc"[n % 3]), float(kind != "abc"[n % 3])] for kind in "abc"}
+    tinyjob.run(tmp_path, model_dir, records, latent="user", epochs=2)
+    tinyjob.run(tmp_path, model_dir, records, name="dpo", experts=1, data=str(tmp_path / "run.jsonl"))
+    tinyjob.write(tmp_path / "heldout.jsonl", [r for r in records if r["annotator"] != "c" or r["user"] == "u2"])
+    evaluate(EvalConfig(dir=str(tmp_path)))
+    files = [*tmp_path.glob("*.json"), *tmp_path.glob("*/config.json"), *tmp_path.glob("*/metrics.jsonl")]
+    assert len(files) >= 5
+    for path in files:
+        for line in [path.read_text()] if path.suffix == ".json" else path.read_text().splitlines():
+            json.loads(line, parse_constant=refuse_constants)
+    assert '"se": null' in (tmp_path / "results.json").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "nan" not in text and "| – |" in text
+
+
+@pytest.mark.parametrize("option, value", [
+    ("batch", 0), ("batch", -1), ("max_new", -3), ("limit", -1), ("seed", -1), ("temperature", -1.0),
+    ("temperature", math.nan), ("temperature", math.inf), ("max_new", 400)])
+def test_what_evaluation_cannot_use_is_refused_before_anything_is_lost(job, option, value, monkeypatch):
+    """Catches: a traceback, or the inverse order of logits, a prompt left out; figures computed, or samples.jsonl taken
+    away, before."""
+    folder, _, _ = job
+    before = {path: path.read_bytes() for path in folder.glob("*.json*")}
+    monkeypatch.setattr(evaluation, "margins_of", None)                     # a call of it is a TypeError
+    with pytest.raises(InputError) as error:
+        evaluate(EvalConfig(dir=str(folder), **{option: value}))
+    assert error.value.option == option
+    if (option, value) != ("max_new", 400):
+        with pytest.raises(InputError) as error:
+            evaluation.compare(EvalConfig(dir=str(folder), judge="llm:x", **{option: value}))
+        assert error.value.option == option
+    assert before == {path: path.read_bytes() for path in folder.glob("*.json*")} and folder / "samples.jsonl" in before
+
+
+def test_an_evaluation_that_fails_or_completes_nothing_leaves_the_samples_of_before(job, tmp_path, monkeypatch):
+    """Catches: samples.jsonl taken away before its successor is there; older samples shown as of this evaluation."""
+    folder, _, _ = job
+    for name in ("train.jsonl", "heldout.jsonl", "prompts.jsonl", "dataset.json", "samples.jsonl"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    monkeypatch.setattr(evaluation, "write_report", lambda home: None)
+    monkeypatch.setattr(evaluation, "find_runs", lambda home: [folder / "dpo"])
+    monkeypatch.setitem(sys.modules, "data.annotators", types.SimpleNamespace(score=lambda *_: 1 / 0))
+    before = (tmp_path / "samples.jsonl").read_bytes()
+    with pytest.raises(ZeroDivisionError):
+        evaluate(EvalConfig(dir=str(tmp_path)))
+    assert (tmp_path / "samples.jsonl").read_bytes() == before and not (tmp_path / "results.json").exists()
+    (tmp_path / "prompts.jsonl").write_text("")
+    with pytest.raises(InputError) as error:
+        evaluate(EvalConfig(dir=str(tmp_path)))
+    assert error.value.file == tmp_path / "prompts.jsonl"
+    (tmp_path / "prompts.jsonl").unlink()
+    evaluate(EvalConfig(dir=str(tmp_path)))
+    assert (tmp_path / "samples.jsonl").read_bytes() == before and not read_job(tmp_path).samples
+
+
+def test_runs_stand_by_name_and_older_ones_are_read(job, tmp_path, capsys):
+    """Catches: an order that the last write decides; a run from before an option existed, or with one that is no more,
+    that cannot be evaluated or reported, or is read without a word."""
+    import os
+    import shutil
+
+    folder, results, _ = job
+    for name in ("mix-user", "mix-pair", "dpo"):
+        shutil.copytree(folder / name, tmp_path / name)
+    os.utime(tmp_path / "dpo" / "checkpoint")
+    assert [path.name for path in evaluation.find_runs(tmp_path)] == ["dpo", "mix-pair", "mix-user"]
+    assert list(results["preferences"]) == ["dpo", "mix-pair", "mix-user"]
+    path = tmp_path / "mix-pair" / "config.json"
+    options = json.loads(path.read_text())
+    del options["robust"], options["label_noise"]
+    path.write_text(json.dumps(options | {"noise_seed_of_old": 3}))
+    capsys.readouterr()
+    run = evaluation.load_run(tmp_path / "mix-pair", "cpu", "")
+    assert (run.config.robust, run.config.label_noise, run.config.weights) == (0.0, 0.0, "0.3,0.7")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(str(path))]
+    assert len(said) == 2 and "robust" in said[0] and "label_noise" in said[0] and "noise_seed_of_old" in said[1]
+    from data.job import read_run
+
+    assert read_run(tmp_path / "mix-pair").config["label_noise"] == 0.0 and not capsys.readouterr().out

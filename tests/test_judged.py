@@ -153,7 +153,7 @@ def test_a_whole_tiny_job_of_two_objectives(chat_model, tmp_path, monkeypatch):
         assert not {tuple(p.prompt) for p in pairs} & (trained if "prompt" in name else held_out)
         assert {run: [point["shown"] for point in curve] for run, curve in curves.items()} == dict.fromkeys(
             results, [0, 1, 2])
-    assert list(results) == ["dpo", "mix-pair", "moe-user", "mix-user"]
+    assert list(results) == ["dpo", "mix-pair", "mix-user", "moe-user"]
     facts = json.loads((job / "dataset.json").read_text())
     assert (facts["max_prompt"], facts["max_new"]) == (64, 8)
     both = [p for p in held if len(p.scores) == 2]

@@ -47,17 +47,21 @@ def endpoint(monkeypatch):
             first, second = (said.split(f"[{which} answer]\n")[1].split("\n")[0] for which in ("First", "Second"))
             longer = "Which is longer?" in said
             word = "first" if self.server.biased or (len(first) > len(second)) == longer else "second"
-            word = fault[1] if fault and fault[0] == "says" else f" {word.title()}. "
+            if self.server.style:
+                word = self.server.style(word, said)
+            else:
+                word = fault[1] if fault and fault[0] == "says" else f" {word.title()}. "
             reply = json.dumps({"choices": [{"message": {"content": word}}],
                                 "usage": {"prompt_tokens": 10, "completion_tokens": 1}}).encode()
             if fault and fault[0] == "slow":
                 time.sleep(fault[1])
-            if fault and fault[0] == "status":
-                self.send_response(fault[1])
+            status, text = fault[1:] if fault and fault[0] == "status" else self.server.refuses(body, said) or (0, "")
+            if status:
+                self.send_response(status)
                 self.send_header("Retry-After", "0.01")
-                self.send_header("Content-Length", "2")
+                self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
-                self.wfile.write(b"no")
+                self.wfile.write(text.encode())
                 return
             if fault and fault[0] == "malformed":
                 reply = fault[1]
@@ -68,6 +72,7 @@ def endpoint(monkeypatch):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.calls, server.faults, server.biased, server.lock = [], [], False, threading.Lock()
+    server.style, server.refuses = None, lambda body, said: None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1/")
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
@@ -84,6 +89,7 @@ def test_a_rate_and_its_interval():
     half = 1.96 * np.std(wins) / 10
     assert [found["low"], found["high"]] == pytest.approx([0.7 - half, 0.7 + half], abs=0.015)
     assert rate(wins, 0) == found and rate([1.0], 0)["low"] == 1
+    assert rate([*wins, None, None], 0) == found | {"unjudged": 2} and found["unjudged"] == 0
 
 
 def test_scores_decide():
@@ -120,7 +126,7 @@ def test_a_judge_that_prefers_a_place_gives_ties(job, endpoint):
         assert all(f["ties"] == 4 and f["rate"] == 0.5 for f in rows.values())
 
 
-FAULTS = [("status", 429), ("status", 500), ("malformed", b"{"), ("malformed", b'{"choices": []}'),
+FAULTS = [("status", 429, "no"), ("status", 500, "no"), ("malformed", b"{"), ("malformed", b'{"choices": []}'),
           ("malformed", b"[]"), ("says", "Well, the first one"), ("says", ""), ("cut", 0), ("slow", 0.6)]
 
 
@@ -136,9 +142,10 @@ def test_a_passing_fault_is_tried_again(job, endpoint, fault, monkeypatch):
 def test_a_lasting_fault_ends_and_nothing_is_lost(job, endpoint, monkeypatch):
     """Catches: attempts without limit, answers thrown away, a wrong key tried again and again."""
     monkeypatch.setattr(llm, "AT_ONCE", 1)
-    endpoint.faults = [None] * 5 + [("status", 503)] * llm.ATTEMPTS
-    with pytest.raises(InputError, match="no answer in 5 attempts .HTTP 503; .*run the same command again to go on"):
+    endpoint.faults = [None] * 5 + [("status", 503, "no")] * llm.ATTEMPTS
+    with pytest.raises(InputError) as error:
         win_rates(job, "llm:judge", "dpo", 0)
+    assert error.value.option == "judge" and error.value.message.count("HTTP 503") == llm.ATTEMPTS
     assert len((job / "judged.jsonl").read_text().splitlines()) == 5 and len(endpoint.calls) == 5 + llm.ATTEMPTS
     with (job / "judged.jsonl").open("a") as file:
         file.write('{"key": "cut of')                                       # an interruption in the middle of a line
@@ -146,9 +153,10 @@ def test_a_lasting_fault_ends_and_nothing_is_lost(job, endpoint, monkeypatch):
     win_rates(job, "llm:judge", "dpo", 0)
     assert len(endpoint.calls) == 24 - 5
     endpoint.calls.clear()
-    endpoint.faults = [("status", 401)] * 30
-    with pytest.raises(InputError, match="HTTP 401 .*no"):
+    endpoint.faults = [("status", 401, "no")] * 30
+    with pytest.raises(InputError) as error:
         win_rates(job, "llm:another", "dpo", 0)
+    assert error.value.option == "judge" and "HTTP 401" in error.value.message
     assert len(endpoint.calls) == 1
 
 
@@ -161,19 +169,110 @@ def test_what_is_refused(job, monkeypatch, tmp_path):
     (run / "config.json").write_text(json.dumps({"model": str(tmp_path / "base")}))
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
-    for judge, against, says in (("llm:x", "", "wants OPENAI_API_KEY"), ("coin", "", "got 'coin', wanted annotator:"),
-                                 ("annotator:fun", "", "annotator 'fun'"), ("annotator:", "", "wanted annotator:NAME"),
-                                 ("llm:x", "mix", "--against: got 'mix', wanted one of reference, dpo, mix mixture"),
-                                 (f"classifier:{run}", "", "is a policy of this job"),
-                                 (f"classifier:{tmp_path / 'base'}", "", "is a policy of this job"),
-                                 ("classifier:/nowhere", "", "no config.json in it")):
-        with pytest.raises(InputError, match=says):
+    for judge, against, option in (("llm:x", "", "judge"), ("coin", "", "judge"), ("annotator:", "", "judge"),
+                                   ("llm:x", "mix", "against"), (f"classifier:{run}", "", "judge"),
+                                   (f"classifier:{tmp_path / 'base'}", "", "judge"),
+                                   ("classifier:/nowhere", "", "judge")):
+        with pytest.raises(InputError) as error:
             win_rates(job, judge, against)
+        assert error.value.option == option
+    with pytest.raises(InputError, match="annotator 'fun'"):
+        win_rates(job, "annotator:fun", "")
+    for text, file in (("", "samples.jsonl"), ("\n", "samples.jsonl"), ('{"prompt": "x"}\n', None), ("{\n", None)):
+        (job / "samples.jsonl").write_text(text)                            # empty, blank, damaged
+        with pytest.raises(InputError) as error:
+            win_rates(job, "llm:x", "")
+        assert "samples.jsonl" in str(error.value) and (file is None or error.value.file == job / file)
     (job / "samples.jsonl").unlink()
-    with pytest.raises(InputError, match="no samples.jsonl in it; let `python eval.py"):
+    with pytest.raises(InputError) as error:
         win_rates(job, "llm:x", "")
-    with pytest.raises(InputError, match="leave --limit out"):
+    assert error.value.file == job
+    with pytest.raises(InputError) as error:
         evaluation.main([str(job), "--judge", "llm:x", "--limit", "3"])
+    assert error.value.option == "limit"
+
+
+REPLIES = {"first": "first", "Second.": "second", "**First**": "first", "First answer": "first", "tie": "tie",
+           "The second answer is better.": "second", "The first answer is the better one": "first",
+           "The first answer is shorter.": "first", "<think>\nfirst? no, second\n</think>\n\nfirst": "first",
+           "<think></think> It's a tie.": "tie", "Verdict: second": "second", "My answer is: first": "first",
+           "Answer: **Second**": "second", "`first`": "first"}
+NO_VERDICT = ["", None, "neither", "first or second", "The first answer is worse.", "The first answer is not better.",
+              "The first answer is longer.", "I can't help with comparing the first answer.", "<think>first",
+              "first\nsecond", "The first answer is better than the second, but wrong", "a tie for the first place"]
+
+
+def test_a_verdict_is_taken_only_where_it_is_clear():
+    """Catches: words of the reasoning taken for the verdict, a sentence not understood, one that means the other answer
+    or none taken for this one."""
+    assert {reply: llm.verdict(reply, "shorter") for reply in REPLIES} == REPLIES
+    for reply in NO_VERDICT:
+        with pytest.raises(llm.NoVerdict):
+            llm.verdict(reply, "shorter")
+
+
+def asked_of(said: str) -> str:
+    """The prompt in a question."""
+    return said.split("[Conversation]\n")[1].split("\n")[0].strip()
+
+
+@pytest.mark.parametrize("reply", [None, "I can't help with comparing these answers."])
+def test_a_comparison_without_a_verdict_is_not_judged_and_the_rest_is(job, endpoint, reply, capsys, monkeypatch):
+    """Catches: one prompt that the judge will not answer ends everything, at every run; such a prompt as a tie, or its
+    number not told; a pause before the same question again."""
+    endpoint.style = lambda word, said: reply if asked_of(said) == "p0" else f"<think>first or second</think>{word}"
+    pauses = []
+    monkeypatch.setattr(llm.time, "sleep", pauses.append)
+    evaluation.main([str(job), "--judge", "llm:judge", "--against", "dpo"])
+    assert not any(pauses)
+    calls, found = len(endpoint.calls), json.loads((job / "winrates.json").read_text())
+    assert calls == 24 - 8 + 8 * llm.ATTEMPTS, "2 policies, 2 criteria, 2 orders of the first prompt"
+    assert "1 not judged" in capsys.readouterr().out
+    for column, wins, losses in (("short", 2, 0), ("long", 0, 2)):
+        f = found["columns"][column]["reference"]
+        assert (f["wins"], f["ties"], f["losses"], f["unjudged"]) == (wins, 1, losses, 1) and f["rate"] == (wins + 0.5) / 3
+    win_rates(job, "llm:judge", "dpo")
+    assert len(endpoint.calls) == calls, "what has no verdict is not asked again"
+
+
+def test_a_question_that_a_filter_refuses_is_not_judged(job, endpoint, capsys, monkeypatch):
+    """Catches: HTTP 400 for one prompt ends everything, or is kept for good; a wrong request that is sent for each
+    prompt of thousands."""
+    monkeypatch.setattr(llm, "MOST_REFUSED", 5)
+    endpoint.refuses = lambda body, said: (400, '{"code": "content_filter"}') if asked_of(said) == "p2" else None
+    found = win_rates(job, "llm:judge", "dpo")
+    assert all(f["unjudged"] == 1 for rows in found["columns"].values() for f in rows.values())
+    assert "content_filter" in capsys.readouterr().out and len(endpoint.calls) == 24
+    endpoint.refuses = lambda body, said: None
+    found = win_rates(job, "llm:judge", "dpo")
+    assert len(endpoint.calls) == 24 + 8 and not any(f["unjudged"] for rows in found["columns"].values()
+                                                     for f in rows.values())
+    endpoint.calls.clear()
+    endpoint.refuses = lambda body, said: (400, "no such option")
+    with pytest.raises(InputError) as error:
+        win_rates(job, "llm:other", "dpo")
+    assert error.value.option == "judge" and len(endpoint.calls) < 5 + llm.AT_ONCE
+
+
+def test_a_judge_that_takes_no_temperature_is_asked_without_one(job, endpoint, capsys):
+    """Catches: a reasoning model that refuses temperature 0 ends everything; the retry for each question, or in
+    silence; a temperature left out where it is taken."""
+    endpoint.refuses = lambda body, said: (400, "'temperature' does not support 0") if "temperature" in body else None
+    found = win_rates(job, "llm:judge", "dpo")
+    assert found["columns"]["short"]["reference"]["wins"] == 2
+    assert capsys.readouterr().out.count("takes no temperature of 0") == 1
+    assert 24 < len(endpoint.calls) <= 24 + llm.AT_ONCE
+
+
+def test_nothing_judged_at_all(job, endpoint):
+    """Catches: a rate of 0 or 1/2, NaN in a JSON file, a report that cannot be made."""
+    endpoint.style = lambda word, said: "neither"
+    rows = [json.loads(line) for line in (job / "samples.jsonl").read_text().splitlines()]
+    (job / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if row["prompt"] != "p1 "))
+    assert np.isnan(win_rates(job, "llm:judge", "dpo")["columns"]["short"]["reference"]["rate"])
+    found = json.loads((job / "winrates.json").read_text(), parse_constant=pytest.fail)["columns"]["short"]["reference"]
+    assert found == {"rate": None, "low": None, "high": None, "wins": 0, "ties": 0, "losses": 0, "unjudged": 3}
+    assert "| reference | – | – | – | 0.0 | 3.0 |" in win_rates_of(read_job(job))
 
 
 def test_the_command(job, endpoint, monkeypatch, capsys):
@@ -185,4 +284,4 @@ def test_the_command(job, endpoint, monkeypatch, capsys):
     assert json.loads((job / "winrates.json").read_text())["columns"]["long"].keys() == {"dpo", "mix mixture"}
     assert judges.GENERAL.keys() == {"better"}
     section = win_rates_of(read_job(job))
-    assert "| policy | short | long | worst | ties |" in section and "| dpo | 0.375 (" in section
+    assert "| policy | short | long | worst | ties | not judged |" in section and "| dpo | 0.375 (" in section

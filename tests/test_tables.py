@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from fakejob import NAMES, make_job, write
 
-from data import tables
+from data import domains, tables, users
+from data import job as job_module
 from data.job import read_job
+from mixdpo.diagnostics import mean_se
 
 
 @pytest.fixture
@@ -104,6 +106,52 @@ def test_preference_tables(home):
             ("log-likelihood, user's weights (nats)", "log_likelihood_own", 4),
         ):
             assert row[column] == f"{figures[name]['mean']:.{digits}f} ± {figures[name]['se']:.{digits}f}"
+
+
+def test_a_figure_without_a_number_is_an_empty_cell(home):
+    """NaN is null in results.json. Caught: TypeError of null, "nan" in a cell, an SE of 0 divided by, the worst type
+    another than the one without a number."""
+    nothing = {"mean": None, "se": None, "n": 0}
+    results = json.loads((home / "results.json").read_text())
+    for figures in results["preferences"].values():
+        figures["types"]["sentiment"] = dict.fromkeys(("accuracy", "log_likelihood", "own_expert"), nothing)
+        figures["conflicts_by_pair"][0] = None
+        figures["log_likelihood_own"] = {"mean": -0.7, "se": None, "n": 1}
+    (home / "results.json").write_text(json.dumps(results))
+    job = read_job(home)
+    assert {row["log-likelihood, user's weights (nats)"] for row in rows_of(tables.preferences(job), 1)} == {"-0.7000"}
+    text = users.types(job)
+    assert "nan" not in text
+    for row in rows_of(text) + rows_of(text, 1):
+        assert row["sentiment"] == row["worst type"] == row.get("greatest regret", "–") == "–"
+        assert row["informativeness"] != "–"
+    assert tables.in_ses({"mean": 1.0, "se": 0.0}) == tables.in_ses({"mean": float("nan"), "se": 1.0}) == "–"
+    assert tables.pm({"mean": float("nan"), "se": float("nan")}) == "–"
+
+
+def test_runs_are_compared_by_prompts_and_by_users_where_weights_are_theirs(tmp_path):
+    """Caught: errors of a difference between runs that count prompts alone where a gate knows the user; null taken for
+    a number."""
+    job = read_job(make_job(tmp_path / "job", runs={"dpo": (1, "pair"), "moe": (2, "pair")}))
+    rng = np.random.default_rng(2)
+    prompts, names = [n % 20 for n in range(60)], [n // 6 for n in range(60)]
+    for run, figures in job.results["preferences"].items():
+        own = rng.normal(size=10)[names] if run == "moe" else 0.0
+        figures |= {"by_pair": (rng.normal(size=60) + own).tolist(), "prompt_of_pair": prompts}
+    of = job.results["preferences"]
+    gap = np.subtract(of["moe"]["by_pair"], of["dpo"]["by_pair"])
+    for clusters in ([prompts], [prompts, names]):
+        of["moe"]["user_of_pair"] = names if len(clusters) == 2 else None
+        cell = rows_of(domains.likelihoods(job))[1]["less DPO's"]
+        assert cell == tables.pm(mean_se(gap, *clusters), 4, sign="+")
+    assert mean_se(gap, prompts, names)["se"] > 1.2 * mean_se(gap, prompts)["se"]
+
+
+def test_a_step_without_figures_leaves_no_hole_in_a_curve():
+    """Caught: null, or NaN, that takes a whole stretch of steps with it."""
+    x, y = job_module.smooth([[1.0, 2.0], [None, None], [3.0, 4.0], [None, None]], stretches=2)
+    assert x.tolist() == [1.5, 3.5] and y.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert np.isnan(job_module.smooth([None, 1.0], stretches=2)[1]).tolist() == [True, False]
 
 
 def test_alignment_has_a_row_a_seed_beside_bayes(tmp_path):

@@ -29,7 +29,7 @@ from data.studies.worlds import OWN, STEPS, World, fit, judged, look, write
 from data.tables import NONE, in_ses
 from mixdpo.adaptation import weights_after
 from mixdpo.diagnostics import adjusted_rand_index, mean_se
-from mixdpo.dpo import accuracy
+from mixdpo.dpo import mixture_accuracy
 from mixdpo.experts import Heads
 from mixdpo.finished import load_run
 from mixdpo.heldout import alignment, margins_of
@@ -202,7 +202,7 @@ def says(world: World, h: torch.Tensor, log_w: torch.Tensor) -> dict:
         return log_marginal(w, h[(every := torch.tensor(index).flatten())]), every
 
     def right(log_p: torch.Tensor, index: torch.Tensor) -> tuple[float, float]:
-        r = accuracy(log_p + math.log(2))
+        r = mixture_accuracy(log_p)
         return r.mean().item(), min(r[kind[index] == t].mean().item() for t in range(world.types))
 
     log_p = log_marginal(log_w, h)

@@ -22,7 +22,7 @@ from data.sentences import Sentence, load_sentences
 from data.stages import key_of
 from mixdpo import fetch
 from mixdpo.diagnostics import adjusted_rand_index, mean_se
-from mixdpo.dpo import accuracy
+from mixdpo.dpo import mixture_accuracy
 from mixdpo.linear import LinearMixture, linear_mixture
 from mixdpo.mixture import e_step, log_marginal
 from mixdpo.preferences import Pair
@@ -208,7 +208,7 @@ def figures(found: LinearMixture, told: Judged, held: Judged, log_w: torch.Tenso
     z, bayes = told.type[first.numpy()].tolist(), e_step(even, told.gaps, told.group)[1].argmax(1).tolist()
     size = held.group.bincount()
     return {
-        "ll": mean_se(log_p), "accuracy": float(accuracy(log_p + math.log(2)).mean()),
+        "ll": mean_se(log_p), "accuracy": float(mixture_accuracy(log_p).mean()),
         "ll_user": mean_se(e_step(w, h, held.group)[0] / size if log_w is None else log_p),
         "oracle": mean_se(log_marginal(even, held.gaps)), "oracle_user": mean_se(e_step(even, held.gaps, held.group)[0]
                                                                                 / size),

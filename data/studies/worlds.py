@@ -24,7 +24,7 @@ import train
 from data.stages import write_lines
 from mixdpo import bpe
 from mixdpo.diagnostics import adjusted_rand_index, effective_experts, mean_se
-from mixdpo.dpo import accuracy
+from mixdpo.dpo import accuracy, mixture_accuracy
 from mixdpo.finished import Run, load_run
 from mixdpo.gpt2 import GPT2, GPT2Config
 from mixdpo.heldout import alignment, margins_of
@@ -197,7 +197,7 @@ def figures(found: Found) -> dict:
                for kind in sorted({p.annotator for p in found.pairs})}
     q = run.table.exp() if run.config.experts > 1 else torch.ones(1, 1)
     return {
-        "ll": mean_se(log_p), "ll_user": mean_se(log_user), "accuracy": float(accuracy(log_p + math.log(2)).mean()),
+        "ll": mean_se(log_p), "ll_user": mean_se(log_user), "accuracy": float(mixture_accuracy(log_p).mean()),
         "own": float(right.mean()), "worst": min(by_type.values()),
         "ari": aligned.get("ari", 0.0), "matched": aligned.get("matched", 0.0),
         "effective": effective_experts(run.table) if run.config.experts > 1 else 1.0,
