@@ -39,12 +39,21 @@ def guesses(seed: int, m: int = 4000):
 
 def test_randomized_response_is_found_out():
     """Each coin is published, wrong with chance 1 / (1 + e^epsilon): exactly epsilon-DP, and no mechanism is easier to
-    audit. Faults: a bound above the truth; a bound of no use; confidence shared by more guesses than were made."""
+    audit. Faults: a bound above the truth; a bound far below it."""
     for seed, epsilon in enumerate((0.5, 1.0, 2.0, 4.0)):
         rng, inside = guesses(seed)
-        told = np.where(rng.random(len(inside)) < 1 / (1 + math.exp(epsilon)), ~inside, inside)
-        score = told + 1e-3 * rng.random(len(inside))
+        answer = np.where(rng.random(len(inside)) < 1 / (1 + math.exp(epsilon)), ~inside, inside)
+        score = answer + 1e-3 * rng.random(len(inside))
         assert 0.75 * epsilon < lower_bound([score], inside, 0.0) <= epsilon
+
+
+def test_all_guesses_right_is_a_bound_by_hand():
+    """Coins that are published as they are: the best of six sets of guesses has 40 % of the canaries in and 40 % out,
+    all right, so q^800 = 0.05 / 6. Faults: the canaries guessed to be out not counted, or counted as wrong; another
+    division of the error probability."""
+    inside = np.arange(1000) % 2 == 0
+    q = (0.05 / 6) ** (1 / 800)
+    assert lower_bound([inside.astype(float)], inside, 0.0) == pytest.approx(math.log(q / (1 - q)))
 
 
 def test_what_says_nothing_gives_zero():
@@ -102,7 +111,7 @@ def made(count: int, m: int, epsilon: float, seed: int, folder):
 
 def test_chosen_gradients_stay_below_the_accountant(tmp_path):
     """The parts of DP-SGD against the adversary that the accountant assumes. Faults: noise of half the deviation, a
-    clip norm that is passed by a factor of two, one draw of noise for all steps (each put in below)."""
+    clip norm that is exceeded by a factor of two, one draw of noise for all steps."""
     for seed, epsilon in enumerate((1.0, 4.0), 1):
         found = made(1, 4000, epsilon, seed, tmp_path)
         assert 0.99 * epsilon < found["claimed"] <= epsilon

@@ -65,7 +65,7 @@ SAMPLING = {CHOSEN: (1 / 16, 32)}                    # sampling rate and steps; 
 
 def p_value(m: int, r: int, v: int, epsilon: float, delta: float) -> float:
     """Chance of v or more right guesses out of r, for m canaries, if the run is (epsilon, delta)-DP: an upper bound
-    (Steinke et al. 2023, theorem 5.2)."""
+    (Steinke et al. 2023, section 5; their code is in appendix D)."""
     q = 1 / (1 + math.exp(-epsilon))
     below = np.cumsum(binom.pmf(np.arange(v - 1, -1, -1), r, q))            # P(v > W >= v - i), i = 1 ... v
     return min(1.0, float(binom.sf(v - 1, r, q) + 2 * m * delta * max(below / np.arange(1, v + 1), default=0.0)))
@@ -297,11 +297,11 @@ def page(rows):
         of["the accountant"] = [(row["claimed"], row["claimed"], 0.0) for c, row in sound if c["way"] == CHOSEN]
         for c, row in sound:
             of.setdefault(c["way"], []).append((round(row["claimed"], 2), row[name], 0.0))
-    above, caught, fit_caught = (sum(row[name] > row["claimed"] for _, row in some) for some, name in
-                                 ((sound, "lower"), (faulty, "lower"), (faulty, "fit")))
-    text = (f"Of {len(sound)} runs as they are, {above} had an epsilon_lower above the accountant's epsilon, and "
-            f"{sum(row['fit'] > row['claimed'] for _, row in sound)} an epsilon_fit above it. Of {len(faulty)} runs "
-            f"with a fault put in, epsilon_lower found {caught} and epsilon_fit {fit_caught}.")
+    above, fit_above, caught, fit_caught = (sum(row[name] > row["claimed"] for _, row in some)
+                                            for some in (sound, faulty) for name in lines)
+    text = (f"Of {len(sound)} audits of the program as it is, {above} gave an epsilon_lower above the accountant's "
+            f"epsilon, and {fit_above} gave such an epsilon_fit. Of {len(faulty)} audits with a fault put in, "
+            f"epsilon_lower found {caught} and epsilon_fit {fit_caught}.")
     head = ["what is audited", "runs x canaries", "epsilon", "epsilon_lower", "epsilon_fit"]
     body = [[c["way"], f"{c['runs']} x {c['canaries']:,}", *shown(row)] for c, row in sound]
     finders = [" and ".join(f"epsilon_{name}" for name in lines if row[name] > row["claimed"]) for _, row in faulty]
