@@ -294,9 +294,10 @@ def page(rows):
     faulty = [(c, row) for c, f in rows for row in f["rows"] if row["fault"] != NONE]
     lines = {"lower": {}, "fit": {}}
     for name, of in lines.items():
-        of["the accountant"] = [(row["claimed"], row["claimed"], 0.0) for c, row in sound if c["way"] == CHOSEN]
+        of["the accountant"] = [(round(row["claimed"], 2), row["claimed"], 0.0) for c, row in sound if c["way"] == CHOSEN]
         for c, row in sound:
-            of.setdefault(c["way"], []).append((round(row["claimed"], 2), row[name], 0.0))
+            if c["faults"]:                         # the other lines would lie on these
+                of.setdefault(c["way"], []).append((round(row["claimed"], 2), row[name], 0.0))
     above, fit_above, caught, fit_caught = (sum(row[name] > row["claimed"] for _, row in some)
                                             for some in (sound, faulty) for name in lines)
     text = (f"Of {len(sound)} audits of the program as it is, {above} gave an epsilon_lower above the accountant's "
