@@ -17,7 +17,7 @@ The learning rate is 1e-9: the parameters stay in place, so a canary has the sam
 computes it once. A guarantee for every learning rate holds for this one too.
 
 Many runs with and without one canary (Jagielski et al. 2020, arXiv 2006.07709) would give a higher epsilon_lower; at
-two seconds a run, 10,000 of them take hours. Left out: DP-TBART, and attacks on the final weights, which see less.
+half a second a run, 10,000 of them take more than an hour. Left out: DP-TBART, and attacks on the final weights, which see less.
 """
 
 import contextlib
@@ -294,7 +294,8 @@ def page(rows):
     faulty = [(c, row) for c, f in rows for row in f["rows"] if row["fault"] != NONE]
     lines = {"lower": {}, "fit": {}}
     for name, of in lines.items():
-        of["the accountant"] = [(round(row["claimed"], 2), row["claimed"], 0.0) for c, row in sound if c["way"] == CHOSEN]
+        of["the accountant"] = [(round(row["claimed"], 2), row["claimed"], 0.0) for c, row in sound
+                                if c["way"] == CHOSEN]
         for c, row in sound:
             if c["faults"]:                         # the other lines would lie on these
                 of.setdefault(c["way"], []).append((round(row["claimed"], 2), row[name], 0.0))
