@@ -17,7 +17,8 @@ The learning rate is 1e-9: the parameters stay in place, so a canary has the sam
 computes it once. A guarantee for every learning rate holds for this one too.
 
 Many runs with and without one canary (Jagielski et al. 2020, arXiv 2006.07709) would give a higher epsilon_lower; at
-half a second a run, 10,000 of them take more than an hour. Left out: DP-TBART, and attacks on the final weights, which see less.
+half a second a run, 10,000 of them take more than an hour. Left out: DP-TBART, and attacks on the final weights, which
+see less.
 """
 
 import contextlib
