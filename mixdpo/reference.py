@@ -62,13 +62,13 @@ def load_references(config, device) -> tuple[list, object]:
 
 @torch.no_grad()
 def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 16, progress=None,
-                      most: int = STATES) -> Reference:
+                      most: int | None = None) -> Reference:
     """One pass over the pairs in file order, `size` pairs a batch, on the model's device; results on the CPU. States of
-    response tokens are kept if all of them take no more than `most` bytes."""
+    response tokens are kept if all of them take no more than `most` bytes; default: STATES."""
     policy, device = Heads(model, 1, dtype=dtype), model.unembedding.device
     logps, features, prompts, states = [], [], [], []
     tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    keep = tokens * model.config.width * dtype.itemsize <= most
+    keep = tokens * model.config.width * dtype.itemsize <= (STATES if most is None else most)
     for start in range(0, len(pairs), size):
         batch = collate(pairs, range(start, min(start + size, len(pairs))))
         text, B = rows_of(batch).to(device), len(batch.ids)
