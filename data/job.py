@@ -25,7 +25,7 @@ from mixdpo.records import lines
 
 SAMPLES = 6  # prompts whose completions are shown
 FIGURES = {"mean", "se", "values", "conflicts_by_pair", "effective_experts", "ari", "matched", "bayes_ari",
-           "bayes_matched", "perplexity_before", "perplexity_after"}
+           "bayes_matched", "perplexity_before", "perplexity_after", "rate", "low", "high"}
 
 
 @dataclass
@@ -60,12 +60,6 @@ class Job:
 def records(path: Path, most: int | None = None) -> list[dict]:
     """The objects of a .jsonl file, the first `most` of them; none if there is no such file."""
     return [json.loads(line) for line in islice(lines(path), most) if line.strip()] if path.exists() else []
-
-
-def figure(found: dict) -> dict:
-    """An object of a results file, with NaN for the null that stands for it where a figure has no number."""
-    numbers = ("mean", "se", "rate", "low", "high")
-    return {name: math.nan if value is None and name in numbers else value for name, value in found.items()}
 
 
 def read_job(folder: Path) -> Job:

@@ -469,7 +469,7 @@ def test_wrong_and_contradictory_options_are_refused_before_anything_is_written(
 
 NUMBERS = {f.name: f.type for f in dataclasses.fields(train.TrainConfig) if f.type in (int, float)}
 MAY_BE = {math.inf: {"clip", "epsilon", "save_minutes"}, -1: {"head_rows"},
-          0: {"rank", "context", "damping", "gate_entropy", "gate_balance", "robust", "label_noise", "noise_seed",
+          0: {"rank", "context", "damping", "gate_entropy", "gate_balance", "robust", "label_noise", "examples",
               "start_steps", "head_rows", "warmup", "seed", "save_minutes"}}
 
 

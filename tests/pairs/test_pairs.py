@@ -367,7 +367,8 @@ def evaluates(job: Job, options: dict, run: Path, monkeypatch) -> None:
     finds_the_responsibilities_again(*seen[heldout.name])
 
 
-NOBODY = ("/own/0", "/own_other/0")     # null where one expert stands for everybody
+NOBODY = ("/own/0", "/own_other/0",     # null where one expert stands for everybody,
+          "/user_of_pair")              # and where weights are not of users
 
 
 def strict_json(text: str, name: str):
