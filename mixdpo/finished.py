@@ -55,7 +55,8 @@ def unchanged(path: Path, what: str, state: dict, now: str, config) -> None:
 
 
 def load_run(path: Path, device: str, data_folder: str) -> Run:
-    """A finished run, whole: also who was trained on, which the data tell."""
+    """A finished run with its units, which are read from its data again. Of a private run with --context, which pairs
+    were context is not known: that was drawn under a key that is gone."""
     config, experts, tensors, state = load_experts(path, device, data_folder)
     unchanged(path, "data", state, data_key(config.data), config)
     pairs = read_preferences(config.data, load_tokenizer(config.models[0], data_folder or None), config.max_prompt,
