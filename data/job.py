@@ -25,7 +25,7 @@ from mixdpo.records import lines
 
 SAMPLES = 6  # prompts whose completions are shown
 FIGURES = {"mean", "se", "values", "conflicts_by_pair", "effective_experts", "ari", "matched", "bayes_ari",
-           "bayes_matched", "perplexity_before", "perplexity_after"}
+           "bayes_matched", "perplexity_before", "perplexity_after", "rate", "low", "high"}
 
 
 @dataclass

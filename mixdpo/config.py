@@ -118,8 +118,8 @@ def parse(cls, argv: list[str], program: str):
         if not flag.startswith("--") or name not in kinds:
             near = difflib.get_close_matches(name, kinds, n=1)
             hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
-            raise InputError(f"got {word!r}, which is no option{hint} (`{program} --help` lists them all)",
-                             option=name if flag.startswith("--") else None)
+            option, which = (name, "") if flag.startswith("--") else (None, f" {word!r}")
+            raise InputError(f"unknown option{which}{hint} (`{program} --help` lists them all)", option=option)
         if not equals and not words:
             raise InputError("wants a value, and none follows", option=name)
         if name in values:
