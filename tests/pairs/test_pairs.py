@@ -364,7 +364,8 @@ def evaluates(job: Job, options: dict, run: Path, monkeypatch) -> None:
     finds_the_responsibilities_again(*seen[heldout.name])
 
 
-NOBODY = ("/own/0", "/own_other/0")     # null where one expert stands for everybody
+# null where one expert stands for everybody; null unless weights depend on the user
+NOBODY = ("/own/0", "/own_other/0", "/user_of_pair")
 
 
 def strict_json(text: str, name: str):
