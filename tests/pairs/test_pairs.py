@@ -391,6 +391,8 @@ def finds_the_responsibilities_again(run, pairs, h, log_w) -> None:
     """M11 by evaluation's functions, on the training pairs, which stand first."""
     if run.config.experts == 1 or run.config.estep == "first":              # a first visit is kept
         return
+    if run.config.context and run.config.epsilon < math.inf:                # only the key, now gone, tells which pairs
+        return                                                              # were context
     visits = {}
     for visit in run.plan.visits:
         visits.setdefault(visit.unit, []).extend(visit.context or visit.trained)
