@@ -264,8 +264,9 @@ def evaluate(config: EvalConfig) -> dict:
         results["preferences"] = {run.name: preference_figures(run, *found) for run, *found in
                                   margins_of(runs, references, tokenizer, heldout, cache)}
     for path in [Path(config.adapt)] if config.adapt else sorted(home.glob("adapt-*.jsonl"), key=lambda p: p.stem):
-        results["adapt"][path.stem] = {run.name: adapted(*found, config.seed) for run, *found in
-                                       margins_of(runs, references, tokenizer, path, cache)}
+        with configs.lines_of(path):
+            results["adapt"][path.stem] = {run.name: adapted(*found, config.seed) for run, *found in
+                                           margins_of(runs, references, tokenizer, path, cache)}
     if completed:
         results["policies"] = complete(config, folder, home, runs, references[0], tokenizer, asked, end, max_new,
                                        dataset)

@@ -222,7 +222,7 @@ def prepare(config, between=lambda: None, private: Private | None = None):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, why = compute_dtype(config.dtype, device)
     if config.packing and device == "cpu":
-        raise InputError("--packing true is attention that only a CUDA device has; leave it out")
+        raise InputError("got true, which needs a CUDA device; leave this option out", option="packing")
     print(*fits.told(config, dtype, fits.available(device)), sep="\n")
     models, tokenizer = load_references(config, device)
     for model in models:
@@ -231,10 +231,8 @@ def prepare(config, between=lambda: None, private: Private | None = None):
         projections(models[0], config.targets)                              # an unknown one is told before long passes
     pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
     check_lengths(pairs, min(model.config.context for model in models), config.data)
-    try:
+    with configs.lines_of(config.data):
         plan = make_plan(pairs, config, private and private.shuffled, private and (lambda *_: []))
-    except InputError as error:
-        raise InputError(f"{config.data}: {error}") from None
     name, cache = str(dtype).removeprefix("torch."), Path(config.out).parent / "cache"
     trained = sum(len(visit.trained) for visit in plan.visits)
     slices = f", in {len(plan.visits)} slices" if len(plan.visits) > len(plan.units) else ""
@@ -321,7 +319,7 @@ def learn(config: TrainConfig, same: dict, stop: Stop, private: Private | None =
     optimizer, names = make_optimizer(experts, config.lr, config.head_lr, gate, config.gate_lr, config.moments,
                                       config.seed, once_a_step(experts) if config.in_backward else [])
     if config.robust and not gate.users:
-        raise InputError(f"{config.data}: --robust weighs users, and no line names one")
+        raise InputError("no line names a user, and --robust weighs users; leave it out", config.data, option="robust")
     drawn = private and private.start(plan, config.experts, config.latent)
     start = make_start(gate, inputs, plan, reference.features, config, drawn)
     carried = resumed(out, same, experts, gate, optimizer, names, device)
@@ -361,7 +359,7 @@ def learn(config: TrainConfig, same: dict, stop: Stop, private: Private | None =
             figures, units = advance(experts, gate, optimizer, plan, ref_logp, inputs, start, carried, e_step_of_all,
                                      config, noise)
         except FloatingPointError as error:
-            raise InputError(told_of_batch(error, plan, carried.t, config)) from None
+            raise InputError(told_of_batch(error, plan, carried.t, config), config.data, option="lr") from None
         log.step(figures, units, carried.table[units])
         if carried.t < len(plan.steps):
             leave_if_asked()
@@ -397,8 +395,8 @@ def told_of_batch(error: FloatingPointError, plan, t: int, config) -> str:
     numbers = {plan.pairs[i].line for v in plan.steps[t][1] for i in plan.visits[v].trained}
     path = Path(config.out) / f"step-{t}.jsonl"
     path.write_bytes(b"".join(raw for n, raw in enumerate(lines(config.data), 1) if n in numbers))
-    return (f"{config.data}: step {t}: {error}; nothing was updated. Lines of this batch: {sorted(numbers)}; they are "
-            f"in {path}. Lower --lr, or look at these lines")
+    return (f"step {t}: {error}; nothing was updated. Lines of this batch: {sorted(numbers)}; they are in {path}. "
+            "Lower --lr, or look at these lines")
 
 
 def run(config: TrainConfig, key: Key | None = None) -> Path:
@@ -428,7 +426,7 @@ def run(config: TrainConfig, key: Key | None = None) -> Path:
     except RuntimeError as error:                                           # CUDA's out-of-memory is one, too
         if not fits.exceeded(error):
             raise
-        raise InputError(fits.smaller(config, error)) from None
+        raise InputError(fits.smaller(config, error), option="micro") from None
     return Path(config.out)
 
 

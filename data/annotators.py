@@ -50,7 +50,7 @@ def score(texts: list[str], names: list[str], folder) -> dict[str, list[float]]:
     Raises: InputError on an unknown name, a package that is not installed, a folder without a judge.
     """
     if unknown := [name for name in names if name not in NAMES]:
-        raise InputError(f"annotator {unknown[0]!r}: wanted some of {', '.join(NAMES)}")
+        raise InputError(f"got annotator {unknown[0]!r}, wanted some of {', '.join(NAMES)}", option="judge")
     out = {"sentiment": sentiment(texts, folder)} if "sentiment" in names else {}
     rules = [rule for rule in (informativeness, grammar) if rule.__name__ in names]
     if rules:

@@ -107,15 +107,16 @@ def divide(items: list[Item], heldout: float, seed: int) -> tuple[list[Item], li
     return [i for i in items if place(i) < heldout], [i for i in items if place(i) >= heldout]
 
 
-def deal(items: list[Item], users: dict[str, str], each: int, seed: int) -> list[tuple[str, Item]]:
-    """`each` items for every user, of those that its type judges; 0: all. Raises: InputError if they are fewer."""
+def deal(items: list[Item], users: dict[str, str], each: int, seed: int, option="pairs") -> list[tuple[str, Item]]:
+    """`each` items for every user, of those that its type judges; 0: all. Raises: InputError if they are fewer, naming
+    the option that says how many."""
     out, rng, asked = [], np.random.default_rng([seed, 21]), each
     for kind in sorted(set(users.values())):
         deck = [item for item in items if kind in item.prefers]
         each = asked or len(deck)
         if len(deck) < each:
-            raise InputError(f"{len(deck)} items are judged by {kind}, and each user wants {each}: fewer pairs a user, "
-                             "or more data, would do")
+            raise InputError(f"{len(deck)} items are judged by {kind}, and each user wants {each}; choose fewer pairs "
+                             "a user, or get more data", option=option)
         hand, theirs = [], [user for user, of in users.items() if of == kind]
         for user in theirs:
             if len(hand) < each:                                            # begun again: the rest first, then others
@@ -151,12 +152,13 @@ def judge(job: Path, of: Judged, preset: dict, tokenizer, data: str | None) -> N
     new = {f"new-{user}": kind for user, kind in name_users(len(of.types) * preset["new_users"], list(of.types),
                                                             preset["seed"] + 1).items()}
     for name, part in (("adapt-new-user", others), ("adapt-new-user-new-prompt", held_out)):
-        dealt = deal(part, new, preset["new_pairs"], preset["seed"] + 1)
+        dealt = deal(part, new, preset["new_pairs"], preset["seed"] + 1, option="preset")
         write_lines(job / f"{name}.jsonl", (line(user, new[user], item) for user, item in dealt))
     asked = [{"prompt": item.messages} for item in held_out[: preset["evaluate"]]]
     write_lines(job / "prompts.jsonl", asked)
     if not held_rows:
-        raise InputError(f"{len(items)} items leave none for evaluation; more data would do")
+        raise InputError(f"{len(items)} items leave none for evaluation; get more data, or choose another preset",
+                         option="preset")
     write_lines(job / "train.jsonl", rows)
     write_lines(job / "heldout.jsonl", held_rows)
     counts = {part: {"items": len(chosen), "of_two_types_or_more": sum(len(i.prefers) > 1 for i in chosen),

@@ -117,12 +117,13 @@ def by_asking(endpoint: Endpoint, criteria: dict[str, str]):
 def refuse_policies(path: Path, home: Path) -> Path:
     """The path, unless it is a model of the job itself. Raises: InputError then, or if it holds no model."""
     if not (path / "config.json").is_file():
-        raise InputError(f"{path}: no config.json in it; classifier: wants a Hugging Face directory", option="judge")
+        raise InputError("no config.json in it; --judge classifier:PATH wants a Hugging Face directory", file=path,
+                         option="judge")
     used = {Path(json.loads(file.read_text())["model"]).resolve() for file in home.glob("*/config.json")
             if "model" in json.loads(file.read_text())}
     if path.resolve() in used or home.resolve() in path.resolve().parents:
-        raise InputError(f"{path}: is a policy of this job, and no policy judges itself; take another model",
-                         option="judge")
+        raise InputError("is a policy of this job, and no policy judges itself; choose another model for --judge",
+                         file=path, option="judge")
     return path
 
 

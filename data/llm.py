@@ -122,7 +122,7 @@ class Endpoint:
                     return
                 if refusal.status != 429 and refusal.status < 500:
                     self.ended = True
-                    raise InputError(f"{self.address}: {refusal}", option="judge") from None
+                    raise InputError(f"got {refusal} from {self.address}", option="judge") from None
             except NoVerdict as reply:
                 failed, pause = reply, 0
             except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -133,8 +133,8 @@ class Endpoint:
             self.keep(key, None)
             return
         self.ended = True
-        raise InputError(f"{self.address}: no answer in {ATTEMPTS} attempts ({'; '.join(reasons)}); what was answered "
-                         f"is kept in {self.kept}: run the same command again to go on", option="judge")
+        raise InputError(f"no answer from {self.address} in {ATTEMPTS} attempts ({'; '.join(reasons)}); what was "
+                         f"answered is kept in {self.kept}: run the same command again to go on", option="judge")
 
     def keep(self, key: str, answer: str | None) -> None:
         """One answer, for this run and later ones."""

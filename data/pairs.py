@@ -38,10 +38,12 @@ def spreads(scores: list[dict[str, list[float]]], annotators: list[str]) -> dict
     """spread_a of each annotator. scores: one {name: [n]} a prompt."""
     several = [s for s in scores if len(s[annotators[0]]) > 1]
     if not several:
-        raise InputError(f"{len(scores)} prompts, none with two continuations to compare: sample more of each")
+        raise InputError(f"none of {len(scores)} prompts has two continuations to compare; choose a preset that "
+                         "samples more of each", option="preset")
     pooled = {a: math.sqrt(np.mean([np.var(s[a], ddof=1) for s in several])) for a in annotators}
     if flat := [a for a in annotators if pooled[a] == 0]:
-        raise InputError(f"annotator {flat[0]} gives all continuations of a prompt one score: it prefers none")
+        raise InputError(f"annotator {flat[0]} gives all continuations of a prompt the same score, so it prefers none; "
+                         "choose a preset that samples more, or other annotators", option="preset")
     return pooled
 
 
@@ -98,8 +100,9 @@ def judge_pairs(scores: list[dict], users: dict[str, str], each: int, agree: flo
             if rest and p not in taken and len(taken) < each:
                 taken[p] = ("filled", *fresh(p, rest))
         if len(taken) < each:
-            raise InputError(f"{user} ({judge}) finds {len(taken)} pairs on {len(scores)} prompts, wanted {each}: "
-                             f"more prompts, more continuations of each, or a margin under {margin} would do")
+            raise InputError(f"{user} ({judge}) finds {len(taken)} pairs on {len(scores)} prompts, wanted {each}; "
+                             f"choose a preset of more prompts or continuations, or with a margin under {margin}",
+                             option="preset")
         out += [{"user": user, "annotator": judge, "kind": kind, "prompt": p, "chosen": i, "rejected": j}
                 for p, (kind, i, j) in taken.items()]
     return [out[i] for i in np.random.default_rng([seed, 12]).permutation(len(out))]

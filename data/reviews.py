@@ -64,8 +64,8 @@ def divide(domain: str, reviews: list[Review], preset: dict, tokenizer) -> tuple
                 rest.append(review)
         free = rest
         if len(taken[name]) < count:
-            raise InputError(f"{len(reviews)} {domain} reviews give {len(taken[name])} for {name}, wanted {count}: a "
-                             "smaller preset would do, or more reviews")
+            raise InputError(f"{len(reviews)} {domain} reviews give {len(taken[name])} for {name}, wanted {count}; "
+                             "choose a smaller preset, or get more reviews", option="preset")
     return taken, free
 
 

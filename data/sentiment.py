@@ -122,8 +122,8 @@ def fit_sentiment(reviews: list[tuple[str, int]], folder, seed: int = 0, needed:
     report |= {"nats_short": -float(np.log(of_truth).mean())}
     if report["accuracy_whole"] < needed:
         got = f"the judge of sentiment is right on {report['accuracy_whole']:.3f} of {len(testing)} held-out reviews"
-        remedy = "give it more reviews, or look at their labels"
-        raise InputError(f"{got}, wanted {needed}; it was fitted on {len(fitting)}: {remedy}")
+        remedy = "choose distilbert, give it more reviews, or look at their labels"
+        raise InputError(f"{got}, wanted {needed}; it was fitted on {len(fitting)}: {remedy}", option="sentiment")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "judge.json").unlink(missing_ok=True)
     save_file({"weight": weight}, folder / "sentiment.safetensors.part")

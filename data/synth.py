@@ -82,7 +82,7 @@ def read_tables(config: SynthConfig, columns: list[Column] | None = None) -> Tab
         raise InputError("wanted --data table.csv and --schema schema.json, or --dataset adult",
                          option="schema" if config.data else "data")
     if bool(config.test) != bool(config.target):
-        raise InputError("--test and --target go together: a table to test on, and the column to be foretold",
+        raise InputError("wanted both --test, a table to test on, and --target, the column to be foretold, or neither",
                          option="target" if config.test else "test")
     columns = columns or read_schema(config.schema)
     names = [column.name for column in columns]

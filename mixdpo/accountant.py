@@ -53,7 +53,7 @@ class Mechanism:
 
     def __post_init__(self):
         if not (0 <= self.sigma < math.inf and 0 <= self.rate <= 1 and self.steps >= 0):
-            raise InputError(f"{self}: wanted a finite sigma of 0 or more, a rate from 0 to 1, steps of 0 or more")
+            raise InputError(f"got {self}, wanted a finite sigma of 0 or more, a rate from 0 to 1, steps of 0 or more")
 
 
 def require_delta(delta: float) -> None:

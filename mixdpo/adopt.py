@@ -26,15 +26,18 @@ def adopt(experts: Heads | Adapters | Models, config, keys: list[str]) -> None:
             continue
         path, _, number = entry.rpartition(":")
         if not path or not number.isdigit():
-            raise InputError(f"--init-experts: got {entry!r}, wanted RUN:k, a run's directory and its expert's number")
+            raise InputError(f"got {entry!r}, wanted RUN:k, a run's directory and its expert's number",
+                             option="init_experts")
         if path not in sources:
             sources[path] = load_experts(Path(path), "cpu", config.data_folder)
         its, source, _, state = sources[path]
         if int(number) >= source.K:
-            raise InputError(f"--init-experts {entry}: that run has experts 0 to {source.K - 1}")
+            raise InputError(f"got {entry!r}, and that run has experts 0 to {source.K - 1}; choose one of these",
+                             option="init_experts")
         if state["config"]["model_key"] != keys[k % len(keys)]:
-            raise InputError(f"--init-experts {entry}: was trained against another reference, {its.model}, than expert "
-                             f"{k} has here, {config.models[k % len(keys)]}; name its model in --model")
+            raise InputError(f"got {entry!r}, which was trained against another reference, {its.model}, than expert "
+                             f"{k} has here, {config.models[k % len(keys)]}; name its model in --model",
+                             option="init_experts")
         take_over(experts, k, source, int(number), entry)
     if config.frozen:
         freeze(experts, config.frozen)
@@ -55,12 +58,12 @@ def take_over(experts, k: int, source, j: int, entry: str) -> None:
     wanted = {name: value.shape[1:] for name, value in experts.named_parameters() if is_factor(name)}
     given = {name: value for name, value in source.named_parameters() if is_factor(name)}
     if type(source) is not type(experts) or {name: value.shape[1:] for name, value in given.items()} != wanted:
-        raise InputError(f"--init-experts {entry}: is no {type(experts).__name__[:-1].lower()} of the same kind and "
-                         "rank as those here; choose that run's --sharing, --rank and --targets, or --sharing models, "
-                         "which takes any expert over")
+        raise InputError(f"got {entry!r}, which is no {type(experts).__name__[:-1].lower()} of the same kind and rank "
+                         "as those here; choose that run's --sharing, --rank and --targets, or --sharing models, which "
+                         "takes any expert over", option="init_experts")
     if isinstance(source, Heads) and any(p.requires_grad for p in source.trunk.parameters()):
-        raise InputError(f"--init-experts {entry}: its trunk has learnt too, and its heads mean nothing on another "
-                         "one; take it over with --sharing models")
+        raise InputError(f"got {entry!r}, whose trunk has learnt too, and its heads fit no other trunk; take it over "
+                         "with --sharing models", option="init_experts")
     for name, value in experts.named_parameters():
         if is_factor(name):
             value[k] = given[name][j]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mixdpo.accountant import Mechanism, epsilon_of, noise_multiplier
-from mixdpo.config import InputError, reading, to_json, write_whole
+from mixdpo.config import InputError, lines_of, reading, to_json, write_whole
 from mixdpo.keys import Key, identities
 from mixdpo.plan import Plan
 from mixdpo.preferences import Pair
@@ -122,7 +122,8 @@ class Private:
     def budgeted(self, plan: Plan, config) -> tuple[Plan, Noise, dict]:
         """The plan with steps drawn by Poisson sampling, the noise that keeps the run within its epsilon, and what
         privacy.json says once the run is finished. Raises: InputError."""
-        owner, names = examples_of(plan, config.privacy_unit)
+        with lines_of(config.data):
+            owner, names = examples_of(plan, config.privacy_unit)
         count = config.examples or len(names)
         rate = min(1.0, config.batch / count)
         if (delta := config.delta + sum(run["delta"] for run in self.sources)) * count >= 1:
@@ -153,8 +154,8 @@ def examples_of(plan: Plan, unit: str) -> tuple[np.ndarray, list[str]]:
     if unit == "user":
         nameless = [pairs[i].line for i in firsts if pairs[i].user is None]
         if nameless:
-            raise InputError(f"line {nameless[0]} names no user; wanted a user on every line, whom --privacy-unit user "
-                             "hides", option="privacy_unit", line=nameless[0])
+            raise InputError("names no user; wanted one on every line, since --privacy-unit user hides users",
+                             line=nameless[0], option="privacy_unit")
         names = [pairs[i].user for i in firsts]
     else:
         all_names = pair_names(pairs)

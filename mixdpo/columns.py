@@ -143,13 +143,13 @@ def columns_of(described: list[dict], path="schema") -> list[Column]:
                              f"got {entry!r:.80}", file=path)
         where = f"column {entry['name']!r}"
         if unknown := sorted(set(entry) - FIELDS[entry["type"]]):
-            raise InputError(f"{where}: unknown field {unknown[0]!r}; known are {sorted(FIELDS[entry['type']])}",
-                             file=path)
+            known = ", ".join(sorted(FIELDS[entry["type"]]))
+            raise InputError(f"in {where}: got {unknown[0]!r}, wanted some of {known}", file=path)
         try:
             column = category(entry) if entry["type"] == "category" else number_of(entry)
             "".join([column.name, *column.values, column.missing or ""]).encode()           # before it is learnt
         except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{where}: {error}", file=path) from None
+            raise InputError(f"in {where}: {error}", file=path) from None
         columns.append(column)
     twice = [name for name, count in Counter(c.name for c in columns).items() if count > 1]
     if twice:

@@ -27,8 +27,20 @@ class InputError(ValueError):
     def __init__(self, message: str, file=None, line: int | None = None, option: str | None = None):
         self.message, self.file, self.line, self.option = message, file, line, option
         where = f"{file}" if file is not None else f"--{option.replace('_', '-')}" if option is not None else ""
-        where += f":{line}" if line is not None else ""
+        if line is not None:                                                # whoever knows the file adds it: lines_of
+            where = f"{where}:{line}" if file is not None else f"{where}, line {line}".removeprefix(", ")
         super().__init__(f"{where}: {message}" if where else message)
+
+
+@contextlib.contextmanager
+def lines_of(file):
+    """Within it an InputError that names a line, and no file, is given this file."""
+    try:
+        yield
+    except InputError as error:
+        if error.line is None or error.file is not None:
+            raise
+        raise InputError(error.message, file, error.line, error.option) from None
 
 
 @contextlib.contextmanager
@@ -106,7 +118,8 @@ def parse(cls, argv: list[str], program: str):
         if not flag.startswith("--") or name not in kinds:
             near = difflib.get_close_matches(name, kinds, n=1)
             hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
-            raise InputError(f"unknown option {word!r}{hint} (`{program} --help` lists them all)")
+            option, which = (name, "") if flag.startswith("--") else (None, f" {word!r}")
+            raise InputError(f"unknown option{which}{hint} (`{program} --help` lists them all)", option=option)
         if not equals and not words:
             raise InputError("wants a value, and none follows", option=name)
         if name in values:

@@ -106,7 +106,7 @@ def smaller(config, error: RuntimeError) -> str:
     found = [m for m, size in sizes.items() if size <= TIGHT * free]
     would = (f"--micro {found[-1]} would fit, by estimate: {sizes[found[-1]] / 1e9:.1f} GB" if found else
              "no --micro would fit, by estimate:\n" + "\n".join(remedies(config, dtype)))
-    return (f"out of memory with --micro {config.micro} ({str(error).splitlines()[0]}). {free / 1e9:.1f} GB are free; "
+    return (f"got {config.micro}, and memory ran out ({str(error).splitlines()[0]}). {free / 1e9:.1f} GB are free; "
             f"{would}. The same command with that goes on from what was saved")
 
 

@@ -106,7 +106,7 @@ class Gate(nn.Module):
         if kind == "fixed":
             self.register_buffer("log_w", log_w.clone())                                    # (K,)
         if kind == "domain" and D != experts:
-            raise InputError(f"domain: the training pairs name {D} domains, and there are {experts} experts; wanted "
+            raise InputError(f"got domain, for {D} domains in the training pairs and {experts} experts; wanted "
                              'one domain an expert: {"domain": ...} on each line, and --experts of that number',
                              option="gate")
         if kind in READS_PROMPT:
@@ -120,7 +120,8 @@ class Gate(nn.Module):
             self.c = nn.Parameter(torch.zeros(HIDDEN))
         if kind in ("user", "prompt-user"):
             if not self.users:
-                raise InputError(f"{kind}: no line of the training pairs names a user", option="gate")
+                raise InputError(f"got {kind}, and no line of the training pairs names a user; add users, or choose "
+                                 "another gate", option="gate")
             self.E = nn.Parameter(torch.zeros(self.users + 1, experts))                          # (U+1,K)
         if kind == "random":
             self.W.data = torch.randn(experts, D, generator=generator)                      # logits of deviation 1

@@ -185,20 +185,22 @@ def validate_effects(config: TrainConfig) -> None:
                     "heads and adapters learn at --head-lr")}
     for name, (used, need) in needs.items():
         if getattr(config, name) != getattr(TrainConfig, name) and not used:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} has no effect without {need}; choose that, or leave --{flag} out")
+            raise InputError(f"has no effect without {need}; choose that, or leave this option out", option=name)
 
 
 def validate_experts(config: TrainConfig) -> None:
     """What experts, and those taken over or frozen, want of the rest."""
     lora = config.sharing == "lora"
     if lora and config.rank == 0:
-        raise InputError("--rank 0 means full heads; --sharing lora wants a rank of 1 or more")
+        raise InputError("got 0, which means full heads; wanted 1 or more with --sharing lora", option="rank")
     if not config.train_trunk and (config.sharing != "heads" or config.experts == 1):
-        raise InputError("--train-trunk false trains expert heads alone: it wants --experts 2 or more, --sharing heads")
+        raise InputError(f"got false, by which expert heads alone are trained, with --experts {config.experts} and "
+                         f"--sharing {config.sharing}; wanted --experts 2 or more and --sharing heads with it",
+                         option="train_trunk")
     if config.in_backward and (config.clip < math.inf or config.micro < config.batch or lora or not config.train_trunk):
-        raise InputError("--in-backward true steps while gradients are made, before their norm is known: it wants "
-                         "--clip inf, --micro at least --batch, and a trunk that learns")
+        raise InputError("got true, by which each parameter steps before the norm of all gradients is known; wanted "
+                         "with it --clip inf, --micro of at least --batch, and a trunk that learns: neither --sharing "
+                         "lora nor --train-trunk false", option="in_backward")
     if "," in config.model and config.sharing != "models":
         raise InputError(f"got {config.model!r} with --sharing {config.sharing}, which has one reference; wanted one "
                          "model, or --sharing models", option="model")
@@ -206,27 +208,29 @@ def validate_experts(config: TrainConfig) -> None:
         raise InputError(f"got {config.model!r} for {config.experts} experts; wanted one model, or one each",
                          option="model")
     begun, frozen = config.init_experts.split(",") if config.init_experts else [], config.frozen
+    given = "init_experts" if begun else "freeze"
     if begun and len(begun) != config.experts:
-        raise InputError(f"--init-experts: got {len(begun)} entries for {config.experts} experts; wanted RUN:k or "
-                         "fresh for each")
+        raise InputError(f"got {len(begun)} entries for {config.experts} experts; wanted RUN:k or fresh for each",
+                         option="init_experts")
     if frozen and (frozen[0] < 0 or frozen[-1] >= config.experts or len(set(frozen)) < len(frozen)):
-        raise InputError(f"--freeze: got {config.freeze!r}, wanted some of 0 to {config.experts - 1}, or all")
+        raise InputError(f"got {config.freeze!r}, wanted some of 0 to {config.experts - 1}, or all", option="freeze")
     if (begun or frozen) and config.experts == 1:
-        raise InputError("--init-experts and --freeze want --experts 2 or more; one expert alone is its run")
+        raise InputError("is for a mixture, and --experts is 1; wanted --experts 2 or more, or leave this option out",
+                         option=given)
     if (begun or frozen) and config.sharing == "heads" and config.train_trunk:
-        raise InputError("--init-experts and --freeze with --sharing heads want --train-trunk false: a head means "
-                         "nothing on a trunk that moves")
+        raise InputError("with --sharing heads it wants --train-trunk false: a head fits the trunk that it was trained "
+                         "on, and a trunk that learns becomes another; add that", option=given)
     if begun and config.start != "none":
-        raise InputError("--init-experts: experts that are taken over tell pairs apart from the first step on; "
-                         "add --start none")
+        raise InputError(f"takes over experts that differ from the first step on, and --start {config.start} is for "
+                         "experts that are still equal; add --start none", option="init_experts")
     if len(frozen) == config.experts and config.gate not in TRAINED and config.weights != "update":
-        raise InputError("--freeze all leaves nothing to learn but the weights: choose a gate that is trained, "
-                         "or --weights update")
+        raise InputError("got all experts, so only the weights are left to learn, and these are fixed; choose a --gate "
+                         "that is trained, or --weights update", option="freeze")
 
 
 def validate_privacy(config: TrainConfig) -> None:
     """What is learnt outside of DP-SGD, or of one example by way of another, is not in the budget: it is refused."""
-    wanted = {"clip": (config.clip < math.inf, "a finite --clip: the most that one example may add"),
+    wanted = {"clip": (config.clip < math.inf, "a finite number: the most that one example may add"),
               "delta": (config.delta < 1, "less than 1"),
               "in_backward": (not config.in_backward, "false: an example's gradient is clipped as a whole"),
               "start": (config.start != "linear", "--start dirichlet or none: a linear start is fitted to the data"),
@@ -243,25 +247,29 @@ def validate_privacy(config: TrainConfig) -> None:
                                "pair of a user tells about the user's others")}
     for name, (fine, want) in wanted.items():
         if not fine:
-            raise InputError(f"--epsilon with --{name.replace('_', '-')} {getattr(config, name)}: wanted {want}")
+            raise InputError(f"got {getattr(config, name)} with --epsilon; wanted {want}", option=name)
 
 
 def validate_e_step(config: TrainConfig) -> None:
     """What the E-step wants of the rest."""
     if config.context and config.estep != "context":
-        raise InputError("--context sets pairs aside for --estep context; choose it, or leave --context out")
+        raise InputError("sets pairs aside for --estep context; choose that, or leave this option out",
+                         option="context")
     if config.damping >= 1:
-        raise InputError(f"--damping: got {config.damping}, wanted less than 1: 1 would keep the first for ever")
+        raise InputError(f"got {config.damping}, wanted less than 1: with 1 a pair's first log-likelihoods would be "
+                         "kept for good", option="damping")
     if config.em == "full" and config.variant in SAMPLED:
-        raise InputError(f"--variant {config.variant} draws anew at each step, and --em full keeps responsibilities "
-                         "over an epoch: choose one")
+        raise InputError(f"got {config.variant}, which draws anew at each step, and --em full keeps responsibilities "
+                         "for an epoch; choose another variant, or --em minibatch", option="variant")
     if config.em != "minibatch" and config.estep == "first":
-        raise InputError(f"--em {config.em} computes responsibilities anew, and --estep first never does: choose one")
+        raise InputError(f"got {config.em}, which computes responsibilities anew, and --estep first never does; choose "
+                         "--em minibatch, or another --estep", option="em")
     if config.latent == "user" and config.gate not in ("fixed", "user"):
-        raise InputError(f"--gate {config.gate} gives each pair its own weights, and --latent user has one prior a "
-                         "user: choose --gate user, or --latent pair")
+        raise InputError(f"got {config.gate}, which gives each pair its own weights, and --latent user has one prior a "
+                         "user; choose --gate user, or --latent pair", option="gate")
     if config.estep == "context" and config.latent != "user":
-        raise InputError("--estep context looks at other pairs of the same user: it wants --latent user")
+        raise InputError("got context, which looks at other pairs of the same user; add --latent user",
+                         option="estep")
     if config.estep == "first" and config.start == "dirichlet" and config.start_steps and config.experts > 1:
-        raise InputError("--estep first keeps a pair's first responsibilities, and random ones would stay for ever: "
-                         "it wants --start linear or none, or --start-steps 0")
+        raise InputError("got first, which keeps a pair's first responsibilities, and those of --start dirichlet are "
+                         "random; wanted --start linear or none with it, or --start-steps 0", option="estep")

@@ -69,7 +69,8 @@ def make_plan(pairs: list[Pair], config, shuffled=None, schedule=None) -> Plan:
     if not apart:
         units = trained = sorted(filter(None, trained))
     if not units:
-        raise InputError(f"all {len(pairs)} pairs are context pairs; wanted others to train on")
+        raise InputError(f"all {len(pairs)} pairs are context pairs; wanted others to train on: mark fewer of them",
+                         file=config.data)
     visits = [visit for u, (unit, learns) in enumerate(zip(units, trained))
               for visit in visits_of(u, unit, learns, config.em == "incremental")]
     return Plan(pairs, units, visits, (schedule or passes)(visits, pairs, config))
@@ -107,11 +108,10 @@ def mark_context(pairs: list[Pair], count: int, seed: int, shuffled=None) -> lis
                 marked[i] = replace(pairs[i], context=i in drawn)
         aside = sum(bool(marked[i].context) for i in group)
         if not 0 < aside < len(group):
-            fits = f"1 to {len(group) - 1} would fit" if len(group) > 1 else "take that user out"
-            raise InputError(
-                f"user {pairs[group[0]].user!r} has {len(group)} pairs, {aside} of them for context; "
-                f"one for context and one to train on are the least: {fits}"
-            )
+            remedy = f"set 1 to {len(group) - 1} aside" if len(group) > 1 else "take that user out"
+            raise InputError(f"user {pairs[group[0]].user!r} has {len(group)} pairs, {aside} of them for context; "
+                             f"wanted one or more for --context, and one or more to train on: {remedy}",
+                             line=pairs[group[0]].line, option="context")
     return marked
 
 
@@ -124,9 +124,10 @@ def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: li
     assert groups and all(groups), f"got {len(groups)} groups, {groups.count([])} of them empty; wanted pairs in each"
     largest = max(range(len(groups)), key=lambda g: len(groups[g]))
     if (needed := len(groups[largest])) > size:
-        name = f"user {pairs[groups[largest][0]].user!r}" if pairs else f"group {largest}"
-        raise InputError(f"{name} has {needed} pairs, and a batch holds {size}; choose a batch of {needed} or more, or "
-                         "--em incremental, which visits a user in slices")
+        first = pairs[groups[largest][0]] if pairs else None
+        name = f"user {first.user!r}" if pairs else f"group {largest}"
+        raise InputError(f"{name} has {needed} pairs, and a batch holds {size}; choose --batch {needed} or more, or "
+                         "--em incremental, which visits a user in slices", line=first and first.line, option="batch")
     out, room = [], 0
     for g in np.random.default_rng([seed, epoch]).permutation(len(groups)).tolist():
         if len(groups[g]) > room:

@@ -204,8 +204,8 @@ def groups(pairs: list[Pair], latent: str) -> list[list[int]]:
     if latent != "user":
         raise InputError(f"got {latent!r}; wanted pair or user", option="latent")
     if nameless := [pair.line for pair in pairs if pair.user is None]:
-        raise InputError(f"line {nameless[0]}: no user (on {len(nameless)} of {len(pairs)} pairs); name the users or "
-                         "choose --latent pair")             # whoever knows the file adds its name
+        raise InputError(f"names no user; {len(nameless)} of {len(pairs)} pairs name none. Wanted one on every line: "
+                         "add them. Only --latent pair, and evaluation without new users, need none", line=nameless[0])
     of_user = defaultdict(list)
     for i, pair in enumerate(pairs):
         of_user[pair.user].append(i)

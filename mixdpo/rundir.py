@@ -162,13 +162,13 @@ def load_checkpoint(run: Path, config: dict) -> tuple[dict[str, torch.Tensor], d
             print(f"{damaged}; the checkpoint before it is used")
     else:
         if checkpoints(run):
-            raise InputError(f"{run / 'checkpoint'}: no checkpoint in it is whole; remove {run}, and begin again")
+            raise InputError(f"no checkpoint in it is whole; remove {run}, and begin again", file=run / "checkpoint")
         return None
     differ = [k for k in config if to_json(state["config"].get(k)) != to_json(config[k])]   # a list is like a tuple
     if differ:
         what = "; ".join(f"{k}: there {state['config'].get(k)!r}, now {config[k]!r}" for k in differ)
-        raise InputError(f"{path} is the checkpoint of another configuration ({what}); "
-                         "use another --out, or the same options to go on")
+        raise InputError(f"is the checkpoint of another configuration ({what}); use another --out, or the same options "
+                         "to go on", file=path)
     return tensors, state
 
 
@@ -177,8 +177,8 @@ def keep_lines(path: Path, steps: int):
     Raises: InputError if they are fewer."""
     kept = path.read_bytes().splitlines(keepends=True)[:steps] if path.exists() and steps else []
     if len(kept) < steps or kept and not kept[-1].endswith(b"\n"):
-        raise InputError(f"{path}: has not the {steps} lines that its checkpoint counts on: it was cut or taken away. "
-                         f"Remove {path.parent}, and begin again")
+        raise InputError(f"has {len(kept)} whole lines, and its checkpoint wants {steps}: it was cut or taken away. "
+                         f"Remove {path.parent}, and begin again", file=path)
     write_whole(path, b"".join(kept).decode())
     return path.open("a")
 

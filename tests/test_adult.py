@@ -10,7 +10,7 @@ from data import adult
 from data.adult import COLUMNS, SCHEMA, read_uci, table
 from mixdpo.columns import columns_of, encode
 from mixdpo.fetch import ASSETS
-from refusal import assert_refused
+from raising import refuses
 
 LINES = [
     "39, State-gov, 77516, Bachelors, 13, Never-married, Adm-clerical, Not-in-family, White, Male, 2174, 0, 40, "
@@ -65,25 +65,29 @@ def test_the_users_own_file_comes_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize("split, first", [("train", 1), ("test", 2)])
 def test_a_fault_in_ucis_file_is_named_with_its_line(split, first, tmp_path):
     """Caught: a line passed over, or counted without test's first; a number or a label that is none."""
-    for bad, words in ((LINES[1].replace(", Other,", ","), "14 fields, wanted 15"),
-                       (LINES[1] + ", more", "16 fields, wanted 15"),
-                       (LINES[1].replace("90", "9O", 1), "age '9O', wanted a whole number"),
-                       (LINES[1].replace(", 1, Married", ", -1, Married"), "education-num '-1'"),
-                       (LINES[1].replace(">50K", ">60K"), "income '>60K'")):
+    for bad, *named in ((LINES[1].replace(", Other,", ","), 14, 15), (LINES[1] + ", more", 16, 15),
+                        (LINES[1].replace("90", "9O", 1), "age", "'9O'"),
+                        (LINES[1].replace(", 1, Married", ", -1, Married"), "education-num", "'-1'"),
+                        (LINES[1].replace(">50K", ">60K"), "income", "'>60K'")):
         path = uci(tmp_path, split, [LINES[0], bad, LINES[2]])
-        assert_refused(lambda: read_uci(path, split), f"{path}:{first + 1}: ", words)
+        with refuses(*named, file=path, line=first + 1):
+            read_uci(path, split)
 
 
 def test_what_the_two_files_of_uci_differ_in(tmp_path):
     """Caught: a dot that is optional, the first line dropped whatever it says."""
     path = uci(tmp_path, "test")
     path.write_text(path.read_text().replace("<=50K.", "<=50K", 1))
-    assert_refused(lambda: read_uci(path, "test"), f"{path}:2: ", "ends in a dot")
-    assert_refused(lambda: read_uci(path, "train"), f"{path}:1: ", "1 fields")
+    with refuses("dot", file=path, line=2):
+        read_uci(path, "test")
+    with refuses("1 fields", file=path, line=1):
+        read_uci(path, "train")
     path.write_text("\n".join(path.read_text().splitlines()[1:]))
-    assert_refused(lambda: read_uci(path, "test"), f"{path}:1: ", "39, State-gov", "|1x3 Cross validator")
+    with refuses("39, State-gov", "|1x3 Cross validator", file=path, line=1):
+        read_uci(path, "test")
     path.write_bytes(b"|1x3 Cross validator\n\xff")
-    assert_refused(lambda: read_uci(path, "test"), str(path), "UnicodeDecodeError")
+    with refuses("UnicodeDecodeError", file=path):
+        read_uci(path, "test")
 
 
 def test_a_fault_in_the_users_own_file_is_named_with_its_line(tmp_path):
@@ -94,13 +98,16 @@ def test_a_fault_in_the_users_own_file_is_named_with_its_line(tmp_path):
                               ([good.replace("State-gov", "x" * 140_000), good], 2, "field limit")):
         own(tmp_path, rows)
         for split in ("train", "test"):
-            assert_refused(lambda: table(split, tmp_path), f"{path}:{line}: ", words)
+            with refuses(words, file=path, line=line):
+                table(split, tmp_path)
     own(tmp_path, header=",".join(COLUMNS))
-    assert_refused(lambda: table("train", tmp_path), f"{path}:1: ", "wanted split,age,workclass")
+    with refuses("split,age,workclass", file=path, line=1):
+        table("train", tmp_path)
     whole = own(tmp_path).joinpath("adult.csv.gz").read_bytes()
     for broken in (b"not gzip", whole[:-9], whole[:30] + b"?" + whole[31:]):
         path.write_bytes(broken)
-        assert_refused(lambda: table("train", tmp_path), str(path), "is not a whole .csv.gz")
+        with refuses(file=path):
+            table("train", tmp_path)
 
 
 def test_the_assets_are_uci_files():

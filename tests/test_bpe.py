@@ -4,8 +4,6 @@ faults that the test was seen to fail on.
 
 import random
 
-import pytest
-
 from mixdpo import bpe
 from mixdpo.config import InputError
 from mixdpo.tokenizer import Tokenizer, _from_ranks
@@ -86,7 +84,7 @@ def test_rules_run_by_rank_give_the_rules_ids():
         try:
             tokenizer = build(vocab, merges, False)
         except InputError as error:
-            token = str(error).split("'")[1]
+            token = error.message.split("'")[1]
             places = [n for n, merge in enumerate(merges) if merge.replace(" ", "") == token]
             scattered = places != list(range(places[0], places[-1] + 1))    # it has rules at several ranks
             assert by_rule(merges, token) != [token] or scattered

@@ -11,7 +11,7 @@ import pytest
 
 from data import adult
 from mixdpo.columns import FINE, columns_of, encode, joined, read_schema, read_table, schema_of, write_table
-from mixdpo.config import InputError
+from raising import refuses
 
 SCHEMA = [
     {"name": "colour", "type": "category", "values": ["red", "green, dark", "blue"], "missing": "?"},
@@ -84,55 +84,54 @@ def test_bins_of_about_equal_counts():
 def test_a_value_that_the_schema_does_not_allow_names_row_and_column(table, row, column, wanted):
     """Faults: NaN passing the bounds; numbers clipped to the bounds in silence; rows counted from 0."""
     path = table([*ROWS, row])
-    with pytest.raises(InputError) as error:
+    with refuses(f"{column!r}", f"got {row[NAMES.index(column)]!r}", wanted, file=path, line=6):
         read_table(path, columns_of(SCHEMA))
-    assert (error.value.file, error.value.line) == (path, 6)
-    assert f"column {column!r}: got {row[NAMES.index(column)]!r}, {wanted}" in error.value.message
 
 
 def test_a_table_with_other_columns_or_fields_is_told(table, tmp_path):
     """Fault: a column that the schema lacks dropped in silence."""
     columns = columns_of(SCHEMA)
-    for rows, header, what in (([[*r, "1"] for r in ROWS], (*NAMES, "id"), "'id' is in the file and not"),
-                               ([r[:2] for r in ROWS], NAMES[:2], "'gain' is in the schema and not"),
-                               ([[*r, "1"] for r in ROWS], (*NAMES, "age"), "'age' is there twice"),
-                               ([*ROWS, ["red", "1"]], NAMES, ":6: 2 fields, wanted 3"), ([], NAMES, "no rows")):
-        with pytest.raises(InputError, match=what):
-            read_table(table(rows, header), columns)
-    for cut in (b"", b"a,b\n", table(name="whole.csv.gz").read_bytes()[:-9]):
+    for rows, header, line, named in (([[*r, "1"] for r in ROWS], (*NAMES, "id"), 1, ["'id'"]),
+                                      ([r[:2] for r in ROWS], NAMES[:2], 1, ["'gain'"]),
+                                      ([[*r, "1"] for r in ROWS], (*NAMES, "age"), 1, ["'age'"]),
+                                      ([*ROWS, ["red", "1"]], NAMES, 6, [2, 3]), ([], NAMES, None, [])):
+        path = table(rows, header)
+        with refuses(*named, file=path, line=line):
+            read_table(path, columns)
+    for cut, line in ((b"", 1), (b"a,b\n", None), (table(name="whole.csv.gz").read_bytes()[:-9], None)):
         (tmp_path / "cut.csv.gz").write_bytes(cut)
-        with pytest.raises(InputError, match="cut.csv.gz"):
+        with refuses(file=tmp_path / "cut.csv.gz", line=line):
             read_table(tmp_path / "cut.csv.gz", columns)
     (tmp_path / "bytes.csv").write_bytes(b"colour,age,gain\n\xff,1,2\n")
-    with pytest.raises(InputError, match="UTF-8"):
+    with refuses("UTF-8", file=tmp_path / "bytes.csv"):
         read_table(tmp_path / "bytes.csv", columns)
-    with pytest.raises(InputError, match="no such file"):
+    with refuses(file=tmp_path / "none.csv"):
         read_table(tmp_path / "none.csv", columns)
 
 
 @pytest.mark.parametrize("change, wanted", [
-    ({"type": "colour"}, "column 2"), ({"bin": 3}, "unknown field 'bin'"), ({"bins": 0}, "whole number from 1 on"),
-    ({"bins": None}, "bins: got None"), ({"edges": [1, 2]}, "one of edges, bins or quantiles"), ({"low": 9}, "above"),
-    ({"high": float("inf")}, "finite"), ({"integer": 1}, "true or false"), ({"low": 0.5}, "whole edges"),
-    ({"missing": 3}, "a string"), ({"name": "colour"}, "described twice"), ({"low": None}, "'age'"),
+    ({"type": "colour"}, "column 2"), ({"bin": 3}, "'bin'"), ({"bins": 0}, "bins: got 0"),
+    ({"bins": None}, "bins: got None"), ({"edges": [1, 2]}, "edges"), ({"low": 9}, "9"),
+    ({"high": float("inf")}, "inf"), ({"integer": 1}, "integer: got 1"), ({"low": 0.5}, "whole"),
+    ({"missing": 3}, "missing: got 3"), ({"name": "colour"}, "'colour'"), ({"low": None}, "None"),
 ])
 def test_a_faulty_schema_names_the_column(tmp_path, change, wanted):
     path = tmp_path / "schema.json"
     path.write_text(json.dumps([SCHEMA[0], SCHEMA[1] | change, SCHEMA[2]]))
-    with pytest.raises(InputError, match=wanted) as error:
+    column = "" if "type" in change else repr(change.get("name", "age"))
+    with refuses(column, wanted, file=path):
         read_schema(path)
-    assert str(path) in str(error.value)
 
 
 def test_bounds_must_be_public(tmp_path):
     """Bounds and vocabulary are never taken from the data. Fault: low and high found in the file."""
     for entry in ({"name": "x", "type": "number", "quantiles": 4}, {"name": "x", "type": "number", "bins": 4, "low": 1},
                   {"name": "x", "type": "category"}):
-        with pytest.raises(InputError, match="public knowledge"):
+        with refuses("'x'", "public knowledge", file="schema"):
             columns_of([entry])
     for text in ("{", "[]", '{"a": 1}', '[3]'):
         (tmp_path / "s.json").write_text(text)
-        with pytest.raises(InputError, match="s.json"):
+        with refuses(file=tmp_path / "s.json"):
             read_schema(tmp_path / "s.json")
 
 
@@ -192,7 +191,7 @@ def test_whole_numbers_are_exact_or_refused():
             column.encode(text)
     for change in ({"low": 2.0**60, "integer": True}, {"high": 2**63 - 1, "integer": True}, {"low": 2**53 + 1},
                    {"high": 10**400}, {"low": -1e308, "high": 1e308}):
-        with pytest.raises(InputError):
+        with refuses("'x'", file="schema"):
             columns_of([{"name": "x", "type": "number", "low": 0, "high": 2**62, "bins": 4} | change])
 
 
@@ -215,7 +214,7 @@ def test_values_that_csv_could_lose_come_back(tmp_path):
     assert (read_table(tmp_path / "made.csv", columns) == codes).all()
     for entry in ({"type": "number", "low": 0, "high": 9, "bins": 3, "missing": "5"},
                   {"type": "category", "values": ["\ud800"]}):
-        with pytest.raises(InputError, match="'x'"):
+        with refuses("'x'", file="schema"):
             columns_of([{"name": "x", **entry}])
 
 
@@ -236,6 +235,5 @@ def test_what_is_no_csv_names_file_and_line(tmp_path, rows, line):
     columns = columns_of([{"name": "sex", "type": "category", "values": ["F", "M"]}, SCHEMA[1]])
     path = tmp_path / "table.csv"
     path.write_text("\n".join(rows if line == 1 else ["sex,age", *rows]) + "\n")
-    with pytest.raises(InputError) as error:
+    with refuses(file=path, line=line):
         read_table(path, columns)
-    assert (error.value.file, error.value.line) == (path, line)

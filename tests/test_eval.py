@@ -345,7 +345,7 @@ def test_what_is_refused(tmp_path, model_dir, job, monkeypatch):
     assert refused(lambda: evaluate(EvalConfig(dir=str(tmp_path / "a")))).file == tmp_path
     (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text() + "\n")
     error = refused(lambda: evaluate(EvalConfig(dir=str(tmp_path / "a"))))
-    assert error.file == tmp_path / "a" and "another data" in error.message
+    assert error.file == tmp_path / "a" and "a.jsonl" in error.message
     assert refused(lambda: evaluation.main([str(tmp_path / "nothing")])).file == tmp_path / "nothing"
 
 

@@ -255,7 +255,7 @@ def test_kinds_of_a_prompt_by_hand():
 def test_spreads_are_within_prompts():
     """Caught: differences between prompts counted as spread, which would hide those within; a constant annotator."""
     assert spreads([{"a": [0.0, 1.0]}, {"a": [10.0, 11.0]}, {"a": [5.0]}], ["a"]) == {"a": pytest.approx(0.5**0.5)}
-    with refuses("annotator a "):
+    with refuses("annotator a ", option="preset"):
         spreads([{"a": [1.0, 1.0]}], ["a"])
 
 
@@ -305,9 +305,9 @@ def test_where_prompts_run_out_pairs_are_filled_in_or_refused():
     judged = judge_pairs(agreeing, {"u": "a"}, 4, 0.25, 0.5, {"a": 1.0, "b": 1.0}, seed=0)
     assert sorted(p["kind"] for p in judged) == ["agree", "filled", "filled", "filled"]
     assert all(p["chosen"] == 1 for p in judged) and len({p["prompt"] for p in judged}) == 4
-    with refuses("u (a)", "4 pairs on 4", 5):
+    with refuses("u (a)", "4 pairs on 4", 5, option="preset"):
         judge_pairs(agreeing, {"u": "a"}, 5, 0.25, 0.5, {"a": 1.0, "b": 1.0}, seed=0)
-    with refuses("u (a)", "0 pairs on 4", 1):
+    with refuses("u (a)", "0 pairs on 4", 1, option="preset"):
         judge_pairs(agreeing, {"u": "a"}, 1, 0.25, 1.5, {"a": 1.0, "b": 1.0}, seed=0)
 
 

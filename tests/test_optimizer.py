@@ -12,7 +12,7 @@ from mixdpo.experts import once_a_step
 from mixdpo.optimizer import RoundedAdamW, load_optimizer_state, make_optimizer, mixed, optimizer_state, rounded
 from mixdpo.plan import make_plan, micro_batches
 from tests import small
-from tests.refusal import assert_refused
+from raising import refuses
 
 COUNT = 7
 
@@ -59,9 +59,10 @@ def test_gradients_in_backward_are_never_all_there():
 
 
 def test_in_backward_wants_what_it_needs():
-    for options, word in (({"clip": 1.0}, "clip"), ({"clip": float("inf"), "micro": 8}, "micro"),
-                          ({"clip": float("inf"), "micro": 32, "sharing": "lora"}, "trunk")):
-        assert_refused(lambda: train.validate(small.config(in_backward=True, **options)), "--in-backward", word)
+    for options, other in (({"clip": 1.0}, "--clip"), ({"clip": float("inf"), "micro": 8}, "--micro"),
+                           ({"clip": float("inf"), "micro": 32, "sharing": "lora"}, "--sharing")):
+        with refuses(other, option="in_backward"):
+            train.validate(small.config(in_backward=True, **options))
 
 
 def test_rounding_is_to_a_neighbour_and_right_on_average():

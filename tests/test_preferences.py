@@ -122,7 +122,7 @@ def test_groups_are_pairs_or_whole_users():
     """Caught: users sorted, or pooled only where their lines are neighbours; a line without a user let through."""
     assert groups(PEOPLE[:3], "pair") == [[0], [1], [2]]
     assert groups(PEOPLE[:6], "user") == [[0, 2, 5], [1, 4], [3]]
-    with refuses("line 7", "1 of 2"):
+    with refuses("1 of 2", line=7):
         groups([PEOPLE[0], pair([1], [2], [3], line=7)], "user")
     with refuses("users", option="latent"):
         groups(PEOPLE, "users")

@@ -113,7 +113,7 @@ def test_shares_of_a_domain_are_apart(tiny):
     assert {name: len(rows) for name, rows in taken.items()} == counts
     assert all("film" in prompt for prompt in taken["crossed"])
     assert len(rest) == 65 - 39
-    with refuses("book", 2, "crossed", 3):
+    with refuses("book", 2, "crossed", 3, option="preset"):
         reviews.divide("book", own + crossed[:2], preset, load_tokenizer(tiny))
 
 

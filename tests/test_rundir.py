@@ -12,11 +12,11 @@ import torch
 from safetensors import safe_open
 
 from mixdpo import rundir
-from mixdpo.config import InputError
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.options import TrainConfig
 from mixdpo.rundir import compute_dtype, load_checkpoint, save_checkpoint
 from mixdpo.whole import alone
+from raising import refuses
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,7 +75,7 @@ def test_any_bit_that_turned_is_found(tmp_path, capsys):
         path.write_bytes(good[:length])
         assert load_checkpoint(tmp_path, {})[1]["step"] == 1
     rundir.checkpoints(tmp_path)[1].write_bytes(b"")
-    with pytest.raises(InputError, match="no checkpoint in it is whole; remove .*, and begin again"):
+    with refuses(file=tmp_path / "checkpoint"):
         load_checkpoint(tmp_path, {})
 
 
@@ -100,10 +100,9 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_field(tmp_path):
     a difference that is none."""
     save(tmp_path, 1.0, a=1, b="x", c=[1, 2])
     load_checkpoint(tmp_path, {"a": 1, "c": (1, 2)})
-    with pytest.raises(InputError) as caught:
+    with refuses("a: there 1, now 2", "b: there 'x', now 'y'", "--out", file=rundir.checkpoints(tmp_path)[0]) as caught:
         load_checkpoint(tmp_path, {"a": 2, "b": "y", "c": (1, 2)})
-    assert all(part in str(caught.value) for part in ("a: there 1, now 2", "b: there 'x', now 'y'", "--out"))
-    assert "c:" not in str(caught.value)
+    assert "c:" not in caught.value.message
 
 
 def strict(text):
@@ -130,7 +129,7 @@ def test_no_file_of_a_run_holds_a_bare_nan_or_infinity(tmp_path):
     with safe_open(rundir.checkpoints(tmp_path)[0], "pt") as file:
         strict(strict(file.metadata()["whole"])[1])
     load_checkpoint(tmp_path, {"clip": math.inf})
-    with pytest.raises(InputError):
+    with refuses("clip", file=rundir.checkpoints(tmp_path)[0]):
         load_checkpoint(tmp_path, {"clip": 1.0})
     older = {"step": 2, "config": {"clip": math.inf}}
     with pytest.MonkeyPatch.context() as patch:
@@ -144,7 +143,7 @@ def test_the_dtype_of_the_products():
     assert compute_dtype("float32", "cpu")[0] == torch.float32 and compute_dtype("bfloat16", "cpu")[0] == torch.bfloat16
     dtype, why = compute_dtype("auto", "cpu")
     assert dtype in (torch.float32, torch.bfloat16) and "processor" in why
-    with pytest.raises(InputError, match="float16"):
+    with refuses("'float16'", option="dtype"):
         compute_dtype("float16", "cpu")
 
 

@@ -19,7 +19,9 @@ from mixdpo.config import InputError
 from mixdpo.optimizer import make_optimizer, set_rate
 from mixdpo.keys import Key, identities
 from mixdpo.privacy import Noise, clipped_sum_slow, participants
+from mixdpo.rundir import checkpoints
 from mixdpo.tabular import TBART, TableConfig, account, fit, look, row_losses, sample, validate
+from raising import refuses
 
 SIZES = [3, 2, 4]
 KEY = Key.public(5)
@@ -225,7 +227,7 @@ def test_a_fit_that_was_stopped_ends_as_another(tmp_path, monkeypatch):
     again = fit(table, config, KEY, tmp_path / "run", {"a": 1})
     assert len(again.losses) == config.steps and np.array_equal(again.losses, whole.losses, equal_nan=True)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values()))
-    with pytest.raises(InputError, match="another configuration"):
+    with refuses("a: there 1, now 2", file=checkpoints(tmp_path / "run")[0]):
         fit(table, config, KEY, tmp_path / "run", {"a": 2})
 
 

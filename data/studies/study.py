@@ -57,7 +57,8 @@ def measured(name: str, cell: dict, home: Path) -> dict:
         try:
             found = study_of(name).measure(cell, folder)
         except InputError as error:
-            raise InputError(f"study {name}, {cell}: {error}") from None
+            message = f"{error.message} (study {name}, {cell})"
+            raise InputError(message, error.file, error.line, error.option) from None
     facts = {"cell": cell, "figures": found, "seconds": time.monotonic() - began, "environment": environment()}
     write_whole(path, to_json(facts) + "\n")
     shutil.rmtree(folder)

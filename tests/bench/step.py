@@ -204,11 +204,11 @@ def main(argv: list[str]) -> dict:
     config = parse(BenchConfig, argv, "python -m tests.bench.step")
     names = list(config.variants or ROWS)
     if unknown := [name for name in names if name not in ROWS]:
-        raise InputError(f"--variants: got {', '.join(unknown)}, wanted some of {', '.join(ROWS)}")
+        raise InputError(f"got {', '.join(unknown)}, wanted some of {', '.join(ROWS)}", option="variants")
     skipped = {name: missing(name) for name in names if missing(name)}
     names = [name for name in names if name not in skipped]
     if config.sizes not in SIZES:
-        raise InputError(f"--sizes: got {config.sizes}, wanted one of {', '.join(SIZES)}")
+        raise InputError(f"got {config.sizes}, wanted one of {', '.join(SIZES)}", option="sizes")
     sizes = SIZES[config.sizes]
     with tempfile.TemporaryDirectory() as folder:
         setting = make_setting(sizes, Path(folder) / "model", config.device, config.seed)

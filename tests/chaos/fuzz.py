@@ -207,7 +207,7 @@ def one(reader, path: Path, data: bytes) -> str | None:
     try:
         reader(path)
     except InputError as error:
-        named = path.name in str(error) or str(path.parent) in str(error)
+        named = str(error.file).startswith(str(path.parent))
         return None if named else f"does not name the file: {error}"
     except TooLong:
         return f"took more than {SECONDS} seconds of the processor, or {10 * SECONDS} in all"
