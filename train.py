@@ -57,7 +57,7 @@ from mixdpo.rundir import (Log, Progress, Stop, compute_dtype, environment, load
                            save_checkpoint)
 from mixdpo.start import check_start, make_start
 from mixdpo.weights import content_key
-from mixdpo.whole import alone, must_be_writable
+from mixdpo.files.atomic import alone, must_be_writable
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import gzip
 import zlib
 from pathlib import Path
 
-from mixdpo import fetch
+from mixdpo.files import fetch
 from mixdpo.columns import csv_rows
 from mixdpo.config import InputError, reading
 

@@ -30,7 +30,7 @@ from data.pairs import judge_apart, name_users, pair_facts, pair_line, spreads
 from data.sentiment import find_distilbert
 from data.stages import key_of, line_by_line, read_lines, stage, write_lines
 from eval import EvalConfig, evaluate
-from mixdpo import fetch
+from mixdpo.files import fetch
 from mixdpo.config import SEEDS, InputError, check_choices, check_ranges, parse, to_json, write_whole
 from mixdpo.generate import generate
 from mixdpo.memory import steady
@@ -39,7 +39,7 @@ from mixdpo.preferences import encode_prompt
 from mixdpo.rundir import compute_dtype
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import load_model
-from mixdpo.whole import alone, must_be_own
+from mixdpo.files.atomic import alone, must_be_own
 from train import TrainConfig, run
 
 MAX_PROMPT = 16  # tokens of a review that make a prompt

@@ -24,7 +24,7 @@ from mixdpo.records import lines
 from mixdpo.rundir import Progress, Stop, compute_dtype, load_checkpoint, save_checkpoint
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import content_key, load_model, save_model
-from mixdpo.whole import must_be_own
+from mixdpo.files.atomic import must_be_own
 from train import minimise
 
 

@@ -13,7 +13,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixdpo import fetch
+from mixdpo.files import fetch
 from mixdpo.config import InputError
 
 OWN, ARCHIVE = "imdb.jsonl.gz", "aclImdb_v1.tar.gz"

@@ -25,7 +25,7 @@ from mixdpo.diagnostics import adjusted_rand_index
 from mixdpo.linear import linear_mixture
 from mixdpo.mixture import e_step
 from mixdpo.rundir import Progress
-from mixdpo.whole import must_be_own
+from mixdpo.files.atomic import must_be_own
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import tarfile
 from dataclasses import dataclass
 
 from data.movies import clean
-from mixdpo import fetch
+from mixdpo.files import fetch
 from mixdpo.config import InputError
 
 FILES = {"product": "amazonReviewSnippets", "editorial": "nytEditorialSnippets", "film": "movieReviewSnippets",

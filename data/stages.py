@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from mixdpo import fetch
+from mixdpo.files import fetch
 from mixdpo.config import to_json
 from mixdpo.rundir import Progress
 

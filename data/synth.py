@@ -37,7 +37,7 @@ from mixdpo.keys import Key
 from mixdpo.memory import steady
 from mixdpo.rundir import environment, load_checkpoint
 from mixdpo.tabular import TableConfig, account, fit, look, sample, validate
-from mixdpo.whole import alone, must_be_own, must_be_writable, noted
+from mixdpo.files.atomic import alone, must_be_own, must_be_writable, noted
 
 PRESETS = {"smoke": dict(steps=4, batch=256, width=16, layers=1, heads=2), "quick": {},
            "full": dict(steps=1000, lr=1e-2)}

@@ -22,7 +22,7 @@ import numpy as np
 
 from data.judged import Item, Judged, main
 from data.presets import ULTRAFEEDBACK
-from mixdpo import fetch
+from mixdpo.files import fetch
 from mixdpo.config import InputError, command
 from mixdpo.records import lines
 

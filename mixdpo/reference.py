@@ -24,7 +24,7 @@ from mixdpo.preferences import Pair, collate, data_key, rows_of
 from mixdpo.rundir import Progress
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import content_key, load_model
-from mixdpo.whole import Damaged, read_tensors, write_tensors
+from mixdpo.files.atomic import Damaged, read_tensors, write_tensors
 
 STATES = 2**29  # bytes of states of response tokens that are kept, at most
 VERSION = 4     # part of every key: raise it when what is kept changes

@@ -23,7 +23,7 @@ import torch
 
 from mixdpo.config import InputError, Stopped, to_json, write_whole
 from mixdpo.diagnostics import WINDOW, alarms
-from mixdpo.whole import Damaged, must_be_own, read_tensors, write_tensors
+from mixdpo.files.atomic import Damaged, must_be_own, read_tensors, write_tensors
 
 
 def revision() -> str:

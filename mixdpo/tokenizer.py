@@ -20,7 +20,7 @@ import tiktoken
 from mixdpo.bpe import (BYTE_LEVEL, LLAMA3_STEPS, SMOLLM_STEPS, document, merges_of, pattern_of, read_vocabulary,
                         to_name)
 from mixdpo.config import InputError, reading
-from mixdpo.fetch import asset
+from mixdpo.files.fetch import asset
 from mixdpo.gguf import read_gguf
 
 # The pre-tokenizers that a GGUF file names, under its tokenizer.ggml.model and .pre.

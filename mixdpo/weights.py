@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mixdpo import fetch
+from mixdpo.files import fetch
 from mixdpo.config import InputError, reading
 from mixdpo.gguf import read_gguf
 from mixdpo.gpt2 import GPT2, GPT2Config

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mixdpo import fetch
-from mixdpo.fetch import Asset
+from mixdpo.files import fetch
+from mixdpo.files.fetch import Asset
 
 BODY = bytes(range(256)) * 1200         # 307,200 bytes: several blocks
 SUM = hashlib.sha256(BODY).hexdigest()

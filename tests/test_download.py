@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from mixdpo import download
-from mixdpo.fetch import asset
+from mixdpo.files import download
+from mixdpo.files.fetch import asset
 from badserver import BODY, CUT, SUM, place, server  # noqa: F401  (fixtures)
 from raising import refuses
 

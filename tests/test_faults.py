@@ -313,9 +313,9 @@ def test_weights_that_turned_are_not_gone_on_with(tmp_path, monkeypatch):
 
 def test_two_runs_in_one_directory(tmp_path, model_dir):
     """Catches: two that write into the same files."""
-    from mixdpo.whole import alone
+    from mixdpo.files.atomic import alone
 
-    child = "import sys, time; from pathlib import Path; from mixdpo.whole import alone\n" \
+    child = "import sys, time; from pathlib import Path; from mixdpo.files.atomic import alone\n" \
             "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     process = start(["-c", child, str(tmp_path / "run")])
     try:

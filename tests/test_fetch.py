@@ -13,8 +13,8 @@ import zipfile
 
 import pytest
 
-from mixdpo import fetch
-from mixdpo.fetch import Package, asset
+from mixdpo.files import fetch
+from mixdpo.files.fetch import Package, asset
 from badserver import BODY, SUM, place, server  # noqa: F401  (fixtures)
 from raising import refuses
 

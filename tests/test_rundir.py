@@ -15,7 +15,7 @@ from mixdpo import rundir
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.options import TrainConfig
 from mixdpo.rundir import compute_dtype, load_checkpoint, save_checkpoint
-from mixdpo.whole import alone
+from mixdpo.files.atomic import alone
 from raising import refuses
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,7 @@ def test_an_interrupted_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, di
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"mixdpo.whole.{dies}", stop)
+    monkeypatch.setattr(f"mixdpo.files.atomic.{dies}", stop)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 2.0, keep=1)
     assert load_checkpoint(tmp_path, {})[1]["step"] == 1
@@ -82,7 +82,7 @@ def test_any_bit_that_turned_is_found(tmp_path, capsys):
 def test_one_process_owns_a_folder(tmp_path):
     """Faults: two at once; a folder left behind that nothing was put into; one that was there before taken away."""
     with alone(tmp_path / "a" / "b"):
-        child = [sys.executable, "-c", "import sys; from pathlib import Path; from mixdpo.whole import alone\n"
+        child = [sys.executable, "-c", "import sys; from pathlib import Path; from mixdpo.files.atomic import alone\n"
                  "with alone(Path(sys.argv[1])): pass", str(tmp_path / "a" / "b")]
         held = subprocess.run(child, cwd=ROOT, capture_output=True, text=True)
         assert held.returncode and "another process is at work in it" in held.stderr
@@ -133,7 +133,7 @@ def test_no_file_of_a_run_holds_a_bare_nan_or_infinity(tmp_path):
         load_checkpoint(tmp_path, {"clip": 1.0})
     older = {"step": 2, "config": {"clip": math.inf}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mixdpo.whole.to_json", json.dumps)
+        patch.setattr("mixdpo.files.atomic.to_json", json.dumps)
         save_checkpoint(tmp_path, {"x": torch.zeros(1)}, older, 1)
     assert load_checkpoint(tmp_path, {"clip": math.inf})[1] == older
 

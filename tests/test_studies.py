@@ -15,7 +15,7 @@ import brute
 from data import sentences, studies
 from data.studies import parity, privacy, study, texts, worlds
 from data.studies.worlds import ITEMS, World, fit, item_probabilities, judged, look, oracle, prompt, write
-from mixdpo import fetch
+from mixdpo.files import fetch
 from mixdpo.config import InputError
 from raising import refuses
 

@@ -14,7 +14,7 @@ from data import judged, ultrafeedback
 from data.presets import ULTRAFEEDBACK
 from data.sample import make
 from data.ultrafeedback import TYPES, item_of, load
-from mixdpo import fetch
+from mixdpo.files import fetch
 from mixdpo.config import InputError
 from raising import refuses
 

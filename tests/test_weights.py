@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixdpo import fetch, weights
+from mixdpo import weights
+from mixdpo.files import fetch
 from mixdpo.gpt2 import GPT2, GPT2Config
 from mixdpo.hfconfig import config_from_json, config_to_json
 from mixdpo.llama import LlamaConfig, RopeScaling

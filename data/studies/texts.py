@@ -20,7 +20,7 @@ import torch
 
 from data.sentences import Sentence, load_sentences
 from data.stages import key_of
-from mixdpo import fetch
+from mixdpo.files import fetch
 from mixdpo.diagnostics import adjusted_rand_index, mean_se
 from mixdpo.dpo import mixture_accuracy
 from mixdpo.linear import LinearMixture, linear_mixture
@@ -30,7 +30,7 @@ from mixdpo.reference import compute_reference, prompt_features
 from mixdpo.rundir import Progress, compute_dtype
 from mixdpo.tokenizer import load_tokenizer
 from mixdpo.weights import load_model
-from mixdpo.whole import read_tensors, write_tensors
+from mixdpo.files.atomic import read_tensors, write_tensors
 
 SIZES = {"smoke": {"sentences": 60, "prompts": 24, "apart": 8},
          "quick": {"sentences": 1000, "prompts": 250, "apart": 50},

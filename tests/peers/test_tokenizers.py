@@ -14,7 +14,7 @@ from tiktoken.load import load_tiktoken_bpe
 
 from mixdpo.chat import encode_answer, encode_chat
 from mixdpo.config import InputError
-from mixdpo.fetch import asset
+from mixdpo.files.fetch import asset
 from mixdpo.gguf import read_gguf
 from mixdpo.tokenizer import load_tokenizer
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from mixdpo.config import InputError
-from mixdpo.fetch import asset
+from mixdpo.files.fetch import asset
 from mixdpo.gpt2 import GPT2, GPT2Config
 from mixdpo.llama import Llama, LlamaConfig, RopeScaling
 from mixdpo.tokenizer import load_tokenizer

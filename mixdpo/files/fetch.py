@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixdpo.config import InputError
-from mixdpo.download import CHUNK, Progress, Unavailable, download, head, sha256_of, size_of
+from mixdpo.files.download import CHUNK, Progress, Unavailable, download, head, sha256_of, size_of
 
 
 @dataclass(frozen=True)
