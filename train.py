@@ -56,7 +56,7 @@ from mixdpo.reference import load_references, reference_of
 from mixdpo.rundir import (Log, Progress, Stop, compute_dtype, environment, load_checkpoint, must_be_run,
                            save_checkpoint)
 from mixdpo.start import check_start, make_start
-from mixdpo.weights import content_key
+from mixdpo.models.weights import content_key
 from mixdpo.files.atomic import alone, must_be_writable
 
 

@@ -38,7 +38,7 @@ from mixdpo.options import validate
 from mixdpo.preferences import encode_prompt
 from mixdpo.rundir import compute_dtype
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import load_model
+from mixdpo.models.weights import load_model
 from mixdpo.files.atomic import alone, must_be_own
 from train import TrainConfig, run
 

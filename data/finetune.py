@@ -23,7 +23,7 @@ from mixdpo.preferences import data_key
 from mixdpo.records import lines
 from mixdpo.rundir import Progress, Stop, compute_dtype, load_checkpoint, save_checkpoint
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import content_key, load_model, save_model
+from mixdpo.models.weights import content_key, load_model, save_model
 from mixdpo.files.atomic import must_be_own
 from train import minimise
 

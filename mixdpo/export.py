@@ -15,7 +15,7 @@ from mixdpo.config import InputError
 from mixdpo.experts import Adapters, Heads, Models
 from mixdpo.peft import save_adapter
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import load_model, locate, save_model
+from mixdpo.models.weights import load_model, locate, save_model
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
              "merges.txt", "chat_template.jinja", "generation_config.json")

@@ -16,7 +16,7 @@ from mixdpo.preferences import data_key, read_preferences
 from mixdpo.reference import load_references
 from mixdpo.rundir import checkpoints, compute_dtype, load_checkpoint
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import content_key
+from mixdpo.models.weights import content_key
 
 
 @dataclass

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from mixdpo.config import InputError
 from mixdpo.experts import SCALE, Adapters
-from mixdpo.gpt2 import GPT2
-from mixdpo.hfconfig import read_json
-from mixdpo.weights import PREFIX, write_pair
+from mixdpo.models.gpt2 import GPT2
+from mixdpo.models.hfconfig import read_json
+from mixdpo.models.weights import PREFIX, write_pair
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

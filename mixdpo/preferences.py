@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, fields
 import torch
 import torch.nn.functional as F
 
-from mixdpo.attention import Branches, Packed, branches
+from mixdpo.models.attention import Branches, Packed, branches
 from mixdpo.chat import encode_answer, encode_chat, template_of
 from mixdpo.config import InputError
 from mixdpo.records import OPTIONAL, TEXTS, Fault, lines, read_record

@@ -23,7 +23,7 @@ from mixdpo.logprob import sum_responses
 from mixdpo.preferences import Pair, collate, data_key, rows_of
 from mixdpo.rundir import Progress
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import content_key, load_model
+from mixdpo.models.weights import content_key, load_model
 from mixdpo.files.atomic import Damaged, read_tensors, write_tensors
 
 STATES = 2**29  # bytes of states of response tokens that are kept, at most

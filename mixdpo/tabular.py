@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from mixdpo.accountant import Mechanism, epsilon_of, noise_multiplier
-from mixdpo.attention import KVCache
+from mixdpo.models.attention import KVCache
 from mixdpo.columns import Column, joined
 from mixdpo.config import SEEDS, InputError, Stopped, check_choices, check_ranges
-from mixdpo.gpt2 import Block, GPT2Config
+from mixdpo.models.gpt2 import Block, GPT2Config
 from mixdpo.keys import Key, identities
 from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.privacy import NOT_COVERED, Noise, ghost_clipped_sum, participants

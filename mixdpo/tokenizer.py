@@ -21,7 +21,7 @@ from mixdpo.bpe import (BYTE_LEVEL, LLAMA3_STEPS, SMOLLM_STEPS, document, merges
                         to_name)
 from mixdpo.config import InputError, reading
 from mixdpo.files.fetch import asset
-from mixdpo.gguf import read_gguf
+from mixdpo.models.gguf import read_gguf
 
 # The pre-tokenizers that a GGUF file names, under its tokenizer.ggml.model and .pre.
 GGUF_STEPS = {("gpt2", "smollm"): SMOLLM_STEPS, ("gpt2", "gpt-2"): BYTE_LEVEL}

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import tinyjob
 from mixdpo.accountant import noise_multiplier
 from mixdpo.experts import make_experts
-from mixdpo.weights import load_model
+from mixdpo.models.weights import load_model
 
 
 def public_secret(n: int) -> bytes:

@@ -5,8 +5,8 @@ import numpy as np
 import torch
 
 from mixdpo.experts import make_experts
-from mixdpo.gpt2 import GPT2, GPT2Config
-from mixdpo.llama import Llama, LlamaConfig
+from mixdpo.models.gpt2 import GPT2, GPT2Config
+from mixdpo.models.llama import Llama, LlamaConfig
 from mixdpo.preferences import Pair
 from train import TrainConfig
 

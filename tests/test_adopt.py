@@ -18,7 +18,7 @@ from mixdpo.mixture import log_marginal
 from mixdpo.preferences import read_preferences
 from mixdpo.reference import compute_reference
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import load_model
+from mixdpo.models.weights import load_model
 from raising import refuses
 
 IDS = torch.arange(20)[None]

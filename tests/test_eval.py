@@ -20,7 +20,7 @@ from mixdpo.config import InputError
 from mixdpo.preferences import Pair
 from mixdpo.rundir import checkpoints
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import load_model
+from mixdpo.models.weights import load_model
 from mixdpo.files.atomic import read_tensors, write_tensors
 
 MAX_NEW, PROMPTS = 6, ["mn", "o", "pmno", "nn", "po", "mmm", "opn"]

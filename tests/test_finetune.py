@@ -13,7 +13,7 @@ from data import finetune as module
 from data.finetune import FinetuneConfig, finetune, read_blocks
 from mixdpo.config import Stopped
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import load_model
+from mixdpo.models.weights import load_model
 from raising import refuses
 
 TEXTS = [{"text": f"the {animal} sat on the {place}. " * 3}

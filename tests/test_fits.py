@@ -10,7 +10,7 @@ import tinyjob
 from mixdpo import fits
 from mixdpo.experts import make_experts, once_a_step
 from mixdpo.optimizer import make_optimizer
-from mixdpo.weights import config_of, load_model
+from mixdpo.models.weights import config_of, load_model
 
 CASES = {"heads": {}, "full heads": {"rank": 0}, "frozen trunk": {"train_trunk": False}, "lora": {"sharing": "lora"},
          "models": {"sharing": "models", "experts": 3}, "bf16 moments": {"moments": "bfloat16"},

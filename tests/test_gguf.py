@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from mixdpo.gguf import read_gguf
+from mixdpo.models.gguf import read_gguf
 from raising import refuses
 
 

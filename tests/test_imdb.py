@@ -21,11 +21,11 @@ from data.pairs import judge_pairs, kinds, name_users, pair_facts, pair_line, sp
 from data.presets import IMDB, REVIEWS
 from data.stages import key_of, read_lines, stage, write_lines
 from mixdpo.config import InputError
-from mixdpo.llama import Llama, LlamaConfig
+from mixdpo.models.llama import Llama, LlamaConfig
 from mixdpo.options import validate
 from mixdpo.preferences import read_preferences
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import save_model
+from mixdpo.models.weights import save_model
 from raising import refuses
 
 LETTERS = [chr(c) for c in range(33, 127)]

@@ -15,7 +15,7 @@ import small
 import tinyjob
 import train
 from mixdpo import export as exporting
-from mixdpo import weights
+from mixdpo.models import weights
 from mixdpo.experts import Adapters, Heads, LoRALinear, load_state, pair_logp, projections, trained_state
 from mixdpo.export import export_experts
 from mixdpo.gates import Gate, Inputs
@@ -26,7 +26,7 @@ from mixdpo.peft import factors, load_adapter, save_adapter
 from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Pair, collate
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import load_model
+from mixdpo.models.weights import load_model
 from test_experts import SHARINGS
 from test_weights import as_gguf, write_gguf
 from raising import refuses

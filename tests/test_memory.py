@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mixdpo.gpt2 import gelu
-from mixdpo.llama import swiglu
+from mixdpo.models.gpt2 import gelu
+from mixdpo.models.llama import swiglu
 from mixdpo.memory import activated
 from tests import small
 from tests.allocations import sizes

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from mixdpo import attention
-from mixdpo.attention import attend, attend_by_products
-from mixdpo.gpt2 import GPT2, SIZES, GPT2Config
-from mixdpo.llama import Llama, LlamaConfig, RMSNorm, RopeScaling, rope_frequencies
-from mixdpo.weights import load_model
+from mixdpo.models import attention
+from mixdpo.models.attention import attend, attend_by_products
+from mixdpo.models.gpt2 import GPT2, SIZES, GPT2Config
+from mixdpo.models.llama import Llama, LlamaConfig, RMSNorm, RopeScaling, rope_frequencies
+from mixdpo.models.weights import load_model
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ["gpt2", "gpt2-inner", "llama-tied", "llama-untied", "llama3-scaling"]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mixdpo import privacy
-from mixdpo.gpt2 import Block, GPT2Config
+from mixdpo.models.gpt2 import Block, GPT2Config
 from mixdpo.keys import Key
 from mixdpo.privacy import (ClippedSum, Noise, clip_factors, clipped_sum, clipped_sum_slow, ghost_clipped_sum,
                             per_example_gradients, participants)

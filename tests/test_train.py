@@ -26,7 +26,7 @@ from mixdpo.plan import batches, mark_context
 from mixdpo.preferences import groups, read_preferences
 from mixdpo.reference import compute_reference
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import load_model
+from mixdpo.models.weights import load_model
 from raising import refuses
 
 USER, CONTEXT = {"latent": "user"}, {"latent": "user", "estep": "context", "context": 2}

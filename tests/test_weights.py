@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixdpo import weights
+from mixdpo.models import weights
 from mixdpo.files import fetch
-from mixdpo.gpt2 import GPT2, GPT2Config
-from mixdpo.hfconfig import config_from_json, config_to_json
-from mixdpo.llama import LlamaConfig, RopeScaling
-from mixdpo.weights import content_key, load_model, save_model
+from mixdpo.models.gpt2 import GPT2, GPT2Config
+from mixdpo.models.hfconfig import config_from_json, config_to_json
+from mixdpo.models.llama import LlamaConfig, RopeScaling
+from mixdpo.models.weights import content_key, load_model, save_model
 from raising import refuses
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -8,9 +8,9 @@ import torch
 
 import train
 from mixdpo import bpe
-from mixdpo.llama import Llama, LlamaConfig
+from mixdpo.models.llama import Llama, LlamaConfig
 from mixdpo.rundir import load_checkpoint
-from mixdpo.weights import save_model
+from mixdpo.models.weights import save_model
 
 EOS = 256
 SMALL = dict(dtype="float32", rank=2, batch=8, micro=4, head_rows=12, lr=1e-3, head_lr=1e-2, warmup=1, start_steps=2,

@@ -29,7 +29,7 @@ from mixdpo.preferences import Pair
 from mixdpo.reference import compute_reference, prompt_features
 from mixdpo.rundir import Progress, compute_dtype
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import load_model
+from mixdpo.models.weights import load_model
 from mixdpo.files.atomic import read_tensors, write_tensors
 
 SIZES = {"smoke": {"sentences": 60, "prompts": 24, "apart": 8},

@@ -26,7 +26,7 @@ from mixdpo import bpe
 from mixdpo.diagnostics import adjusted_rand_index, effective_experts, mean_se
 from mixdpo.dpo import accuracy, mixture_accuracy
 from mixdpo.finished import Run, load_run
-from mixdpo.gpt2 import GPT2, GPT2Config
+from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.heldout import alignment, margins_of
 from mixdpo.keys import Key
 from mixdpo.mixture import e_step, log_marginal
@@ -34,7 +34,7 @@ from mixdpo.options import TrainConfig
 from mixdpo.preferences import Pair, groups
 from mixdpo.records import lines
 from mixdpo.reference import load_references
-from mixdpo.weights import save_model
+from mixdpo.models.weights import save_model
 
 # DPO with the parameters that an expert has, one low-rank head on the frozen trunk: a mixture whose second weight is 0.
 ONE = {"experts": 2, "weights": "1,1e-9", "start": "none"}

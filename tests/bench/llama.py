@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from mixdpo.config import InputError, command, parse
-from mixdpo.llama import Llama, LlamaConfig, RopeScaling
+from mixdpo.models.llama import Llama, LlamaConfig, RopeScaling
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import save_model
+from mixdpo.models.weights import save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = LlamaConfig(vocab=128256, context=131072, width=2048, inner=8192, layers=16, heads=32, kv_heads=8, head_dim=64,

@@ -8,7 +8,7 @@ from mixdpo.generate import generate
 from mixdpo.logprob import token_logps, token_logps_reference
 from mixdpo.mixture import e_step, expert_loss
 from mixdpo.preferences import Pair, collate
-from mixdpo.weights import load_model
+from mixdpo.models.weights import load_model
 from tests.bench.variants import VARIANTS, Setting, Stepper, Variant, products_in
 
 

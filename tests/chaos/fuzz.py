@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                # th
 import tinyjob
 from mixdpo import config as configs
 from mixdpo.config import InputError
-from mixdpo.gguf import read_gguf
+from mixdpo.models.gguf import read_gguf
 from mixdpo.options import TrainConfig
 from mixdpo.preferences import read_preferences
 from mixdpo.rundir import load_checkpoint, save_checkpoint
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import load_model
+from mixdpo.models.weights import load_model
 from test_gguf import METADATA, TENSORS, gguf
 
 SECONDS, GROWTH = 5, 2**30

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from mixdpo.experts import Adapters, make_experts
 from mixdpo.export import export_experts
-from mixdpo.gpt2 import GPT2, GPT2Config
-from mixdpo.llama import Llama, LlamaConfig
+from mixdpo.models.gpt2 import GPT2, GPT2Config
+from mixdpo.models.llama import Llama, LlamaConfig
 from mixdpo.peft import load_adapter, save_adapter
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import load_model, save_model
+from mixdpo.models.weights import load_model, save_model
 from tests import tinyjob
 from train import TrainConfig
 

@@ -15,7 +15,7 @@ from tiktoken.load import load_tiktoken_bpe
 from mixdpo.chat import encode_answer, encode_chat
 from mixdpo.config import InputError
 from mixdpo.files.fetch import asset
-from mixdpo.gguf import read_gguf
+from mixdpo.models.gguf import read_gguf
 from mixdpo.tokenizer import load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed (extra `peers`)")

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from mixdpo.config import InputError
 from mixdpo.files.fetch import asset
-from mixdpo.gpt2 import GPT2, GPT2Config
-from mixdpo.llama import Llama, LlamaConfig, RopeScaling
+from mixdpo.models.gpt2 import GPT2, GPT2Config
+from mixdpo.models.llama import Llama, LlamaConfig, RopeScaling
 from mixdpo.tokenizer import load_tokenizer
-from mixdpo.weights import load_model, save_model
+from mixdpo.models.weights import load_model, save_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")
 golden_make = pytest.importorskip("tests.golden.make")
@@ -176,7 +176,7 @@ def test_smollm2_perplexity_with_transformers_own_gguf_reader(smollm2):
 MEASURE = """
 import re, sys, time
 import torch
-from mixdpo.weights import load_model
+from mixdpo.models.weights import load_model
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 torch.empty(1, device="meta").normal_()             # what meta tensors import on their first use
 before, start = peak(), time.process_time()

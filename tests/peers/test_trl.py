@@ -14,12 +14,12 @@ import torch.nn.functional as F
 import train
 from mixdpo.experts import make_experts
 from mixdpo.gates import Inputs, first_weights
-from mixdpo.gpt2 import GPT2, GPT2Config
+from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.latent import Latent
 from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Pair
 from mixdpo.reference import compute_reference
-from mixdpo.weights import load_model, save_model
+from mixdpo.models.weights import load_model, save_model
 
 VOCAB, BETA = 4603, 0.3             # more than one tile of the vocabulary
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")     # transformers' Conv1D keeps these as (in, out)

@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mixdpo.attention import KVCache, attend
+from mixdpo.models.attention import KVCache, attend
 from mixdpo.memory import activated
 
 

@@ -9,8 +9,8 @@ import json
 import math
 
 from mixdpo.config import InputError
-from mixdpo.gpt2 import GPT2Config
-from mixdpo.llama import LlamaConfig, RopeScaling
+from mixdpo.models.gpt2 import GPT2Config
+from mixdpo.models.llama import LlamaConfig, RopeScaling
 
 # Our field -> the key of config.json, which must be there.
 GPT2_KEYS = {"vocab": "vocab_size", "context": "n_positions", "width": "n_embd", "layers": "n_layer",

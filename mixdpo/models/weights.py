@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 
 from mixdpo.files import fetch
 from mixdpo.config import InputError, reading
-from mixdpo.gguf import read_gguf
-from mixdpo.gpt2 import GPT2, GPT2Config
-from mixdpo.hfconfig import checked, config_from_json, config_to_json, read_json
-from mixdpo.llama import Llama, LlamaConfig
+from mixdpo.models.gguf import read_gguf
+from mixdpo.models.gpt2 import GPT2, GPT2Config
+from mixdpo.models.hfconfig import checked, config_from_json, config_to_json, read_json
+from mixdpo.models.llama import Llama, LlamaConfig
 
 MODELS = {GPT2Config: GPT2, LlamaConfig: Llama}
 
