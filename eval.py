@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from mixdpo import config as configs
 from mixdpo.adaptation import adapted
-from mixdpo.chat import template_of
+from mixdpo.text.chat import template_of
 from mixdpo.config import InputError, to_json, write_whole
 from mixdpo.diagnostics import mean_se
 from mixdpo.experts import Heads
@@ -34,7 +34,7 @@ from mixdpo.heldout import expert_logp, margins_of, preference_figures, weights
 from mixdpo.memory import steady
 from mixdpo.mixture import mixture_logp
 from mixdpo.preferences import Pair, encode_prompt
-from mixdpo.records import check_messages, check_string, lines
+from mixdpo.text.records import check_messages, check_string, lines
 from mixdpo.reference import compute_reference, load_references, prompt_features
 from mixdpo.rundir import Progress, environment
 

@@ -51,7 +51,7 @@ from mixdpo.options import TrainConfig, compared, short_run, validate
 from mixdpo.plan import Micro, chunks, fitting_rows, make_plan, micro_batches
 from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences, rows_of
 from mixdpo.privacy import ClippedSum, Noise
-from mixdpo.records import lines
+from mixdpo.text.records import lines
 from mixdpo.reference import load_references, reference_of
 from mixdpo.rundir import (Log, Progress, Stop, compute_dtype, environment, load_checkpoint, must_be_run,
                            save_checkpoint)

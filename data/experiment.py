@@ -37,7 +37,7 @@ from mixdpo.memory import steady
 from mixdpo.options import validate
 from mixdpo.preferences import encode_prompt
 from mixdpo.rundir import compute_dtype
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model
 from mixdpo.files.atomic import alone, must_be_own
 from train import TrainConfig, run

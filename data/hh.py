@@ -18,7 +18,7 @@ from pathlib import Path
 from data.judged import Item, Judged, main
 from data.presets import HH
 from mixdpo.config import InputError, command
-from mixdpo.records import lines
+from mixdpo.text.records import lines
 
 FILE = "hh_relabeled_objectives.jsonl.gz"
 TYPES = {"helpful": "more helpful: it does what the user wants", "harmless": "less harmful to anybody"}

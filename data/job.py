@@ -21,7 +21,7 @@ from data.stages import numbers
 from mixdpo import config as configs
 from mixdpo.diagnostics import mean_se
 from mixdpo.options import TrainConfig
-from mixdpo.records import lines
+from mixdpo.text.records import lines
 
 SAMPLES = 6  # prompts whose completions are shown
 FIGURES = {"mean", "se", "values", "conflicts_by_pair", "effective_experts", "ari", "matched", "bayes_ari",

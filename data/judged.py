@@ -29,7 +29,7 @@ from mixdpo.files import fetch
 from mixdpo.config import InputError, check_ranges, parse, to_json
 from mixdpo.memory import steady
 from mixdpo.preferences import encode_prompt, encode_response
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.files.atomic import alone, must_be_own
 
 
@@ -41,7 +41,7 @@ FILES = ["train.jsonl", "heldout.jsonl", "adapt-new-user.jsonl", "adapt-new-user
 class Item:
     """Two answers to a conversation, judged."""
 
-    messages: list[dict]                # up to a user's turn (mixdpo/chat.py)
+    messages: list[dict]                # up to a user's turn (mixdpo/text/chat.py)
     answers: tuple[str, str]
     prefers: dict[str, int]             # type of user -> the answer that it chooses, 0 or 1
 

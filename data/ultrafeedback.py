@@ -24,7 +24,7 @@ from data.judged import Item, Judged, main
 from data.presets import ULTRAFEEDBACK
 from mixdpo.files import fetch
 from mixdpo.config import InputError, command
-from mixdpo.records import lines
+from mixdpo.text.records import lines
 
 REPOSITORY = "openbmb/UltraFeedback"
 FILES = tuple(f"{name}.jsonl" for name in ("evol_instruct", "false_qa", "flan", "sharegpt", "truthful_qa", "ultrachat"))

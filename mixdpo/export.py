@@ -14,7 +14,7 @@ from pathlib import Path
 from mixdpo.config import InputError
 from mixdpo.experts import Adapters, Heads, Models
 from mixdpo.peft import save_adapter
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model, locate, save_model
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",

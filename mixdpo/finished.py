@@ -15,7 +15,7 @@ from mixdpo.plan import Plan, make_plan
 from mixdpo.preferences import data_key, read_preferences
 from mixdpo.reference import load_references
 from mixdpo.rundir import checkpoints, compute_dtype, load_checkpoint
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import content_key
 
 

@@ -131,7 +131,7 @@ class IdentifiabilityConfig:
 
 
 def main(argv: list[str]) -> None:
-    from mixdpo.tokenizer import load_tokenizer  # here, since only this command needs one by name
+    from mixdpo.text.tokenizer import load_tokenizer  # here, since only this command needs one by name
 
     flags = argv if argv and argv[0].startswith("-") else ["--data", *argv]
     config = parse(IdentifiabilityConfig, flags, "python -m mixdpo.identifiability FILE")

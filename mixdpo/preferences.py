@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 
 from mixdpo.models.attention import Branches, Packed, branches
-from mixdpo.chat import encode_answer, encode_chat, template_of
+from mixdpo.text.chat import encode_answer, encode_chat, template_of
 from mixdpo.config import InputError
-from mixdpo.records import OPTIONAL, TEXTS, Fault, lines, read_record
+from mixdpo.text.records import OPTIONAL, TEXTS, Fault, lines, read_record
 
 
 MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content)["']\s*:""")  # a list of messages, written as a string

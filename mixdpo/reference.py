@@ -22,7 +22,7 @@ from mixdpo.experts import Heads
 from mixdpo.logprob import sum_responses
 from mixdpo.preferences import Pair, collate, data_key, rows_of
 from mixdpo.rundir import Progress
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import content_key, load_model
 from mixdpo.files.atomic import Damaged, read_tensors, write_tensors
 

@@ -17,7 +17,7 @@ from mixdpo.heldout import expert_logp
 from mixdpo.mixture import log_marginal
 from mixdpo.preferences import read_preferences
 from mixdpo.reference import compute_reference
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model
 from raising import refuses
 

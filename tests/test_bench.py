@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixdpo.config import InputError
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 from tests.bench import gpu, llama, memory, parts, step, variants
 
 

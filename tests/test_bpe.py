@@ -4,9 +4,9 @@ faults that the test was seen to fail on.
 
 import random
 
-from mixdpo import bpe
+from mixdpo.text import bpe
 from mixdpo.config import InputError
-from mixdpo.tokenizer import Tokenizer, _from_ranks
+from mixdpo.text.tokenizer import Tokenizer, _from_ranks
 from raising import refuses
 
 EOT = "<|endoftext|>"

@@ -1,14 +1,14 @@
-"""mixdpo/chat.py on the real tokenizers that packages ship; tests/peers/test_tokenizers.py has transformers beside it.
+"""mixdpo/text/chat.py on the real tokenizers that packages ship; tests/peers/test_tokenizers.py has transformers beside it.
 What each test catches stands in its docstring."""
 
 import sys
 
 import pytest
 
-from mixdpo.chat import encode_answer, encode_chat, ends, template_of
+from mixdpo.text.chat import encode_answer, encode_chat, ends, template_of
 from mixdpo.preferences import read_preferences
-from mixdpo.records import Fault
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.records import Fault
+from mixdpo.text.tokenizer import load_tokenizer
 from letters import Letters, write
 from raising import refuses
 

@@ -16,7 +16,8 @@ import torch
 import tinyjob
 import train
 from mixdpo import config as configs
-from mixdpo import fits, records
+from mixdpo import fits
+from mixdpo.text import records
 from mixdpo.config import Stopped
 from mixdpo.rundir import checkpoints, load_checkpoint
 from raising import refuses

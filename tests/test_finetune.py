@@ -12,7 +12,7 @@ import tinyjob
 from data import finetune as module
 from data.finetune import FinetuneConfig, finetune, read_blocks
 from mixdpo.config import Stopped
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model
 from raising import refuses
 

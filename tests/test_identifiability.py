@@ -92,7 +92,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     path = tmp_path / "prefs.jsonl"
     rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b", "user": f"u{n % 2}"} for n in range(8)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr("mixdpo.tokenizer.load_tokenizer", lambda name, data: Letters())
+    monkeypatch.setattr("mixdpo.text.tokenizer.load_tokenizer", lambda name, data: Letters())
     identifiability.main([str(path), "--experts", "3"])
     assert "one type a user: K = 2" in (out := capsys.readouterr().out) and "--experts 3 is more than that" in out
 
@@ -101,6 +101,6 @@ def test_the_command(tmp_path, monkeypatch, capsys):
                                            ("max_response", "-1")])
 def test_options_out_of_range_are_refused(tmp_path, monkeypatch, option, value):
     """Catches: --experts 0 and --latent foo answered as if they were sensible."""
-    monkeypatch.setattr("mixdpo.tokenizer.load_tokenizer", lambda name, data: Letters())
+    monkeypatch.setattr("mixdpo.text.tokenizer.load_tokenizer", lambda name, data: Letters())
     with refuses(value, option=option):
         identifiability.main([str(write(tmp_path, GOOD)), "--" + option.replace("_", "-"), value])

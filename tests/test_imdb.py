@@ -24,7 +24,7 @@ from mixdpo.config import InputError
 from mixdpo.models.llama import Llama, LlamaConfig
 from mixdpo.options import validate
 from mixdpo.preferences import read_preferences
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import save_model
 from raising import refuses
 

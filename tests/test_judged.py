@@ -15,7 +15,7 @@ from data.job import read_job
 from data.judged import Item, deal, divide, fitting, line
 from data.presets import HH
 from mixdpo.preferences import read_preferences
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 from raising import refuses
 
 WORDS = {"helpful": "abcd", "harmless": "wxyz"}

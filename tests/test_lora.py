@@ -25,7 +25,7 @@ from mixdpo.optimizer import make_optimizer
 from mixdpo.peft import factors, load_adapter, save_adapter
 from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Pair, collate
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model
 from test_experts import SHARINGS
 from test_weights import as_gguf, write_gguf

@@ -1,4 +1,4 @@
-"""mixdpo/records.py, and what preferences.py makes of a faulty line: what each test catches stands in its docstring."""
+"""mixdpo/text/records.py, and what preferences.py makes of a faulty line: what each test catches stands in its docstring."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from letters import GOOD, Letters, read, write
 
 from mixdpo.preferences import data_key, read_preferences
-from mixdpo.records import Fault
+from mixdpo.text.records import Fault
 from raising import refuses
 
 

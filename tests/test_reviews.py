@@ -16,7 +16,7 @@ from data.movies import Review
 from data.presets import REVIEWS
 from data.stages import read_lines
 from mixdpo.preferences import read_preferences
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 from test_imdb import save_tiny, write_reviews
 from raising import refuses
 

@@ -9,7 +9,7 @@ from raising import refuses
 import tinyjob
 from mixdpo.preferences import collate
 from mixdpo.show import main, show
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("eos", [256, 0])

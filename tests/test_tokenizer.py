@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mixdpo.config import InputError
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 from raising import refuses
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizers.json").read_text())

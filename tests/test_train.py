@@ -25,7 +25,7 @@ from mixdpo.options import validate_values
 from mixdpo.plan import batches, mark_context
 from mixdpo.preferences import groups, read_preferences
 from mixdpo.reference import compute_reference
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model
 from raising import refuses
 

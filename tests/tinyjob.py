@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 import train
-from mixdpo import bpe
+from mixdpo.text import bpe
 from mixdpo.models.llama import Llama, LlamaConfig
 from mixdpo.rundir import load_checkpoint
 from mixdpo.models.weights import save_model

@@ -28,7 +28,7 @@ from mixdpo.mixture import e_step, log_marginal
 from mixdpo.preferences import Pair
 from mixdpo.reference import compute_reference, prompt_features
 from mixdpo.rundir import Progress, compute_dtype
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model
 from mixdpo.files.atomic import read_tensors, write_tensors
 

@@ -22,7 +22,7 @@ import torch
 
 import train
 from data.stages import write_lines
-from mixdpo import bpe
+from mixdpo.text import bpe
 from mixdpo.diagnostics import adjusted_rand_index, effective_experts, mean_se
 from mixdpo.dpo import accuracy, mixture_accuracy
 from mixdpo.finished import Run, load_run
@@ -32,7 +32,7 @@ from mixdpo.keys import Key
 from mixdpo.mixture import e_step, log_marginal
 from mixdpo.options import TrainConfig
 from mixdpo.preferences import Pair, groups
-from mixdpo.records import lines
+from mixdpo.text.records import lines
 from mixdpo.reference import load_references
 from mixdpo.models.weights import save_model
 

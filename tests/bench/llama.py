@@ -17,7 +17,7 @@ import torch
 
 from mixdpo.config import InputError, command, parse
 from mixdpo.models.llama import Llama, LlamaConfig, RopeScaling
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import save_model
 
 ROOT = Path(__file__).resolve().parents[2]

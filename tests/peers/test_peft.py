@@ -13,7 +13,7 @@ from mixdpo.export import export_experts
 from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.models.llama import Llama, LlamaConfig
 from mixdpo.peft import load_adapter, save_adapter
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model, save_model
 from tests import tinyjob
 from train import TrainConfig

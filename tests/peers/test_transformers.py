@@ -16,7 +16,7 @@ from mixdpo.config import InputError
 from mixdpo.files.fetch import asset
 from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.models.llama import Llama, LlamaConfig, RopeScaling
-from mixdpo.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model, save_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")

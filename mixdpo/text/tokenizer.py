@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tiktoken
 
-from mixdpo.bpe import (BYTE_LEVEL, LLAMA3_STEPS, SMOLLM_STEPS, document, merges_of, pattern_of, read_vocabulary,
+from mixdpo.text.bpe import (BYTE_LEVEL, LLAMA3_STEPS, SMOLLM_STEPS, document, merges_of, pattern_of, read_vocabulary,
                         to_name)
 from mixdpo.config import InputError, reading
 from mixdpo.files.fetch import asset

@@ -24,7 +24,7 @@ import hashlib
 from dataclasses import dataclass, replace
 
 from mixdpo.config import InputError
-from mixdpo.records import Fault
+from mixdpo.text.records import Fault
 
 # SmolLM2's template, by its sha256, and its own system turn: known where jinja2, which comes with torch, is missing.
 KNOWN = {"872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788":
