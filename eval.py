@@ -31,7 +31,7 @@ from mixdpo.finished import Run, find_runs, load_run
 from mixdpo.gates import READS_PROMPT
 from mixdpo.generate import choose_expert, generate
 from mixdpo.heldout import expert_logp, margins_of, preference_figures, weights
-from mixdpo.memory import steady
+from mixdpo.fast.memory import steady
 from mixdpo.mixture import mixture_logp
 from mixdpo.preferences import Pair, encode_prompt
 from mixdpo.text.records import check_messages, check_string, lines

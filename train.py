@@ -44,9 +44,9 @@ from mixdpo.identifiability import counts_of, told
 from mixdpo.keys import Key
 from mixdpo.latent import Latent, latent_of, pooled, settle
 from mixdpo.logprob import sum_responses
-from mixdpo.memory import steady
+from mixdpo.fast.memory import steady
 from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, reweigh, update_weights, vary
-from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
+from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.options import TrainConfig, compared, short_run, validate
 from mixdpo.plan import Micro, chunks, fitting_rows, make_plan, micro_batches
 from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences, rows_of

@@ -33,7 +33,7 @@ from eval import EvalConfig, evaluate
 from mixdpo.files import fetch
 from mixdpo.config import SEEDS, InputError, check_choices, check_ranges, parse, to_json, write_whole
 from mixdpo.generate import generate
-from mixdpo.memory import steady
+from mixdpo.fast.memory import steady
 from mixdpo.options import validate
 from mixdpo.preferences import encode_prompt
 from mixdpo.rundir import compute_dtype

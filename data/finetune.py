@@ -18,7 +18,7 @@ import torch
 from mixdpo import config as configs
 from mixdpo.config import SEEDS, InputError, Stopped, check_ranges
 from mixdpo.experts import Heads, load_state, trained_state
-from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
+from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.preferences import data_key
 from mixdpo.text.records import lines
 from mixdpo.rundir import Progress, Stop, compute_dtype, load_checkpoint, save_checkpoint

@@ -27,7 +27,7 @@ from data.pairs import name_users
 from data.stages import key_of, stage, write_lines
 from mixdpo.files import fetch
 from mixdpo.config import InputError, check_ranges, parse, to_json
-from mixdpo.memory import steady
+from mixdpo.fast.memory import steady
 from mixdpo.preferences import encode_prompt, encode_response
 from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.files.atomic import alone, must_be_own

@@ -66,7 +66,7 @@ def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
 def kernels():
     """kernels.py, or None where there is no Triton."""
     try:
-        from mixdpo import kernels
+        from mixdpo.fast import kernels
     except ImportError:
         return None
     return kernels

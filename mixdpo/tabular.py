@@ -33,7 +33,7 @@ from mixdpo.columns import Column, joined
 from mixdpo.config import SEEDS, InputError, Stopped, check_choices, check_ranges
 from mixdpo.models.gpt2 import Block, GPT2Config
 from mixdpo.keys import Key, identities
-from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
+from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.privacy import NOT_COVERED, Noise, ghost_clipped_sum, participants
 from mixdpo.rundir import Progress, Stop, load_checkpoint, save_checkpoint
 

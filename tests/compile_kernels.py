@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mixdpo import kernels
+from mixdpo.fast import kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
 COUNTS = ("N", "V", "span", "begin", "width")

@@ -9,7 +9,7 @@ import small
 import tinyjob
 from mixdpo import fits
 from mixdpo.experts import make_experts, once_a_step
-from mixdpo.optimizer import make_optimizer
+from mixdpo.fast.optimizer import make_optimizer
 from mixdpo.models.weights import config_of, load_model
 
 CASES = {"heads": {}, "full heads": {"rank": 0}, "frozen trunk": {"train_trunk": False}, "lora": {"sharing": "lora"},

@@ -21,7 +21,7 @@ from mixdpo.export import export_experts
 from mixdpo.gates import Gate, Inputs
 from mixdpo.generate import generate
 from mixdpo.latent import latent_of
-from mixdpo.optimizer import make_optimizer
+from mixdpo.fast.optimizer import make_optimizer
 from mixdpo.peft import factors, load_adapter, save_adapter
 from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Pair, collate

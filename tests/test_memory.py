@@ -10,7 +10,7 @@ from torch import nn
 
 from mixdpo.models.gpt2 import gelu
 from mixdpo.models.llama import swiglu
-from mixdpo.memory import activated
+from mixdpo.fast.memory import activated
 from tests import small
 from tests.allocations import sizes
 
@@ -58,7 +58,7 @@ def test_pages_are_kept():
     Catches: a parameter of mallopt that is refused, large blocks that go to the system even so."""
     code = """
 import ctypes, resource, sys
-from mixdpo.memory import steady
+from mixdpo.fast.memory import steady
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]

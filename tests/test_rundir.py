@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from mixdpo import rundir
-from mixdpo.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
+from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.options import TrainConfig
 from mixdpo.rundir import compute_dtype, load_checkpoint, save_checkpoint
 from mixdpo.files.atomic import alone

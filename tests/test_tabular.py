@@ -16,7 +16,7 @@ from mixdpo import tabular
 from mixdpo.accountant import Mechanism, epsilon_of, noise_multiplier
 from mixdpo.columns import columns_of
 from mixdpo.config import InputError
-from mixdpo.optimizer import make_optimizer, set_rate
+from mixdpo.fast.optimizer import make_optimizer, set_rate
 from mixdpo.keys import Key, identities
 from mixdpo.privacy import Noise, clipped_sum_slow, participants
 from mixdpo.rundir import checkpoints

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mixdpo.models.attention import KVCache, attend
-from mixdpo.memory import activated
+from mixdpo.fast.memory import activated
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from mixdpo.gates import Gate, Inputs, first_weights
 from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.latent import latent_of
 from mixdpo.models.llama import Llama, LlamaConfig
-from mixdpo.optimizer import make_optimizer
+from mixdpo.fast.optimizer import make_optimizer
 from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Batch, Pair, collate, rows_of
 from mixdpo.reference import compute_reference

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import train
 from mixdpo.config import InputError, Stopped, command, parse
-from mixdpo.memory import steady
+from mixdpo.fast.memory import steady
 from mixdpo.rundir import Log
 from tests.bench.memory import resident
 
