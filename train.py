@@ -42,7 +42,7 @@ from mixdpo.experts import (load_state, make_experts, once_a_step, pair_logp, pr
 from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
 from mixdpo.identifiability import counts_of, told
 from mixdpo.keys import Key
-from mixdpo.latent import Latent, latent_of, pooled, settle
+from mixdpo.variants.latent import Latent, latent_of, pooled, settle
 from mixdpo.logprob import sum_responses
 from mixdpo.fast.memory import steady
 from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, reweigh, update_weights, vary

@@ -20,7 +20,7 @@ from mixdpo.experts import Adapters, Heads, LoRALinear, load_state, pair_logp, p
 from mixdpo.export import export_experts
 from mixdpo.gates import Gate, Inputs
 from mixdpo.generate import generate
-from mixdpo.latent import latent_of
+from mixdpo.variants.latent import latent_of
 from mixdpo.fast.optimizer import make_optimizer
 from mixdpo.peft import factors, load_adapter, save_adapter
 from mixdpo.plan import make_plan, micro_batches

@@ -11,7 +11,7 @@ import brute
 import small
 from mixdpo.dpo import dpo_loss
 from mixdpo.gates import Gate, Inputs
-from mixdpo.latent import latent_of
+from mixdpo.variants.latent import latent_of
 from mixdpo.mixture import (SAMPLED, balance, damp, e_step, elbo, entropy, expert_loss, gate_loss, log_marginal,
                             random_responsibilities, reweigh, update_weights, vary)
 from mixdpo.plan import make_plan

@@ -7,7 +7,7 @@ import torch
 
 import train
 from mixdpo.gates import Gate, Inputs
-from mixdpo.latent import latent_of
+from mixdpo.variants.latent import latent_of
 from mixdpo.experts import once_a_step
 from mixdpo.fast.optimizer import RoundedAdamW, load_optimizer_state, make_optimizer, mixed, optimizer_state, rounded
 from mixdpo.plan import make_plan, micro_batches

@@ -14,7 +14,7 @@ import small
 from mixdpo.dpo import dpo_loss, margins
 from mixdpo.experts import pair_logp
 from mixdpo.gates import Gate, Inputs
-from mixdpo.latent import Latent, latent_of
+from mixdpo.variants.latent import Latent, latent_of
 from mixdpo.mixture import log_marginal
 from mixdpo.plan import Micro, make_plan, micro_batches
 from mixdpo.preferences import collate, groups

@@ -555,7 +555,7 @@ def test_weighted_pairs_have_weighted_gradients(model_dir):
     wrong group's pairs, chunks that begin at the first group's weight."""
     import small
     from mixdpo.gates import Inputs
-    from mixdpo.latent import Latent
+    from mixdpo.variants.latent import Latent
     from mixdpo.plan import make_plan, micro_batches
 
     pairs, ref = small.pairs(6, users=2), small.reference_logp(6)

@@ -20,7 +20,7 @@ import train
 from mixdpo.experts import make_experts, once_a_step, trunks
 from mixdpo.gates import Gate, Inputs, first_weights
 from mixdpo.models.gpt2 import GPT2, GPT2Config
-from mixdpo.latent import latent_of
+from mixdpo.variants.latent import latent_of
 from mixdpo.models.llama import Llama, LlamaConfig
 from mixdpo.fast.optimizer import make_optimizer
 from mixdpo.plan import make_plan, micro_batches

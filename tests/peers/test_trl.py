@@ -15,7 +15,7 @@ import train
 from mixdpo.experts import make_experts
 from mixdpo.gates import Inputs, first_weights
 from mixdpo.models.gpt2 import GPT2, GPT2Config
-from mixdpo.latent import Latent
+from mixdpo.variants.latent import Latent
 from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Pair
 from mixdpo.reference import compute_reference
