@@ -33,7 +33,7 @@ import torch
 from mixdpo import config as configs
 from mixdpo import fits
 from mixdpo.adopt import adopt
-from mixdpo.budget import Private, certify, drop_key, kept_key, spent_before
+from mixdpo.private.budget import Private, certify, drop_key, kept_key, spent_before
 from mixdpo.config import InputError
 from mixdpo.diagnostics import step_summary
 from mixdpo.dpo import label_loss, margins, observed_margins
@@ -41,7 +41,7 @@ from mixdpo.experts import (load_state, make_experts, once_a_step, pair_logp, pr
                             trained_state, trunks)
 from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
 from mixdpo.identifiability import counts_of, told
-from mixdpo.keys import Key
+from mixdpo.private.keys import Key
 from mixdpo.variants.latent import Latent, latent_of, pooled, settle
 from mixdpo.logprob import sum_responses
 from mixdpo.fast.memory import steady
@@ -50,7 +50,7 @@ from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimize
 from mixdpo.options import TrainConfig, compared, short_run, validate
 from mixdpo.plan import Micro, chunks, fitting_rows, make_plan, micro_batches
 from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences, rows_of
-from mixdpo.privacy import ClippedSum, Noise
+from mixdpo.private.dp_sgd import ClippedSum, Noise
 from mixdpo.text.records import lines
 from mixdpo.reference import load_references, reference_of
 from mixdpo.rundir import (Log, Progress, Stop, compute_dtype, environment, load_checkpoint, must_be_run,

@@ -29,11 +29,11 @@ from data import adult
 from data.marginals import distances, independent, utility
 from data.mst import marginal_method
 from data.studies.tell import table_of
-from mixdpo.accountant import noise_multiplier
-from mixdpo.budget import drop_key, kept_key
+from mixdpo.private.accountant import noise_multiplier
+from mixdpo.private.budget import drop_key, kept_key
 from mixdpo.columns import Column, columns_of, encode, read_schema, read_table, schema_of, write_table
 from mixdpo.config import InputError, check_choices, check_ranges, command, parse, to_json, write_whole
-from mixdpo.keys import Key
+from mixdpo.private.keys import Key
 from mixdpo.fast.memory import steady
 from mixdpo.rundir import environment, load_checkpoint
 from mixdpo.tabular import TableConfig, account, fit, look, sample, validate

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import tinyjob
-from mixdpo.accountant import noise_multiplier
+from mixdpo.private.accountant import noise_multiplier
 from mixdpo.experts import make_experts
 from mixdpo.models.weights import load_model
 

@@ -1,4 +1,4 @@
-"""mixdpo.accountant against closed forms, quadrature, saddle-point inversion (Alghamdi et al. 2022, arXiv 2208.09595),
+"""mixdpo.private.accountant against closed forms, quadrature, saddle-point inversion (Alghamdi et al. 2022, arXiv 2208.09595),
 and figures published by others. What each test catches stands in its docstring."""
 
 import math
@@ -10,8 +10,8 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from mixdpo import accountant
-from mixdpo.accountant import (EXACT, ORDERS, SEARCH, Mechanism, both_ways, delta_of, epsilon_of, epsilon_rdp,
+from mixdpo.private import accountant
+from mixdpo.private.accountant import (EXACT, ORDERS, SEARCH, Mechanism, both_ways, delta_of, epsilon_of, epsilon_rdp,
                                noise_multiplier, rdp)
 from mixdpo.config import InputError
 from raising import refuses

@@ -10,9 +10,9 @@ from scipy.stats import binom
 
 from data.studies import audit
 from data.studies.audit import CHOSEN, DELTA, Runs, fitted_bound, lower_bound, p_value, rates, scores_of
-from mixdpo import privacy
-from mixdpo.accountant import Mechanism, noise_multiplier
-from mixdpo.privacy import Noise
+from mixdpo.private import dp_sgd as privacy
+from mixdpo.private.accountant import Mechanism, noise_multiplier
+from mixdpo.private.dp_sgd import Noise
 
 
 # ---- statistics

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import tinyjob
-from mixdpo.keys import Key, identities
-from mixdpo.privacy import Noise
+from mixdpo.private.keys import Key, identities
+from mixdpo.private.dp_sgd import Noise
 
 
 def noise(key):

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import tinyjob
-from mixdpo import privacy, tabular
+from mixdpo import tabular
+from mixdpo.private import dp_sgd as privacy
 from mixdpo.columns import columns_of
-from mixdpo.keys import Key
+from mixdpo.private.keys import Key
 from mixdpo.tabular import TableConfig, fit, look
 
 C = 0.05                        # small: every gradient is clipped, so that one too many would show

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mixdpo import privacy
+from mixdpo.private import dp_sgd as privacy
 from mixdpo.models.gpt2 import Block, GPT2Config
-from mixdpo.keys import Key
-from mixdpo.privacy import (ClippedSum, Noise, clip_factors, clipped_sum, clipped_sum_slow, ghost_clipped_sum,
+from mixdpo.private.keys import Key
+from mixdpo.private.dp_sgd import (ClippedSum, Noise, clip_factors, clipped_sum, clipped_sum_slow, ghost_clipped_sum,
                             per_example_gradients, participants)
 
 V, T, C = 11, 6, 8

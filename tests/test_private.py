@@ -11,11 +11,12 @@ import torch
 
 import tinyjob
 import train
-from mixdpo import budget, privacy
-from mixdpo.accountant import Mechanism, epsilon_of
+from mixdpo.private import budget
+from mixdpo.private import dp_sgd as privacy
+from mixdpo.private.accountant import Mechanism, epsilon_of
 from mixdpo.config import InputError
 from mixdpo.gates import gate_state, make_gate
-from mixdpo.keys import Key
+from mixdpo.private.keys import Key
 from mixdpo.options import TrainConfig, validate
 from private_oracle import Twin, public_secret
 from raising import refuses

@@ -13,12 +13,12 @@ import torch
 from data import synth
 from data.marginals import parity_table, satisfied, total_variation
 from mixdpo import tabular
-from mixdpo.accountant import Mechanism, epsilon_of, noise_multiplier
+from mixdpo.private.accountant import Mechanism, epsilon_of, noise_multiplier
 from mixdpo.columns import columns_of
 from mixdpo.config import InputError
 from mixdpo.fast.optimizer import make_optimizer, set_rate
-from mixdpo.keys import Key, identities
-from mixdpo.privacy import Noise, clipped_sum_slow, participants
+from mixdpo.private.keys import Key, identities
+from mixdpo.private.dp_sgd import Noise, clipped_sum_slow, participants
 from mixdpo.rundir import checkpoints
 from mixdpo.tabular import TBART, TableConfig, account, fit, look, row_losses, sample, validate
 from raising import refuses

@@ -10,7 +10,7 @@ from data.pictures import curves
 from data.studies.study import Study
 from data.studies.tell import by, mean_over, table_of
 from mixdpo.columns import columns_of
-from mixdpo.keys import Key
+from mixdpo.private.keys import Key
 from mixdpo.tabular import TableConfig, fit, look, sample
 
 ROWS, DIMENSIONS = 20_000, range(3, 9)

@@ -28,7 +28,7 @@ from mixdpo.dpo import accuracy, mixture_accuracy
 from mixdpo.finished import Run, load_run
 from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.heldout import alignment, margins_of
-from mixdpo.keys import Key
+from mixdpo.private.keys import Key
 from mixdpo.mixture import e_step, log_marginal
 from mixdpo.options import TrainConfig
 from mixdpo.preferences import Pair, groups

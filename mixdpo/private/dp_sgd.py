@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mixdpo.keys import Key
+from mixdpo.private.keys import Key
 
 NOT_COVERED = (
     "the number of examples, from which the sampling rate and the number of steps are made: declared public",
