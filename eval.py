@@ -24,7 +24,7 @@ from mixdpo import config as configs
 from mixdpo.adaptation import adapted
 from mixdpo.text.chat import template_of
 from mixdpo.config import InputError, to_json, write_whole
-from mixdpo.diagnostics import mean_se
+from mixdpo.metrics import mean_se
 from mixdpo.experts import Heads
 from mixdpo.export import export_experts
 from mixdpo.finished import Run, find_runs, load_run

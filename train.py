@@ -35,7 +35,7 @@ from mixdpo import fits
 from mixdpo.adopt import adopt
 from mixdpo.private.budget import Private, certify, drop_key, kept_key, spent_before
 from mixdpo.config import InputError
-from mixdpo.diagnostics import step_summary
+from mixdpo.metrics import step_summary
 from mixdpo.dpo import label_loss, margins, observed_margins
 from mixdpo.experts import (load_state, make_experts, once_a_step, pair_logp, predicting_states, projections,
                             trained_state, trunks)

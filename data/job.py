@@ -19,7 +19,7 @@ import numpy as np
 
 from data.stages import numbers
 from mixdpo import config as configs
-from mixdpo.diagnostics import mean_se
+from mixdpo.metrics import mean_se
 from mixdpo.options import TrainConfig
 from mixdpo.text.records import lines
 

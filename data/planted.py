@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from mixdpo.config import InputError, check_ranges, command, parse, to_json, write_whole
-from mixdpo.diagnostics import adjusted_rand_index
+from mixdpo.metrics import adjusted_rand_index
 from mixdpo.linear import linear_mixture
 from mixdpo.mixture import e_step
 from mixdpo.rundir import Progress

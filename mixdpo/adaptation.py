@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mixdpo.diagnostics import mean_se
+from mixdpo.metrics import mean_se
 from mixdpo.dpo import mixture_accuracy
 from mixdpo.mixture import log_marginal
 from mixdpo.preferences import Pair, groups

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mixdpo.diagnostics import (adjusted_rand_index, bayes_posterior, difference_se, effective_experts,
+from mixdpo.metrics import (adjusted_rand_index, bayes_posterior, difference_se, effective_experts,
                                 matched_accuracy, mean_se)
 from mixdpo.dpo import accuracy, margins, mixture_accuracy, observed_margins
 from mixdpo.experts import pair_logp

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from mixdpo.config import InputError, Stopped, to_json, write_whole
-from mixdpo.diagnostics import WINDOW, alarms
+from mixdpo.metrics import WINDOW, alarms
 from mixdpo.files.atomic import Damaged, must_be_own, read_tensors, write_tensors
 
 

@@ -9,7 +9,7 @@ import torch
 
 import brute
 from mixdpo.adaptation import adapted
-from mixdpo.diagnostics import mean_se
+from mixdpo.metrics import mean_se
 from mixdpo.preferences import Pair
 from raising import refuses
 

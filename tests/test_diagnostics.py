@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import brute
-from mixdpo.diagnostics import (
+from mixdpo.metrics import (
     WINDOW, adjusted_rand_index, alarms, bayes_posterior, difference_se, effective_experts, entropy, matched_accuracy,
     mean_se, step_summary
 )

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mixdpo.diagnostics import matched_accuracy
+from mixdpo.metrics import matched_accuracy
 from mixdpo.gates import Gate, Inputs
 from mixdpo.linear import linear_mixture
 from mixdpo.mixture import e_step, expert_loss, gate_loss, log_marginal

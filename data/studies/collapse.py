@@ -5,7 +5,7 @@ Collapse is read off held-out pairs, not off what the alarms look at:
     expert      one expert is the gate's likeliest for over 95 % of held-out prompts
     posterior   responsibilities of held-out pairs say nothing of who judged them: an ARI below 0.05
 
-and the alarms (mixdpo/diagnostics.py) are asked at every step, as a run asks them.
+and the alarms (mixdpo/metrics.py) are asked at every step, as a run asks them.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from data.pictures import curves, maps
 from data.studies.study import Study
 from data.studies.tell import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.worlds import World, figures, fit, look, oracle, write
-from mixdpo.diagnostics import WINDOW, adjusted_rand_index, alarms, mean_se
+from mixdpo.metrics import WINDOW, adjusted_rand_index, alarms, mean_se
 from mixdpo.mixture import e_step
 
 SEEDS = {"smoke": 1, "quick": 1, "full": 3}

@@ -28,7 +28,7 @@ from data.studies.tell import by, over, pm_of, se_over, table_of
 from data.studies.worlds import OWN, STEPS, World, fit, judged, look, write
 from data.tables import NONE, in_ses
 from mixdpo.adaptation import weights_after
-from mixdpo.diagnostics import adjusted_rand_index, mean_se
+from mixdpo.metrics import adjusted_rand_index, mean_se
 from mixdpo.dpo import mixture_accuracy
 from mixdpo.experts import Heads
 from mixdpo.finished import load_run

@@ -21,7 +21,7 @@ import torch
 from data.sentences import Sentence, load_sentences
 from data.stages import key_of
 from mixdpo.files import fetch
-from mixdpo.diagnostics import adjusted_rand_index, mean_se
+from mixdpo.metrics import adjusted_rand_index, mean_se
 from mixdpo.dpo import mixture_accuracy
 from mixdpo.linear import LinearMixture, linear_mixture
 from mixdpo.mixture import e_step, log_marginal

@@ -23,7 +23,7 @@ import torch
 import train
 from data.stages import write_lines
 from mixdpo.text import bpe
-from mixdpo.diagnostics import adjusted_rand_index, effective_experts, mean_se
+from mixdpo.metrics import adjusted_rand_index, effective_experts, mean_se
 from mixdpo.dpo import accuracy, mixture_accuracy
 from mixdpo.finished import Run, load_run
 from mixdpo.models.gpt2 import GPT2, GPT2Config

@@ -2,7 +2,7 @@
 
 import torch
 
-from mixdpo.diagnostics import step_summary
+from mixdpo.metrics import step_summary
 from mixdpo.experts import Heads, pair_logp
 from mixdpo.generate import generate
 from mixdpo.logprob import token_logps, token_logps_reference

@@ -27,7 +27,8 @@ import torch
 import eval as evaluation
 import tinyjob
 import train
-from mixdpo import diagnostics, finished, fits, reference, rundir
+from mixdpo import finished, fits, reference, rundir
+from mixdpo import metrics as diagnostics
 from mixdpo.private import keys
 from mixdpo.adaptation import weights_after
 from mixdpo.config import InputError
