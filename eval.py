@@ -27,7 +27,7 @@ from mixdpo.config import InputError, to_json, write_whole
 from mixdpo.metrics import mean_se
 from mixdpo.experts import Heads
 from mixdpo.export import export_experts
-from mixdpo.finished import Run, find_runs, load_run
+from mixdpo.runs.load_run import Run, find_runs, load_run
 from mixdpo.gates import READS_PROMPT
 from mixdpo.generate import choose_expert, generate
 from mixdpo.heldout import expert_logp, margins_of, preference_figures, weights
@@ -35,8 +35,8 @@ from mixdpo.fast.memory import steady
 from mixdpo.mixture import mixture_logp
 from mixdpo.preferences import Pair, encode_prompt
 from mixdpo.text.records import check_messages, check_string, lines
-from mixdpo.reference import compute_reference, load_references, prompt_features
-from mixdpo.rundir import Progress, environment
+from mixdpo.runs.reference import compute_reference, load_references, prompt_features
+from mixdpo.runs.rundir import Progress, environment
 
 
 @dataclass(frozen=True)

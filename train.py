@@ -31,8 +31,8 @@ from pathlib import Path
 import torch
 
 from mixdpo import config as configs
-from mixdpo import fits
-from mixdpo.adopt import adopt
+from mixdpo.runs import memory_estimate as fits
+from mixdpo.runs.init_experts import adopt
 from mixdpo.private.budget import Private, certify, drop_key, kept_key, spent_before
 from mixdpo.config import InputError
 from mixdpo.metrics import step_summary
@@ -47,13 +47,13 @@ from mixdpo.logprob import sum_responses
 from mixdpo.fast.memory import steady
 from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, reweigh, update_weights, vary
 from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
-from mixdpo.options import TrainConfig, compared, short_run, validate
+from mixdpo.runs.options import TrainConfig, compared, short_run, validate
 from mixdpo.plan import Micro, chunks, fitting_rows, make_plan, micro_batches
 from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences, rows_of
 from mixdpo.private.dp_sgd import ClippedSum, Noise
 from mixdpo.text.records import lines
-from mixdpo.reference import load_references, reference_of
-from mixdpo.rundir import (Log, Progress, Stop, compute_dtype, environment, load_checkpoint, must_be_run,
+from mixdpo.runs.reference import load_references, reference_of
+from mixdpo.runs.rundir import (Log, Progress, Stop, compute_dtype, environment, load_checkpoint, must_be_run,
                            save_checkpoint)
 from mixdpo.start import check_start, make_start
 from mixdpo.models.weights import content_key

@@ -34,9 +34,9 @@ from mixdpo.files import fetch
 from mixdpo.config import SEEDS, InputError, check_choices, check_ranges, parse, to_json, write_whole
 from mixdpo.generate import generate
 from mixdpo.fast.memory import steady
-from mixdpo.options import validate
+from mixdpo.runs.options import validate
 from mixdpo.preferences import encode_prompt
-from mixdpo.rundir import compute_dtype
+from mixdpo.runs.rundir import compute_dtype
 from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model
 from mixdpo.files.atomic import alone, must_be_own

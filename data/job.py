@@ -20,7 +20,7 @@ import numpy as np
 from data.stages import numbers
 from mixdpo import config as configs
 from mixdpo.metrics import mean_se
-from mixdpo.options import TrainConfig
+from mixdpo.runs.options import TrainConfig
 from mixdpo.text.records import lines
 
 SAMPLES = 6  # prompts whose completions are shown

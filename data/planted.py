@@ -24,7 +24,7 @@ from mixdpo.config import InputError, check_ranges, command, parse, to_json, wri
 from mixdpo.metrics import adjusted_rand_index
 from mixdpo.linear import linear_mixture
 from mixdpo.mixture import e_step
-from mixdpo.rundir import Progress
+from mixdpo.runs.rundir import Progress
 from mixdpo.files.atomic import must_be_own
 
 

@@ -35,7 +35,7 @@ from mixdpo.columns import Column, columns_of, encode, read_schema, read_table, 
 from mixdpo.config import InputError, check_choices, check_ranges, command, parse, to_json, write_whole
 from mixdpo.private.keys import Key
 from mixdpo.fast.memory import steady
-from mixdpo.rundir import environment, load_checkpoint
+from mixdpo.runs.rundir import environment, load_checkpoint
 from mixdpo.tabular import TableConfig, account, fit, look, sample, validate
 from mixdpo.files.atomic import alone, must_be_own, must_be_writable, noted
 

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from data.job import Job, annotators_of, heads_of, paired, rewards_of
-from mixdpo.options import TrainConfig
+from mixdpo.runs.options import TrainConfig
 
 PAPER_REWARDS = ("sentiment", "informativeness", "grammar")
 PAPER = {  # arXiv 2510.08256, its table for IMDb with GPT-2

@@ -15,12 +15,12 @@ from mixdpo.metrics import (adjusted_rand_index, bayes_posterior, difference_se,
                                 matched_accuracy, mean_se)
 from mixdpo.dpo import accuracy, margins, mixture_accuracy, observed_margins
 from mixdpo.experts import pair_logp
-from mixdpo.finished import Run
+from mixdpo.runs.load_run import Run
 from mixdpo.gates import gate_inputs, known_pairs
 from mixdpo.mixture import e_step, elbo, log_marginal
 from mixdpo.preferences import Pair, check_lengths, collate, read_preferences
-from mixdpo.reference import reference_of
-from mixdpo.rundir import Progress
+from mixdpo.runs.reference import reference_of
+from mixdpo.runs.rundir import Progress
 
 
 def margins_of(runs: list[Run], references: list, tokenizer, path: Path, store: Path):

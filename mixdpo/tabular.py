@@ -35,7 +35,7 @@ from mixdpo.models.gpt2 import Block, GPT2Config
 from mixdpo.private.keys import Key, identities
 from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.private.dp_sgd import NOT_COVERED, Noise, ghost_clipped_sum, participants
-from mixdpo.rundir import Progress, Stop, load_checkpoint, save_checkpoint
+from mixdpo.runs.rundir import Progress, Stop, load_checkpoint, save_checkpoint
 
 ORDERS = ("given", "entropy", "random")
 DECAY = 0.99            # of the parameters' moving average, a step

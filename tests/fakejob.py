@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mixdpo.options import TrainConfig
+from mixdpo.runs.options import TrainConfig
 
 NAMES = ["sentiment", "informativeness", "grammar"]
 

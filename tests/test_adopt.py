@@ -1,4 +1,4 @@
-"""mixdpo/adopt.py and experts with references of their own. Each docstring names the faults that the test was seen to
+"""mixdpo/runs/init_experts.py and experts with references of their own. Each docstring names the faults that the test was seen to
 catch."""
 
 import json
@@ -11,12 +11,12 @@ import train
 from eval import EvalConfig, evaluate
 from mixdpo.dpo import margins
 from mixdpo.experts import trained_state
-from mixdpo.finished import load_experts, load_run
+from mixdpo.runs.load_run import load_experts, load_run
 from mixdpo.gates import Inputs
 from mixdpo.heldout import expert_logp
 from mixdpo.mixture import log_marginal
 from mixdpo.preferences import read_preferences
-from mixdpo.reference import compute_reference
+from mixdpo.runs.reference import compute_reference
 from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model
 from raising import refuses

@@ -21,7 +21,7 @@ from fakejob import make_job
 from mixdpo import tabular
 from mixdpo.columns import read_schema, read_table
 from mixdpo.config import InputError, to_json
-from mixdpo.rundir import checkpoints
+from mixdpo.runs.rundir import checkpoints
 from raising import refuses
 
 SCHEMA = [{"name": "sex", "type": "category", "values": ["F", "M"]},

@@ -18,7 +18,7 @@ from data.job import read_job
 from eval import EvalConfig, evaluate
 from mixdpo.config import InputError
 from mixdpo.preferences import Pair
-from mixdpo.rundir import checkpoints
+from mixdpo.runs.rundir import checkpoints
 from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model
 from mixdpo.files.atomic import read_tensors, write_tensors

@@ -16,10 +16,10 @@ import torch
 import tinyjob
 import train
 from mixdpo import config as configs
-from mixdpo import fits
+from mixdpo.runs import memory_estimate as fits
 from mixdpo.text import records
 from mixdpo.config import Stopped
-from mixdpo.rundir import checkpoints, load_checkpoint
+from mixdpo.runs.rundir import checkpoints, load_checkpoint
 from raising import refuses
 
 ROOT = Path(__file__).parent.parent
@@ -135,7 +135,7 @@ def test_a_stop_within_an_e_step_is_heeded(case, tmp_path, model_dir, monkeypatc
 
 def test_a_stop_within_the_references_pass_is_heeded(tmp_path, model_dir, monkeypatch):
     """Catches: all batches of the pass waited for, and a step after it."""
-    from mixdpo import reference
+    from mixdpo.runs import reference
 
     data = tinyjob.write(tmp_path / "d.jsonl", tinyjob.make_records(each=12))               # 72 pairs, batches of 16
     with monkeypatch.context() as patch, pytest.raises(Stopped):

@@ -1,4 +1,4 @@
-"""mixdpo/fits.py: parts of the estimate beside what is really there. What each test catches stands in its docstring."""
+"""mixdpo/runs/memory_estimate.py: parts of the estimate beside what is really there. What each test catches stands in its docstring."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import torch
 
 import small
 import tinyjob
-from mixdpo import fits
+from mixdpo.runs import memory_estimate as fits
 from mixdpo.experts import make_experts, once_a_step
 from mixdpo.fast.optimizer import make_optimizer
 from mixdpo.models.weights import config_of, load_model

@@ -22,7 +22,7 @@ from data.presets import IMDB, REVIEWS
 from data.stages import key_of, read_lines, stage, write_lines
 from mixdpo.config import InputError
 from mixdpo.models.llama import Llama, LlamaConfig
-from mixdpo.options import validate
+from mixdpo.runs.options import validate
 from mixdpo.preferences import read_preferences
 from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import save_model

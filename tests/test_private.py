@@ -17,7 +17,7 @@ from mixdpo.private.accountant import Mechanism, epsilon_of
 from mixdpo.config import InputError
 from mixdpo.gates import gate_state, make_gate
 from mixdpo.private.keys import Key
-from mixdpo.options import TrainConfig, validate
+from mixdpo.runs.options import TrainConfig, validate
 from private_oracle import Twin, public_secret
 from raising import refuses
 

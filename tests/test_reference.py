@@ -12,7 +12,7 @@ import train
 from mixdpo.dpo import margins
 from mixdpo.experts import pair_logp
 from mixdpo.preferences import collate
-from mixdpo.reference import Reference, cached_reference, compute_reference
+from mixdpo.runs.reference import Reference, cached_reference, compute_reference
 
 COUNT = 7
 
@@ -171,6 +171,6 @@ def test_states_of_a_frozen_trunk_stand_for_a_pass_through_it(monkeypatch):
         assert torch.allclose(got, want, atol=1e-5)
     some = [known[0], pairs[1]]
     assert collate(some, [0, 1]).states is None
-    monkeypatch.setattr("mixdpo.reference.STATES", 0)
+    monkeypatch.setattr("mixdpo.runs.reference.STATES", 0)
     few = compute_reference(model, pairs, torch.float32)
     assert few.states.shape == (0, 12) and few.with_states(pairs) is pairs and torch.allclose(few.logp, found.logp)

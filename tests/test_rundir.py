@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mixdpo import rundir
+from mixdpo.runs import rundir
 from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
-from mixdpo.options import TrainConfig
-from mixdpo.rundir import compute_dtype, load_checkpoint, save_checkpoint
+from mixdpo.runs.options import TrainConfig
+from mixdpo.runs.rundir import compute_dtype, load_checkpoint, save_checkpoint
 from mixdpo.files.atomic import alone
 from raising import refuses
 

@@ -19,7 +19,7 @@ from mixdpo.config import InputError
 from mixdpo.fast.optimizer import make_optimizer, set_rate
 from mixdpo.private.keys import Key, identities
 from mixdpo.private.dp_sgd import Noise, clipped_sum_slow, participants
-from mixdpo.rundir import checkpoints
+from mixdpo.runs.rundir import checkpoints
 from mixdpo.tabular import TBART, TableConfig, account, fit, look, row_losses, sample, validate
 from raising import refuses
 

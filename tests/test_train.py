@@ -16,15 +16,15 @@ import torch.nn.functional as F
 import brute
 import tinyjob
 import train
-from mixdpo import reference as reference_module
+from mixdpo.runs import reference as reference_module
 from mixdpo import start as start_module
 from mixdpo.config import InputError
 from mixdpo.experts import make_experts
 from mixdpo.mixture import random_responsibilities
-from mixdpo.options import validate_values
+from mixdpo.runs.options import validate_values
 from mixdpo.plan import batches, mark_context
 from mixdpo.preferences import groups, read_preferences
-from mixdpo.reference import compute_reference
+from mixdpo.runs.reference import compute_reference
 from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model
 from raising import refuses

@@ -9,7 +9,7 @@ import torch
 import train
 from mixdpo.text import bpe
 from mixdpo.models.llama import Llama, LlamaConfig
-from mixdpo.rundir import load_checkpoint
+from mixdpo.runs.rundir import load_checkpoint
 from mixdpo.models.weights import save_model
 
 EOS = 256

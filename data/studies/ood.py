@@ -13,7 +13,7 @@ from data.studies.tell import by, over, se_over, table_of
 from data.studies.worlds import ALPHABETS, FOREIGN, World, fit, item_probabilities, judged, look, prompt, write
 from mixdpo.gates import Inputs
 from mixdpo.mixture import entropy
-from mixdpo.reference import load_references, prompt_features
+from mixdpo.runs.reference import load_references, prompt_features
 
 SEEDS = {"smoke": 1, "quick": 8, "full": 20}
 PROMPTS = 100                               # of a domain, at each share

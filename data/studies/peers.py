@@ -31,12 +31,12 @@ from mixdpo.adaptation import weights_after
 from mixdpo.metrics import adjusted_rand_index, mean_se
 from mixdpo.dpo import mixture_accuracy
 from mixdpo.experts import Heads
-from mixdpo.finished import load_run
+from mixdpo.runs.load_run import load_run
 from mixdpo.heldout import alignment, margins_of
 from mixdpo.mixture import e_step, log_marginal
-from mixdpo.options import TrainConfig
+from mixdpo.runs.options import TrainConfig
 from mixdpo.preferences import read_preferences
-from mixdpo.reference import load_references, reference_of
+from mixdpo.runs.reference import load_references, reference_of
 from train import minimise
 
 WORLDS = {"two types of users": {"types": 2}, "two types, told by prompts": {"types": 2, "domains": True},

@@ -24,7 +24,7 @@ import torch
 from data.stages import key_of, numbers
 from data.studies import study_of
 from mixdpo.config import InputError, to_json, write_whole
-from mixdpo.rundir import Progress, environment
+from mixdpo.runs.rundir import Progress, environment
 from mixdpo.files.atomic import alone
 
 PRESETS = ("smoke", "quick", "full")

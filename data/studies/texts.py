@@ -26,8 +26,8 @@ from mixdpo.dpo import mixture_accuracy
 from mixdpo.linear import LinearMixture, linear_mixture
 from mixdpo.mixture import e_step, log_marginal
 from mixdpo.preferences import Pair
-from mixdpo.reference import compute_reference, prompt_features
-from mixdpo.rundir import Progress, compute_dtype
+from mixdpo.runs.reference import compute_reference, prompt_features
+from mixdpo.runs.rundir import Progress, compute_dtype
 from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model
 from mixdpo.files.atomic import read_tensors, write_tensors

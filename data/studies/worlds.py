@@ -25,15 +25,15 @@ from data.stages import write_lines
 from mixdpo.text import bpe
 from mixdpo.metrics import adjusted_rand_index, effective_experts, mean_se
 from mixdpo.dpo import accuracy, mixture_accuracy
-from mixdpo.finished import Run, load_run
+from mixdpo.runs.load_run import Run, load_run
 from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.heldout import alignment, margins_of
 from mixdpo.private.keys import Key
 from mixdpo.mixture import e_step, log_marginal
-from mixdpo.options import TrainConfig
+from mixdpo.runs.options import TrainConfig
 from mixdpo.preferences import Pair, groups
 from mixdpo.text.records import lines
-from mixdpo.reference import load_references
+from mixdpo.runs.reference import load_references
 from mixdpo.models.weights import save_model
 
 # DPO with the parameters that an expert has, one low-rank head on the frozen trunk: a mixture whose second weight is 0.

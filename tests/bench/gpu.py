@@ -16,7 +16,7 @@ from tests.bench import step                                                # fi
 import torch
 
 from mixdpo.config import InputError, command, parse, write_whole
-from mixdpo.rundir import environment
+from mixdpo.runs.rundir import environment
 from tests.bench import memory
 from tests.bench.variants import SIZES, make_setting
 

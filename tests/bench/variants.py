@@ -25,7 +25,7 @@ from mixdpo.models.llama import Llama, LlamaConfig
 from mixdpo.fast.optimizer import make_optimizer
 from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Batch, Pair, collate, rows_of
-from mixdpo.reference import compute_reference
+from mixdpo.runs.reference import compute_reference
 from mixdpo.models.weights import load_model, save_model
 
 BETA, LR, CLIP = 0.1, 1e-6, 1.0

@@ -29,9 +29,9 @@ import tinyjob
 from mixdpo import config as configs
 from mixdpo.config import InputError
 from mixdpo.models.gguf import read_gguf
-from mixdpo.options import TrainConfig
+from mixdpo.runs.options import TrainConfig
 from mixdpo.preferences import read_preferences
-from mixdpo.rundir import load_checkpoint, save_checkpoint
+from mixdpo.runs.rundir import load_checkpoint, save_checkpoint
 from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model
 from test_gguf import METADATA, TENSORS, gguf

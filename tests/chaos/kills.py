@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                # th
 
 import tinyjob
 import train
-from mixdpo import rundir
+from mixdpo.runs import rundir
 from mixdpo.files import atomic as whole
 
 USER = {"latent": "user", "beta": 0.5}

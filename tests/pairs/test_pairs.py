@@ -27,14 +27,17 @@ import torch
 import eval as evaluation
 import tinyjob
 import train
-from mixdpo import finished, fits, reference, rundir
+from mixdpo.runs import load_run as finished
+from mixdpo.runs import memory_estimate as fits
+from mixdpo.runs import reference
+from mixdpo.runs import rundir
 from mixdpo import metrics as diagnostics
 from mixdpo.private import keys
 from mixdpo.adaptation import weights_after
 from mixdpo.config import InputError
 from mixdpo.experts import Adapters, Models
 from mixdpo.gates import TRAINED
-from mixdpo.options import TrainConfig, validate
+from mixdpo.runs.options import TrainConfig, validate
 
 SETTINGS = {
     "one expert": {"experts": 1},

@@ -18,7 +18,7 @@ from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.variants.latent import Latent
 from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Pair
-from mixdpo.reference import compute_reference
+from mixdpo.runs.reference import compute_reference
 from mixdpo.models.weights import load_model, save_model
 
 VOCAB, BETA = 4603, 0.3             # more than one tile of the vocabulary

@@ -21,7 +21,7 @@ from mixdpo.config import InputError
 from mixdpo.experts import Heads
 from mixdpo.logprob import sum_responses
 from mixdpo.preferences import Pair, collate, data_key, rows_of
-from mixdpo.rundir import Progress
+from mixdpo.runs.rundir import Progress
 from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import content_key, load_model
 from mixdpo.files.atomic import Damaged, read_tensors, write_tensors

@@ -14,7 +14,7 @@ import torch
 
 from mixdpo.config import InputError
 from mixdpo.experts import Adapters, Heads, Models
-from mixdpo.finished import load_experts
+from mixdpo.runs.load_run import load_experts
 
 
 def adopt(experts: Heads | Adapters | Models, config, keys: list[str]) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from mixdpo.experts import make_experts, once_a_step
 from mixdpo.plan import KEPT
-from mixdpo.rundir import compute_dtype
+from mixdpo.runs.rundir import compute_dtype
 from mixdpo.models.weights import MODELS, config_of
 
 TIGHT = 0.9             # of what is free: beyond, fragments and libraries decide

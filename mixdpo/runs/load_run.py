@@ -10,11 +10,11 @@ from mixdpo import config as configs
 from mixdpo.config import InputError
 from mixdpo.experts import load_state, make_experts
 from mixdpo.gates import Gate, known_pairs, saved_gate
-from mixdpo.options import TrainConfig
+from mixdpo.runs.options import TrainConfig
 from mixdpo.plan import Plan, make_plan
 from mixdpo.preferences import data_key, read_preferences
-from mixdpo.reference import load_references
-from mixdpo.rundir import checkpoints, compute_dtype, load_checkpoint
+from mixdpo.runs.reference import load_references
+from mixdpo.runs.rundir import checkpoints, compute_dtype, load_checkpoint
 from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import content_key
 

@@ -7,7 +7,7 @@ from mixdpo.config import InputError, convert
 from mixdpo.dpo import LABEL_LOSSES
 from mixdpo.gates import KINDS, READS_PROMPT, TRAINED, first_weights
 from mixdpo.mixture import SAMPLED, VARIANTS
-from mixdpo.rundir import compute_dtype
+from mixdpo.runs.rundir import compute_dtype
 
 LARGEST = (2 - 2**-23) * 2.0**127   # float32's largest number: everything over K is float32
 
