@@ -18,7 +18,7 @@ eval: .venv/ready         ## evaluate again and rewrite the report: make eval RU
 	$(PY) eval.py $(RUN)
 
 show: .venv/ready         ## one batch, its prompt, response, end token and padding told apart: make show RUN=runs/imdb-quick
-	$(PY) -m mixdpo.show $(RUN)/train.jsonl
+	$(PY) -m mixdpo.evaluation.show $(RUN)/train.jsonl
 
 test: .venv/ready         ## the test suite, but for pairs of options
 	$(PY) -m pytest tests --ignore=tests/peers --ignore=tests/bench --ignore=tests/chaos --ignore=tests/pairs

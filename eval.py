@@ -6,7 +6,7 @@ evaluation prompts by the reference and by every expert on the same seeds, score
 dataset.json names. A row's randomness is its own (generate.py), so the mixture's completion of a prompt is that of the
 expert it draws (M13): the mixture and sparse rows cost nothing more.
 Writes results.json, samples.jsonl and, if matplotlib is there, report.md with pictures into DIR. No run is changed.
-`python eval.py RUN --export OUT` evaluates nothing and writes the run's experts to OUT/expert-k (mixdpo/export.py).
+`python eval.py RUN --export OUT` evaluates nothing and writes the run's experts to OUT/expert-k (mixdpo/evaluation/export.py).
 """
 
 import copy
@@ -21,16 +21,16 @@ import torch
 from safetensors.torch import save_file
 
 from mixdpo import config as configs
-from mixdpo.adaptation import adapted
+from mixdpo.evaluation.adaptation import adapted
 from mixdpo.text.chat import template_of
 from mixdpo.config import InputError, to_json, write_whole
 from mixdpo.metrics import mean_se
 from mixdpo.experts import Heads
-from mixdpo.export import export_experts
+from mixdpo.evaluation.export import export_experts
 from mixdpo.runs.load_run import Run, find_runs, load_run
 from mixdpo.gates import READS_PROMPT
-from mixdpo.generate import choose_expert, generate
-from mixdpo.heldout import expert_logp, margins_of, preference_figures, weights
+from mixdpo.evaluation.generate import choose_expert, generate
+from mixdpo.evaluation.heldout import expert_logp, margins_of, preference_figures, weights
 from mixdpo.fast.memory import steady
 from mixdpo.mixture import mixture_logp
 from mixdpo.preferences import Pair, encode_prompt

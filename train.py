@@ -40,7 +40,7 @@ from mixdpo.dpo import label_loss, margins, observed_margins
 from mixdpo.experts import (load_state, make_experts, once_a_step, pair_logp, predicting_states, projections,
                             trained_state, trunks)
 from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
-from mixdpo.identifiability import counts_of, told
+from mixdpo.evaluation.identifiability import counts_of, told
 from mixdpo.private.keys import Key
 from mixdpo.variants.latent import Latent, latent_of, pooled, settle
 from mixdpo.logprob import sum_responses

@@ -6,7 +6,7 @@ already under the same content key (what went in, and the settings):
 
     split       reviews for the supervised step, prompts from train and from held-out reviews, the judge of sentiment
     finetune    reference/: the model after a supervised step on reviews (data/finetune.py)
-    sample      several continuations of each prompt by the reference (mixdpo/generate.py)
+    sample      several continuations of each prompt by the reference (mixdpo/evaluation/generate.py)
     annotate    what each annotator thinks of each (data/annotators.py)
     judge       train.jsonl, heldout.jsonl and dataset.json: pairs judged by simulated users (data/pairs.py); and
                 adapt-*.jsonl, of new users, on the train prompts and on the held-out ones, where a preset has some
@@ -32,7 +32,7 @@ from data.stages import key_of, line_by_line, read_lines, stage, write_lines
 from eval import EvalConfig, evaluate
 from mixdpo.files import fetch
 from mixdpo.config import SEEDS, InputError, check_choices, check_ranges, parse, to_json, write_whole
-from mixdpo.generate import generate
+from mixdpo.evaluation.generate import generate
 from mixdpo.fast.memory import steady
 from mixdpo.runs.options import validate
 from mixdpo.preferences import encode_prompt

@@ -1,4 +1,4 @@
-"""mixdpo/adaptation.py: what each test catches stands in its docstring."""
+"""mixdpo/evaluation/adaptation.py: what each test catches stands in its docstring."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import brute
-from mixdpo.adaptation import adapted
+from mixdpo.evaluation.adaptation import adapted
 from mixdpo.metrics import mean_se
 from mixdpo.preferences import Pair
 from raising import refuses

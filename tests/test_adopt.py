@@ -13,7 +13,7 @@ from mixdpo.dpo import margins
 from mixdpo.experts import trained_state
 from mixdpo.runs.load_run import load_experts, load_run
 from mixdpo.gates import Inputs
-from mixdpo.heldout import expert_logp
+from mixdpo.evaluation.heldout import expert_logp
 from mixdpo.mixture import log_marginal
 from mixdpo.preferences import read_preferences
 from mixdpo.runs.reference import compute_reference

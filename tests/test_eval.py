@@ -388,7 +388,7 @@ def test_a_gate_gives_each_prompt_its_own_weights(job, tmp_path, monkeypatch):
 
 def test_types_disagree_where_their_scores_order_responses_differently():
     """Catches: a reward that is nobody's type counted, a tie taken for disagreement, one type alone."""
-    from mixdpo.heldout import disagree
+    from mixdpo.evaluation.heldout import disagree
 
     pair = Pair([1], [2], [3], scores={"a": [1, 0], "b": [0.2, 0.9], "c": [0.5, 0.5]})
     assert disagree(pair, {"a", "b"}) and disagree(pair, {"a", "b", "c"})
@@ -401,7 +401,7 @@ def test_each_type_is_answered_by_its_own_expert(monkeypatch):
     Catches: expert 0 for every type, a type's pairs answered by the expert that does best on them."""
     from types import SimpleNamespace
 
-    from mixdpo import heldout
+    from mixdpo.evaluation import heldout
 
     kinds = ["a", "b", "c"] * 4
     pairs = [Pair([n], [2], [3], annotator=kind, scores={k: [int(k == kind), int(k != kind)] for k in "abc"})
@@ -422,8 +422,8 @@ def test_each_type_is_answered_by_its_own_expert(monkeypatch):
 def test_evaluation_and_adaptation_take_choices_as_noisy_as_training_did(tmp_path, model_dir):
     """The posterior of the training users is the last E-step's, in evaluation and in adaptation. Catches: margins
     without --label-noise's flips, under which the same pairs are more certain."""
-    from mixdpo.adaptation import weights_after
-    from mixdpo.heldout import margins_of
+    from mixdpo.evaluation.adaptation import weights_after
+    from mixdpo.evaluation.heldout import margins_of
     from mixdpo.mixture import e_step
     from mixdpo.preferences import groups
 
@@ -461,7 +461,7 @@ def test_a_user_of_context_pairs_alone_is_the_generic_one(gate, place, tmp_path,
 
 def test_a_user_whom_no_step_drew_has_the_gates_weights():
     """Catches: NaN for responsibilities of a user who took part in no step (--experts 1 --latent user --epsilon)."""
-    from mixdpo.heldout import user_weights
+    from mixdpo.evaluation.heldout import user_weights
 
     pairs = [Pair([1], [2], [3], user=user) for user in "abc"]
     run = types.SimpleNamespace(config=types.SimpleNamespace(latent="user"), table=torch.tensor([[-0.5, -1.0],

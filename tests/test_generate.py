@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import small
-from mixdpo.generate import choose_expert, draw, first_above, generate
+from mixdpo.evaluation.generate import choose_expert, draw, first_above, generate
 
 EOS = 3
 PROMPTS = [[5], [7, 2, 9, 11, 4, 6, 1], [8, 8], [1, 2, 4, 12], [5], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40]]

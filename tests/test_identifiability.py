@@ -1,4 +1,4 @@
-"""mixdpo/identifiability.py: the count beside the rank of the map's derivative, and what is said. What each test
+"""mixdpo/evaluation/identifiability.py: the count beside the rank of the map's derivative, and what is said. What each test
 catches stands in its docstring."""
 
 import json
@@ -9,8 +9,8 @@ import torch
 
 from letters import GOOD, Letters, write
 from raising import refuses
-from mixdpo import identifiability
-from mixdpo.identifiability import counts_of, told
+from mixdpo.evaluation import identifiability
+from mixdpo.evaluation.identifiability import counts_of, told
 from mixdpo.preferences import Pair
 
 

@@ -14,15 +14,15 @@ import eval as evaluation
 import small
 import tinyjob
 import train
-from mixdpo import export as exporting
+from mixdpo.evaluation import export as exporting
 from mixdpo.models import weights
 from mixdpo.experts import Adapters, Heads, LoRALinear, load_state, pair_logp, projections, trained_state
-from mixdpo.export import export_experts
+from mixdpo.evaluation.export import export_experts
 from mixdpo.gates import Gate, Inputs
-from mixdpo.generate import generate
+from mixdpo.evaluation.generate import generate
 from mixdpo.variants.latent import latent_of
 from mixdpo.fast.optimizer import make_optimizer
-from mixdpo.peft import factors, load_adapter, save_adapter
+from mixdpo.evaluation.peft import factors, load_adapter, save_adapter
 from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Pair, collate
 from mixdpo.text.tokenizer import load_tokenizer

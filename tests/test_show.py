@@ -1,4 +1,4 @@
-"""mixdpo/show.py: what each test catches stands in its docstring."""
+"""mixdpo/evaluation/show.py: what each test catches stands in its docstring."""
 
 import json
 
@@ -8,7 +8,7 @@ from raising import refuses
 
 import tinyjob
 from mixdpo.preferences import collate
-from mixdpo.show import main, show
+from mixdpo.evaluation.show import main, show
 from mixdpo.text.tokenizer import load_tokenizer
 
 

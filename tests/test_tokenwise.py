@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import small
-from mixdpo import generate as module
-from mixdpo.generate import choose_expert, generate, generate_tokenwise, next_token
+from mixdpo.evaluation import generate as module
+from mixdpo.evaluation.generate import choose_expert, generate, generate_tokenwise, next_token
 from mixdpo.mixture import mixture_logp, prefix_log_weights
 from test_generate import assert_frequencies, count, logits_after, sampled
 

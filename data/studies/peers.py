@@ -27,12 +27,12 @@ from data.studies.study import Study
 from data.studies.tell import by, over, pm_of, se_over, table_of
 from data.studies.worlds import OWN, STEPS, World, fit, judged, look, write
 from data.tables import NONE, in_ses
-from mixdpo.adaptation import weights_after
+from mixdpo.evaluation.adaptation import weights_after
 from mixdpo.metrics import adjusted_rand_index, mean_se
 from mixdpo.dpo import mixture_accuracy
 from mixdpo.experts import Heads
 from mixdpo.runs.load_run import load_run
-from mixdpo.heldout import alignment, margins_of
+from mixdpo.evaluation.heldout import alignment, margins_of
 from mixdpo.mixture import e_step, log_marginal
 from mixdpo.runs.options import TrainConfig
 from mixdpo.preferences import read_preferences
@@ -289,7 +289,7 @@ def reading(world: str, found: list[dict], ours: str, ll: str, told: bool) -> st
 
 NOTES = (
     "Log-likelihood in nats a pair, of held-out pairs (M5) or of all choices of a new user (M11). Accuracy is of "
-    f"what a new user gets when {SHOWN[-1]} of its pairs are known (`mixdpo/adaptation.py`), on its other pairs; the "
+    f"what a new user gets when {SHOWN[-1]} of its pairs are known (`mixdpo/evaluation/adaptation.py`), on its other pairs; the "
     "worst annotator is the type served worst; one policy answers all alike. Means over worlds ± SE, differences in "
     "SEs in brackets. Passes are over the pairs, in training; policy passes those of one policy over all pairs, "
     "forward and backward; read, forward alone, for E-phases. The reference's pass is not counted, nor is our "

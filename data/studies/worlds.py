@@ -27,7 +27,7 @@ from mixdpo.metrics import adjusted_rand_index, effective_experts, mean_se
 from mixdpo.dpo import accuracy, mixture_accuracy
 from mixdpo.runs.load_run import Run, load_run
 from mixdpo.models.gpt2 import GPT2, GPT2Config
-from mixdpo.heldout import alignment, margins_of
+from mixdpo.evaluation.heldout import alignment, margins_of
 from mixdpo.private.keys import Key
 from mixdpo.mixture import e_step, log_marginal
 from mixdpo.runs.options import TrainConfig

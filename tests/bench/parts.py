@@ -4,7 +4,7 @@ import torch
 
 from mixdpo.metrics import step_summary
 from mixdpo.experts import Heads, pair_logp
-from mixdpo.generate import generate
+from mixdpo.evaluation.generate import generate
 from mixdpo.logprob import token_logps, token_logps_reference
 from mixdpo.mixture import e_step, expert_loss
 from mixdpo.preferences import Pair, collate

@@ -33,7 +33,7 @@ from mixdpo.runs import reference
 from mixdpo.runs import rundir
 from mixdpo import metrics as diagnostics
 from mixdpo.private import keys
-from mixdpo.adaptation import weights_after
+from mixdpo.evaluation.adaptation import weights_after
 from mixdpo.config import InputError
 from mixdpo.experts import Adapters, Models
 from mixdpo.gates import TRAINED

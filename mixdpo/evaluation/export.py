@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mixdpo.config import InputError
 from mixdpo.experts import Adapters, Heads, Models
-from mixdpo.peft import save_adapter
+from mixdpo.evaluation.peft import save_adapter
 from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model, locate, save_model
 

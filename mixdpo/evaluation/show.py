@@ -1,4 +1,4 @@
-"""A batch to look at: `python -m mixdpo.show FILE` (`make show RUN=FOLDER`).
+"""A batch to look at: `python -m mixdpo.evaluation.show FILE` (`make show RUN=FOLDER`).
 
 Prompt, response, end token and padding are told apart, in colour on a terminal and by name elsewhere. So are a special
 token, <|name|>, and characters that spell its name, '<|name|>'. What is shown is the batch itself, from its ids and
@@ -67,7 +67,7 @@ class ShowConfig:
 
 def main(argv: list[str]) -> None:
     flags = argv if argv and argv[0].startswith("-") else ["--data", *argv]
-    config = parse(ShowConfig, flags, "python -m mixdpo.show FILE")
+    config = parse(ShowConfig, flags, "python -m mixdpo.evaluation.show FILE")
     if config.pairs < 1:
         raise InputError(f"got {config.pairs}; wanted at least 1", option="pairs")
     home = Path(config.data).parent

@@ -1,5 +1,5 @@
 """Can these comparisons tell K types of judges apart? A count, before anything is trained:
-`python -m mixdpo.identifiability prefs.jsonl --model smollm2`.
+`python -m mixdpo.evaluation.identifiability prefs.jsonl --model smollm2`.
 
 The tabular problem: each type has a reward for every response, unrelated to all others. What comparisons can show are
 
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> None:
     from mixdpo.text.tokenizer import load_tokenizer  # here, since only this command needs one by name
 
     flags = argv if argv and argv[0].startswith("-") else ["--data", *argv]
-    config = parse(IdentifiabilityConfig, flags, "python -m mixdpo.identifiability FILE")
+    config = parse(IdentifiabilityConfig, flags, "python -m mixdpo.evaluation.identifiability FILE")
     if config.experts < 1:
         raise InputError(f"got {config.experts}; wanted at least 1", option="experts")
     if config.latent not in ("pair", "user"):
