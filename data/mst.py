@@ -26,7 +26,7 @@ from itertools import combinations
 
 import numpy as np
 
-from mixdpo.tabular import simplex
+from mixdpo.tabular.dp_tbart import simplex
 
 STEPS = 500         # of the projection of a pair's table
 

@@ -9,7 +9,7 @@
     OUT/config.json         the options, and sha256 of table, schema and test table, which stay at home too
 
 The report is made of these files: if it fails or is stopped, the same command makes the report alone. It
-holds DP-TBART (mixdpo/tabular.py), independent columns and trees of pairs (MST) with the same budget, and the real
+holds DP-TBART (mixdpo/tabular/dp_tbart.py), independent columns and trees of pairs (MST) with the same budget, and the real
 table itself.
 """
 
@@ -36,7 +36,7 @@ from mixdpo.config import InputError, check_choices, check_ranges, command, pars
 from mixdpo.private.keys import Key
 from mixdpo.fast.memory import steady
 from mixdpo.runs.rundir import environment, load_checkpoint
-from mixdpo.tabular import TableConfig, account, fit, look, sample, validate
+from mixdpo.tabular.dp_tbart import TableConfig, account, fit, look, sample, validate
 from mixdpo.files.atomic import alone, must_be_own, must_be_writable, noted
 
 PRESETS = {"smoke": dict(steps=4, batch=256, width=16, layers=1, heads=2), "quick": {},

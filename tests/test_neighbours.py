@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import tinyjob
-from mixdpo import tabular
+from mixdpo.tabular import dp_tbart as tabular
 from mixdpo.private import dp_sgd as privacy
 from mixdpo.columns import columns_of
 from mixdpo.private.keys import Key
-from mixdpo.tabular import TableConfig, fit, look
+from mixdpo.tabular.dp_tbart import TableConfig, fit, look
 
 C = 0.05                        # small: every gradient is clipped, so that one too many would show
 KEY = Key.public(5)

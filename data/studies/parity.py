@@ -11,7 +11,7 @@ from data.studies.study import Study
 from data.studies.tell import by, mean_over, table_of
 from mixdpo.columns import columns_of
 from mixdpo.private.keys import Key
-from mixdpo.tabular import TableConfig, fit, look, sample
+from mixdpo.tabular.dp_tbart import TableConfig, fit, look, sample
 
 ROWS, DIMENSIONS = 20_000, range(3, 9)
 STEPS = {"smoke": 3, "quick": 1200, "full": 4000}
