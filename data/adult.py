@@ -16,7 +16,7 @@ import zlib
 from pathlib import Path
 
 from mixdpo.files import fetch
-from mixdpo.columns import csv_rows
+from mixdpo.tabular.columns import csv_rows
 from mixdpo.config import InputError, reading
 
 OWN = "adult.csv.gz"

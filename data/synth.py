@@ -1,5 +1,5 @@
 """A private synthetic table: `python -m data.synth --dataset adult --epsilon 1`, or your own: `--data table.csv
---schema schema.json` (mixdpo/columns.py), perhaps with `--test held-out.csv --target column`.
+--schema schema.json` (mixdpo/tabular/columns.py), perhaps with `--test held-out.csv --target column`.
 
     OUT/synthetic.csv       as many rows as the table has: what may be published, with model.safetensors and
     OUT/schema.json         its columns, with the bins that were found under noise
@@ -31,7 +31,7 @@ from data.mst import marginal_method
 from data.studies.tell import table_of
 from mixdpo.private.accountant import noise_multiplier
 from mixdpo.private.budget import drop_key, kept_key
-from mixdpo.columns import Column, columns_of, encode, read_schema, read_table, schema_of, write_table
+from mixdpo.tabular.columns import Column, columns_of, encode, read_schema, read_table, schema_of, write_table
 from mixdpo.config import InputError, check_choices, check_ranges, command, parse, to_json, write_whole
 from mixdpo.private.keys import Key
 from mixdpo.fast.memory import steady

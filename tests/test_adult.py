@@ -8,7 +8,7 @@ import pytest
 
 from data import adult
 from data.adult import COLUMNS, SCHEMA, read_uci, table
-from mixdpo.columns import columns_of, encode
+from mixdpo.tabular.columns import columns_of, encode
 from mixdpo.files.fetch import ASSETS
 from raising import refuses
 

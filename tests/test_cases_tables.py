@@ -19,7 +19,7 @@ from data.studies import __main__ as studies
 from data.studies import study
 from fakejob import make_job
 from mixdpo.tabular import dp_tbart as tabular
-from mixdpo.columns import read_schema, read_table
+from mixdpo.tabular.columns import read_schema, read_table
 from mixdpo.config import InputError, to_json
 from mixdpo.runs.rundir import checkpoints
 from raising import refuses

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data import adult
-from mixdpo.columns import FINE, columns_of, encode, joined, read_schema, read_table, schema_of, write_table
+from mixdpo.tabular.columns import FINE, columns_of, encode, joined, read_schema, read_table, schema_of, write_table
 from raising import refuses
 
 SCHEMA = [

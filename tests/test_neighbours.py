@@ -17,7 +17,7 @@ import torch
 import tinyjob
 from mixdpo.tabular import dp_tbart as tabular
 from mixdpo.private import dp_sgd as privacy
-from mixdpo.columns import columns_of
+from mixdpo.tabular.columns import columns_of
 from mixdpo.private.keys import Key
 from mixdpo.tabular.dp_tbart import TableConfig, fit, look
 

@@ -14,7 +14,7 @@ from data import synth
 from data.marginals import parity_table, satisfied, total_variation
 from mixdpo.tabular import dp_tbart as tabular
 from mixdpo.private.accountant import Mechanism, epsilon_of, noise_multiplier
-from mixdpo.columns import columns_of
+from mixdpo.tabular.columns import columns_of
 from mixdpo.config import InputError
 from mixdpo.fast.optimizer import make_optimizer, set_rate
 from mixdpo.private.keys import Key, identities

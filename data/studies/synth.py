@@ -11,7 +11,7 @@ from data.studies.study import Study
 from data.studies.tell import by, table_of
 from data.synth import (HEAD, PRESETS, READING, SynthConfig, Tables, baselines, compared, read_tables, rows_of,
                         synthesize)
-from mixdpo.columns import columns_of
+from mixdpo.tabular.columns import columns_of
 from mixdpo.private.keys import Key
 
 EPSILONS = {"smoke": (1.0, math.inf), "quick": (0.5, 1.0, 3.0, 10.0, math.inf), "full": (0.5, 1.0, 3.0, 10.0, math.inf)}

@@ -29,7 +29,7 @@ from torch import nn
 
 from mixdpo.private.accountant import Mechanism, epsilon_of, noise_multiplier
 from mixdpo.models.attention import KVCache
-from mixdpo.columns import Column, joined
+from mixdpo.tabular.columns import Column, joined
 from mixdpo.config import SEEDS, InputError, Stopped, check_choices, check_ranges
 from mixdpo.models.gpt2 import Block, GPT2Config
 from mixdpo.private.keys import Key, identities
