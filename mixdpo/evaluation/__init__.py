@@ -1,0 +1,1 @@
+"""What a finished run is worth: held-out preferences, new users, completions, exported experts."""

@@ -1,0 +1,1 @@
+"""GPT-2 and Llama by hand, and the files that hold their weights."""

@@ -1,0 +1,1 @@
+"""Private synthetic tables: columns, and DP-TBART."""

@@ -1,0 +1,76 @@
+"""Who imports whom: a file takes from its own room and from rooms below it, and the core from four packages alone.
+
+Catches: a circle; an arrow that points up; a feature that the method comes to know of; a fifth package in the core."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = ("config", "files", "dpo mixture fast", "logprob", "models", "text", "preferences", "experts plan",
+          "linear gates private", "start variants metrics", "runs", "evaluation tabular", "train", "data", "eval")
+FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
+PACKAGES = {"torch", "tiktoken", "numpy", "safetensors", *sys.stdlib_module_names}
+OPTIONAL = {"mixdpo/fast/kernels.py": {"triton"}, "mixdpo/text/chat.py": {"jinja2"}}      # used where they are there
+FILES = [path.relative_to(ROOT) for part in ("train.py", "eval.py", "mixdpo", "data")
+         for path in ([ROOT / part] if part.endswith(".py") else sorted((ROOT / part).rglob("*.py")))]
+
+
+def room_of(parts: tuple[str, ...]) -> str | None:
+    """The room of a module, given as the parts of its name; None: another package."""
+    if parts[0] == "mixdpo":
+        return parts[1] if len(parts) > 1 else "mixdpo"
+    return parts[0] if parts[0] in ("train", "eval", "data") else None
+
+
+def imports(path: Path) -> list[tuple[tuple[str, ...], int]]:
+    """The modules that a file names, as parts, with their lines; those within functions too."""
+    found = []
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            found += [(tuple(alias.name.split(".")), node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            whole = node.module in ("mixdpo", "data")                       # from mixdpo import dpo
+            found += [((*node.module.split("."), *([alias.name] if whole else [])), node.lineno)
+                      for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_file_imports_from_below(path):
+    own = room_of(path.with_suffix("").parts)
+    for parts, line in imports(path):
+        room = room_of(parts)
+        if own == "__init__" or room in (None, own):                        # mixdpo/__init__.py exports all
+            continue
+        if (own, room) == ("data", "eval"):                                 # a job ends with its evaluation, and
+            continue                                                        # eval.py asks data for its report
+        assert FLOOR[room] < FLOOR[own], f"{path}:{line} imports {'.'.join(parts)} from above"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] != "data"], ids=str)
+def test_the_core_wants_four_packages(path):
+    for parts, line in imports(path):
+        known = PACKAGES | OPTIONAL.get(str(path), set())
+        assert room_of(parts) or parts[0] in known, f"{path}:{line} imports {parts[0]}"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Within a room too, where the floors say nothing."""
+    names = {path.with_suffix("").parts: path for path in FILES}
+    arrows = {path: {names[parts[:n]] for parts, _ in imports(path) for n in range(1, len(parts) + 1)
+                     if parts[:n] in names} - {path} for path in FILES if path.parts[0] == "mixdpo"}
+    done, trail = set(), []
+
+    def visit(path):
+        assert path not in trail, " -> ".join(map(str, [*trail[trail.index(path):], path]))
+        if path not in done:
+            trail.append(path)
+            for other in arrows.get(path, ()):
+                visit(other)
+            done.add(trail.pop())
+
+    for path in arrows:
+        visit(path)
