@@ -3,10 +3,10 @@
 For every run: held-out preferences (accuracy of each expert, by annotator; log-likelihood M5; ELBO gap; how the
 responsibilities align with annotators, beside what the annotators' own scores would allow), and completions of the
 evaluation prompts by the reference and by every expert on the same seeds, scored by the reward functions that
-dataset.json names. A row's randomness is its own (generate.py), so the mixture's completion of a prompt is that of the
-expert it draws (M13): the mixture and sparse rows cost nothing more.
+dataset.json names. A row's randomness is its own (evaluation/generate.py), so the mixture's completion of a prompt
+is that of the expert it draws (M13): the mixture and sparse rows cost nothing more.
 Writes results.json, samples.jsonl and, if matplotlib is there, report.md with pictures into DIR. No run is changed.
-`python eval.py RUN --export OUT` evaluates nothing and writes the run's experts to OUT/expert-k (mixdpo/evaluation/export.py).
+`python eval.py RUN --export OUT` evaluates nothing and writes the run's experts to OUT/expert-k.
 """
 
 import copy

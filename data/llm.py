@@ -58,7 +58,8 @@ def verdict(reply: str | None, criterion: str) -> str:
     better = "|".join(["(?:the )?better", "(?:the )?best", "preferable", "preferred", re.escape(criterion.lower())])
     lead = r"(?:(?:my |the )?(?:final )?(?:answer|verdict|choice)(?: is)? ?:? ?)?"
     found = re.fullmatch(rf"{lead}(?:the )?(first|second)(?: (?:answer|one|response))?"
-                         rf"(?: is (?:{better})(?: (?:answer|one|response))?)?|{lead}(?:it(?:'s| is) )?(?:a )?(tie)", text)
+                         rf"(?: is (?:{better})(?: (?:answer|one|response))?)?"
+                         rf"|{lead}(?:it(?:'s| is) )?(?:a )?(tie)", text)
     if found is None:
         raise NoVerdict(f"answered {text!r:.60}, wanted one of {', '.join(WORDS)}")
     return found[1] or "tie"

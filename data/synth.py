@@ -9,7 +9,7 @@
     OUT/config.json         the options, and sha256 of table, schema and test table, which stay at home too
 
 The report is made of these files: if it fails or is stopped, the same command makes the report alone. It
-holds DP-TBART (mixdpo/tabular/dp_tbart.py), independent columns and trees of pairs (MST) with the same budget, and the real
+holds DP-TBART, independent columns and trees of pairs (MST) with the same budget, and the real
 table itself.
 """
 

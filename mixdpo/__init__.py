@@ -12,6 +12,6 @@ from mixdpo.models.weights import load_model, save_model
 from mixdpo.preferences import read_preferences
 from mixdpo.text.tokenizer import load_tokenizer
 
-__all__ = ["Adapters", "Gate", "Heads", "Models", "dpo_loss", "e_step", "elbo", "expert_loss", "gate_loss", "load_model",
-           "load_tokenizer", "log_marginal", "margins", "mixture_logp", "read_preferences", "save_model", "token_logps",
-           "token_logps_reference"]
+__all__ = ["Adapters", "Gate", "Heads", "Models", "dpo_loss", "e_step", "elbo", "expert_loss", "gate_loss",
+           "load_model", "load_tokenizer", "log_marginal", "margins", "mixture_logp", "read_preferences", "save_model",
+           "token_logps", "token_logps_reference"]

@@ -8,7 +8,7 @@ All offer the same things, in the order in which a step uses them: `hidden` (the
 predict response tokens), `heads` (what these are multiplied with) and `token_logps` for all K experts; and, to sample
 from, `policy(k)`: expert k as a model and an unembedding.
 At the start every expert is the reference, exactly: W_k = W, a factor that is 0, or a copy. The reference itself is a
-separate frozen object or a cached number (reference.py), never a view of parameters that are trained.
+separate frozen object or a cached number (runs/reference.py), never a view of parameters that are trained.
 Parameters are float32; products run in `dtype`. LoRA: Hu et al. 2021, arXiv 2106.09685; left out of it: dropout, biases
 that learn, and alpha as an option.
 """
@@ -269,7 +269,7 @@ def trained_state(experts: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def own_parameters(experts: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Those that learn, and those that would if their expert were not frozen (adopt.py)."""
+    """Those that learn, and those that would if their expert were not frozen (runs/init_experts.py)."""
     return [(name, p) for name, p in experts.named_parameters() if p.requires_grad or getattr(p, "frozen", False)]
 
 
@@ -278,7 +278,7 @@ def load_state(experts: nn.Module, tensors: dict[str, torch.Tensor], path: Path)
     """Copies a saved state back. Raises: InputError naming every tensor that is missing, extra or of another shape."""
     if isinstance(experts, Models):
         for k, model in enumerate(experts.models):
-            if model.config.tied and f"experts.models.{k}.lm_head.weight" in tensors:             # taken over: adopt.py
+            if model.config.tied and f"experts.models.{k}.lm_head.weight" in tensors:      # taken over
                 experts.untie(k)
     own = {f"experts.{name}": p for name, p in own_parameters(experts)}
     state = {name: value for name, value in tensors.items() if name.startswith("experts.")}

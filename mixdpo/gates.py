@@ -159,7 +159,7 @@ class Gate(nn.Module):
 
 
 def make_gate(plan: Plan, reference, config, device) -> tuple[Gate, Inputs]:
-    """A run's gate and its inputs, a row a group of the plan. reference: that of the plan's pairs (reference.py)."""
+    """A run's gate and its inputs, a row a group of the plan. reference: that of the plan's pairs."""
     first = [unit[0] for unit in plan.units]                                # a group has one prior: any pair tells
     prompts = reference.prompt[first, ("last", "mean").index(config.gate_features)]         # (G,C)
     inputs = gate_inputs(config.gate, [plan.pairs[i] for i in first], prompts, known_pairs(plan)).to(device)

@@ -10,7 +10,7 @@ flows to every input, so any loss can stand behind it; it knows no beta, no expe
 the dtype of `hidden` and `weight`, everything after them in float32. Tiles of the vocabulary rather than of tokens:
 each row of the weight's gradient is then written once, not once a tile. Experts take turns within a tile: what is done
 to its logits between two products is then done in the processor's cache, in place, in memory that all tiles share. On a
-GPU with Triton, 16-bit inputs go through kernels.py, which does the same. Left out: second derivatives.
+GPU with Triton, 16-bit inputs go through fast/kernels.py, which does the same. Left out: second derivatives.
 """
 
 import functools
@@ -42,7 +42,7 @@ def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
     low_rank A (K, V, R) and B (K, R, C), which go with a (V, C) weight. Returns float32 (float64 for float64 inputs)
     nats: (...) for one head, (K, ...) for K. tile=None keeps the products of all rows with the weight, (..., V) in the
     inputs' dtype, from forward to backward instead of computing them twice: 6 N V C FLOPs instead of 8, for callers
-    that pass few rows at a time. skip: in backward, a tile of kernels.py may be left out whose probabilities are all
+    that pass few rows at a time. skip: in backward, a tile of the kernels may be left out whose probabilities are all
     below it (kernels.FusedLogps has the bound of the error); here all are computed.
     """
     assert hidden.dtype == weight.dtype, f"hidden is {hidden.dtype}, weight is {weight.dtype}: one compute dtype"
@@ -64,7 +64,7 @@ def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
 
 @functools.cache
 def kernels():
-    """kernels.py, or None where there is no Triton."""
+    """fast/kernels.py, or None where there is no Triton."""
     try:
         from mixdpo.fast import kernels
     except ImportError:

@@ -6,7 +6,7 @@
 A context pair is never trained on, whatever the E-step looks at: where it does not look at context, they are left out.
 A visit is never cut, neither by a step nor by a micro-batch, and it is a whole unit, so that the E-step that pools a
 user's pairs (M11) is exact; but with em = incremental a user's slices are visited apart, and the E-step of one looks up
-what the others said when they were visited last (latent.py). There are as many slices as pairs for the E-step.
+what the others said when they were visited last (variants/latent.py). There are as many slices as pairs for the E-step.
 Within a step, whose sum has no order, visits stand by their longest text: micro-batches then hold little padding.
 """
 

@@ -1,5 +1,5 @@
-"""mixdpo.private.accountant against closed forms, quadrature, saddle-point inversion (Alghamdi et al. 2022, arXiv 2208.09595),
-and figures published by others. What each test catches stands in its docstring."""
+"""mixdpo.private.accountant against closed forms, quadrature, saddle-point inversion (Alghamdi et al. 2022,
+arXiv 2208.09595), and figures published by others. What each test catches stands in its docstring."""
 
 import math
 from itertools import pairwise

@@ -1,5 +1,5 @@
-"""mixdpo/runs/init_experts.py and experts with references of their own. Each docstring names the faults that the test was seen to
-catch."""
+"""mixdpo/runs/init_experts.py and experts with references of their own. Each docstring names the faults that the
+test was seen to catch."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""mixdpo/runs/memory_estimate.py: parts of the estimate beside what is really there. What each test catches stands in its docstring."""
+"""mixdpo/runs/memory_estimate.py: parts of the estimate beside what is really there. What each test catches
+stands in its docstring."""
 
 import dataclasses
 

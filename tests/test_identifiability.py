@@ -1,5 +1,5 @@
-"""mixdpo/evaluation/identifiability.py: the count beside the rank of the map's derivative, and what is said. What each test
-catches stands in its docstring."""
+"""mixdpo/evaluation/identifiability.py: the count beside the rank of the map's derivative, and what is said. What each
+test catches stands in its docstring."""
 
 import json
 from itertools import combinations

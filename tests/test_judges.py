@@ -229,7 +229,8 @@ def test_a_comparison_without_a_verdict_is_not_judged_and_the_rest_is(job, endpo
     assert "1 not judged" in capsys.readouterr().out
     for column, wins, losses in (("short", 2, 0), ("long", 0, 2)):
         f = found["columns"][column]["reference"]
-        assert (f["wins"], f["ties"], f["losses"], f["unjudged"]) == (wins, 1, losses, 1) and f["rate"] == (wins + 0.5) / 3
+        assert (f["wins"], f["ties"], f["losses"], f["unjudged"]) == (wins, 1, losses, 1)
+        assert f["rate"] == (wins + 0.5) / 3
     win_rates(job, "llm:judge", "dpo")
     assert len(endpoint.calls) == calls, "what has no verdict is not asked again"
 

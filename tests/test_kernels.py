@@ -1,5 +1,5 @@
-"""mixdpo/fast/kernels.py: on a CUDA device as they are, elsewhere in Triton's interpreter (float32 and float16: its bf16 is
-wrong). Compiled for the H100 without one. Skipped where there is no Triton."""
+"""mixdpo/fast/kernels.py: on a CUDA device as they are, elsewhere in Triton's interpreter (float32 and float16: its
+bf16 is wrong). Compiled for the H100 without one. Skipped where there is no Triton."""
 
 import os
 import subprocess

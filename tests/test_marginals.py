@@ -150,7 +150,7 @@ def test_one_class_and_classes_that_are_lacking():
 
 
 def test_scores_by_hand():
-    """Caught: AUROC of the wrong class; of two classes, another than the usual one; an AssertionError, when all is done,
+    """Caught: AUROC of the wrong class; of two classes, another than the usual one; an AssertionError, at the very end,
     for a truth of one class, which has no AUROC."""
     chance = np.array([[0.9, 0.1], [0.6, 0.4], [0.65, 0.35], [0.2, 0.8]])
     assert scores(chance, np.array([0, 0, 1, 1])) == {"accuracy": 0.75, "auroc": 0.75}

@@ -1,4 +1,5 @@
-"""mixdpo/text/records.py, and what preferences.py makes of a faulty line: what each test catches stands in its docstring."""
+"""mixdpo/text/records.py, and what preferences.py makes of a faulty line: what each test catches stands in its
+docstring."""
 
 import json
 

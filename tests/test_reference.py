@@ -105,7 +105,7 @@ def test_a_half_written_file_is_never_used(moment, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         if moment != "compute":
-            patch.setattr("mixdpo.files.atomic.save_file" if moment == "save" else "mixdpo.files.atomic.os.replace", die)
+            patch.setattr("mixdpo.files.atomic." + ("save_file" if moment == "save" else "os.replace"), die)
         cached_reference(tmp_path, ("key",), die if moment == "compute" else lambda: made)
     assert not list(tmp_path.glob("*.safetensors"))
     assert equal(cached_reference(tmp_path, ("key",), lambda: made), made)

@@ -238,7 +238,7 @@ def test_a_fit_that_was_stopped_ends_as_another(tmp_path, monkeypatch):
     ("examples", [-1]), *((name, [0, -1]) for name in ("width", "layers", "heads", "batch", "steps", "micro")),
 ])
 def test_options_out_of_range_are_told(option, values):
-    """Every option of a table. Faults: NaN passes x <= 0; an infinite rate; a seed that is found wanting by a traceback,
+    """Every option of a table. Faults: NaN passes x <= 0; an infinite rate; a seed that ends in a traceback,
     or that gives the numbers of another one."""
     for value in values:
         with pytest.raises(InputError) as error:

@@ -289,7 +289,8 @@ def reading(world: str, found: list[dict], ours: str, ll: str, told: bool) -> st
 
 NOTES = (
     "Log-likelihood in nats a pair, of held-out pairs (M5) or of all choices of a new user (M11). Accuracy is of "
-    f"what a new user gets when {SHOWN[-1]} of its pairs are known (`mixdpo/evaluation/adaptation.py`), on its other pairs; the "
+    f"what a new user gets when {SHOWN[-1]} of its pairs are known "
+    f"(`mixdpo/evaluation/adaptation.py`), on its other pairs; the "
     "worst annotator is the type served worst; one policy answers all alike. Means over worlds ± SE, differences in "
     "SEs in brackets. Passes are over the pairs, in training; policy passes those of one policy over all pairs, "
     "forward and backward; read, forward alone, for E-phases. The reference's pass is not counted, nor is our "

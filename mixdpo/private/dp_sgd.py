@@ -223,6 +223,6 @@ class ClippedSum:
             p.grad = None
 
     def release(self) -> None:
-        """Puts the step's noised mean into .grad of every parameter, and 0 where a parameter is frozen (adopt.py)."""
+        """Puts the step's noised mean into .grad of every parameter, and 0 where a parameter is frozen."""
         for p, g in zip(self.parameters, self.noise.release(self.total, self.t)):
             p.grad = g * getattr(p, "learns", 1.0)

@@ -47,7 +47,7 @@ class TrainConfig:
     init_experts: str = ""          # where each begins: K of RUN:k (expert k of a run) and fresh, comma-separated
     freeze: str = ""                # experts that stay as they are: 0,2 and so on, or all
     label_noise: float = 0.0        # share of choices taken to be wrong, turned round at random; under 0.5
-    epsilon: float = math.inf       # privacy budget (DP-SGD, privacy.py), with --clip for each example; inf: no privacy
+    epsilon: float = math.inf       # privacy budget (DP-SGD), with --clip for each example; inf: no privacy
     delta: float = 1e-5             # the chance that epsilon does not hold; below one over the examples
     privacy_unit: str = "pair"      # whose part in the data is hidden: pair, or user with all of their pairs
     examples: int = 0               # with --epsilon: their number, declared public; 0: the file's, which this discloses

@@ -1,7 +1,7 @@
 """A run's directory: config.json, metrics.jsonl, responsibilities.jsonl, checkpoint/, and what a run prints about
 itself. No pickle: tensors are safetensors, the rest JSON.
 
-    checkpoint/00000042.safetensors      after step 42: all that the next step depends on (whole.py)
+    checkpoint/00000042.safetensors      after step 42: all that the next step depends on (files/atomic.py)
 
 Batches, noise and starts are functions of (seed, step), so there is no random state to keep; a run resumed from any
 checkpoint ends as the uninterrupted one does, to the bit.

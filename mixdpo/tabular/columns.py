@@ -10,8 +10,8 @@ A schema is a JSON list, a column an object:
 and each may have {"missing": "?"}: how an absent value is written; it is then a value like any other, the last one.
 Whole numbers ("integer") have whole edges, which are exact up to 64 bits. Other numbers are written with digits enough
 to tell a thousand values of the narrowest bin apart, each within its own bin. Bins by quantiles depend on the data:
-they begin as FINE bins of equal width, and tabular.py, which accounts for it, joins these by noisy counts. A table is a
-CSV file whose first line names the columns, in any order; it must have those of the schema and no others.
+they begin as FINE bins of equal width, and dp_tbart.py, which accounts for it, joins these by noisy counts. A table is
+a CSV file whose first line names the columns, in any order; it must have those of the schema and no others.
 """
 
 import bisect

@@ -4,7 +4,7 @@ arXiv 2307.10430).
     log p(row) = sum_j log p(x_j | x_1 ... x_j-1)              columns in an order of their own
 
 A row is a sentence of d tokens behind a start token; every column has tokens of its own, and place j can only be given
-one that is legal there: no row can be sampled that the schema does not allow. Trained by DP-SGD (privacy.py) with Adam;
+one that is legal there: no row can be sampled that the schema does not allow. Trained by DP-SGD with Adam;
 what is kept is the parameters' moving average, which costs no privacy.
 
     look      (first_look > 0) noisy counts of every column's values, one Gaussian mechanism, for that share of epsilon:
