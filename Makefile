@@ -5,6 +5,8 @@ train: DATASET ?= imdb
 synth: DATASET ?= adult
 EPSILON ?= 1
 PY := .venv/bin/python
+# As many processes as cores, each with one thread: threads of two processes that share cores wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 OPTIONS := $(if $(PRESET),--preset $(PRESET)) $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data-folder $(DATA))
 
 help:                     ## this list
@@ -21,10 +23,10 @@ show: .venv/ready         ## one batch, its prompt, response, end token and padd
 	$(PY) -m mixdpo.evaluation.show $(RUN)/train.jsonl
 
 test: .venv/ready         ## the test suite, but for pairs of options
-	$(PY) -m pytest tests --ignore=tests/peers --ignore=tests/bench --ignore=tests/chaos --ignore=tests/pairs
+	$(PYTEST) tests --ignore=tests/peers --ignore=tests/bench --ignore=tests/chaos --ignore=tests/pairs
 
 test-all: test            ## the test suite, and every two options of train.py together
-	$(PY) -m pytest tests/pairs --show-capture=no
+	$(PYTEST) tests/pairs --show-capture=no
 
 bench: .venv/peers        ## time and memory of a step, side by side with plain PyTorch and TRL
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m tests.bench.step
