@@ -12,7 +12,7 @@ reward is free up to a constant in each). K can be identified only if there are 
     K (n - c) + K - 1 <= edges + pairs of edges with a common judge
 
 So K = 2 takes 5 responses to a prompt, all compared, if each user judges once, K = 3 takes 7; with two comparisons a
-user 3 responses are enough. Necessary, and at random rewards sufficient (tests/test_identifiability.py takes the rank
+user 3 responses are enough. Necessary, and at random rewards sufficient (tests/evaluation/test_identifiability.py takes the rank
 of the map's derivative), but for chance: numbers are known only as well as many comparisons make them. A model is less
 free than a table, which helps; what it finds where the count says 1 comes from the model, not from the data. And two
 exactly opposed types of equal weight make every p_e one half, whatever the count.

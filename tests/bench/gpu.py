@@ -21,7 +21,7 @@ from tests.bench import memory
 from tests.bench.variants import SIZES, make_setting
 
 PEAK = 989e12                           # dense bf16 FLOPs a second of an H100 SXM, by its data sheet
-TESTS = ["tests/test_kernels.py", "tests/test_models.py", "tests/test_logprob.py"]
+TESTS = ["tests/method/test_kernels.py", "tests/models/test_models.py", "tests/method/test_logprob.py"]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from mixdpo.preferences import read_preferences
 from mixdpo.runs.rundir import load_checkpoint, save_checkpoint
 from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model
-from test_gguf import METADATA, TENSORS, gguf
+from tests.models.test_gguf import METADATA, TENSORS, gguf
 
 SECONDS, GROWTH = 5, 2**30
 CLOCKS = ((signal.SIGPROF, signal.ITIMER_PROF, SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, 10 * SECONDS))

@@ -120,7 +120,7 @@ def test_every_option_is_explained_in_the_help(capsys):
 def config_classes():
     """Every dataclass that a command line is made from, but for those of tests/chaos, which needs packages of its own:
     (file, class name)."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     files = [root / "train.py", root / "eval.py",
              *(path for part in ("mixdpo", "data", "tests/bench") for path in sorted(root.glob(f"{part}/**/*.py")))]
     return [(file, name) for file in files
@@ -150,7 +150,7 @@ def test_no_help_text_is_cut():
     classes, long = config_classes(), 0
     assert len(classes) >= 10 and {"TrainConfig", "EvalConfig", "FinetuneConfig"} <= {name for _, name in classes}
     for file, name in classes:
-        module = ".".join(file.relative_to(Path(__file__).parent.parent).with_suffix("").parts)
+        module = ".".join(file.relative_to(Path(__file__).parents[2]).with_suffix("").parts)
         cls = getattr(importlib.import_module(module), name)
         comments = configs.field_comments(cls)
         for field, lines in comments_by_token(file, name).items():

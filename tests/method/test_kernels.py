@@ -149,7 +149,7 @@ def test_logits_of_any_size(scale):
 def test_every_kernel_compiles_for_the_h100_without_spills():
     """In float32, bf16 and float16, at widths 768 and 2048, with and without four low-rank experts, skipping tiles or
     not. In a process of its own: this one's kernels are interpreted."""
-    code = Path(__file__).with_name("compile_kernels.py")
+    code = Path(__file__).parents[1] / "compile_kernels.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(code.parents[1])
     done = subprocess.run([sys.executable, str(code)], env=environment, capture_output=True, text=True)

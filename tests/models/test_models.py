@@ -17,7 +17,7 @@ from mixdpo.models.gpt2 import GPT2, SIZES, GPT2Config
 from mixdpo.models.llama import Llama, LlamaConfig, RMSNorm, RopeScaling, rope_frequencies
 from mixdpo.models.weights import load_model
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = ["gpt2", "gpt2-inner", "llama-tied", "llama-untied", "llama3-scaling"]
 FAMILIES = ["gpt2", "llama-tied"]                       # where one case of each family is enough
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

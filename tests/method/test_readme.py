@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 EQUATIONS = (ROOT / "docs/equations.md").read_text()
 ROWS = re.findall(r"^\| (M\d+) \|[^|]*\| (.*) \|$", EQUATIONS, re.MULTILINE)

@@ -18,7 +18,7 @@ from mixdpo.runs.rundir import compute_dtype, load_checkpoint, save_checkpoint
 from mixdpo.files.atomic import alone
 from raising import refuses
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def save(run, value, keep=2, **config):

@@ -13,7 +13,7 @@ from mixdpo.config import InputError
 from mixdpo.text.tokenizer import load_tokenizer
 from raising import refuses
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizers.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokenizers.json").read_text())
 EOT = "<|endoftext|>"
 
 

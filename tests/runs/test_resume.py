@@ -17,7 +17,7 @@ from mixdpo.plan import batches
 from mixdpo.runs.rundir import checkpoints, save_checkpoint
 from raising import refuses
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CASES = {
     "pairs": dict(epochs=2),
     "users, updated weights": dict(latent="user", weights="update", epochs=3),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FLOORS = ("config", "files", "dpo mixture fast", "logprob", "models", "text", "preferences", "experts plan",
           "linear gates private", "start variants metrics", "runs", "evaluation tabular", "train", "data", "eval")
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.split()}

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tinyjob
 
-GOLDEN = Path(__file__).parent / "golden" / "trajectory.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "trajectory.json"
 CASES = {
     "shared trunk, users": {"latent": "user", "gate": "user", "gate_lr": 1e-3, "rank": 2},
     "own models, incremental, sampled": {"sharing": "models", "em": "incremental", "damping": 0.3,

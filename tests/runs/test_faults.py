@@ -22,7 +22,7 @@ from mixdpo.config import Stopped
 from mixdpo.runs.rundir import checkpoints, load_checkpoint
 from raising import refuses
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def words(folder, model, **options):

@@ -20,7 +20,7 @@ from mixdpo.models.llama import LlamaConfig, RopeScaling
 from mixdpo.models.weights import content_key, load_model, save_model
 from raising import refuses
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = ["gpt2", "gpt2-inner", "llama-tied", "llama-untied", "llama3-scaling"]
 
 

@@ -353,7 +353,7 @@ def test_a_report_copes_with_figures_that_are_null(tmp_path):
 
 def test_each_make_target_takes_a_data_set_that_it_knows():
     """Fault: `make synth` without DATASET asks data.synth for imdb."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
 
     def asked(*words):
         call = ["make", "--dry-run", *words]
