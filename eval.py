@@ -191,7 +191,7 @@ def check_room(prompts: list[Pair], max_new: int, context: int) -> int:
     return max_new
 
 
-def told_of_prompts(path: Path, limit: int) -> list[dict]:
+def prompt_labels(path: Path, limit: int) -> list[dict]:
     """What the file says of each prompt besides its text."""
     rows = [json.loads(line) for line in lines(path) if line.strip()][: limit or None]
     return [{name: row[name] for name in ("domain", "set") if name in row} for row in rows]
@@ -270,7 +270,7 @@ def evaluate(config: EvalConfig) -> dict:
     if completed:
         results["policies"] = complete(config, folder, home, runs, references[0], tokenizer, asked, end, max_new,
                                        dataset)
-        results["asked"] = told_of_prompts(prompts, config.limit)
+        results["asked"] = prompt_labels(prompts, config.limit)
     write_whole(folder / "results.json", to_json(results) + "\n")
     print_tables(results)
     print_curves(results["adapt"])

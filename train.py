@@ -40,9 +40,9 @@ from mixdpo.dpo import label_loss, margins, observed_margins
 from mixdpo.experts import (load_state, make_experts, once_a_step, pair_logp, predicting_states, projections,
                             trained_state, trunks)
 from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
-from mixdpo.evaluation.identifiability import counts_of, told
+from mixdpo.evaluation.identifiability import counts_of, describe_counts
 from mixdpo.private.keys import Key
-from mixdpo.variants.latent import Latent, latent_of, pooled, settle
+from mixdpo.variants.latent import Latent, apply_variant, latent_of, pooled
 from mixdpo.logprob import sum_responses
 from mixdpo.fast.memory import steady
 from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, reweigh, update_weights, vary
@@ -88,7 +88,7 @@ def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pa
         if known is None:
             first, last = int(batch.group[p]), int(batch.group[p_end - 1])
             log_q = e_step(latent.prior[group], h, group - first)[1]                                # (g,K)  M7, M11
-            log_q = settle(log_q, latent[first : last + 1], config)
+            log_q = apply_variant(log_q, latent[first : last + 1], config)
             of_pair = log_q[group - first]
         else:
             log_q, of_pair = None, known[group]
@@ -120,17 +120,17 @@ def posterior(experts, batch: Batch, ref_logp: torch.Tensor, log_w: torch.Tensor
 @torch.no_grad()
 def full_e_step(experts, gate, plan, ref_logp, inputs: Inputs, config, name: str,
                 between=lambda: None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Responsibilities of all units under the experts and the gate as they are (U,K), and what each visit said (V,K):
-    its pairs' log-likelihoods, to a constant a row. On the CPU. between: called after each micro-batch."""
-    micros, said = micro_batches(plan, list(range(len(plan.visits))), config), []
+    """Responsibilities of all units under the experts and the gate as they are (U,K), and the log-likelihoods of
+    each visit's pairs (V,K), up to a constant a row. On the CPU. between: called after each micro-batch."""
+    micros, loglik = micro_batches(plan, list(range(len(plan.visits))), config), []
     progress = Progress(f"{Path(config.out).name} {name}")
     for n, micro in enumerate(micros, 1):
         nothing = ref_logp.new_zeros(len(micro.units), config.experts)
-        said.append(posterior(experts, micro.context or micro.train, ref_logp, nothing, config).cpu())
+        loglik.append(posterior(experts, micro.context or micro.train, ref_logp, nothing, config).cpu())
         progress(n, len(micros))
         between()
-    said = torch.cat(said)
-    return torch.log_softmax(gate(inputs).cpu() + pooled(said, plan), dim=-1), said         # M7, M11
+    loglik = torch.cat(loglik)
+    return torch.log_softmax(gate(inputs).cpu() + pooled(loglik, plan), dim=-1), loglik       # M7, M11
 
 
 def step(experts, gate, optimizer, micros: list[Micro], ref_logp: torch.Tensor, latent: Latent, config,
@@ -149,7 +149,7 @@ def step(experts, gate, optimizer, micros: list[Micro], ref_logp: torch.Tensor, 
         first += len(micro.units)
         if part.given is None and micro.context is not None:
             log_q = posterior(experts, micro.context, ref_logp, part.prior, config)
-            part = dataclasses.replace(part, given=settle(log_q, part, config))
+            part = dataclasses.replace(part, given=apply_variant(log_q, part, config))
         parts = accumulate(experts, micro, ref_logp, part, share, config)
         used.append(torch.cat([q for q, *_ in parts]) if part.given is None else part.given)
         seen += parts
@@ -223,7 +223,7 @@ def prepare(config, between=lambda: None, private: Private | None = None):
     dtype, why = compute_dtype(config.dtype, device)
     if config.packing and device == "cpu":
         raise InputError("got true, which needs a CUDA device; leave this option out", option="packing")
-    print(*fits.told(config, dtype, fits.available(device)), sep="\n")
+    print(*fits.describe_memory(config, dtype, fits.available(device)), sep="\n")
     models, tokenizer = load_references(config, device)
     for model in models:
         model.checkpointing = config.checkpointing
@@ -240,7 +240,7 @@ def prepare(config, between=lambda: None, private: Private | None = None):
           f"{len(plan.units)} groups ({config.latent}){slices}; products in {name}: {why}")
     if config.experts > 1:
         pooled = config.latent == "user" or config.gate.endswith("user")    # either way a user's pairs speak together
-        print(*told(counts_of(pairs), config.experts, "user" if pooled else "pair"), sep="\n")
+        print(*describe_counts(counts_of(pairs), config.experts, "user" if pooled else "pair"), sep="\n")
     reference = reference_of(config.data, pairs, models, tokenizer, config, dtype, cache, between, private is not None)
     if not config.train_trunk:
         plan = dataclasses.replace(plan, pairs=reference.with_states(plan.pairs))
@@ -255,8 +255,8 @@ def prepare(config, between=lambda: None, private: Private | None = None):
 
 def given_responsibilities(t: int, plan, start, table, kept, e_step_of_all, config):
     """What step t takes as known, log q of all units (U,K), or None: its E-step is its own. And `kept`: log q of this
-    M-phase, which an epoch's first step computes anew (em = full); or what each visit said (em = incremental), which
-    takes one pass over all pairs before the first E-step that looks up the other slices of a user."""
+    M-phase, which an epoch's first step computes anew (em = full); or each visit's log-likelihoods (em =
+    incremental), which takes one pass over all pairs before the first E-step that looks up a user's other slices."""
     if start is not None and t < config.start_steps:
         return start, kept
     if config.estep == "first":
@@ -300,8 +300,8 @@ def advance(experts, gate, optimizer, plan, ref_logp, inputs: Inputs, start, car
     figures, log_q, losses = step(experts, gate, optimizer, micros, ref_logp, latent, config, clipped)
     last = {plan.visits[v].unit: n for n, v in enumerate(ids)}              # of several slices of a user, the last
     carried.table[list(last)] = log_q[list(last.values())].cpu()
-    if latent.said is not None:
-        kept[ids] = latent.said.cpu()
+    if latent.loglik is not None:
+        kept[ids] = latent.loglik.cpu()
     carried.t, carried.kept = t + 1, kept
     carried.log_v, carried.user_loss = reweigh(carried.log_v, carried.user_loss, losses, config.robust)
     if config.weights == "update":
@@ -359,7 +359,7 @@ def learn(config: TrainConfig, same: dict, stop: Stop, private: Private | None =
             figures, units = advance(experts, gate, optimizer, plan, ref_logp, inputs, start, carried, e_step_of_all,
                                      config, noise)
         except FloatingPointError as error:
-            raise InputError(told_of_batch(error, plan, carried.t, config), config.data, option="lr") from None
+            raise InputError(nonfinite_message(error, plan, carried.t, config), config.data, option="lr") from None
         log.step(figures, units, carried.table[units])
         if carried.t < len(plan.steps):
             leave_if_asked()
@@ -390,7 +390,7 @@ def resumed(out: Path, same: dict, experts, gate, optimizer, names: list[str], d
                    *(tensors[name].to(device) for name in ("log_v", "user_loss")))
 
 
-def told_of_batch(error: FloatingPointError, plan, t: int, config) -> str:
+def nonfinite_message(error: FloatingPointError, plan, t: int, config) -> str:
     """What to say of a step that gave no number. Its lines are copied beside the run, to be looked at."""
     numbers = {plan.pairs[i].line for v in plan.steps[t][1] for i in plan.visits[v].trained}
     path = Path(config.out) / f"step-{t}.jsonl"

@@ -275,10 +275,10 @@ def main(of: DataSet, argv: list[str]) -> None:
     check_preset(preset, "finetune")
     must_be_own(job, [], "job.json", {"preset"})
     with alone(job):
-        whole_job(of, config, name, preset, job)
+        run_job(of, config, name, preset, job)
 
 
-def whole_job(of: DataSet, config, name: str, preset: dict, job: Path) -> None:
+def run_job(of: DataSet, config, name: str, preset: dict, job: Path) -> None:
     """Everything, or what is left of it."""
     begun = begun_with(job)
     model, why = (begun["model"], "as the job began") if begun and not config.model else choose_model(config)

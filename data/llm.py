@@ -99,7 +99,7 @@ class Endpoint:
         progress = Progress(f"judged by {self.model}")
         with ThreadPoolExecutor(AT_ONCE) as pool:
             try:
-                for n, _ in enumerate(pool.map(self.settle, open_ones, open_ones.values()), 1):
+                for n, _ in enumerate(pool.map(self.resolve, open_ones, open_ones.values()), 1):
                     progress(n, len(open_ones))
             except BaseException:
                 self.ended = True                                           # those under way ask no more
@@ -109,7 +109,7 @@ class Endpoint:
                   f"{self.refusals[-1]}")
         return [self.known[key] for key in keys]
 
-    def settle(self, key: str, question: tuple) -> None:
+    def resolve(self, key: str, question: tuple) -> None:
         """Asks until there is an answer, or it is clear that there is none, and keeps that."""
         reasons, failed = [], None
         for attempt in range(0 if self.ended else ATTEMPTS):

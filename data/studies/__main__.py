@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data import pictures
 from data.studies import NAMES, study_of
-from data.studies.study import PRESETS, run, told_of
+from data.studies.study import PRESETS, run, describe_study
 from mixdpo.config import check_choices, command, parse, write_whole
 
 
@@ -35,7 +35,8 @@ def main(argv: list[str]) -> None:
         for what, figure in figures.items():
             figure.savefig(out / f"{config.name}-{what}.png")
     links = "\n\n".join(f"![{what}]({config.name}-{what}.png)" for what in figures)
-    parts = [f"# {study.title}", study.question, text, links, told_of(facts, config.name, config.preset, seconds)]
+    provenance = describe_study(facts, config.name, config.preset, seconds)
+    parts = [f"# {study.title}", study.question, text, links, provenance]
     write_whole(out / f"{config.name}.md", "\n\n".join(parts) + "\n")
     print(f"page: {out / config.name}.md")
 

@@ -144,7 +144,7 @@ def page(rows):
     names = {"planted": "planted", "texts": "real sentences"}
     for (world, types, latent), of in found.items():
         body.append([names[world], types, latent, mean_over(of, "ari"), mean_over(of, "bayes_ari"),
-                     mean_over(of, "effective", 2), f"{apart(of):.3f}", mean_over(of, "near_choices", 2),
+                     mean_over(of, "effective", 2), f"{separation_of(of):.3f}", mean_over(of, "near_choices", 2),
                      mean_over(of, "near_margins", 2)])
         for kind in sorted({kind for f in of for kind in f["by_type"]}):
             curve = [f["by_type"][kind] for f in of if kind in f["by_type"]]
@@ -156,8 +156,9 @@ def page(rows):
     a, b = (found["planted", 4, latent] for latent in LATENTS)
     c, d = (found["texts", 4, latent] for latent in LATENTS)
     reading = (
-        f"With one type a user the expert that stands for a type ends with {apart(found['planted', 2, 'user']):.2f} of "
-        f"its users' responsibilities (two planted types) and {apart(a):.2f} (four), and the users' ARI is "
+        f"With one type a user the expert that stands for a type ends with "
+        f"{separation_of(found['planted', 2, 'user']):.2f} of "
+        f"its users' responsibilities (two planted types) and {separation_of(a):.2f} (four), and the users' ARI is "
         f"{mean_over(found['planted', 2, 'user'], 'ari')} and {mean_over(a, 'ari')} (by the true rewards "
         f"{mean_over(found['planted', 2, 'user'], 'bayes_ari')} and {mean_over(a, 'bayes_ari')}). With one type a pair "
         f"it is {mean_over(found['planted', 2, 'pair'], 'ari')} and {mean_over(b, 'ari')}, where the truth itself "
@@ -178,7 +179,7 @@ def page(rows):
     return text, {"responsibilities": curves(lines, "step", "own expert's q", columns=4), **pictures}
 
 
-def apart(of: list[dict]) -> float:
+def separation_of(of: list[dict]) -> float:
     """The own expert's share at the end, mean over types and worlds."""
     return float(np.mean([curve[-1][1] for f in of for curve in f["by_type"].values()]))
 

@@ -92,7 +92,7 @@ def run(name: str, preset: str, home: Path, data_folder: str) -> list[dict]:
         return [done[n] for n in range(len(cells))]
 
 
-def told_of(facts: list[dict], name: str, preset: str, seconds: float) -> str:
+def describe_study(facts: list[dict], name: str, preset: str, seconds: float) -> str:
     """How the page came about."""
     revisions = sorted({row["environment"]["revision"] for row in facts})
     where = facts[0]["environment"]

@@ -12,7 +12,7 @@ reward is free up to a constant in each). K can be identified only if there are 
     K (n - c) + K - 1 <= edges + pairs of edges with a common judge
 
 So K = 2 takes 5 responses to a prompt, all compared, if each user judges once, K = 3 takes 7; with two comparisons a
-user 3 responses are enough. Necessary, and at random rewards sufficient (tests/evaluation/test_identifiability.py takes the rank
+user 3 responses are enough. Necessary, and at random rewards sufficient (test_identifiability.py takes the rank
 of the map's derivative), but for chance: numbers are known only as well as many comparisons make them. A model is less
 free than a table, which helps; what it finds where the count says 1 comes from the model, not from the data. And two
 exactly opposed types of equal weight make every p_e one half, whatever the count.
@@ -87,7 +87,7 @@ def twos(own: list[int]):
             yield e, f
 
 
-def told(counts: Counts, experts: int, latent: str) -> list[str]:
+def describe_counts(counts: Counts, experts: int, latent: str) -> list[str]:
     """The counts and a verdict in plain words, for a mixture of `experts` with one type a pair or one a user."""
     c, known = counts, bool(counts.users)
     lines = [f"{c.comparisons} comparisons of {c.edges} different pairs of responses to {c.prompts} prompts; "
@@ -141,7 +141,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"got {config.latent!r}; wanted pair or user", option="latent")
     tokenizer = load_tokenizer(config.model, config.data_folder or None)
     pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
-    print("\n".join(told(counts_of(pairs), config.experts, config.latent)))
+    print("\n".join(describe_counts(counts_of(pairs), config.experts, config.latent)))
 
 
 if __name__ == "__main__":

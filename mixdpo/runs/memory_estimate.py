@@ -117,7 +117,7 @@ def remedies(config, dtype: torch.dtype) -> list[str]:
             if other != config and len(other.models) == len(config.models)]             # own models cannot share one
 
 
-def told(config, dtype: torch.dtype, free: float) -> list[str]:
+def describe_memory(config, dtype: torch.dtype, free: float) -> list[str]:
     """The estimate in a line; and, where it is more than is free, what would fit."""
     parts = estimate(config, dtype)
     total = sum(parts.values())

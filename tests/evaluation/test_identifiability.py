@@ -10,7 +10,7 @@ import torch
 from letters import GOOD, Letters, write
 from raising import refuses
 from mixdpo.evaluation import identifiability
-from mixdpo.evaluation.identifiability import counts_of, told
+from mixdpo.evaluation.identifiability import counts_of, describe_counts
 from mixdpo.preferences import Pair
 
 
@@ -75,16 +75,16 @@ def test_what_is_counted():
 
 def test_the_verdict_in_words():
     """Catches: a verdict for the other latent, no word of what would help, more types than users."""
-    alone = told(counts_of([pair(2, 3, prompt=p) for p in range(1, 30)]), 2, "pair")
+    alone = describe_counts(counts_of([pair(2, 3, prompt=p) for p in range(1, 30)]), 2, "pair")
     assert alone[0].startswith("29 comparisons of 29 different pairs of responses to 29 prompts; 0 responses")
     assert "no pair was judged both ways" in alone[1] and alone[2].startswith("0 of 29 comparisons can say anything")
     assert "one type a pair: these data support K = 1" in alone[3] and "users' names" in alone[3]
     of_users = counts_of([pair(2, 3, f"u{p % 4}", prompt=p) for p in range(1, 41)])
-    said = told(of_users, 2, "user")
+    said = describe_counts(of_users, 2, "user")
     assert said[1].startswith("4 users with 10 to 10 comparisons each, half of them with 10 or more; 0 with one alone")
     assert "one type a user: K = 4 (180 frequencies more" in said[-1] and "no more types than users" in said[-1]
-    assert "more than that" not in said[-1] and "--latent user would let" in told(of_users, 2, "pair")[-1]
-    assert "--experts 5 is more than that" in told(of_users, 5, "user")[-1]
+    assert "more than that" not in said[-1] and "--latent user would let" in describe_counts(of_users, 2, "pair")[-1]
+    assert "--experts 5 is more than that" in describe_counts(of_users, 5, "user")[-1]
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

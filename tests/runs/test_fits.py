@@ -57,11 +57,11 @@ def test_activations_are_those_that_autograd_keeps(family, options):
 def test_what_does_not_fit_is_told_with_what_would(model_dir):
     """Catches: no word before memory runs out, remedies that are in use already, a total that is not the parts'."""
     config = asked(model_dir)
-    line, = fits.told(config, torch.float32, 1e12)
+    line, = fits.describe_memory(config, torch.float32, 1e12)
     assert "together 0.0 GB of 1000.0 that are free" in line
-    line, why, *ways = fits.told(config, torch.float32, 1e3)
+    line, why, *ways = fits.describe_memory(config, torch.float32, 1e3)
     assert why.startswith("this may not fit") and len(ways) == len(fits.REMEDIES)
-    assert len(fits.told(asked(model_dir, sharing="lora", checkpointing=True), torch.float32, 1e3)) == 2 + 3
+    assert len(fits.describe_memory(asked(model_dir, sharing="lora", checkpointing=True), torch.float32, 1e3)) == 2 + 3
     assert fits.available("cpu") > 1e8
 
 
