@@ -19,14 +19,14 @@ train: .venv/ready        ## the whole experiment: data, reference, DPO and mixt
 eval: .venv/ready         ## evaluate again and rewrite the report: make eval RUN=runs/imdb-quick
 	$(PY) eval.py $(RUN)
 
-show: .venv/ready         ## one batch, its prompt, response, end token and padding told apart: make show RUN=runs/imdb-quick
+show: .venv/ready         ## one batch, its prompt, response, end token and padding in different colours: make show RUN=runs/imdb-quick
 	$(PY) -m mixdpo.evaluation.show $(RUN)/train.jsonl
 
-test: .venv/ready         ## the test suite, but for pairs of options
-	$(PYTEST) tests --ignore=tests/peers --ignore=tests/bench --ignore=tests/chaos --ignore=tests/pairs
+test: .venv/ready         ## what a reader runs: the method, models, text, and a tiny job from training to evaluation
+	$(PYTEST) tests/method tests/models tests/text tests/evaluation/test_eval.py -m "not slow"
 
-test-all: test            ## the test suite, and every two options of train.py together
-	$(PYTEST) tests/pairs --show-capture=no
+test-all: .venv/ready     ## every test, and every two options of train.py together
+	$(PYTEST) tests --ignore=tests/peers --ignore=tests/bench --ignore=tests/chaos --show-capture=no
 
 bench: .venv/peers        ## time and memory of a step, side by side with plain PyTorch and TRL
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m tests.bench.step

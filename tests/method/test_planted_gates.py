@@ -77,6 +77,7 @@ def distance(kind, K, shape, seed):
     return behind, (p - p_got).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, shape", [("linear", "linear"), ("mlp", "xor")])
 @pytest.mark.parametrize("K", [2, 4])
 def test_the_learned_gate_reaches_the_oracle(kind, shape, K):

@@ -401,6 +401,7 @@ def test_results_depend_on_neither_micro_batches_nor_chunks(tmp_path, model_dir)
         assert tinyjob.equal(runs[0], run, slack=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
 def test_compiled_trunks_train_the_same(tmp_path, model_dir):
     """The start's checks pass, and checkpoints agree to rounding. Faults: the switch not looked at; a trunk compiled
