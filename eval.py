@@ -21,22 +21,22 @@ import torch
 from safetensors.torch import save_file
 
 from mixdpo import config as configs
-from mixdpo.evaluation.adaptation import adapted
-from mixdpo.text.chat import template_of
 from mixdpo.config import InputError, to_json, write_whole
-from mixdpo.metrics import mean_se
-from mixdpo.experts import Heads
+from mixdpo.evaluation.adaptation import adapted
 from mixdpo.evaluation.export import export_experts
-from mixdpo.runs.load_run import Run, find_runs, load_run
-from mixdpo.gates import READS_PROMPT
 from mixdpo.evaluation.generate import choose_expert, generate
 from mixdpo.evaluation.heldout import expert_logp, margins_of, preference_figures, weights
+from mixdpo.experts import Heads
 from mixdpo.fast.memory import steady
+from mixdpo.gates import READS_PROMPT
+from mixdpo.metrics import mean_se
 from mixdpo.mixture import mixture_logp
 from mixdpo.preferences import Pair, encode_prompt
-from mixdpo.text.records import check_messages, check_string, lines
+from mixdpo.runs.load_run import Run, find_runs, load_run
 from mixdpo.runs.reference import compute_reference, load_references, prompt_features
 from mixdpo.runs.rundir import Progress, environment
+from mixdpo.text.chat import template_of
+from mixdpo.text.records import check_messages, check_string, lines
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def plain_text(prompt: list[int], completion: list[int], tokenizer, end: int) ->
 def reward_table(rows: dict, texts: dict, dataset: dict, folder: Path) -> dict:
     """Rewards, KL and length of every row. "trained" is the mean of the rewards that the annotators of
     the training pairs follow, "gain" the same less the reference's on the same prompts."""
-    from data.annotators import score                                       # here: only this needs its packages
+    from data.annotators import score  # here: only this needs its packages
 
     unique = sorted({text for column in texts.values() for text in column})
     scores = dict(zip(unique, zip(*score(unique, dataset["rewards"], folder).values())))
@@ -295,7 +295,7 @@ def compare(config: EvalConfig) -> dict:
     """Win rates of the policies in samples.jsonl by config.judge; prints and returns them."""
     validate(config)
     refuse_idle(config, "--judge compares what was completed before", ("dir", "judge", "against", "seed"))
-    from data.judges import win_rates                                       # here: only this needs its packages
+    from data.judges import win_rates  # here: only this needs its packages
 
     found = win_rates(Path(config.dir).resolve(), config.judge, config.against, config.seed)
     for column, policies in found["columns"].items():

@@ -1,14 +1,11 @@
 """Mix-DPO and MoE-DPO by stochastic variational EM:
 `python train.py --data prefs.jsonl --model DIR --experts 2 --out runs/x`.
 
-One optimizer step is `step`, and for each of its micro-batches `accumulate`:
+One optimizer step is `step`. For each micro-batch, `em_loss` makes the loss, and fast/backward.py takes its gradient:
 
-    hidden states of the trunk                                            one forward pass serves E and M
-    for each chunk of whole pairs (whole users):
-        log-probs of K experts -> margins h                               (M4)
-        E-step:  q = posterior over experts, detached                     (M7, M11)
-        M-step:  sum_k q_k * -log sigma(h_k), backward into states and heads  (M8)
-    one backward pass of the trunk
+    log-probs of K experts -> margins h                                   (M4)
+    E-step:  q = posterior over experts, detached                         (M7, M11)
+    M-step:  sum_k q_k * -log sigma(h_k)                                  (M8); one forward pass serves both
     M-step of the gate, on all visits of the step:  KL(q || w(x))         (M9), or fixed weights' closed form (M10)
     AdamW
 
@@ -19,7 +16,7 @@ q is known before where it comes from the start (start.py), from a pair's first 
 a forward pass of their own (`posterior`).
 
 The loss is a sum over pairs divided by the step's number of trained pairs, so the result does not depend on how a
-step is cut into micro-batches or chunks. K = 1 is DPO. Only this file calls backward.
+step is cut into micro-batches or their parts. K = 1 is DPO.
 """
 
 import dataclasses
@@ -31,79 +28,86 @@ from pathlib import Path
 import torch
 
 from mixdpo import config as configs
+from mixdpo.config import InputError
+from mixdpo.dpo import label_loss, margins, observed_margins
+from mixdpo.evaluation.identifiability import counts_of, describe_counts
+from mixdpo.experts import load_state, make_experts, once_a_step, pair_logp, projections, trained_state, trunks
+from mixdpo.fast.backward import backward
+from mixdpo.fast.memory import steady
+from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
+from mixdpo.files.atomic import alone, must_be_writable
+from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
+from mixdpo.metrics import step_summary
+from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, reweigh, update_weights, vary
+from mixdpo.models.weights import content_key
+from mixdpo.plan import Micro, make_plan, micro_batches
+from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences
+from mixdpo.private.budget import Private, certify, drop_key, kept_key, spent_before
+from mixdpo.private.dp_sgd import ClippedSum, Noise
+from mixdpo.private.keys import Key
 from mixdpo.runs import memory_estimate as fits
 from mixdpo.runs.init_experts import adopt
-from mixdpo.private.budget import Private, certify, drop_key, kept_key, spent_before
-from mixdpo.config import InputError
-from mixdpo.metrics import step_summary
-from mixdpo.dpo import label_loss, margins, observed_margins
-from mixdpo.experts import (load_state, make_experts, once_a_step, pair_logp, predicting_states, projections,
-                            trained_state, trunks)
-from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
-from mixdpo.evaluation.identifiability import counts_of, describe_counts
-from mixdpo.private.keys import Key
-from mixdpo.variants.latent import Latent, apply_variant, latent_of, pooled
-from mixdpo.logprob import sum_responses
-from mixdpo.fast.memory import steady
-from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, reweigh, update_weights, vary
-from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.runs.options import TrainConfig, compared, short_run, validate
-from mixdpo.plan import Micro, chunks, fitting_rows, make_plan, micro_batches
-from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences, rows_of
-from mixdpo.private.dp_sgd import ClippedSum, Noise
-from mixdpo.text.records import lines
 from mixdpo.runs.reference import load_references, reference_of
-from mixdpo.runs.rundir import (Log, Progress, Stop, compute_dtype, environment, load_checkpoint, must_be_run,
-                           save_checkpoint)
+from mixdpo.runs.rundir import (
+    Log,
+    Progress,
+    Stop,
+    compute_dtype,
+    environment,
+    load_checkpoint,
+    must_be_run,
+    save_checkpoint,
+)
 from mixdpo.start import check_start, make_start
-from mixdpo.models.weights import content_key
-from mixdpo.files.atomic import alone, must_be_writable
-
+from mixdpo.text.records import lines
+from mixdpo.variants.latent import Latent, apply_variant, latent_of, pooled
 
 # --- one step ---------------------------------------------------------------------------------------------------------
 
 
-def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pairs: int, config) -> list[tuple]:
-    """Adds one micro-batch's gradient of sum M8 / pairs.
+def em_loss(batch: Batch, ref_logp: torch.Tensor, latent: Latent, pairs: int, config):
+    """Everything that the method is: log-probs of some whole units -> the loss whose gradient is EM's M-step.
 
-    Returns (log_q of the visits, log_q of the pairs, log_w of the pairs, h) of every chunk, detached.
+    Returns loss_of(logp (b,K,2), part: which pairs of the batch) -> sum of M8 / pairs, and of these pairs
+    (log_q of the groups or None, log_q of each pair, log_w of each, h), detached.
     """
-    batch, known, seen, device = micro.train, latent.given, [], ref_logp.device
-    text = rows_of(batch, packed=config.packing).to(device)                 # made on the CPU: nothing waits for a GPU
-    pair, groups = batch.pair.to(device), batch.group.to(device)            # (B,) each
-    targets, sequence = text.targets, text.sequence                         # (M,) each
-    rows = predicting_states(experts, batch, text)                          # (M,C), or (K,M,C): states of their own
-    made = [rows, *experts.heads()]
-    head_rows = config.head_rows if config.head_rows >= 0 else fitting_rows(rows, made[1], experts.dtype)
-    split = head_rows > 0
-    cut = [x.detach().requires_grad_() if split and x.grad_fn else x for x in made]         # what has a history
-    states, heads = cut[0], [x.to(experts.dtype) for x in cut[1:]]
-    for p, p_end, m, m_end in chunks(batch, head_rows, whole_groups=known is None):
-        tile = None if split else 0                                         # few rows: keep their logits
-        logps = experts.token_logps(states[..., m:m_end, :], targets[m:m_end], tile, heads)         # (K,m)
-        logp = sum_responses(logps, sequence[m:m_end] - 2 * p, p_end - p)                           # (b,K,2)
-        h = margins(logp, ref_logp[pair[p:p_end]].to(logp), config.beta)                            # (b,K)  M4
+    device = ref_logp.device
+    pair, group = batch.pair.to(device), batch.group.to(device)             # (B,) each
+
+    def loss_of(logp: torch.Tensor, part: slice):
+        h = margins(logp, ref_logp[pair[part]].to(logp), config.beta)                               # (b,K)  M4
         h = observed_margins(h, config.label_noise, config.label_loss)
-        group = groups[p:p_end]
-        if known is None:
-            first, last = int(batch.group[p]), int(batch.group[p_end - 1])
-            log_q = e_step(latent.prior[group], h, group - first)[1]                                # (g,K)  M7, M11
-            log_q = apply_variant(log_q, latent[first : last + 1], config)
-            of_pair = log_q[group - first]
-        else:
-            log_q, of_pair = None, known[group]
-        weight = 1.0 if latent.weight is None else latent.weight[group]
+        log_q, of_pair = responsibilities(latent, h, group[part], batch.group[part], config)        # M7, M11, M12
         loss = label_loss(lambda h: expert_loss(of_pair, h), h, config.label_noise, config.label_loss)      # (b,)  M8
-        loss = (weight * loss).sum() / pairs
-        if loss.requires_grad:                                              # false if all experts are frozen
-            loss.backward()
-        seen.append((log_q, of_pair, latent.log_w[group], h.detach()))
-    if config.in_backward and not all(h.isfinite().all() for *_, h in seen):
-        raise FloatingPointError("margins that are not finite")             # while nothing is updated yet
-    for whole, part in zip(made, cut):
-        if whole is not part:
-            whole.backward(part.grad)                                       # one pass through the trunk, or the factors
-    return seen
+        weight = 1.0 if latent.weight is None else latent.weight[group[part]]
+        return (weight * loss).sum() / pairs, (log_q, of_pair, latent.log_w[group[part]], h.detach())
+
+    return loss_of
+
+
+def responsibilities(latent: Latent, h: torch.Tensor, group: torch.Tensor, places: torch.Tensor, config):
+    """The E-step of some whole groups of a batch: log_q of the groups (g,K), and of each of their pairs (b,K). The
+    first is None where responsibilities are given. group, places (b,): each pair's group, on h's device and the CPU."""
+    if latent.given is not None:
+        return None, latent.given[group]
+    first, last = int(places[0]), int(places[-1])
+    log_q = e_step(latent.prior[group], h, group - first)[1]                # (g,K)  M7, M11
+    log_q = apply_variant(log_q, latent[first : last + 1], config)
+    return log_q, log_q[group - first]
+
+
+def accumulate(experts, micro: Micro, ref_logp: torch.Tensor, latent: Latent, pairs: int, config) -> list[tuple]:
+    """Adds one micro-batch's gradient of sum M8 / pairs; returns what em_loss shows of each of its parts."""
+    loss_of = em_loss(micro.train, ref_logp, latent, pairs, config)
+    check = all_finite if config.in_backward else None
+    return backward(experts, micro.train, loss_of, config.head_rows, config.packing, latent.given is None, check)
+
+
+def all_finite(seen: list[tuple]) -> None:
+    """Raises: FloatingPointError, while no parameter has stepped yet, if a margin is NaN or infinite."""
+    if not all(h.isfinite().all() for *_, h in seen):
+        raise FloatingPointError("margins that are not finite")
 
 
 @torch.no_grad()

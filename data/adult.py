@@ -15,9 +15,9 @@ import gzip
 import zlib
 from pathlib import Path
 
+from mixdpo.config import InputError, reading
 from mixdpo.files import fetch
 from mixdpo.tabular.columns import csv_rows
-from mixdpo.config import InputError, reading
 
 OWN = "adult.csv.gz"
 COLUMNS = ("age", "workclass", "fnlwgt", "education", "education-num", "marital-status", "occupation", "relationship",

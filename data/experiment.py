@@ -30,16 +30,16 @@ from data.pairs import judge_apart, name_users, pair_facts, pair_line, spreads
 from data.sentiment import find_distilbert
 from data.stages import key_of, line_by_line, read_lines, stage, write_lines
 from eval import EvalConfig, evaluate
-from mixdpo.files import fetch
 from mixdpo.config import SEEDS, InputError, check_choices, check_ranges, parse, to_json, write_whole
 from mixdpo.evaluation.generate import generate
 from mixdpo.fast.memory import steady
-from mixdpo.runs.options import validate
+from mixdpo.files import fetch
+from mixdpo.files.atomic import alone, must_be_own
+from mixdpo.models.weights import load_model
 from mixdpo.preferences import encode_prompt
+from mixdpo.runs.options import validate
 from mixdpo.runs.rundir import compute_dtype
 from mixdpo.text.tokenizer import load_tokenizer
-from mixdpo.models.weights import load_model
-from mixdpo.files.atomic import alone, must_be_own
 from train import TrainConfig, run
 
 MAX_PROMPT = 16  # tokens of a review that make a prompt

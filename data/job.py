@@ -9,7 +9,6 @@ Any of them may be missing. Left out: every figure that eval.py computes.
 """
 
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from itertools import islice

@@ -25,13 +25,12 @@ import numpy as np
 from data.experiment import begin, check_preset, chosen, train_and_evaluate
 from data.pairs import name_users
 from data.stages import key_of, stage, write_lines
-from mixdpo.files import fetch
 from mixdpo.config import InputError, check_ranges, parse, to_json
 from mixdpo.fast.memory import steady
+from mixdpo.files import fetch
+from mixdpo.files.atomic import alone, must_be_own
 from mixdpo.preferences import encode_prompt, encode_response
 from mixdpo.text.tokenizer import load_tokenizer
-from mixdpo.files.atomic import alone, must_be_own
-
 
 FILES = ["train.jsonl", "heldout.jsonl", "adapt-new-user.jsonl", "adapt-new-user-new-prompt.jsonl", "prompts.jsonl",
          "dataset.json"]

@@ -13,8 +13,8 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixdpo.files import fetch
 from mixdpo.config import InputError
+from mixdpo.files import fetch
 
 OWN, ARCHIVE = "imdb.jsonl.gz", "aclImdb_v1.tar.gz"
 MOST = 2**20  # bytes of a review in the archive

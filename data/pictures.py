@@ -220,7 +220,7 @@ def prompt_features(job: Job) -> dict[str, Figure]:
     path, parts = job.home / "prompt-states.safetensors", domains.parts_of(job)
     if run is None or not path.exists() or run.name not in (weights := domains.weights_of(job)):
         return {}
-    from safetensors.numpy import load_file                                 # these two: only this picture needs them
+    from safetensors.numpy import load_file  # these two: only this picture needs them
     from sklearn.manifold import TSNE
 
     states = load_file(path)["states"][:, ("last", "mean").index(run.config["gate_features"])].astype(float)

@@ -11,7 +11,6 @@ from data import domains, pictures, tables, users
 from data.job import read_job
 from mixdpo.config import write_whole
 
-
 BREAK = "\ue000"  # stands for a line break while Markdown is read
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto } th, td { padding: .2em .7em }

@@ -15,8 +15,8 @@ import tarfile
 from dataclasses import dataclass
 
 from data.movies import clean
-from mixdpo.files import fetch
 from mixdpo.config import InputError
+from mixdpo.files import fetch
 
 FILES = {"product": "amazonReviewSnippets", "editorial": "nytEditorialSnippets", "film": "movieReviewSnippets",
          "tweet": "tweets"}

@@ -6,8 +6,8 @@ import os
 import time
 from pathlib import Path
 
-from mixdpo.files import fetch
 from mixdpo.config import to_json
+from mixdpo.files import fetch
 from mixdpo.runs.rundir import Progress
 
 VERSION = 1     # part of every key: raise it when a stage's result changes

@@ -29,15 +29,15 @@ from data import adult
 from data.marginals import distances, independent, utility
 from data.mst import marginal_method
 from data.studies.tell import table_of
+from mixdpo.config import InputError, check_choices, check_ranges, command, parse, to_json, write_whole
+from mixdpo.fast.memory import steady
+from mixdpo.files.atomic import alone, must_be_own, must_be_writable, noted
 from mixdpo.private.accountant import noise_multiplier
 from mixdpo.private.budget import drop_key, kept_key
-from mixdpo.tabular.columns import Column, columns_of, encode, read_schema, read_table, schema_of, write_table
-from mixdpo.config import InputError, check_choices, check_ranges, command, parse, to_json, write_whole
 from mixdpo.private.keys import Key
-from mixdpo.fast.memory import steady
 from mixdpo.runs.rundir import environment, load_checkpoint
+from mixdpo.tabular.columns import Column, columns_of, encode, read_schema, read_table, schema_of, write_table
 from mixdpo.tabular.dp_tbart import TableConfig, account, fit, look, sample, validate
-from mixdpo.files.atomic import alone, must_be_own, must_be_writable, noted
 
 PRESETS = {"smoke": dict(steps=4, batch=256, width=16, layers=1, heads=2), "quick": {},
            "full": dict(steps=1000, lr=1e-2)}

@@ -22,8 +22,8 @@ import numpy as np
 
 from data.judged import Item, Judged, main
 from data.presets import ULTRAFEEDBACK
-from mixdpo.files import fetch
 from mixdpo.config import InputError, command
+from mixdpo.files import fetch
 from mixdpo.text.records import lines
 
 REPOSITORY = "openbmb/UltraFeedback"

@@ -158,28 +158,3 @@ def micro_batches(plan: Plan, ids: list[int], config, apart: bool = False) -> li
 def gathered(pairs: list[Pair], groups: list[list[int]]) -> Batch:
     """The pairs of these groups, numbered as they stand here."""
     return collate(pairs, [i for group in groups for i in group], [g for g, group in enumerate(groups) for _ in group])
-
-
-KEPT = 2**30  # bytes of logits that a head micro-batch keeps for its backward pass
-
-
-def fitting_rows(rows: torch.Tensor, head: torch.Tensor, dtype: torch.dtype) -> int:
-    """How many response tokens' logits fit into KEPT: one row of the vocabulary for each of a token's states, of which
-    experts may have their own, and for each head: (M,C) or (K,M,C), (V,C) or (K,V,C)."""
-    products = rows.shape[:-2].numel() * head.shape[:-2].numel()
-    return max(1, KEPT // (products * head.shape[-2] * dtype.itemsize))
-
-
-def chunks(batch: Batch, head_rows: int, whole_groups: bool):
-    """Cuts a micro-batch into runs of whole pairs (groups) of about head_rows response tokens; 0: no cut.
-
-    Yields (first pair, one past the last, first token, one past the last).
-    """
-    ends = (batch.length.sum(1) - 2 * batch.start).cumsum(0).tolist()       # one past each pair's last token
-    group, first, begin = batch.group.tolist(), 0, 0
-    for b, end in enumerate(ends):
-        last = b + 1 == len(ends)
-        full = head_rows > 0 and not last and ends[b + 1] - begin > head_rows
-        if last or full and not (whole_groups and group[b] == group[b + 1]):
-            yield first, b + 1, begin, end
-            first, begin = b + 1, end

@@ -24,11 +24,10 @@ from dataclasses import dataclass, field, fields
 import torch
 import torch.nn.functional as F
 
+from mixdpo.config import InputError
 from mixdpo.models.attention import Branches, Packed, branches
 from mixdpo.text.chat import encode_answer, encode_chat, template_of
-from mixdpo.config import InputError
 from mixdpo.text.records import OPTIONAL, TEXTS, Fault, lines, read_record
-
 
 MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content)["']\s*:""")  # a list of messages, written as a string
 SHARED = 0.9  # of the tokens of plain rows: prompts are shared where no more than these are left

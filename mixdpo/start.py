@@ -16,7 +16,6 @@ from mixdpo.gates import TRAINED, looked_at
 from mixdpo.linear import foretold, linear_mixture
 from mixdpo.mixture import e_step, elbo, log_marginal, random_responsibilities
 
-
 RIDGES = (0.01, 0.1, 1.0)           # a pair, of the linear start: the least that still tells users' types is taken
 
 

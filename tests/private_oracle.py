@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import tinyjob
 import torch
 import torch.nn.functional as F
 
-import tinyjob
-from mixdpo.private.accountant import noise_multiplier
 from mixdpo.experts import make_experts
 from mixdpo.models.weights import load_model
+from mixdpo.private.accountant import noise_multiplier
 
 
 def public_secret(n: int) -> bytes:

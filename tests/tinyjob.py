@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 import train
-from mixdpo.text import bpe
 from mixdpo.models.llama import Llama, LlamaConfig
-from mixdpo.runs.rundir import load_checkpoint
 from mixdpo.models.weights import save_model
+from mixdpo.runs.rundir import load_checkpoint
+from mixdpo.text import bpe
 
 EOS = 256
 SMALL = dict(dtype="float32", rank=2, batch=8, micro=4, head_rows=12, lr=1e-3, head_lr=1e-2, warmup=1, start_steps=2,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data import pictures
 from data.studies import NAMES, study_of
-from data.studies.study import PRESETS, run, describe_study
+from data.studies.study import PRESETS, describe_study, run
 from mixdpo.config import check_choices, command, parse, write_whole
 
 

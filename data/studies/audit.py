@@ -40,8 +40,8 @@ from data.studies.worlds import make_model
 from mixdpo.private import budget
 from mixdpo.private import dp_sgd as privacy
 from mixdpo.private.accountant import SEARCH, Mechanism, both_ways, epsilon_of, noise_multiplier
-from mixdpo.private.keys import Key
 from mixdpo.private.dp_sgd import ClippedSum, Noise
+from mixdpo.private.keys import Key
 
 DELTA = 1e-6            # small, since the theorem adds 2 m delta times a probability to each p-value
 ERROR = 0.05            # 1 - confidence, of either bound

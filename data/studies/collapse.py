@@ -10,7 +10,7 @@ and the alarms (mixdpo/metrics.py) are asked at every step, as a run asks them.
 
 import numpy as np
 
-from data.pictures import curves, maps
+from data.pictures import maps
 from data.studies.study import Study
 from data.studies.tell import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.worlds import World, figures, fit, look, oracle, write

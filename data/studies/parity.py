@@ -9,8 +9,8 @@ from data.mst import marginal_method
 from data.pictures import curves
 from data.studies.study import Study
 from data.studies.tell import by, mean_over, table_of
-from mixdpo.tabular.columns import columns_of
 from mixdpo.private.keys import Key
+from mixdpo.tabular.columns import columns_of
 from mixdpo.tabular.dp_tbart import TableConfig, fit, look, sample
 
 ROWS, DIMENSIONS = 20_000, range(3, 9)

@@ -27,15 +27,15 @@ from data.studies.study import Study
 from data.studies.tell import by, over, pm_of, se_over, table_of
 from data.studies.worlds import OWN, STEPS, World, fit, judged, look, write
 from data.tables import NONE, in_ses
-from mixdpo.evaluation.adaptation import weights_after
-from mixdpo.metrics import adjusted_rand_index, mean_se
 from mixdpo.dpo import mixture_accuracy
-from mixdpo.experts import Heads
-from mixdpo.runs.load_run import load_run
+from mixdpo.evaluation.adaptation import weights_after
 from mixdpo.evaluation.heldout import alignment, margins_of
+from mixdpo.experts import Heads
+from mixdpo.metrics import adjusted_rand_index, mean_se
 from mixdpo.mixture import e_step, log_marginal
-from mixdpo.runs.options import TrainConfig
 from mixdpo.preferences import read_preferences
+from mixdpo.runs.load_run import load_run
+from mixdpo.runs.options import TrainConfig
 from mixdpo.runs.reference import load_references, reference_of
 from train import minimise
 

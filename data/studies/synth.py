@@ -9,10 +9,20 @@ from data import adult
 from data.pictures import curves
 from data.studies.study import Study
 from data.studies.tell import by, table_of
-from data.synth import (HEAD, PRESETS, READING, SynthConfig, Tables, baselines, compared, read_tables, rows_of,
-                        synthesize)
-from mixdpo.tabular.columns import columns_of
+from data.synth import (
+    HEAD,
+    PRESETS,
+    READING,
+    SynthConfig,
+    Tables,
+    baselines,
+    compared,
+    read_tables,
+    rows_of,
+    synthesize,
+)
 from mixdpo.private.keys import Key
+from mixdpo.tabular.columns import columns_of
 
 EPSILONS = {"smoke": (1.0, math.inf), "quick": (0.5, 1.0, 3.0, 10.0, math.inf), "full": (0.5, 1.0, 3.0, 10.0, math.inf)}
 SEEDS = {"smoke": 1, "quick": 1, "full": 3}

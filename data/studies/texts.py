@@ -20,17 +20,17 @@ import torch
 
 from data.sentences import Sentence, load_sentences
 from data.stages import key_of
-from mixdpo.files import fetch
-from mixdpo.metrics import adjusted_rand_index, mean_se
 from mixdpo.dpo import mixture_accuracy
+from mixdpo.files import fetch
+from mixdpo.files.atomic import read_tensors, write_tensors
 from mixdpo.linear import LinearMixture, linear_mixture
+from mixdpo.metrics import adjusted_rand_index, mean_se
 from mixdpo.mixture import e_step, log_marginal
+from mixdpo.models.weights import load_model
 from mixdpo.preferences import Pair
 from mixdpo.runs.reference import compute_reference, prompt_features
 from mixdpo.runs.rundir import Progress, compute_dtype
 from mixdpo.text.tokenizer import load_tokenizer
-from mixdpo.models.weights import load_model
-from mixdpo.files.atomic import read_tensors, write_tensors
 
 SIZES = {"smoke": {"sentences": 60, "prompts": 24, "apart": 8},
          "quick": {"sentences": 1000, "prompts": 250, "apart": 50},

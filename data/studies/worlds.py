@@ -22,19 +22,19 @@ import torch
 
 import train
 from data.stages import write_lines
-from mixdpo.text import bpe
-from mixdpo.metrics import adjusted_rand_index, effective_experts, mean_se
 from mixdpo.dpo import accuracy, mixture_accuracy
-from mixdpo.runs.load_run import Run, load_run
-from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.evaluation.heldout import alignment, margins_of
-from mixdpo.private.keys import Key
+from mixdpo.metrics import adjusted_rand_index, effective_experts, mean_se
 from mixdpo.mixture import e_step, log_marginal
-from mixdpo.runs.options import TrainConfig
-from mixdpo.preferences import Pair, groups
-from mixdpo.text.records import lines
-from mixdpo.runs.reference import load_references
+from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.models.weights import save_model
+from mixdpo.preferences import Pair, groups
+from mixdpo.private.keys import Key
+from mixdpo.runs.load_run import Run, load_run
+from mixdpo.runs.options import TrainConfig
+from mixdpo.runs.reference import load_references
+from mixdpo.text import bpe
+from mixdpo.text.records import lines
 
 # DPO with the parameters that an expert has, one low-rank head on the frozen trunk: a mixture whose second weight is 0.
 ONE = {"experts": 2, "weights": "1,1e-9", "start": "none"}

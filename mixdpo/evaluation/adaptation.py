@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mixdpo.metrics import mean_se
 from mixdpo.dpo import mixture_accuracy
+from mixdpo.metrics import mean_se
 from mixdpo.mixture import log_marginal
 from mixdpo.preferences import Pair, groups
 

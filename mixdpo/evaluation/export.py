@@ -12,10 +12,10 @@ import shutil
 from pathlib import Path
 
 from mixdpo.config import InputError
-from mixdpo.experts import Adapters, Heads, Models
 from mixdpo.evaluation.peft import save_adapter
-from mixdpo.text.tokenizer import load_tokenizer
+from mixdpo.experts import Adapters, Heads, Models
 from mixdpo.models.weights import load_model, locate, save_model
+from mixdpo.text.tokenizer import load_tokenizer
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
              "merges.txt", "chat_template.jinja", "generation_config.json")

@@ -11,14 +11,20 @@ from pathlib import Path
 
 import torch
 
-from mixdpo.metrics import (adjusted_rand_index, bayes_posterior, difference_se, effective_experts,
-                                matched_accuracy, mean_se)
 from mixdpo.dpo import accuracy, margins, mixture_accuracy, observed_margins
 from mixdpo.experts import pair_logp
-from mixdpo.runs.load_run import Run
 from mixdpo.gates import gate_inputs, known_pairs
+from mixdpo.metrics import (
+    adjusted_rand_index,
+    bayes_posterior,
+    difference_se,
+    effective_experts,
+    matched_accuracy,
+    mean_se,
+)
 from mixdpo.mixture import e_step, elbo, log_marginal
 from mixdpo.preferences import Pair, check_lengths, collate, read_preferences
+from mixdpo.runs.load_run import Run
 from mixdpo.runs.reference import reference_of
 from mixdpo.runs.rundir import Progress
 

@@ -11,9 +11,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixdpo.text.chat import ends
 from mixdpo.config import InputError, command, parse
 from mixdpo.preferences import Batch, collate, read_preferences
+from mixdpo.text.chat import ends
 from mixdpo.text.tokenizer import load_tokenizer
 
 COLOURS = {"prompt": "36", "response": "1;32", "special": "30;45", "EOS": "30;43", "padding": "90"}

@@ -17,8 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mixdpo.models.attention import KVCache, attend
 from mixdpo.fast.memory import activated
+from mixdpo.models.attention import KVCache, attend
 
 # The four published sizes, as arguments of GPT2Config: 124M, 355M, 774M and 1.5B parameters.
 SIZES = {

@@ -21,8 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mixdpo.models.attention import KVCache, attend
 from mixdpo.fast.memory import activated
+from mixdpo.models.attention import KVCache, attend
 
 
 @dataclass(frozen=True)

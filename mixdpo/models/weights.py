@@ -23,8 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mixdpo.files import fetch
 from mixdpo.config import InputError, reading
+from mixdpo.files import fetch
 from mixdpo.models.gguf import read_gguf
 from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.models.hfconfig import checked, config_from_json, config_to_json, read_json

@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mixdpo.private.accountant import Mechanism, epsilon_of, noise_multiplier
 from mixdpo.config import InputError, lines_of, reading, to_json, write_whole
-from mixdpo.private.keys import Key, identities
 from mixdpo.plan import Plan
 from mixdpo.preferences import Pair
+from mixdpo.private.accountant import Mechanism, epsilon_of, noise_multiplier
 from mixdpo.private.dp_sgd import NOT_COVERED, Noise, participants
+from mixdpo.private.keys import Key, identities
 
 SECRET = "noise-key"
 COVERED = "the weights of experts and gate, as eval.py and an export read them, and all that is made of these alone"

@@ -6,7 +6,7 @@
     moments       AdamW's two, of 4 or 2 bytes a parameter that learns
     activations   what a micro-batch's forward pass keeps for backward: of one and of two blocks of this width, in
                   truth, on random weights and on the CPU; the others are like the second
-    logits        one head micro-batch's (plan.KEPT), and their gradient
+    logits        one head micro-batch's (backward.KEPT), and their gradient
 
 Parameters are counted on a model without memory. Left out: the pass that makes the reference's log-probs (one
 micro-batch without gradient, less than a step), the file's own pages while it is read (2 bytes a parameter of a model
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from mixdpo.experts import make_experts, once_a_step
-from mixdpo.plan import KEPT
+from mixdpo.fast.backward import KEPT
 from mixdpo.runs.rundir import compute_dtype
 from mixdpo.models.weights import MODELS, config_of
 

@@ -27,15 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mixdpo.private.accountant import Mechanism, epsilon_of, noise_multiplier
-from mixdpo.models.attention import KVCache
-from mixdpo.tabular.columns import Column, joined
 from mixdpo.config import SEEDS, InputError, Stopped, check_choices, check_ranges
-from mixdpo.models.gpt2 import Block, GPT2Config
-from mixdpo.private.keys import Key, identities
 from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
+from mixdpo.models.attention import KVCache
+from mixdpo.models.gpt2 import Block, GPT2Config
+from mixdpo.private.accountant import Mechanism, epsilon_of, noise_multiplier
 from mixdpo.private.dp_sgd import NOT_COVERED, Noise, ghost_clipped_sum, participants
+from mixdpo.private.keys import Key, identities
 from mixdpo.runs.rundir import Progress, Stop, load_checkpoint, save_checkpoint
+from mixdpo.tabular.columns import Column, joined
 
 ORDERS = ("given", "entropy", "random")
 DECAY = 0.99            # of the parameters' moving average, a step

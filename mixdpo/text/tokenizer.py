@@ -17,11 +17,19 @@ from pathlib import Path
 
 import tiktoken
 
-from mixdpo.text.bpe import (BYTE_LEVEL, LLAMA3_STEPS, SMOLLM_STEPS, document, merges_of, pattern_of, read_vocabulary,
-                        to_name)
 from mixdpo.config import InputError, reading
 from mixdpo.files.fetch import asset
 from mixdpo.models.gguf import read_gguf
+from mixdpo.text.bpe import (
+    BYTE_LEVEL,
+    LLAMA3_STEPS,
+    SMOLLM_STEPS,
+    document,
+    merges_of,
+    pattern_of,
+    read_vocabulary,
+    to_name,
+)
 
 # The pre-tokenizers that a GGUF file names, under its tokenizer.ggml.model and .pre.
 GGUF_STEPS = {("gpt2", "smollm"): SMOLLM_STEPS, ("gpt2", "gpt-2"): BYTE_LEVEL}

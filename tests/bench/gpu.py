@@ -11,13 +11,14 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.bench import step                                                # first: it sets how threads wait
-
 import torch
 
 from mixdpo.config import InputError, command, parse, write_whole
 from mixdpo.runs.rundir import environment
-from tests.bench import memory
+from tests.bench import (
+    memory,
+    step,  # first: it sets how threads wait
+)
 from tests.bench.variants import SIZES, make_setting
 
 PEAK = 989e12                           # dense bf16 FLOPs a second of an H100 SXM, by its data sheet

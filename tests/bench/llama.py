@@ -17,8 +17,8 @@ import torch
 
 from mixdpo.config import InputError, command, parse
 from mixdpo.models.llama import Llama, LlamaConfig, RopeScaling
-from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import save_model
+from mixdpo.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = LlamaConfig(vocab=128256, context=131072, width=2048, inner=8192, layers=16, heads=32, kv_heads=8, head_dim=64,

@@ -2,13 +2,13 @@
 
 import torch
 
-from mixdpo.metrics import step_summary
-from mixdpo.experts import Heads, pair_logp
 from mixdpo.evaluation.generate import generate
+from mixdpo.experts import Heads, pair_logp
 from mixdpo.logprob import token_logps, token_logps_reference
+from mixdpo.metrics import step_summary
 from mixdpo.mixture import e_step, expert_loss
-from mixdpo.preferences import Pair, collate
 from mixdpo.models.weights import load_model
+from mixdpo.preferences import Pair, collate
 from tests.bench.variants import VARIANTS, Setting, Stepper, Variant, products_in
 
 

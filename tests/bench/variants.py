@@ -18,15 +18,15 @@ import torch.nn.functional as F
 
 import train
 from mixdpo.experts import make_experts, once_a_step, trunks
+from mixdpo.fast.optimizer import make_optimizer
 from mixdpo.gates import Gate, Inputs, first_weights
 from mixdpo.models.gpt2 import GPT2, GPT2Config
-from mixdpo.variants.latent import latent_of
 from mixdpo.models.llama import Llama, LlamaConfig
-from mixdpo.fast.optimizer import make_optimizer
+from mixdpo.models.weights import load_model, save_model
 from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Batch, Pair, collate, rows_of
 from mixdpo.runs.reference import compute_reference
-from mixdpo.models.weights import load_model, save_model
+from mixdpo.variants.latent import latent_of
 
 BETA, LR, CLIP = 0.1, 1e-6, 1.0
 

@@ -26,14 +26,15 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                # the tests' helpers
 
 import tinyjob
+
 from mixdpo import config as configs
 from mixdpo.config import InputError
 from mixdpo.models.gguf import read_gguf
-from mixdpo.runs.options import TrainConfig
+from mixdpo.models.weights import load_model
 from mixdpo.preferences import read_preferences
+from mixdpo.runs.options import TrainConfig
 from mixdpo.runs.rundir import load_checkpoint, save_checkpoint
 from mixdpo.text.tokenizer import load_tokenizer
-from mixdpo.models.weights import load_model
 from tests.models.test_gguf import METADATA, TENSORS, gguf
 
 SECONDS, GROWTH = 5, 2**30

@@ -22,9 +22,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                # the tests' helpers
 
 import tinyjob
+
 import train
-from mixdpo.runs import rundir
 from mixdpo.files import atomic as whole
+from mixdpo.runs import rundir
 
 USER = {"latent": "user", "beta": 0.5}
 CASES = {

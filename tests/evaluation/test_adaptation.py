@@ -3,15 +3,15 @@
 import dataclasses
 import math
 
+import brute
 import numpy as np
 import pytest
 import torch
+from raising import refuses
 
-import brute
 from mixdpo.evaluation.adaptation import adapted
 from mixdpo.metrics import mean_se
 from mixdpo.preferences import Pair
-from raising import refuses
 
 
 def planted(users=60, each=40, seed=0, sure=1.0):

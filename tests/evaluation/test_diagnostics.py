@@ -4,14 +4,22 @@ import itertools
 import json
 import math
 
+import brute
 import numpy as np
 import pytest
 import torch
 
-import brute
 from mixdpo.metrics import (
-    WINDOW, adjusted_rand_index, alarms, bayes_posterior, difference_se, effective_experts, entropy, matched_accuracy,
-    mean_se, step_summary
+    WINDOW,
+    adjusted_rand_index,
+    alarms,
+    bayes_posterior,
+    difference_se,
+    effective_experts,
+    entropy,
+    matched_accuracy,
+    mean_se,
+    step_summary,
 )
 
 

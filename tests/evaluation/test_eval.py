@@ -6,22 +6,22 @@ import math
 import sys
 import types
 
+import brute
 import numpy as np
 import pytest
+import tinyjob
 import torch
 
-import brute
 import eval as evaluation
-import tinyjob
 import train
 from data.job import read_job
 from eval import EvalConfig, evaluate
 from mixdpo.config import InputError
+from mixdpo.files.atomic import read_tensors, write_tensors
+from mixdpo.models.weights import load_model
 from mixdpo.preferences import Pair
 from mixdpo.runs.rundir import checkpoints
 from mixdpo.text.tokenizer import load_tokenizer
-from mixdpo.models.weights import load_model
-from mixdpo.files.atomic import read_tensors, write_tensors
 
 MAX_NEW, PROMPTS = 6, ["mn", "o", "pmno", "nn", "po", "mmm", "opn"]
 

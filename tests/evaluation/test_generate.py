@@ -9,9 +9,9 @@ import math
 
 import numpy as np
 import pytest
+import small
 import torch
 
-import small
 from mixdpo.evaluation.generate import choose_expert, draw, first_above, generate
 
 EOS = 3

@@ -6,9 +6,9 @@ from itertools import combinations
 
 import pytest
 import torch
-
 from letters import GOOD, Letters, write
 from raising import refuses
+
 from mixdpo.evaluation import identifiability
 from mixdpo.evaluation.identifiability import counts_of, describe_counts
 from mixdpo.preferences import Pair

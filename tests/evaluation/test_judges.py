@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from raising import refuses
 
 import eval as evaluation
 from data import judges, llm
@@ -15,7 +16,6 @@ from data.job import read_job
 from data.judges import by_scores, rate, win_rates
 from data.users import win_rates as win_rates_of
 from mixdpo.config import InputError
-from raising import refuses
 
 TYPES = {"short": "shorter", "long": "longer"}
 

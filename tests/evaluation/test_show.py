@@ -3,12 +3,12 @@
 import json
 
 import pytest
+import tinyjob
 from letters import GOOD, Letters, read, write
 from raising import refuses
 
-import tinyjob
-from mixdpo.preferences import collate
 from mixdpo.evaluation.show import main, show
+from mixdpo.preferences import collate
 from mixdpo.text.tokenizer import load_tokenizer
 
 

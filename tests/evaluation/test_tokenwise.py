@@ -10,13 +10,13 @@ import math
 
 import numpy as np
 import pytest
-import torch
-
 import small
+import torch
+from test_generate import assert_frequencies, count, logits_after, sampled
+
 from mixdpo.evaluation import generate as module
 from mixdpo.evaluation.generate import choose_expert, generate, generate_tokenwise, next_token
 from mixdpo.mixture import mixture_logp, prefix_log_weights
-from test_generate import assert_frequencies, count, logits_after, sampled
 
 V, EOS, LONGEST = 4, 3, 3
 TEXTS = [ids for t in range(1, LONGEST + 1) for ids in itertools.product(range(V), repeat=t)

@@ -5,11 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
+from raising import refuses
 
 from data import annotators
 from data.annotators import checks, grammar, informativeness, parser, score
 from data.sentiment import NEEDED, fit_sentiment, piece, read_judge, sentiment, write_judge
-from raising import refuses
 
 spacy = pytest.importorskip("spacy", reason="spaCy is not installed (the `data` extra)")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed (the `data` extra)")

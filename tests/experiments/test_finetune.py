@@ -6,15 +6,15 @@ import os
 import signal
 
 import pytest
-import torch
-
 import tinyjob
+import torch
+from raising import refuses
+
 from data import finetune as module
 from data.finetune import FinetuneConfig, finetune, read_blocks
 from mixdpo.config import Stopped
-from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model
-from raising import refuses
+from mixdpo.text.tokenizer import load_tokenizer
 
 TEXTS = [{"text": f"the {animal} sat on the {place}. " * 3}
          for animal in ("cat", "dog", "cow") for place in ("mat", "sofa", "roof")]

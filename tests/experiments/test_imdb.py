@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from raising import refuses
 
 from data import experiment, imdb
 from data.estimate import estimate, work
@@ -22,11 +23,10 @@ from data.presets import IMDB, REVIEWS
 from data.stages import key_of, read_lines, stage, write_lines
 from mixdpo.config import InputError
 from mixdpo.models.llama import Llama, LlamaConfig
-from mixdpo.runs.options import validate
-from mixdpo.preferences import read_preferences
-from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import save_model
-from raising import refuses
+from mixdpo.preferences import read_preferences
+from mixdpo.runs.options import validate
+from mixdpo.text.tokenizer import load_tokenizer
 
 LETTERS = [chr(c) for c in range(33, 127)]
 ROW = {"split": "train", "label": "pos", "text": "A film."}

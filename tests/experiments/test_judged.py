@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 import tinyjob
+from raising import refuses
+
 from data import hh, judged
 from data.job import read_job
 from data.judged import Item, deal, divide, fitting, line
 from data.presets import HH
 from mixdpo.preferences import read_preferences
 from mixdpo.text.tokenizer import load_tokenizer
-from raising import refuses
 
 WORDS = {"helpful": "abcd", "harmless": "wxyz"}
 

@@ -3,11 +3,11 @@ for users."""
 
 import math
 
+import brute
 import numpy as np
 import pytest
 import torch
 
-import brute
 from mixdpo.linear import foretold, linear_mixture
 
 D = 8

@@ -3,14 +3,14 @@ its docstring."""
 
 import json
 
+import brute
 import numpy as np
 import pytest
 import torch
+from raising import refuses
 
-import brute
 from data import planted
 from data.planted import PlantedConfig, assigned, world
-from raising import refuses
 
 
 @pytest.mark.parametrize("types", [2, 4])

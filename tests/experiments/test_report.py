@@ -14,7 +14,8 @@ pytest.importorskip("matplotlib", reason="the pictures need the `plots` extra")
 
 from data.job import annotators_of, read_job  # noqa: E402
 from data.pictures import ANNOTATORS, accuracy, histogram, responsibilities, rewards, training  # noqa: E402
-from data.report import page as as_page, report  # noqa: E402
+from data.report import page as as_page  # noqa: E402
+from data.report import report
 
 
 @pytest.fixture

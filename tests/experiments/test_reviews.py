@@ -8,6 +8,8 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from raising import refuses
+from test_imdb import save_tiny, write_reviews
 
 from data import domains, experiment, reviews
 from data.books import load_products
@@ -17,8 +19,6 @@ from data.presets import REVIEWS
 from data.stages import read_lines
 from mixdpo.preferences import read_preferences
 from mixdpo.text.tokenizer import load_tokenizer
-from test_imdb import save_tiny, write_reviews
-from raising import refuses
 
 LINE = {"domain": "books", "label": "pos", "text": "A fine &quot;book&quot;.<br />Read it."}
 

@@ -7,18 +7,17 @@ import json
 import math
 import tarfile
 
+import brute
 import numpy as np
 import pytest
 import torch
+from raising import refuses
 
-import brute
 from data import sentences, studies
 from data.studies import parity, privacy, study, texts, worlds
 from data.studies.worlds import ITEMS, World, fit, item_probabilities, judged, look, oracle, prompt, write
-from mixdpo.files import fetch
 from mixdpo.config import InputError
-from raising import refuses
-
+from mixdpo.files import fetch
 
 # ---- planted worlds
 

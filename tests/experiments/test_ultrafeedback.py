@@ -8,15 +8,15 @@ import threading
 from collections import Counter
 
 import pytest
-
 import tinyjob
+from raising import refuses
+
 from data import judged, ultrafeedback
 from data.presets import ULTRAFEEDBACK
 from data.sample import make
 from data.ultrafeedback import TYPES, item_of, load
-from mixdpo.files import fetch
 from mixdpo.config import InputError
-from raising import refuses
+from mixdpo.files import fetch
 
 
 def completion(text, *ratings):

@@ -12,11 +12,11 @@ import tokenize
 from pathlib import Path
 
 import pytest
+from raising import refuses
 
 from data.finetune import FinetuneConfig
 from eval import EvalConfig
 from mixdpo import config as configs
-from raising import refuses
 from train import TrainConfig
 
 

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-
 from brute import numeric_gradient, sigma
+
 from mixdpo.dpo import accuracy, dpo_loss, flipped_margins, label_loss, margins
 
 FP32, FP64 = torch.float32, torch.float64

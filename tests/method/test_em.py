@@ -3,11 +3,11 @@ never falls."""
 
 import math
 
+import brute
 import numpy as np
 import pytest
 import torch
 
-import brute
 from mixdpo.dpo import margins
 from mixdpo.mixture import e_step, expert_loss, random_responsibilities, update_weights
 

@@ -4,13 +4,13 @@ import copy
 import re
 
 import pytest
-import torch
-
 import small
+import torch
+from raising import refuses
+
 from mixdpo.dpo import margins
 from mixdpo.experts import Adapters, Heads, Models, load_state, make_experts, pair_logp, trained_state
 from mixdpo.preferences import collate
-from raising import refuses
 
 COUNT = 6
 SHARINGS = {"k1": dict(experts=1), "full": dict(experts=3, rank=0), "low-rank": dict(experts=3),

@@ -5,8 +5,16 @@ import math
 import pytest
 import torch
 
-from mixdpo.mixture import (e_step, elbo, expert_loss, gate_loss, log_marginal, mixture_logp, prefix_log_weights,
-                            update_weights)
+from mixdpo.mixture import (
+    e_step,
+    elbo,
+    expert_loss,
+    gate_loss,
+    log_marginal,
+    mixture_logp,
+    prefix_log_weights,
+    update_weights,
+)
 
 INF = math.inf
 

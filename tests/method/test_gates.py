@@ -4,13 +4,13 @@ names the faults that the test was seen to catch."""
 import math
 
 import pytest
-import torch
-
 import tinyjob
+import torch
+from raising import refuses
+
 from mixdpo.gates import KINDS, TRAINED, Gate, Inputs, gate_inputs, gate_state, load_gate
 from mixdpo.mixture import entropy, gate_loss
 from mixdpo.preferences import Pair
-from raising import refuses
 
 N, D, K = 9, 5, 3
 FIXED = torch.tensor([0.2, 0.3, 0.5]).log()

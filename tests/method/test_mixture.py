@@ -3,18 +3,31 @@ the identities that join them."""
 
 import math
 
+import brute
 import numpy as np
 import pytest
+import small
 import torch
 
-import brute
-import small
 from mixdpo.dpo import dpo_loss
 from mixdpo.gates import Gate, Inputs
-from mixdpo.variants.latent import latent_of
-from mixdpo.mixture import (SAMPLED, balance, damp, e_step, elbo, entropy, expert_loss, gate_loss, log_marginal,
-                            random_responsibilities, reweigh, update_weights, vary)
+from mixdpo.mixture import (
+    SAMPLED,
+    balance,
+    damp,
+    e_step,
+    elbo,
+    entropy,
+    expert_loss,
+    gate_loss,
+    log_marginal,
+    random_responsibilities,
+    reweigh,
+    update_weights,
+    vary,
+)
 from mixdpo.plan import make_plan
+from mixdpo.variants.latent import latent_of
 
 FP32, FP64 = torch.float32, torch.float64
 TOLERANCE = {FP32: 3e-6, FP64: 1e-12}

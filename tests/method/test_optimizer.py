@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
+from raising import refuses
 
 import train
-from mixdpo.gates import Gate, Inputs
-from mixdpo.variants.latent import latent_of
 from mixdpo.experts import once_a_step
 from mixdpo.fast.optimizer import RoundedAdamW, load_optimizer_state, make_optimizer, mixed, optimizer_state, rounded
+from mixdpo.gates import Gate, Inputs
 from mixdpo.plan import make_plan, micro_batches
+from mixdpo.variants.latent import latent_of
 from tests import small
-from raising import refuses
 
 COUNT = 7
 

@@ -8,10 +8,10 @@ maximised by tilting every reference with r. Each closed form is held against a 
 
 import math
 
+import brute
 import numpy as np
 import torch
 
-import brute
 from mixdpo.dpo import margins
 from mixdpo.mixture import log_marginal, mixture_reward
 

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
+import small
 import torch
 from letters import PEOPLE, pair
+from raising import refuses
 
-import small
-from mixdpo import plan
+from mixdpo.fast import backward
 from mixdpo.plan import batches, make_plan, mark_context, micro_batches
 from mixdpo.preferences import groups
-from raising import refuses
 
 
 def test_context_pairs_are_drawn_per_user():
@@ -137,7 +137,7 @@ def test_chunks_cover_every_pair_once_and_cut_no_user():
     batch = collate(pairs, range(7), [0, 0, 1, 1, 1, 2, 3])
     sequence = rows_of(batch).sequence
     for rows, whole in ((1, True), (1, False), (12, True), (12, False), (0, True)):
-        cuts = list(plan.chunks(batch, rows, whole))
+        cuts = list(backward.chunks(batch, rows, whole))
         assert [c[0] for c in cuts] == [0, *(c[1] for c in cuts[:-1])] and cuts[-1][1] == 7
         assert all((sequence[m:end] // 2 >= p).all() and (sequence[m:end] // 2 < q).all() for p, q, m, end in cuts)
         assert sum(end - m for *_, m, end in cuts) == len(sequence)
@@ -148,10 +148,10 @@ def test_chunks_cover_every_pair_once_and_cut_no_user():
 
 def test_a_head_micro_batch_keeps_as_much_as_fits(monkeypatch):
     """Fault: heads, or experts with states of their own, not counted; a bound of less than one row."""
-    monkeypatch.setattr(plan, "KEPT", 4 * 53 * 12)
+    monkeypatch.setattr(backward, "KEPT", 4 * 53 * 12)
     rows, head = torch.zeros(30, 8), torch.zeros(53, 8)
-    assert plan.fitting_rows(rows, head, torch.float32) == 12
-    assert plan.fitting_rows(rows, head, torch.bfloat16) == 24
-    assert plan.fitting_rows(rows, head.expand(4, 53, 8), torch.float32) == 3
-    assert plan.fitting_rows(rows.expand(3, 30, 8), head, torch.float32) == 4
-    assert plan.fitting_rows(rows.expand(20, 30, 8), head, torch.float32) == 1
+    assert backward.fitting_rows(rows, head, torch.float32) == 12
+    assert backward.fitting_rows(rows, head, torch.bfloat16) == 24
+    assert backward.fitting_rows(rows, head.expand(4, 53, 8), torch.float32) == 3
+    assert backward.fitting_rows(rows.expand(3, 30, 8), head, torch.float32) == 4
+    assert backward.fitting_rows(rows.expand(20, 30, 8), head, torch.float32) == 1

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mixdpo.metrics import matched_accuracy
 from mixdpo.gates import Gate, Inputs
 from mixdpo.linear import linear_mixture
+from mixdpo.metrics import matched_accuracy
 from mixdpo.mixture import e_step, expert_loss, gate_loss, log_marginal
 from mixdpo.start import first_responsibilities
 

@@ -7,17 +7,17 @@ In float64, where nothing hides behind rounding, and in float32.
 """
 
 import pytest
+import small
 import torch
 import torch.nn.functional as F
 
-import small
 from mixdpo.dpo import dpo_loss, margins
 from mixdpo.experts import pair_logp
 from mixdpo.gates import Gate, Inputs
-from mixdpo.variants.latent import Latent, latent_of
 from mixdpo.mixture import log_marginal
 from mixdpo.plan import Micro, make_plan, micro_batches
 from mixdpo.preferences import collate, groups
+from mixdpo.variants.latent import Latent, latent_of
 from train import accumulate, step
 
 COUNT = 9

@@ -8,26 +8,26 @@ import math
 import re
 import shutil
 
+import brute
 import numpy as np
 import pytest
+import tinyjob
 import torch
 import torch.nn.functional as F
+from raising import refuses
 
-import brute
-import tinyjob
 import train
-from mixdpo.runs import reference as reference_module
 from mixdpo import start as start_module
 from mixdpo.config import InputError
 from mixdpo.experts import make_experts
 from mixdpo.mixture import random_responsibilities
-from mixdpo.runs.options import validate_values
+from mixdpo.models.weights import load_model
 from mixdpo.plan import batches, mark_context
 from mixdpo.preferences import groups, read_preferences
+from mixdpo.runs import reference as reference_module
+from mixdpo.runs.options import validate_values
 from mixdpo.runs.reference import compute_reference
 from mixdpo.text.tokenizer import load_tokenizer
-from mixdpo.models.weights import load_model
-from raising import refuses
 
 USER, CONTEXT = {"latent": "user"}, {"latent": "user", "estep": "context", "context": 2}
 CASES = {
@@ -555,9 +555,10 @@ def test_weighted_pairs_have_weighted_gradients(model_dir):
     """Two groups' weights against the gradients of each alone. Catches: the mean of weights divided out, weights of the
     wrong group's pairs, chunks that begin at the first group's weight."""
     import small
+
     from mixdpo.gates import Inputs
-    from mixdpo.variants.latent import Latent
     from mixdpo.plan import make_plan, micro_batches
+    from mixdpo.variants.latent import Latent
 
     pairs, ref = small.pairs(6, users=2), small.reference_logp(6)
     config = small.config(latent="user", rank=3, batch=6, micro=6, head_rows=5)

@@ -5,11 +5,11 @@ fail on.
 import time
 
 import pytest
+from badserver import BODY, CUT, SUM, place, server  # noqa: F401  (fixtures)
+from raising import refuses
 
 from mixdpo.files import download
 from mixdpo.files.fetch import asset
-from badserver import BODY, CUT, SUM, place, server  # noqa: F401  (fixtures)
-from raising import refuses
 
 
 @pytest.mark.parametrize("kind", ["whole", "unmeasured"])

@@ -12,11 +12,11 @@ import threading
 import zipfile
 
 import pytest
+from badserver import BODY, SUM, place, server  # noqa: F401  (fixtures)
+from raising import refuses
 
 from mixdpo.files import fetch
 from mixdpo.files.fetch import Package, asset
-from badserver import BODY, SUM, place, server  # noqa: F401  (fixtures)
-from raising import refuses
 
 # --- the cache --------------------------------------------------------------------------------------------------------
 

@@ -6,9 +6,9 @@ import struct
 
 import numpy as np
 import pytest
+from raising import refuses
 
 from mixdpo.models.gguf import read_gguf
-from raising import refuses
 
 
 def string(text):

@@ -7,29 +7,29 @@ import json
 import re
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-
-import eval as evaluation
 import small
 import tinyjob
+import torch
+from raising import refuses
+from safetensors.torch import load_file, save_file
+from test_experts import SHARINGS
+from test_weights import as_gguf, write_gguf
+
+import eval as evaluation
 import train
 from mixdpo.evaluation import export as exporting
-from mixdpo.models import weights
-from mixdpo.experts import Adapters, Heads, LoRALinear, load_state, pair_logp, projections, trained_state
 from mixdpo.evaluation.export import export_experts
-from mixdpo.gates import Gate, Inputs
 from mixdpo.evaluation.generate import generate
-from mixdpo.variants.latent import latent_of
-from mixdpo.fast.optimizer import make_optimizer
 from mixdpo.evaluation.peft import factors, load_adapter, save_adapter
+from mixdpo.experts import Adapters, Heads, LoRALinear, load_state, pair_logp, projections, trained_state
+from mixdpo.fast.optimizer import make_optimizer
+from mixdpo.gates import Gate, Inputs
+from mixdpo.models import weights
+from mixdpo.models.weights import load_model
 from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Pair, collate
 from mixdpo.text.tokenizer import load_tokenizer
-from mixdpo.models.weights import load_model
-from test_experts import SHARINGS
-from test_weights import as_gguf, write_gguf
-from raising import refuses
+from mixdpo.variants.latent import latent_of
 
 COUNT = 8       # 16 rows: no remainder behind the vector units' lanes, where silu rounds otherwise
 ALL = {"gpt2": "c_attn,c_proj,c_fc", "llama": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"}

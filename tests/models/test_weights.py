@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from raising import refuses
 from safetensors.torch import load_file, save_file
 
-from mixdpo.models import weights
 from mixdpo.files import fetch
+from mixdpo.models import weights
 from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.models.hfconfig import config_from_json, config_to_json
 from mixdpo.models.llama import LlamaConfig, RopeScaling
 from mixdpo.models.weights import content_key, load_model, save_model
-from raising import refuses
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = ["gpt2", "gpt2-inner", "llama-tied", "llama-untied", "llama3-scaling"]

@@ -22,21 +22,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tinyjob
 import torch
 
 import eval as evaluation
-import tinyjob
 import train
-from mixdpo.runs import load_run as finished
-from mixdpo.runs import memory_estimate as fits
-from mixdpo.runs import reference
-from mixdpo.runs import rundir
 from mixdpo import metrics as diagnostics
-from mixdpo.private import keys
-from mixdpo.evaluation.adaptation import weights_after
 from mixdpo.config import InputError
+from mixdpo.evaluation.adaptation import weights_after
 from mixdpo.experts import Adapters, Models
 from mixdpo.gates import TRAINED
+from mixdpo.private import keys
+from mixdpo.runs import load_run as finished
+from mixdpo.runs import memory_estimate as fits
+from mixdpo.runs import reference, rundir
 from mixdpo.runs.options import TrainConfig, validate
 
 SETTINGS = {

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixdpo.experts import Adapters, make_experts
 from mixdpo.evaluation.export import export_experts
+from mixdpo.evaluation.peft import load_adapter, save_adapter
+from mixdpo.experts import Adapters, make_experts
 from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.models.llama import Llama, LlamaConfig
-from mixdpo.evaluation.peft import load_adapter, save_adapter
-from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model, save_model
+from mixdpo.text.tokenizer import load_tokenizer
 from tests import tinyjob
 from train import TrainConfig
 

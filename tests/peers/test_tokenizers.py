@@ -12,10 +12,10 @@ import pytest
 import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 
-from mixdpo.text.chat import encode_answer, encode_chat
 from mixdpo.config import InputError
 from mixdpo.files.fetch import asset
 from mixdpo.models.gguf import read_gguf
+from mixdpo.text.chat import encode_answer, encode_chat
 from mixdpo.text.tokenizer import load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed (extra `peers`)")

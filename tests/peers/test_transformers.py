@@ -16,8 +16,8 @@ from mixdpo.config import InputError
 from mixdpo.files.fetch import asset
 from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.models.llama import Llama, LlamaConfig, RopeScaling
-from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model, save_model
+from mixdpo.text.tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")
 golden_make = pytest.importorskip("tests.golden.make")

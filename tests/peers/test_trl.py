@@ -15,11 +15,11 @@ import train
 from mixdpo.experts import make_experts
 from mixdpo.gates import Inputs, first_weights
 from mixdpo.models.gpt2 import GPT2, GPT2Config
-from mixdpo.variants.latent import Latent
+from mixdpo.models.weights import load_model, save_model
 from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Pair
 from mixdpo.runs.reference import compute_reference
-from mixdpo.models.weights import load_model, save_model
+from mixdpo.variants.latent import Latent
 
 VOCAB, BETA = 4603, 0.3             # more than one tile of the vocabulary
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")     # transformers' Conv1D keeps these as (in, out)

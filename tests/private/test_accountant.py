@@ -6,15 +6,25 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from raising import refuses
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from mixdpo.private import accountant
-from mixdpo.private.accountant import (EXACT, ORDERS, SEARCH, Mechanism, both_ways, delta_of, epsilon_of, epsilon_rdp,
-                               noise_multiplier, rdp)
 from mixdpo.config import InputError
-from raising import refuses
+from mixdpo.private import accountant
+from mixdpo.private.accountant import (
+    EXACT,
+    ORDERS,
+    SEARCH,
+    Mechanism,
+    both_ways,
+    delta_of,
+    epsilon_of,
+    epsilon_rdp,
+    noise_multiplier,
+    rdp,
+)
 
 
 def loss(x, sigma, rate):

@@ -5,12 +5,12 @@ import gzip
 import json
 
 import pytest
+from raising import refuses
 
 from data import adult
 from data.adult import COLUMNS, SCHEMA, read_uci, table
-from mixdpo.tabular.columns import columns_of, encode
 from mixdpo.files.fetch import ASSETS
-from raising import refuses
+from mixdpo.tabular.columns import columns_of, encode
 
 LINES = [
     "39, State-gov, 77516, Bachelors, 13, Never-married, Adm-clerical, Not-in-family, White, Male, 2174, 0, 40, "

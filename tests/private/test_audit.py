@@ -14,7 +14,6 @@ from mixdpo.private import dp_sgd as privacy
 from mixdpo.private.accountant import Mechanism, noise_multiplier
 from mixdpo.private.dp_sgd import Noise
 
-
 # ---- statistics
 
 

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 import tinyjob
+from fakejob import make_job
+from raising import refuses
+
 from data import experiment, hh, imdb, judged, planted, stages, synth
 from data.presets import HH, IMDB, REVIEWS, ULTRAFEEDBACK
 from data.report import report
 from data.studies import __main__ as studies
 from data.studies import study
-from fakejob import make_job
-from mixdpo.tabular import dp_tbart as tabular
-from mixdpo.tabular.columns import read_schema, read_table
 from mixdpo.config import InputError, to_json
 from mixdpo.runs.rundir import checkpoints
-from raising import refuses
+from mixdpo.tabular import dp_tbart as tabular
+from mixdpo.tabular.columns import read_schema, read_table
 
 SCHEMA = [{"name": "sex", "type": "category", "values": ["F", "M"]},
           {"name": "age", "type": "number", "low": 0, "high": 99, "quantiles": 5, "integer": True}]

@@ -8,10 +8,10 @@ import json
 
 import numpy as np
 import pytest
+from raising import refuses
 
 from data import adult
 from mixdpo.tabular.columns import FINE, columns_of, encode, joined, read_schema, read_table, schema_of, write_table
-from raising import refuses
 
 SCHEMA = [
     {"name": "colour", "type": "category", "values": ["red", "green, dark", "blue"], "missing": "?"},

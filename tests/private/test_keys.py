@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+import tinyjob
 import torch
 
-import tinyjob
-from mixdpo.private.keys import Key, identities
 from mixdpo.private.dp_sgd import Noise
+from mixdpo.private.keys import Key, identities
 
 
 def noise(key):

@@ -12,13 +12,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tinyjob
 import torch
 
-import tinyjob
-from mixdpo.tabular import dp_tbart as tabular
 from mixdpo.private import dp_sgd as privacy
-from mixdpo.tabular.columns import columns_of
 from mixdpo.private.keys import Key
+from mixdpo.tabular import dp_tbart as tabular
+from mixdpo.tabular.columns import columns_of
 from mixdpo.tabular.dp_tbart import TableConfig, fit, look
 
 C = 0.05                        # small: every gradient is clipped, so that one too many would show

@@ -9,11 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mixdpo.private import dp_sgd as privacy
 from mixdpo.models.gpt2 import Block, GPT2Config
+from mixdpo.private import dp_sgd as privacy
+from mixdpo.private.dp_sgd import (
+    ClippedSum,
+    Noise,
+    clip_factors,
+    clipped_sum,
+    clipped_sum_slow,
+    ghost_clipped_sum,
+    participants,
+    per_example_gradients,
+)
 from mixdpo.private.keys import Key
-from mixdpo.private.dp_sgd import (ClippedSum, Noise, clip_factors, clipped_sum, clipped_sum_slow, ghost_clipped_sum,
-                            per_example_gradients, participants)
 
 V, T, C = 11, 6, 8
 

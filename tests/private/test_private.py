@@ -7,19 +7,19 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
-
 import tinyjob
+import torch
+from private_oracle import Twin, public_secret
+from raising import refuses
+
 import train
+from mixdpo.config import InputError
+from mixdpo.gates import gate_state, make_gate
 from mixdpo.private import budget
 from mixdpo.private import dp_sgd as privacy
 from mixdpo.private.accountant import Mechanism, epsilon_of
-from mixdpo.config import InputError
-from mixdpo.gates import gate_state, make_gate
 from mixdpo.private.keys import Key
 from mixdpo.runs.options import TrainConfig, validate
-from private_oracle import Twin, public_secret
-from raising import refuses
 
 PRIVATE = dict(epsilon=8.0, clip=17.0, batch=6, micro=3, beta=1.0)           # a user of four pairs is cut by micro
 USERS = dict(latent="user", privacy_unit="user", batch=2, clip=55.0)

@@ -9,19 +9,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from raising import refuses
 
 from data import synth
 from data.marginals import parity_table, satisfied, total_variation
-from mixdpo.tabular import dp_tbart as tabular
-from mixdpo.private.accountant import Mechanism, epsilon_of, noise_multiplier
-from mixdpo.tabular.columns import columns_of
 from mixdpo.config import InputError
 from mixdpo.fast.optimizer import make_optimizer, set_rate
-from mixdpo.private.keys import Key, identities
+from mixdpo.private.accountant import Mechanism, epsilon_of, noise_multiplier
 from mixdpo.private.dp_sgd import Noise, clipped_sum_slow, participants
+from mixdpo.private.keys import Key, identities
 from mixdpo.runs.rundir import checkpoints
+from mixdpo.tabular import dp_tbart as tabular
+from mixdpo.tabular.columns import columns_of
 from mixdpo.tabular.dp_tbart import TBART, TableConfig, account, fit, look, row_losses, sample, validate
-from raising import refuses
 
 SIZES = [3, 2, 4]
 KEY = Key.public(5)

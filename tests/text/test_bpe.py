@@ -4,10 +4,11 @@ faults that the test was seen to fail on.
 
 import random
 
-from mixdpo.text import bpe
-from mixdpo.config import InputError
-from mixdpo.text.tokenizer import Tokenizer, _from_ranks
 from raising import refuses
+
+from mixdpo.config import InputError
+from mixdpo.text import bpe
+from mixdpo.text.tokenizer import Tokenizer, _from_ranks
 
 EOT = "<|endoftext|>"
 

@@ -4,13 +4,13 @@ What each test catches stands in its docstring."""
 import sys
 
 import pytest
-
-from mixdpo.text.chat import encode_answer, encode_chat, ends, template_of
-from mixdpo.preferences import read_preferences
-from mixdpo.text.records import Fault
-from mixdpo.text.tokenizer import load_tokenizer
 from letters import Letters, write
 from raising import refuses
+
+from mixdpo.preferences import read_preferences
+from mixdpo.text.chat import encode_answer, encode_chat, ends, template_of
+from mixdpo.text.records import Fault
+from mixdpo.text.tokenizer import load_tokenizer
 
 USER = [{"role": "user", "content": "How tall is K2?"}]
 LONG = [{"role": "system", "content": "Be brief."}, *USER, {"role": "assistant", "content": "8,611 m."},

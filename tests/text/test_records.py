@@ -5,10 +5,10 @@ import json
 
 import pytest
 from letters import GOOD, Letters, read, write
+from raising import refuses
 
 from mixdpo.preferences import data_key, read_preferences
 from mixdpo.text.records import Fault
-from raising import refuses
 
 
 def turn(role, content="b"):

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from raising import refuses
 
 from mixdpo.config import InputError
 from mixdpo.text.tokenizer import load_tokenizer
-from raising import refuses
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokenizers.json").read_text())
 EOT = "<|endoftext|>"

@@ -1,0 +1,72 @@
+"""The backward pass of a micro-batch whose logits do not all fit into memory.
+
+    text -> trunk -> states that predict response tokens                                once
+    for each part, some whole pairs:  states, heads -> log-probs -> loss_of -> backward into states and heads
+    states -> trunk, factors -> heads                                                   one backward pass for all parts
+
+The loss is the caller's: loss_of(logp, part) gets the log-probs (b,K,2) of the pairs `part`, a slice, and returns their
+loss and whatever the caller wants to see of them. This file knows no loss.
+Left out: gradients of the loss of a whole micro-batch that is not a sum over its pairs (or groups).
+"""
+
+import torch
+
+from mixdpo.experts import predicting_states
+from mixdpo.logprob import sum_responses
+from mixdpo.preferences import Batch, rows_of
+
+KEPT = 2**30  # bytes of logits that a part keeps for its backward pass
+
+
+def backward(experts, batch: Batch, loss_of, head_rows: int = -1, packed: bool = False, whole_groups: bool = True,
+             check=None) -> list:
+    """Adds the gradient of the sum of loss_of over all parts; returns what loss_of showed of each.
+
+    Equals `loss, seen = loss_of(pair_logp(experts, batch), slice(0, B)); loss.backward()` without keeping all logits.
+    head_rows: response tokens of a part, about; -1: as many as KEPT allows; 0: all at once, in vocabulary tiles.
+    whole_groups: no part ends inside a group. check(seen): called before the trunk's parameters get their gradient.
+    """
+    device = experts.heads()[0].device
+    text = rows_of(batch, packed=packed).to(device)                         # made on the CPU: nothing waits for a GPU
+    rows, seen = predicting_states(experts, batch, text), []                # (M,C), or (K,M,C): states of their own
+    made = [rows, *experts.heads()]
+    head_rows = head_rows if head_rows >= 0 else fitting_rows(rows, made[1], experts.dtype)
+    split = head_rows > 0
+    cut = [x.detach().requires_grad_() if split and x.grad_fn else x for x in made]         # what has a history
+    states, heads = cut[0], [x.to(experts.dtype) for x in cut[1:]]
+    for p, p_end, m, m_end in chunks(batch, head_rows, whole_groups):
+        tile = None if split else 0                                         # few rows: keep their logits
+        logps = experts.token_logps(states[..., m:m_end, :], text.targets[m:m_end], tile, heads)    # (K,m)
+        logp = sum_responses(logps, text.sequence[m:m_end] - 2 * p, p_end - p)                      # (b,K,2)
+        loss, shown = loss_of(logp, slice(p, p_end))
+        if loss.requires_grad:                                              # false if all experts are frozen
+            loss.backward()
+        seen.append(shown)
+    if check is not None:
+        check(seen)
+    for whole, part in zip(made, cut):
+        if whole is not part:
+            whole.backward(part.grad)                                       # one pass through the trunk, or the factors
+    return seen
+
+
+def fitting_rows(rows: torch.Tensor, head: torch.Tensor, dtype: torch.dtype) -> int:
+    """How many response tokens' logits fit into KEPT: one row of the vocabulary for each of a token's states, of which
+    experts may have their own, and for each head: (M,C) or (K,M,C), (V,C) or (K,V,C)."""
+    products = rows.shape[:-2].numel() * head.shape[:-2].numel()
+    return max(1, KEPT // (products * head.shape[-2] * dtype.itemsize))
+
+
+def chunks(batch: Batch, head_rows: int, whole_groups: bool):
+    """Cuts a micro-batch into parts, whole pairs (groups) of about head_rows response tokens; 0: no cut.
+
+    Yields (first pair, one past the last, first token, one past the last).
+    """
+    ends = (batch.length.sum(1) - 2 * batch.start).cumsum(0).tolist()       # one past each pair's last token
+    group, first, begin = batch.group.tolist(), 0, 0
+    for b, end in enumerate(ends):
+        last = b + 1 == len(ends)
+        full = head_rows > 0 and not last and ends[b + 1] - begin > head_rows
+        if last or full and not (whole_groups and group[b] == group[b + 1]):
+            yield first, b + 1, begin, end
+            first, begin = b + 1, end
