@@ -38,7 +38,7 @@ from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimize
 from mixdpo.files.atomic import alone, must_be_writable
 from mixdpo.gates import TRAINED, Inputs, gate_state, load_gate, make_gate
 from mixdpo.metrics import step_summary
-from mixdpo.mixture import balance, e_step, entropy, expert_loss, gate_loss, reweigh, update_weights, vary
+from mixdpo.mixture import balance, e_step, elbo, entropy, expert_loss, gate_loss, reweigh, update_weights, vary
 from mixdpo.models.weights import content_key
 from mixdpo.plan import Micro, make_plan, micro_batches
 from mixdpo.preferences import Batch, check_lengths, data_key, read_preferences
@@ -169,11 +169,13 @@ def step(experts, gate, optimizer, micros: list[Micro], ref_logp: torch.Tensor, 
     if not micros:
         nothing = latent.log_w.new_full((1, config.experts), math.nan)
         norm = descend(optimizer, 0.0, math.inf)
-        figures = step_summary(nothing, nothing, nothing) | {"pairs": 0, "grad_norm": norm, "clipped": math.nan}
+        figures = step_summary(nothing, nothing, nothing) | {"pairs": 0, "bound": math.nan, "grad_norm": norm}
+        figures["clipped"] = math.nan
         return figures, latent.log_w, latent.log_w.new_full((gate.users + 1,), math.nan)
     log_q = torch.cat(used)                                                 # (G,K)
     of_pair, w_of_pair, h = (torch.cat(column) for column in list(zip(*seen))[1:])
     figures = step_summary(of_pair, w_of_pair, h) | {"pairs": pairs}
+    figures["bound"] = elbo(log_q, latent.log_w, h, torch.cat(of_group)).mean().item()      # M6, M11: what EM maximises
     figures["grad_norm"] = descend(optimizer, figures["loss"], math.inf if clipped else config.clip)
     if clipped is not None:
         figures["clipped"] = sum(norm > config.clip for norm in clipped.norms) / len(clipped.norms)

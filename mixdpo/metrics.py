@@ -1,5 +1,7 @@
 """What to look at while a mixture trains, and how to say whether it found anything.
 
+    bound               ELBO of each visit of a step, its mean in nats (M6, M11): what EM maximises. A visit is a pair,
+                        or with one latent a user all of a user's pairs; parameters before the update, the q in use
     effective experts   exp(entropy of the mean responsibilities): K when all are used alike, 1 when one does all
     information         I(z; x) = entropy of the mean weights less the mean entropy of the weights: what the gate knows
     alarms              posterior collapse: q = w in every batch, nothing is learnt about who judged;

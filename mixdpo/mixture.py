@@ -128,10 +128,18 @@ def weighted(log_q: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return (log_q.exp() * values.masked_fill(log_q == -torch.inf, 0.0)).sum(-1)
 
 
-def elbo(log_q: torch.Tensor, log_w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """Evidence lower bound in nats, for any q: (B,K), (B,K) or (K,), (B,K) -> (B,)  (M6)."""
+def elbo(log_q: torch.Tensor, log_w: torch.Tensor, h: torch.Tensor, group: torch.Tensor | None = None) -> torch.Tensor:
+    """Evidence lower bound in nats, for any q: (B,K), (B,K) or (K,), (B,K) -> (B,)  (M6).
+
+    With group (B,) int64 in 0..G-1 one expert judges all pairs of a group (M11): log_q (G,K), log_w (G,K) or (K,) are
+    the groups', and so is the bound (G,). It is what EM maximises; at the exact posterior it is the log-marginal.
+    """
     require_precise(log_q)
-    return weighted(log_q, log_joint(log_w, h) - log_q)                     # M6
+    if group is None:
+        joint = log_joint(log_w, h)                                         # (B,K)
+    else:
+        joint = log_w.to(h.dtype) + torch.zeros_like(log_q).index_add(0, group, F.logsigmoid(h))    # (G,K)  M11
+    return weighted(log_q, joint - log_q)                                   # M6
 
 
 def expert_loss(log_q: torch.Tensor, h: torch.Tensor) -> torch.Tensor:

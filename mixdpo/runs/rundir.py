@@ -110,7 +110,7 @@ class Log:
         self.write(self.metrics, to_json(figures))
         self.responsibilities(t, groups, log_q)
         accuracy = " ".join(f"{a:.2f}" for a in figures["accuracy"])
-        self.progress(t, self.total, f"loss {figures['loss']:.4f}  accuracy {accuracy}")
+        self.progress(t, self.total, f"loss {figures['loss']:.4f}  bound {figures['bound']:.4f}  accuracy {accuracy}")
         for name, what in alarms(self.history, self.config.experts, self.config.start_steps).items():
             if name not in self.rung:
                 print(f"ALARM at step {t}, {name}: {what}")

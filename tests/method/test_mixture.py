@@ -412,3 +412,22 @@ def test_robust_weights_go_by_losses_and_not_by_appearances():
     v = log_v.exp()
     assert v[0] == pytest.approx(v[1].item()) and v.sum() == pytest.approx(3)
     assert (log_v[2] - log_v[0]).item() == pytest.approx(0.1 * math.log(2) * 96)            # from the fifth step on
+
+
+def test_the_bound_of_groups_by_hand():
+    """One q for all pairs of a group (M11): at the exact posterior the group's log-marginal, for any other q less by
+    KL(q || posterior); with a group for each pair, the bound of the pairs. Faults: the prior or the entropy counted
+    once a pair; the mean over pairs for the sum."""
+    generator = torch.Generator().manual_seed(8)
+    h, group = torch.randn(7, 3, generator=generator, dtype=FP64) * 2, torch.tensor([0, 0, 0, 1, 2, 2, 2])
+    log_w = torch.log_softmax(torch.randn(3, 3, generator=generator, dtype=FP64), -1)       # (G,K)
+    log_p, log_q = e_step(log_w[group], h, group)
+    assert torch.allclose(elbo(log_q, log_w, h, group), log_p, atol=1e-12)
+    other = torch.log_softmax(torch.randn(3, 3, generator=generator, dtype=FP64), -1)
+    by_hand = [sum(float(q) * (float(w) + float(torch.log(torch.sigmoid(h[group == g, k])).sum()) - math.log(float(q)))
+                   for k, (q, w) in enumerate(zip(other[g].exp(), log_w[g]))) for g in range(3)]
+    assert torch.allclose(elbo(other, log_w, h, group), torch.tensor(by_hand, dtype=FP64), atol=1e-12)
+    gap = (other.exp() * (other - log_q)).sum(-1)
+    assert torch.allclose(log_p - elbo(other, log_w, h, group), gap, atol=1e-12)
+    alone = torch.log_softmax(torch.randn(7, 3, generator=generator, dtype=FP64), -1)
+    assert torch.allclose(elbo(alone, log_w[0], h, torch.arange(7)), elbo(alone, log_w[0], h), atol=1e-12)

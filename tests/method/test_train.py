@@ -575,3 +575,17 @@ def test_weighted_pairs_have_weighted_gradients(model_dir):
     for a, b, c in zip(one, other, both):
         assert torch.allclose(0.5 * a + 3.0 * b, c, rtol=1e-4, atol=1e-6)
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(one, other))
+
+
+@pytest.mark.parametrize("latent, nats", [("pair", math.log(2)), ("user", 3 * math.log(2))])
+def test_the_objective_is_logged_by_unit(tmp_path, model_dir, latent, nats):
+    """At step 0 every margin is 0: a user of three pairs has -3 ln 2 nats, less KL(q || w) of a random start. And EM
+    raises it. Faults: the figure of pairs logged for users; the bound after the update."""
+    options = dict(latent=latent, epochs=6, batch=18, train_trunk=False, head_lr=0.05)
+    out = tinyjob.run(tmp_path, model_dir, tinyjob.make_records(users=6, each=3), start="none", **options)
+    bounds = [line["bound"] for line in tinyjob.lines(out / "metrics.jsonl")]
+    assert bounds[0] == pytest.approx(-nats, abs=1e-4) and bounds[-1] > bounds[0] + 0.01
+    out = tinyjob.run(tmp_path, model_dir, None, name="random", data=str(tmp_path / "run.jsonl"), **options)
+    q = torch.tensor(tinyjob.lines(out / "responsibilities.jsonl")[0]["q"])
+    gain = (q * (q * 2).clamp_min(1e-9).log()).sum(1).mean()                # KL(q || uniform)
+    assert tinyjob.lines(out / "metrics.jsonl")[0]["bound"] == pytest.approx(-nats - float(gain), abs=1e-3)
