@@ -115,7 +115,8 @@ def test_no_file_of_a_run_holds_a_bare_nan_or_infinity(tmp_path):
     Python reads; null where alarms of a resumed run look for a number; "inf" in a checkpoint taken for a difference to
     infinity, and a bare one, as in older files."""
     config = TrainConfig("d.jsonl", "m", "out", clip=math.inf)
-    figures = {"step": 1, "loss": math.nan, "bound": math.nan, "accuracy": [math.nan, 0.5], "q_gain": math.nan, "gate_entropy": 0.1}
+    figures = {"step": 1, "loss": math.nan, "bound": math.nan, "accuracy": [math.nan, 0.5], "q_gain": math.nan,
+               "gate_entropy": 0.1}
     log = rundir.Log(tmp_path, 0, 2, config)
     log.step(figures, [0], torch.tensor([[math.nan, 0.0]]))
     log.sync(), log.close()
