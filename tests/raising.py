@@ -9,7 +9,7 @@ from mixdpo.config import InputError
 
 
 @contextlib.contextmanager
-def refuses(*named, file=None, line=None, option=None, kind=InputError):
+def raises_at(*named, file=None, line=None, option=None, kind=InputError):
     """Within it an error of the type `kind` is raised, with exactly these fields (file: str or Path; of an option with
     either "-" or "_"), and its message holds each of `named`: values, never wording."""
     with pytest.raises(kind) as caught:

@@ -7,7 +7,7 @@ import brute
 import numpy as np
 import pytest
 import torch
-from raising import refuses
+from raising import raises_at
 
 from mixdpo.evaluation.adaptation import adapted
 from mixdpo.metrics import mean_se
@@ -72,7 +72,7 @@ def test_users_of_few_pairs_count_where_they_can():
     curve = adapted([pairs[i] for i in keep], h[keep], torch.full((len(keep), 2), 0.5).log())
     assert [(point["shown"], point["users"]) for point in curve] == [(0, 2), (1, 2), (2, 1), (4, 1)]
     assert [point["rise"]["n"] for point in curve] == [2, 2, 1, 1]
-    with refuses("1 of 1", line=0):
+    with raises_at("1 of 1", line=0):
         adapted([Pair([1], [2], [3])], h[:1], h[:1])
 
 

@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 from letters import GOOD, Letters, write
-from raising import refuses
+from raising import raises_at
 
 from mixdpo.evaluation import identifiability
 from mixdpo.evaluation.identifiability import counts_of, describe_counts
@@ -102,5 +102,5 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 def test_options_out_of_range_are_refused(tmp_path, monkeypatch, option, value):
     """Catches: --experts 0 and --latent foo answered as if they were sensible."""
     monkeypatch.setattr("mixdpo.text.tokenizer.load_tokenizer", lambda name, data: Letters())
-    with refuses(value, option=option):
+    with raises_at(value, option=option):
         identifiability.main([str(write(tmp_path, GOOD)), "--" + option.replace("_", "-"), value])

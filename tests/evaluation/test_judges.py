@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from raising import refuses
+from raising import raises_at
 
 import eval as evaluation
 from data import judges, llm
@@ -177,14 +177,14 @@ def test_what_is_refused(job, monkeypatch, tmp_path):
         with pytest.raises(InputError) as error:
             win_rates(job, judge, against)
         assert error.value.option == option
-    with refuses("'fun'", option="judge"):
+    with raises_at("'fun'", option="judge"):
         win_rates(job, "annotator:fun", "")
     for text in ("", "\n", '{"prompt": "x"}\n', "{\n"):                      # empty, blank, damaged
         (job / "samples.jsonl").write_text(text)
-        with refuses(file=job / "samples.jsonl"):
+        with raises_at(file=job / "samples.jsonl"):
             win_rates(job, "llm:x", "")
     (job / "samples.jsonl").unlink()
-    with refuses(file=job):
+    with raises_at(file=job):
         win_rates(job, "llm:x", "")
     with pytest.raises(InputError) as error:
         evaluation.main([str(job), "--judge", "llm:x", "--limit", "3"])

@@ -5,7 +5,7 @@ import json
 import pytest
 import tinyjob
 from letters import GOOD, Letters, read, write
-from raising import refuses
+from raising import raises_at
 
 from mixdpo.evaluation.show import main, show
 from mixdpo.preferences import collate
@@ -52,7 +52,7 @@ def test_command_prints_a_batch_with_a_real_tokenizer(tmp_path, capsys):
         "  rejected prompt 'cat' response 'the bath' EOS <16> padding 0 x 4",
     ]
     write(tmp_path, *({"prompt": "cat", "chosen": letter, "rejected": "a"} for letter in "xb"))
-    with refuses("'x'", "position 0", file=path, line=1):
+    with raises_at("'x'", "position 0", file=path, line=1):
         main(["--data", str(path), "--model", str(tmp_path)])
     main([str(path), "--model", str(tmp_path), "--drop", "true"])
     assert capsys.readouterr().out.startswith(f"{path}: dropped, no token for a character: 1 (line 1)\npair 0")
@@ -79,7 +79,7 @@ def test_a_special_token_and_its_name_are_told_apart(tmp_path):
 @pytest.mark.parametrize("pairs", [0, -1])
 def test_at_least_one_pair_is_shown(tmp_path, pairs):
     """Catches: a ValueError of max() for --pairs 0."""
-    with refuses(pairs, option="pairs"):
+    with raises_at(pairs, option="pairs"):
         main([str(write(tmp_path, GOOD)), "--pairs", str(pairs)])
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from raising import refuses
+from raising import raises_at
 
 from data import annotators
 from data.annotators import checks, grammar, informativeness, parser, score
@@ -107,7 +107,7 @@ def test_score_keeps_the_order_of_names_and_of_texts(tmp_path):
     got = score(texts, ["grammar", "informativeness"], tmp_path)
     assert list(got) == ["grammar", "informativeness"]
     assert got["grammar"] == [0.5, 1.0, 1.0] and got["informativeness"] == [0.0, 0.0, 1.0]
-    with refuses("'humour'", "sentiment", "informativeness", "grammar", option="judge"):
+    with raises_at("'humour'", "sentiment", "informativeness", "grammar", option="judge"):
         score(texts, ["grammar", "humour"], tmp_path)
 
 
@@ -179,7 +179,7 @@ def test_a_judge_no_better_than_chance_is_refused_and_not_written(tmp_path):
     """Caught: accuracy measured on the reviews it was fitted on (which it knows by heart), or not looked at."""
     own_words = [" ".join(f"word{60 * n + i}" for i in range(60)) for n in range(480)]      # easily learnt by heart
     rng = np.random.default_rng(0)
-    with refuses("of 40", NEEDED, option="sentiment"):
+    with raises_at("of 40", NEEDED, option="sentiment"):
         fit_sentiment([(text, int(rng.integers(2))) for text in own_words], tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -205,7 +205,7 @@ def test_an_interrupted_fit_leaves_no_judge(judge, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         fit_sentiment(reviews(800, seed=1), tmp_path)
     assert read_judge(tmp_path) is None
-    with refuses("judge.json", file=tmp_path):
+    with raises_at("judge.json", file=tmp_path):
         sentiment(["a film"], tmp_path)
 
 

@@ -8,7 +8,7 @@ import signal
 import pytest
 import tinyjob
 import torch
-from raising import refuses
+from raising import raises_at
 
 from data import finetune as module
 from data.finetune import FinetuneConfig, finetune, read_blocks
@@ -167,15 +167,15 @@ def test_lines_that_hold_no_text_are_refused(line, tmp_path, model_dir):
     """Faults: a line skipped in silence; a traceback for what is no JSON."""
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "abc"}\n' + line + "\n")
-    with refuses(line, file=path, line=2):
+    with raises_at(line, file=path, line=2):
         read_blocks(path, load_tokenizer(model_dir), 5)
 
 
 def test_too_few_texts_and_nan_are_refused_and_nothing_is_saved(tmp_path, model_dir):
     """Faults: an endless loop over too few blocks; a NaN model saved."""
-    with refuses("3 blocks of 24", 8, file=tmp_path / "reviews.jsonl"):
+    with raises_at("3 blocks of 24", 8, file=tmp_path / "reviews.jsonl"):
         tune(tmp_path, model_dir, TEXTS[:1])
-    with refuses("step 1", "nan", "--lr", file=tmp_path / "reviews.jsonl"):
+    with raises_at("step 1", "nan", "--lr", file=tmp_path / "reviews.jsonl"):
         tune(tmp_path, model_dir, lr=1e30, steps=3)
     assert not (tmp_path / "tuned").exists()
 
@@ -187,7 +187,7 @@ def test_too_few_texts_and_nan_are_refused_and_nothing_is_saved(tmp_path, model_
 def test_options_out_of_range_are_refused(option, values, tmp_path, model_dir):
     """Faults: no block held out, read as all held out; blocks of one token, which predict nothing; a traceback."""
     for value in values:
-        with refuses(option=option):
+        with raises_at(option=option):
             tune(tmp_path, model_dir, **{option: value})
         assert not (tmp_path / "tuned").exists()
 
@@ -199,7 +199,7 @@ def test_a_model_is_not_tuned_over_another(tmp_path, model_dir, monkeypatch):
     texts = tinyjob.write(tmp_path / "reviews.jsonl", [{"text": text} for text in TEXTS])
     before = {path: path.read_bytes() for path in other.iterdir()}
     for model, out in ((other, other), (model_dir, other), (other, tmp_path)):
-        with refuses(option="out"):
+        with raises_at(option="out"):
             module.finetune(FinetuneConfig(texts, str(model), str(out)))
     assert {path: path.read_bytes() for path in other.iterdir()} == before
     save = module.save_model

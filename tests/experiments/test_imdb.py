@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from raising import refuses
+from raising import raises_at
 
 from data import experiment, imdb
 from data.estimate import estimate, work
@@ -85,7 +85,7 @@ def test_a_faulty_line_is_named(tmp_path, line):
     """Caught: a bare KeyError; lines counted from 0."""
     with gzip.open(tmp_path / "imdb.jsonl.gz", "wt") as file:
         file.write(json.dumps(ROW) + "\n" + line + "\n")
-    with refuses(file=tmp_path / "imdb.jsonl.gz", line=2):
+    with raises_at(file=tmp_path / "imdb.jsonl.gz", line=2):
         load_reviews(tmp_path)
 
 
@@ -125,7 +125,7 @@ def test_what_is_fetched_where_no_file_is_given(tmp_path, monkeypatch):
     reviews, counts = load_reviews(tmp_path)
     assert [r.text for r in reviews] == ["fine"] and asked == ["imdb", "imdb-train"]
     (tmp_path / "aclImdb_v1.tar.gz").write_bytes(b"damaged")
-    with refuses("no such host"):
+    with raises_at("no such host"):
         load_reviews(tmp_path)
 
 
@@ -255,7 +255,7 @@ def test_kinds_of_a_prompt_by_hand():
 def test_spreads_are_within_prompts():
     """Caught: differences between prompts counted as spread, which would hide those within; a constant annotator."""
     assert spreads([{"a": [0.0, 1.0]}, {"a": [10.0, 11.0]}, {"a": [5.0]}], ["a"]) == {"a": pytest.approx(0.5**0.5)}
-    with refuses("annotator a ", option="preset"):
+    with raises_at("annotator a ", option="preset"):
         spreads([{"a": [1.0, 1.0]}], ["a"])
 
 
@@ -305,9 +305,9 @@ def test_where_prompts_run_out_pairs_are_filled_in_or_refused():
     judged = judge_pairs(agreeing, {"u": "a"}, 4, 0.25, 0.5, {"a": 1.0, "b": 1.0}, seed=0)
     assert sorted(p["kind"] for p in judged) == ["agree", "filled", "filled", "filled"]
     assert all(p["chosen"] == 1 for p in judged) and len({p["prompt"] for p in judged}) == 4
-    with refuses("u (a)", "4 pairs on 4", 5, option="preset"):
+    with raises_at("u (a)", "4 pairs on 4", 5, option="preset"):
         judge_pairs(agreeing, {"u": "a"}, 5, 0.25, 0.5, {"a": 1.0, "b": 1.0}, seed=0)
-    with refuses("u (a)", "0 pairs on 4", 1, option="preset"):
+    with raises_at("u (a)", "0 pairs on 4", 1, option="preset"):
         judge_pairs(agreeing, {"u": "a"}, 1, 0.25, 1.5, {"a": 1.0, "b": 1.0}, seed=0)
 
 
@@ -452,9 +452,9 @@ def test_the_estimate_counts_what_a_preset_asks_for():
 
 def test_main_refuses_what_it_does_not_know(tmp_path):
     """Caught: an unknown preset or judge taken for the default."""
-    with refuses("'big'", "smoke, quick, cpu, paper", option="preset"):
+    with raises_at("'big'", "smoke, quick, cpu, paper", option="preset"):
         experiment.main(imdb.DATASET, ["--preset", "big"])
-    with refuses("'me'", option="sentiment"):
+    with raises_at("'me'", option="sentiment"):
         experiment.main(imdb.DATASET, ["--preset", "smoke", "--model", "smollm2", "--sentiment", "me"])
 
 

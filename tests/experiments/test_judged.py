@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tinyjob
-from raising import refuses
+from raising import raises_at
 
 from data import hh, judged
 from data.job import read_job
@@ -69,10 +69,10 @@ def test_hh_labels(tmp_path):
     assert facts["read"] == {"pairs": 3, "not a conversation": 1, "labelled twice for one objective": 2,
                              "of these, otherwise": 2}
     for bad in ("{", row | {"label": 2}, row | {"objective": "funny"}, row | {"responses": ["b"]}, {"prompt": "a"}):
-        with refuses(file=tmp_path / "bad" / hh.FILE, line=2):
+        with raises_at(file=tmp_path / "bad" / hh.FILE, line=2):
             hh.load(str(write_hh(tmp_path / "bad", [row, bad])), {})
     for data in (None, str(tmp_path)):
-        with refuses(file=Path(data or "") / hh.FILE):
+        with raises_at(file=Path(data or "") / hh.FILE):
             hh.load(data, {})
 
 
@@ -110,7 +110,7 @@ def test_users_get_the_items_of_their_type():
     for kind, times in (("helpful", {1, 2}), ("harmless", {1, 2})):
         seen = Counter(i.messages[0]["content"] for user, i in dealt if users[user] == kind)
         assert set(seen.values()) <= times and len(seen) == (20 if kind == "helpful" else 10)
-    with refuses(10, "harmless", 11, option="pairs"):
+    with raises_at(10, "harmless", 11, option="pairs"):
         deal(items, users, 11, seed=0)
 
 
@@ -171,7 +171,7 @@ def test_a_whole_tiny_job_of_two_objectives(chat_model, tmp_path, monkeypatch):
     before = (job / "mix-user" / "metrics.jsonl").stat().st_mtime_ns
     judged.main(hh.DATASET, words)
     assert (job / "mix-user" / "metrics.jsonl").stat().st_mtime_ns == before
-    with refuses("settings", file=job):
+    with raises_at("settings", file=job):
         judged.main(hh.DATASET, [*words, "--users", "2"])
 
 
@@ -197,7 +197,7 @@ def test_each_type_as_one_user_who_judges_everything(chat_model, tmp_path, monke
     assert {g for step in run.steps for g in step["groups"]} == {0, 1}
     found = json.loads((job / "results.json").read_text())["preferences"]["mix-user"]["alignment_train"]
     assert found["units"] == 2
-    with refuses("--users", "--pairs", option="types_as_users"):
+    with raises_at("--users", "--pairs", option="types_as_users"):
         judged.main(hh.DATASET, [*words, "--types-as-users", "true", "--pairs", "3"])
 
 
@@ -205,6 +205,6 @@ def test_options_that_cannot_be_met(tmp_path):
     """Catches: a traceback in place of a sentence."""
     for option, value in (("preset", "big"), ("pairs", "-2"), ("users", "-1"), ("seed", "-2"), ("seed", "5000000000")):
         words = [] if option == "preset" else ["--preset", "smoke"]
-        with refuses(option=option):
+        with raises_at(option=option):
             judged.main(hh.DATASET, [*words, f"--{option}", value, "--out", str(tmp_path / "x")])
     assert not (tmp_path / "x").exists()

@@ -7,7 +7,7 @@ import brute
 import numpy as np
 import pytest
 import torch
-from raising import refuses
+from raising import raises_at
 
 from data import planted
 from data.planted import PlantedConfig, assigned, world
@@ -56,5 +56,5 @@ def test_the_command_writes_figures_and_a_picture(tmp_path):
     assert text.count("\n| 2 | ") == text.count("\n| 3 | ") == 2 and "](planted.png)" in text
     assert (tmp_path / "planted.png").read_bytes().startswith(b"\x89PNG")
     for option, value in (("pairs", "3"), ("types", "2,0"), ("each", "0"), ("seeds", "0"), ("features", "-1")):
-        with refuses(value.split(",")[-1], option=option):
+        with raises_at(value.split(",")[-1], option=option):
             planted.main([f"--{option}", value])

@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from raising import refuses
+from raising import raises_at
 from test_imdb import save_tiny, write_reviews
 
 from data import domains, experiment, reviews
@@ -64,7 +64,7 @@ def test_the_official_archive_of_products_is_read(tmp_path):
     assert {d: [(r.text, r.label) for r in rows] for d, rows in found.items()} == {
         "books": [("Good.", 1), ("Fine.", 1), ("Dull.", 0)], "kitchen": [("Rust.", 0)]}
     path.write_bytes(path.read_bytes()[:-40])
-    with refuses(file=path):
+    with raises_at(file=path):
         load_products(tmp_path)
 
 
@@ -74,14 +74,14 @@ def test_faulty_product_reviews_are_named(tmp_path, line, number):
     """Caught: a line passed over; another domain taken for books."""
     with gzip.open(tmp_path / "books.jsonl.gz", "wt") as file:
         file.write(line + "\n")
-    with refuses(file=tmp_path / "books.jsonl.gz", line=number):
+    with raises_at(file=tmp_path / "books.jsonl.gz", line=number):
         load_products(tmp_path)
 
 
 @pytest.mark.parametrize("data", [None, "FOLDER"])
 def test_no_source_says_what_to_do(tmp_path, data):
     """Caught: a missing folder for an empty one; no remedy."""
-    with refuses("domain_sentiment_data.tar.gz", "DATA=FOLDER", file=data and tmp_path):
+    with raises_at("domain_sentiment_data.tar.gz", "DATA=FOLDER", file=data and tmp_path):
         load_products(data and str(tmp_path))
 
 
@@ -113,7 +113,7 @@ def test_shares_of_a_domain_are_apart(tiny):
     assert {name: len(rows) for name, rows in taken.items()} == counts
     assert all("film" in prompt for prompt in taken["crossed"])
     assert len(rest) == 65 - 39
-    with refuses("book", 2, "crossed", 3, option="preset"):
+    with raises_at("book", 2, "crossed", 3, option="preset"):
         reviews.divide("book", own + crossed[:2], preset, load_tokenizer(tiny))
 
 

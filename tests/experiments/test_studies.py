@@ -11,7 +11,7 @@ import brute
 import numpy as np
 import pytest
 import torch
-from raising import refuses
+from raising import raises_at
 
 from data import sentences, studies
 from data.studies import parity, privacy, study, texts, worlds
@@ -137,7 +137,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     calls, home = [], tmp_path / "studies"
     (home / "fake").mkdir(parents=True)
     monkeypatch.setattr(study, "study_of", lambda name: fake(calls, fail=(2,)))
-    with refuses("fake", "'n': 2", "no such thing"):
+    with raises_at("fake", "'n': 2", "no such thing"):
         for n in range(4):
             study.measured("fake", {"n": n, "preset": "quick"}, home)
     monkeypatch.setattr(study, "study_of", lambda name: fake(calls))
@@ -221,11 +221,11 @@ def test_sentences_are_read_with_their_ratings(tmp_path, monkeypatch):
                                      (ratings, "1_1\t1\t0\t[1]\n", (path,), ["1_2", None]),
                                      (ratings, "1_1\t1\t0\tprint(1)\n", (path,), ["1_1", "'print"])):
         archive(path, members(**{name: text}))
-        with refuses(*named, **dict(zip(("file", "line"), place))):
+        with raises_at(*named, **dict(zip(("file", "line"), place))):
             sentences.load_sentences()
     monkeypatch.setattr(sentences, "MOST", 5)
     archive(path, members())
-    with refuses("5 bytes", file=path):
+    with raises_at("5 bytes", file=path):
         sentences.load_sentences()
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import tinyjob
-from raising import refuses
+from raising import raises_at
 
 from data import judged, ultrafeedback
 from data.presets import ULTRAFEEDBACK
@@ -64,7 +64,7 @@ def test_a_damaged_line_is_named(tmp_path):
     good = make.FILE.read_text().splitlines()[0]
     for bad in ("{", '{"instruction": "x"}', '[]', good.replace('"Rating": "', '"Rating": "x')):
         (tmp_path / "flan.jsonl").write_text(f"{good}\n{bad}\n")
-        with refuses(file=tmp_path / "flan.jsonl", line=2):
+        with raises_at(file=tmp_path / "flan.jsonl", line=2):
             load(str(tmp_path), {"seed": 0})
 
 
@@ -119,7 +119,7 @@ def test_files_come_from_the_hub_once(hub, tmp_path):
 def test_an_altered_file_or_a_hub_that_names_no_sum(hub, tmp_path):
     """Catches: a transfer that is used although its sum is another; a file that nobody can check."""
     hub.alters = True
-    with refuses("altered", file="evol_instruct.jsonl"):
+    with raises_at("altered", file="evol_instruct.jsonl"):
         load(None, {"seed": 0})
     hub.names = False
     with pytest.raises(InputError) as error:

@@ -12,7 +12,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
-from raising import refuses
+from raising import raises_at
 
 from data.finetune import FinetuneConfig
 from eval import EvalConfig
@@ -88,7 +88,7 @@ def test_an_empty_value_behind_an_equals_sign_is_a_value():
 def test_refused(words, option, named):
     """Faults: an unknown option skipped; no near match offered; a single dash taken; the last of two values wins;
     a required option left None; nan taken; an empty word between commas skipped."""
-    with refuses(*named, option=option):
+    with raises_at(*named, option=option):
         parse(*words)
 
 
@@ -186,7 +186,7 @@ def test_saved_configurations_come_back_by_other_versions_too(tmp_path, capsys):
     assert str(path) in newer and "rate" in newer and str(path) in older and "speed" in older
     for broken in (saved.replace('"path"', '"title"'), saved.replace('"x"', "3")):
         path.write_text(broken)
-        with refuses(file=path):
+        with raises_at(file=path):
             configs.load(Example, path)
     configs.save(dataclasses.replace(config, rate=-math.inf), path)
     assert '"-inf"' in path.read_text() and configs.load(Example, path).rate == -math.inf

@@ -6,7 +6,7 @@ import re
 import pytest
 import small
 import torch
-from raising import refuses
+from raising import raises_at
 
 from mixdpo.dpo import margins
 from mixdpo.experts import Adapters, Heads, Models, load_state, make_experts, pair_logp, trained_state
@@ -208,9 +208,9 @@ def test_a_state_that_does_not_fit_is_refused_whole(tmp_path):
     A, B, extra = "experts.A", "experts.B", "experts.extra"
     faults = {"A": {B: good[B]}, "extra": good | {extra: good[A]}, "B": good | {B: good[B][:1]}}
     for name, state in faults.items():
-        with refuses(file=tmp_path) as error:
+        with raises_at(file=tmp_path) as error:
             load_state(experts, state, tmp_path)
         assert re.search(rf"\b{name}\b", error.value.message)
         assert all(torch.equal(t, before[n]) for n, t in trained_state(experts).items())
-    with refuses("experts.A, experts.B, experts.extra", file=tmp_path):
+    with raises_at("experts.A, experts.B, experts.extra", file=tmp_path):
         load_state(experts, {extra: good[A]}, tmp_path)

@@ -6,7 +6,7 @@ import math
 import pytest
 import tinyjob
 import torch
-from raising import refuses
+from raising import raises_at
 
 from mixdpo.gates import KINDS, TRAINED, Gate, Inputs, gate_inputs, gate_state, load_gate
 from mixdpo.mixture import entropy, gate_loss
@@ -132,9 +132,9 @@ def test_saved_and_loaded_is_the_same_gate(kind):
 
 def test_what_is_refused():
     """Catches: a domain gate of two domains for three experts; a gate of users where nobody is named."""
-    with refuses("domain", "2", "3", option="gate"):
+    with raises_at("domain", "2", "3", option="gate"):
         Gate("domain", 3, Inputs(torch.eye(2), torch.zeros(2, dtype=torch.int64)), FIXED)
-    with refuses("user", option="gate"):
+    with raises_at("user", option="gate"):
         Gate("user", 3, Inputs(torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64)), FIXED)
 
 
@@ -173,7 +173,7 @@ def test_a_run_with_each_gate(options, tmp_path, model_dir):
 def test_contradictory_options_are_refused(options, says, tmp_path, model_dir):
     """Catches: each check taken out."""
     option, *named = says.split()
-    with refuses(*named, option=option):
+    with raises_at(*named, option=option):
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), **options)
 
 

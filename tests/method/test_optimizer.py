@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from raising import refuses
+from raising import raises_at
 
 import train
 from mixdpo.experts import once_a_step
@@ -61,7 +61,7 @@ def test_gradients_in_backward_are_never_all_there():
 def test_in_backward_wants_what_it_needs():
     for options, other in (({"clip": 1.0}, "--clip"), ({"clip": float("inf"), "micro": 8}, "--micro"),
                            ({"clip": float("inf"), "micro": 32, "sharing": "lora"}, "--sharing")):
-        with refuses(other, option="in_backward"):
+        with raises_at(other, option="in_backward"):
             train.validate(small.config(in_backward=True, **options))
 
 

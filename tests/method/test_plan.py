@@ -5,7 +5,7 @@ import pytest
 import small
 import torch
 from letters import PEOPLE, pair
-from raising import refuses
+from raising import raises_at
 
 from mixdpo.fast import backward
 from mixdpo.plan import batches, make_plan, mark_context, micro_batches
@@ -27,12 +27,12 @@ def test_context_pairs_are_drawn_per_user():
 ])
 def test_user_without_both_kinds_of_pair_is_named(count, user, line, fits):
     """Caught: a user left with nothing to train on, or with no context, whose row the pooled E-step would not have."""
-    with refuses(f"user {user!r}", fits, line=line, option="context"):
+    with raises_at(f"user {user!r}", fits, line=line, option="context"):
         mark_context(PEOPLE, count, seed=0)
     for said in (True, False):
-        with refuses("user 'd'", f"{2 * said} of them", line=20, option="context"):
+        with raises_at("user 'd'", f"{2 * said} of them", line=20, option="context"):
             mark_context([pair([1], [2], [3], user="d", context=said, line=20)] * 2 + PEOPLE, 1, seed=0)
-    with refuses("user 'a'", line=2, option="context"):
+    with raises_at("user 'a'", line=2, option="context"):
         mark_context(PEOPLE[:3], 1, seed=0)
 
 
@@ -58,7 +58,7 @@ def test_batches_are_shuffled_by_seed_and_epoch():
 
 def test_group_larger_than_a_batch_is_named():
     """Caught: a user too large for a batch that is split or left out; a message without the size that fits."""
-    with refuses("user 'b'", "--batch 7", line=1, option="batch"):
+    with raises_at("user 'b'", "--batch 7", line=1, option="batch"):
         batches(groups(PEOPLE, "user"), 6, 0, 0, PEOPLE)
 
 
@@ -92,7 +92,7 @@ def test_what_the_file_sets_aside_is_never_trained_on(latent):
     plan = make_plan(marked, small.config(latent=latent, batch=10))
     assert [visit.trained for visit in plan.visits] == plan.units
     assert plan.units == ([[2], [4], [5]] if latent == "pair" else [[2], [4, 5]])
-    with refuses("all 2 pairs", file=""):
+    with raises_at("all 2 pairs", file=""):
         make_plan(marked[:2], small.config(latent=latent))
 
 
@@ -113,7 +113,7 @@ def test_users_in_slices_that_share_out_their_context():
             assert micro.train.group.unique().tolist() == list(range(len(micro.units)))
             assert len(micro.train.ids) <= 5
             assert not aside or micro.context.group.unique().tolist() == list(range(len(micro.units)))
-    with refuses("user 'a'", "--em incremental", line=people[1].line, option="batch"):
+    with raises_at("user 'a'", "--em incremental", line=people[1].line, option="batch"):
         make_plan(people, small.config(latent="user", batch=5))
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from letters import GOOD, PEOPLE, Letters, pair, read
-from raising import refuses
+from raising import raises_at
 from torch.nn.attention.flex_attention import create_block_mask
 
 from mixdpo.preferences import (
@@ -64,9 +64,9 @@ def test_start_token_stays_before_the_prompt(tmp_path):
     ]
     (one,) = read(tmp_path, GOOD, tokenizer=Letters(bos=257))
     assert one.prompt == [257, *b"He said"] and one.chosen == [*b" yes", 256]
-    with refuses(option="max_prompt"):  # of an empty prompt nothing could be predicted
+    with raises_at(option="max_prompt"):  # of an empty prompt nothing could be predicted
         read(tmp_path, GOOD, max_prompt=0)
-    with refuses(option="max_response"):
+    with raises_at(option="max_response"):
         read(tmp_path, GOOD, max_response=0)
 
 
@@ -74,7 +74,7 @@ def test_pair_longer_than_the_model(tmp_path):
     """Caught: only one of the two responses looked at; off by one at the context's end."""
     pairs = [pair("abc", "d", "efg", line=8), pair("a", "b", "c", line=9)]
     check_lengths(pairs, 6, "f.jsonl")
-    with refuses("(3 ids)", "(3)", 5, file="f.jsonl", line=8):
+    with raises_at("(3 ids)", "(3)", 5, file="f.jsonl", line=8):
         check_lengths(pairs, 5, "f.jsonl")
 
 
@@ -122,9 +122,9 @@ def test_groups_are_pairs_or_whole_users():
     """Caught: users sorted, or pooled only where their lines are neighbours; a line without a user let through."""
     assert groups(PEOPLE[:3], "pair") == [[0], [1], [2]]
     assert groups(PEOPLE[:6], "user") == [[0, 2, 5], [1, 4], [3]]
-    with refuses("1 of 2", line=7):
+    with raises_at("1 of 2", line=7):
         groups([PEOPLE[0], pair([1], [2], [3], line=7)], "user")
-    with refuses("users", option="latent"):
+    with raises_at("users", option="latent"):
         groups(PEOPLE, "users")
 
 

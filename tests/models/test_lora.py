@@ -10,7 +10,7 @@ import pytest
 import small
 import tinyjob
 import torch
-from raising import refuses
+from raising import raises_at
 from safetensors.torch import load_file, save_file
 from test_experts import SHARINGS
 from test_weights import as_gguf, write_gguf
@@ -127,7 +127,7 @@ def test_projections_by_name():
     assert wrapped == experts.targets == ["layers.0.mlp.down_proj", "layers.1.mlp.down_proj"]
     for model, name, known in ((gpt2, "q_proj", "c_attn, c_fc, c_proj"), (llama, "lm_head", "down_proj"),
                                (llama, "", "down_proj")):
-        with refuses(repr(name), known, option="targets"):
+        with raises_at(repr(name), known, option="targets"):
             projections(model, f"{name},c_fc" if model is gpt2 else f"q_proj,{name}")
 
 
@@ -239,7 +239,7 @@ def test_a_whole_run_trains_and_loads_for_evaluation(job, model_dir):
 
 def test_state_of_other_projections_is_refused(tmp_path):
     """Fault: names compared without their paths."""
-    with refuses("q_proj", file=tmp_path):
+    with raises_at("q_proj", file=tmp_path):
         load_state(lora("llama"), trained_state(lora("llama", targets="k_proj,v_proj")), tmp_path)
 
 
@@ -277,7 +277,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_copied(tmp_path)
     tensors, text = load_file(file), settings.read_text()
 
     def refused(at, *named):
-        with refuses(*named, file=at):
+        with raises_at(*named, file=at):
             load_adapter(experts, 1, tmp_path)
         assert all(torch.equal(t, before[n]) for n, t in trained_state(experts).items())
 
@@ -363,7 +363,7 @@ def test_the_command_writes_every_expert_of_a_run(job, model_dir, tmp_path, caps
     for words, where in (([str(job), "--export", str(tmp_path / "models")], {"file": tmp_path / "models"}),
                          ([str(tmp_path), "--export", str(tmp_path / "x")], {"file": tmp_path}),
                          ([str(job), "--export", str(tmp_path / "x"), "--limit", "3"], {"option": "limit"})):
-        with refuses(**where):
+        with raises_at(**where):
             evaluation.main(words)
     assert not (tmp_path / "x").exists()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from raising import refuses
+from raising import raises_at
 from safetensors.torch import load_file, save_file
 
 from mixdpo.files import fetch
@@ -45,7 +45,7 @@ def copy(tmp_path):
 
 def assert_not_loaded(name, *named, file=None, line=None, **kwargs):
     """load_model(name) is refused, because of that file, or of what has the name; the error names the values."""
-    with refuses(*named, file=file or name, line=line):
+    with raises_at(*named, file=file or name, line=line):
         load_model(name, **kwargs)
 
 
@@ -60,7 +60,7 @@ def test_a_tensor_that_holds_no_numbers_is_refused_by_name(case, name, bad, copy
     tensors = load_file(file)
     tensors[name].view(-1)[3] = bad
     save_file(tensors, file)
-    with refuses(name, 1, file=file):
+    with raises_at(name, 1, file=file):
         load_model(folder, dtype=torch.bfloat16)
 
 
@@ -446,7 +446,7 @@ def test_a_gguf_tensor_that_holds_no_numbers_is_refused_by_name(tmp_path):
     tensors["blk.1.attn_q.weight"] = tensors["blk.1.attn_q.weight"].clone()
     tensors["blk.1.attn_q.weight"][0, 0] = torch.nan
     write_gguf(tmp_path / "m.gguf", metadata, tensors)
-    with refuses("blk.1.attn_q.weight", 1, file=tmp_path / "m.gguf"):
+    with raises_at("blk.1.attn_q.weight", 1, file=tmp_path / "m.gguf"):
         load_model(tmp_path / "m.gguf")
 
 

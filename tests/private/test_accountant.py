@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from raising import refuses
+from raising import raises_at
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm
@@ -315,7 +315,7 @@ def test_noise_where_any_or_none_will_do():
 def test_the_impossible_is_refused(arguments, refused):
     """Catches: a number from nowhere, a search without end, an error that does not say what is wrong."""
     option, value = refused.split(" ")
-    with refuses(value, option=option or None):
+    with raises_at(value, option=option or None):
         noise_multiplier(*arguments)
 
 

@@ -5,7 +5,7 @@ import gzip
 import json
 
 import pytest
-from raising import refuses
+from raising import raises_at
 
 from data import adult
 from data.adult import COLUMNS, SCHEMA, read_uci, table
@@ -70,7 +70,7 @@ def test_a_fault_in_ucis_file_is_named_with_its_line(split, first, tmp_path):
                         (LINES[1].replace(", 1, Married", ", -1, Married"), "education-num", "'-1'"),
                         (LINES[1].replace(">50K", ">60K"), "income", "'>60K'")):
         path = uci(tmp_path, split, [LINES[0], bad, LINES[2]])
-        with refuses(*named, file=path, line=first + 1):
+        with raises_at(*named, file=path, line=first + 1):
             read_uci(path, split)
 
 
@@ -78,15 +78,15 @@ def test_what_the_two_files_of_uci_differ_in(tmp_path):
     """Caught: a dot that is optional, the first line dropped whatever it says."""
     path = uci(tmp_path, "test")
     path.write_text(path.read_text().replace("<=50K.", "<=50K", 1))
-    with refuses("dot", file=path, line=2):
+    with raises_at("dot", file=path, line=2):
         read_uci(path, "test")
-    with refuses("1 fields", file=path, line=1):
+    with raises_at("1 fields", file=path, line=1):
         read_uci(path, "train")
     path.write_text("\n".join(path.read_text().splitlines()[1:]))
-    with refuses("39, State-gov", "|1x3 Cross validator", file=path, line=1):
+    with raises_at("39, State-gov", "|1x3 Cross validator", file=path, line=1):
         read_uci(path, "test")
     path.write_bytes(b"|1x3 Cross validator\n\xff")
-    with refuses("UnicodeDecodeError", file=path):
+    with raises_at("UnicodeDecodeError", file=path):
         read_uci(path, "test")
 
 
@@ -98,15 +98,15 @@ def test_a_fault_in_the_users_own_file_is_named_with_its_line(tmp_path):
                               ([good.replace("State-gov", "x" * 140_000), good], 2, "field limit")):
         own(tmp_path, rows)
         for split in ("train", "test"):
-            with refuses(words, file=path, line=line):
+            with raises_at(words, file=path, line=line):
                 table(split, tmp_path)
     own(tmp_path, header=",".join(COLUMNS))
-    with refuses("split,age,workclass", file=path, line=1):
+    with raises_at("split,age,workclass", file=path, line=1):
         table("train", tmp_path)
     whole = own(tmp_path).joinpath("adult.csv.gz").read_bytes()
     for broken in (b"not gzip", whole[:-9], whole[:30] + b"?" + whole[31:]):
         path.write_bytes(broken)
-        with refuses(file=path):
+        with raises_at(file=path):
             table("train", tmp_path)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tinyjob
 from fakejob import make_job
-from raising import refuses
+from raising import raises_at
 
 from data import experiment, hh, imdb, judged, planted, stages, synth
 from data.presets import HH, IMDB, REVIEWS, ULTRAFEEDBACK
@@ -90,7 +90,7 @@ def test_a_stopped_run_does_not_go_on_with_other_contents(own, monkeypatch, name
     names of the files."""
     stopped(own, monkeypatch)
     change(own[name])
-    with refuses(f"{name}_key", file=checkpoints(own["out"])[0]):
+    with raises_at(f"{name}_key", file=checkpoints(own["out"])[0]):
         call(own)
     assert not (own["out"] / "privacy.json").exists()
 

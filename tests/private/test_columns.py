@@ -8,7 +8,7 @@ import json
 
 import numpy as np
 import pytest
-from raising import refuses
+from raising import raises_at
 
 from data import adult
 from mixdpo.tabular.columns import FINE, columns_of, encode, joined, read_schema, read_table, schema_of, write_table
@@ -84,7 +84,7 @@ def test_bins_of_about_equal_counts():
 def test_a_value_that_the_schema_does_not_allow_names_row_and_column(table, row, column, wanted):
     """Faults: NaN passing the bounds; numbers clipped to the bounds in silence; rows counted from 0."""
     path = table([*ROWS, row])
-    with refuses(f"{column!r}", f"got {row[NAMES.index(column)]!r}", wanted, file=path, line=6):
+    with raises_at(f"{column!r}", f"got {row[NAMES.index(column)]!r}", wanted, file=path, line=6):
         read_table(path, columns_of(SCHEMA))
 
 
@@ -96,16 +96,16 @@ def test_a_table_with_other_columns_or_fields_is_told(table, tmp_path):
                                       ([[*r, "1"] for r in ROWS], (*NAMES, "age"), 1, ["'age'"]),
                                       ([*ROWS, ["red", "1"]], NAMES, 6, [2, 3]), ([], NAMES, None, [])):
         path = table(rows, header)
-        with refuses(*named, file=path, line=line):
+        with raises_at(*named, file=path, line=line):
             read_table(path, columns)
     for cut, line in ((b"", 1), (b"a,b\n", None), (table(name="whole.csv.gz").read_bytes()[:-9], None)):
         (tmp_path / "cut.csv.gz").write_bytes(cut)
-        with refuses(file=tmp_path / "cut.csv.gz", line=line):
+        with raises_at(file=tmp_path / "cut.csv.gz", line=line):
             read_table(tmp_path / "cut.csv.gz", columns)
     (tmp_path / "bytes.csv").write_bytes(b"colour,age,gain\n\xff,1,2\n")
-    with refuses("UTF-8", file=tmp_path / "bytes.csv"):
+    with raises_at("UTF-8", file=tmp_path / "bytes.csv"):
         read_table(tmp_path / "bytes.csv", columns)
-    with refuses(file=tmp_path / "none.csv"):
+    with raises_at(file=tmp_path / "none.csv"):
         read_table(tmp_path / "none.csv", columns)
 
 
@@ -119,7 +119,7 @@ def test_a_faulty_schema_names_the_column(tmp_path, change, wanted):
     path = tmp_path / "schema.json"
     path.write_text(json.dumps([SCHEMA[0], SCHEMA[1] | change, SCHEMA[2]]))
     column = "" if "type" in change else repr(change.get("name", "age"))
-    with refuses(column, wanted, file=path):
+    with raises_at(column, wanted, file=path):
         read_schema(path)
 
 
@@ -127,11 +127,11 @@ def test_bounds_must_be_public(tmp_path):
     """Bounds and vocabulary are never taken from the data. Fault: low and high found in the file."""
     for entry in ({"name": "x", "type": "number", "quantiles": 4}, {"name": "x", "type": "number", "bins": 4, "low": 1},
                   {"name": "x", "type": "category"}):
-        with refuses("'x'", "public knowledge", file="schema"):
+        with raises_at("'x'", "public knowledge", file="schema"):
             columns_of([entry])
     for text in ("{", "[]", '{"a": 1}', '[3]'):
         (tmp_path / "s.json").write_text(text)
-        with refuses(file=tmp_path / "s.json"):
+        with raises_at(file=tmp_path / "s.json"):
             read_schema(tmp_path / "s.json")
 
 
@@ -191,7 +191,7 @@ def test_whole_numbers_are_exact_or_refused():
             column.encode(text)
     for change in ({"low": 2.0**60, "integer": True}, {"high": 2**63 - 1, "integer": True}, {"low": 2**53 + 1},
                    {"high": 10**400}, {"low": -1e308, "high": 1e308}):
-        with refuses("'x'", file="schema"):
+        with raises_at("'x'", file="schema"):
             columns_of([{"name": "x", "type": "number", "low": 0, "high": 2**62, "bins": 4} | change])
 
 
@@ -214,7 +214,7 @@ def test_values_that_csv_could_lose_come_back(tmp_path):
     assert (read_table(tmp_path / "made.csv", columns) == codes).all()
     for entry in ({"type": "number", "low": 0, "high": 9, "bins": 3, "missing": "5"},
                   {"type": "category", "values": ["\ud800"]}):
-        with refuses("'x'", file="schema"):
+        with raises_at("'x'", file="schema"):
             columns_of([{"name": "x", **entry}])
 
 
@@ -235,5 +235,5 @@ def test_what_is_no_csv_names_file_and_line(tmp_path, rows, line):
     columns = columns_of([{"name": "sex", "type": "category", "values": ["F", "M"]}, SCHEMA[1]])
     path = tmp_path / "table.csv"
     path.write_text("\n".join(rows if line == 1 else ["sex,age", *rows]) + "\n")
-    with refuses(file=path, line=line):
+    with raises_at(file=path, line=line):
         read_table(path, columns)

@@ -10,7 +10,7 @@ import pytest
 import tinyjob
 import torch
 from private_oracle import Twin, public_secret
-from raising import refuses
+from raising import raises_at
 
 import train
 from mixdpo.config import InputError
@@ -316,21 +316,21 @@ def test_a_public_key_is_the_documented_one():
 ])
 def test_what_would_leak_is_refused(options, name):
     """Each is learnt from the data outside of the clipped sums, or lets one example change what is done with others."""
-    with refuses(option=name):
+    with raises_at(option=name):
         validate(TrainConfig(**dict(data="", model="", out="", epsilon=1.0) | options))
 
 
 @pytest.mark.parametrize("options", [dict(delta=1e-6), dict(privacy_unit="user"), dict(examples=3)])
 def test_privacy_options_without_epsilon_have_no_effect_and_are_refused(options):
-    with refuses("--epsilon", option=next(iter(options))):
+    with raises_at("--epsilon", option=next(iter(options))):
         validate(TrainConfig(data="", model="", out="", **options))
 
 
 def test_too_large_a_delta_and_nameless_users_are_refused(tmp_path, model_dir):
-    with refuses(option="delta"):
+    with raises_at(option="delta"):
         job(tmp_path, model_dir, delta=0.05)
     nameless = [{name: value for name, value in r.items() if name != "user"} for r in records()]
-    with refuses(file=tmp_path / "nameless.jsonl", line=1, option="privacy_unit"):
+    with raises_at(file=tmp_path / "nameless.jsonl", line=1, option="privacy_unit"):
         tinyjob.run(tmp_path, model_dir, nameless, name="nameless", **PRIVATE, privacy_unit="user")
 
 

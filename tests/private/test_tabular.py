@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from raising import refuses
+from raising import raises_at
 
 from data import synth
 from data.marginals import parity_table, satisfied, total_variation
@@ -227,7 +227,7 @@ def test_a_fit_that_was_stopped_ends_as_another(tmp_path, monkeypatch):
     again = fit(table, config, KEY, tmp_path / "run", {"a": 1})
     assert len(again.losses) == config.steps and np.array_equal(again.losses, whole.losses, equal_nan=True)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values()))
-    with refuses("a: there 1, now 2", file=checkpoints(tmp_path / "run")[0]):
+    with raises_at("a: there 1, now 2", file=checkpoints(tmp_path / "run")[0]):
         fit(table, config, KEY, tmp_path / "run", {"a": 2})
 
 

@@ -19,7 +19,7 @@ from mixdpo.preferences import read_preferences
 from mixdpo.runs.reference import compute_reference
 from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import load_model
-from raising import refuses
+from raising import raises_at
 
 IDS = torch.arange(20)[None]
 KINDS = {
@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_refused(options, option, named, sources, tmp_path,
         options = {name: str(value).replace(word, str(place)) if word in str(value) else value
                    for name, value in options.items()}
     begins = {"start": "none"} if "init_experts" in options else {}
-    with refuses(named, option=option, file=None if option else tmp_path / "none"):
+    with raises_at(named, option=option, file=None if option else tmp_path / "none"):
         tinyjob.run(tmp_path, options.pop("model", model_dir), tinyjob.make_records(), name="bad",
                     **dict(train_trunk=False) | begins | options)
     assert not (tmp_path / "bad").exists()
@@ -180,5 +180,5 @@ def test_models_of_different_tokenizers_are_refused(tmp_path, model_dir):
     vocab = document["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     file.write_text(json.dumps(document))
-    with refuses(other, model_dir, option="model"):
+    with raises_at(other, model_dir, option="model"):
         tinyjob.run(tmp_path, f"{model_dir},{other}", tinyjob.make_records(), sharing="models")

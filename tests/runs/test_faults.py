@@ -20,7 +20,7 @@ from mixdpo.runs import memory_estimate as fits
 from mixdpo.text import records
 from mixdpo.config import Stopped
 from mixdpo.runs.rundir import checkpoints, load_checkpoint
-from raising import refuses
+from raising import raises_at
 
 ROOT = Path(__file__).parents[2]
 
@@ -276,7 +276,7 @@ def test_lines_that_a_checkpoint_counts_on(what, tmp_path, model_dir, monkeypatc
     text = path.read_text()
     path.unlink() if what == "gone" else path.write_text(text.splitlines(keepends=True)[0] if what == "shorter" else
                                                          text[: text.index("\n", text.index("\n") + 1)])
-    with refuses(2, tmp_path / "run", file=path):
+    with raises_at(2, tmp_path / "run", file=path):
         tinyjob.run(tmp_path, model_dir, None)
 
 
@@ -308,7 +308,7 @@ def test_weights_that_turned_are_not_gone_on_with(tmp_path, monkeypatch):
         tinyjob.run(tmp_path, model, tinyjob.make_records(), save_minutes=0.0)
     data = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
-    with refuses("model_key", file=checkpoints(tmp_path / "run")[0]):
+    with raises_at("model_key", file=checkpoints(tmp_path / "run")[0]):
         tinyjob.run(tmp_path, model, None, save_minutes=0.0)
 
 
@@ -321,7 +321,7 @@ def test_two_runs_in_one_directory(tmp_path, model_dir):
     process = start(["-c", child, str(tmp_path / "run")])
     try:
         assert process.stdout.readline() == "held\n"
-        with refuses(file=tmp_path / "run"):
+        with raises_at(file=tmp_path / "run"):
             tinyjob.run(tmp_path, model_dir, tinyjob.make_records())
     finally:
         process.kill()
@@ -354,11 +354,11 @@ def test_out_of_memory_names_what_would_fit(tmp_path, model_dir, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "step", fails)
         patch.setattr(fits, "available", lambda device: sizes[1] / fits.TIGHT + 1)
-        with refuses("got 4", "CUDA out of memory", "--micro 2", option="micro"):
+        with raises_at("got 4", "CUDA out of memory", "--micro 2", option="micro"):
             tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), save_minutes=0.0)
         patch.setattr(fits, "available", lambda device: 1.0)
         calls[:] = [None] * 2
-        with refuses("\n    --checkpointing true", option="micro"):
+        with raises_at("\n    --checkpointing true", option="micro"):
             tinyjob.run(tmp_path, model_dir, None, save_minutes=0.0)
     whole = tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name="whole")
     assert tinyjob.equal(tinyjob.run(tmp_path, model_dir, None, micro=2), whole, slack=1e-6)
@@ -366,7 +366,7 @@ def test_out_of_memory_names_what_would_fit(tmp_path, model_dir, monkeypatch):
 
 def test_the_lines_of_a_step_without_a_number_are_kept(tmp_path, model_dir):
     """Catches: other lines, none, or a step on NaN."""
-    with refuses(tmp_path / "run" / "step-1.jsonl", file=tmp_path / "run.jsonl", option="lr"):
+    with raises_at(tmp_path / "run" / "step-1.jsonl", file=tmp_path / "run.jsonl", option="lr"):
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), lr=1e30, warmup=0)
     rows = (tmp_path / "run.jsonl").read_text().splitlines()
     kept = (tmp_path / "run" / "step-1.jsonl").read_text().splitlines()
@@ -382,5 +382,5 @@ def test_a_packed_file_that_unpacks_to_anything(tmp_path, monkeypatch):
     path.write_bytes(gzip.compress(b"x" * 900 + b"\n" + b"y" * 10**7))
     found = records.lines(path)
     assert next(found) == b"x" * 900 + b"\n"
-    with refuses(file=path, line=2):
+    with raises_at(file=path, line=2):
         list(found)

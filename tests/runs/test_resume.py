@@ -15,7 +15,7 @@ import tinyjob
 import train
 from mixdpo.plan import batches
 from mixdpo.runs.rundir import checkpoints, save_checkpoint
-from raising import refuses
+from raising import raises_at
 
 ROOT = Path(__file__).parents[2]
 CASES = {
@@ -118,7 +118,7 @@ def test_a_run_of_another_configuration_is_refused(options, says, finished, tmp_
         except Stopped:
             assert not finished
     before = (tmp_path / "run" / "config.json").read_text()
-    with refuses(says, "--out", file=checkpoints(tmp_path / "run")[0]):
+    with raises_at(says, "--out", file=checkpoints(tmp_path / "run")[0]):
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), **options)
     assert (tmp_path / "run" / "config.json").read_text() == before
 
@@ -127,7 +127,7 @@ def test_a_run_on_other_data_under_the_same_name_is_refused(tmp_path, model_dir)
     """Fault: the path is compared and not the content, so a run on last week's file counts as finished."""
     tinyjob.run(tmp_path, model_dir, tinyjob.make_records())
     tinyjob.write(tmp_path / "run.jsonl", tinyjob.make_records(seed=1))
-    with refuses("data_key", file=checkpoints(tmp_path / "run")[0]):
+    with raises_at("data_key", file=checkpoints(tmp_path / "run")[0]):
         tinyjob.run(tmp_path, model_dir, None)
 
 
@@ -140,7 +140,7 @@ def test_a_run_from_another_model_under_the_same_name_is_refused(tmp_path, monke
     tinyjob.make_model(tmp_path / "model", seed=1)
     path = tmp_path / "run" / "config.json"
     path.write_text(before := path.read_text() + " ")
-    with refuses("model_key", file=checkpoints(tmp_path / "run")[0]):
+    with raises_at("model_key", file=checkpoints(tmp_path / "run")[0]):
         tinyjob.run(tmp_path, model, None)
     assert path.read_text() == before
 
@@ -163,7 +163,7 @@ def test_a_run_goes_on_in_the_dtype_that_it_was_begun_in(begun, now, tmp_path, m
         stop_at(patch, "step", 3)
         on_machine(patch, begun, tmp_path / "b", model_dir, dtype="auto")
     for word in ("auto", here):
-        with refuses(f"dtype: there '{there}', now '{here}'", file=checkpoints(tmp_path / "b" / "run")[0]):
+        with raises_at(f"dtype: there '{there}', now '{here}'", file=checkpoints(tmp_path / "b" / "run")[0]):
             on_machine(monkeypatch, now, tmp_path / "b", model_dir, dtype=word)
     assert tinyjob.equal(whole, on_machine(monkeypatch, now, tmp_path / "b", model_dir, dtype=there))
     monkeypatch.setattr(train, "learn", lambda *_: pytest.fail("trained again"))
@@ -181,7 +181,7 @@ def test_a_run_on_another_tokenizer_is_refused(tmp_path, monkeypatch):
     vocab = document["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     path.write_text(json.dumps(document))
-    with refuses("tokenizer_key", file=checkpoints(tmp_path / "run")[0]):
+    with raises_at("tokenizer_key", file=checkpoints(tmp_path / "run")[0]):
         tinyjob.run(tmp_path, model, None)
 
 
@@ -201,7 +201,7 @@ def test_another_device_is_named(tmp_path, model_dir, monkeypatch, capsys):
 
 def test_a_loss_that_is_not_a_number_stops_with_its_lines_and_leaves_nothing_half_written(tmp_path, model_dir):
     """Faults: NaN stepped with; the lines of another batch named; a checkpoint written on the way out."""
-    with refuses("step 1", "nan", file=tmp_path / "run.jsonl", option="lr") as caught:
+    with raises_at("step 1", "nan", file=tmp_path / "run.jsonl", option="lr") as caught:
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), lr=1e30, warmup=0)
     message, out = caught.value.message, tmp_path / "run"
     told = eval(message[message.index("[") : message.index("]") + 1])
@@ -221,17 +221,17 @@ def test_a_model_without_numbers_is_the_users_fault(options, tmp_path):
     damaged = tensors[name].clone()
     damaged[0, 0] = torch.nan
     save_file(tensors | {name: damaged}, model / "model.safetensors")
-    with refuses(name, file=model / "model.safetensors"):
+    with raises_at(name, file=model / "model.safetensors"):
         tinyjob.run(tmp_path, model, tinyjob.make_records(), **options)
     save_file(tensors | {"model.norm.weight": torch.full((16,), 3e38)}, model / "model.safetensors")
-    with refuses("line 1", option="model"):
+    with raises_at("line 1", option="model"):
         tinyjob.run(tmp_path, model, None, **options)
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
 def test_the_largest_beta_is_no_assertion(tmp_path, model_dir):
     """Catches: margins that overflow at step 0, where policy and reference are equal."""
-    with refuses(option="beta"):
+    with raises_at(option="beta"):
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), beta=1e39)
 
 
@@ -279,7 +279,7 @@ def test_bad_input_is_refused_and_leaves_no_run(change, options, line, option, n
     """Faults: each check taken out; a run directory left behind by a run that never began."""
     records = tinyjob.make_records()
     records[4] |= change
-    with refuses(*named, file=tmp_path / "run.jsonl", line=line, option=option):
+    with raises_at(*named, file=tmp_path / "run.jsonl", line=line, option=option):
         tinyjob.run(tmp_path, model_dir, records, **options)
     assert not (tmp_path / "run").exists()
 

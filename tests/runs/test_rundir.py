@@ -16,7 +16,7 @@ from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimize
 from mixdpo.runs.options import TrainConfig
 from mixdpo.runs.rundir import compute_dtype, load_checkpoint, save_checkpoint
 from mixdpo.files.atomic import alone
-from raising import refuses
+from raising import raises_at
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +75,7 @@ def test_any_bit_that_turned_is_found(tmp_path, capsys):
         path.write_bytes(good[:length])
         assert load_checkpoint(tmp_path, {})[1]["step"] == 1
     rundir.checkpoints(tmp_path)[1].write_bytes(b"")
-    with refuses(file=tmp_path / "checkpoint"):
+    with raises_at(file=tmp_path / "checkpoint"):
         load_checkpoint(tmp_path, {})
 
 
@@ -100,7 +100,8 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_field(tmp_path):
     a difference that is none."""
     save(tmp_path, 1.0, a=1, b="x", c=[1, 2])
     load_checkpoint(tmp_path, {"a": 1, "c": (1, 2)})
-    with refuses("a: there 1, now 2", "b: there 'x', now 'y'", "--out", file=rundir.checkpoints(tmp_path)[0]) as caught:
+    newest = rundir.checkpoints(tmp_path)[0]
+    with raises_at("a: there 1, now 2", "b: there 'x', now 'y'", "--out", file=newest) as caught:
         load_checkpoint(tmp_path, {"a": 2, "b": "y", "c": (1, 2)})
     assert "c:" not in caught.value.message
 
@@ -130,7 +131,7 @@ def test_no_file_of_a_run_holds_a_bare_nan_or_infinity(tmp_path):
     with safe_open(rundir.checkpoints(tmp_path)[0], "pt") as file:
         strict(strict(file.metadata()["whole"])[1])
     load_checkpoint(tmp_path, {"clip": math.inf})
-    with refuses("clip", file=rundir.checkpoints(tmp_path)[0]):
+    with raises_at("clip", file=rundir.checkpoints(tmp_path)[0]):
         load_checkpoint(tmp_path, {"clip": 1.0})
     older = {"step": 2, "config": {"clip": math.inf}}
     with pytest.MonkeyPatch.context() as patch:
@@ -144,7 +145,7 @@ def test_the_dtype_of_the_products():
     assert compute_dtype("float32", "cpu")[0] == torch.float32 and compute_dtype("bfloat16", "cpu")[0] == torch.bfloat16
     dtype, why = compute_dtype("auto", "cpu")
     assert dtype in (torch.float32, torch.bfloat16) and "processor" in why
-    with refuses("'float16'", option="dtype"):
+    with raises_at("'float16'", option="dtype"):
         compute_dtype("float16", "cpu")
 
 

@@ -4,7 +4,7 @@ faults that the test was seen to fail on.
 
 import random
 
-from raising import refuses
+from raising import raises_at
 
 from mixdpo.config import InputError
 from mixdpo.text import bpe
@@ -66,7 +66,7 @@ def test_a_token_with_rules_far_apart_is_refused():
     merges = ["a b", "a bc", "c d", "b c", "ab c"]
     names = ["a", "b", "c", "d", "ab", "abc", "cd", "bc"]
     assert by_rule(merges, "abcd") == ["ab", "cd"] != by_rank({name: n for n, name in enumerate(names)}, "abcd")
-    with refuses("'abc'", file="random"):
+    with raises_at("'abc'", file="random"):
         build({name: n for n, name in enumerate(names)}, merges, False)
 
 

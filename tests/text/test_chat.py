@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from letters import Letters, write
-from raising import refuses
+from raising import raises_at
 
 from mixdpo.preferences import read_preferences
 from mixdpo.text.chat import encode_answer, encode_chat, ends, template_of
@@ -68,7 +68,7 @@ def test_long_conversations_lose_whole_turns_from_the_left(smollm2, llama3):
         assert encode_chat(LONG, tokenizer, len(whole) - 1) == (encode_chat(one, tokenizer, 1000)[0], 1)
         shortest = encode_chat(two, tokenizer, 1000)[0]
         assert encode_chat(LONG, tokenizer, len(shortest)) == (shortest, 2)
-        with refuses(f"{len(shortest)} ids", len(shortest) - 1, kind=Fault):
+        with raises_at(f"{len(shortest)} ids", len(shortest) - 1, kind=Fault):
             encode_chat(LONG, tokenizer, len(shortest) - 1)
 
 
@@ -165,7 +165,7 @@ def test_dates_by_hand(written_by):
 def test_a_template_of_another_form_is_refused(written_by, name):
     """Catches: a template that only looks like ChatML read as plain ChatML."""
     tokenizer = written_by(REFUSED[name])
-    with refuses(file=tokenizer.place):
+    with raises_at(file=tokenizer.place):
         encode_chat(USER, tokenizer, 99)
     assert ends(tokenizer) == {tokenizer.eos}
 
@@ -175,7 +175,7 @@ def test_without_jinja2_only_smollm2s_template_is_known(written_by, smollm2, mon
     own, wanted = smollm2.chat_template, encode_chat(LONG[1:], smollm2, 99)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert encode_chat(LONG[1:], written_by(own), 99) == wanted
-    with refuses("jinja2", file=smollm2.place):
+    with raises_at("jinja2", file=smollm2.place):
         encode_chat(USER, written_by(CHATML), 99)
 
 
@@ -202,7 +202,7 @@ def test_a_tokenizer_without_chat_is_no_fault_of_a_line(tmp_path):
     """Catches: lines dropped one by one because the model has no template."""
     path = write(tmp_path, {"prompt": USER, "chosen": [{"role": "assistant", "content": "a"}],
                             "rejected": [{"role": "assistant", "content": "b"}]})
-    with refuses("chat template"):
+    with raises_at("chat template"):
         read_preferences(path, Letters(), 64, 16, drop=True)
 
 

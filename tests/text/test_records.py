@@ -5,7 +5,7 @@ import json
 
 import pytest
 from letters import GOOD, Letters, read, write
-from raising import refuses
+from raising import raises_at
 
 from mixdpo.preferences import data_key, read_preferences
 from mixdpo.text.records import Fault
@@ -56,7 +56,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_is_an_error_with_file_and_line(tmp_path, fault):
     """Caught: any one check taken out; a message without file, line or remedy."""
-    with refuses("--drop true", file=tmp_path / "prefs.jsonl", line=2, kind=Fault) as error:
+    with raises_at("--drop true", file=tmp_path / "prefs.jsonl", line=2, kind=Fault) as error:
         read(tmp_path, GOOD, FAULTS[fault])
     kind, _, got = fault.partition(": ")
     assert error.value.kind == kind and error.value.got.startswith(got) and error.value.remedy
@@ -77,7 +77,7 @@ def test_dropped_lines_are_counted_and_listed(tmp_path):
 @pytest.mark.parametrize("drop", [False, True])
 def test_unknown_field_is_named(tmp_path, drop):
     """Caught: a misspelt field that is ignored, or that empties the file when drops are asked for."""
-    with refuses("'usr', 'split'", file=tmp_path / "prefs.jsonl", line=2, kind=Fault) as error:
+    with raises_at("'usr', 'split'", file=tmp_path / "prefs.jsonl", line=2, kind=Fault) as error:
         read(tmp_path, GOOD, {**GOOD, "usr": "ann", "split": "train"}, drop=drop)
     assert error.value.kind == "unknown field"
 
@@ -95,15 +95,15 @@ def test_whole_pair_is_silent_and_complete(tmp_path):
 
 def test_files_without_a_pair(tmp_path):
     """Caught: no pairs handed on from an empty file, an all-dropped one, a missing one, half a gzip file."""
-    with refuses(file=tmp_path / "prefs.jsonl"):
+    with raises_at(file=tmp_path / "prefs.jsonl"):
         read(tmp_path)
-    with refuses(file=tmp_path / "prefs.jsonl"):
+    with raises_at(file=tmp_path / "prefs.jsonl"):
         read(tmp_path, "{", drop=True, report=str)
-    with refuses(file=tmp_path / "absent.jsonl"):
+    with raises_at(file=tmp_path / "absent.jsonl"):
         read_preferences(tmp_path / "absent.jsonl", Letters(), 16, 16)
     packed = write(tmp_path, *[GOOD] * 99, name="prefs.jsonl.gz")
     packed.write_bytes(packed.read_bytes()[:-20])
-    with refuses(file=packed):
+    with raises_at(file=packed):
         read_preferences(packed, Letters(), 16, 16)
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from raising import refuses
+from raising import raises_at
 
 from mixdpo.config import InputError
 from mixdpo.text.tokenizer import load_tokenizer
@@ -134,22 +134,22 @@ def test_vocab_covers_every_id(load):
 def test_a_character_without_a_token_is_named(load, tmp_path):
     """Bytes that the vocabulary lacks: tiktoken itself ends in a panic. Faults: no check; the position of the byte."""
     tokenizer = load("digits")
-    with refuses("'\\x04'", "U+0004", "position 5", file=tmp_path / "digits"):
+    with raises_at("'\\x04'", "U+0004", "position 5", file=tmp_path / "digits"):
         tokenizer.encode("中中 ok\x04")
-    with refuses("U+1F44D", "position 5", file=tmp_path / "digits"):
+    with raises_at("U+1F44D", "position 5", file=tmp_path / "digits"):
         tokenizer.encode("film 👍")
     assert tokenizer.encode("the film")         # and it goes on working
 
 
 def test_half_a_surrogate_is_named(load, tmp_path):
     """JSON can hold "\\ud83d" alone; tiktoken writes U+FFFD for it without a word. Fault: the text left to tiktoken."""
-    with refuses("U+D83D", "position 2", file=tmp_path / "gpt2"):
+    with raises_at("U+D83D", "position 2", file=tmp_path / "gpt2"):
         load("gpt2").encode("ab\ud83dc")
 
 
 def test_endless_blanks_are_an_error_that_says_so(load, tmp_path):
     """tiktoken's regex gives up with a panic, whose class is no Exception. Fault: `except Exception`."""
-    with refuses(1000001, file=tmp_path / "gpt2"):
+    with raises_at(1000001, file=tmp_path / "gpt2"):
         load("gpt2").encode(" " * 1_000_000 + "x")
 
 
@@ -159,7 +159,7 @@ def test_a_pattern_that_matches_the_empty_string_is_an_error(load, tmp_path):
     def empty(doc):
         doc["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{N}*"
 
-    with refuses(5, file=tmp_path / "split"):
+    with raises_at(5, file=tmp_path / "split"):
         load("split", empty).encode("ab 12")
 
 
@@ -208,7 +208,7 @@ def test_the_end_token_is_found_in_the_models_config(file, tmp_path):
     """Faults: one of the two files not read; a list of ids not understood; id 0 taken for none."""
     doc = GOLDEN["gpt2"]["tokenizer"]
     folder = write(tmp_path / "t", doc)
-    with refuses("eos_token", file=folder):
+    with raises_at("eos_token", file=folder):
         load_tokenizer(folder)
     for value in (0, [0, 5]):
         assert doc["added_tokens"][0]["id"] == 0
@@ -219,7 +219,7 @@ def test_the_end_token_is_found_in_the_models_config(file, tmp_path):
 def test_an_end_token_that_the_vocabulary_lacks_is_refused(tmp_path):
     """Fault: eos None, which would be trained on as if there were one."""
     folder = write(tmp_path / "t", GOLDEN["gpt2"]["tokenizer"], {"eos_token": "</s>"})
-    with refuses("'</s>'", file=folder):
+    with raises_at("'</s>'", file=folder):
         load_tokenizer(folder)
 
 
@@ -286,24 +286,24 @@ REFUSED = {
 def test_what_is_not_supported_is_refused_by_its_name(what, load, tmp_path):
     """Fault: the check taken out, so that ids are others in silence or a KeyError names nothing."""
     case, change, words = REFUSED[what]
-    with refuses(*words, file=tmp_path / case):
+    with raises_at(*words, file=tmp_path / case):
         load(case, change)
 
 
 def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     """Faults: json's own error without the file's name; a name that is no directory tried as one."""
-    with refuses("smollm2", file="gpt3"):
+    with raises_at("smollm2", file="gpt3"):
         load_tokenizer("gpt3")
-    with refuses("tokenizer.json", file=tmp_path):
+    with raises_at("tokenizer.json", file=tmp_path):
         load_tokenizer(tmp_path)
     folder = write(tmp_path / "t", GOLDEN["gpt2"]["tokenizer"], GOLDEN["gpt2"]["config"])
     whole = (folder / "tokenizer.json").read_text()
     for text in (whole[:2000], "[]", ""):
         (folder / "tokenizer.json").write_text(text)
-        with refuses(file=folder / "tokenizer.json"):
+        with raises_at(file=folder / "tokenizer.json"):
             load_tokenizer(folder)
     (folder / "tokenizer.json").write_bytes(b"\xff\xfe{")
-    with refuses(file=folder / "tokenizer.json"):
+    with raises_at(file=folder / "tokenizer.json"):
         load_tokenizer(folder)
 
 
@@ -330,7 +330,7 @@ def test_real_vocabularies(name, tmp_path):
     for text, ids in golden.items():
         assert tokenizer.encode(text) == ids
     if name == "smollm2":
-        with refuses("U+0004", "position 1", file=name):
+        with raises_at("U+0004", "position 1", file=name):
             tokenizer.encode("a\x04")
     text = "I'd say:\n\n  « naïve » 中文 👍🏽 <|endoftext|> 2,500 strings!"
     assert tokenizer.decode(tokenizer.encode(text)) == text
