@@ -216,7 +216,7 @@ def test_a_pair_is_refused_in_a_sentence_or_keeps_every_promise(pair, job, monke
     """Faults: see the head of this file; a private run that begins with experts whose training no budget covers."""
     options, out = job.options(*pair), job.folder / " x ".join(pair).replace(" ", "-")
     names = {name for setting in pair for name in needed(SETTINGS[setting])}
-    monkeypatch.setattr(fits, "describe_memory", lambda *_: [])                        # an estimate, made with each setting alone
+    monkeypatch.setattr(fits, "describe_memory", lambda *_: [])            # an estimate, made with each setting alone
     try:
         validate(TrainConfig(out=str(out), **options))
         check(job, options, out, monkeypatch)
