@@ -40,3 +40,12 @@ def test_every_figure_of_the_results_stands_in_the_committed_report(section):
         lines = [line for line in report.splitlines() if line.startswith(f"| {name} |")]
         assert lines, f"{name} is no row of the report"
         assert any(all(cell in line for cell in cells) for line in lines), f"{name}: {cells} are not in the report"
+
+
+def test_every_file_that_the_docs_name_exists():
+    """Catches: a file that was moved or renamed, and is still named by its old place."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    named = {(page.name, path) for page in pages
+             for path in re.findall(r"\b(?:mixdpo|tests|data)/[\w/]+\.(?:py|json|md)\b", page.read_text())}
+    assert len(named) > 20
+    assert not [(page, path) for page, path in sorted(named) if not (ROOT / path).exists()]
