@@ -6,7 +6,7 @@ helpfulness, honesty, instruction following and truthfulness. As in UF-P (Poddar
 of a type prefers the completion that is rated higher on its attribute; of two that are rated alike, either, by a coin
 that belongs to seed, instruction and type. An instruction gives one pair: the completion with the best mean rating, and
 one of the others, drawn by seed, as the binarized UltraFeedback that UF-P is made of pairs them. Pairs on which
-types disagree are UF-P-4's (--conflicts true); they alone do not tell types apart better than all (README).
+types disagree are UF-P-4's (--conflicts true); they alone do not tell types apart better than all.
 
 Sources, in this order: in the user's own folder ultrafeedback.jsonl, or any of the official files by their names; else
 these from the hub, whose sums the hub names. A line: {"instruction": str, "completions": [{"response": str,
