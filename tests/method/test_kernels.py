@@ -12,7 +12,7 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"                     # there conftest.py asks for the interpreter
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from mixdpo import kernels  # noqa: E402
+from mixdpo.fast import kernels  # noqa: E402
 from mixdpo.logprob import token_logps, token_logps_reference  # noqa: E402
 
 SHAPES = [(1, 7, 37), (5, 24, 131), (70, 70, 257)]                          # N, C, V: multiples of nothing
