@@ -34,7 +34,7 @@ from mixdpo.mixture import mixture_logp
 from mixdpo.preferences import Pair, encode_prompt
 from mixdpo.runs.load_run import Run, find_runs, load_run
 from mixdpo.runs.reference import compute_reference, load_references, prompt_features
-from mixdpo.runs.rundir import Progress, environment
+from mixdpo.runs.log import Progress, environment
 from mixdpo.text.chat import template_of
 from mixdpo.text.records import check_messages, check_string, lines
 

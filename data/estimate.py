@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mixdpo.runs.rundir import compute_dtype
+from mixdpo.config import compute_dtype
 
 PARAMETERS = {"gpt2": 124e6, "smollm2": 135e6, "llama-3.2-1b": 1236e6}
 REACHED = {"cpu": {"pass": 0.4, "decode": 0.19}, "cuda": {"pass": 0.2, "decode": 0.02}}  # share of the product's rate

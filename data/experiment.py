@@ -38,7 +38,7 @@ from mixdpo.files.atomic import alone, must_be_own
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import encode_prompt
 from mixdpo.runs.options import validate
-from mixdpo.runs.rundir import compute_dtype
+from mixdpo.config import compute_dtype
 from mixdpo.text.tokenizer import load_tokenizer
 from train import TrainConfig, run
 

@@ -17,15 +17,18 @@ import torch
 
 from mixdpo import config as configs
 from mixdpo.config import SEEDS, InputError, Stopped, check_ranges
-from mixdpo.experts import Heads, load_state, trained_state
+from mixdpo.experts import Heads
+from mixdpo.runs.checkpoint import load_state, trained_state
 from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.files.atomic import must_be_own
 from mixdpo.models.weights import content_key, load_model, save_model
 from mixdpo.preferences import data_key
-from mixdpo.runs.rundir import Progress, Stop, compute_dtype, load_checkpoint, save_checkpoint
+from mixdpo.config import compute_dtype
+from mixdpo.runs.checkpoint import Stop, load_checkpoint, save_checkpoint
+from mixdpo.runs.log import Progress
 from mixdpo.text.records import lines
 from mixdpo.text.tokenizer import load_tokenizer
-from train import minimise
+from mixdpo.fast.optimizer import minimise
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from data.stages import read_lines, write_lines
 from mixdpo.config import InputError
-from mixdpo.runs.rundir import Progress
+from mixdpo.runs.log import Progress
 
 ATTEMPTS, AT_ONCE = 5, 8
 PAUSE, LONGEST = 1.0, 60.0      # seconds: the first pause, twice as long each time; and the longest, or wait, of all

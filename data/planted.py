@@ -25,7 +25,7 @@ from mixdpo.files.atomic import must_be_own
 from mixdpo.linear import linear_mixture
 from mixdpo.metrics import adjusted_rand_index
 from mixdpo.mixture import e_step
-from mixdpo.runs.rundir import Progress
+from mixdpo.runs.log import Progress
 
 
 @dataclass(frozen=True)

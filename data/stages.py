@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mixdpo.config import to_json
 from mixdpo.files import fetch
-from mixdpo.runs.rundir import Progress
+from mixdpo.runs.log import Progress
 
 VERSION = 1     # part of every key: raise it when a stage's result changes
 

@@ -35,7 +35,8 @@ from mixdpo.files.atomic import alone, must_be_own, must_be_writable, noted
 from mixdpo.private.accountant import noise_multiplier
 from mixdpo.private.budget import drop_key, kept_key
 from mixdpo.private.keys import Key
-from mixdpo.runs.rundir import environment, load_checkpoint
+from mixdpo.runs.checkpoint import load_checkpoint
+from mixdpo.runs.log import environment
 from mixdpo.tabular.columns import Column, columns_of, encode, read_schema, read_table, schema_of, write_table
 from mixdpo.tabular.dp_tbart import TableConfig, account, fit, look, sample, validate
 

@@ -19,6 +19,8 @@ import sys
 import typing
 from pathlib import Path
 
+import torch
+
 
 class InputError(ValueError):
     """User input that cannot be used. `message` says what is wrong, what was expected and what to do; file, line and
@@ -237,3 +239,21 @@ def load(cls, path: Path, report=print):
             elif type(value) not in {tuple: (list, tuple), float: (float, int)}.get(kind, (kind,)):
                 raise InputError(f"{name} is {value!r:.80}, wanted {kind.__name__}; put back what was there", file=path)
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def compute_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
+    """The dtype of a run's products, and the reason. "auto" is bfloat16 if the device has units for it, else float32."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name in known:
+        return known[name], "as asked"
+    if name != "auto":
+        raise InputError(f"got {name!r}, wanted auto, float32 or bfloat16", option="dtype")
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16, "the GPU has bfloat16 units"
+        return torch.float32, "the GPU has no bfloat16"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    units = [unit for unit in ("amx_bf16", "avx512_bf16") if unit in flags]
+    if units:
+        return torch.bfloat16, f"the processor has {units[0]}"
+    return torch.float32, "the processor has no bfloat16 units"

@@ -6,15 +6,7 @@
 The expert's reward is r = beta log(pi / pi_ref) + beta log Z(x) (M3);
 Z depends on the prompt alone, so it cancels in h.
 
-Where a share e of all choices is taken to be wrong, turned round at random, three things can be made of a margin:
-
-    flips           p = e + (1 - 2e) sigma(h), the likelihood itself: that of the margin `flipped_margins`, which takes
-                    h's place in the E-step too
-    conservative    (1 - e) loss(h) + e loss(-h)                     cDPO, label smoothing (Mitchell 2023)
-    robust          [ (1 - e) loss(h) - e loss(-h) ] / (1 - 2e)      mean over flips: loss(h) (Chowdhury et al. 2024,
-                                                                     arXiv 2403.00409)
-
-Left out: IPO, length normalisation. They are other losses on the same margin.
+Left out: IPO, length normalisation. They are other losses on the same margin. Noisy labels: variants/label_noise.py.
 """
 
 import math
@@ -42,34 +34,6 @@ def dpo_loss(h: torch.Tensor) -> torch.Tensor:
     """Per-pair loss -log sigma(h) in nats: (B,) -> (B,), ln 2 where the policy is the reference."""
     assert h.dtype in (torch.float32, torch.float64), f"margins are {h.dtype}, want float32 or float64"
     return -F.logsigmoid(h)                                                 # M8, K = 1
-
-
-LABEL_LOSSES = ("flips", "conservative", "robust")
-
-
-def flipped_margins(h: torch.Tensor, share: float) -> torch.Tensor:
-    """The margins h' with sigma(h') = share + (1 - 2 share) sigma(h): those of choices of which that share is turned
-    round. (...) -> (...), within +-log((1 - share) / share). share: 0 to under 1/2."""
-    if share == 0:
-        return h
-    floor, kept = h.new_tensor(math.log(share)), math.log1p(-2 * share)
-    return torch.logaddexp(floor, kept + F.logsigmoid(h)) - torch.logaddexp(floor, kept + F.logsigmoid(-h))
-
-
-def observed_margins(h: torch.Tensor, share: float, kind: str) -> torch.Tensor:
-    """The margins of the choices as they were observed, of which `share` is turned round: flipped_margins if the label
-    loss is `flips`, else h. E-steps and likelihoods, in training, evaluation and adaptation alike, are of these."""
-    return flipped_margins(h, share) if kind == "flips" else h
-
-
-def label_loss(loss, h: torch.Tensor, share: float, kind: str) -> torch.Tensor:
-    """loss(h) (B,), or what `conservative` and `robust` make of it; for `flips`, h are flipped_margins already."""
-    assert kind in LABEL_LOSSES and 0 <= share < 0.5, f"got {kind!r} and a share of {share}, want under 1/2"
-    if share == 0 or kind == "flips":
-        return loss(h)
-    if kind == "conservative":
-        return (1 - share) * loss(h) + share * loss(-h)
-    return ((1 - share) * loss(h) - share * loss(-h)) / (1 - 2 * share)
 
 
 def accuracy(h: torch.Tensor) -> torch.Tensor:

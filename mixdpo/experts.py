@@ -9,27 +9,18 @@ predict response tokens), `heads` (what these are multiplied with) and `token_lo
 from, `policy(k)`: expert k as a model and an unembedding.
 At the start every expert is the reference, exactly: W_k = W, a factor that is 0, or a copy. The reference itself is a
 separate frozen object or a cached number (runs/reference.py), never a view of parameters that are trained.
-Parameters are float32; products run in `dtype`. LoRA: Hu et al. 2021, arXiv 2106.09685; left out of it: dropout, biases
-that learn, and alpha as an option.
+Parameters are float32; products run in `dtype`.
 """
 
 import copy
-import dataclasses
 import math
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from mixdpo.config import InputError
 from mixdpo.logprob import sum_responses, token_logps
+from mixdpo.models.lora import LoRALinear, frozen_twin, projections
 from mixdpo.preferences import Batch, Rows, rows_of
-
-# alpha / rank. Fixed, since Adam makes another one act like another learning rate (Hu et al., section 4.1).
-SCALE = 2.0
-
-# The projections that have adapters if nothing else is asked for: GPT-2's, and Llama's.
-TARGETS = ("c_attn", "q_proj", "v_proj")
 
 
 class Heads(nn.Module):
@@ -84,33 +75,6 @@ class Heads(nn.Module):
         return self.trunk, (self.W_k[k] if self.rank == 0 else W + W @ self.A[k] @ self.B[k])
 
 
-class LoRALinear(nn.Module):
-    """A frozen projection W and K adapters on it: y = W x + b + SCALE B_k A_k x in the rows of expert k.
-
-    A (K,R,in) is uniform in +-1/sqrt(in), as kaiming_uniform with a = sqrt(5) makes it; B (K,out,R) is 0.
-    """
-
-    def __init__(self, linear: nn.Linear, experts: int, rank: int, generator: torch.Generator):
-        super().__init__()
-        self.linear, W = linear, linear.weight                              # (out,in)
-        noise = torch.rand(experts, rank, W.shape[1], generator=generator) * 2 - 1
-        self.A = nn.Parameter(noise.to(W) / math.sqrt(W.shape[1]))                                # (K,R,in)
-        self.B = nn.Parameter(W.new_zeros(experts, W.shape[0], rank))                             # (K,out,R)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(K*N,T,in) -> (K*N,T,out): the first N rows are expert 0's. One product with W for all."""
-        low = x.reshape(len(self.A), -1, x.shape[-1]) @ self.A.mT           # (K,N*T,R)
-        y = self.linear(x)
-        return y + (SCALE * low @ self.B.mT).view(y.shape)
-
-    @torch.no_grad()
-    def merged(self, k: int) -> nn.Linear:
-        """A plain projection with expert k's weight, W + SCALE B_k A_k, in new memory."""
-        linear = copy.deepcopy(self.linear)
-        linear.weight += SCALE * self.B[k] @ self.A[k]
-        return linear
-
-
 class Adapters(nn.Module):
     """One frozen model and K adapters of rank R on its `targets` (see projections). The base is never written to, so
     the model given may go on as the reference: here stand new modules around the same numbers."""
@@ -154,24 +118,6 @@ class Adapters(nn.Module):
         return model, model.unembedding
 
 
-def frozen_twin(model: nn.Module) -> nn.Module:
-    """New modules around the same numbers, which need no gradient: to replace a module here changes nothing there."""
-    frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, frozen)                                     # takes these where it meets the parameters
-
-
-def projections(model: nn.Module, targets: str) -> list[str]:
-    """The linear layers of the model's blocks whose name is one of `targets` (comma-separated; empty: those of TARGETS
-    that it has), as paths like "h.0.attn.c_attn". Raises: InputError naming an unknown one and the known ones."""
-    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and "." in path]
-    known = sorted({path.rpartition(".")[2] for path in linear})            # no dot: the unembedding, outside of blocks
-    wanted = targets.split(",") if targets else [name for name in TARGETS if name in known]
-    unknown = [name for name in wanted if name not in known]
-    if unknown:
-        raise InputError(f"got {unknown[0]!r}, wanted some of {', '.join(known)}", option="targets")
-    return [path for path in linear if path.rpartition(".")[2] in wanted]
-
-
 class Models(nn.Module):
     """K independent models, of the same vocabulary and width."""
 
@@ -204,26 +150,10 @@ class Models(nn.Module):
         """Expert k as (model, unembedding (V,C))."""
         return self.models[k], self.models[k].unembedding
 
-    @torch.no_grad()
-    def untie(self, k: int) -> nn.Module:
-        """Gives model k an unembedding of its own, which starts as its embedding; returns the model."""
-        old = self.models[k]
-        new = type(old)(dataclasses.replace(old.config, tied=False)).to(old.unembedding.device)
-        new.load_state_dict(old.state_dict() | {"lm_head.weight": old.unembedding})
-        self.models[k] = new
-        return new
-
 
 def trunks(experts: Heads | Adapters | Models) -> list[nn.Module]:
     """The models that ids pass through."""
     return list(experts.models) if isinstance(experts, Models) else [experts.trunk]
-
-
-def once_a_step(experts: Heads | Adapters | Models) -> list[nn.Parameter]:
-    """The parameters that get their whole gradient at one time, however a head's rows are cut: all but heads, which a
-    tied embedding is too."""
-    heads = {id(x) for x in experts.heads()}
-    return [p for p in experts.parameters() if p.requires_grad and id(p) not in heads]
 
 
 def make_experts(models: list[nn.Module], config, dtype: torch.dtype) -> Heads | Adapters | Models:
@@ -249,42 +179,12 @@ def predicting_states(experts: Heads | Adapters | Models, batch: Batch, text: Ro
     return experts.rows(experts.hidden(text.ids, text.window), text.where)
 
 
-def pair_logp(experts: Heads | Adapters | Models, batch: Batch, tile: int | None = 0,
-              shared: bool | None = None, packed: bool = False, temperature: float = 1.0) -> torch.Tensor:
-    """Summed response log-probs of every expert, with gradient: (B,K,2) float32 nats.
-    The composable route, text ids to log-probs in three lines. shared, packed: as in
-    preferences.rows_of. temperature: of the policies, whose logits are linear in the states."""
-    text = rows_of(batch, shared, packed).to(experts.heads()[0].device)
+def pair_logp(experts: Heads | Adapters | Models, batch: Batch, rows_of=rows_of, tile: int | None = 0,
+              temperature: float = 1.0) -> torch.Tensor:
+    """Summed response log-probs of every expert, with gradient: (B,K,2) float32 nats. Text to log-probs in three lines.
+    rows_of: the batch's layout; fast/packing.py has others. temperature: of the policies, whose logits are linear in
+    the states."""
+    text = rows_of(batch).to(experts.heads()[0].device)
     rows = predicting_states(experts, batch, text)                          # (M,C), or (K,M,C)
     logps = experts.token_logps(rows if temperature == 1 else rows / temperature, text.targets, tile)       # (K,M)
     return sum_responses(logps, text.sequence, len(batch.ids))              # (B,K,2)
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def trained_state(experts: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that are not the reference's any more, as "experts." and their names, for safetensors."""
-    return {f"experts.{name}": p.detach().contiguous() for name, p in own_parameters(experts)}
-
-
-def own_parameters(experts: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Those that learn, and those that would if their expert were not frozen (runs/init_experts.py)."""
-    return [(name, p) for name, p in experts.named_parameters() if p.requires_grad or getattr(p, "frozen", False)]
-
-
-@torch.no_grad()
-def load_state(experts: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Copies a saved state back. Raises: InputError naming every tensor that is missing, extra or of another shape."""
-    if isinstance(experts, Models):
-        for k, model in enumerate(experts.models):
-            if model.config.tied and f"experts.models.{k}.lm_head.weight" in tensors:      # taken over
-                experts.untie(k)
-    own = {f"experts.{name}": p for name, p in own_parameters(experts)}
-    state = {name: value for name, value in tensors.items() if name.startswith("experts.")}
-    wrong = sorted(set(own) ^ set(state)) + [n for n in set(own) & set(state) if own[n].shape != state[n].shape]
-    if wrong:
-        raise InputError(f"its tensors do not fit this configuration: {', '.join(wrong[:8])}; resume with the "
-                         "configuration it was written by", file=path)
-    for name, p in own.items():
-        p.copy_(state[name])

@@ -10,8 +10,8 @@
 
 A row of weights is of one unit of the latent (a pair, or a user: M11 has one prior a user), of that unit alone: rows
 never mix. Every trained gate starts uniform: W and E are 0, so that the step-0 invariant q = w holds. f is centred and
-scaled by the training units' mean and deviation, which the gate keeps; a private gate, whose rows must not tell of one
-another, takes each row at length 1 instead. Softmax is of logits / temperature, 1 but while a run anneals it.
+scaled by the training units' mean and deviation, which the gate keeps; with `unit_rows` each row is scaled to length 1
+instead, so that it depends on no other row. Softmax is of logits / temperature, 1 but while a run anneals it.
 Left out: gates that read the response. The weights are a prior; what a response says belongs to the posterior (M7).
 """
 
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mixdpo.config import InputError, convert
+from mixdpo.mixture import balance, entropy, gate_loss
 from mixdpo.plan import Plan
 from mixdpo.preferences import Pair
 
@@ -96,11 +97,11 @@ class Gate(nn.Module):
     """
 
     def __init__(self, kind: str, experts: int, inputs: Inputs, log_w: torch.Tensor, seed: int = 0,
-                 private: bool = False):
+                 unit_rows: bool = False):
         super().__init__()
         assert kind in KINDS, f"got gate {kind!r}, want one of {KINDS}"
         self.kind, self.K, self.temperature = kind, experts, 1.0            # the loop sets the temperature (train.py)
-        self.private = private
+        self.unit_rows = unit_rows
         D, self.users = inputs.features.shape[1], int(inputs.user.max())    # that have a place, from 1
         generator = torch.Generator().manual_seed(seed)
         if kind == "fixed":
@@ -110,7 +111,7 @@ class Gate(nn.Module):
                              'one domain an expert: {"domain": ...} on each line, and --experts of that number',
                              option="gate")
         if kind in READS_PROMPT:
-            seen = inputs.features.new_tensor([[-1.0], [1.0]]).expand(2, D) if private else inputs.features
+            seen = inputs.features.new_tensor([[-1.0], [1.0]]).expand(2, D) if unit_rows else inputs.features
             self.register_buffer("mean", seen.mean(0))                                      # (D,)
             self.register_buffer("scale", seen.std(0, correction=0).clamp_min(1e-6) * math.sqrt(D))
             width = HIDDEN if kind == "mlp" else D
@@ -131,7 +132,7 @@ class Gate(nn.Module):
         """The prompt's share of the logits: (N,K), or 0 for a gate that does not read it."""
         if self.kind not in READS_PROMPT:
             return 0.0
-        f = F.normalize(inputs.features) * math.sqrt(inputs.features.shape[1]) if self.private else inputs.features
+        f = F.normalize(inputs.features) * math.sqrt(inputs.features.shape[1]) if self.unit_rows else inputs.features
         f = (f - self.mean) / self.scale                                    # (N,D), of length 1, about
         return (F.gelu(f @ self.V.T + self.c) if self.kind == "mlp" else f) @ self.W.T + self.b
 
@@ -155,32 +156,15 @@ class Gate(nn.Module):
         return torch.log_softmax((logits + self.E[0]).expand(len(inputs.user), -1) / self.temperature, dim=-1)
 
 
-# --- of a run, and files ----------------------------------------------------------------------------------------------
+def gate_objective(gate: Gate, inputs: Inputs, log_q: torch.Tensor, config, share: torch.Tensor) -> torch.Tensor:
+    """The gate's loss, summed over G visits: M9, less the entropy bonuses. share (G,): what each visit is of its unit.
 
-
-def make_gate(plan: Plan, reference, config, device) -> tuple[Gate, Inputs]:
-    """A run's gate and its inputs, a row a group of the plan. reference: that of the plan's pairs."""
-    first = [unit[0] for unit in plan.units]                                # a group has one prior: any pair tells
-    prompts = reference.prompt[first, ("last", "mean").index(config.gate_features)]         # (G,C)
-    inputs = gate_inputs(config.gate, [plan.pairs[i] for i in first], prompts, known_pairs(plan)).to(device)
-    log_w, private = first_weights(config).to(device), config.epsilon < math.inf
-    return Gate(config.gate, config.experts, inputs, log_w, config.seed, private).to(device), inputs
-
-
-def gate_state(gate: Gate) -> dict[str, torch.Tensor]:
-    """All that gate(inputs) depends on, as "gate." and a name, for safetensors."""
-    return {f"gate.{name}": value.detach().contiguous() for name, value in gate.state_dict().items()}
-
-
-def load_gate(gate: Gate, tensors: dict[str, torch.Tensor]) -> None:
-    """Copies a saved state back."""
-    gate.load_state_dict({n.removeprefix("gate."): value for n, value in tensors.items() if n.startswith("gate.")})
-
-
-def saved_gate(config, tensors: dict[str, torch.Tensor], known: list[Pair]) -> Gate:
-    """The gate that gate_state saved, on the CPU. known: the pairs it was trained on."""
-    width = len(domains_of(known)) if config.gate == "domain" else len(tensors.get("gate.mean", ()))
-    sizes = Inputs(torch.zeros(1, width), torch.tensor([max(0, len(tensors.get("gate.E", ())) - 1)]))
-    gate = Gate(config.gate, config.experts, sizes, first_weights(config), config.seed, config.epsilon < math.inf)
-    load_gate(gate, {name: value.cpu() for name, value in tensors.items()})
-    return gate
+    gate_entropy rewards flat weights w(x) of each unit. gate_balance rewards weights that use all experts on average,
+    however sharp each w(x) is.
+    """
+    log_w = gate(inputs)                                                    # (G,K), with gradient
+    loss = gate_loss(log_q, log_w)                                          # (G,)  M9
+    if gate.kind in ("user", "prompt-user"):
+        loss = loss + gate_loss(log_q, gate.generic(inputs))
+    loss = (share * (loss - config.gate_entropy * entropy(log_w))).sum()
+    return loss - config.gate_balance * share.sum() * balance(log_w)

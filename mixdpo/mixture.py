@@ -7,7 +7,7 @@ A latent expert z in 1..K judges each pair (or each user). With weights w (the g
     ELBO(q)            = sum_k q_k [ log w_k + log sigma(h_k) - log q_k ]     (M6, <= log p by KL(q || posterior))
     E-step             : log q_k = log w_k + log sigma(h_k) - log p           (M7, makes the gap zero)
                          with one expert a user: sum_i log sigma(h_ik) over the user's pairs i      (M11)
-                         or tempered, hard, sampled instead of exact          (M12)
+                         (tempered, hard or sampled: variants/e_steps.py      M12)
     expert M-step      : - sum_k q_k log sigma(h_k),  q detached              (M8)
     gate M-step        : KL(q || w),                  q detached              (M9)
     fixed weights      : w_k = mean of q_k, in closed form                    (M10)
@@ -25,9 +25,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-
-SAMPLED = ("monte-carlo", "gumbel", "straight-through")
-VARIANTS = ("exact", "tempered", "hard", *SAMPLED)                          # of the E-step (M12)
 
 
 def require_precise(*tensors: torch.Tensor) -> None:
@@ -86,40 +83,6 @@ def pool(log_w: torch.Tensor, log_lik: torch.Tensor, group: torch.Tensor) -> tor
     return prior[first].index_add(0, group, log_lik)                        # (G,K)
 
 
-def vary(
-    log_q: torch.Tensor, kind: str, uniform: torch.Tensor | None = None, temperature: float = 1.0
-) -> torch.Tensor:
-    """Responsibilities for the M-step other than the exact posterior log_q (...,K):
-    exact, tempered, hard, monte-carlo, gumbel, straight-through (M12).
-
-    tempered: q^(1/temperature), normalised; hard: all on the likeliest expert, shared equally by those that tie for it;
-    monte-carlo: the shares among S samples of z, whose mean is q;
-    gumbel: softmax((log q + Gumbel noise) / temperature), hard samples as the temperature falls;
-    straight-through: its hard form. With q a constant, as here, that is one sample of monte-carlo.
-    uniform: the noise, (S,...,K) in [0, 1); gumbel takes the first of the S. Noise is for training only.
-    """
-    if kind == "exact":
-        return log_q
-    if kind == "tempered":
-        return torch.log_softmax(log_q / temperature, dim=-1)
-    if kind == "hard":
-        likeliest = (log_q == log_q.amax(-1, keepdim=True)).to(log_q.dtype)                 # argmax takes the first
-        return (likeliest / likeliest.sum(-1, keepdim=True)).log()
-    assert kind in VARIANTS, f"E-step variant {kind!r}, want one of {', '.join(VARIANTS)}"
-    noisy = log_q.double() - torch.log(-torch.log(uniform.double().clamp(1e-300, 1 - 1e-16)))       # + Gumbel noise
-    if kind == "gumbel":
-        return torch.log_softmax(noisy[0] / temperature, dim=-1).to(log_q.dtype)
-    noisy = noisy[:1] if kind == "straight-through" else noisy              # the argmax of `noisy` is a draw from q
-    return F.one_hot(noisy.argmax(-1), log_q.shape[-1]).double().mean(0).log().to(log_q.dtype)
-
-
-def damp(said: torch.Tensor, kept: torch.Tensor, damping: float) -> torch.Tensor:
-    """Incremental EM (Neal & Hinton 1998): damping times the log-likelihoods kept from the visit before, and the rest
-    new: (...,K), (...,K) -> (...,K). The posterior moves along the geometric path between the two, on which KL to the
-    new one only falls: such a step still raises the bound. Rows kept as NaN were never visited: new as a whole."""
-    return torch.where(kept.isnan(), said, damping * kept + (1 - damping) * said)
-
-
 # --- the bound and the M-step's losses --------------------------------------------------------------------------------
 
 
@@ -163,7 +126,7 @@ def entropy(log_q: torch.Tensor) -> torch.Tensor:
 def balance(log_w: torch.Tensor) -> torch.Tensor:
     """Entropy of the batch's mean weights: (B,K) -> (), ln K where all experts are used alike. Not the mean entropy of
     the rows: that is highest where no row chooses, this also where each row chooses and choices differ."""
-    return entropy(torch.logsumexp(log_w, dim=0) - math.log(len(log_w)))
+    return entropy(torch.logsumexp(log_w, dim=0) - math.log(max(len(log_w), 1)))
 
 
 def update_weights(log_q: torch.Tensor, prior: float = 1.0) -> torch.Tensor:
@@ -179,23 +142,6 @@ def update_weights(log_q: torch.Tensor, prior: float = 1.0) -> torch.Tensor:
     if prior > 1.0:
         counts = torch.logaddexp(counts, torch.full_like(counts, math.log(prior - 1.0)))
     return torch.log_softmax(counts, dim=0)                                 # the counts sum to N + K (prior - 1)
-
-
-@torch.no_grad()
-def reweigh(
-    log_v: torch.Tensor, known: torch.Tensor, loss: torch.Tensor, rate: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Group-robust weights after one step, and each group's loss as last seen: (U,) each -> (U,), (U,).
-
-    Exponentiated gradient ascent on max_v sum_g v_g loss_g, log v_g <- log v_g + rate * loss_g, their mean 1 (Sagawa et
-    al. 2020, arXiv 1911.08731, Algorithm 1): those who are served worst count more. The gradient has a loss of *every*
-    group. Of a group without pairs in this step it is the loss as last seen, so a group's weight depends on its losses
-    and not on how often it appears.
-    loss: each group's mean M8, NaN where the step has none of its pairs. log_v -inf: no group, ever.
-    """
-    known = torch.where(loss.isnan(), known, loss)
-    log_v = log_v + rate * known
-    return log_v - torch.logsumexp(log_v, dim=0) + math.log(int(log_v.isfinite().sum())), known
 
 
 # --- the start --------------------------------------------------------------------------------------------------------

@@ -45,6 +45,15 @@ class Plan:
         """(V,) the unit of each visit."""
         return torch.tensor([visit.unit for visit in self.visits])
 
+    @cached_property
+    def share(self) -> torch.Tensor:
+        """(V,) what a visit is of its unit: 1, or one over the number of slices."""
+        return 1 / self.unit_of.bincount()[self.unit_of]
+
+    def pooled(self, loglik: torch.Tensor) -> torch.Tensor:
+        """Log-likelihoods summed over each unit's visits, NaN counted as 0: (V,K) -> (U,K)  (M11)."""
+        return loglik.new_zeros(len(self.units), loglik.shape[1]).index_add(0, self.unit_of, loglik.nan_to_num(0.0))
+
 
 @dataclass(frozen=True)
 class Micro:
@@ -52,8 +61,14 @@ class Micro:
 
     train: Batch                        # the pairs that are trained on
     context: Batch | None               # the pairs that only the E-step looks at
-    units: torch.Tensor                 # (G,) the unit of each visit
-    ends: bool = True                   # the last of its example, where examples are apart
+    visits: torch.Tensor                # (G,) numbers of the visits
+    first: int                          # place of the first in the step
+    ends_example: bool = True           # the last of its example, if examples are clipped one by one
+
+    @property
+    def places(self) -> slice:
+        """The visits' places in the step."""
+        return slice(self.first, self.first + len(self.visits))
 
 
 def make_plan(pairs: list[Pair], config, shuffled=None, schedule=None) -> Plan:
@@ -138,21 +153,24 @@ def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: li
     return out
 
 
-def micro_batches(plan: Plan, ids: list[int], config, apart: bool = False) -> list[Micro]:
-    """The visits `ids` in runs with about config.micro trained pairs each. apart: none has two examples' visits."""
-    runs, size, owner = [], 0, plan.owner.tolist() if apart else [0] * len(plan.visits)
-    for v in ids:
+def micro_batches(plan: Plan, ids: list[int], config) -> list[Micro]:
+    """The visits `ids` in runs with about config.micro trained pairs each. No run holds visits of two examples."""
+    runs, size, owner = [], 0, [0] * len(plan.visits) if plan.owner is None else plan.owner.tolist()
+    for place, v in enumerate(ids):
         count = len(plan.visits[v].trained)
-        if not runs or size + count > config.micro or owner[v] != owner[runs[-1][-1]]:
+        if not runs or size + count > config.micro or owner[v] != owner[ids[runs[-1][-1]]]:
             runs.append([])
             size = 0
-        runs[-1].append(v)
+        runs[-1].append(place)
         size += count
-    ends = [a != b for a, b in pairwise([*(owner[run[0]] for run in runs), None])]
-    return [Micro(gathered(plan.pairs, [visit.trained for visit in run]),
-                  gathered(plan.pairs, [visit.context for visit in run]) if run[0].context else None,
-                  torch.tensor([visit.unit for visit in run]), last)
-            for run, last in zip(([plan.visits[v] for v in run] for run in runs), ends)]
+    ends = [a != b for a, b in pairwise([*(owner[ids[run[0]]] for run in runs), None])]
+    out = []
+    for run, last in zip(runs, ends):
+        visits = [plan.visits[ids[place]] for place in run]
+        train = gathered(plan.pairs, [visit.trained for visit in visits])
+        context = gathered(plan.pairs, [visit.context for visit in visits]) if visits[0].context else None
+        out.append(Micro(train, context, torch.tensor([ids[place] for place in run]), run[0], last))
+    return out
 
 
 def gathered(pairs: list[Pair], groups: list[list[int]]) -> Batch:

@@ -6,8 +6,6 @@ A row holds prompt and response. With start = len(prompt) and length = start + l
     token         prompt        | response              EOS      | padding, 0
     predicted at                | start-1 ... length-3  length-2 |
 
-Where prompts are long, both responses of a pair stand behind one prompt instead, and do not see each other (rows_of).
-
 Prompt and response are tokenised apart and their ids joined, so no token straddles the boundary and log pi(y|x) scores
 the same y after every x. EOS is appended once, as an id; a response cut at max_response ids is unfinished and has none.
 Everything that asks "is this a response token?" asks the lengths, never the ids: 0 pads, and 0 is one vocabulary's EOS
@@ -22,15 +20,13 @@ from collections import defaultdict
 from dataclasses import dataclass, field, fields
 
 import torch
-import torch.nn.functional as F
 
 from mixdpo.config import InputError
-from mixdpo.models.attention import Branches, Packed, branches
+from mixdpo.models.attention import Branches, Packed
 from mixdpo.text.chat import encode_answer, encode_chat, template_of
 from mixdpo.text.records import OPTIONAL, TEXTS, Fault, lines, read_record
 
 MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content)["']\s*:""")  # a list of messages, written as a string
-SHARED = 0.9  # of the tokens of plain rows: prompts are shared where no more than these are left
 
 
 @dataclass(frozen=True)
@@ -247,48 +243,11 @@ class Rows:
         return Rows(*(x if x is None else x.to(device) for x in (getattr(self, f.name) for f in fields(self))))
 
 
-def rows_of(batch: Batch, shared: bool | None = None, packed: bool = False) -> Rows:
-    """The batch as rows. shared: each prompt once, both responses behind it; None: where that saves enough (SHARED).
-    packed: all of them in one row, without padding between them."""
+def rows_of(batch: Batch) -> Rows:
+    """The batch as rows: each response behind its prompt. (fast/packing.py makes fewer tokens of the same texts.)"""
     T = batch.ids.shape[-1]
     position = torch.arange(T, device=batch.ids.device)
     is_response = (position >= batch.start[:, None, None]) & (position < batch.length[..., None])  # (B, 2, T)
     token = is_response.flatten().nonzero().squeeze(1)  # (M,) into B*2*T
     targets, sequence = batch.ids.flatten()[token], token // T
-    longest = int((batch.length.sum(1) - batch.start).max())  # of prompt, chosen and rejected in one row
-    if shared is None:
-        shared = longest <= SHARED * 2 * T
-    if shared:
-        rows, branch = behind_one_prompt(batch, token % T, targets, sequence, longest)
-    else:
-        rows = Rows(batch.ids.flatten(0, 1), None, token, token - 1, targets, sequence)  # - 1: no prompt is empty
-        branch = (position < batch.length[..., None]).flatten(0, 1).long() - 1  # (2B, T) 0 in the text, -1 in padding
-    return pack(rows, branch) if packed else rows
-
-
-def behind_one_prompt(batch: Batch, position, targets, sequence, longest: int) -> tuple[Rows, torch.Tensor]:
-    """A row a pair: prompt | chosen | rejected | padding; and which of these each token is in (B, longest), as 0, 1, 2
-    and -1. position (M,): of each response token, in its row so far."""
-    start, (pair, side) = batch.start, (sequence // 2, sequence % 2)
-    place = position + side * (batch.length[:, 0] - start)[pair]  # (M,) in the row: the rejected behind the chosen
-    before = torch.where(position == start[pair], position, place) - 1  # both begin behind the prompt's last token
-    ids = torch.zeros(len(batch.ids), longest, dtype=torch.int64, device=start.device)
-    in_prompt = torch.arange(longest, device=start.device) < start[:, None]  # (B, longest)
-    ids[in_prompt] = batch.ids[:, 0][in_prompt[:, : batch.ids.shape[-1]]]
-    ids[pair, place] = targets
-    branch = in_prompt.long() - 1  # 0 in the prompt, -1 in padding
-    branch[pair, place] = 1 + side
-    first = pair * longest
-    return Rows(ids, branches(branch), first + place, first + before, targets, sequence), branch
-
-
-def pack(rows: Rows, branch: torch.Tensor) -> Rows:
-    """The same rows (N, T), their tokens behind one another in one; branch (N, T): -1 in padding, which is left out.
-    Filled up to a multiple of 128, the block of a GPU's attention."""
-    (N, T), kept = rows.ids.shape, (branch >= 0).flatten()
-    place, fill = kept.cumsum(0) - 1, (0, -int(kept.sum()) % 128)  # (N*T,) where each token goes
-    positions = torch.arange(T).expand(N, T) if rows.window is None else rows.window.positions
-    row = torch.arange(N)[:, None].expand(N, T)
-    ids, positions, branch = (F.pad(x.flatten()[kept], fill) for x in (rows.ids, positions, branch))
-    window = Packed(positions[None], F.pad(row.flatten()[kept], fill, value=-1), branch)
-    return Rows(ids[None], window, place[rows.token], place[rows.where], rows.targets, rows.sequence)
+    return Rows(batch.ids.flatten(0, 1), None, token, token - 1, targets, sequence)  # - 1: no prompt is empty

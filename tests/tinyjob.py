@@ -9,7 +9,7 @@ import torch
 import train
 from mixdpo.models.llama import Llama, LlamaConfig
 from mixdpo.models.weights import save_model
-from mixdpo.runs.rundir import load_checkpoint
+from mixdpo.runs.checkpoint import load_checkpoint
 from mixdpo.text import bpe
 
 EOS = 256

@@ -37,7 +37,7 @@ from mixdpo.preferences import read_preferences
 from mixdpo.runs.load_run import load_run
 from mixdpo.runs.options import TrainConfig
 from mixdpo.runs.reference import load_references, reference_of
-from train import minimise
+from mixdpo.fast.optimizer import minimise
 
 WORLDS = {"two types of users": {"types": 2}, "two types, told by prompts": {"types": 2, "domains": True},
           "four types of users": {"types": 4}}

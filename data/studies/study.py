@@ -25,7 +25,7 @@ from data.stages import key_of, numbers
 from data.studies import study_of
 from mixdpo.config import InputError, to_json, write_whole
 from mixdpo.files.atomic import alone
-from mixdpo.runs.rundir import Progress, environment
+from mixdpo.runs.log import Progress, environment
 
 PRESETS = ("smoke", "quick", "full")
 

@@ -29,7 +29,8 @@ from mixdpo.mixture import e_step, log_marginal
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import Pair
 from mixdpo.runs.reference import compute_reference, prompt_features
-from mixdpo.runs.rundir import Progress, compute_dtype
+from mixdpo.config import compute_dtype
+from mixdpo.runs.log import Progress
 from mixdpo.text.tokenizer import load_tokenizer
 
 SIZES = {"smoke": {"sentences": 60, "prompts": 24, "apart": 8},

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from mixdpo.dpo import accuracy, margins, mixture_accuracy, observed_margins
+from mixdpo.dpo import accuracy, margins, mixture_accuracy
 from mixdpo.experts import pair_logp
+from mixdpo.fast.packing import compact_rows
 from mixdpo.gates import gate_inputs, known_pairs
 from mixdpo.metrics import (
     adjusted_rand_index,
@@ -25,8 +26,9 @@ from mixdpo.metrics import (
 from mixdpo.mixture import e_step, elbo, log_marginal
 from mixdpo.preferences import Pair, check_lengths, collate, read_preferences
 from mixdpo.runs.load_run import Run
+from mixdpo.runs.log import Progress
 from mixdpo.runs.reference import reference_of
-from mixdpo.runs.rundir import Progress
+from mixdpo.variants.label_noise import flipped_margins
 
 
 def margins_of(runs: list[Run], references: list, tokenizer, path: Path, store: Path):
@@ -39,7 +41,7 @@ def margins_of(runs: list[Run], references: list, tokenizer, path: Path, store: 
         own = pairs if run.config.train_trunk else ref.with_states(pairs)
         logp = expert_logp(run.experts, own, f"{run.name} {Path(path).stem}")               # (P,K,2)
         h = margins(logp, ref.logp, run.config.beta)                        # (P,K)  M4
-        h = observed_margins(h, run.config.label_noise, run.config.label_loss)
+        h = flipped_margins(h, run.config.label_noise)
         yield run, pairs, h, weights(run, pairs, ref.prompt)
 
 
@@ -50,7 +52,7 @@ def expert_logp(experts, pairs: list[Pair], name: str, size: int = 16, temperatu
     out, progress = [], Progress(name)
     for start in range(0, len(pairs), size):
         batch = collate(pairs, list(range(start, min(start + size, len(pairs)))))
-        out.append(pair_logp(experts, batch, temperature=temperature).cpu())
+        out.append(pair_logp(experts, batch, compact_rows, temperature=temperature).cpu())
         progress(min(start + size, len(pairs)), len(pairs))
     return torch.cat(out)
 

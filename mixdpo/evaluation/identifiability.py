@@ -130,6 +130,14 @@ class IdentifiabilityConfig:
     data_folder: str = ""       # local files looked into before anything is fetched
 
 
+def describe_data(pairs: list[Pair], config) -> list[str]:
+    """What a run's pairs can tell of its K experts; nothing for one expert. config: a TrainConfig."""
+    if config.experts == 1:
+        return []
+    by_user = config.latent == "user" or config.gate.endswith("user")       # either way a user's pairs count together
+    return describe_counts(counts_of(pairs), config.experts, "user" if by_user else "pair")
+
+
 def main(argv: list[str]) -> None:
     from mixdpo.text.tokenizer import load_tokenizer  # here, since only this command needs one by name
 

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mixdpo.config import InputError
-from mixdpo.experts import SCALE, Adapters
+from mixdpo.experts import Adapters
 from mixdpo.models.gpt2 import GPT2
 from mixdpo.models.hfconfig import read_json
+from mixdpo.models.lora import SCALE
 from mixdpo.models.weights import PREFIX, write_pair
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -6,28 +6,29 @@
 
 The loss is the caller's: loss_of(logp, part) gets the log-probs (b,K,2) of the pairs `part`, a slice, and returns their
 loss and whatever the caller wants to see of them. This file knows no loss.
-Left out: gradients of the loss of a whole micro-batch that is not a sum over its pairs (or groups).
+Left out: losses of a micro-batch that are not a sum over its pairs or groups.
 """
 
 import torch
 
 from mixdpo.experts import predicting_states
+from mixdpo.fast.packing import compact_rows
 from mixdpo.logprob import sum_responses
-from mixdpo.preferences import Batch, rows_of
+from mixdpo.preferences import Batch
 
 KEPT = 2**30  # bytes of logits that a part keeps for its backward pass
 
 
-def backward(experts, batch: Batch, loss_of, head_rows: int = -1, packed: bool = False, whole_groups: bool = True,
-             check=None) -> list:
+def backward(experts, batch: Batch, loss_of, rows_of=compact_rows, head_rows: int = -1,
+             whole_groups: bool = True) -> list:
     """Adds the gradient of the sum of loss_of over all parts; returns what loss_of showed of each.
 
     Equals `loss, seen = loss_of(pair_logp(experts, batch), slice(0, B)); loss.backward()` without keeping all logits.
-    head_rows: response tokens of a part, about; -1: as many as KEPT allows; 0: all at once, in vocabulary tiles.
-    whole_groups: no part ends inside a group. check(seen): called before the trunk's parameters get their gradient.
+    rows_of: the batch's layout. head_rows: response tokens of a part, about; -1: as many as KEPT allows; 0: all at
+    once, in vocabulary tiles. whole_groups: no part ends inside a group.
     """
     device = experts.heads()[0].device
-    text = rows_of(batch, packed=packed).to(device)                         # made on the CPU: nothing waits for a GPU
+    text = rows_of(batch).to(device)                                        # made on the CPU: nothing waits for a GPU
     rows, seen = predicting_states(experts, batch, text), []                # (M,C), or (K,M,C): states of their own
     made = [rows, *experts.heads()]
     head_rows = head_rows if head_rows >= 0 else fitting_rows(rows, made[1], experts.dtype)
@@ -42,11 +43,9 @@ def backward(experts, batch: Batch, loss_of, head_rows: int = -1, packed: bool =
         if loss.requires_grad:                                              # false if all experts are frozen
             loss.backward()
         seen.append(shown)
-    if check is not None:
-        check(seen)
-    for whole, part in zip(made, cut):
-        if whole is not part:
-            whole.backward(part.grad)                                       # one pass through the trunk, or the factors
+    for made_once, part in zip(made, cut):
+        if made_once is not part:
+            made_once.backward(part.grad)                                   # one pass through the trunk, or the factors
     return seen
 
 

@@ -2,10 +2,11 @@
 
     m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,  p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-No weight decay: the reference is the regulariser. torch's fused AdamW, a pass over each parameter; or, for less memory:
-moments in bfloat16, rounded at random so that what is below their precision is kept on average (RoundedAdamW); steps in
-the backward pass itself, so that gradients are not all there at once (InBackward).
+No weight decay: the reference is the regulariser. torch's fused AdamW, a pass over each parameter; or, for less memory,
+moments in bfloat16, rounded at random so that what is below their precision is kept on average (RoundedAdamW).
 """
+
+import math
 
 import numpy as np
 import torch
@@ -13,41 +14,36 @@ import torch
 BETAS, EPS = (0.9, 0.99), 1e-8
 
 
-def make_optimizer(module: torch.nn.Module, lr: float, head_lr: float = 0.0, gate: torch.nn.Module | None = None,
-                   gate_lr: float = 0.0, moments: str = "float32", seed: int = 0, in_backward: list = ()):
-    """AdamW, the low-rank factors and the gate at their own rates; and the parameters' names in its order. Factors, of
-    heads or adapters, are the parameters named A and B. in_backward: parameters that step as soon as their gradient is
-    there."""
+def make_optimizer(module: torch.nn.Module, lr: float, head_lr: float = 0.0,
+                   gate: tuple[torch.nn.Module, float] | None = None, moments: str = "float32", seed: int = 0):
+    """AdamW, and the names of its parameters in its order. Low-rank factors, which are the parameters named A and B,
+    learn at head_lr, the others at lr. gate: a module and its learning rate."""
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     factors = {n for n, _ in named if n.rpartition(".")[2] in ("A", "B")}
     low, rest = [(n, p) for n, p in named if n in factors], [(n, p) for n, p in named if n not in factors]
-    of_gate = [(f"gate.{n}", p) for n, p in gate.named_parameters() if p.requires_grad] if gate else []
-    sets = [(part, peak) for part, peak in ((rest, lr), (low, head_lr), (of_gate, gate_lr)) if part]
-    groups = [{"params": [p for _, p in part], "lr": peak, "peak": peak} for part, peak in sets]
-
-    def adamw(groups, place=0):
-        if moments == "bfloat16":
-            return RoundedAdamW(groups, seed, place)
-        return torch.optim.AdamW(groups, weight_decay=0.0, betas=BETAS, eps=EPS, fused=True)
-
-    optimizer = InBackward(groups, adamw, in_backward) if in_backward else adamw(groups)
-    return optimizer, [n for part, _ in sets for n, _ in part]
+    of_gate = [(f"gate.{n}", p) for n, p in gate[0].named_parameters() if p.requires_grad] if gate else []
+    sets = [(rest, lr), (low, head_lr), (of_gate, gate[1] if gate else 0.0)]
+    groups = [{"params": [p for _, p in part], "lr": peak, "peak": peak} for part, peak in sets if part]
+    names = [n for part, _ in sets for n, _ in part]
+    if moments == "bfloat16":
+        return RoundedAdamW(groups, seed), names
+    return torch.optim.AdamW(groups, weight_decay=0.0, betas=BETAS, eps=EPS, fused=True), names
 
 
 class RoundedAdamW(torch.optim.Optimizer):
     """AdamW without weight decay whose moments are bfloat16: half the memory. Each is rounded up or down by chance, to
     itself on average: rounded to the nearest, a moment stands still when its change is below a 256th of it. The noise
-    belongs to (seed, step, place of the parameter, counted from `first`): a resumed run draws the same."""
+    belongs to (seed, step, place of the parameter): a resumed run draws the same."""
 
     PIECE = 2**24                       # elements worked on at a time, in float32
 
-    def __init__(self, groups, seed: int, first: int = 0):
+    def __init__(self, groups, seed: int):
         super().__init__(groups, {})
-        self.seed, self.first = seed, first
+        self.seed = seed
 
     @torch.no_grad()
     def step(self):
-        place = self.first - 1
+        place = -1
         for group in self.param_groups:
             for p in group["params"]:
                 place += 1
@@ -87,36 +83,27 @@ def rounded(x: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
     return bits.bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
 
 
-class InBackward:
-    """An optimizer whose parameters `early` step, and let their gradient go, as soon as backward has made it, each by
-    an AdamW of its own: the gradients of a model never lie in memory all at once. Each early parameter may get its
-    gradient once a step only, and nobody can scale it by the norm of all. The others step when they are told to."""
+def clip_and_step(optimizer, loss: float, clip: float) -> float:
+    """Clips the accumulated gradients, steps, and clears them; returns their norm before.
 
-    def __init__(self, groups, adamw, early):
-        self.each, self.param_groups = {}, []
-        for group in groups:
-            for p in group["params"]:
-                self.each[p] = adamw([group | {"params": [p]}], len(self.each))
-                self.param_groups += self.each[p].param_groups
-        for p in early:
-            p.register_post_accumulate_grad_hook(self.now)
+    Raises: FloatingPointError, and changes no parameter, if the loss or the norm is NaN or infinite.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+    if norm > clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
-    @property
-    def state(self):
-        """Moments and step count of each parameter, as torch's optimizers have them."""
-        return {p: one.state[p] for p, one in self.each.items()}
 
-    def now(self, p):
-        self.each[p].step()
-        p.grad = None
-
-    def step(self):
-        for one in self.each.values():                                      # without a gradient it does nothing
-            one.step()
-
-    def zero_grad(self, set_to_none: bool = True):
-        for one in self.each.values():
-            one.zero_grad(set_to_none)
+def minimise(loss: torch.Tensor, optimizer, clip: float) -> float:
+    """One step on a scalar loss, for supervised fine-tuning (data/finetune.py); returns the loss."""
+    loss.backward()
+    clip_and_step(optimizer, loss.item(), clip)
+    return loss.item()
 
 
 def set_rate(optimizer, t: int, total: int, warmup: int) -> None:

@@ -61,6 +61,7 @@ class TiledLogps(torch.autograd.Function):
         for columns in cuts:
             inside, where = locate(targets, columns)
             for h, its_experts in enumerate(experts):
+                d_product = None
                 product = kept.pop() if kept else torch.mm(rows, heads[h][columns].T, out=product_of(columns))
                 for k in its_experts:
                     first = k == its_experts[0]                             # it begins the sum over this head's experts

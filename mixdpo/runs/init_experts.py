@@ -14,6 +14,7 @@ import torch
 
 from mixdpo.config import InputError
 from mixdpo.experts import Adapters, Heads, Models
+from mixdpo.runs.checkpoint import untie
 from mixdpo.runs.load_run import load_experts
 
 
@@ -50,7 +51,7 @@ def take_over(experts, k: int, source, j: int, entry: str) -> None:
         model, head = source.policy(j)
         own = experts.models[k]
         if head is not model.unembedding and own.config.tied:
-            own = experts.untie(k)
+            own = untie(experts, k)
         given = model.state_dict() | ({"lm_head.weight": head} if not own.config.tied else {})
         for name, value in own.state_dict().items():
             value.copy_(given[name])

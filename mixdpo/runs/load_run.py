@@ -1,6 +1,7 @@
 """Runs that ended, read back: the experts, the gate, and who was trained on."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,13 +9,15 @@ import torch
 
 from mixdpo import config as configs
 from mixdpo.config import InputError
-from mixdpo.experts import load_state, make_experts
-from mixdpo.gates import Gate, known_pairs, saved_gate
+from mixdpo.experts import make_experts
+from mixdpo.files.atomic import noted
+from mixdpo.gates import Gate, Inputs, domains_of, first_weights, known_pairs
 from mixdpo.runs.options import TrainConfig
 from mixdpo.plan import Plan, make_plan
-from mixdpo.preferences import data_key, read_preferences
+from mixdpo.preferences import Pair, data_key, read_preferences
 from mixdpo.runs.reference import load_references
-from mixdpo.runs.rundir import checkpoints, compute_dtype, load_checkpoint
+from mixdpo.config import compute_dtype
+from mixdpo.runs.checkpoint import checkpoints, load_checkpoint, load_gate, load_state
 from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import content_key
 
@@ -37,6 +40,8 @@ def load_experts(path: Path, device, data_folder: str) -> tuple[TrainConfig, tor
     if (found := load_checkpoint(path, {})) is None:
         raise InputError("no checkpoint in it; wanted a directory that train.py wrote", file=path)
     config = dataclasses.replace(configs.load(TrainConfig, path / "config.json"), data_folder=data_folder)
+    if noted(path / "config.json").get("label_loss", "flips") != "flips":   # a loss of earlier versions, which took
+        config = dataclasses.replace(config, label_noise=0.0)               # the margins as they are
     tensors, state = found
     if not state["finished"]:
         raise InputError(f"stopped at step {state['step']}; finish it with the options in its config.json", file=path)
@@ -63,6 +68,16 @@ def load_run(path: Path, device: str, data_folder: str) -> Run:
                              config.max_response, config.drop, report=lambda line: None)
     plan = make_plan(pairs, config, schedule=lambda *_: [])                 # who shares a latent; the steps are over
     return Run(path.name, config, experts, saved_gate(config, tensors, known_pairs(plan)), plan, tensors["table"], path)
+
+
+def saved_gate(config, tensors: dict[str, torch.Tensor], known: list[Pair]) -> Gate:
+    """The gate that checkpoint.gate_state saved, on the CPU. known: the pairs it was trained on."""
+    width = len(domains_of(known)) if config.gate == "domain" else len(tensors.get("gate.mean", ()))
+    sizes = Inputs(torch.zeros(1, width), torch.tensor([max(0, len(tensors.get("gate.E", ())) - 1)]))
+    gate = Gate(config.gate, config.experts, sizes, first_weights(config), config.seed,
+                unit_rows=config.epsilon < math.inf)
+    load_gate(gate, {name: value.cpu() for name, value in tensors.items()})
+    return gate
 
 
 def find_runs(folder: Path) -> list[Path]:

@@ -1,8 +1,7 @@
 """Does it fit? The memory of a training step, before a weight is read.
 
     weights       4 bytes a parameter of the experts, frozen ones among them
-    gradients     4 bytes a parameter that learns; with in_backward only the heads' and one matrix at a time; with
-                  epsilon twice, one example's and their sum
+    gradients     4 bytes a parameter that learns; with epsilon twice, one example's and their sum
     moments       AdamW's two, of 4 or 2 bytes a parameter that learns
     activations   what a micro-batch's forward pass keeps for backward: of one and of two blocks of this width, in
                   truth, on random weights and on the CPU; the others are like the second
@@ -20,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from mixdpo.experts import make_experts, once_a_step
+from mixdpo.experts import make_experts
 from mixdpo.fast.backward import KEPT
-from mixdpo.runs.rundir import compute_dtype
+from mixdpo.config import compute_dtype
 from mixdpo.models.weights import MODELS, config_of
 
 TIGHT = 0.9             # of what is free: beyond, fragments and libraries decide
@@ -44,12 +43,8 @@ def estimate(config, dtype: torch.dtype) -> dict[str, float]:
         models = [MODELS[type(shape)](shape) for shape in shapes]
     experts = make_experts(models, config, dtype)
     learns = [p for p in experts.parameters() if p.requires_grad]
-    lean = {id(p) for p in once_a_step(experts)} if config.in_backward else set()
-    gradients = sum(p.numel() for p in learns if id(p) not in lean)
-    gradients += max((p.numel() for p in learns if id(p) in lean), default=0)
     trained = sum(p.numel() for p in learns)
-    if config.epsilon < math.inf:
-        gradients += trained                                                # the sum of those that are clipped
+    gradients = trained * (1 if config.epsilon == math.inf else 2)          # of the example, and the sum of clipped ones
     rows, T = 2 * config.micro, config.max_prompt + config.max_response
     frozen_trunk = config.sharing == "heads" and not config.train_trunk
     V, heads = shapes[0].vocab, 1 if config.sharing == "lora" else config.experts

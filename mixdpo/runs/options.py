@@ -4,10 +4,9 @@ import math
 from dataclasses import asdict, dataclass, fields
 
 from mixdpo.config import InputError, convert
-from mixdpo.dpo import LABEL_LOSSES
 from mixdpo.gates import KINDS, READS_PROMPT, TRAINED, first_weights
-from mixdpo.mixture import SAMPLED, VARIANTS
-from mixdpo.runs.rundir import compute_dtype
+from mixdpo.variants.e_steps import SAMPLED, VARIANTS
+from mixdpo.config import compute_dtype
 
 LARGEST = (2 - 2**-23) * 2.0**127   # float32's largest number: everything over K is float32
 
@@ -27,11 +26,10 @@ class TrainConfig:
     latent: str = "pair"            # one type a pair, or one a user (M11)
     estep: str = "all"              # E-step on: all pairs, context (never trained on), first (a pair's first visit)
     context: int = 0                # pairs of each user set aside for the E-step, where the file does not mark them
-    em: str = "minibatch"           # E-step on: minibatch (a step's groups), full (all, before each epoch), incremental
-                                    # (log-likelihoods are kept, so a user's pairs need not stand in one batch)
-    damping: float = 0.0            # share of a pair's log-likelihoods kept from its visit before (incremental)
+    em: str = "minibatch"           # minibatch: a unit is in one batch; incremental: log-likelihoods are kept, so a
+                                    # user's pairs may be in several batches
     variant: str = "exact"          # of the E-step (M12): exact, tempered, hard (all on the likeliest expert, a tie is
-                                    # shared equally), monte-carlo, gumbel, straight-through
+                                    # shared equally), monte-carlo, gumbel
     variant_temperature: float = 1.0    # of tempered and gumbel
     draws: int = 1                  # samples of z a group (monte-carlo)
     gate: str = "fixed"             # w(x) (M9): fixed (--weights), linear, mlp, user, prompt-user, random, domain
@@ -51,7 +49,6 @@ class TrainConfig:
     delta: float = 1e-5             # the chance that epsilon does not hold; below one over the examples
     privacy_unit: str = "pair"      # whose part in the data is hidden: pair, or user with all of their pairs
     examples: int = 0               # with --epsilon: their number, declared public; 0: the file's, which this discloses
-    label_loss: str = "flips"       # what is made of it (dpo.py): flips (the likelihood), conservative (cDPO), robust
     start: str = "dirichlet"        # first responsibilities: dirichlet (random), linear (linear rewards), none (saddle)
     start_steps: int = 10           # optimizer steps that use them before the E-step takes over
     restarts: int = 5               # starts of the linear mixture; the best bound is taken
@@ -66,8 +63,6 @@ class TrainConfig:
     warmup: int = 10                # steps of linear warm-up; then linear decay to a tenth
     clip: float = 1.0               # largest gradient norm; inf: none
     moments: str = "float32"        # AdamW's: float32, or bfloat16, rounded at random: half of their memory
-    in_backward: bool = False       # true: a trunk's parameters step within backward, and their gradients never lie in
-                                    # memory all at once; wants --clip inf, and a step in one micro-batch
     max_prompt: int = 256           # tokens; longer prompts are cut from the left
     max_response: int = 256         # tokens, the end token among them
     drop: bool = False              # true: faulty lines are dropped and reported, not an error
@@ -106,8 +101,8 @@ def validate(config: TrainConfig) -> None:
 def validate_values(config: TrainConfig) -> None:
     """Each option by itself."""
     choices = {"sharing": ("heads", "lora", "models"), "latent": ("pair", "user"), "estep": ("all", "context", "first"),
-               "start": ("dirichlet", "linear", "none"), "em": ("minibatch", "full", "incremental"), "gate": KINDS,
-               "gate_features": ("last", "mean"), "variant": VARIANTS, "label_loss": LABEL_LOSSES,
+               "start": ("dirichlet", "linear", "none"), "em": ("minibatch", "incremental"), "gate": KINDS,
+               "gate_features": ("last", "mean"), "variant": VARIANTS,
                "moments": ("float32", "bfloat16"), "privacy_unit": ("pair", "user")}
     for name, known in choices.items():
         if getattr(config, name) not in known:
@@ -118,7 +113,7 @@ def validate_values(config: TrainConfig) -> None:
             raise InputError(f"got {value}, wanted a number of at most {LARGEST:.3g}: float32 holds no larger one",
                              option=name)
     least = {"experts": 1, "batch": 1, "micro": 1, "epochs": 1, "restarts": 1, "prior": 1, "rank": 0, "start_steps": 0,
-             "warmup": 0, "head_rows": -1, "context": 0, "damping": 0, "draws": 1, "gate_entropy": 0, "gate_balance": 0,
+             "warmup": 0, "head_rows": -1, "context": 0, "draws": 1, "gate_entropy": 0, "gate_balance": 0,
              "robust": 0, "label_noise": 0, "keep": 1, "examples": 0, "seed": 0, "save_minutes": 0, "max_prompt": 1,
              "max_response": 1}
     above = dict.fromkeys(("beta", "epsilon", "delta", "clip", "lr", "head_lr", "gate_lr", "gate_temperature",
@@ -170,12 +165,11 @@ def validate_effects(config: TrainConfig) -> None:
              "gate_temperature": (trained, "a gate that is trained"),
              "gate_entropy": (trained, "a gate that is trained"), "gate_balance": (trained, "a gate that is trained"),
              "gate_features": (config.gate in READS_PROMPT, "a gate that reads prompts"),
-             "em": (several, "--experts 2 or more"), "damping": (config.em == "incremental", "--em incremental"),
+             "em": (several and config.latent == "user", "--experts 2 or more and --latent user"),
              "variant": (several, "--experts 2 or more"),
              "draws": (config.variant == "monte-carlo", "--variant monte-carlo"),
              "variant_temperature": (config.variant in ("tempered", "gumbel"), "--variant tempered or gumbel"),
              "start": (several, "--experts 2 or more"), "sharing": (several or lora, "--experts 2 or more"),
-             "label_loss": (config.label_noise > 0, "--label-noise"),
              **dict.fromkeys(("delta", "privacy_unit", "examples"), (config.epsilon < math.inf, "--epsilon")),
              "restarts": (config.start == "linear", "--start linear"),
              "start_steps": (several and config.start != "none", "several experts and a --start"),
@@ -197,10 +191,6 @@ def validate_experts(config: TrainConfig) -> None:
         raise InputError(f"got false, by which expert heads alone are trained, with --experts {config.experts} and "
                          f"--sharing {config.sharing}; wanted --experts 2 or more and --sharing heads with it",
                          option="train_trunk")
-    if config.in_backward and (config.clip < math.inf or config.micro < config.batch or lora or not config.train_trunk):
-        raise InputError("got true, by which each parameter steps before the norm of all gradients is known; wanted "
-                         "with it --clip inf, --micro of at least --batch, and a trunk that learns: neither --sharing "
-                         "lora nor --train-trunk false", option="in_backward")
     if "," in config.model and config.sharing != "models":
         raise InputError(f"got {config.model!r} with --sharing {config.sharing}, which has one reference; wanted one "
                          "model, or --sharing models", option="model")
@@ -232,7 +222,6 @@ def validate_privacy(config: TrainConfig) -> None:
     """What is learnt outside of DP-SGD, or of one example by way of another, is not in the budget: it is refused."""
     wanted = {"clip": (config.clip < math.inf, "a finite number: the most that one example may add"),
               "delta": (config.delta < 1, "less than 1"),
-              "in_backward": (not config.in_backward, "false: an example's gradient is clipped as a whole"),
               "start": (config.start != "linear", "--start dirichlet or none: a linear start is fitted to the data"),
               "gate": (config.gate in ("fixed", "linear", "mlp", "random"), "fixed, linear, mlp or random: the others "
                        "have a place for each user or domain of the data, which names them"),
@@ -255,12 +244,6 @@ def validate_e_step(config: TrainConfig) -> None:
     if config.context and config.estep != "context":
         raise InputError("sets pairs aside for --estep context; choose that, or leave this option out",
                          option="context")
-    if config.damping >= 1:
-        raise InputError(f"got {config.damping}, wanted less than 1: with 1 a pair's first log-likelihoods would be "
-                         "kept for good", option="damping")
-    if config.em == "full" and config.variant in SAMPLED:
-        raise InputError(f"got {config.variant}, which draws anew at each step, and --em full keeps responsibilities "
-                         "for an epoch; choose another variant, or --em minibatch", option="variant")
     if config.em != "minibatch" and config.estep == "first":
         raise InputError(f"got {config.em}, which computes responsibilities anew, and --estep first never does; choose "
                          "--em minibatch, or another --estep", option="em")

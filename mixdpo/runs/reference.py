@@ -19,9 +19,10 @@ import torch
 
 from mixdpo.config import InputError
 from mixdpo.experts import Heads
+from mixdpo.fast.packing import compact_rows
 from mixdpo.logprob import sum_responses
-from mixdpo.preferences import Pair, collate, data_key, rows_of
-from mixdpo.runs.rundir import Progress
+from mixdpo.preferences import Pair, collate, data_key
+from mixdpo.runs.log import Progress
 from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.models.weights import content_key, load_model
 from mixdpo.files.atomic import Damaged, read_tensors, write_tensors
@@ -71,7 +72,7 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
     keep = tokens * model.config.width * dtype.itemsize <= (STATES if most is None else most)
     for start in range(0, len(pairs), size):
         batch = collate(pairs, range(start, min(start + size, len(pairs))))
-        text, B = rows_of(batch).to(device), len(batch.ids)
+        text, B = compact_rows(batch).to(device), len(batch.ids)
         hidden = policy.hidden(text.ids, text.window)                       # (2B,T,C), or (B,T,C): shared prompts
         predicting = policy.rows(hidden, text.where)                        # (M,C)
         states.append(predicting[: len(predicting) * keep].cpu())

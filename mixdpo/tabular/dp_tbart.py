@@ -34,7 +34,8 @@ from mixdpo.models.gpt2 import Block, GPT2Config
 from mixdpo.private.accountant import Mechanism, epsilon_of, noise_multiplier
 from mixdpo.private.dp_sgd import NOT_COVERED, Noise, ghost_clipped_sum, participants
 from mixdpo.private.keys import Key, identities
-from mixdpo.runs.rundir import Progress, Stop, load_checkpoint, save_checkpoint
+from mixdpo.runs.checkpoint import Stop, load_checkpoint, save_checkpoint
+from mixdpo.runs.log import Progress
 from mixdpo.tabular.columns import Column, joined
 
 ORDERS = ("given", "entropy", "random")

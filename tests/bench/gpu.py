@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mixdpo.config import InputError, command, parse, write_whole
-from mixdpo.runs.rundir import environment
+from mixdpo.runs.log import environment
 from tests.bench import (
     memory,
     step,  # first: it sets how threads wait

@@ -26,7 +26,7 @@ from pathlib import Path  # noqa: E402
 import torch  # noqa: E402
 
 from mixdpo.config import InputError, command, parse  # noqa: E402
-from mixdpo.runs.rundir import environment  # noqa: E402
+from mixdpo.runs.log import environment  # noqa: E402
 from tests.bench import memory  # noqa: E402
 from tests.bench.parts import ROWS  # noqa: E402
 from tests.bench.variants import SIZES, VARIANTS, Setting, Stepper, make_setting  # noqa: E402

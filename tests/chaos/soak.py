@@ -13,7 +13,7 @@ from pathlib import Path
 import train
 from mixdpo.config import InputError, Stopped, command, parse
 from mixdpo.fast.memory import steady
-from mixdpo.runs.rundir import Log
+from mixdpo.runs.log import Log
 from tests.bench.memory import resident
 
 MEMORY, TIME = 1.02, 1.10       # what the last fifth may be of the second

@@ -275,7 +275,7 @@ def test_the_log_passes_over_steps_without_figures(stop, tmp_path, capsys):
     NaN; an empty step that takes another's place in the window, as it comes or as it is read back."""
     from types import SimpleNamespace
 
-    from mixdpo.runs.rundir import Log
+    from mixdpo.runs.log import Log
 
     config, q = SimpleNamespace(experts=2, start_steps=0), torch.zeros(0, 2)
     some = [step | {"loss": 0.5, "bound": -0.7, "accuracy": [0.5, 0.5]} for step in steps_of(w=0.99)]

@@ -20,7 +20,7 @@ from mixdpo.config import InputError
 from mixdpo.files.atomic import read_tensors, write_tensors
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import Pair
-from mixdpo.runs.rundir import checkpoints
+from mixdpo.runs.checkpoint import checkpoints
 from mixdpo.text.tokenizer import load_tokenizer
 
 MAX_NEW, PROMPTS = 6, ["mn", "o", "pmno", "nn", "po", "mmm", "opn"]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from brute import numeric_gradient, sigma
 
-from mixdpo.dpo import accuracy, dpo_loss, flipped_margins, label_loss, margins
+from mixdpo.dpo import accuracy, dpo_loss, label_loss, margins
+from mixdpo.variants.label_noise import flipped_margins
 
 FP32, FP64 = torch.float32, torch.float64
 TOLERANCE = {FP32: 2e-5, FP64: 1e-12}

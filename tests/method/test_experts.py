@@ -9,7 +9,8 @@ import torch
 from raising import raises_at
 
 from mixdpo.dpo import margins
-from mixdpo.experts import Adapters, Heads, Models, load_state, make_experts, pair_logp, trained_state
+from mixdpo.experts import Adapters, Heads, Models, make_experts, pair_logp
+from mixdpo.runs.checkpoint import load_state, trained_state
 from mixdpo.preferences import collate
 
 COUNT = 6

@@ -8,7 +8,8 @@ import tinyjob
 import torch
 from raising import raises_at
 
-from mixdpo.gates import KINDS, TRAINED, Gate, Inputs, gate_inputs, gate_state, load_gate
+from mixdpo.gates import Gate, Inputs, KINDS, TRAINED, gate_inputs
+from mixdpo.runs.checkpoint import gate_state, load_gate
 from mixdpo.mixture import entropy, gate_loss
 from mixdpo.preferences import Pair
 

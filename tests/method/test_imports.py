@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FLOORS = ("config", "files", "dpo mixture fast", "logprob", "models", "text", "preferences", "experts plan", "backward",
+FLOORS = ("config", "files", "dpo mixture fast", "logprob", "models", "text", "preferences", "experts plan packing", "backward",
           "linear gates private", "start variants metrics", "runs", "evaluation tabular", "train", "data", "eval")
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
 PACKAGES = {"torch", "tiktoken", "numpy", "safetensors", *sys.stdlib_module_names}
@@ -20,8 +20,8 @@ FILES = [path.relative_to(ROOT) for part in ("train.py", "eval.py", "mixdpo", "d
 
 def room_of(parts: tuple[str, ...]) -> str | None:
     """The room of a module, given as the parts of its name; None: another package."""
-    if parts[:3] == ("mixdpo", "fast", "backward"):                         # of the room fast, on a floor of its own:
-        return "backward"                                                   # it knows batches and experts
+    if parts[:3] in (("mixdpo", "fast", "backward"), ("mixdpo", "fast", "packing")):        # they know batches and
+        return parts[2]                                                     # experts: each is on a floor of its own
     if parts[0] == "mixdpo":
         return parts[1] if len(parts) > 1 else "mixdpo"
     return parts[0] if parts[0] in ("train", "eval", "data") else None

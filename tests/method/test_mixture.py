@@ -12,7 +12,6 @@ import torch
 from mixdpo.dpo import dpo_loss
 from mixdpo.gates import Gate, Inputs
 from mixdpo.mixture import (
-    SAMPLED,
     balance,
     damp,
     e_step,
@@ -24,8 +23,8 @@ from mixdpo.mixture import (
     random_responsibilities,
     reweigh,
     update_weights,
-    vary,
 )
+from mixdpo.variants.e_steps import SAMPLED, vary
 from mixdpo.plan import make_plan
 from mixdpo.variants.latent import latent_of
 

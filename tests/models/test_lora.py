@@ -21,7 +21,9 @@ from mixdpo.evaluation import export as exporting
 from mixdpo.evaluation.export import export_experts
 from mixdpo.evaluation.generate import generate
 from mixdpo.evaluation.peft import factors, load_adapter, save_adapter
-from mixdpo.experts import Adapters, Heads, LoRALinear, load_state, pair_logp, projections, trained_state
+from mixdpo.experts import Adapters, Heads, pair_logp
+from mixdpo.models.lora import LoRALinear, projections
+from mixdpo.runs.checkpoint import load_state, trained_state
 from mixdpo.fast.optimizer import make_optimizer
 from mixdpo.gates import Gate, Inputs
 from mixdpo.models import weights

@@ -20,7 +20,7 @@ from data.report import report
 from data.studies import __main__ as studies
 from data.studies import study
 from mixdpo.config import InputError, to_json
-from mixdpo.runs.rundir import checkpoints
+from mixdpo.runs.checkpoint import checkpoints
 from mixdpo.tabular import dp_tbart as tabular
 from mixdpo.tabular.columns import read_schema, read_table
 

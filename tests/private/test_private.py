@@ -14,7 +14,8 @@ from raising import raises_at
 
 import train
 from mixdpo.config import InputError
-from mixdpo.gates import gate_state, make_gate
+from mixdpo.runs.checkpoint import gate_state
+from mixdpo.runs.setup import make_gate
 from mixdpo.private import budget
 from mixdpo.private import dp_sgd as privacy
 from mixdpo.private.accountant import Mechanism, epsilon_of

@@ -18,7 +18,7 @@ from mixdpo.fast.optimizer import make_optimizer, set_rate
 from mixdpo.private.accountant import Mechanism, epsilon_of, noise_multiplier
 from mixdpo.private.dp_sgd import Noise, clipped_sum_slow, participants
 from mixdpo.private.keys import Key, identities
-from mixdpo.runs.rundir import checkpoints
+from mixdpo.runs.checkpoint import checkpoints
 from mixdpo.tabular import dp_tbart as tabular
 from mixdpo.tabular.columns import columns_of
 from mixdpo.tabular.dp_tbart import TBART, TableConfig, account, fit, look, row_losses, sample, validate

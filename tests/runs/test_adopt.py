@@ -10,7 +10,7 @@ import tinyjob
 import train
 from eval import EvalConfig, evaluate
 from mixdpo.dpo import margins
-from mixdpo.experts import trained_state
+from mixdpo.runs.checkpoint import trained_state
 from mixdpo.runs.load_run import load_experts, load_run
 from mixdpo.gates import Inputs
 from mixdpo.evaluation.heldout import expert_logp

@@ -19,7 +19,7 @@ from mixdpo import config as configs
 from mixdpo.runs import memory_estimate as fits
 from mixdpo.text import records
 from mixdpo.config import Stopped
-from mixdpo.runs.rundir import checkpoints, load_checkpoint
+from mixdpo.runs.checkpoint import checkpoints, load_checkpoint
 from raising import raises_at
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import tinyjob
 import train
 from mixdpo.plan import batches
-from mixdpo.runs.rundir import checkpoints, save_checkpoint
+from mixdpo.runs.checkpoint import checkpoints, save_checkpoint
 from raising import raises_at
 
 ROOT = Path(__file__).parents[2]

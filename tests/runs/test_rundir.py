@@ -14,7 +14,8 @@ from safetensors import safe_open
 from mixdpo.runs import rundir
 from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.runs.options import TrainConfig
-from mixdpo.runs.rundir import compute_dtype, load_checkpoint, save_checkpoint
+from mixdpo.config import compute_dtype
+from mixdpo.runs.checkpoint import load_checkpoint, save_checkpoint
 from mixdpo.files.atomic import alone
 from raising import raises_at
 

@@ -1,0 +1,76 @@
+"""Which functions of the EM step a run's options replace, and what these carry from step to step.
+
+    label noise      margins      label_noise.py
+    incremental EM   prior        incremental.py
+    E-step variants  vary         e_steps.py
+    robust weights   weigh        robust.py
+    privacy          collect      ../private/step.py
+"""
+
+import math
+
+import torch
+
+from mixdpo.dpo import margins
+from mixdpo.plan import Plan
+from mixdpo.private.dp_sgd import ClippedSum, Noise
+from mixdpo.private.step import clip_examples, clipped_share
+from mixdpo.variants.e_steps import SAMPLED, vary, visit_noise
+from mixdpo.variants.incremental import Incremental
+from mixdpo.variants.label_noise import noisy_margins
+from mixdpo.variants.robust import RobustWeights
+
+
+class Variants:
+    """The parts of EM that config's options replace. user (U,): each unit's user, 0 if unknown. noise, parameters: of a
+    private run, those that learn."""
+
+    def __init__(self, config, plan: Plan, user: torch.Tensor, noise: Noise | None, parameters: list):
+        self.config, self.noise, self.parameters, self.clipped = config, noise, parameters, None
+        self.margins = noisy_margins(config.label_noise) if config.label_noise else margins
+        self.incremental = Incremental(plan, config.experts) if config.em == "incremental" else None
+        of_visit = user[plan.unit_of.to(user.device)]                       # (V,)
+        self.robust = RobustWeights(of_visit, config.robust, config.data) if config.robust else None
+        self.carries = [part for part in (self.incremental, self.robust) if part is not None]
+
+    def functions(self, t: int, log_likelihoods) -> dict:
+        """The arguments of train.EM for step t. log_likelihoods() -> those of all visits (V,K), by a pass over them."""
+        config = self.config
+        found = {"margins": self.margins, "clip": config.clip if self.noise is None else math.inf}
+        if self.incremental:
+            if t >= config.start_steps and self.incremental.table.isnan().any():
+                self.incremental.table = log_likelihoods()                  # before the first E-step that looks them up
+            found["prior"] = self.incremental.prior
+        if self.incremental or config.variant != "exact":
+            found["vary"] = lambda log_q, prior, visits: self.vary(t, log_q, prior, visits)
+        if self.robust:
+            found["weigh"] = self.robust.weigh
+        if self.noise:
+            self.clipped = ClippedSum(self.parameters, self.noise, t)
+            found["collect"] = clip_examples(self.clipped)
+        return found
+
+    def vary(self, t: int, log_q: torch.Tensor, prior: torch.Tensor, visits: torch.Tensor) -> torch.Tensor:
+        """The responsibilities that the M-step of step t uses: exact ones of some visits (g,K) -> (g,K)."""
+        config, noise = self.config, None
+        if self.incremental:
+            self.incremental.keep(log_q, prior, visits)
+        if config.variant in SAMPLED:
+            noise = visit_noise(config.seed, t, visits, config.draws, config.experts).to(log_q.device)
+        return vary(log_q, config.variant, noise, config.variant_temperature)
+
+    def end_step(self) -> dict:
+        """To be called after each step; returns figures to log."""
+        if self.robust:
+            self.robust.end_step()
+        return {"clipped": clipped_share(self.clipped)} if self.clipped else {}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds."""
+        return {name: x for part in self.carries for name, x in part.tensors().items()}
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The inverse of `tensors`."""
+        for part in self.carries:
+            part.load(tensors)
+
