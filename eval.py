@@ -33,8 +33,8 @@ from mixdpo.metrics import mean_se
 from mixdpo.mixture import mixture_logp
 from mixdpo.preferences import Pair, encode_prompt
 from mixdpo.runs.load_run import Run, find_runs, load_run
-from mixdpo.runs.reference import compute_reference, load_references, prompt_features
 from mixdpo.runs.log import Progress, environment
+from mixdpo.runs.reference import compute_reference, load_references, prompt_features
 from mixdpo.text.chat import template_of
 from mixdpo.text.records import check_messages, check_string, lines
 

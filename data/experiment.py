@@ -30,7 +30,7 @@ from data.pairs import judge_apart, name_users, pair_facts, pair_line, spreads
 from data.sentiment import find_distilbert
 from data.stages import key_of, line_by_line, read_lines, stage, write_lines
 from eval import EvalConfig, evaluate
-from mixdpo.config import SEEDS, InputError, check_choices, check_ranges, parse, to_json, write_whole
+from mixdpo.config import SEEDS, InputError, check_choices, check_ranges, compute_dtype, parse, to_json, write_whole
 from mixdpo.evaluation.generate import generate
 from mixdpo.fast.memory import steady
 from mixdpo.files import fetch
@@ -38,7 +38,6 @@ from mixdpo.files.atomic import alone, must_be_own
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import encode_prompt
 from mixdpo.runs.options import validate
-from mixdpo.config import compute_dtype
 from mixdpo.text.tokenizer import load_tokenizer
 from train import TrainConfig, run
 

@@ -16,19 +16,17 @@ from pathlib import Path
 import torch
 
 from mixdpo import config as configs
-from mixdpo.config import SEEDS, InputError, Stopped, check_ranges
+from mixdpo.config import SEEDS, InputError, Stopped, check_ranges, compute_dtype
 from mixdpo.experts import Heads
-from mixdpo.runs.checkpoint import load_state, trained_state
+from mixdpo.fast.backward import minimise
 from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.files.atomic import must_be_own
 from mixdpo.models.weights import content_key, load_model, save_model
 from mixdpo.preferences import data_key
-from mixdpo.config import compute_dtype
-from mixdpo.runs.checkpoint import Stop, load_checkpoint, save_checkpoint
+from mixdpo.runs.checkpoint import Stop, load_checkpoint, load_state, save_checkpoint, trained_state
 from mixdpo.runs.log import Progress
 from mixdpo.text.records import lines
 from mixdpo.text.tokenizer import load_tokenizer
-from mixdpo.fast.optimizer import minimise
 
 
 @dataclass(frozen=True)

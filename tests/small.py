@@ -1,14 +1,20 @@
 """Models, pairs and experts small enough for a test, and trained far enough from their reference
 that a margin says something."""
 
+import dataclasses
+
 import numpy as np
 import torch
 
 from mixdpo.experts import make_experts
+from mixdpo.fast.backward import backward
+from mixdpo.fast.packing import compact_rows
+from mixdpo.gates import Gate, Inputs
 from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.models.llama import Llama, LlamaConfig
+from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Pair
-from train import TrainConfig
+from train import EM, EMState, Problem, TrainConfig, em_loss
 
 VOCAB = 53
 FAMILIES = ["gpt2", "llama", "untied"]
@@ -62,3 +68,31 @@ def pairs(count=7, seed=0, users=None, context=()):
 def reference_logp(count, seed=5, dtype=torch.float32):
     """Made-up reference log-probs: margins then differ from pair to pair. (P,1,2)"""
     return -20 + 5 * torch.randn(count, 1, 2, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def nothing(units):
+    """Inputs of a gate that reads nothing."""
+    return Inputs(torch.zeros(units, 0), torch.zeros(units, dtype=torch.int64))
+
+
+def problem(config, pairs, ref_logp, start=None, rows_of=compact_rows):
+    """What a step reads, of a gate that reads nothing."""
+    plan = make_plan(pairs, config)
+    return Problem(config, plan, ref_logp, nothing(len(plan.units)), start, rows_of)
+
+
+def state(experts, problem, log_w=None, optimizer=None):
+    """What a step changes, under fixed weights (K,), as at the start."""
+    log_w = torch.zeros(experts.K) if log_w is None else log_w
+    gate, units = Gate("fixed", experts.K, nothing(1), log_w), len(problem.plan.units)
+    return EMState(experts, gate, optimizer, torch.full((units, experts.K), torch.nan, dtype=log_w.dtype))
+
+
+def accumulate(experts, problem, log_w, em=None, log_q=None, pairs=None):
+    """Adds the gradient of M8 over all visits of a problem's plan, in one micro-batch; returns what em_loss shows of
+    each part: log_q and h of its pairs. log_w (K,) of all units."""
+    ids, config = list(range(len(problem.plan.visits))), problem.config
+    micro, = micro_batches(problem.plan, ids, dataclasses.replace(config, micro=10_000))
+    log_w = log_w.expand(len(ids), -1)
+    loss_of = em_loss(micro, log_w, log_q, problem, em or EM(), pairs or len(micro.train.ids))
+    return backward(experts, micro.train, loss_of, problem.rows_of, config.head_rows, log_q is None)

@@ -7,9 +7,11 @@ import numpy as np
 import torch
 
 import train
+from mixdpo.config import compute_dtype
 from mixdpo.models.llama import Llama, LlamaConfig
 from mixdpo.models.weights import save_model
-from mixdpo.runs.checkpoint import load_checkpoint
+from mixdpo.runs import setup
+from mixdpo.runs.checkpoint import Stop, load_checkpoint
 from mixdpo.text import bpe
 
 EOS = 256
@@ -72,6 +74,12 @@ def run(folder, model, records, name="run", key=None, **options):
         write(data, records)
     paths = dict(data=str(data), model=str(model), out=str(folder / name))
     return train.run(train.TrainConfig(**paths | small(**options)), key)
+
+
+def read(config):
+    """The experts, the plan, the reference and the keys of a run that is not begun."""
+    with Stop(config.out) as stop:
+        return setup.read(setup.Job(config, {}, stop, None), compute_dtype(config.dtype, "cpu")[0], "cpu")
 
 
 def lines(path):

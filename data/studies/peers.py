@@ -31,13 +31,13 @@ from mixdpo.dpo import mixture_accuracy
 from mixdpo.evaluation.adaptation import weights_after
 from mixdpo.evaluation.heldout import alignment, margins_of
 from mixdpo.experts import Heads
+from mixdpo.fast.backward import minimise
 from mixdpo.metrics import adjusted_rand_index, mean_se
 from mixdpo.mixture import e_step, log_marginal
 from mixdpo.preferences import read_preferences
 from mixdpo.runs.load_run import load_run
 from mixdpo.runs.options import TrainConfig
 from mixdpo.runs.reference import load_references, reference_of
-from mixdpo.fast.optimizer import minimise
 
 WORLDS = {"two types of users": {"types": 2}, "two types, told by prompts": {"types": 2, "domains": True},
           "four types of users": {"types": 4}}

@@ -20,6 +20,7 @@ import torch
 
 from data.sentences import Sentence, load_sentences
 from data.stages import key_of
+from mixdpo.config import compute_dtype
 from mixdpo.dpo import mixture_accuracy
 from mixdpo.files import fetch
 from mixdpo.files.atomic import read_tensors, write_tensors
@@ -28,9 +29,8 @@ from mixdpo.metrics import adjusted_rand_index, mean_se
 from mixdpo.mixture import e_step, log_marginal
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import Pair
-from mixdpo.runs.reference import compute_reference, prompt_features
-from mixdpo.config import compute_dtype
 from mixdpo.runs.log import Progress
+from mixdpo.runs.reference import compute_reference, prompt_features
 from mixdpo.text.tokenizer import load_tokenizer
 
 SIZES = {"smoke": {"sentences": 60, "prompts": 24, "apart": 8},

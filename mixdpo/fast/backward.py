@@ -12,6 +12,7 @@ Left out: losses of a micro-batch that are not a sum over its pairs or groups.
 import torch
 
 from mixdpo.experts import predicting_states
+from mixdpo.fast.optimizer import clip_and_step
 from mixdpo.fast.packing import compact_rows
 from mixdpo.logprob import sum_responses
 from mixdpo.preferences import Batch
@@ -69,3 +70,10 @@ def chunks(batch: Batch, head_rows: int, whole_groups: bool):
         if last or full and not (whole_groups and group[b] == group[b + 1]):
             yield first, b + 1, begin, end
             first, begin = b + 1, end
+
+
+def minimise(loss: torch.Tensor, optimizer, clip: float) -> float:
+    """One step on a scalar loss, for supervised fine-tuning (data/finetune.py); returns the loss."""
+    loss.backward()
+    clip_and_step(optimizer, loss.item(), clip)
+    return loss.item()

@@ -99,13 +99,6 @@ def clip_and_step(optimizer, loss: float, clip: float) -> float:
     return norm
 
 
-def minimise(loss: torch.Tensor, optimizer, clip: float) -> float:
-    """One step on a scalar loss, for supervised fine-tuning (data/finetune.py); returns the loss."""
-    loss.backward()
-    clip_and_step(optimizer, loss.item(), clip)
-    return loss.item()
-
-
 def set_rate(optimizer, t: int, total: int, warmup: int) -> None:
     """Linear warm-up to the peak over `warmup` steps, then linear decay to a tenth at the last step, t = total - 1."""
     scale = (t + 1) / warmup if t < warmup else 1 - 0.9 * (t - warmup + 1) / max(total - warmup, 1)

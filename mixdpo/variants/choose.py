@@ -38,8 +38,9 @@ class Variants:
         config = self.config
         found = {"margins": self.margins, "clip": config.clip if self.noise is None else math.inf}
         if self.incremental:
-            if t >= config.start_steps and self.incremental.table.isnan().any():
-                self.incremental.table = log_likelihoods()                  # before the first E-step that looks them up
+            first = 0 if config.start == "none" else config.start_steps     # the first step with an E-step
+            if t >= first and self.incremental.table.isnan().any():
+                self.incremental.table = log_likelihoods()
             found["prior"] = self.incremental.prior
         if self.incremental or config.variant != "exact":
             found["vary"] = lambda log_q, prior, visits: self.vary(t, log_q, prior, visits)

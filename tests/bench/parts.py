@@ -1,9 +1,12 @@
 """Parts of a step, each beside what it is measured by: the head alone, long prompts, what EM adds, sampling."""
 
+from functools import partial
+
 import torch
 
 from mixdpo.evaluation.generate import generate
 from mixdpo.experts import Heads, pair_logp
+from mixdpo.fast.packing import compact_rows
 from mixdpo.logprob import token_logps, token_logps_reference
 from mixdpo.metrics import step_summary
 from mixdpo.mixture import e_step, expert_loss
@@ -90,7 +93,7 @@ def long_prompts(setting: Setting, shared: bool) -> Stepper:
     batch, parameters = collate(pairs, list(range(len(pairs)))), list(policy.parameters())
 
     def step():
-        pair_logp(policy, batch, shared=shared).sum().backward()
+        pair_logp(policy, batch, partial(compact_rows, shared=shared)).sum().backward()
         policy.zero_grad(set_to_none=True)
 
     return Stepper(step, parameters)

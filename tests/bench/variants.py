@@ -7,26 +7,26 @@ Not equal, and the point: what each of them computes to get there. Every step re
 the start, where policy and reference are equal.
 """
 
-import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import train
-from mixdpo.experts import make_experts, once_a_step, trunks
+from mixdpo.experts import make_experts, trunks
 from mixdpo.fast.optimizer import make_optimizer
+from mixdpo.fast.packing import compact_rows
 from mixdpo.gates import Gate, Inputs, first_weights
 from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.models.llama import Llama, LlamaConfig
 from mixdpo.models.weights import load_model, save_model
 from mixdpo.plan import make_plan, micro_batches
-from mixdpo.preferences import Batch, Pair, collate, rows_of
+from mixdpo.preferences import Batch, Pair, collate
 from mixdpo.runs.reference import compute_reference
-from mixdpo.variants.latent import latent_of
 
 BETA, LR, CLIP = 0.1, 1e-6, 1.0
 
@@ -120,20 +120,23 @@ def ours(setting: Setting, experts: int, rank: int = 0, dtype: torch.dtype | Non
     model.checkpointing = config.checkpointing
     ref_logp = compute_reference(model, setting.pairs, dtype).logp.to(setting.device)
     policies = make_experts([model], config, dtype)
-    optimizer, _ = make_optimizer(policies, config.lr, config.head_lr,
-                                  in_backward=once_a_step(policies) if config.in_backward else [])
+    optimizer, _ = make_optimizer(policies, config.lr, config.head_lr, moments=config.moments)
     plan, G = make_plan(setting.pairs, config), len(setting.pairs)
-    micros = micro_batches(plan, list(range(G)), config)
+    plan = replace(plan, steps=[(0, list(range(G)))])                       # the same step, again and again
     inputs = Inputs(torch.zeros(G, 0), torch.zeros(G, dtype=torch.int64)).to(setting.device)
     gate = Gate("fixed", experts, inputs, first_weights(config)).to(setting.device)
-    latent = latent_of(gate, inputs, plan, list(range(G)), None, None, 0, config)
+    rows_of = partial(compact_rows, packed=config.packing)
+    problem = train.Problem(config, plan, ref_logp, inputs, None, rows_of)
+    state = train.EMState(policies, gate, optimizer, torch.zeros(G, experts))
+    em = train.EM(clip=config.clip)
 
     def step():
-        figures, *_ = train.step(policies, gate, optimizer, micros, ref_logp, latent, config)
-        return figures["loss"]
+        state.t = 0
+        return train.step(state, problem, em)[0]["loss"]
 
+    micro, = micro_batches(plan, list(range(G)), config)
     return Stepper(step, [p for p in policies.parameters() if p.requires_grad],
-                   **counted(policies, rows_of(micros[0].train)))
+                   **counted(policies, rows_of(micro.train)))
 
 
 def products_in(setting: Setting) -> torch.dtype:
@@ -242,8 +245,8 @@ VARIANTS = {
     "k4-full": Variant("mixdpo, K=4, full heads", lambda s: ours(s, s.sizes.experts)),
     "k4-models": Variant("mixdpo, K=4, models", lambda s: ours(s, s.sizes.experts, sharing="models")),
     "k4-models-lean": Variant(
-        "mixdpo, K=4, models, checkpointing, AdamW in backward",
-        lambda s: ours(s, s.sizes.experts, sharing="models", checkpointing=True, in_backward=True, clip=math.inf)),
+        "mixdpo, K=4, models, checkpointing, bfloat16 moments",
+        lambda s: ours(s, s.sizes.experts, sharing="models", checkpointing=True, moments="bfloat16")),
     "k1-bf16": Variant("mixdpo, K=1, products in bf16", lambda s: ours(s, 1, dtype=torch.bfloat16)),
     "plain": Variant("plain PyTorch, full logits, our GPT-2", plain_ours),
     "plain-transformers": Variant("plain PyTorch, full logits, transformers' GPT-2", plain_transformers, PEERS[:1]),

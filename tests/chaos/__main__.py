@@ -48,7 +48,7 @@ def written(config: ChaosConfig) -> tuple[int, list[str]]:
 
 def faults(config: ChaosConfig) -> tuple[int, list[str]]:
     """tests/runs/test_faults.py and the tests of checkpoints and downloads, each of which puts a fault in."""
-    files = ["tests/runs/test_faults.py", "tests/runs/test_rundir.py", "tests/models/test_download.py",
+    files = ["tests/runs/test_faults.py", "tests/runs/test_checkpoint.py", "tests/models/test_download.py",
              "tests/models/test_fetch.py"]
     call = subprocess.run([sys.executable, "-m", "pytest", "-rfE", *files], cwd=ROOT, capture_output=True, text=True)
     lines = call.stdout.splitlines()

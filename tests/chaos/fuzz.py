@@ -32,8 +32,8 @@ from mixdpo.config import InputError
 from mixdpo.models.gguf import read_gguf
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import read_preferences
-from mixdpo.runs.options import TrainConfig
 from mixdpo.runs.checkpoint import load_checkpoint, save_checkpoint
+from mixdpo.runs.options import TrainConfig
 from mixdpo.text.tokenizer import load_tokenizer
 from tests.models.test_gguf import METADATA, TENSORS, gguf
 

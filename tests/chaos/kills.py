@@ -25,7 +25,7 @@ import tinyjob
 
 import train
 from mixdpo.files import atomic as whole
-from mixdpo.runs import rundir
+from mixdpo.runs import checkpoint, log
 
 USER = {"latent": "user", "beta": 0.5}
 CASES = {
@@ -59,8 +59,8 @@ def forked(work) -> int:
 def job(folder: Path, model: Path, name: str, options: dict):
     """The run as a function. It keeps the last checkpoint with the optimizer's state beside the finished one."""
     def work():
-        real = train.save_checkpoint
-        train.save_checkpoint = lambda run, tensors, state, keep: real(run, tensors, state, 2)
+        real = checkpoint.save_checkpoint
+        checkpoint.save_checkpoint = lambda run, tensors, state, keep: real(run, tensors, state, 2)
         train.run(train.TrainConfig(str(folder / "pairs.jsonl"), str(model), str(folder / name),
                                     **tinyjob.small(save_minutes=0.0, **options)))
 
@@ -75,7 +75,7 @@ def end(child: int) -> bool:
 def state_of(run: Path) -> dict:
     """Everything that a run leaves, by name."""
     files = {path.name: path.read_bytes() for path in (run / "metrics.jsonl", run / "responsibilities.jsonl")}
-    for path in rundir.checkpoints(run):
+    for path in checkpoint.checkpoints(run):
         tensors, facts = whole.read_tensors(path)
         files |= {f"{path.name} {name}": (x.dtype, x.shape, bytes(x.reshape(-1).contiguous().view(torch.uint8).numpy()))
                   for name, x in tensors.items()} | {path.name: facts["step"]}
@@ -159,7 +159,7 @@ def inject(point: str, moment: str, fault: str, nth: int) -> None:
     if point == "save_file":
         whole.save_file = wrapped(real_save, half_of_a_file)
     elif point == "line":
-        rundir.Log.step = wrapped(rundir.Log.step, half_of_a_line)
+        log.Log.step = wrapped(log.Log.step, half_of_a_line)
     else:
         setattr(os, point, wrapped(getattr(os, point), None))
 

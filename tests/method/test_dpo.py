@@ -8,7 +8,7 @@ import pytest
 import torch
 from brute import numeric_gradient, sigma
 
-from mixdpo.dpo import accuracy, dpo_loss, label_loss, margins
+from mixdpo.dpo import accuracy, dpo_loss, margins
 from mixdpo.variants.label_noise import flipped_margins
 
 FP32, FP64 = torch.float32, torch.float64
@@ -153,20 +153,3 @@ def test_flipped_margins_are_the_noisy_likelihoods(share):
     assert h.grad.isfinite().all() and (h.grad >= 0).all()
     if share:
         assert torch.autograd.gradcheck(lambda h: flipped_margins(h, share), normal(5, seed=8).requires_grad_())
-
-
-def test_label_losses_are_the_published_ones():
-    """cDPO's and the robust loss by their formulas; and what the robust one is for: over flips of the label its mean
-    is the loss of clean labels. Catches: shares swapped, the denominator left out, a loss that is conservative all the
-    same."""
-    h, share = normal(50, seed=9), 0.2
-    log_sigma = torch.log(torch.sigmoid(h)), torch.log(torch.sigmoid(-h))
-    conservative = -(1 - share) * log_sigma[0] - share * log_sigma[1]
-    robust = (-(1 - share) * log_sigma[0] + share * log_sigma[1]) / (1 - 2 * share)
-    assert torch.allclose(label_loss(dpo_loss, h, share, "conservative"), conservative)
-    assert torch.allclose(label_loss(dpo_loss, h, share, "robust"), robust)
-    assert torch.equal(label_loss(dpo_loss, h, share, "flips"), dpo_loss(h))
-    mean = (1 - share) * label_loss(dpo_loss, h, share, "robust") + share * label_loss(dpo_loss, -h, share, "robust")
-    assert torch.allclose(mean, dpo_loss(h))
-    for kind in ("conservative", "robust"):
-        assert torch.equal(label_loss(dpo_loss, h, 0.0, kind), dpo_loss(h))

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import small
@@ -10,8 +11,9 @@ from raising import raises_at
 
 from mixdpo.dpo import margins
 from mixdpo.experts import Adapters, Heads, Models, make_experts, pair_logp
-from mixdpo.runs.checkpoint import load_state, trained_state
+from mixdpo.fast.packing import compact_rows
 from mixdpo.preferences import collate
+from mixdpo.runs.checkpoint import load_state, trained_state
 
 COUNT = 6
 SHARINGS = {"k1": dict(experts=1), "full": dict(experts=3, rank=0), "low-rank": dict(experts=3),
@@ -48,8 +50,8 @@ def test_every_expert_starts_as_the_reference_exactly(family, sharing, dtype):
     with torch.no_grad():
         ref = pair_logp(Heads(reference, 1, dtype=dtype), batch())                          # (B,1,2)
         for tile in (4096, 7, None):
-            base = ref if tile == 4096 else pair_logp(Heads(reference, 1, dtype=dtype), batch(), tile)
-            h = margins(pair_logp(experts, batch(), tile), base, 0.5)
+            base = ref if tile == 4096 else pair_logp(Heads(reference, 1, dtype=dtype), batch(), tile=tile)
+            h = margins(pair_logp(experts, batch(), tile=tile), base, 0.5)
             slack = 0.0 if sharing != "lora" else 1e-5 if dtype == torch.float32 else 0.1
             assert h.shape == (COUNT, experts.K) and h.abs().max() <= slack, (tile, h.abs().max())
     loss = pair_logp(experts, batch()).sum()
@@ -71,7 +73,7 @@ def test_pair_logp_is_the_sum_over_the_response(family, sharing, shared, packed)
     response that sees the other one, or stands behind it; a packed text that sees the one before."""
     experts, one = small.experts(family, **SHARINGS[sharing]), batch()
     with torch.no_grad():
-        logp = pair_logp(experts, one, shared=shared, packed=packed)
+        logp = pair_logp(experts, one, partial(compact_rows, shared=shared, packed=packed))
         for k in range(experts.K):
             model, unembedding = experts.policy(k)
             assert torch.allclose(logp[:, k], plain_logp(model, unembedding, one), atol=1e-4), k
@@ -87,7 +89,7 @@ def test_a_shared_prompt_and_a_packed_row_have_the_same_gradient(family, sharing
     for shared, packed in ((False, False), (True, False), (False, True), (True, True)):
         experts = small.experts(family, dtype=torch.float64, **SHARINGS[sharing])
         weight = torch.randn(COUNT, experts.K, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        (pair_logp(experts, batch(), shared=shared, packed=packed) * weight).sum().backward()
+        (pair_logp(experts, batch(), partial(compact_rows, shared=shared, packed=packed)) * weight).sum().backward()
         grads.append({name: p.grad for name, p in experts.named_parameters() if p.grad is not None})
     for other in grads[1:]:
         assert grads[0].keys() == other.keys() and other

@@ -10,10 +10,8 @@ import small
 import torch
 
 from mixdpo.dpo import dpo_loss
-from mixdpo.gates import Gate, Inputs
 from mixdpo.mixture import (
     balance,
-    damp,
     e_step,
     elbo,
     entropy,
@@ -21,12 +19,12 @@ from mixdpo.mixture import (
     gate_loss,
     log_marginal,
     random_responsibilities,
-    reweigh,
     update_weights,
 )
-from mixdpo.variants.e_steps import SAMPLED, vary
 from mixdpo.plan import make_plan
-from mixdpo.variants.latent import latent_of
+from mixdpo.variants.choose import Variants
+from mixdpo.variants.e_steps import SAMPLED, vary, visit_noise
+from mixdpo.variants.robust import RobustWeights
 
 FP32, FP64 = torch.float32, torch.float64
 TOLERANCE = {FP32: 3e-6, FP64: 1e-12}
@@ -303,7 +301,7 @@ def test_a_tie_of_hard_responsibilities_is_shared():
     assert_close(vary(rows, "hard").exp(), [[0, 0.5, 0.5], [1 / 3] * 3, [0.5, 0.5, 0], [0, 0, 1]])
 
 
-@pytest.mark.parametrize("kind, options", [("monte-carlo", {}), ("monte-carlo", {"draws": 5}), ("straight-through", {}),
+@pytest.mark.parametrize("kind, options", [("monte-carlo", {}), ("monte-carlo", {"draws": 5}),
                                            ("gumbel", {"temperature": 1e-3})])
 def test_random_responsibilities_have_the_mean_q(kind, options):
     """A thousand calls, within five standard errors. Catches: noise -log u or log(-log u) for Gumbel's; sums of draws
@@ -323,21 +321,19 @@ def test_random_responsibilities_have_the_mean_q(kind, options):
 
 @pytest.mark.parametrize("variant", SAMPLED)
 def test_sampled_responsibilities_are_drawn_by_seed_and_step(variant):
-    """What latent_of gives the M-step's noise. Catches: a seed, or a step, that changes nothing; noise of a pair that
-    depends on how a step is cut."""
-    pairs = small.pairs(5)
-    inputs = Inputs(torch.zeros(5, 0), torch.zeros(5, dtype=torch.int64))
-    gate = Gate("fixed", 2, inputs, torch.tensor([0.4, 0.6]).log())
+    """Catches: a seed, or a step, that changes nothing; noise of a visit that depends on the others of its batch."""
+    def noise(seed, t, visits=(0, 1, 2, 3, 4)):
+        return visit_noise(seed, t, torch.tensor(visits), 3, 2)
 
-    def noise(seed, t):
-        config = small.config(experts=2, variant=variant, draws=3, seed=seed)
-        return latent_of(gate, inputs, make_plan(pairs, config), [0, 1, 2, 3, 4], None, None, t, config)
-
-    first = noise(0, 0).uniform
-    assert first.shape == (3, 5, 2) and torch.equal(first, noise(0, 0).uniform)
-    assert torch.equal(noise(0, 0)[1:3].uniform, first[:, 1:3])
-    others = [noise(seed, t).uniform for seed, t in ((0, 1), (1, 0), (2**31, 0), (2**32 - 1, 0))]
+    first = noise(0, 0)
+    assert first.shape == (3, 5, 2) and torch.equal(first, noise(0, 0))
+    assert torch.equal(noise(0, 0, (3, 1)), first[:, [3, 1]])
+    others = [noise(seed, t) for seed, t in ((0, 1), (1, 0), (2**31, 0), (2**32 - 1, 0))]
     assert not any((a == b).any() for n, a in enumerate([first, *others]) for b in others[n:])
+    plan, log_q = make_plan(small.pairs(5), small.config()), torch.full((5, 2), math.log(0.5))
+    given = [Variants(small.config(experts=2, variant=variant, seed=seed), plan, torch.zeros(5, dtype=torch.int64), None,
+                      []).functions(t, None)["vary"](log_q, log_q, torch.arange(5)) for seed, t in ((0, 0), (0, 1), (1, 0))]
+    assert not any(torch.equal(a, b) for n, a in enumerate(given) for b in given[:n])
 
 
 def test_gumbel_softmax_between_its_limits():
@@ -345,24 +341,10 @@ def test_gumbel_softmax_between_its_limits():
     _, _, log_q = draw(B=50)
     noise = torch.rand(3, 50, 3, generator=torch.Generator().manual_seed(1), dtype=FP64)
     cold, warm, hot = (vary(log_q, "gumbel", noise, T).exp() for T in (1e-4, 1.0, 1e4))
-    assert torch.equal(vary(log_q, "straight-through", noise).exp().argmax(-1), cold.argmax(-1))
-    assert torch.equal(vary(log_q, "straight-through", noise), vary(log_q, "monte-carlo", noise[:1]))
+    assert torch.equal(vary(log_q, "monte-carlo", noise[:1]).exp().argmax(-1), cold.argmax(-1))
     assert cold.max(-1).values.min() > 0.99 and (hot - 1 / 3).abs().max() < 1e-2
     assert torch.equal(cold.argmax(-1), warm.argmax(-1)), "the same noise ranks the experts alike at any temperature"
     assert not torch.equal(cold.argmax(-1), log_q.argmax(-1)) and warm.max(-1).values.median() < 0.99
-
-
-def test_damping_moves_from_the_kept_to_the_new_and_never_lowers_the_bound():
-    """Catches: the shares exchanged; posteriors mixed by their probabilities; a NaN at first."""
-    h, log_w, kept = draw(B=6)
-    now = torch.nn.functional.logsigmoid(h)
-    for share in (0.2, 0.9):
-        got = damp(now, kept, share)
-        assert_close(got, ((1 - share) * now + share * kept).tolist())
-        low, mid, high = (elbo(torch.log_softmax(log_w + said, -1), log_w, h) for said in (kept, got, now))
-        assert (low <= mid).all() and (mid <= high).all()
-    kept[2] = torch.nan
-    assert torch.equal(damp(now, kept, 0.5)[2], now[2])
 
 
 def test_entropy_of_rows_and_balance_of_a_batch_pull_apart():
@@ -390,25 +372,31 @@ def test_an_unknown_variant_is_refused():
 def test_reweigh_is_exponentiated_ascent():
     """By hand. Catches: the mean not kept, the loss of an absent group forgotten, a group that is none counted in the
     mean."""
-    v, nan = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=FP64), float("nan")
-    loss, before = torch.tensor([0.2, 0.9, nan, nan], dtype=FP64), torch.tensor([5.0, 5.0, 0.3, 0.7], dtype=FP64)
-    after, known = reweigh(v.log(), before, loss, 2.0)
-    wanted = torch.tensor([math.exp(0.4), math.exp(1.8), math.exp(0.6), 0.0], dtype=FP64)
-    assert torch.allclose(after.exp(), 3 * wanted / wanted.sum(), rtol=1e-12, atol=0) and after[3] == -torch.inf
-    assert known.tolist() == [0.2, 0.9, 0.3, 0.7] and torch.equal(reweigh(v.log(), before, loss, 0.0)[0], v.log())
+    robust = RobustWeights(torch.tensor([1, 2, 2, 3]), 2.0, "")             # visits of users 1 to 3; none is of user 0
+    assert robust.log_v.exp().tolist() == [0, 1, 1, 1]
+    robust.loss = torch.tensor([0.7, 5.0, 5.0, 0.3])                        # as last seen
+    weighed = robust.weigh(torch.tensor([0.1, 0.3, 0.8, 1.0]), torch.tensor([0, 0, 1, 2]))          # pairs of visits 0 to 2
+    assert weighed.tolist() == pytest.approx([0.1, 0.3, 0.8, 1.0])          # all weights are 1 so far
+    robust.end_step()
+    wanted = torch.tensor([0.0, math.exp(0.4), math.exp(1.8), math.exp(0.6)])
+    assert torch.allclose(robust.log_v.exp(), 3 * wanted / wanted.sum()) and robust.log_v[0] == -torch.inf
+    assert robust.loss.tolist() == pytest.approx([0.7, 0.2, 0.9, 0.3])
+    again = RobustWeights(torch.tensor([1, 2, 2, 3]), 2.0, "")
+    again.load(robust.tensors())
+    assert torch.equal(again.log_v, robust.log_v) and torch.equal(again.loss, robust.loss)
+    assert again.weigh(torch.ones(1), torch.tensor([3])).tolist() == pytest.approx([3 * math.exp(0.6) / float(wanted.sum())])
 
 
 def test_robust_weights_go_by_losses_and_not_by_appearances():
     """Three users over 100 steps: one in every step and one in every tenth with equal losses, one in every tenth with
     twice that loss. Catches: an update for those who appear only, which gave the second 0.004 of the first's weight and
     the worst served less than the first."""
-    start = torch.full((3,), math.log(2), dtype=FP64)                       # the loss of experts equal to the reference
-    log_v, known = torch.zeros(3, dtype=FP64), start
+    robust = RobustWeights(torch.tensor([1, 2, 3]), 0.1, "")
     for t in range(100):
-        seen = torch.tensor([True, t % 10 == 9, t % 10 == 4])
-        loss = torch.where(seen, start * torch.tensor([1.0, 1.0, 2.0]), torch.nan)
-        log_v, known = reweigh(log_v, known, loss, 0.1)
-    v = log_v.exp()
+        visits = torch.tensor([0, *[1] * (t % 10 == 9), *[2] * (t % 10 == 4)])
+        robust.weigh(math.log(2) * torch.tensor([1.0, 1.0, 2.0])[visits], visits)
+        robust.end_step()
+    v, log_v = robust.log_v.exp()[1:], robust.log_v[1:]
     assert v[0] == pytest.approx(v[1].item()) and v.sum() == pytest.approx(3)
     assert (log_v[2] - log_v[0]).item() == pytest.approx(0.1 * math.log(2) * 96)            # from the fifth step on
 

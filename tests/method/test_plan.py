@@ -78,10 +78,10 @@ def test_a_plan_leaves_context_pairs_to_the_e_step(estep, aside):
     seen = []
     for micro in micro_batches(plan, [0, 1, 2], config):
         trained, held = micro.train.pair.tolist(), micro.context.pair.tolist() if micro.context else []
-        assert sorted(trained + held) == sorted(i for g in micro.units.tolist() for i in plan.units[g])
-        assert trained == [i for g in micro.units.tolist() for i in plan.visits[g].trained]
-        assert len(held) == aside * len(micro.units) and (not held or bool(micro.context.context.all()))
-        seen.append(micro.units.tolist())
+        assert sorted(trained + held) == sorted(i for g in micro.visits.tolist() for i in plan.units[g])
+        assert trained == [i for g in micro.visits.tolist() for i in plan.visits[g].trained]
+        assert len(held) == aside * len(micro.visits) and (not held or bool(micro.context.context.all()))
+        seen.append(micro.visits.tolist())
     assert seen == ([[0], [1, 2]] if aside else [[0], [1], [2]])             # 1 + 2 trained pairs fit, 2 + 3 do not
 
 
@@ -110,9 +110,9 @@ def test_users_in_slices_that_share_out_their_context():
             assert len(of[u]) == parts[units.index(unit)]
             assert all(bool(v.context) == bool(aside) and all(plan.pairs[i].context for i in v.context) for v in of[u])
         for micro in micro_batches(plan, list(range(len(plan.visits))), small.config(micro=4)):
-            assert micro.train.group.unique().tolist() == list(range(len(micro.units)))
+            assert micro.train.group.unique().tolist() == list(range(len(micro.visits)))
             assert len(micro.train.ids) <= 5
-            assert not aside or micro.context.group.unique().tolist() == list(range(len(micro.units)))
+            assert not aside or micro.context.group.unique().tolist() == list(range(len(micro.visits)))
     with raises_at("user 'a'", "--em incremental", line=people[1].line, option="batch"):
         make_plan(people, small.config(latent="user", batch=5))
 

@@ -9,6 +9,7 @@ from letters import GOOD, PEOPLE, Letters, pair, read
 from raising import raises_at
 from torch.nn.attention.flex_attention import create_block_mask
 
+from mixdpo.fast.packing import compact_rows
 from mixdpo.preferences import (
     Batch,
     check_lengths,
@@ -149,7 +150,7 @@ def test_positions_of_every_response_token(tmp_path, tokenizer):
     pairs = read(tmp_path, *(dict(zip(GOOD, text)) for text in texts), tokenizer=tokenizer)
     for index in ([0, 1, 2], [2], [1, 0]):
         batch = collate(pairs, index)
-        text = rows_of(batch, shared=False)
+        text = rows_of(batch)
         where, targets, sequence = text.where, text.targets, text.sequence
         by_hand = positions_by_hand(pairs, index, batch.ids.shape[-1])
         assert list(zip(where.tolist(), targets.tolist(), sequence.tolist())) == by_hand
@@ -161,7 +162,7 @@ def test_a_shared_prompt_is_one_row_a_pair():
     """Caught: the rejected response's first token predicted by the chosen's last; positions that run on from one
     response to the other; a response that sees the other; padding seen, or nothing for it to see."""
     pairs = [pair([5, 6], [7, 8], [9]), pair([3], [1, 2, 4], [5, 6])]
-    text = rows_of(collate(pairs, [0, 1]), shared=True)
+    text = compact_rows(collate(pairs, [0, 1]), shared=True)
     assert text.ids.tolist() == [[5, 6, 7, 8, 9, 0], [3, 1, 2, 4, 5, 6]]
     assert text.window.positions.tolist() == [[0, 1, 2, 3, 2, 1], [0, 1, 2, 3, 1, 2]]
     assert text.token.tolist() == [2, 3, 4, 7, 8, 9, 10, 11] and text.where.tolist() == [1, 2, 1, 6, 7, 8, 6, 10]
@@ -175,8 +176,8 @@ def test_a_packed_row_holds_every_token_and_no_padding_between(shared):
     """Caught: a token lost or doubled, positions that run on from one text to the next, a text that sees another, a
     block of a GPU's attention left out that somebody sees."""
     pairs = [pair([5, 6], [7, 8], [9]), pair([3], [1, 2, 4], [5, 6]), pair([1, 1, 1], [2], [2, 3])]
-    plain = rows_of(collate(pairs, [0, 1, 2]), shared)
-    text = rows_of(collate(pairs, [0, 1, 2]), shared, packed=True)
+    plain = compact_rows(collate(pairs, [0, 1, 2]), shared)
+    text = compact_rows(collate(pairs, [0, 1, 2]), shared, packed=True)
     assert text.ids.shape == (1, 128) and torch.equal(text.targets, plain.targets)
     assert torch.equal(text.ids.flatten()[text.token], text.targets)
     used = int((text.window.row >= 0).sum())
@@ -196,7 +197,7 @@ def test_prompts_are_shared_where_that_saves_a_tenth():
     """Caught: short prompts shared, long ones not; the longest row not counted."""
     for prompt, shared in ((4, False), (6, True)):
         batch = collate([pair(range(prompt), [1] * 20, [2] * 20), pair([1], [1], [2])], [0, 1])
-        assert (rows_of(batch).window is not None) == shared
+        assert (compact_rows(batch).window is not None) == shared
 
 
 def test_padding_shifts_nothing():
@@ -206,7 +207,7 @@ def test_padding_shifts_nothing():
     assert alone.ids.tolist() == [[[5, 6, 7, 8], [5, 6, 9, 0]]] and beside.ids.shape == (2, 2, 39)
     assert torch.equal(beside.ids[:1, :, :4], alone.ids) and not beside.ids[0, :, 4:].any()
     for batch in (alone, beside):
-        text = rows_of(batch, shared=False)
+        text = rows_of(batch)
         where, targets = text.where[:3].tolist(), text.targets[:3].tolist()  # the first pair's
         assert [w % batch.ids.shape[-1] for w in where] == [1, 2, 1] and targets == [7, 8, 9]
 
@@ -220,7 +221,7 @@ def test_batch_says_which_pairs_and_whose():
     assert batch.context.tolist() == [pairs[i].context for i in (3, 1, 7, 4)] and batch.context.dtype == torch.bool
     assert [field.name for field in fields(Batch)] == ["ids", "start", "length", "group", "pair", "context", "states"]
     for shared in (True, False):
-        moved = rows_of(batch, shared).to("meta")
+        moved = compact_rows(batch, shared).to("meta")
         parts = [getattr(moved, field.name) for field in fields(moved)]
         parts += [] if moved.window is None else [moved.window.positions, moved.window.mask]
         assert all(x.device.type == "meta" for x in parts if isinstance(x, torch.Tensor))

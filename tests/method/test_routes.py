@@ -13,12 +13,10 @@ import torch.nn.functional as F
 
 from mixdpo.dpo import dpo_loss, margins
 from mixdpo.experts import pair_logp
-from mixdpo.gates import Gate, Inputs
 from mixdpo.mixture import log_marginal
-from mixdpo.plan import Micro, make_plan, micro_batches
-from mixdpo.preferences import collate, groups
-from mixdpo.variants.latent import Latent, latent_of
-from train import accumulate, step
+from mixdpo.preferences import collate, groups, rows_of
+from mixdpo.variants.label_noise import noisy_margins
+from train import EM, step
 
 COUNT = 9
 SHARINGS = {"k1": dict(experts=1), "full": dict(experts=2, rank=0), "low-rank": dict(experts=3),
@@ -46,20 +44,10 @@ def assert_equal(got, want, where):
         assert error <= (1e-12 if want[name].dtype == DOUBLE else 1e-6), (where, name, error)
 
 
-def nothing(G):
-    """Inputs of a gate that looks at nothing."""
-    return Inputs(torch.zeros(G, 0), torch.zeros(G, dtype=torch.int64))
-
-
 def users_of(pairs):
     """(B,) the number of each pair's user, by appearance."""
     names = list(dict.fromkeys(pair.user for pair in pairs))
     return torch.tensor([names.index(pair.user) for pair in pairs])
-
-
-def latent(log_w, G, given=None):
-    """Of G groups with the same weights."""
-    return Latent(nothing(G), log_w.expand(G, -1), log_w.expand(G, -1), given)
 
 
 def log_p(experts, pairs, ref, config, group=None, log_w=None):
@@ -86,12 +74,11 @@ def test_head_micro_batches_equal_the_composable_route(family, sharing, dtype):
     pairs, ref = small.pairs(COUNT), small.reference_logp(COUNT, dtype=dtype)
     (-log_p(experts, pairs, ref, config).sum() / COUNT).backward()
     want = gradient(experts)
-    micro = Micro(collate(pairs, list(range(COUNT))), None, torch.arange(COUNT))
     for head_rows in HEAD_ROWS:
         config = small.config(beta=0.5, head_rows=head_rows)
-        seen = accumulate(experts, micro, ref, latent(LOG_W[experts.K], COUNT), COUNT, config)
+        seen = small.accumulate(experts, small.problem(config, pairs, ref), LOG_W[experts.K])
         assert_equal(gradient(experts), want, head_rows)
-        assert torch.cat([h for *_, h in seen]).shape == (COUNT, experts.K)
+        assert torch.cat([h for _, h in seen]).shape == (COUNT, experts.K)
         assert len(seen) == {0: 1, 1: COUNT, 10_000: 1}.get(head_rows, len(seen)), head_rows
 
 
@@ -100,11 +87,10 @@ def test_chunks_in_bfloat16(sharing):
     """Gradients are float32, and chunks share one cast of the heads: equal within the rounding of products.
     Catches: a cast that only the first chunk can go back through, chunks' gradients summed in bfloat16."""
     experts, pairs = small.experts(dtype=torch.bfloat16, **SHARINGS[sharing]), small.pairs(COUNT)
-    micro = Micro(collate(pairs, list(range(COUNT))), None, torch.arange(COUNT))
     gradients = []
     for head_rows in (0, 1):
         config = small.config(beta=0.5, head_rows=head_rows)
-        accumulate(experts, micro, small.reference_logp(COUNT), latent(LOG_W[experts.K].float(), COUNT), COUNT, config)
+        small.accumulate(experts, small.problem(config, pairs, small.reference_logp(COUNT)), LOG_W[experts.K].float())
         gradients.append(gradient(experts))
     for name, want in gradients[0].items():
         assert want.dtype == torch.float32
@@ -124,8 +110,7 @@ def test_users_are_whole_in_every_chunk(sharing):
     want = gradient(experts)
     for head_rows in HEAD_ROWS:
         config = small.config(beta=0.5, latent="user", head_rows=head_rows)
-        micro = Micro(collate(pairs, list(range(COUNT)), group.tolist()), None, torch.arange(4))
-        accumulate(experts, micro, ref, latent(LOG_W[experts.K], 4), COUNT, config)
+        small.accumulate(experts, small.problem(config, pairs, ref), LOG_W[experts.K])
         assert_equal(gradient(experts), want, head_rows)
 
 
@@ -138,9 +123,9 @@ def test_one_expert_is_dpo_bit_for_bit(family, head_rows):
     experts, pairs, ref = small.experts(family, experts=1), small.pairs(COUNT), small.reference_logp(COUNT)
     config = small.config(beta=0.5, head_rows=head_rows)
     batch = collate(pairs, list(range(COUNT)))
-    seen = accumulate(experts, Micro(batch, None, torch.arange(COUNT)), ref, latent(LOG_W[1], COUNT), COUNT, config)
-    got, h = gradient(experts), torch.cat([h for *_, h in seen])
-    assert all(not q.any() for pair in seen for q in pair[:2])              # log q is 0, not nearly 0
+    seen = small.accumulate(experts, small.problem(config, pairs, ref, rows_of=rows_of), LOG_W[1])
+    got, h = gradient(experts), torch.cat([h for _, h in seen])
+    assert not any(q.any() for q, _ in seen)                                # log q is 0, not nearly 0
     if head_rows == 0:
         margin = margins(pair_logp(experts, batch), ref, config.beta)[:, 0]
         assert torch.equal(margin, h[:, 0])
@@ -157,7 +142,7 @@ class Plain:
     """Gradient descent of rate 1, as `step` uses an optimizer."""
 
     def __init__(self, params):
-        self.param_groups = [{"params": list(params)}]
+        self.param_groups = [{"params": list(params), "lr": 1.0, "peak": 1.0}]
 
     def step(self):
         with torch.no_grad():
@@ -170,20 +155,21 @@ class Plain:
 
 
 def updated(experts, pairs, config, ref, given=None, order=None):
-    """How far one step on all groups moves the parameters, and what `step` returned; the experts are put back."""
+    """How far one step on all units moves the parameters, its figures, and the responsibilities (U,K) that it used; the
+    experts are put back."""
     optimizer = Plain(p for p in experts.parameters() if p.requires_grad)
     before = {n: p.detach().clone() for n, p in experts.named_parameters() if p.requires_grad}
-    plan = make_plan(pairs, config)
-    ids = list(range(len(plan.units))) if order is None else order
-    gate = Gate("fixed", experts.K, nothing(1), LOG_W[experts.K])
-    of_step = latent_of(gate, nothing(len(plan.units)), plan, ids, given, None, 0, config)
-    figures, used, _ = step(experts, gate, optimizer, micro_batches(plan, ids, config), ref, of_step, config)
+    problem = small.problem(config, pairs, ref, given)
+    ids = list(range(len(problem.plan.units))) if order is None else order
+    problem.plan.steps[:] = [(0, ids)]
+    state = small.state(experts, problem, LOG_W[experts.K], optimizer)
+    figures, _ = step(state, problem, EM(clip=config.clip))
     change = {n: before[n] - p.detach() for n, p in experts.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for n, p in experts.named_parameters():
             if n in before:
                 p.copy_(before[n])
-    return change, figures, used
+    return change, figures, state.log_q
 
 
 CASES = {
@@ -219,7 +205,6 @@ def test_the_micro_batch_does_not_matter(sharing, case):
     for micro, head_rows, order in cuts:
         config = small.config(beta=0.5, micro=micro, head_rows=head_rows, clip=1e9, **options)
         change, figures, used = updated(experts, pairs, config, ref, given, order)
-        used = used if order is None else used[torch.argsort(torch.tensor(order))]
         assert used.shape == (len(units), experts.K) and (used.exp().sum(-1) - 1).abs().max() < 1e-6
         results.append((change, figures, used))
     for change, figures, used in results[1:]:
@@ -239,11 +224,11 @@ def test_context_pairs_decide_and_are_not_trained_on():
     pairs, ref = small.pairs(COUNT, users=4, context=context), small.reference_logp(COUNT, dtype=DOUBLE)
     experts = small.experts(experts=2, rank=0, dtype=DOUBLE)
     group = users_of(pairs)
-    aside = torch.zeros(COUNT, dtype=torch.bool).index_fill(0, torch.tensor(context), True)
+    is_context = torch.zeros(COUNT, dtype=torch.bool).index_fill(0, torch.tensor(context), True)
     h = margins(pair_logp(experts, collate(pairs, list(range(COUNT)))), ref, 0.5)
-    log_q = torch.stack([torch.log_softmax(LOG_W[2] + F.logsigmoid(h[(group == g) & aside]).sum(0), 0)
+    log_q = torch.stack([torch.log_softmax(LOG_W[2] + F.logsigmoid(h[(group == g) & is_context]).sum(0), 0)
                          for g in range(4)]).detach()
-    (-(log_q[group].exp() * F.logsigmoid(h))[~aside].sum() / (COUNT - len(context))).backward()
+    (-(log_q[group].exp() * F.logsigmoid(h))[~is_context].sum() / (COUNT - len(context))).backward()
     want = gradient(experts)
     config = small.config(beta=0.5, latent="user", estep="context", context=1, micro=3, head_rows=10, clip=1e9)
     change, figures, used = updated(experts, pairs, config, ref)
@@ -254,38 +239,20 @@ def test_context_pairs_decide_and_are_not_trained_on():
 @pytest.mark.parametrize("users", [None, 4])
 @pytest.mark.parametrize("sharing", ["k1", "low-rank"])
 def test_flipped_labels_are_a_likelihood_of_their_own(sharing, users):
-    """--label-noise e with flips: the gradient is that of log sum_k w_k prod_i [e + (1 - 2e) sigma(h_ik)], for one type
+    """--label-noise e: the gradient is that of log sum_k w_k prod_i [e + (1 - 2e) sigma(h_ik)], for one type
     a pair and one a user. Catches: an E-step that takes choices for right, noise in it alone, 1 - e for 1 - 2e."""
     share, options = 0.15, SHARINGS[sharing]
-    config = small.config(**options, beta=0.5, head_rows=10, label_noise=share)
+    latent = "user" if users else "pair"
+    config = small.config(**options, beta=0.5, head_rows=10, label_noise=share, latent=latent)
     experts, pairs = small.experts(dtype=DOUBLE, **options), small.pairs(COUNT, users=users)
     ref = small.reference_logp(COUNT, dtype=DOUBLE)
     group = users_of(pairs) if users else torch.arange(COUNT)
     G = int(group.max()) + 1
-    batch = collate(pairs, list(range(COUNT)), group.tolist())
     h = margins(pair_logp(experts, collate(pairs, list(range(COUNT))), tile=17), ref, config.beta)
-    said = torch.log(share + (1 - 2 * share) * torch.sigmoid(h)).to(DOUBLE)                  # (B,K)
-    pooled = torch.zeros(G, experts.K, dtype=DOUBLE).index_add(0, group, said)
+    log_lik = torch.log(share + (1 - 2 * share) * torch.sigmoid(h)).to(DOUBLE)                  # (B,K)
+    pooled = torch.zeros(G, experts.K, dtype=DOUBLE).index_add(0, group, log_lik)
     (-torch.logsumexp(LOG_W[experts.K] + pooled, dim=1).sum() / COUNT).backward()
     want = gradient(experts)
-    accumulate(experts, Micro(batch, None, torch.arange(G)), ref, latent(LOG_W[experts.K], G), COUNT, config)
+    em = EM(noisy_margins(share))
+    small.accumulate(experts, small.problem(config, pairs, ref), LOG_W[experts.K], em)
     assert_equal(gradient(experts), want, (sharing, users))
-
-
-@pytest.mark.parametrize("kind", ["conservative", "robust"])
-def test_label_losses_reach_the_gradient(kind):
-    """The M-step's loss is dpo.label_loss of M8, under responsibilities of the plain margins. Catches: an option that
-    does nothing, one that reaches the E-step."""
-    share, options = 0.2, SHARINGS["low-rank"]
-    config = small.config(**options, beta=0.5, label_noise=share, label_loss=kind)
-    experts, pairs = small.experts(dtype=DOUBLE, **options), small.pairs(COUNT)
-    ref, batch = small.reference_logp(COUNT, dtype=DOUBLE), collate(pairs, list(range(COUNT)))
-    h = margins(pair_logp(experts, batch, tile=17), ref, config.beta)
-    q = torch.softmax(LOG_W[3] + F.logsigmoid(h.detach()), dim=1)
-    right, wrong = -F.logsigmoid(h), -F.logsigmoid(-h)
-    loss = (1 - share) * right + share * wrong if kind == "conservative" else \
-        ((1 - share) * right - share * wrong) / (1 - 2 * share)
-    ((q * loss).sum() / COUNT).backward()
-    want = gradient(experts)
-    accumulate(experts, Micro(batch, None, torch.arange(COUNT)), ref, latent(LOG_W[3], COUNT), COUNT, config)
-    assert_equal(gradient(experts), want, kind)

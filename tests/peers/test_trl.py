@@ -8,18 +8,17 @@ where the peer is not installed.
 import importlib.util
 
 import pytest
+import small
 import torch
 import torch.nn.functional as F
 
 import train
 from mixdpo.experts import make_experts
-from mixdpo.gates import Inputs, first_weights
+from mixdpo.gates import first_weights
 from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.models.weights import load_model, save_model
-from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Pair
 from mixdpo.runs.reference import compute_reference
-from mixdpo.variants.latent import Latent
 
 VOCAB, BETA = 4603, 0.3             # more than one tile of the vocabulary
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")     # transformers' Conv1D keeps these as (in, out)
@@ -62,12 +61,9 @@ def ours(folders, pairs, head_rows=1024, **options):
     config = train.TrainConfig(data="", model="", out="", beta=BETA, dtype="float32", head_rows=head_rows, **options)
     reference = compute_reference(load_model(folders / "reference"), pairs, torch.float32).logp
     experts = make_experts([load_model(folders / "policy")], config, torch.float32)
-    micro, = micro_batches(make_plan(pairs, config), list(range(len(pairs))), config)
-    inputs = Inputs(torch.zeros(len(pairs), 0), torch.zeros(len(pairs), dtype=torch.int64))
-    log_w = first_weights(config).expand(len(pairs), -1)
-    latent = Latent(inputs, log_w, log_w)
-    seen = train.accumulate(experts, micro, reference, latent, len(pairs), config)
-    h = torch.cat([h for *_, h in seen])                            # (B,K)
+    problem = small.problem(config, pairs, reference)
+    seen = small.accumulate(experts, problem, first_weights(config))
+    h = torch.cat([h for _, h in seen])                             # (B,K)
     return -F.logsigmoid(h).mean().item(), h[:, 0], {name: p.grad for name, p in experts.trunk.named_parameters()}
 
 

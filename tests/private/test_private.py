@@ -14,13 +14,13 @@ from raising import raises_at
 
 import train
 from mixdpo.config import InputError
-from mixdpo.runs.checkpoint import gate_state
-from mixdpo.runs.setup import make_gate
 from mixdpo.private import budget
 from mixdpo.private import dp_sgd as privacy
 from mixdpo.private.accountant import Mechanism, epsilon_of
 from mixdpo.private.keys import Key
+from mixdpo.runs.checkpoint import gate_state
 from mixdpo.runs.options import TrainConfig, validate
+from mixdpo.runs.setup import make_gate
 
 PRIVATE = dict(epsilon=8.0, clip=17.0, batch=6, micro=3, beta=1.0)           # a user of four pairs is cut by micro
 USERS = dict(latent="user", privacy_unit="user", batch=2, clip=55.0)
@@ -130,11 +130,11 @@ def no_chance(monkeypatch):
 def no_empty_step(monkeypatch):
     whole = train.step
 
-    def step(experts, gate, optimizer, micros, *rest):
-        if not micros:
-            optimizer.step = lambda: None
-        result = whole(experts, gate, optimizer, micros, *rest)
-        vars(optimizer).pop("step", None)
+    def step(state, problem, em):
+        if not problem.plan.steps[state.t][1]:
+            state.optimizer.step = lambda: None
+        result = whole(state, problem, em)
+        vars(state.optimizer).pop("step", None)
         return result
 
     monkeypatch.setattr(train, "step", step)
@@ -234,15 +234,15 @@ def test_a_user_who_never_took_part_leaves_no_nan(tmp_path, model_dir):
 
 def killed(folder, model, t: int, **options) -> Path:
     """The key's file of a run that was killed after step t, before its checkpoint; the one of step t - 1 is there."""
-    def stopping(*arguments):
-        result = advance(*arguments)
-        if arguments[7].t == t:
+    def stopping(state, problem, em):
+        result = step(state, problem, em)
+        if state.t == t:
             raise KeyboardInterrupt
         return result
 
-    advance = train.advance
+    step = train.step
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(train, "advance", stopping)
+        patched.setattr(train, "step", stopping)
         job(folder, model, key=None, save_minutes=0.0, **options)
     return folder / "run" / "noise-key"
 
@@ -292,7 +292,7 @@ def test_a_key_that_outlived_its_run_is_dropped(tmp_path, model_dir, monkeypatch
     def kill(folder):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "drop_key", kill)
+    monkeypatch.setattr(setup, "drop_key", kill)
     with pytest.raises(KeyboardInterrupt):
         job(tmp_path, model_dir, key=None)
     assert (tmp_path / "run" / "noise-key").exists()
@@ -311,7 +311,7 @@ def test_a_public_key_is_the_documented_one():
 @pytest.mark.parametrize("options, name", [
     (dict(clip=math.inf), "clip"), (dict(start="linear"), "start"), (dict(gate="user"), "gate"),
     (dict(gate="domain"), "gate"), (dict(weights="update"), "weights"), (dict(robust=0.1), "robust"),
-    (dict(em="full"), "em"), (dict(variant="gumbel"), "variant"), (dict(delta=2.0), "delta"),
+    (dict(em="incremental", latent="user", privacy_unit="user"), "em"), (dict(variant="gumbel"), "variant"), (dict(delta=2.0), "delta"),
     (dict(gate="linear", gate_balance=0.1), "gate-balance"), (dict(latent="user"), "privacy-unit"),
     (dict(estep="first", start="none"), "estep"), (dict(epsilon=0.0), "epsilon"),
 ])
@@ -339,7 +339,7 @@ def test_a_private_gate_keeps_nothing_of_the_data(tmp_path, model_dir):
     """Its weights for a prompt do not change with the other rows it was made with. Faults: mean and scale of
     the data, in the weights or in the checkpoint, which is published."""
     config = twin(tmp_path, model_dir, gate="linear").config
-    _, plan, reference, _, _ = train.prepare(config)
+    _, plan, reference, _ = tinyjob.read(config)
     gate, inputs = make_gate(plan, reference, config, "cpu")
     few = dataclasses.replace(plan, units=plan.units[:5])
     other, _ = make_gate(few, reference, config, "cpu")

@@ -4,22 +4,22 @@ test was seen to catch."""
 import json
 
 import pytest
-import torch
-
 import tinyjob
+import torch
+from raising import raises_at
+
 import train
 from eval import EvalConfig, evaluate
 from mixdpo.dpo import margins
+from mixdpo.evaluation.heldout import expert_logp
+from mixdpo.gates import Inputs
+from mixdpo.mixture import log_marginal
+from mixdpo.models.weights import load_model
+from mixdpo.preferences import read_preferences
 from mixdpo.runs.checkpoint import trained_state
 from mixdpo.runs.load_run import load_experts, load_run
-from mixdpo.gates import Inputs
-from mixdpo.evaluation.heldout import expert_logp
-from mixdpo.mixture import log_marginal
-from mixdpo.preferences import read_preferences
 from mixdpo.runs.reference import compute_reference
 from mixdpo.text.tokenizer import load_tokenizer
-from mixdpo.models.weights import load_model
-from raising import raises_at
 
 IDS = torch.arange(20)[None]
 KINDS = {
@@ -90,7 +90,7 @@ def test_experts_begin_as_what_they_are_taken_from(kind, sources, tmp_path, mode
     options = tinyjob.small(**KINDS[kind]) | dict(start="none", init_experts=",".join(begun))
     options.pop("start_steps")
     data = tinyjob.write(tmp_path / "d.jsonl", tinyjob.make_records())
-    experts = train.prepare(train.TrainConfig(data=data, model=str(model_dir), out=str(tmp_path / "r"), **options))[0]
+    experts = tinyjob.read(train.TrainConfig(data=data, model=str(model_dir), out=str(tmp_path / "r"), **options))[0]
     for k, want in enumerate((logits(sources[kind], 1), reference_logits(model_dir))):
         model, head = experts.policy(k)
         with torch.no_grad():

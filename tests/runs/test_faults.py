@@ -1,6 +1,7 @@
 """What goes wrong around a run: each fault is put in, and the run ends with a sentence and can go on. Killing and
 fuzzing are in tests/chaos. Docstrings name what each test catches."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,16 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-
 import tinyjob
+import torch
+from raising import raises_at
+
 import train
 from mixdpo import config as configs
-from mixdpo.runs import memory_estimate as fits
-from mixdpo.text import records
 from mixdpo.config import Stopped
-from mixdpo.runs.checkpoint import checkpoints, load_checkpoint
-from raising import raises_at
+from mixdpo.runs import memory_estimate as fits
+from mixdpo.runs.checkpoint import Stop, checkpoints, load_checkpoint
+from mixdpo.text import records
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,7 +63,7 @@ def test_a_stop_finishes_the_step_and_the_same_command_goes_on(tmp_path, model_d
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 130, said
     steps = len(tinyjob.lines(log))
-    assert "stopping after this step; once more stops at once" in said
+    assert "stopping after this step; a second signal stops at once" in said
     assert f"stopped and saved after step {steps} of 450; the same command goes on from what is finished" in said
     assert [path.stem for path in checkpoints(tmp_path / "run")] == [f"{steps:08d}"] and steps < 450
     tinyjob.run(tmp_path, model_dir, None, name="run", data=str(tmp_path / "d.jsonl"), epochs=150)
@@ -87,7 +88,7 @@ def test_the_second_signal_stops_at_once(tmp_path, model_dir, monkeypatch):
 
 def asks_at(monkeypatch, count, name="posterior", owner=train):
     """Asks the Stop in use to stop within call number `count` of owner.NAME; returns the calls so far."""
-    calls, stops, real, begin = [], [], getattr(owner, name), train.Stop.__enter__
+    calls, stops, real, begin = [], [], getattr(owner, name), Stop.__enter__
 
     def enter(stop):
         stops.append(begin(stop))
@@ -99,7 +100,7 @@ def asks_at(monkeypatch, count, name="posterior", owner=train):
             stops[-1].ask(signal.SIGTERM, None)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(train.Stop, "__enter__", enter)
+    monkeypatch.setattr(Stop, "__enter__", enter)
     monkeypatch.setattr(owner, name, counted)
     return calls
 
@@ -107,9 +108,8 @@ def asks_at(monkeypatch, count, name="posterior", owner=train):
 E_STEPS = {                                                                 # options; calls before the stop, steps done
     "last": (dict(epochs=1), 2, 3),
     "last of context": (dict(latent="user", estep="context", context=1, epochs=1, start_steps=9), 2, 2),
-    "full": (dict(em="full", epochs=2, start_steps=1), 7, 3),
     "first of incremental": (dict(latent="user", em="incremental", epochs=2, start_steps=2), 2, 2),
-    "first of all": (dict(em="full", epochs=1, start="none"), 2, 0),
+    "first of all": (dict(latent="user", em="incremental", epochs=1, start="none"), 2, 0),
 }
 
 
@@ -139,7 +139,7 @@ def test_a_stop_within_the_references_pass_is_heeded(tmp_path, model_dir, monkey
 
     data = tinyjob.write(tmp_path / "d.jsonl", tinyjob.make_records(each=12))               # 72 pairs, batches of 16
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        calls = asks_at(patch, 2, "rows_of", reference)
+        calls = asks_at(patch, 2, "compact_rows", reference)
         patch.setattr(train, "step", lambda *_: pytest.fail("a step"))
         tinyjob.run(tmp_path, model_dir, None, data=data)
     assert len(calls) == 2
@@ -226,7 +226,7 @@ def test_a_disk_that_is_read_only(begun, tmp_path, model_dir, disk, monkeypatch)
     data = tinyjob.write(folder / "d.jsonl", tinyjob.make_records())
     if begun:
         with monkeypatch.context() as patch, pytest.raises(Stopped):
-            patch.setattr(train, "full_e_step", stop)                       # the last E-step; three steps are done
+            patch.setattr(train, "log_likelihoods", stop)                       # the last E-step; three steps are done
             tinyjob.run(folder, model_dir, None, data=data, save_minutes=0.0)
     remount("ro")
     before = contents(tmp_path, folder)
@@ -270,7 +270,7 @@ def test_lines_that_a_checkpoint_counts_on(what, tmp_path, model_dir, monkeypatc
 
     monkeypatch.setattr(train.Log, "sync", lambda log: None)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(train, "full_e_step", stop)                           # the last E-step; three steps are done
+        patch.setattr(train, "log_likelihoods", stop)                           # the last E-step; three steps are done
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), save_minutes=0.0)
     path = tmp_path / "run" / "metrics.jsonl"
     text = path.read_text()
@@ -349,7 +349,7 @@ def test_out_of_memory_names_what_would_fit(tmp_path, model_dir, monkeypatch):
         return real(*arguments)
 
     given = train.TrainConfig(str(tmp_path / "run.jsonl"), str(model_dir), str(tmp_path / "run"), **tinyjob.SMALL)
-    sizes = [micro(train.dataclasses.replace(given, micro=m)) for m in (1, 2, 3, 4)]
+    sizes = [micro(dataclasses.replace(given, micro=m)) for m in (1, 2, 3, 4)]
     assert sizes == sorted(set(sizes))
     with monkeypatch.context() as patch:
         patch.setattr(train, "step", fails)

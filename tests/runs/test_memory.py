@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from mixdpo.fast.memory import activated
 from mixdpo.models.gpt2 import gelu
 from mixdpo.models.llama import swiglu
-from mixdpo.fast.memory import activated
 from tests import small
 from tests.allocations import sizes
 

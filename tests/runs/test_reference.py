@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-
 import small
 import tinyjob
+import torch
+
 import train
 from mixdpo.dpo import margins
 from mixdpo.experts import pair_logp
+from mixdpo.fast.packing import compact_rows
 from mixdpo.preferences import collate
 from mixdpo.runs.reference import Reference, cached_reference, compute_reference
 
@@ -51,7 +52,7 @@ def test_the_same_call_as_the_policys(options, dtype):
     found = compute_reference(small.model(), pairs, dtype)
     assert found.logp.dtype == found.features.dtype == torch.float32 and not found.logp.requires_grad
     with torch.no_grad():
-        logp = pair_logp(small.experts(moved=False, dtype=dtype, **options), collate(pairs, range(COUNT)))
+        logp = pair_logp(small.experts(moved=False, dtype=dtype, **options), collate(pairs, range(COUNT)), compact_rows)
     slack = 0.0 if options.get("sharing") != "lora" else 1e-5 if dtype == torch.float32 else 0.1
     assert margins(logp, found.logp, 0.5).abs().max() <= slack
 
@@ -120,7 +121,7 @@ def prepared(folder, model, data, **options):
     """(reference, files in the cache) after train.py's preparation."""
     paths = dict(data=str(data), model=str(model), out=str(folder / "run"))
     config = train.TrainConfig(**paths | tinyjob.small(**options))
-    reference = train.prepare(config)[2]
+    reference = tinyjob.read(config)[2]
     return reference, len(list((folder / "cache").glob("*.safetensors")))
 
 

@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import tinyjob
 import torch
+from raising import raises_at
 from safetensors.torch import load_file, save_file
 
-import tinyjob
 import train
+from mixdpo.fast.optimizer import clip_and_step
 from mixdpo.plan import batches
+from mixdpo.runs import checkpoint, setup
 from mixdpo.runs.checkpoint import checkpoints, save_checkpoint
-from raising import raises_at
 
 ROOT = Path(__file__).parents[2]
 CASES = {
@@ -24,10 +26,9 @@ CASES = {
     "first visit": dict(estep="first", start="none", epochs=3, beta=0.5),
     "context, linear": dict(latent="user", estep="context", context=1, start="linear", start_steps=3, epochs=3),
     "models": dict(sharing="models", epochs=2),
-    "gate, incremental, sampled": dict(gate="mlp", em="incremental", damping=0.5, variant="monte-carlo", draws=3,
-                                       epochs=3),
-    "users in slices": dict(latent="user", em="incremental", damping=0.2, start_steps=2, epochs=3, batch=5),
-    "full EM": dict(em="full", epochs=3, beta=0.5),
+    "gate, sampled": dict(gate="mlp", variant="monte-carlo", draws=3, epochs=3),
+    "users in slices": dict(latent="user", em="incremental", start_steps=2, epochs=3, batch=5),
+    "users in slices, sampled": dict(latent="user", em="incremental", variant="gumbel", epochs=3, beta=0.5),
     "gate of users": dict(latent="user", gate="user", epochs=3, gate_temperature=2.0),
     "untied": dict(rank=0, epochs=2),
     "robust": dict(robust=2.0, clip=math.inf, epochs=3),
@@ -40,8 +41,9 @@ class Stopped(Exception):
 
 
 def stop_at(monkeypatch, name, count):
-    """train.NAME raises on its call number `count`."""
-    calls, real = [], getattr(train, name)
+    """train.step, or checkpoint.save_checkpoint, raises on its call number `count`."""
+    owner = train if name == "step" else checkpoint
+    calls, real = [], getattr(owner, name)
 
     def counted(*arguments, **options):
         calls.append(None)
@@ -49,7 +51,7 @@ def stop_at(monkeypatch, name, count):
             raise Stopped
         return real(*arguments, **options)
 
-    monkeypatch.setattr(train, name, counted)
+    monkeypatch.setattr(owner, name, counted)
 
 
 def same_files(a, b):
@@ -149,7 +151,7 @@ def on_machine(monkeypatch, auto, folder, model, **options):
     """A run where --dtype auto is the dtype `auto`."""
     folder.mkdir(exist_ok=True)
     resolved = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    monkeypatch.setattr(train, "compute_dtype", lambda name, device: (resolved[name], "so it is here"))
+    monkeypatch.setattr(setup, "compute_dtype", lambda name, device: (resolved[name], "so it is here"))
     return tinyjob.run(folder, model, tinyjob.make_records(), save_minutes=0.0, **options)
 
 
@@ -189,11 +191,11 @@ def test_another_device_is_named(tmp_path, model_dir, monkeypatch, capsys):
     """Catches: a change of device, which changes rounding, that nothing says."""
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_at(patch, "step", 3)
-        patch.setattr(train, "save_checkpoint", lambda out, tensors, state, keep: save_checkpoint(
+        patch.setattr(checkpoint, "save_checkpoint", lambda out, tensors, state, keep: save_checkpoint(
             out, tensors, state | {"device": "cuda"}, keep))
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), save_minutes=0.0)
     tinyjob.run(tmp_path, model_dir, None)
-    assert "begun on cuda, goes on on cpu" in capsys.readouterr().out
+    assert "begun on cuda, resumed on cpu" in capsys.readouterr().out
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -254,7 +256,7 @@ def test_a_run_too_short_for_its_options_is_announced(options, warned, tmp_path,
         assert number in line and remedy in line.partition("Choose")[2], line
 
 
-def test_descend_steps_nowhere_on_nan_and_clips_the_norm(model_dir):
+def test_clip_and_step_steps_nowhere_on_nan_and_clips_the_norm(model_dir):
     """Faults: the step taken before the check; infinity taken for a number; the norm after clipping returned."""
     import torch
 
@@ -262,10 +264,10 @@ def test_descend_steps_nowhere_on_nan_and_clips_the_norm(model_dir):
         p = torch.nn.Parameter(torch.ones(2))
         p.grad = torch.full((2,), bad)
         with pytest.raises(FloatingPointError):
-            train.descend(torch.optim.SGD([p], lr=1.0), loss, 1.0)
+            clip_and_step(torch.optim.SGD([p], lr=1.0), loss, 1.0)
         assert p.tolist() == [1.0, 1.0]
     p.grad = torch.tensor([3.0, 4.0])
-    assert train.descend(torch.optim.SGD([p], lr=1.0), 0.0, 1.0) == pytest.approx(5.0)
+    assert clip_and_step(torch.optim.SGD([p], lr=1.0), 0.0, 1.0) == pytest.approx(5.0)
     assert p.tolist() == pytest.approx([0.4, 0.2], abs=1e-5) and p.grad is None
 
 

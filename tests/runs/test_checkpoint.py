@@ -1,4 +1,4 @@
-"""rundir.py and optimizer.py: checkpoints whole or not at all, AdamW's state to the bit.
+"""checkpoint.py, log.py and optimizer.py: checkpoints whole or not at all, AdamW's state to the bit.
 Docstrings name the faults seen."""
 
 import json
@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from raising import raises_at
 from safetensors import safe_open
 
-from mixdpo.runs import rundir
-from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
-from mixdpo.runs.options import TrainConfig
 from mixdpo.config import compute_dtype
-from mixdpo.runs.checkpoint import load_checkpoint, save_checkpoint
+from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.files.atomic import alone
-from raising import raises_at
+from mixdpo.runs import checkpoint
+from mixdpo.runs import log as log_module
+from mixdpo.runs.checkpoint import load_checkpoint, save_checkpoint
+from mixdpo.runs.options import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +38,7 @@ def test_checkpoints_come_back_with_nan_and_the_newest_stay(tmp_path):
     assert tensors["x"][0] == 11 and tensors["x"][1].isnan() and state["step"] == 11
     assert tensors["h"].dtype == torch.bfloat16 and tensors["h"].shape == ()
     save(tmp_path, 12.0, keep=3)
-    assert [p.name[:8] for p in rundir.checkpoints(tmp_path)] == ["00000012", "00000011", "00000010"]
+    assert [p.name[:8] for p in checkpoint.checkpoints(tmp_path)] == ["00000012", "00000011", "00000010"]
     assert len(list((tmp_path / "checkpoint").iterdir())) == 3
 
 
@@ -63,7 +64,7 @@ def test_any_bit_that_turned_is_found(tmp_path, capsys):
     ends the program, one that is used."""
     save(tmp_path, 1.0)
     save(tmp_path, 2.0)
-    path = rundir.checkpoints(tmp_path)[0]
+    path = checkpoint.checkpoints(tmp_path)[0]
     good = path.read_bytes()
     for n in range(len(good)):
         path.write_bytes(good[:n] + bytes([good[n] ^ 1 << n % 8]) + good[n + 1 :])
@@ -75,7 +76,7 @@ def test_any_bit_that_turned_is_found(tmp_path, capsys):
     for length in (0, 5, len(good) // 2, len(good) - 1):
         path.write_bytes(good[:length])
         assert load_checkpoint(tmp_path, {})[1]["step"] == 1
-    rundir.checkpoints(tmp_path)[1].write_bytes(b"")
+    checkpoint.checkpoints(tmp_path)[1].write_bytes(b"")
     with raises_at(file=tmp_path / "checkpoint"):
         load_checkpoint(tmp_path, {})
 
@@ -101,7 +102,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_field(tmp_path):
     a difference that is none."""
     save(tmp_path, 1.0, a=1, b="x", c=[1, 2])
     load_checkpoint(tmp_path, {"a": 1, "c": (1, 2)})
-    newest = rundir.checkpoints(tmp_path)[0]
+    newest = checkpoint.checkpoints(tmp_path)[0]
     with raises_at("a: there 1, now 2", "b: there 'x', now 'y'", "--out", file=newest) as caught:
         load_checkpoint(tmp_path, {"a": 2, "b": "y", "c": (1, 2)})
     assert "c:" not in caught.value.message
@@ -119,20 +120,20 @@ def test_no_file_of_a_run_holds_a_bare_nan_or_infinity(tmp_path):
     config = TrainConfig("d.jsonl", "m", "out", clip=math.inf)
     figures = {"step": 1, "loss": math.nan, "bound": math.nan, "accuracy": [math.nan, 0.5], "q_gain": math.nan,
                "gate_entropy": 0.1}
-    log = rundir.Log(tmp_path, 0, 2, config)
+    log = log_module.Log(tmp_path, 0, 2, config)
     log.step(figures, [0], torch.tensor([[math.nan, 0.0]]))
     log.sync(), log.close()
     line, = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert strict(line)["accuracy"] == [None, 0.5]
     assert strict((tmp_path / "responsibilities.jsonl").read_text())["q"] == [[None, 1.0]]
-    again = rundir.Log(tmp_path, 1, 2, config)
+    again = log_module.Log(tmp_path, 1, 2, config)
     assert str(again.history) == str(log.history)                           # NaN is not equal to NaN
     again.close()
     save(tmp_path, 1.0, clip=math.inf)
-    with safe_open(rundir.checkpoints(tmp_path)[0], "pt") as file:
+    with safe_open(checkpoint.checkpoints(tmp_path)[0], "pt") as file:
         strict(strict(file.metadata()["whole"])[1])
     load_checkpoint(tmp_path, {"clip": math.inf})
-    with raises_at("clip", file=rundir.checkpoints(tmp_path)[0]):
+    with raises_at("clip", file=checkpoint.checkpoints(tmp_path)[0]):
         load_checkpoint(tmp_path, {"clip": 1.0})
     older = {"step": 2, "config": {"clip": math.inf}}
     with pytest.MonkeyPatch.context() as patch:
@@ -199,7 +200,7 @@ def sources():
 
 
 def test_no_pickle_anywhere_and_backward_only_in_train():
-    """Faults: torch.save of a state in rundir.py; a loss that data/finetune.py calls backward on."""
+    """Faults: torch.save of a state in checkpoint.py; a loss that data/finetune.py calls backward on."""
     unwanted = ("import pickle", "torch.save(", "torch.load(", "joblib", "allow_pickle=True", "import dill")
     assert len(sources()) > 20
     for path in sources():
@@ -222,8 +223,8 @@ def test_the_package_knows_nothing_of_the_data_scripts_and_needs_only_its_own_pa
 def test_progress_says_rate_and_time_left(capsys, monkeypatch):
     """Faults: a resumed run's rate counts steps it did not do; the last line is not written."""
     now = iter([0.0, 10.0, 40.0])
-    monkeypatch.setattr(rundir.time, "monotonic", lambda: next(now))
-    progress = rundir.Progress("name", 100)
+    monkeypatch.setattr(log_module.time, "monotonic", lambda: next(now))
+    progress = log_module.Progress("name", 100)
     progress(101, 200)
     progress(200, 200, "note")
     said = capsys.readouterr().err.splitlines()
@@ -231,4 +232,4 @@ def test_progress_says_rate_and_time_left(capsys, monkeypatch):
 
 
 def test_a_revision_is_found_or_said_to_be_unknown():
-    assert json.dumps(rundir.environment()) and rundir.revision()
+    assert json.dumps(log_module.environment()) and log_module.revision()
