@@ -162,7 +162,7 @@ def short_run(config: TrainConfig, steps: int) -> list[str]:
 def validate_effects(config: TrainConfig) -> None:
     """Nothing is ignored in silence: an option that is not at its default must have an effect."""
     several, lora = config.experts > 1, config.sharing == "lora"
-    low_rank = lora or several and config.sharing == "heads" and config.rank > 0
+    heads = config.sharing == "heads" and (several or not config.train_trunk)           # else one model: DPO
     trained = several and config.gate in TRAINED
     needs = {"prior": (config.weights == "update", "--weights update"),
              "weights": (several and config.gate == "fixed", "--experts 2 or more and a fixed gate"),
@@ -179,8 +179,9 @@ def validate_effects(config: TrainConfig) -> None:
              **dict.fromkeys(("delta", "privacy_unit", "examples"), (config.epsilon < math.inf, "--epsilon")),
              "restarts": (config.start == "linear", "--start linear"),
              "start_steps": (several and config.start != "none", "several experts and a --start"),
-             "rank": (lora or several and config.sharing == "heads", "--experts 2 or more heads, or --sharing lora"),
-             "targets": (lora, "--sharing lora"), "head_lr": (low_rank, "low-rank heads or adapters"),
+             "rank": (lora or heads, "--experts 2 or more heads, --train-trunk false or --sharing lora"),
+             "targets": (lora, "--sharing lora"),
+             "head_lr": (lora or heads and config.rank > 0, "low-rank heads or adapters"),
              "lr": (not lora and (config.train_trunk or config.rank == 0), "a trunk or full heads that learn: low-rank "
                     "heads and adapters learn at --head-lr")}
     for name, (used, need) in needs.items():
@@ -193,10 +194,12 @@ def validate_experts(config: TrainConfig) -> None:
     lora = config.sharing == "lora"
     if lora and config.rank == 0:
         raise InputError("got 0, which means full heads; wanted 1 or more with --sharing lora", option="rank")
-    if not config.train_trunk and (config.sharing != "heads" or config.experts == 1):
-        raise InputError(f"got false, by which expert heads alone are trained, with --experts {config.experts} and "
-                         f"--sharing {config.sharing}; wanted --experts 2 or more and --sharing heads with it",
-                         option="train_trunk")
+    if not config.train_trunk and config.sharing != "heads":
+        raise InputError(f"false trains heads alone, and --sharing {config.sharing} has no heads of its own; choose "
+                         "--sharing heads, or leave this option out", option="train_trunk")
+    if not config.train_trunk and config.experts == 1 and config.rank == 0:
+        raise InputError("got 0 with --experts 1 and --train-trunk false, so nothing learns; choose 1 or more",
+                         option="rank")
     if config.in_backward and (config.clip < math.inf or config.micro < config.batch or lora or not config.train_trunk):
         raise InputError("got true, by which each parameter steps before the norm of all gradients is known; wanted "
                          "with it --clip inf, --micro of at least --batch, and a trunk that learns: neither --sharing "

@@ -131,7 +131,7 @@ class Job:
         if {"init_experts", "freeze"} & chosen.keys() and sharing == "heads":
             chosen = {"train_trunk": False} | chosen
         lora, full = sharing == "lora", chosen.get("rank") == 0
-        heads = lora or several and sharing == "heads"
+        heads = lora or sharing == "heads" and (several or not chosen.get("train_trunk", True))
         used = {"rank": heads, "head_lr": heads and not full, "gate_lr": several and chosen.get("gate") in TRAINED,
                 "lr": not lora and (full or chosen.get("train_trunk", True)),
                 "start_steps": several and chosen.get("start") != "none"}

@@ -26,6 +26,7 @@ USERS = dict(latent="user", privacy_unit="user", batch=2, clip=55.0)
 HEADS, LORA = dict(train_trunk=False, clip=0.7), dict(sharing="lora", targets="q_proj,up_proj", clip=0.7)
 CASES = {
     "dpo": dict(experts=1),
+    "one head": HEADS | dict(experts=1),
     "pairs": dict(rank=0),
     "gate": dict(experts=3, gate="linear", gate_entropy=0.1),
     "users": USERS,

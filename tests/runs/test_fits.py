@@ -14,6 +14,7 @@ from mixdpo.fast.optimizer import make_optimizer
 from mixdpo.models.weights import config_of, load_model
 
 CASES = {"heads": {}, "full heads": {"rank": 0}, "frozen trunk": {"train_trunk": False}, "lora": {"sharing": "lora"},
+         "one head": {"experts": 1, "train_trunk": False},
          "models": {"sharing": "models", "experts": 3}, "bf16 moments": {"moments": "bfloat16"},
          "in backward": {"sharing": "models", "in_backward": True}}
 
