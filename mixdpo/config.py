@@ -1,7 +1,12 @@
 """Configuration: one flat frozen dataclass a script; the command line is made from it.
 
-Each field of the dataclass is one option: its name (with dashes) is the flag, its type the parser,
-its default the default, and the comment that stands behind it in the source is the help text.
+Each field of the dataclass is one option: its name (with dashes) is the flag, its type the parser, its default the
+default. The comment behind it in the source is the help text. Two marks in the source arrange the help:
+
+    # --- training                  a line between fields: the fields below it form the group "training"
+    epochs: int = 1     # * passes over the data        a star: the option is essential, so --help shows it
+
+--help-all shows every option. Without any star, --help shows every option too.
 An unknown option or a value of the wrong type is an error.
 Left out on purpose: configuration files, nesting, environment variables, registries.
 """
@@ -10,7 +15,9 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import importlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -26,7 +33,7 @@ class InputError(ValueError):
 
     def __init__(self, message: str, file=None, line: int | None = None, option: str | None = None):
         self.message, self.file, self.line, self.option = message, file, line, option
-        where = f"{file}" if file is not None else f"--{option.replace('_', '-')}" if option is not None else ""
+        where = f"{file}" if file is not None else as_flag(option) if option is not None else ""
         if line is not None:                                                # whoever knows the file adds it: lines_of
             where = f"{where}:{line}" if file is not None else f"{where}, line {line}".removeprefix(", ")
         super().__init__(f"{where}: {message}" if where else message)
@@ -55,26 +62,72 @@ def reading(path, remedy: str = "it is damaged, or no such file: get it again"):
         raise InputError(f"{type(error).__name__} {str(error)[:200]!r}; {remedy}", file=path) from error
 
 
-def field_comments(cls) -> dict[str, str]:
-    """The comment behind each field of a dataclass, read from its source: documentation is written once. A comment goes
-    on over the comment lines below it that are indented further than the fields."""
-    found = {}
-    for part in filter(dataclasses.is_dataclass, cls.__mro__):              # options that are inherited too
-        source, field = inspect.getsource(part), r"^    (\w+): [^#\n]*#(.+(?:\n {5,}#.*)*)$"
-        for name, comment in re.findall(field, source, re.MULTILINE):
-            found[name] = " ".join(line.strip(" #") for line in comment.splitlines())
-    return found
+class Option(typing.NamedTuple):
+    """What the source of a dataclass says about one of its fields."""
+
+    help: str = ""                  # the comment behind the field, without its star
+    essential: bool = False         # whether the comment begins with a star
+    group: str = "options"          # title of the group that the field stands in
 
 
-def usage(cls, program: str) -> str:
-    """The help text: one line an option, with its default."""
-    comments = field_comments(cls)
-    lines = [f"usage: {program} [--option value ...]", "", inspect.getdoc(cls) or "", "", "options:"]
-    for f in dataclasses.fields(cls):
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        default = "required" if required else f"default {f.default!r}"
-        lines.append(f"  --{f.name.replace('_', '-'):<18} {comments.get(f.name, '')}  [{default}]")
+def options_of(cls) -> dict[str, Option]:
+    """The options of a dataclass by field name, in the order of its fields, inherited ones included. A comment
+    continues over the comment lines below it that are indented further than the fields."""
+    found, pattern = {}, r"^    (?:# --- (.+)|(\w+): [^#\n]*#(.+(?:\n {5,}#.*)*))$"
+    for part in filter(dataclasses.is_dataclass, cls.__mro__):
+        group = Option().group
+        for title, name, comment in re.findall(pattern, inspect.getsource(part), re.MULTILINE):
+            group = title or group
+            text = " ".join(line.strip(" #") for line in comment.splitlines())
+            found[name] = Option(text.removeprefix("* "), text.startswith("* "), group)
+    return {f.name: found.get(f.name, Option()) for f in dataclasses.fields(cls)}
+
+
+def as_flag(name: str) -> str:
+    """The flag of a field: "--train-trunk" for "train_trunk"."""
+    return f"--{name.replace('_', '-')}"
+
+
+def default_of(field: dataclasses.Field) -> str:
+    """The field's default as the command line writes it, "required" or, for an empty text, "empty"."""
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        return "required"
+    value = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    if isinstance(value, bool):
+        return str(value).lower()
+    return (",".join(map(str, value)) if isinstance(value, tuple) else str(value)) or "empty"
+
+
+def usage(cls, program: str, complete: bool = True) -> str:
+    """The help text in groups, one line an option with its default. complete: all options, not the essential alone."""
+    options, fields = options_of(cls), dataclasses.fields(cls)
+    shown = [f for f in fields if complete or options[f.name].essential] or fields
+    lines = [f"usage: {program} [--option value ...]", "", inspect.getdoc(cls) or ""]
+    width = max(len(f.name) for f in shown)
+    for group, members in itertools.groupby(shown, lambda f: options[f.name].group):
+        lines += ["", f"{group}:"]
+        lines += [f"  {as_flag(f.name):<{width + 2}}  {options[f.name].help}  [{default_of(f)}]" for f in members]
+    if len(shown) < len(fields):
+        lines += ["", f"These are {len(shown)} of {len(fields)} options; `{program} --help-all` shows all."]
     return "\n".join(lines)
+
+
+def options_page(*names: str) -> str:
+    """A page in Markdown of the options of some dataclasses, each named as "module.Class": a table for each group."""
+    listed = ", ".join(map(repr, names))
+    lines = ["# Options", "", "Generated from the source by", "", "    .venv/bin/python -c \"from mixdpo.config import "
+             f"options_page; print(options_page({listed}), end='')\" > docs/options.md", "",
+             "Options in bold are those that `--help` shows; `--help-all` shows all."]
+    for module, _, name in (name.rpartition(".") for name in names):
+        cls = getattr(importlib.import_module(module), name)
+        options = options_of(cls)
+        lines += ["", f"## {module}.py", "", inspect.getdoc(cls) or ""]
+        for group, members in itertools.groupby(dataclasses.fields(cls), lambda f: options[f.name].group):
+            lines += ["", f"### {group}", "", "| option | default | meaning |", "|---|---|---|"]
+            for f in members:
+                flag = f"**`{as_flag(f.name)}`**" if options[f.name].essential else f"`{as_flag(f.name)}`"
+                lines.append(f"| {flag} | {default_of(f)} | {options[f.name].help.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines) + "\n"
 
 
 def convert(text: str, kind: type, flag: str):
@@ -104,22 +157,22 @@ def parse(cls, argv: list[str], program: str):
     """An instance of the dataclass `cls` from `--flag value` words.
 
     Raises: InputError on an unknown flag (with the nearest known one), a missing value, a wrong type,
-    a missing required option; SystemExit(0) after printing the help text on -h or --help.
+    a missing required option; SystemExit(0) after printing the help text on -h, --help or --help-all.
     """
     kinds = typing.get_type_hints(cls)
     values, words = {}, list(argv)
     while words:
         word = words.pop(0)
-        if word in ("-h", "--help"):
-            print(usage(cls, program))
+        if word in ("-h", "--help", "--help-all"):
+            print(usage(cls, program, complete=word == "--help-all"))
             raise SystemExit(0)
         flag, equals, attached = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or name not in kinds:
             near = difflib.get_close_matches(name, kinds, n=1)
-            hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
+            hint = f"; did you mean {as_flag(near[0])}?" if near else ""
             option, which = (name, "") if flag.startswith("--") else (None, f" {word!r}")
-            raise InputError(f"unknown option{which}{hint} (`{program} --help` lists them all)", option=option)
+            raise InputError(f"unknown option{which}{hint} (`{program} --help-all` lists all)", option=option)
         if not equals and not words:
             raise InputError("wants a value, and none follows", option=name)
         if name in values:
@@ -127,7 +180,7 @@ def parse(cls, argv: list[str], program: str):
         values[name] = convert(attached if equals else words.pop(0), kinds[name], flag)
     for f in dataclasses.fields(cls):
         if f.name not in values and f.default is dataclasses.MISSING:
-            raise InputError(f"is required: {field_comments(cls).get(f.name, '')}", option=f.name)
+            raise InputError(f"is required: {options_of(cls)[f.name].help}", option=f.name)
     return cls(**values)
 
 

@@ -14,71 +14,104 @@ LARGEST = (2 - 2**-23) * 2.0**127   # float32's largest number: everything over 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Trains DPO (experts = 1) or a mixture on preferences (JSON Lines: prompt, chosen, rejected, maybe user)."""
+    """Trains DPO (--experts 1) or a mixture of K expert policies on preferences."""
 
-    data: str                       # preference file, .jsonl or .jsonl.gz
-    model: str                      # reference and start: gpt2, smollm2, llama-3.2-1b, a directory; or K of them: a,b
-    out: str                        # run directory; an unfinished run in it is resumed
-    experts: int = 2                # K; 1 is DPO
-    sharing: str = "heads"          # heads: one trunk, K unembeddings; lora: frozen model, K adapters; models: K models
-    rank: int = 16                  # rank of the heads W + W A_k B_k (0: full) or of the adapters W + 2 B_k A_k
-    targets: str = ""               # lora: projections with adapters, comma-separated; empty: c_attn, or q_proj,v_proj
-    train_trunk: bool = True        # false: only the heads learn
-    latent: str = "pair"            # one type a pair, or one a user (M11)
-    estep: str = "all"              # E-step on: all pairs, context (never trained on), first (a pair's first visit)
-    context: int = 0                # pairs of each user set aside for the E-step, where the file does not mark them
-    em: str = "minibatch"           # E-step on: minibatch (a step's groups), full (all, before each epoch), incremental
-                                    # (log-likelihoods are kept, so a user's pairs need not stand in one batch)
+    # --- data and model
+    data: str                       # * preferences, .jsonl or .jsonl.gz: prompt, chosen, rejected and, if known, user
+    model: str                      # * reference model: gpt2, smollm2, llama-3.2-1b, a directory or a .gguf file; with
+                                    # --sharing models also K of them: a,b
+    out: str                        # * directory of the run; an unfinished run in it is resumed
+    max_prompt: int = 256           # longest prompt in tokens; a longer prompt loses its first tokens
+    max_response: int = 256         # longest response in tokens, end token included; a longer response loses its last
+                                    # tokens
+    drop: bool = False              # true: skip and report lines that cannot be used; false: stop with an error
+    data_folder: str = ""           # folder that is searched for model and data files before a download; empty: none
+
+    # --- mixture
+    experts: int = 2                # * number of experts K; 1 is DPO
+    sharing: str = "heads"          # * heads (K heads on one trunk), lora (K adapters in one frozen model) or models (K
+                                    # models)
+    rank: int = 16                  # rank of low-rank heads or adapters; 0: full heads. With --experts 1 it needs
+                                    # --train-trunk false or --sharing lora: without them the model is trained as it is
+                                    # (DPO)
+    targets: str = ""               # with --sharing lora: the projections with adapters, comma-separated; empty: c_attn
+                                    # (GPT-2), or q_proj,v_proj (Llama)
+    train_trunk: bool = True        # * false: freeze the trunk and train the heads alone; also for one head (--experts
+                                    # 1)
+    latent: str = "pair"            # * unit that has one latent type: pair, or user (with all of the user's pairs)
+    init_experts: str = ""          # start of each expert, K entries, comma-separated: RUN:k (expert k of a finished
+                                    # run) or fresh (the reference); empty: all fresh
+    freeze: str = ""                # experts that are not trained: their numbers from 0, as in 0,2, or all; empty: none
+
+    # --- mixture weights
+    gate: str = "fixed"             # * what the mixture weights depend on: fixed (nothing), linear or mlp (prompt),
+                                    # user, prompt-user, domain, random (prompt, but not trained)
+    gate_features: str = "last"     # what a gate reads of the prompt: last or mean hidden state of the reference
+    gate_lr: float = 1e-2           # peak learning rate of the gate (AdamW)
+    gate_temperature: float = 1.0   # softmax temperature of the gate at the first step; falls geometrically to 1 at
+                                    # half of the run
+    gate_entropy: float = 0.0       # bonus per nat of the entropy of each unit's weights; 0: none
+    gate_balance: float = 0.0       # bonus per nat of the entropy of a step's mean weights; 0: none
+    weights: str = "uniform"        # weights of a fixed gate: uniform, update (closed form after each step), or K
+                                    # positive numbers as in 0.3,0.7
+    prior: float = 1.0              # Dirichlet parameter of --weights update, at least 1; 1: maximum likelihood
+
+    # --- E-step
+    start: str = "dirichlet"        # * first responsibilities: dirichlet (random), linear (fit of linear rewards), none
+                                    # (E-step)
+    start_steps: int = 10           # optimizer steps that use the first responsibilities; after them the E-step runs
+    restarts: int = 5               # number of fits of --start linear; the fit with the best bound is used
+    estep: str = "all"              # * pairs that the E-step reads: all, context (never trained on) or first (first
+                                    # visit only)
+    context: int = 0                # * context pairs per user for --estep context; 0: those that the file marks
+    em: str = "minibatch"           # log-likelihoods that the E-step uses: minibatch (of this step), incremental (of
+                                    # earlier steps too, so that a user's pairs may lie in several batches)
     damping: float = 0.0            # share of a pair's log-likelihoods kept from its visit before (incremental)
-    variant: str = "exact"          # of the E-step (M12): exact, tempered, hard (all on the likeliest expert, a tie is
-                                    # shared equally), monte-carlo, gumbel, straight-through
-    variant_temperature: float = 1.0    # of tempered and gumbel
-    draws: int = 1                  # samples of z a group (monte-carlo)
-    gate: str = "fixed"             # w(x) (M9): fixed (--weights), linear, mlp, user, prompt-user, random, domain
-    gate_features: str = "last"     # of the prompt: last or mean hidden state of the reference
-    gate_lr: float = 1e-2           # AdamW's peak learning rate of the gate
-    gate_temperature: float = 1.0   # of the gate's softmax at the start; falls geometrically to 1 over half the run
-    gate_entropy: float = 0.0       # bonus a nat of the entropy of each group's weights
-    gate_balance: float = 0.0       # bonus a nat of the entropy of the step's mean weights
-    weights: str = "uniform"        # of a fixed gate (M10): uniform, update (closed form, each step), or 0.3,0.7
-    prior: float = 1.0              # Dirichlet prior of the closed-form update
-    robust: float = 0.0             # group-DRO step size over users: log weight += this times the user's loss as last
-                                    # seen, each step, so those served worst count more; 0 turns it off
-    init_experts: str = ""          # where each begins: K of RUN:k (expert k of a run) and fresh, comma-separated
-    freeze: str = ""                # experts that stay as they are: 0,2 and so on, or all
-    label_noise: float = 0.0        # share of choices taken to be wrong, turned round at random; under 0.5
-    epsilon: float = math.inf       # privacy budget (DP-SGD), with --clip for each example; inf: no privacy
-    delta: float = 1e-5             # the chance that epsilon does not hold; below one over the examples
-    privacy_unit: str = "pair"      # whose part in the data is hidden: pair, or user with all of their pairs
-    examples: int = 0               # with --epsilon: their number, declared public; 0: the file's, which this discloses
+    variant: str = "exact"          # E-step: exact, tempered, hard (all weight on the most likely expert), monte-carlo,
+                                    # gumbel
+    variant_temperature: float = 1.0  # temperature of --variant tempered or gumbel
+    draws: int = 1                  # samples of the latent type per unit, with --variant monte-carlo
+
+    # --- training
+    beta: float = 0.1               # * strength of the pull to the reference: reward per nat of log-ratio
+    epochs: int = 1                 # * passes over the data
+    batch: int = 32                 # * largest number of pairs per optimizer step, users whole; with --epsilon the mean
+                                    # number of examples
+    lr: float = 2e-5                # * peak learning rate of trunk, models and full heads (AdamW)
+    head_lr: float = 3e-4           # * peak learning rate of low-rank heads and adapters (AdamW)
+    warmup: int = 10                # optimizer steps of linear warm-up; a linear decay to a tenth of the peak follows
+    clip: float = 1.0               # largest gradient norm; inf: no clipping. With --epsilon: norm of each example's
+                                    # gradient
+    moments: str = "float32"        # AdamW's moments: float32, or bfloat16 (half of their memory, stochastic rounding)
+    label_noise: float = 0.0        # assumed share of flipped labels, at least 0 and less than 0.5
     label_loss: str = "flips"       # what is made of it (dpo.py): flips (the likelihood), conservative (cDPO), robust
-    start: str = "dirichlet"        # first responsibilities: dirichlet (random), linear (linear rewards), none (saddle)
-    start_steps: int = 10           # optimizer steps that use them before the E-step takes over
-    restarts: int = 5               # starts of the linear mixture; the best bound is taken
-    beta: float = 0.1               # strength of the pull to the reference, per nat
-    lr: float = 2e-5                # AdamW's peak learning rate
-    head_lr: float = 3e-4           # the same for the low-rank factors A_k, B_k of heads or adapters
-    epochs: int = 1                 # passes over the data
-    batch: int = 32                 # pairs an optimizer step, at most; whole users. With --epsilon: mean examples
-    micro: int = 16                 # pairs a forward pass, at most; whole users, so one large user may exceed it
-    head_rows: int = -1             # response tokens a head micro-batch, about; -1: as many as memory allows (KEPT in
-                                    # plan.py); 0: all at once, in vocabulary tiles
-    warmup: int = 10                # steps of linear warm-up; then linear decay to a tenth
-    clip: float = 1.0               # largest gradient norm; inf: none
-    moments: str = "float32"        # AdamW's: float32, or bfloat16, rounded at random: half of their memory
+    robust: float = 0.0             # group-DRO step size over users; 0 turns it off
+    seed: int = 0                   # seed of all random numbers, 0 to 4294967295
+
+    # --- privacy (DP-SGD)
+    epsilon: float = math.inf       # privacy budget epsilon; inf: no privacy
+    delta: float = 1e-5             # privacy parameter delta; below 1 / number of examples
+    privacy_unit: str = "pair"      # what one example is: pair, or user (all pairs of a user)
+    examples: int = 0               # number of examples, if it is public; 0: the file's number, which the run then
+                                    # discloses
+
+    # --- memory and speed
+    micro: int = 16                 # largest number of pairs per forward pass, users whole (a user with more pairs
+                                    # exceeds it)
+    head_rows: int = -1             # response tokens whose logits are in memory at once; -1: as many as 1 GiB holds; 0:
+                                    # all, in vocabulary tiles
     in_backward: bool = False       # true: a trunk's parameters step within backward, and their gradients never lie in
                                     # memory all at once; wants --clip inf, and a step in one micro-batch
-    max_prompt: int = 256           # tokens; longer prompts are cut from the left
-    max_response: int = 256         # tokens, the end token among them
-    drop: bool = False              # true: faulty lines are dropped and reported, not an error
-    checkpointing: bool = False     # activation checkpointing: less memory, one more forward pass
-    packing: bool = False           # on a GPU: texts behind one another in one row, no padding between them
-    compile: bool = False           # torch.compile for the trunks; the first steps wait for the compiler
-    dtype: str = "auto"             # of the products: auto, float32, bfloat16; parameters stay float32
-    seed: int = 0                   # of everything random
-    save_minutes: float = 10.0      # between checkpoints
-    keep: int = 2                   # newest checkpoints kept until the run is finished
-    data_folder: str = ""           # local files looked into before anything is fetched
+    checkpointing: bool = False     # true: activation checkpointing; less memory, one more forward pass
+    packing: bool = False           # true: texts share a row without padding; needs a GPU
+    compile: bool = False           # true: torch.compile for the trunks; the first steps wait for the compiler
+    dtype: str = "auto"             # dtype of matrix products: auto (bfloat16 on hardware that is built for it),
+                                    # float32 or bfloat16; parameters stay float32
+
+    # --- checkpoints
+    save_minutes: float = 10.0      # minutes between checkpoints; 0: one after each step; inf: only when the run ends
+                                    # or is stopped
+    keep: int = 2                   # number of newest checkpoints that an unfinished run keeps
 
     @property
     def models(self) -> list[str]:
