@@ -34,14 +34,14 @@ class InputError(ValueError):
     def __init__(self, message: str, file=None, line: int | None = None, option: str | None = None):
         self.message, self.file, self.line, self.option = message, file, line, option
         where = f"{file}" if file is not None else as_flag(option) if option is not None else ""
-        if line is not None:                                                # whoever knows the file adds it: lines_of
+        if line is not None:                                                # without a file: lines_of adds it
             where = f"{where}:{line}" if file is not None else f"{where}, line {line}".removeprefix(", ")
         super().__init__(f"{where}: {message}" if where else message)
 
 
 @contextlib.contextmanager
 def lines_of(file):
-    """Within it an InputError that names a line, and no file, is given this file."""
+    """Context manager: adds this file to an InputError that has a line and no file."""
     try:
         yield
     except InputError as error:
@@ -51,8 +51,9 @@ def lines_of(file):
 
 
 @contextlib.contextmanager
-def reading(path, remedy: str = "it is damaged, or no such file: get it again"):
-    """Within it a foreign file is read: whatever its contents make go wrong becomes an InputError that names it."""
+def reading(path, remedy: str = "the file is damaged or of another format; get it again"):
+    """Context manager around the reading of a foreign file: an error that its contents cause becomes an InputError that
+    names the file. remedy: the end of the message."""
     try:
         yield
     except InputError:
@@ -137,19 +138,20 @@ def convert(text: str, kind: type, flag: str):
     if typing.get_origin(kind) is tuple:
         words = text.split(",") if text else []
         if not all(word.strip() for word in words):
-            raise InputError(f"got {text!r}, where a place between commas is empty; wanted a value in each",
-                             option=option)
+            raise InputError(f"got {text!r}, which has an empty place between commas; give values separated by single "
+                             "commas", option=option)
         return tuple(convert(word, typing.get_args(kind)[0], flag) for word in words)
     if kind is bool:
         if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-            raise InputError(f"got {text!r}, wanted true or false", option=option)
+            raise InputError(f"got {text!r}; choose true or false", option=option)
         return text.lower() in ("true", "1", "yes")
     try:
         value = kind(text)
     except ValueError:
-        raise InputError(f"got {text!r}, wanted a value of type {kind.__name__}", option=option) from None
+        wanted = "a whole number" if kind is int else "a number"            # every text is a str
+        raise InputError(f"got {text!r}; give {wanted}", option=option) from None
     if value != value:                                                      # NaN passes every later check like x <= 0
-        raise InputError(f"got {text!r}, wanted a number", option=option)
+        raise InputError(f"got {text!r}, which is not a number; give a number", option=option)
     return value
 
 
@@ -172,19 +174,27 @@ def parse(cls, argv: list[str], program: str):
             near = difflib.get_close_matches(name, kinds, n=1)
             hint = f"; did you mean {as_flag(near[0])}?" if near else ""
             option, which = (name, "") if flag.startswith("--") else (None, f" {word!r}")
-            raise InputError(f"unknown option{which}{hint} (`{program} --help-all` lists all)", option=option)
+            raise InputError(f"unknown option{which}{hint} (`{program} --help-all` lists all options)", option=option)
         if not equals and not words:
-            raise InputError("wants a value, and none follows", option=name)
+            raise InputError(f"has no value; write {as_flag(name)} VALUE", option=name)
         if name in values:
             raise InputError("is given twice; give it once", option=name)
         values[name] = convert(attached if equals else words.pop(0), kinds[name], flag)
     for f in dataclasses.fields(cls):
         if f.name not in values and f.default is dataclasses.MISSING:
-            raise InputError(f"is required: {options_of(cls)[f.name].help}", option=f.name)
+            raise InputError(f"is missing; add {as_flag(f.name)} VALUE: {options_of(cls)[f.name].help} "
+                             f"(`{program} --help-all` lists all options)", option=f.name)
     return cls(**values)
 
 
-SEEDS = "[0, 4294967295]"       # torch's generator on a CPU uses 32 bits: others would give the numbers of one of these
+SEEDS = "[0, 4294967295]"       # torch's generator on a CPU uses the low 32 bits of its seed: others would repeat these
+
+
+def in_words(interval: str) -> str:
+    """"[1, inf)" -> "1 or more"; "[0, 0.5)" -> "0 or more and below 0.5"; "(0, 1]" -> "above 0 and at most 1"."""
+    low, high = interval[1:-1].split(", ")
+    words = f"{low} or more" if interval[0] == "[" else f"above {low}"
+    return words if high == "inf" else f"{words} and {'at most' if interval[-1] == ']' else 'below'} {high}"
 
 
 def check_ranges(config, ranges: dict[str, str]) -> None:
@@ -195,49 +205,51 @@ def check_ranges(config, ranges: dict[str, str]) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             inside = low <= number <= high
             if not inside or number == low and interval[0] == "(" or number == high and interval[-1] == ")":
-                raise InputError(f"got {number}, wanted a number in {interval}", option=name)
+                finite = "finite " * (number == math.inf)
+                raise InputError(f"got {number}; choose a {finite}number {in_words(interval)}", option=name)
         if value == ():
-            raise InputError(f"got no number, wanted one or more in {interval}", option=name)
+            raise InputError(f"got no number; give one or more, each {in_words(interval)}", option=name)
 
 
 def check_choices(config, choices: dict[str, typing.Iterable[str]]) -> None:
     """choices: option -> the words that it takes. Raises: InputError that carries the option."""
     for name, known in choices.items():
         if getattr(config, name) not in known:
-            raise InputError(f"got {getattr(config, name)!r}, wanted one of {', '.join(filter(None, known))}",
+            raise InputError(f"got {getattr(config, name)!r}; choose one of {', '.join(filter(None, known))}",
                              option=name)
 
 
 class Stopped(Exception):
-    """The user asked for it, and all is saved. The message says how to go on."""
+    """The user stopped the program, and everything is saved. The message says how to resume."""
 
 
 def command(main, *first) -> None:
-    """main(*first, the command line's words). Ends with one line and exit status 1 on an InputError and on what the
-    system refuses; with 130 if the user stopped it."""
+    """Calls main(*first, the words of the command line). An InputError or an error of the operating system ends the
+    program with one line and exit status 1, a stop by the user with status 130."""
     try:
         main(*first, sys.argv[1:])
     except InputError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: {refused(error)}")
+        sys.exit(f"error: {system_error(error)}")
     except (KeyboardInterrupt, Stopped) as stopped:
-        print(f"\n{str(stopped) or 'stopped'}; the same command goes on from what is finished", file=sys.stderr)
+        print(f"\n{str(stopped) or 'stopped'}; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
 
 
-def refused(error: OSError) -> str:
-    """What the system refused, and what to do."""
-    remedies = {errno.ENOSPC: "make room on the disk", errno.EDQUOT: "make room in your quota",
-                errno.EROFS: "choose a place that can be written to", errno.EACCES: "choose a place that is yours",
-                errno.ENOENT: "it vanished while the program ran: put it back"}
+def system_error(error: OSError) -> str:
+    """The message of the operating system, and what to do."""
+    remedies = {errno.ENOSPC: "free space on the disk", errno.EDQUOT: "free space in your quota",
+                errno.EROFS: "choose a directory that can be written to",
+                errno.EACCES: "choose a directory that you may write to",
+                errno.ENOENT: "the file was removed while the program ran; put it back"}
     full = "No space left" in str(error)                                    # safetensors gives no number
-    remedy = remedies[errno.ENOSPC] if full else remedies.get(error.errno, "look at that place")
-    return f"{error}: {remedy}. What was finished before is whole; the same command goes on from there"
+    remedy = remedies[errno.ENOSPC] if full else remedies.get(error.errno, "check that file and its disk")
+    return f"{error}; {remedy}. Finished work is intact; run the same command again to resume"
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
+    """Writes a text file completely or not at all."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("w", encoding="utf-8") as file:
@@ -268,25 +280,26 @@ def save(config, path: Path) -> None:
 
 
 def load(cls, path: Path, report=print):
-    """Reads back what `save` wrote, by this version or another: an option that it did not have yet is at its default,
-    one that is no more is ignored, and `report` gets a line that says which. A bare Infinity, as older files have it,
-    is read too. Raises: InputError if another field is missing, or holds another type."""
+    """Reads a file that `save` of this or another version wrote. An option that the file lacks takes its default, an
+    option that no longer exists is ignored, and `report` gets a line about each kind. A bare Infinity, as in older
+    files, is accepted. Raises: InputError if an option without a default is missing, or if a value has a wrong type."""
     kinds = typing.get_type_hints(cls)
     defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
     with reading(path):
         values = json.loads(path.read_text(encoding="utf-8"))
         new, old = [n for n in kinds if n not in values], [n for n in values if n not in kinds]
         if lost := [n for n in new if n not in defaults]:
-            raise InputError(f"has no {', '.join(lost)}; wanted a file that this program wrote: put it back", file=path)
-        for names, what in ((new, "written before these options, which are at their defaults"),
-                            (old, "has options that are no more and are ignored")):
+            raise InputError(f"lacks {', '.join(lost)}, so this program did not write it; restore the file", file=path)
+        for names, what in ((new, "is older than these options, which take their defaults"),
+                            (old, "has options that no longer exist and are ignored")):
             if names:
-                report(f"{path}: {what}: {', '.join(names)}")
+                report(f"{path} {what}: {', '.join(names)}")
         values = {name: values.get(name, defaults.get(name)) for name in kinds}
         for name, value in values.items():
             kind = typing.get_origin(kinds[name]) or kinds[name]
             if kind is float and value in ("inf", "-inf"):
                 values[name] = float(value)
             elif type(value) not in {tuple: (list, tuple), float: (float, int)}.get(kind, (kind,)):
-                raise InputError(f"{name} is {value!r:.80}, wanted {kind.__name__}; put back what was there", file=path)
+                raise InputError(f"{name} is {value!r:.80}, which is not of type {kind.__name__}; restore the file",
+                                 file=path)
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

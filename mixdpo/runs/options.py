@@ -1,15 +1,15 @@
-"""What can be asked of a run, and what goes together."""
+"""The options of a training run, and which of them go together."""
 
 import math
 from dataclasses import asdict, dataclass, fields
 
-from mixdpo.config import InputError, convert
+from mixdpo.config import SEEDS, InputError, check_choices, check_ranges, convert
 from mixdpo.dpo import LABEL_LOSSES
 from mixdpo.gates import KINDS, READS_PROMPT, TRAINED, first_weights
 from mixdpo.mixture import SAMPLED, VARIANTS
 from mixdpo.runs.rundir import compute_dtype
 
-LARGEST = (2 - 2**-23) * 2.0**127   # float32's largest number: everything over K is float32
+LARGEST = (2 - 2**-23) * 2.0**127   # float32's largest number: log-probs, margins and parameters are float32
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class TrainConfig:
     sharing: str = "heads"          # * heads (K heads on one trunk), lora (K adapters in one frozen model) or models (K
                                     # models)
     rank: int = 16                  # rank of low-rank heads or adapters; 0: full heads. With --experts 1 it needs
-                                    # --train-trunk false or --sharing lora: without them the model is trained as it is
-                                    # (DPO)
+                                    # --train-trunk false or --sharing lora; without either, all parameters of the model
+                                    # are trained (DPO)
     targets: str = ""               # with --sharing lora: the projections with adapters, comma-separated; empty: c_attn
                                     # (GPT-2), or q_proj,v_proj (Llama)
     train_trunk: bool = True        # * false: freeze the trunk and train the heads alone; also for one head (--experts
@@ -96,8 +96,8 @@ class TrainConfig:
                                     # discloses
 
     # --- memory and speed
-    micro: int = 16                 # largest number of pairs per forward pass, users whole (a user with more pairs
-                                    # exceeds it)
+    micro: int = 16                 # largest number of pairs per forward pass; with --latent user a user's pairs stay
+                                    # together, and may exceed it
     head_rows: int = -1             # response tokens whose logits are in memory at once; -1: as many as 1 GiB holds; 0:
                                     # all, in vocabulary tiles
     in_backward: bool = False       # true: a trunk's parameters step within backward, and their gradients never lie in
@@ -115,12 +115,12 @@ class TrainConfig:
 
     @property
     def models(self) -> list[str]:
-        """The reference of all experts, or one for each."""
+        """The reference of all experts, or one reference for each."""
         return self.model.split(",") if self.sharing == "models" else [self.model]
 
     @property
     def frozen(self) -> list[int]:
-        """The experts that stay as they are."""
+        """The experts that are not trained, in ascending order."""
         if self.freeze == "all":
             return list(range(self.experts))
         return sorted(convert(self.freeze, tuple[int, ...], "--freeze"))
@@ -129,51 +129,53 @@ class TrainConfig:
 def validate(config: TrainConfig) -> None:
     """Raises: InputError on values out of range, options without effect, and options that contradict each other."""
     validate_values(config)
-    validate_effects(config)
-    validate_experts(config)
-    validate_e_step(config)
+    refuse(without_effect(config))
+    refuse(unfit_experts(config))
+    refuse(unfit_e_step(config))
     if config.epsilon < math.inf:
-        validate_privacy(config)
+        refuse(unfit_privacy(config))
+
+
+def refuse(rules: list[tuple[str, bool, str]]) -> None:
+    """rules: (option, whether the configuration breaks the rule, message). Raises: InputError of the first broken
+    rule."""
+    for option, broken, message in rules:
+        if broken:
+            raise InputError(message, option=option)
+
+
+CHOICES = {
+    "sharing": ("heads", "lora", "models"), "latent": ("pair", "user"), "estep": ("all", "context", "first"),
+    "start": ("dirichlet", "linear", "none"), "em": ("minibatch", "full", "incremental"), "gate": KINDS,
+    "gate_features": ("last", "mean"), "variant": VARIANTS, "label_loss": LABEL_LOSSES,
+    "moments": ("float32", "bfloat16"), "privacy_unit": ("pair", "user")}
+RANGES = {
+    **dict.fromkeys(("experts", "epochs", "batch", "micro", "restarts", "draws", "keep", "max_prompt", "max_response",
+                     "prior"), "[1, inf)"),
+    **dict.fromkeys(("rank", "context", "start_steps", "warmup", "examples", "gate_entropy", "gate_balance", "robust"),
+                    "[0, inf)"),
+    **dict.fromkeys(("beta", "lr", "head_lr", "gate_lr", "gate_temperature", "variant_temperature", "delta"),
+                    "(0, inf)"),
+    "clip": "(0, inf]", "epsilon": "(0, inf]", "save_minutes": "[0, inf]", "damping": "[0, 1)",
+    "label_noise": "[0, 0.5)", "head_rows": "[-1, inf)", "seed": SEEDS}
 
 
 def validate_values(config: TrainConfig) -> None:
-    """Each option by itself."""
-    choices = {"sharing": ("heads", "lora", "models"), "latent": ("pair", "user"), "estep": ("all", "context", "first"),
-               "start": ("dirichlet", "linear", "none"), "em": ("minibatch", "full", "incremental"), "gate": KINDS,
-               "gate_features": ("last", "mean"), "variant": VARIANTS, "label_loss": LABEL_LOSSES,
-               "moments": ("float32", "bfloat16"), "privacy_unit": ("pair", "user")}
-    for name, known in choices.items():
-        if getattr(config, name) not in known:
-            raise InputError(f"got {getattr(config, name)!r}, wanted one of {', '.join(known)}", option=name)
-    for name in [f.name for f in fields(config) if f.type is float]:
-        value = getattr(config, name)
-        if not (abs(value) <= LARGEST or value == math.inf and name in ("clip", "epsilon", "save_minutes")):
-            raise InputError(f"got {value}, wanted a number of at most {LARGEST:.3g}: float32 holds no larger one",
-                             option=name)
-    least = {"experts": 1, "batch": 1, "micro": 1, "epochs": 1, "restarts": 1, "prior": 1, "rank": 0, "start_steps": 0,
-             "warmup": 0, "head_rows": -1, "context": 0, "damping": 0, "draws": 1, "gate_entropy": 0, "gate_balance": 0,
-             "robust": 0, "label_noise": 0, "keep": 1, "examples": 0, "seed": 0, "save_minutes": 0, "max_prompt": 1,
-             "max_response": 1}
-    above = dict.fromkeys(("beta", "epsilon", "delta", "clip", "lr", "head_lr", "gate_lr", "gate_temperature",
-                           "variant_temperature"), 0)
-    for name, bound in (least | above).items():
-        value, word = getattr(config, name), "more than" if name in above else "at least"
-        if value < bound or (name in above and value == bound):
-            raise InputError(f"got {value}, wanted {word} {bound}", option=name)
-    if config.seed >= 2**32:
-        raise InputError(f"got {config.seed}, wanted at most {2**32 - 1}: a generator on a CPU reads 32 bits of its "
-                         "seed, so larger ones would repeat smaller ones", option="seed")
-    if config.label_noise >= 0.5:
-        raise InputError(f"got {config.label_noise}, wanted less than 0.5: a coin tells nothing", option="label_noise")
-    first_weights(config), compute_dtype(config.dtype, "cpu")               # each refuses what it does not know
+    """Raises: InputError on an option whose value is wrong whatever the other options are."""
+    check_choices(config, CHOICES)
+    check_ranges(config, RANGES)
+    refuse([(f.name, LARGEST < abs(getattr(config, f.name)) < math.inf,
+             f"got {getattr(config, f.name)}, more than float32 can hold; choose at most {LARGEST:.3g}")
+            for f in fields(config) if f.type is float])
+    first_weights(config), compute_dtype(config.dtype, "cpu")               # each checks its own option
 
 
 def compared(config: TrainConfig) -> dict:
-    """The options with which a run may be resumed: all but those that change nothing, or rounding only. --dtype auto is
-    left out: what it stands for on this machine is compared once the device is known."""
-    apart = ["out", "data_folder", "save_minutes", "keep", "micro", "head_rows", "checkpointing"]
-    apart += ["dtype"] * (config.dtype == "auto")
-    return {name: value for name, value in asdict(config).items() if name not in apart}
+    """The options that must be equal for a run to be resumed: all but those that change nothing, or rounding only.
+    --dtype auto is left out: the dtype that it stands for is compared once the device is known."""
+    free = ["out", "data_folder", "save_minutes", "keep", "micro", "head_rows", "checkpointing"]
+    free += ["dtype"] * (config.dtype == "auto")
+    return {name: value for name, value in asdict(config).items() if name not in free}
 
 
 def short_run(config: TrainConfig, steps: int) -> list[str]:
@@ -182,130 +184,122 @@ def short_run(config: TrainConfig, steps: int) -> list[str]:
     found = []
     if config.experts > 1 and config.start != "none" and steps <= config.start_steps:
         random = ", and random responsibilities do not depend on the data" * (config.start == "dirichlet")
-        found.append(f"WARNING: the run has {steps} optimizer steps, and all of them use the responsibilities of "
-                     f"--start {config.start} (--start-steps {config.start_steps}): the E-step is never used{random}. "
+        found.append(f"warning: the run has {steps} optimizer steps, and all of them use the responsibilities of "
+                     f"--start {config.start} (--start-steps {config.start_steps}): the E-step never runs{random}. "
                      "Choose " + remedy.format("start-steps"))
     if steps <= config.warmup:
-        found.append(f"WARNING: the run has {steps} optimizer steps, and the learning rate rises over --warmup "
-                     f"{config.warmup}: its last step has {steps / config.warmup:.0%} of the peak, the steps before it "
+        found.append(f"warning: the run has {steps} optimizer steps, and the learning rate rises over --warmup "
+                     f"{config.warmup}: the last step has {steps / config.warmup:.0%} of the peak, earlier steps have "
                      "less. Choose " + remedy.format("warmup"))
     return found
 
 
-def validate_effects(config: TrainConfig) -> None:
-    """Nothing is ignored in silence: an option that is not at its default must have an effect."""
-    several, lora = config.experts > 1, config.sharing == "lora"
-    heads = config.sharing == "heads" and (several or not config.train_trunk)           # else one model: DPO
+def without_effect(config: TrainConfig) -> list[tuple[str, bool, str]]:
+    """Rules: an option that is not at its default must have an effect."""
+    several, lora, private = config.experts > 1, config.sharing == "lora", config.epsilon < math.inf
     trained = several and config.gate in TRAINED
-    needs = {"prior": (config.weights == "update", "--weights update"),
-             "weights": (several and config.gate == "fixed", "--experts 2 or more and a fixed gate"),
-             "gate": (several, "--experts 2 or more"), "gate_lr": (trained, "a gate that is trained"),
-             "gate_temperature": (trained, "a gate that is trained"),
-             "gate_entropy": (trained, "a gate that is trained"), "gate_balance": (trained, "a gate that is trained"),
-             "gate_features": (config.gate in READS_PROMPT, "a gate that reads prompts"),
-             "em": (several, "--experts 2 or more"), "damping": (config.em == "incremental", "--em incremental"),
-             "variant": (several, "--experts 2 or more"),
-             "draws": (config.variant == "monte-carlo", "--variant monte-carlo"),
-             "variant_temperature": (config.variant in ("tempered", "gumbel"), "--variant tempered or gumbel"),
-             "start": (several, "--experts 2 or more"), "sharing": (several or lora, "--experts 2 or more"),
-             "label_loss": (config.label_noise > 0, "--label-noise"),
-             **dict.fromkeys(("delta", "privacy_unit", "examples"), (config.epsilon < math.inf, "--epsilon")),
-             "restarts": (config.start == "linear", "--start linear"),
-             "start_steps": (several and config.start != "none", "several experts and a --start"),
-             "rank": (lora or heads, "--experts 2 or more heads, --train-trunk false or --sharing lora"),
-             "targets": (lora, "--sharing lora"),
-             "head_lr": (lora or heads and config.rank > 0, "low-rank heads or adapters"),
-             "lr": (not lora and (config.train_trunk or config.rank == 0), "a trunk or full heads that learn: low-rank "
-                    "heads and adapters learn at --head-lr")}
-    for name, (used, need) in needs.items():
-        if getattr(config, name) != getattr(TrainConfig, name) and not used:
-            raise InputError(f"has no effect without {need}; choose that, or leave this option out", option=name)
+    heads = config.sharing == "heads" and (several or not config.train_trunk)           # else one model: DPO
+    of_mixture, of_gate = (several, "--experts 2 or more"), (trained, "a --gate that is trained")
+    needs = {
+        **dict.fromkeys(("gate", "em", "variant", "start"), of_mixture),
+        "sharing": (several or lora, "--experts 2 or more"),
+        "rank": (lora or heads, "--experts 2 or more heads, --train-trunk false or --sharing lora"),
+        "targets": (lora, "--sharing lora"),
+        "head_lr": (lora or heads and config.rank > 0, "low-rank heads or adapters"),
+        "lr": (not lora and (config.train_trunk or config.rank == 0),
+               "a trained trunk or full heads (the learning rate of low-rank heads and adapters is --head-lr)"),
+        "weights": (several and config.gate == "fixed", "--experts 2 or more and --gate fixed"),
+        "prior": (config.weights == "update", "--weights update"),
+        **dict.fromkeys(("gate_lr", "gate_temperature", "gate_entropy", "gate_balance"), of_gate),
+        "gate_features": (config.gate in READS_PROMPT, "a --gate that reads prompts"),
+        "start_steps": (several and config.start != "none", "--experts 2 or more and a --start"),
+        "restarts": (config.start == "linear", "--start linear"),
+        "context": (config.estep == "context", "--estep context"),
+        "damping": (config.em == "incremental", "--em incremental"),
+        "draws": (config.variant == "monte-carlo", "--variant monte-carlo"),
+        "variant_temperature": (config.variant in ("tempered", "gumbel"), "--variant tempered or gumbel"),
+        "label_loss": (config.label_noise > 0, "--label-noise"),
+        **dict.fromkeys(("delta", "privacy_unit", "examples"), (private, "--epsilon"))}
+    return [(name, getattr(config, name) != getattr(TrainConfig, name) and not used,
+             f"has no effect without {need}; add that, or leave this option out")
+            for name, (used, need) in needs.items()]
 
 
-def validate_experts(config: TrainConfig) -> None:
-    """What experts, and those taken over or frozen, want of the rest."""
-    lora = config.sharing == "lora"
-    if lora and config.rank == 0:
-        raise InputError("got 0, which means full heads; wanted 1 or more with --sharing lora", option="rank")
-    if not config.train_trunk and config.sharing != "heads":
-        raise InputError(f"false trains heads alone, and --sharing {config.sharing} has no heads of its own; choose "
-                         "--sharing heads, or leave this option out", option="train_trunk")
-    if not config.train_trunk and config.experts == 1 and config.rank == 0:
-        raise InputError("got 0 with --experts 1 and --train-trunk false, so nothing learns; choose 1 or more",
-                         option="rank")
-    if config.in_backward and (config.clip < math.inf or config.micro < config.batch or lora or not config.train_trunk):
-        raise InputError("got true, by which each parameter steps before the norm of all gradients is known; wanted "
-                         "with it --clip inf, --micro of at least --batch, and a trunk that learns: neither --sharing "
-                         "lora nor --train-trunk false", option="in_backward")
-    if "," in config.model and config.sharing != "models":
-        raise InputError(f"got {config.model!r} with --sharing {config.sharing}, which has one reference; wanted one "
-                         "model, or --sharing models", option="model")
-    if len(config.models) not in (1, config.experts) or len(config.models) > 1 and "" in config.models:
-        raise InputError(f"got {config.model!r} for {config.experts} experts; wanted one model, or one each",
-                         option="model")
-    begun, frozen = config.init_experts.split(",") if config.init_experts else [], config.frozen
+def unfit_experts(config: TrainConfig) -> list[tuple[str, bool, str]]:
+    """Rules for the experts, and for those that are taken over or frozen."""
+    K, sharing, frozen = config.experts, config.sharing, config.frozen
+    begun = config.init_experts.split(",") if config.init_experts else []
     given = "init_experts" if begun else "freeze"
-    if begun and len(begun) != config.experts:
-        raise InputError(f"got {len(begun)} entries for {config.experts} experts; wanted RUN:k or fresh for each",
-                         option="init_experts")
-    if frozen and (frozen[0] < 0 or frozen[-1] >= config.experts or len(set(frozen)) < len(frozen)):
-        raise InputError(f"got {config.freeze!r}, wanted some of 0 to {config.experts - 1}, or all", option="freeze")
-    if (begun or frozen) and config.experts == 1:
-        raise InputError("is for a mixture, and --experts is 1; wanted --experts 2 or more, or leave this option out",
-                         option=given)
-    if (begun or frozen) and config.sharing == "heads" and config.train_trunk:
-        raise InputError("with --sharing heads it wants --train-trunk false: a head fits the trunk that it was trained "
-                         "on, and a trunk that learns becomes another; add that", option=given)
-    if begun and config.start != "none":
-        raise InputError(f"takes over experts that differ from the first step on, and --start {config.start} is for "
-                         "experts that are still equal; add --start none", option="init_experts")
-    if len(frozen) == config.experts and config.gate not in TRAINED and config.weights != "update":
-        raise InputError("got all experts, so only the weights are left to learn, and these are fixed; choose a --gate "
-                         "that is trained, or --weights update", option="freeze")
+    all_frozen = len(frozen) == K and config.gate not in TRAINED and config.weights != "update"
+    late = (config.clip < math.inf or config.micro < config.batch or sharing == "lora" or not config.train_trunk)
+    return [
+        ("rank", sharing == "lora" and config.rank == 0,
+         "got 0, but adapters (--sharing lora) have a rank; choose 1 or more"),
+        ("train_trunk", not config.train_trunk and sharing != "heads",
+         f"got false, but --sharing {sharing} has no heads to train; use --sharing heads, or leave this option out"),
+        ("rank", not config.train_trunk and K == 1 and config.rank == 0,
+         "got 0 with --experts 1 and --train-trunk false, so nothing is trained; choose 1 or more"),
+        ("in_backward", config.in_backward and late,
+         "got true, by which each parameter steps before the norm of all gradients is known; wanted with it --clip "
+         "inf, --micro of at least --batch, and a trunk that learns: neither --sharing lora nor --train-trunk false"),
+        ("model", "," in config.model and sharing != "models",
+         f"got several models ({config.model}), but --sharing {sharing} has one; give one model, or use --sharing "
+         "models"),
+        ("model", len(config.models) not in (1, K) or len(config.models) > 1 and "" in config.models,
+         f"got {config.model!r} for {K} experts; give one model, or one for each expert"),
+        ("init_experts", bool(begun) and len(begun) != K,
+         f"got {len(begun)} entries for {K} experts; give RUN:k or fresh for each expert"),
+        ("freeze", any(k < 0 or k >= K for k in frozen) or len(set(frozen)) < len(frozen),
+         f"got {config.freeze!r}; choose different numbers from 0 to {K - 1}, or all"),
+        (given, bool(begun or frozen) and K == 1,
+         "is for a mixture, but --experts is 1; use --experts 2 or more, or leave this option out"),
+        (given, bool(begun or frozen) and sharing == "heads" and config.train_trunk,
+         "needs a frozen trunk, since a head fits only the trunk that it was trained on; add --train-trunk false"),
+        ("init_experts", bool(begun) and config.start != "none",
+         f"starts from experts that differ, but --start {config.start} is for equal experts; add --start none"),
+        ("freeze", all_frozen,
+         "got all experts, and the mixture weights are fixed, so nothing is trained; choose a --gate that is trained, "
+         "or --weights update")]
 
 
-def validate_privacy(config: TrainConfig) -> None:
-    """What is learnt outside of DP-SGD, or of one example by way of another, is not in the budget: it is refused."""
-    wanted = {"clip": (config.clip < math.inf, "a finite number: the most that one example may add"),
-              "delta": (config.delta < 1, "less than 1"),
-              "in_backward": (not config.in_backward, "false: an example's gradient is clipped as a whole"),
-              "start": (config.start != "linear", "--start dirichlet or none: a linear start is fitted to the data"),
-              "gate": (config.gate in ("fixed", "linear", "mlp", "random"), "fixed, linear, mlp or random: the others "
-                       "have a place for each user or domain of the data, which names them"),
-              "gate_balance": (config.gate_balance == 0, "0: it is a function of a whole step's weights"),
-              "weights": (config.weights != "update", "weights of your own or --gate linear: the closed form sums "
-                          "responsibilities without noise"),
-              "robust": (config.robust == 0, "0: weights of users go by losses without noise"),
-              "em": (config.em == "minibatch", "minibatch: responsibilities of the current parameters alone"),
-              "estep": (config.estep != "first", "all or context: responsibilities of the current parameters alone"),
-              "variant": (config.variant not in SAMPLED, "exact, tempered or hard"),
-              "privacy_unit": (config.latent == "pair" or config.privacy_unit == "user", "user with --latent user: one "
-                               "pair of a user tells about the user's others")}
-    for name, (fine, want) in wanted.items():
-        if not fine:
-            raise InputError(f"got {getattr(config, name)} with --epsilon; wanted {want}", option=name)
+def unfit_e_step(config: TrainConfig) -> list[tuple[str, bool, str]]:
+    """Rules for the E-step."""
+    random_start = config.start == "dirichlet" and config.start_steps > 0 and config.experts > 1
+    return [
+        ("variant", config.em == "full" and config.variant in SAMPLED,
+         f"got {config.variant}, which draws anew at each step, and --em full keeps responsibilities for an epoch; "
+         "choose another variant, or --em minibatch"),
+        ("em", config.em != "minibatch" and config.estep == "first",
+         f"got {config.em}, which updates responsibilities, but --estep first keeps them; choose --em minibatch, or "
+         "another --estep"),
+        ("gate", config.latent == "user" and config.gate not in ("fixed", "user"),
+         f"got {config.gate}, which has weights for each pair, but --latent user needs weights for each user; choose "
+         "--gate user or fixed, or --latent pair"),
+        ("estep", config.estep == "context" and config.latent != "user",
+         "got context, which reads other pairs of the same user; add --latent user"),
+        ("estep", config.estep == "first" and random_start,
+         "got first, which would keep the random responsibilities of --start dirichlet; choose --start linear or none, "
+         "or --start-steps 0")]
 
 
-def validate_e_step(config: TrainConfig) -> None:
-    """What the E-step wants of the rest."""
-    if config.context and config.estep != "context":
-        raise InputError("sets pairs aside for --estep context; choose that, or leave this option out",
-                         option="context")
-    if config.damping >= 1:
-        raise InputError(f"got {config.damping}, wanted less than 1: with 1 a pair's first log-likelihoods would be "
-                         "kept for good", option="damping")
-    if config.em == "full" and config.variant in SAMPLED:
-        raise InputError(f"got {config.variant}, which draws anew at each step, and --em full keeps responsibilities "
-                         "for an epoch; choose another variant, or --em minibatch", option="variant")
-    if config.em != "minibatch" and config.estep == "first":
-        raise InputError(f"got {config.em}, which computes responsibilities anew, and --estep first never does; choose "
-                         "--em minibatch, or another --estep", option="em")
-    if config.latent == "user" and config.gate not in ("fixed", "user"):
-        raise InputError(f"got {config.gate}, which gives each pair its own weights, and --latent user has one prior a "
-                         "user; choose --gate user, or --latent pair", option="gate")
-    if config.estep == "context" and config.latent != "user":
-        raise InputError("got context, which looks at other pairs of the same user; add --latent user",
-                         option="estep")
-    if config.estep == "first" and config.start == "dirichlet" and config.start_steps and config.experts > 1:
-        raise InputError("got first, which keeps a pair's first responsibilities, and those of --start dirichlet are "
-                         "random; wanted --start linear or none with it, or --start-steps 0", option="estep")
+def unfit_privacy(config: TrainConfig) -> list[tuple[str, bool, str]]:
+    """Rules for DP-SGD: the guarantee must cover everything that is computed from the data."""
+    wanted = {
+        "clip": (config.clip < math.inf, "a finite number, the largest gradient norm of an example"),
+        "delta": (config.delta < 1, "a number below 1"),
+        "in_backward": (not config.in_backward, "false: an example's gradient is clipped as a whole"),
+        "start": (config.start != "linear", "--start dirichlet or none: a linear start is fitted without noise"),
+        "gate": (config.gate in ("fixed", "linear", "mlp", "random"),
+                 "fixed, linear, mlp or random: other gates store the users or domains of the data"),
+        "gate_balance": (config.gate_balance == 0, "0: the bonus depends on all examples of a step together"),
+        "weights": (config.weights != "update",
+                    "uniform, numbers, or --gate linear: the closed form sums responsibilities without noise"),
+        "robust": (config.robust == 0, "0: weights of users depend on losses without noise"),
+        "em": (config.em == "minibatch", "minibatch: responsibilities may depend on the current parameters only"),
+        "estep": (config.estep != "first",
+                  "all or context: responsibilities may depend on the current parameters only"),
+        "variant": (config.variant not in SAMPLED, "exact, tempered or hard"),
+        "privacy_unit": (config.latent == "pair" or config.privacy_unit == "user",
+                         "user, since --latent user makes the pairs of a user depend on each other")}
+    return [(name, not fine, f"got {getattr(config, name)} with --epsilon; choose {want}")
+            for name, (fine, want) in wanted.items()]

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import tokenize
+import types
 from pathlib import Path
 
 import pytest
@@ -73,13 +74,13 @@ def test_an_empty_value_behind_an_equals_sign_is_a_value():
     (["--path", "x", "--cuont-all", "1"], "cuont_all", ["--count-all", "prog --help-all"]),
     (["--path", "x", "stray"], None, ["'stray'"]),
     (["--path", "x", "-rate", "1"], None, ["'-rate'"]),
-    (["--path", "x", "--count-all", "1.5"], "count_all", ["'1.5'", "int"]),
-    (["--path", "x", "--rate", "fast"], "rate", ["'fast'", "float"]),
+    (["--path", "x", "--count-all", "1.5"], "count_all", ["'1.5'", "whole number"]),
+    (["--path", "x", "--rate", "fast"], "rate", ["'fast'", "a number"]),
     (["--path", "x", "--loud", "maybe"], "loud", ["'maybe'", "true", "false"]),
     (["--path", "x", "--shares", "1,b"], "shares", ["'b'"]),
-    (["--path", "x", "--rate"], "rate", []),
+    (["--path", "x", "--rate"], "rate", ["--rate VALUE"]),
     (["--path", "x", "--rate", "1", "--rate=1"], "rate", []),
-    (["--rate", "1"], "path", ["where"]),
+    (["--rate", "1"], "path", ["where", "prog --help-all"]),
     (["--path", "x", "--rate", "nan"], "rate", ["'nan'"]),
     (["--path", "x", "--shares", "0.3,,0.7"], "shares", ["'0.3,,0.7'"]),
     (["--path", "x", "--shares", "0.3,"], "shares", ["'0.3,'"]),
@@ -90,6 +91,20 @@ def test_refused(words, option, named):
     a required option left None; nan taken; an empty word between commas skipped."""
     with raises_at(*named, option=option):
         parse(*words)
+
+
+@pytest.mark.parametrize("interval,value,named", [
+    ("[1, inf)", 0, "1 or more"), ("[1, inf)", math.inf, "finite number 1 or more"), ("(0, inf]", 0.0, "above 0"),
+    ("[0, 0.5)", 0.5, "0 or more and below 0.5"), ("(0, 1]", 1.5, "above 0 and at most 1"), ("[0, 1]", math.nan, "nan"),
+    ("[1, inf)", (2, 0), "got 0"), ("[1, inf)", (), "got no number"),
+])
+def test_numbers_out_of_their_interval(interval, value, named):
+    """Catches: a bracket that is read as the other kind, in the check or in its message; NaN; a tuple's first number
+    checked alone, or an empty tuple accepted."""
+    with raises_at(named, option="rate"):
+        configs.check_ranges(types.SimpleNamespace(rate=value), {"rate": interval})
+    for inside in (1, 1.0, (1, 1)):
+        configs.check_ranges(types.SimpleNamespace(rate=inside), {"rate": "[1, 1]"})
 
 
 def test_an_error_says_where_by_its_fields():
@@ -144,12 +159,13 @@ class Grouped(Base):
 
 
 def test_groups_and_the_essential_options(capsys):
-    """Catches: a group line that is read as a part of the comment above it; groups of the base class lost, or taken over
-    by the fields of the other class; a star in the text; --help with options that have none, or without a hint at the
-    others."""
+    """Catches: a group line that is read as a part of the comment above it; groups of the base class lost, or taken
+    over by the fields of the other class; a star in the text; --help without a hint at the other options, or empty
+    where no option has a star."""
     option = configs.Option
     assert configs.options_of(Grouped) == {
-        "width": option("columns", False, "options"), "rows": option("rows of a block, at most", True, "speed and memory"),
+        "width": option("columns", False, "options"),
+        "rows": option("rows of a block, at most", True, "speed and memory"),
         "fast": option("true: a | b", False, "speed and memory"), "name": option("what it is called", True, "names")}
     assert parse("--rows", "4", cls=Grouped) == Grouped(rows=4)
     shown = {}
@@ -159,8 +175,8 @@ def test_groups_and_the_essential_options(capsys):
         shown[word] = capsys.readouterr().out
     assert shown["-h"] == shown["--help"]
     assert shown["--help"].splitlines()[4:] == [
-        "speed and memory:", "  --rows  rows of a block, at most  [9]", "", "names:", "  --name  what it is called  [empty]",
-        "", "These are 2 of 4 options; `prog --help-all` shows all."]
+        "speed and memory:", "  --rows  rows of a block, at most  [9]", "",
+        "names:", "  --name  what it is called  [empty]", "", "These are 2 of 4 options; `prog --help-all` shows all."]
     assert shown["--help-all"].splitlines()[4:] == [
         "options:", "  --width  columns  [3]", "", "speed and memory:", "  --rows   rows of a block, at most  [9]",
         "  --fast   true: a | b  [false]", "", "names:", "  --name   what it is called  [empty]"]
