@@ -191,9 +191,9 @@ SEEDS = "[0, 4294967295]"       # torch's generator on a CPU uses the low 32 bit
 
 
 def in_words(interval: str) -> str:
-    """"[1, inf)" -> "1 or more"; "[0, 0.5)" -> "0 or more and below 0.5"; "(0, 1]" -> "above 0 and at most 1"."""
+    """An interval as the end of a sentence: "[0, 0.5)" -> "of at least 0 and below 0.5", "(0, inf)" -> "above 0"."""
     low, high = interval[1:-1].split(", ")
-    words = f"{low} or more" if interval[0] == "[" else f"above {low}"
+    words = f"of at least {low}" if interval[0] == "[" else f"above {low}"
     return words if high == "inf" else f"{words} and {'at most' if interval[-1] == ']' else 'below'} {high}"
 
 
@@ -208,7 +208,7 @@ def check_ranges(config, ranges: dict[str, str]) -> None:
                 finite = "finite " * (number == math.inf)
                 raise InputError(f"got {number}; choose a {finite}number {in_words(interval)}", option=name)
         if value == ():
-            raise InputError(f"got no number; give one or more, each {in_words(interval)}", option=name)
+            raise InputError(f"got no number; give one or more numbers {in_words(interval)}", option=name)
 
 
 def check_choices(config, choices: dict[str, typing.Iterable[str]]) -> None:
