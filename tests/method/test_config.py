@@ -96,7 +96,8 @@ def test_refused(words, option, named):
 @pytest.mark.parametrize("interval,value,named", [
     ("[1, inf)", 0, "of at least 1"), ("[1, inf)", math.inf, "finite number of at least 1"),
     ("(0, inf]", 0.0, "above 0"), ("[0, 0.5)", 0.5, "of at least 0 and below 0.5"),
-    ("(0, 1]", 1.5, "above 0 and at most 1"), ("[0, 1]", math.nan, "nan"), ("[1, inf)", (2, 0), "got 0"), ("[1, inf)", (), "got no number"),
+    ("(0, 1]", 1.5, "above 0 and at most 1"), ("[0, 1]", math.nan, "nan"),
+    ("[1, inf)", (2, 0), "got 0"), ("[1, inf)", (), "got no number"),
 ])
 def test_numbers_out_of_their_interval(interval, value, named):
     """Catches: a bracket that is read as the other kind, in the check or in its message; NaN; a tuple's first number
