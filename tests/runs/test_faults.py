@@ -231,7 +231,7 @@ def test_a_disk_that_is_read_only(begun, tmp_path, model_dir, disk, monkeypatch)
     remount("ro")
     before = contents(tmp_path, folder)
     says = sentence(start(["train.py", *words(folder, model_dir)]))
-    assert "Read-only file system" in says and "choose a place that can be written to. What was" in says
+    assert "Read-only file system" in says and "choose a directory that can be written to. Finished" in says
     assert contents(tmp_path, folder) == before
     remount("rw")
     tinyjob.run(folder, model_dir, None, data=data)
