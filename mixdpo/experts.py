@@ -1,6 +1,6 @@
 """K expert policies and what they share: the one place that knows.
 
-    Heads      one trunk, K unembeddings: W_k (rank 0) or W + W A_k B_k (rank R). K = 1: the model (paper: Case 1)
+    Heads      one trunk, K unembeddings: W_k (rank 0) or W + W A_k B_k (rank R)                (paper: Case 1)
     Adapters   one frozen model, K low-rank adapters in it: W + 2 B_k A_k in place of some projections W         (LoRA)
     Models     K independent models                                                                     (paper: Case 2)
 
@@ -24,8 +24,11 @@ from mixdpo.preferences import Batch, Rows, rows_of
 
 
 class Heads(nn.Module):
-    """One trunk and K unembeddings. rank = 0: K full heads (V,C) that start as copies;
-    rank > 0: W (1 + A_k B_k) with A_k = 0 and B_k random.
+    """One trunk and K heads on it, W the trunk's unembedding (V,C):
+
+        rank R > 0            W (1 + A_k B_k), with A_k = 0 (C,R) and B_k random (R,C); also for K = 1
+        rank 0, K > 1         K full heads (V,C), which start as copies of W
+        rank 0, K = 1         W: the experts are the model, with no parameters besides its own
 
     The factors turn the state, and W turns it into tokens: what is learnt of a word holds for words like it. Factors
     with a row of their own for every token, (V,R), learn the words of the training pairs by heart instead."""
@@ -36,13 +39,13 @@ class Heads(nn.Module):
         super().__init__()
         self.trunk, self.K, self.rank, self.dtype = trunk, experts, rank, dtype
         W = trunk.unembedding                                               # (V,C)
-        if experts > 1 and rank == 0:
-            self.W_k = nn.Parameter(W.detach().expand(experts, -1, -1).clone())                       # (K,V,C)
-            W.requires_grad_(trunk.config.tied)                             # untied, nothing reads it: no gradient
-        elif experts > 1:
+        if rank > 0:
             noise = torch.randn(experts, rank, W.shape[1], generator=torch.Generator().manual_seed(seed))
             self.A = nn.Parameter(W.new_zeros(experts, W.shape[1], rank))                             # (K,C,R)
             self.B = nn.Parameter(noise.to(W) / math.sqrt(W.shape[1]))                                # (K,R,C)
+        elif experts > 1:
+            self.W_k = nn.Parameter(W.detach().expand(experts, -1, -1).clone())                       # (K,V,C)
+            W.requires_grad_(trunk.config.tied)                             # untied, nothing reads it: no gradient
 
     def hidden(self, ids: torch.Tensor, window=None) -> torch.Tensor:
         """(N,T) -> (N,T,C): one pass for all experts. window: who sees whom, where not plainly causal."""
@@ -55,24 +58,24 @@ class Heads(nn.Module):
 
     def heads(self) -> tuple[torch.Tensor, ...]:
         """What token_logps multiplies with, in float32: W (V,C), or W_k (K,V,C), or W, W A_k (K,V,R), B_k (K,R,C)."""
-        if self.K > 1 and self.rank == 0:
-            return (self.W_k,)
         W = self.trunk.unembedding
-        return (W,) if self.K == 1 else (W, W @ self.A, self.B)
+        if self.rank > 0:
+            return W, W @ self.A, self.B
+        return (self.W_k if self.K > 1 else W,)
 
     def token_logps(self, rows: torch.Tensor, targets: torch.Tensor, tile: int | None, heads=None) -> torch.Tensor:
         """(M,C), (M,) -> (K,M) float32 nats. heads: those of self.heads() in `dtype`, for callers that come often."""
         W, *low_rank = [x.to(self.dtype) for x in self.heads()] if heads is None else heads
         logps = token_logps(rows, W, targets, tuple(low_rank) or None, tile)
-        return logps[None] if self.K == 1 else logps
+        return logps if logps.ndim == 2 else logps[None]                    # (M,) where the one head is W
 
     @torch.no_grad()
     def policy(self, k: int) -> tuple[nn.Module, torch.Tensor]:
         """Expert k as (model, unembedding (V,C))."""
         W = self.trunk.unembedding
-        if self.K == 1:
-            return self.trunk, W
-        return self.trunk, (self.W_k[k] if self.rank == 0 else W + W @ self.A[k] @ self.B[k])
+        if self.rank > 0:
+            return self.trunk, W + W @ self.A[k] @ self.B[k]
+        return self.trunk, self.W_k[k] if self.K > 1 else W
 
 
 class Adapters(nn.Module):
@@ -157,15 +160,17 @@ def trunks(experts: Heads | Adapters | Models) -> list[nn.Module]:
 
 
 def make_experts(models: list[nn.Module], config, dtype: torch.dtype) -> Heads | Adapters | Models:
-    """The experts that `config` (a TrainConfig) asks for, on top of `models`, one or one each, which become theirs.
-    Freezes the trunk if asked."""
+    """The experts of `config` (a TrainConfig) on top of `models`: one model for all experts, or one for each. The
+    experts own these models from then on. One expert whose trunk learns is the model itself (DPO): --rank then has no
+    effect. train_trunk false: the trunk is frozen, and each expert is a head on it, also where K = 1."""
     model = models[0]
     if config.sharing == "lora":
         return Adapters(model, config.experts, config.rank, config.targets, dtype, config.seed)
     if config.sharing == "models" and config.experts > 1:
         copies = [copy.deepcopy(model) for _ in range(config.experts - 1)] if len(models) == 1 else []
         return Models(models + copies, dtype)
-    experts = Heads(model, config.experts, config.rank, dtype, config.seed)
+    dpo = config.experts == 1 and config.train_trunk
+    experts = Heads(model, config.experts, 0 if dpo else config.rank, dtype, config.seed)
     if not config.train_trunk:
         experts.trunk.requires_grad_(False)
     return experts

@@ -152,7 +152,7 @@ class Twin:
         if sharing == "models":
             return experts.models[k](text)[0], experts.models[k].unembedding
         W = experts.trunk.unembedding
-        if self.config.experts > 1:
+        if self.config.experts > 1 or not self.config.train_trunk:
             W = experts.W_k[k] if self.config.rank == 0 else W + W @ experts.A[k] @ experts.B[k]
         return experts.trunk(text)[0], W
 

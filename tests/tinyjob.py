@@ -60,7 +60,7 @@ def write(path, records):
 def small(**options):
     """SMALL and `options`, less what would have no effect beside them."""
     several, lora = options.get("experts", 2) > 1, options.get("sharing") == "lora"
-    heads = lora or several and options.get("sharing", "heads") == "heads"
+    heads = lora or options.get("sharing", "heads") == "heads" and (several or not options.get("train_trunk", True))
     used = {"rank": heads, "head_lr": heads and options.get("rank", 2) > 0,
             "lr": not lora and (options.get("train_trunk", True) or options.get("rank", 2) == 0),
             "start_steps": several and options.get("start") != "none"}

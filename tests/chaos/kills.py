@@ -30,9 +30,9 @@ from mixdpo.runs import checkpoint, log
 USER = {"latent": "user", "beta": 0.5}
 CASES = {
     "shared trunk": USER | {"epochs": 4},
-    "shared trunk, incremental": USER | {"em": "incremental", "damping": 0.3, "epochs": 2, "batch": 5},
+    "shared trunk, incremental": USER | {"em": "incremental", "epochs": 2, "batch": 5},
     "own models": {"sharing": "models", "epochs": 4, "beta": 0.5},
-    "own models, incremental": {"sharing": "models", "em": "incremental", "damping": 0.3, "epochs": 4,
+    "own models, incremental": {"sharing": "models", "em": "incremental", "epochs": 4,
                                 "variant": "monte-carlo", "draws": 2, "beta": 0.5},
 }
 POINTS = [("save_file", "before"), ("save_file", "inside"), ("save_file", "after"), ("replace", "before"),

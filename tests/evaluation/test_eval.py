@@ -102,6 +102,30 @@ def slow_heldout(job, name):
     return records, np.array(h), run.gate.log_w.exp().tolist(), run.table.exp().numpy()
 
 
+def test_one_head_on_a_frozen_trunk_is_evaluated_and_exported(job, tmp_path, monkeypatch):
+    """--experts 1 --train-trunk false, by hand. Faults: the trunk's unembedding for the head's, in margins, samples,
+    KL or the exported model; a head that never learnt."""
+    folder, _, model = job
+    for name in ("heldout.jsonl", "prompts.jsonl", "dataset.json", "train.jsonl"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    options = dict(experts=1, train_trunk=False, head_lr=0.1, beta=0.5, epochs=3)
+    out = tinyjob.run(tmp_path, model, None, name="head", data=str(tmp_path / "train.jsonl"), **options)
+    monkeypatch.setitem(sys.modules, "data.annotators", types.SimpleNamespace(score=score))
+    monkeypatch.setattr(evaluation, "write_report", lambda home: None)
+    got = evaluate(EvalConfig(dir=str(tmp_path)))["preferences"]["head"]
+    h = slow_heldout((tmp_path, None, model), "head")[1][:, 0]
+    assert abs(h).max() > 0.1
+    assert got["by_pair"] == pytest.approx((-np.log1p(np.exp(-h))).tolist(), abs=1e-5)
+    run, base, tokenizer = evaluation.load_run(out, "cpu", ""), load_model(model), load_tokenizer(model)
+    prompts = [Pair(tokenizer.encode(p), [], []) for p in PROMPTS]
+    row = evaluation.policy_rows([run], base, prompts, EvalConfig(dir=str(tmp_path)), MAX_NEW, tokenizer.eos)["head"]
+    kl = [slow_ratios(run, base, pair.prompt, ids)[0] for pair, ids in zip(prompts, row["ids"])]
+    assert row["kl"].tolist() == pytest.approx(kl, abs=1e-4) and max(map(abs, kl)) > 1e-2
+    evaluation.main([str(out), "--export", str(tmp_path / "export")])
+    exported, (trunk, head), ids = load_model(tmp_path / "export" / "expert-0"), run.experts.policy(0), prompts[2].prompt
+    assert slow_logp(exported, exported.unembedding, ids, [97, 98]) == pytest.approx(slow_logp(trunk, head, ids, [97, 98]))
+
+
 @pytest.mark.parametrize("name", ["dpo", "mix-pair", "mix-user"])
 def test_heldout_figures_by_hand(job, name):
     """Faults: margins against another reference; M5 under uniform w; a tie for a win; each user's own weights not used,

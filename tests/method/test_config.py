@@ -9,6 +9,7 @@ import json
 import math
 import re
 import tokenize
+import types
 from pathlib import Path
 
 import pytest
@@ -70,16 +71,16 @@ def test_an_empty_value_behind_an_equals_sign_is_a_value():
 
 
 @pytest.mark.parametrize("words,option,named", [
-    (["--path", "x", "--cuont-all", "1"], "cuont_all", ["--count-all", "prog --help"]),
+    (["--path", "x", "--cuont-all", "1"], "cuont_all", ["--count-all", "prog --help-all"]),
     (["--path", "x", "stray"], None, ["'stray'"]),
     (["--path", "x", "-rate", "1"], None, ["'-rate'"]),
-    (["--path", "x", "--count-all", "1.5"], "count_all", ["'1.5'", "int"]),
-    (["--path", "x", "--rate", "fast"], "rate", ["'fast'", "float"]),
+    (["--path", "x", "--count-all", "1.5"], "count_all", ["'1.5'", "whole number"]),
+    (["--path", "x", "--rate", "fast"], "rate", ["'fast'", "a number"]),
     (["--path", "x", "--loud", "maybe"], "loud", ["'maybe'", "true", "false"]),
     (["--path", "x", "--shares", "1,b"], "shares", ["'b'"]),
-    (["--path", "x", "--rate"], "rate", []),
+    (["--path", "x", "--rate"], "rate", ["--rate VALUE"]),
     (["--path", "x", "--rate", "1", "--rate=1"], "rate", []),
-    (["--rate", "1"], "path", ["where"]),
+    (["--rate", "1"], "path", ["where", "prog --help-all"]),
     (["--path", "x", "--rate", "nan"], "rate", ["'nan'"]),
     (["--path", "x", "--shares", "0.3,,0.7"], "shares", ["'0.3,,0.7'"]),
     (["--path", "x", "--shares", "0.3,"], "shares", ["'0.3,'"]),
@@ -90,6 +91,21 @@ def test_refused(words, option, named):
     a required option left None; nan taken; an empty word between commas skipped."""
     with raises_at(*named, option=option):
         parse(*words)
+
+
+@pytest.mark.parametrize("interval,value,named", [
+    ("[1, inf)", 0, "of at least 1"), ("[1, inf)", math.inf, "finite number of at least 1"),
+    ("(0, inf]", 0.0, "above 0"), ("[0, 0.5)", 0.5, "of at least 0 and below 0.5"),
+    ("(0, 1]", 1.5, "above 0 and at most 1"), ("[0, 1]", math.nan, "nan"),
+    ("[1, inf)", (2, 0), "got 0"), ("[1, inf)", (), "got no number"),
+])
+def test_numbers_out_of_their_interval(interval, value, named):
+    """Catches: a bracket that is read as the other kind, in the check or in its message; NaN; a tuple's first number
+    checked alone, or an empty tuple accepted."""
+    with raises_at(named, option="rate"):
+        configs.check_ranges(types.SimpleNamespace(rate=value), {"rate": interval})
+    for inside in (1, 1.0, (1, 1)):
+        configs.check_ranges(types.SimpleNamespace(rate=inside), {"rate": "[1, 1]"})
 
 
 def test_an_error_says_where_by_its_fields():
@@ -104,17 +120,93 @@ def test_an_error_says_where_by_its_fields():
     assert seen > 150, seen
 
 
-def test_every_option_is_explained_in_the_help(capsys):
-    """Fault: the comment is not found behind a field, so the help says nothing."""
-    for cls in (TrainConfig, FinetuneConfig, EvalConfig):
-        comments = configs.field_comments(cls)
-        assert [f.name for f in dataclasses.fields(cls) if not comments.get(f.name)] == []
-        with pytest.raises(SystemExit) as ended:
-            parse("--help", cls=cls)
-        said = capsys.readouterr().out
-        assert ended.value.code == 0
-        for f in dataclasses.fields(cls):
-            assert f"--{f.name.replace('_', '-')}" in said and comments[f.name] in said, f.name
+@pytest.mark.parametrize("cls", [TrainConfig, FinetuneConfig, EvalConfig])
+def test_every_option_is_explained_in_the_help(cls, capsys):
+    """Faults: the comment is not found behind a field, so the help says nothing; an option without its default."""
+    options = configs.options_of(cls)
+    assert [f.name for f in dataclasses.fields(cls)] == list(options)
+    with pytest.raises(SystemExit) as ended:
+        parse("--help-all", cls=cls)
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0
+    for f in dataclasses.fields(cls):
+        help, line = options[f.name].help, [x for x in lines if x.split()[:1] == [f"--{f.name.replace('_', '-')}"]]
+        assert help and len(line) == 1 and help in line[0] and line[0].endswith("]"), f.name
+        if f.default is dataclasses.MISSING:
+            assert line[0].endswith("[required]")
+        elif f.default != "":
+            word = line[0].rpartition("[")[2].removesuffix("]")
+            assert configs.convert(word, f.type, f.name) == f.default, f.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The class that is inherited from."""
+
+    width: int = 3                  # columns
+
+    # --- speed and memory
+    rows: int = 9                   # * rows of a block,
+                                    # at most
+    fast: bool = False              # true: a | b
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouped(Base):
+    """A class with groups."""
+
+    # --- names
+    name: str = ""                  # * what it is called
+
+
+def test_groups_and_the_essential_options(capsys):
+    """Catches: a group line that is read as a part of the comment above it; groups of the base class lost, or taken
+    over by the fields of the other class; a star in the text; --help without a hint at the other options, or empty
+    where no option has a star."""
+    option = configs.Option
+    assert configs.options_of(Grouped) == {
+        "width": option("columns", False, "options"),
+        "rows": option("rows of a block, at most", True, "speed and memory"),
+        "fast": option("true: a | b", False, "speed and memory"), "name": option("what it is called", True, "names")}
+    assert parse("--rows", "4", cls=Grouped) == Grouped(rows=4)
+    shown = {}
+    for word in ("--help", "--help-all", "-h"):
+        with pytest.raises(SystemExit):
+            parse(word, cls=Grouped)
+        shown[word] = capsys.readouterr().out
+    assert shown["-h"] == shown["--help"]
+    assert shown["--help"].splitlines()[4:] == [
+        "speed and memory:", "  --rows  rows of a block, at most  [9]", "",
+        "names:", "  --name  what it is called  [empty]", "", "These are 2 of 4 options; `prog --help-all` shows all."]
+    assert shown["--help-all"].splitlines()[4:] == [
+        "options:", "  --width  columns  [3]", "", "speed and memory:", "  --rows   rows of a block, at most  [9]",
+        "  --fast   true: a | b  [false]", "", "names:", "  --name   what it is called  [empty]"]
+    for word in ("--help", "--help-all"):                                   # no star, no group
+        with pytest.raises(SystemExit):
+            parse(word, cls=Example)
+        shown[word] = capsys.readouterr().out
+    assert shown["--help"] == shown["--help-all"] and "options:" in shown["--help"] and "[1.0]" in shown["--help"]
+
+
+def test_the_help_of_training_is_short():
+    """Catches: an essential option that is lost among fifty; a line that no terminal shows; a group of one option."""
+    options = configs.options_of(TrainConfig)
+    essential = [name for name, option in options.items() if option.essential]
+    assert {"data", "model", "out", "experts", "latent", "epochs", "batch", "lr"} <= set(essential)
+    assert 10 <= len(essential) <= 18 < len(options)
+    groups = [option.group for option in options.values()]
+    assert "options" not in groups and len(set(groups)) == sum(a != b for a, b in zip(groups, [None, *groups]))
+    assert all(groups.count(group) > 1 for group in groups)
+    assert max(len(option.help) for option in options.values()) <= 200
+
+
+def test_the_page_of_options_is_up_to_date():
+    """Catches: an option that was added, removed or explained anew, and docs/options.md as before."""
+    page = Path(__file__).parents[2] / "docs" / "options.md"
+    wanted = configs.options_page("train.TrainConfig", "eval.EvalConfig")
+    command = next(line.strip() for line in wanted.splitlines() if line.startswith("    "))
+    assert page.read_text() == wanted, f"docs/options.md is out of date; write it again: {command}"
+    assert "| `--fast` | false | true: a \\| b |" in configs.options_page(f"{__name__}.Grouped")
 
 
 def config_classes():
@@ -140,7 +232,7 @@ def comments_by_token(file, name):
             field = token.string
             found[field] = []
         if token.type == tokenize.COMMENT and field and token.start[1] > 4:
-            found[field].append(token.string.strip("# "))
+            found[field].append(token.string.strip("# ").removeprefix("* "))
     raise AssertionError(f"{name} has no end")
 
 
@@ -152,9 +244,9 @@ def test_no_help_text_is_cut():
     for file, name in classes:
         module = ".".join(file.relative_to(Path(__file__).parents[2]).with_suffix("").parts)
         cls = getattr(importlib.import_module(module), name)
-        comments = configs.field_comments(cls)
+        options = configs.options_of(cls)
         for field, lines in comments_by_token(file, name).items():
-            assert comments.get(field, "") == " ".join(lines), f"{name}.{field}"
+            assert options[field].help == " ".join(lines), f"{name}.{field}"
             assert " ".join(lines) in configs.usage(cls, "prog")
             long += len(lines) > 1
     assert long >= 5

@@ -16,9 +16,9 @@ from mixdpo.preferences import collate
 from mixdpo.runs.checkpoint import load_state, trained_state
 
 COUNT = 6
-SHARINGS = {"k1": dict(experts=1), "full": dict(experts=3, rank=0), "low-rank": dict(experts=3),
-            "models": dict(experts=2, sharing="models"), "lora": dict(experts=3, sharing="lora"),
-            "lora k1": dict(experts=1, sharing="lora")}
+SHARINGS = {"k1": dict(experts=1), "head": dict(experts=1, train_trunk=False), "full": dict(experts=3, rank=0),
+            "low-rank": dict(experts=3), "models": dict(experts=2, sharing="models"),
+            "lora": dict(experts=3, sharing="lora"), "lora k1": dict(experts=1, sharing="lora")}
 
 
 def batch(context=()):
@@ -115,12 +115,12 @@ def test_padding_order_and_neighbours(sharing):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "untied"])
-@pytest.mark.parametrize("rank", [0, 3])
-def test_a_frozen_trunk_stays_bit_identical(family, rank):
+@pytest.mark.parametrize("count,rank", [(2, 0), (2, 3), (1, 3)])
+def test_a_frozen_trunk_stays_bit_identical(family, count, rank):
     """train_trunk false: one large step moves the heads alone, and only they are saved.
     Catches: a tied unembedding that learns through the embedding, a trunk in the optimizer,
     a base W trained beside its factors."""
-    experts = small.experts(family, experts=2, rank=rank, train_trunk=False)
+    experts = small.experts(family, experts=count, rank=rank, train_trunk=False)
     before = {n: p.detach().clone() for n, p in experts.named_parameters()}
     trained = [n for n, p in experts.named_parameters() if p.requires_grad]
     assert trained == (["W_k"] if rank == 0 else ["A", "B"])
@@ -144,6 +144,8 @@ def test_gradient_reaches_all_that_is_trained(family, sharing):
     idle = set(dict(experts.named_parameters())) - set(trained)
     if "lora" in sharing:
         assert {n[-2:] for n in trained} == {".A", ".B"} and not any(n[-2:] in (".A", ".B") for n in idle)
+    elif sharing == "head":
+        assert set(trained) == {"A", "B"}
     else:
         assert idle == ({"trunk.lm_head.weight"} if family == "untied" and sharing == "full" else set())
     loss = pair_logp(experts, batch())[:, 0].square().sum()
@@ -158,8 +160,9 @@ def test_gradient_reaches_all_that_is_trained(family, sharing):
 
 
 def test_make_experts_follows_the_configuration():
-    """Catches: an option that is ignored (rank, seed, sharing, targets, train_trunk), models that share parameters,
-    K = 1 with a head of its own."""
+    """Catches: an option that is ignored (rank, seed, sharing, targets, train_trunk), models that share parameters;
+    K = 1 with a low-rank head while the trunk learns, or without one on a frozen trunk; a head that starts away from
+    the trunk's unembedding."""
     def make(**options):
         return make_experts([small.model()], small.config(**options), torch.float32)
 
@@ -168,7 +171,11 @@ def test_make_experts_follows_the_configuration():
 
     assert isinstance(make(experts=1, sharing="models"), Heads)
     assert isinstance(make(experts=2, sharing="models"), Models)
-    assert names(experts=1) == names(experts=1, rank=0)
+    assert names(experts=1) == names(experts=1, rank=0) == {f"trunk.{n}" for n, _ in small.model().named_parameters()}
+    head = make(experts=1, rank=4, train_trunk=False)
+    assert head.A.shape == (1, 12, 4) and head.B.shape == (1, 4, 12)
+    assert torch.equal(head.policy(0)[1], head.trunk.unembedding)
+    assert torch.equal(head.B[0], make(experts=2, rank=4).B[0]), "the baseline starts as a mixture's first expert"
     low = make(experts=2, rank=4)
     assert low.A.shape == (2, 12, 4) and low.B.shape == (2, 4, 12) and not low.A.any()
     assert (low.B[0] != low.B[1]).all(), "equal factors would learn alike"

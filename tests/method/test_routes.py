@@ -21,7 +21,7 @@ from train import EM, step
 COUNT = 9
 SHARINGS = {"k1": dict(experts=1), "full": dict(experts=2, rank=0), "low-rank": dict(experts=3),
             "models": dict(experts=2, sharing="models"), "frozen": dict(experts=2, train_trunk=False),
-            "lora": dict(experts=2, sharing="lora")}
+            "head": dict(experts=1, train_trunk=False), "lora": dict(experts=2, sharing="lora")}
 DOUBLE, SINGLE = torch.float64, torch.float32
 LOG_W = {k: torch.log_softmax(torch.arange(k) * 0.7, 0).double() for k in (1, 2, 3)}
 HEAD_ROWS = [0, 1, 10, 25, 10_000]

@@ -333,7 +333,7 @@ def test_every_expert_of_every_sharing_is_saved_as_a_model(sharing, family, tmp_
         got = load_model(tmp_path / str(k))
         with torch.no_grad():
             assert torch.equal(got(ids) @ got.unembedding.T, model(ids) @ unembedding.T)
-        assert got.config.tied == (family != "untied" and sharing not in ("full", "low-rank"))
+        assert got.config.tied == (family != "untied" and sharing not in ("full", "low-rank", "head"))
 
 
 def test_the_command_writes_every_expert_of_a_run(job, model_dir, tmp_path, capsys):

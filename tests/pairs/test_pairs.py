@@ -33,9 +33,9 @@ from mixdpo.evaluation.adaptation import weights_after
 from mixdpo.experts import Adapters, Models
 from mixdpo.gates import TRAINED
 from mixdpo.private import keys
+from mixdpo.runs import checkpoint, log, reference, setup
 from mixdpo.runs import load_run as finished
 from mixdpo.runs import memory_estimate as fits
-from mixdpo.runs import reference, rundir
 from mixdpo.runs.options import TrainConfig, validate
 
 SETTINGS = {
@@ -49,8 +49,7 @@ SETTINGS = {
     "context": {"estep": "context", "context": 1},
     "a user of context pairs": {"data": "aside"},
     "first visit": {"estep": "first"},
-    "full EM": {"em": "full"},
-    "incremental": {"em": "incremental", "damping": 0.5},
+    "incremental": {"em": "incremental"},
     "tempered": {"variant": "tempered"},
     "hard": {"variant": "hard"},
     "monte-carlo": {"variant": "monte-carlo"},
@@ -65,13 +64,11 @@ SETTINGS = {
     "robust": {"robust": 0.5},
     "frozen expert": {"freeze": "0"},
     "init and freeze": {"init_experts": "source", "freeze": "0"},
-    "flips": {"label_noise": 0.3, "label_loss": "flips"},
-    "conservative": {"label_noise": 0.3, "label_loss": "conservative"},
+    "noisy labels": {"label_noise": 0.3},
     "private pairs": {"epsilon": 8.0, "privacy_unit": "pair"},
     "private users": {"epsilon": 8.0, "privacy_unit": "user"},
     "linear start": {"start": "linear"},
     "no start": {"start": "none"},
-    "in backward": {"in_backward": True},
     "short moments": {"moments": "bfloat16"},
     "checkpointing": {"checkpointing": True},
     "head rows": {"head_rows": 10},
@@ -87,7 +84,7 @@ NEEDS = {
     "variant=monte-carlo": {"draws": 2},
     "gate_balance": {"gate": "linear"},
     "init_experts": {"start": "none"},
-    "in_backward": {"clip": math.inf},
+    "em": {"latent": "user"},
     "privacy_unit=pair": {"batch": 3, "epochs": 1},                         # four steps each, on average a fourth of
     "privacy_unit=user": {"batch": 1, "epochs": 1},                         # all examples
     "start=linear": {"restarts": 2},
@@ -131,7 +128,7 @@ class Job:
         if {"init_experts", "freeze"} & chosen.keys() and sharing == "heads":
             chosen = {"train_trunk": False} | chosen
         lora, full = sharing == "lora", chosen.get("rank") == 0
-        heads = lora or several and sharing == "heads"
+        heads = lora or sharing == "heads" and (several or not chosen.get("train_trunk", True))
         used = {"rank": heads, "head_lr": heads and not full, "gate_lr": several and chosen.get("gate") in TRAINED,
                 "lr": not lora and (full or chosen.get("train_trunk", True)),
                 "start_steps": several and chosen.get("start") != "none"}
@@ -186,11 +183,11 @@ def quick(monkeypatch):
     """One thread, and models that are read once; no process for the revision, no report."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for module in (train, evaluation, finished):
+    for module in (setup, evaluation, finished):
         monkeypatch.setattr(module, "load_references", load_references)
-    monkeypatch.setattr(rundir, "revision", lambda: "unknown")
+    monkeypatch.setattr(log, "revision", lambda: "unknown")
     monkeypatch.setattr(evaluation, "write_report", lambda folder: None)
-    monkeypatch.setattr(rundir, "alarms", functools.partial(diagnostics.alarms, window=2))
+    monkeypatch.setattr(log, "alarms", functools.partial(diagnostics.alarms, window=2))
     yield
     torch.set_num_threads(threads)
 
@@ -267,7 +264,7 @@ def count_keys(monkeypatch) -> None:
 def copy_behind(patch, step: int) -> list[Path]:
     """Once a run has saved behind this step, its directory is copied, as if the run had been killed there. Returns a
     list that then holds the copy."""
-    real, copies = train.save_checkpoint, []
+    real, copies = checkpoint.save_checkpoint, []
 
     def save_checkpoint(run, tensors, state, keep):
         if state["step"] == step or state["finished"]:
@@ -276,22 +273,22 @@ def copy_behind(patch, step: int) -> list[Path]:
             copies.append(Path(f"{run}-parts"))
             shutil.copytree(run, copies[0])
 
-    patch.setattr(train, "save_checkpoint", save_checkpoint)
+    patch.setattr(checkpoint, "save_checkpoint", save_checkpoint)
     return copies
 
 
 def watch(patch) -> list:
     """A list that will hold a run's config, its experts, its reference, and what these were before the first step."""
-    real, seen = train.prepare, []
+    real, seen = setup.read, []
 
-    def prepare(config, *rest):
-        made = real(config, *rest)
+    def read(job, *rest):
+        made, config = real(job, *rest), job.config
         experts, _, reference, *_ = made
         seen.extend([config, experts, reference, frozen_parts(experts, config), own_parts(experts),
                      reference.logp.clone()])
         return made
 
-    patch.setattr(train, "prepare", prepare)
+    patch.setattr(setup, "read", read)
     return seen
 
 
@@ -416,8 +413,7 @@ def finds_the_responsibilities_again(run, pairs, h, log_w) -> None:
 
 def other_cut(options: dict) -> dict:
     """The same steps in other micro-batches and head micro-batches."""
-    micro = options["micro"] if options.get("in_backward") else 2
-    return {"micro": micro, "head_rows": options.get("head_rows", 7)}
+    return {"micro": 2, "head_rows": options.get("head_rows", 7)}
 
 
 def same_but_for_rounding(a: Path, b: Path, options: dict) -> None:

@@ -18,6 +18,7 @@ from mixdpo.private import budget
 from mixdpo.private import dp_sgd as privacy
 from mixdpo.private.accountant import Mechanism, epsilon_of
 from mixdpo.private.keys import Key
+from mixdpo.runs import setup
 from mixdpo.runs.checkpoint import gate_state
 from mixdpo.runs.options import TrainConfig, validate
 from mixdpo.runs.setup import make_gate
@@ -27,6 +28,7 @@ USERS = dict(latent="user", privacy_unit="user", batch=2, clip=55.0)
 HEADS, LORA = dict(train_trunk=False, clip=0.7), dict(sharing="lora", targets="q_proj,up_proj", clip=0.7)
 CASES = {
     "dpo": dict(experts=1),
+    "one head": HEADS | dict(experts=1),
     "pairs": dict(rank=0),
     "gate": dict(experts=3, gate="linear", gate_entropy=0.1),
     "users": USERS,

@@ -38,7 +38,8 @@ def sources(tmp_path_factory, model_dir):
                               start="linear", start_steps=9, batch=9, **options
                               | ({"lr": 1e-2} if "lr" in tinyjob.small(**options) else {"head_lr": 3e-2}))
             for kind, options in KINDS.items()}
-    return made | {"dpo": tinyjob.run(folder, model_dir, records, name="dpo", experts=1)}
+    head = tinyjob.run(folder, model_dir, records, name="head", experts=1, train_trunk=False, head_lr=3e-2)
+    return made | {"dpo": tinyjob.run(folder, model_dir, records, name="dpo", experts=1), "head": head}
 
 
 def logits(run, k):
@@ -95,6 +96,13 @@ def test_experts_begin_as_what_they_are_taken_from(kind, sources, tmp_path, mode
         model, head = experts.policy(k)
         with torch.no_grad():
             assert torch.equal(model(IDS)[0] @ head.T, want), k
+
+
+def test_a_single_head_becomes_an_expert_of_a_mixture(sources, tmp_path, model_dir):
+    """A low-rank head trained with --experts 1. Fault: factors of one expert that do not fit into those of two."""
+    out = begin(tmp_path, model_dir, (f"{sources['head']}:0", "fresh"), freeze="0", **KINDS["low-rank heads"])
+    assert torch.equal(logits(out, 0), logits(sources["head"], 0))
+    assert (logits(out, 0) - reference_logits(model_dir)).abs().max() > 1e-3
 
 
 def test_whole_models_take_over_experts_of_any_kind(sources, tmp_path, model_dir):

@@ -64,7 +64,7 @@ def test_a_stop_finishes_the_step_and_the_same_command_goes_on(tmp_path, model_d
     assert process.returncode == 130, said
     steps = len(tinyjob.lines(log))
     assert "stopping after this step; a second signal stops at once" in said
-    assert f"stopped and saved after step {steps} of 450; the same command goes on from what is finished" in said
+    assert f"stopped and saved after step {steps} of 450; run the same command again to resume" in said
     assert [path.stem for path in checkpoints(tmp_path / "run")] == [f"{steps:08d}"] and steps < 450
     tinyjob.run(tmp_path, model_dir, None, name="run", data=str(tmp_path / "d.jsonl"), epochs=150)
     assert tinyjob.equal(whole, tmp_path / "run") and log.read_text() == (whole / "metrics.jsonl").read_text()
@@ -149,13 +149,13 @@ def test_a_stop_within_the_references_pass_is_heeded(tmp_path, model_dir, monkey
 def test_how_a_program_ends(monkeypatch, capsys):
     """Catches: a traceback for what the system refuses, an exit status of success."""
     assert ended(monkeypatch, KeyboardInterrupt()) == 130
-    assert "stopped; the same command goes on" in capsys.readouterr().err
-    assert ended(monkeypatch, Stopped("runs/x: saved")) == 130 and "runs/x: saved; the" in capsys.readouterr().err
-    for error, says in ((OSError(28, "No space left on device", "x.part"), "x.part': make room on the disk. What was"),
-                        (OSError("x: I/O error: No space left on device (os error 28)"), "make room on the disk"),
-                        (PermissionError(13, "Permission denied", "/etc/x"), "choose a place that is yours"),
-                        (OSError(30, "Read-only file system", "/r"), "choose a place that can be written to"),
-                        (FileNotFoundError(2, "No such file", "m"), "it vanished while the program ran")):
+    assert "stopped; run the same command again" in capsys.readouterr().err
+    assert ended(monkeypatch, Stopped("runs/x: saved")) == 130 and "runs/x: saved; run" in capsys.readouterr().err
+    for error, says in ((OSError(28, "No space left on device", "x.part"), "x.part'; free space on the disk. Finished"),
+                        (OSError("x: I/O error: No space left on device (os error 28)"), "free space on the disk"),
+                        (PermissionError(13, "Permission denied", "/etc/x"), "a directory that you may write to"),
+                        (OSError(30, "Read-only file system", "/r"), "choose a directory that can be written to"),
+                        (FileNotFoundError(2, "No such file", "m"), "the file was removed while the program ran")):
         assert says in ended(monkeypatch, error)
 
 
@@ -204,7 +204,7 @@ def test_a_disk_that_becomes_full(tmp_path, model_dir, disk):
     command = ["train.py", *words(folder, model_dir, save_minutes=0.0)]
     remount("size=200k")
     says = sentence(start(command))
-    assert "00000002.safetensors" in says and "No space left on device" in says and "make room on the disk. W" in says
+    assert "00000002.safetensors" in says and "No space left on device" in says and "free space on the disk. F" in says
     assert [path.name for path in (run / "checkpoint").iterdir()] == ["00000001.safetensors"]
     assert load_checkpoint(run, {})[1]["step"] == 1
     remount("size=4m")
@@ -231,7 +231,7 @@ def test_a_disk_that_is_read_only(begun, tmp_path, model_dir, disk, monkeypatch)
     remount("ro")
     before = contents(tmp_path, folder)
     says = sentence(start(["train.py", *words(folder, model_dir)]))
-    assert "Read-only file system" in says and "choose a place that can be written to. What was" in says
+    assert "Read-only file system" in says and "choose a directory that can be written to. Finished" in says
     assert contents(tmp_path, folder) == before
     remount("rw")
     tinyjob.run(folder, model_dir, None, data=data)
@@ -248,7 +248,7 @@ def test_a_file_too_large_for_the_system_ends_in_a_sentence(tmp_path, model_dir)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))
     process = start(command, preexec_fn=limit)
     said = process.communicate(timeout=120)[0]
-    assert process.returncode == 1 and "error: " in said and "goes on from there" in said, said
+    assert process.returncode == 1 and "error: " in said and "run the same command again" in said, said
     assert "Traceback" not in said and checkpoints(tmp_path / "run") == []
     process = start(command)
     assert process.communicate(timeout=120) and process.returncode == 0

@@ -14,6 +14,7 @@ from mixdpo.models.weights import config_of, load_model
 from mixdpo.runs import memory_estimate as fits
 
 CASES = {"heads": {}, "full heads": {"rank": 0}, "frozen trunk": {"train_trunk": False}, "lora": {"sharing": "lora"},
+         "one head": {"experts": 1, "train_trunk": False},
          "models": {"sharing": "models", "experts": 3}, "bf16 moments": {"moments": "bfloat16"}}
 
 
