@@ -145,7 +145,7 @@ def sample(model: TBART, rows: int, rng: np.random.Generator, given: torch.Tenso
     assert len(given) == rows and given.shape[1] < d, f"got given {tuple(given.shape)}, want ({rows}, less than {d})"
     made = []
     for codes in given.split(most):
-        cache = KVCache(c.layers, len(codes), c.heads, d, C // c.heads, torch.float32, codes.device)
+        cache = KVCache((c.layers, len(codes), c.heads, d, C // c.heads), torch.float32, codes.device)
         for j in range(given.shape[1], d):
             up_to = torch.softmax(model.logits(j, model(codes, cache)[:, -1]), dim=-1).double().cumsum(-1)  # (N,size)
             u = torch.from_numpy(rng.random((len(codes), 1))) * up_to[:, -1:]

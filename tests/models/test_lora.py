@@ -23,6 +23,7 @@ from mixdpo.evaluation.generate import generate
 from mixdpo.evaluation.peft import factors, load_adapter, save_adapter
 from mixdpo.experts import Adapters, Heads, LoRALinear, load_state, pair_logp, projections, trained_state
 from mixdpo.fast.optimizer import make_optimizer
+from mixdpo.files import atomic
 from mixdpo.gates import Gate, Inputs
 from mixdpo.models import weights
 from mixdpo.models.weights import load_model
@@ -318,7 +319,7 @@ def test_an_adapter_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", broken)
+    monkeypatch.setattr(atomic, "save_file", broken)
     with pytest.raises(OSError):
         save_adapter(lora(), 0, tmp_path, "other")
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
