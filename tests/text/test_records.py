@@ -27,7 +27,7 @@ FAULTS = {
     "missing field: chosen, rejected": {"prompt": "a"},
     "wrong type: chosen is 3": {**GOOD, "chosen": 3},
     "wrong type: prompt is None": {**GOOD, "prompt": None},
-    "wrong type: chosen of messages, the rest is text": {**GOOD, "chosen": [{"role": "assistant", "content": "b"}]},
+    "wrong type: chosen: messages, the others: text": {**GOOD, "chosen": [{"role": "assistant", "content": "b"}]},
     "wrong message: prompt[0] is 'hi'": chat(prompt=["hi"]),
     "wrong message: prompt[0] is {'role': 'user'}": chat(prompt=[{"role": "user"}]),
     "wrong message: chosen[0] is {'role'": chat(chosen=[{"role": "assistant", "content": "b", "name": "bob"}]),
