@@ -74,9 +74,9 @@ def test_bins_of_about_equal_counts():
 
 @pytest.mark.parametrize("row, column, wanted", [
     (["purple", "1", "2"], "colour", "wanted one of 'red', 'green, dark', 'blue'"),
-    (["red", "10", "2"], "age", "wanted a whole number from 0 to 9"),
-    (["red", "1.5", "2"], "age", "wanted a whole number from 0 to 9"),
-    (["red", "", "2"], "age", "wanted a whole number"),
+    (["red", "10", "2"], "age", "wanted an integer from 0 to 9"),
+    (["red", "1.5", "2"], "age", "wanted an integer from 0 to 9"),
+    (["red", "", "2"], "age", "wanted an integer"),
     (["red", "1", "-0.1"], "gain", "wanted a number from 0 to 100"),
     (["red", "1", "nan"], "gain", "wanted a number from 0 to 100"),
     (["red", "1", "much"], "gain", "wanted a number from 0 to 100"),
@@ -112,7 +112,7 @@ def test_a_table_with_other_columns_or_fields_is_told(table, tmp_path):
 @pytest.mark.parametrize("change, wanted", [
     ({"type": "colour"}, "column 2"), ({"bin": 3}, "'bin'"), ({"bins": 0}, "bins: got 0"),
     ({"bins": None}, "bins: got None"), ({"edges": [1, 2]}, "edges"), ({"low": 9}, "9"),
-    ({"high": float("inf")}, "inf"), ({"integer": 1}, "integer: got 1"), ({"low": 0.5}, "whole"),
+    ({"high": float("inf")}, "inf"), ({"integer": 1}, "integer: got 1"), ({"low": 0.5}, "integers"),
     ({"missing": 3}, "missing: got 3"), ({"name": "colour"}, "'colour'"), ({"low": None}, "None"),
 ])
 def test_a_faulty_schema_names_the_column(tmp_path, change, wanted):
@@ -187,7 +187,7 @@ def test_whole_numbers_are_exact_or_refused():
     assert [column.encode(str(2**53 + n)) for n in range(4)] == [0, 1, 1, 1]
     assert column.encode("9007199254740993.0") == 1
     for text in ("9007199254740991", "9007199254740996", "9007199254740993.5", "nan", "inf", "-inf", "1e400", "much"):
-        with pytest.raises(ValueError, match="whole number from 9007199254740992 to 9007199254740995"):
+        with pytest.raises(ValueError, match="integer from 9007199254740992 to 9007199254740995"):
             column.encode(text)
     for change in ({"low": 2.0**60, "integer": True}, {"high": 2**63 - 1, "integer": True}, {"low": 2**53 + 1},
                    {"high": 10**400}, {"low": -1e308, "high": 1e308}):
