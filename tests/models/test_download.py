@@ -24,7 +24,7 @@ def test_a_cut_transfer_is_resumed_where_it_stopped(server, place):
     """The server closes after 100,000 bytes of each answer. Faults: no Range; the part opened anew; a wrong start."""
     at = place(server.url + "cuts")
     assert asset("thing").read_bytes() == BODY and not at.part.exists()
-    assert [asked for _, asked in server.seen] == [None, "bytes=100000-", "bytes=200000-", "bytes=300000-"]
+    assert [start for _, start in server.seen] == [None, "bytes=100000-", "bytes=200000-", "bytes=300000-"]
 
 
 def test_a_stalled_transfer_is_dropped_and_resumed(server, place, monkeypatch):

@@ -230,8 +230,8 @@ def test_a_broken_archive_is_an_error_that_names_it(name, place, tmp_path):
     with raises_at(name, file="thing"):
         asset("thing", data=tmp_path)
     if name.endswith(".whl"):
-        whole = wheel(tmp_path).read_bytes()
-        path.write_bytes(whole[:len(whole) // 2])
+        complete = wheel(tmp_path).read_bytes()
+        path.write_bytes(complete[:len(complete) // 2])
         with raises_at(name, file="thing"):
             asset("thing", data=tmp_path)
         return

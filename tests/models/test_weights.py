@@ -14,7 +14,6 @@ from raising import raises_at
 from safetensors.torch import load_file, save_file
 
 from mixdpo.files import atomic, fetch
-from mixdpo.models import weights
 from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.models.hfconfig import config_from_json, config_to_json
 from mixdpo.models.llama import LlamaConfig, RopeScaling

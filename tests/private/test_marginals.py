@@ -83,8 +83,8 @@ def test_independent_columns_have_the_marginals_alone():
     made = independent(real, [3, 3], 8000, rng)
     assert made.shape == (8000, 2) and made.dtype == np.int64
     assert total_variation(real, made, [3, 3], 1).max() < 3 * noise([0.7, 0.2, 0.1], 8000)
-    apart = 0.7 * 0.3 + 0.2 * 0.8 + 0.1 * 0.9                               # the product's share off the diagonal
-    assert total_variation(real, made, [3, 3], 2)[0] == pytest.approx(apart, abs=0.02)
+    expected = 0.7 * 0.3 + 0.2 * 0.8 + 0.1 * 0.9                            # the product's share off the diagonal
+    assert total_variation(real, made, [3, 3], 2)[0] == pytest.approx(expected, abs=0.02)
 
 
 def test_noise_on_counts_has_its_deviation():
@@ -121,17 +121,17 @@ def test_utility_on_a_planted_table():
     assert found["boosting"]["accuracy"] > 0.99 and found["boosting"]["auroc"] > 0.99
     assert found["logistic"]["accuracy"] == pytest.approx(2 / 3, abs=0.04)
     assert found["logistic"]["auroc"] == pytest.approx(1 - (2 / 3)**2 / 2, abs=0.05)    # a coin where both are not told
-    apart = independent(train, sizes, 1500, np.random.default_rng(0))
-    coin = utility(apart, test, sizes, 1, kinds)
-    assert all(0.4 < of["auroc"] < 0.6 for of in coin.values()) and coin == utility(apart, test, sizes, 1, kinds)
+    random_rows = independent(train, sizes, 1500, np.random.default_rng(0))
+    coin = utility(random_rows, test, sizes, 1, kinds)
+    assert all(0.4 < of["auroc"] < 0.6 for of in coin.values()) and coin == utility(random_rows, test, sizes, 1, kinds)
 
 
 def test_boosting_is_told_which_columns_are_categories(monkeypatch):
     """Caught: all columns as numbers, or none; the target's kind for another's; more categories than it takes."""
-    told, real = [], ensemble.HistGradientBoostingClassifier
-    monkeypatch.setattr(ensemble, "HistGradientBoostingClassifier", lambda **o: told.append(o) or real(**o))
+    calls, real = [], ensemble.HistGradientBoostingClassifier
+    monkeypatch.setattr(ensemble, "HistGradientBoostingClassifier", lambda **o: calls.append(o) or real(**o))
     utility(planted(50), planted(50), [2, 2, 2, 300, 3], 1, ["number", "category", "category", "category", "number"])
-    assert told[0]["categorical_features"] == [False, True, False, False]
+    assert calls[0]["categorical_features"] == [False, True, False, False]
 
 
 def test_one_class_and_classes_that_are_lacking():
@@ -290,13 +290,13 @@ def test_a_tree_is_recovered_without_noise_and_nearly_with_it():
     ones = [counted(real, sizes, [j], math.inf, rng) for j in range(5)]
     assert set(spanning_tree(real, sizes, ones, math.inf, rng)) == {(0, 3), (0, 2), (2, 4), (1, 2)}
     by_chance = distances(real, grown(20_000, seed=1), sizes)
-    apart = distances(real, independent(real, sizes, 20_000, rng), sizes)
+    baseline = distances(real, independent(real, sizes, 20_000, rng), sizes)
     for epsilon, factor in ((math.inf, 1.5), (1.0, 2.5)):
         made = marginal_method(real, sizes, epsilon, 1e-6, 20_000, np.random.default_rng(0))
         assert np.array_equal(made, marginal_method(real, sizes, epsilon, 1e-6, 20_000, np.random.default_rng(0)))
         assert not np.array_equal(made, marginal_method(real, sizes, epsilon, 1e-6, 20_000, np.random.default_rng(1)))
         found = distances(real, made, sizes)
-        assert all(found[way] < factor * by_chance[way] for way in (1, 2, 3)) and found[2] < apart[2] / 10
+        assert all(found[way] < factor * by_chance[way] for way in (1, 2, 3)) and found[2] < baseline[2] / 10
     noisy = distances(real, marginal_method(real, sizes, 0.005, 1e-6, 20_000, np.random.default_rng(0)), sizes)
     assert noisy[2] > 5 * by_chance[2]
     assert marginal_method(real[:, :1], [3], 1.0, 1e-6, 7, np.random.default_rng(0)).shape == (7, 1)

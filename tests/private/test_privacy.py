@@ -104,11 +104,11 @@ def test_nobody_moves_the_sum_by_more_than_clip(tiny):
     (small gradients blown up)."""
     model, ids, loss, parameters = tiny
     for clip in (0.3, 100.0):
-        whole = clipped_sum(loss, parameters, clip, ids)
+        full_sum = clipped_sum(loss, parameters, clip, ids)
         for n in range(len(ids)):
             rest = torch.cat([ids[:n], ids[n + 1 :]])
             without = clipped_sum(loss, parameters, clip, rest)
-            moved = math.sqrt(sum(float((whole[k] - without[k]).square().sum()) for k in whole))
+            moved = math.sqrt(sum(float((full_sum[k] - without[k]).square().sum()) for k in full_sum))
             own = math.sqrt(sum(float(g.square().sum()) for g in torch.func.grad(loss)(parameters, ids[n]).values()))
             assert moved == pytest.approx(min(clip * own / (own + 1e-6), own), rel=1e-6)
     assert clip_factors(torch.tensor([0.5, 1.0, 4.0]), 1.0).tolist() == pytest.approx([1.0, 1 / (1 + 1e-6), 0.25])
@@ -193,6 +193,6 @@ def test_an_example_without_a_finite_gradient_is_an_error(tiny):
 
 
 def test_what_is_not_covered_is_said():
-    told = " ".join(privacy.NOT_COVERED)
+    listed = " ".join(privacy.NOT_COVERED)
     for what in ("vocabulary", "bounds", "number of examples", "hyper-parameters", "floating-point", "timing", "key"):
-        assert what in told
+        assert what in listed

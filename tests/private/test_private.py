@@ -127,12 +127,12 @@ def no_chance(monkeypatch):
 
 
 def no_empty_step(monkeypatch):
-    whole = train.step
+    real_step = train.step
 
     def step(experts, gate, optimizer, micros, *rest):
         if not micros:
             optimizer.step = lambda: None
-        result = whole(experts, gate, optimizer, micros, *rest)
+        result = real_step(experts, gate, optimizer, micros, *rest)
         vars(optimizer).pop("step", None)
         return result
 
@@ -253,9 +253,9 @@ def test_a_private_run_that_was_killed_ends_as_another(tmp_path, model_dir):
     found = json.loads(kept.read_text())
     secret = bytes.fromhex(found["key"])
     assert kept.stat().st_mode & 0o777 == 0o600 and set(found) == {"key", "options"} and len(secret) == 32
-    out, whole = job(tmp_path, model_dir, key=None), job(tmp_path, model_dir, name="whole", key=Key(secret),
+    out, reference = job(tmp_path, model_dir, key=None), job(tmp_path, model_dir, name="reference", key=Key(secret),
                                                          data=str(tmp_path / "run.jsonl"))
-    assert tinyjob.equal(out, whole) and not kept.exists()
+    assert tinyjob.equal(out, reference) and not kept.exists()
     assert off(out, twin(tmp_path, model_dir, secret=secret).train()) < 2e-6
     public = job(tmp_path, model_dir, name="public", data=str(tmp_path / "run.jsonl"))
     assert not tinyjob.equal(out, public)

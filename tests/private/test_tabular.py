@@ -161,9 +161,9 @@ def test_what_is_spent_is_the_budget():
     """All mechanisms together stay within epsilon and use it. Faults: the look not charged; its share spent twice."""
     table = look(columns(), codes_of(), TableConfig(), KEY)
     fitted = fit(table, TableConfig(**TINY), KEY)
-    told = account(fitted, TableConfig(**TINY), 40)
-    assert 0.99 < told["epsilon"] <= 1 and len(told["spent"]) == 2 and told["not_covered"]
-    assert told["epsilon"] == epsilon_of([Mechanism(**m) for m in told["spent"]], 1e-5)
+    facts = account(fitted, TableConfig(**TINY), 40)
+    assert 0.99 < facts["epsilon"] <= 1 and len(facts["spent"]) == 2 and facts["not_covered"]
+    assert facts["epsilon"] == epsilon_of([Mechanism(**m) for m in facts["spent"]], 1e-5)
     assert epsilon_of(table.spent, 1e-6) == pytest.approx(TableConfig.first_look, rel=1e-3)
     table = look(columns(), codes_of(), TableConfig(epsilon=math.inf), KEY)
     free = fit(table, TableConfig(**TINY, epsilon=math.inf), KEY)
@@ -210,7 +210,7 @@ def test_it_learns_what_no_pair_of_columns_shows():
 def test_a_fit_that_was_stopped_ends_as_another(tmp_path, monkeypatch):
     """To the bit. Faults: the average not saved; the schedule begun anew; noise drawn in order instead of by step."""
     table, config = look(columns(), codes_of(), TableConfig(), KEY), TableConfig(**TINY, save_minutes=0.0)
-    whole = fit(table, config, KEY)
+    uninterrupted = fit(table, config, KEY)
     (tmp_path / "run").mkdir()
     shown, progress = [], tabular.Progress.__call__
 
@@ -225,8 +225,9 @@ def test_a_fit_that_was_stopped_ends_as_another(tmp_path, monkeypatch):
         fit(table, config, KEY, tmp_path / "run", {"a": 1})
     monkeypatch.setattr(tabular.Progress, "__call__", progress)
     again = fit(table, config, KEY, tmp_path / "run", {"a": 1})
-    assert len(again.losses) == config.steps and np.array_equal(again.losses, whole.losses, equal_nan=True)
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values()))
+    assert len(again.losses) == config.steps and np.array_equal(again.losses, uninterrupted.losses, equal_nan=True)
+    states = (fitted.model.state_dict().values() for fitted in (uninterrupted, again))
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
     with raises_at("a: there 1, now 2", file=checkpoints(tmp_path / "run")[0]):
         fit(table, config, KEY, tmp_path / "run", {"a": 2})
 
@@ -289,8 +290,8 @@ def test_a_table_of_ones_own(own, monkeypatch):
     assert len(rows) == 50 and [*rows[0]] == ["colour", "wage", "rich"]
     assert {r["colour"] for r in rows} <= {"red", "green", "blue", "?"} and {r["rich"] for r in rows} <= {"no", "yes"}
     assert all(0 <= float(r["wage"]) <= 50 for r in rows)
-    told, figures = (json.loads((own["out"] / name).read_text()) for name in ("privacy.json", "figures.json"))
-    assert told["epsilon"] <= 1 and len(told["spent"]) == 2 and told["rows"] == 300
+    facts, figures = (json.loads((own["out"] / name).read_text()) for name in ("privacy.json", "figures.json"))
+    assert facts["epsilon"] <= 1 and len(facts["spent"]) == 2 and facts["rows"] == 300
     assert [*figures["figures"]] == ["DP-TBART", "independent columns", "MST", "the real table", "a second real table"]
     real = figures["figures"]["the real table"]
     assert real["distance"] == {"1": 0, "2": 0, "3": 0} and real["utility"]["boosting"]["accuracy"] > 0.8
@@ -320,8 +321,8 @@ def test_help_tells_inherited_options(capsys):
     """Fault: only those of the last class have their comments as help."""
     with pytest.raises(SystemExit):
         synth.main(["--help"])
-    told = capsys.readouterr().out
-    assert "--epsilon" in told and "privacy budget" in told and "another table, for train-on" in told
+    printed = capsys.readouterr().out
+    assert "--epsilon" in printed and "privacy budget" in printed and "another table, for train-on" in printed
 
 
 @pytest.mark.parametrize("change, option", [

@@ -104,15 +104,15 @@ def test_ranks_saved_as_rules_give_the_ranks_ids():
     and read back gives the ids of the ranks. Faults: rules found with joins of lower rank only; ignore_merges never."""
     draw = random.Random(1)
     texts = ["".join(draw.choice("abc") for _ in range(draw.randrange(1, 14))) for _ in range(60)]
-    whole = 0
+    with_pieces = 0
     for _ in range(400):
         names = ["a", "b", "c"]
         names += draw.sample([x + y + z for x in "abc" for y in "abc" for z in ("", "a", "b", "ca", "cb")], 6)
         ranks = {name.encode(): rank for rank, name in enumerate(names)}
         doc = _from_ranks(ranks, {EOT: len(ranks)}, bpe.BYTE_LEVEL)
-        whole += doc["model"]["ignore_merges"]
+        with_pieces += doc["model"]["ignore_merges"]
         tokenizer = Tokenizer(doc, {"eos_token": EOT}, "random")
         for text in texts:
             wanted = [names.index(part) for part in by_rank({n: i for i, n in enumerate(names)}, text)]
             assert tokenizer.encode(text) == wanted, f"{names}: {text}: {tokenizer.encode(text)}, wanted {wanted}"
-    assert whole > 20
+    assert with_pieces > 20

@@ -297,8 +297,8 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     with raises_at("tokenizer.json", file=tmp_path):
         load_tokenizer(tmp_path)
     folder = write(tmp_path / "t", GOLDEN["gpt2"]["tokenizer"], GOLDEN["gpt2"]["config"])
-    whole = (folder / "tokenizer.json").read_text()
-    for text in (whole[:2000], "[]", ""):
+    complete = (folder / "tokenizer.json").read_text()
+    for text in (complete[:2000], "[]", ""):
         (folder / "tokenizer.json").write_text(text)
         with raises_at(file=folder / "tokenizer.json"):
             load_tokenizer(folder)
