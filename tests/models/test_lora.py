@@ -219,7 +219,7 @@ def job(tmp_path_factory, model_dir):
     return tinyjob.run(tmp_path_factory.mktemp("job"), model_dir, tinyjob.make_records(), **options)
 
 
-def test_a_whole_run_trains_and_loads_for_evaluation(job, model_dir):
+def test_a_run_trains_and_loads_for_evaluation(job, model_dir):
     """Every row's texts are its own expert's; the checkpoint holds adapters alone.
     Faults: all experts sampled from expert 0's weights; --targets not passed on; moments or base in the checkpoint."""
     got, metrics = tinyjob.tensors(job), tinyjob.lines(job / "metrics.jsonl")
@@ -310,7 +310,7 @@ def test_another_alpha_goes_into_b(tmp_path):
         assert torch.equal(got, want * 2.5 if "lora_B" in name else want), name
 
 
-def test_an_adapter_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_an_adapter_is_written_atomically(tmp_path, monkeypatch):
     """Fault: written under its own name."""
     save_adapter(lora(moved=False), 0, tmp_path, "base")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}

@@ -183,7 +183,7 @@ def test_we_write_the_settings_that_transformers_writes(case, form):
             assert ours[key] == value, key
 
 
-def test_llama_without_a_word_about_ties_is_untied(copy):
+def test_llama_without_a_setting_for_ties_is_untied(copy):
     """As transformers' own default, and GPT-2's is the opposite. Fault: one default for both."""
     folder = copy("llama-untied", tie_word_embeddings=None)
     assert content_key(load_model(folder)) == content_key(load_model(GOLDEN / "llama-untied"))

@@ -252,7 +252,7 @@ def test_monotone():
     assert spent[-1] == pytest.approx(epsilon_of([Mechanism(1.0, 1.0, 10)], 1e-5), rel=2e-4)    # as q goes to 1
 
 
-def test_pieces_make_the_whole():
+def test_mechanisms_add_up_in_any_grouping():
     """Catches: only the last of equal mechanisms counted, order that matters, one release too many or too few."""
     whole = epsilon_of([Mechanism(3.0), Mechanism(1.0, 0.1, 30)], 1e-5)
     pieces = [Mechanism(1.0, 0.1, 10), Mechanism(3.0), Mechanism(1.0, 0.1, 20), Mechanism(0.5, 0.1, 0)]

@@ -88,7 +88,7 @@ def test_a_value_that_the_schema_does_not_allow_names_row_and_column(table, row,
         read_table(path, columns_of(SCHEMA))
 
 
-def test_a_table_with_other_columns_or_fields_is_told(table, tmp_path):
+def test_a_table_with_other_columns_or_fields_is_an_error(table, tmp_path):
     """Fault: a column that the schema lacks dropped in silence."""
     columns = columns_of(SCHEMA)
     for rows, header, line, named in (([[*r, "1"] for r in ROWS], (*NAMES, "id"), 1, ["'id'"]),
@@ -173,14 +173,14 @@ def test_a_number_is_written_within_its_own_bin(what, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["an hour of a day, unix seconds", "latitudes of a town", "julian days", "money"])
-def test_numbers_of_a_bin_stay_apart(what):
+def test_numbers_of_a_bin_stay_different(what):
     """Written in full, without exponent. Fault: six digits, which leave ten different seconds of a day."""
     column = columns_of([{"name": "x", "type": "number", **NUMBERS[what]}])[0]
     texts = column.decode(np.zeros(1000, dtype=np.int64), np.random.default_rng(0))
     assert len(set(texts)) > 500 and not any("e" in text for text in texts)
 
 
-def test_whole_numbers_are_exact_or_refused():
+def test_integers_are_exact_or_refused():
     """Faults: 2^53 + 1 becomes its neighbour; a bound that JSON gave as a float, rounded in silence; bounds that 64
     bits do not hold, found at the end."""
     column = columns_of([{"name": "x", "type": "number", "edges": [2**53, 2**53 + 1, 2**53 + 3], "integer": True}])[0]

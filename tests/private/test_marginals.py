@@ -120,13 +120,13 @@ def test_utility_on_a_planted_table():
     found = utility(train, test, sizes, 1, kinds)
     assert found["boosting"]["accuracy"] > 0.99 and found["boosting"]["auroc"] > 0.99
     assert found["logistic"]["accuracy"] == pytest.approx(2 / 3, abs=0.04)
-    assert found["logistic"]["auroc"] == pytest.approx(1 - (2 / 3)**2 / 2, abs=0.05)    # a coin where both are not told
+    assert found["logistic"]["auroc"] == pytest.approx(1 - (2 / 3)**2 / 2, abs=0.05)    # a coin if neither is known
     random_rows = independent(train, sizes, 1500, np.random.default_rng(0))
     coin = utility(random_rows, test, sizes, 1, kinds)
     assert all(0.4 < of["auroc"] < 0.6 for of in coin.values()) and coin == utility(random_rows, test, sizes, 1, kinds)
 
 
-def test_boosting_is_told_which_columns_are_categories(monkeypatch):
+def test_boosting_knows_which_columns_are_categories(monkeypatch):
     """Caught: all columns as numbers, or none; the target's kind for another's; more categories than it takes."""
     calls, real = [], ensemble.HistGradientBoostingClassifier
     monkeypatch.setattr(ensemble, "HistGradientBoostingClassifier", lambda **o: calls.append(o) or real(**o))

@@ -192,7 +192,7 @@ def test_an_example_without_a_finite_gradient_is_an_error(tiny):
         clipped.add()
 
 
-def test_what_is_not_covered_is_said():
+def test_not_covered_lists_every_point():
     listed = " ".join(privacy.NOT_COVERED)
     for what in ("vocabulary", "bounds", "number of examples", "hyper-parameters", "floating-point", "timing", "key"):
         assert what in listed

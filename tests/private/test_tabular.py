@@ -238,7 +238,7 @@ def test_a_fit_that_was_stopped_ends_as_another(tmp_path, monkeypatch):
     ("lr", [0.0, -1e-3, math.nan, math.inf]), ("save_minutes", [-1.0, math.nan]), ("seed", [-1, 2**32]),
     ("examples", [-1]), *((name, [0, -1]) for name in ("width", "layers", "heads", "batch", "steps", "micro")),
 ])
-def test_options_out_of_range_are_told(option, values):
+def test_options_out_of_range_are_errors(option, values):
     """Every option of a table. Faults: NaN passes x <= 0; an infinite rate; a seed that ends in a traceback,
     or that gives the numbers of another one."""
     for value in values:
@@ -247,7 +247,7 @@ def test_options_out_of_range_are_told(option, values):
         assert error.value.option == option
 
 
-def test_options_that_contradict_each_other_are_told():
+def test_contradictory_options_are_errors():
     for options, option in (({"order": "entropy", "first_look": 0.0}, "order"), ({"heads": 3}, "width")):
         with pytest.raises(InputError) as error:
             validate(TableConfig(**options))
@@ -317,7 +317,7 @@ def test_one_key_gives_one_table_and_no_key_is_used_twice(own, tmp_path, monkeyp
     assert made[0] == made[1] != made[2]
 
 
-def test_help_tells_inherited_options(capsys):
+def test_help_lists_inherited_options(capsys):
     """Fault: only those of the last class have their comments as help."""
     with pytest.raises(SystemExit):
         synth.main(["--help"])
@@ -330,7 +330,7 @@ def test_help_tells_inherited_options(capsys):
     ({"delta": 0.01}, "delta"), ({"preset": "huge"}, "preset"), ({"dataset": "adults"}, "dataset"),
     ({"first_look": 0.0}, "first_look"), ({"dataset": "adult"}, "data"), ({"rows": -5}, "rows"),
 ])
-def test_a_command_that_cannot_be_is_told(own, change, option):
+def test_an_impossible_command_is_an_error(own, change, option):
     """Before the first step. Faults: a negative number of rows, found when all is learnt; --test beside a data set that
     brings its own, ignored in silence."""
     with pytest.raises(InputError) as error:

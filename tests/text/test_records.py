@@ -55,7 +55,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_is_an_error_with_file_and_line(tmp_path, fault):
-    """Caught: any one check taken out; a message without file, line or remedy."""
+    """Caught: any one check removed; a message without file, line or remedy."""
     with raises_at("--drop true", file=tmp_path / "prefs.jsonl", line=2, kind=Fault) as error:
         read(tmp_path, GOOD, FAULTS[fault])
     kind, _, got = fault.partition(": ")
@@ -82,8 +82,8 @@ def test_unknown_field_is_named(tmp_path, drop):
     assert error.value.kind == "unknown field"
 
 
-def test_whole_pair_is_silent_and_complete(tmp_path):
-    """Caught: optional fields lost or in each other's place; null taken for a value; lines counted without the empty
+def test_a_pair_without_faults_is_complete_and_not_reported(tmp_path):
+    """Caught: optional fields lost or exchanged; null taken for a value; line numbers that do not count empty
     ones; texts that just fit reported as cut."""
     extra = {"user": "ann", "annotator": "kind", "scores": {"length": [3, 2.5]}, "context": False}
     records, reports = [{**GOOD, **extra}, "", {**GOOD, **dict.fromkeys(extra)}, GOOD], []
