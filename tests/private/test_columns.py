@@ -1,4 +1,4 @@
-"""Tables as codes: schemas, files, and what is said of faults in them. Docstrings name the faults that each test is
+"""Tables as codes: schemas, files, and the errors for faults in them. Docstrings name the faults that each test is
 there for."""
 
 import csv
@@ -45,7 +45,7 @@ def test_values_become_codes(table):
 
 
 def test_codes_become_values_of_their_own_code(tmp_path):
-    """Every code is written as values that read back as it, and all whole numbers of a bin occur. Faults: the upper
+    """Values written for a code read back as that code, and all integers of a bin occur. Faults: the upper
     edge of an inner bin written; the highest number never written; missing written as a number."""
     columns, rng = columns_of(SCHEMA), np.random.default_rng(0)
     codes = np.stack([rng.integers(c.size, size=2000) for c in columns], 1)
@@ -82,14 +82,14 @@ def test_bins_of_about_equal_counts():
     (["red", "1", "much"], "gain", "wanted a number from 0 to 100"),
 ])
 def test_a_value_that_the_schema_does_not_allow_names_row_and_column(table, row, column, wanted):
-    """Faults: NaN passing the bounds; numbers clipped to the bounds in silence; rows counted from 0."""
+    """Faults: NaN within the bounds; numbers clipped to the bounds without an error; rows counted from 0."""
     path = table([*ROWS, row])
     with raises_at(f"{column!r}", f"got {row[NAMES.index(column)]!r}", wanted, file=path, line=6):
         read_table(path, columns_of(SCHEMA))
 
 
 def test_a_table_with_other_columns_or_fields_is_an_error(table, tmp_path):
-    """Fault: a column that the schema lacks dropped in silence."""
+    """Fault: a column that the schema lacks dropped without an error."""
     columns = columns_of(SCHEMA)
     for rows, header, line, named in (([[*r, "1"] for r in ROWS], (*NAMES, "id"), 1, ["'id'"]),
                                       ([r[:2] for r in ROWS], NAMES[:2], 1, ["'gain'"]),
@@ -161,7 +161,7 @@ NUMBERS = {
 @pytest.mark.parametrize("what", NUMBERS)
 def test_a_number_is_written_within_its_own_bin(what, tmp_path):
     """Written and read back, every code is what it was. Faults: six digits (timestamps and latitudes fall together, in
-    another bin or out of bounds); whole numbers above 2^53 by way of floats."""
+    another bin or out of bounds); integers above 2^53 converted through floats."""
     column = columns_of([{"name": "x", "type": "number", **NUMBERS[what]}])[0]
     codes = np.random.default_rng(0).integers(column.size, size=(3000, 1))
     write_table(tmp_path / "made.csv", codes, [column], np.random.default_rng(1))
@@ -181,8 +181,8 @@ def test_numbers_of_a_bin_stay_different(what):
 
 
 def test_integers_are_exact_or_refused():
-    """Faults: 2^53 + 1 becomes its neighbour; a bound that JSON gave as a float, rounded in silence; bounds that 64
-    bits do not hold, found at the end."""
+    """Faults: 2^53 + 1 becomes its neighbour; a bound that JSON gave as a float, rounded without an error; bounds that
+    exceed 64 bits, found only at the end."""
     column = columns_of([{"name": "x", "type": "number", "edges": [2**53, 2**53 + 1, 2**53 + 3], "integer": True}])[0]
     assert [column.encode(str(2**53 + n)) for n in range(4)] == [0, 1, 1, 1]
     assert column.encode("9007199254740993.0") == 1
@@ -219,7 +219,7 @@ def test_values_that_csv_could_lose_come_back(tmp_path):
 
 
 def test_a_schema_of_the_columns_gives_them_back():
-    """Faults: the highest whole number one too high; missing left out; edges rounded on their way through JSON."""
+    """Faults: the highest integer one too high; `missing` lost; edges rounded through JSON."""
     for schema in (SCHEMA, adult.SCHEMA, [{"name": n, "type": "number", **entry} for n, entry in NUMBERS.items()]):
         columns = columns_of(schema)
         again = columns_of(json.loads(json.dumps(schema_of(columns))))

@@ -76,7 +76,7 @@ def test_equal_and_disjoint_tables_and_codes_outside():
 
 
 def test_independent_columns_have_the_marginals_alone():
-    """Caught: uniform columns; rows taken over whole, so that pairs hold too."""
+    """Caught: uniform columns; complete rows copied, so that pairs of columns agree too."""
     rng = np.random.default_rng(0)
     first = rng.choice(3, size=8000, p=[0.7, 0.2, 0.1])
     real = np.stack([first, first], axis=1)
@@ -104,8 +104,8 @@ def test_noise_on_counts_has_its_deviation():
 
 
 def planted(rows: int, seed: int = 0) -> np.ndarray:
-    """Two bits, whose exclusive or is the target, a category that is noise, and one that tells a third of the target's
-    rows."""
+    """Two bits whose exclusive or is the target; a category that is noise; one that determines a third of the rows'
+    target."""
     rng = np.random.default_rng(seed)
     a, b, c = rng.integers(2, size=rows), rng.integers(2, size=rows), rng.integers(300, size=rows)
     y = a ^ b
@@ -174,7 +174,7 @@ def test_parity_tables_are_even_and_uniform_below():
 
 
 def test_a_tree_cannot_tell_parity():
-    """Caught: a tree that joins more than pairs; no dependence at all, which two columns show."""
+    """Caught: a tree with larger cliques than pairs; missing dependence between two columns."""
     for d, epsilon, share in ((2, math.inf, 1), (5, math.inf, 0.5), (5, 1.0, 0.5)):
         real = parity_table(10_000, d, np.random.default_rng(0))
         made = marginal_method(real, [2] * d, epsilon, 1e-6, 10_000, np.random.default_rng(0))
@@ -204,7 +204,7 @@ def test_a_measurement_costs_what_it_says():
 
 
 def test_the_parts_add_up_to_the_budget(monkeypatch):
-    """Caught: d marginals that each cost a third; the tree for free; more than epsilon in all."""
+    """Caught: d marginals that each cost a third; a tree without cost; more than epsilon in total."""
     spent, spanning = [], spanning_tree
     monkeypatch.setattr(mst, "counted", lambda c, s, j, rho, g: spent.append(rho) or counted(c, s, j, rho, g))
     monkeypatch.setattr(mst, "spanning_tree", lambda c, s, o, rho, g: spent.append(rho) or spanning(c, s, o, rho, g))

@@ -1,4 +1,4 @@
-"""DP-TBART: the model by enumeration, fitting against a slow twin, the first look, and whole runs of data/synth.py.
+"""DP-TBART: the model by enumeration, fitting against a slow loop, the first look, and full runs of data/synth.py.
 Docstrings name the faults that each test is there for."""
 
 import csv
@@ -48,7 +48,7 @@ def model():
 
 
 def probabilities(model):
-    """p of every row there is, by the chain rule."""
+    """p of every possible row, by the chain rule."""
     rows = torch.tensor([*itertools.product(*map(range, SIZES))])
     return rows, torch.exp(-row_losses(model, rows)).detach()
 
@@ -88,7 +88,7 @@ def test_samples_follow_the_model_given_or_not(model):
 
 
 def slow_fit(table, config, key):
-    """The loop again: examples drawn by chance, each one's gradient clipped by itself, noise, Adam, an average."""
+    """The training loop, written again: Poisson sampling, clipping of each example, noise, Adam, average."""
     rows, (torch_seed, N) = table.ordered(), (config.seed, len(table.codes))
     rate = min(1.0, config.batch / N)
     sigma = noise_multiplier(config.epsilon, config.delta, rate, config.steps, table.spent)
@@ -127,8 +127,8 @@ class Losses(torch.nn.Module):
 @pytest.mark.parametrize("batch", [6, 0.7])
 def test_fitting_is_the_slow_loop(batch, monkeypatch):
     """To 1e-5, over steps of which some are empty (batch 0.7 of 40 rows). Faults: no clipping; no noise;
-    noise without clip; batches of fixed size; division by what came instead of what is expected; an empty step passed
-    over; a micro-batch clipped as a whole; the average of an untrained model."""
+    noise without clip; batches of fixed size; division by the actual instead of the expected number; an empty step
+    skipped; a micro-batch clipped as one example; the average of an untrained model."""
     table = look(columns(), codes_of(), TableConfig(), KEY)
     config = TableConfig(**TINY | {"batch": 6, "clip": 0.4})
     object.__setattr__(config, "batch", batch)
@@ -142,8 +142,8 @@ def test_fitting_is_the_slow_loop(batch, monkeypatch):
 
 
 def test_calibrated_samples_have_the_noisy_marginals(model):
-    """Of every column, and what ties columns stays. Faults: one step for all columns; behind columns that were sampled
-    before they were calibrated."""
+    """Every column has them, and the dependence between columns remains. Faults: one step for all columns; a column
+    calibrated after columns that were sampled before their calibration."""
     torch.manual_seed(1)
     prior = torch.cat([torch.log_softmax(torch.randn(n), 0) for n in SIZES])
     before = sample(model, 20000, np.random.default_rng(2))
@@ -158,7 +158,7 @@ def test_calibrated_samples_have_the_noisy_marginals(model):
 
 
 def test_what_is_spent_is_the_budget():
-    """All mechanisms together stay within epsilon and use it. Faults: the look not charged; its share spent twice."""
+    """All mechanisms together spend epsilon and no more. Faults: the first look not counted; its share spent twice."""
     table = look(columns(), codes_of(), TableConfig(), KEY)
     fitted = fit(table, TableConfig(**TINY), KEY)
     facts = account(fitted, TableConfig(**TINY), 40)
@@ -171,8 +171,8 @@ def test_what_is_spent_is_the_budget():
 
 
 def test_the_look_is_noisy_counts(monkeypatch):
-    """Deviation sigma sqrt(d) on each count of each column. Faults: no noise; sigma without sqrt(d), which a row that
-    is in d counts wants; the same noise for all columns."""
+    """Deviation sigma sqrt(d) on each count of each column. Faults: no noise; sigma without sqrt(d), although a row is
+    in d counts; the same noise for all columns."""
     table, wide = look(columns(), codes_of(), TableConfig(), KEY), columns([4000, 4000])
     codes, seen = np.zeros((10**6, 2), dtype=np.int64), []
     monkeypatch.setattr(tabular, "simplex", lambda counts, total: seen.append(counts) or np.ones(len(counts)))
@@ -265,7 +265,7 @@ SCHEMA = [{"name": "colour", "type": "category", "values": ["red", "green", "blu
 
 @pytest.fixture
 def own(tmp_path):
-    """A table of one's own, its schema and its test table, as options."""
+    """A user's table, its schema and its test table, as options."""
     rng = np.random.default_rng(0)
     for name, n in (("table", 300), ("test", 100)):
         wage = rng.beta(1, 4, n) * 50
@@ -282,8 +282,8 @@ def call(options):
 
 
 def test_a_table_of_ones_own(own, monkeypatch):
-    """From files to files; all values legal, as many rows as asked for, budget told, no secret left behind. Faults: the
-    test table in the bins as they were before the look; rows in the model's order of columns."""
+    """From files to files: all values legal, the number of rows as given, the budget reported, no secret left. Faults:
+    the test table in the bins as they were before the look; rows in the model's order of columns."""
     monkeypatch.setattr(Key, "fresh", classmethod(lambda cls: cls.public(0)))               # the same bins every time
     call(own | {"rows": 50, "order": "random"})
     rows = [*csv.DictReader(open(own["out"] / "synthetic.csv"))]
@@ -301,7 +301,7 @@ def test_a_table_of_ones_own(own, monkeypatch):
 
 
 def test_one_key_gives_one_table_and_no_key_is_used_twice(own, tmp_path, monkeypatch):
-    """Noise, sampling and published rows have keys of their own. Faults: rows drawn from the seed of the noise; one
+    """Noise, sampling and published rows have separate keys. Faults: rows drawn from the seed of the noise; one
     generator for the look and for a step; rows that do not depend on the key at all."""
     used, generator = [], Key.generator
     monkeypatch.setattr(Key, "generator", lambda self, *about: used.append(about) or generator(self, *about))
@@ -331,8 +331,8 @@ def test_help_lists_inherited_options(capsys):
     ({"first_look": 0.0}, "first_look"), ({"dataset": "adult"}, "data"), ({"rows": -5}, "rows"),
 ])
 def test_an_impossible_command_is_an_error(own, change, option):
-    """Before the first step. Faults: a negative number of rows, found when all is learnt; --test beside a data set that
-    brings its own, ignored in silence."""
+    """Before the first step. Faults: a negative number of rows, found only after training; --test with a data set that
+    has its own, ignored without an error."""
     with pytest.raises(InputError) as error:
         call(own | change)
     assert error.value.option == option and not (own["out"] / "checkpoint").exists()
