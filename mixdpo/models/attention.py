@@ -78,9 +78,9 @@ class Window:
         """Stores the new k, v (N, H_kv, T, D) of a layer and returns all keys and values of the layer so far,
         (N, H_kv, extent, D) each."""
         seen = []
-        for new, held in ((k, self.cache.keys[layer]), (v, self.cache.values[layer])):
-            held[self.rows, :, self.positions] = new.transpose(1, 2).to(held.dtype)     # (N, T, H_kv, D)
-            seen.append(held[:, :, :self.extent])
+        for new, stored in ((k, self.cache.keys[layer]), (v, self.cache.values[layer])):
+            stored[self.rows, :, self.positions] = new.transpose(1, 2).to(stored.dtype)     # (N, T, H_kv, D)
+            seen.append(stored[:, :, :self.extent])
         return seen
 
 
@@ -106,8 +106,8 @@ class Branches:
 def branches(branch):
     """-> Branches. branch (N, T): 0 in the prompt, n in the n-th continuation, -1 in padding, in this order.
 
-    A token attends to the earlier tokens of the prompt and of its own continuation. Its position is the one that it
-    has if its continuation follows the prompt directly."""
+    A token attends to itself and to the earlier tokens of the prompt and of its own continuation. Positions count as if
+    each continuation followed the prompt directly."""
     place = torch.arange(branch.shape[1], device=branch.device)
     own = (branch[:, :, None] == branch[:, None, :]) & (branch >= 0)[:, None, :]            # (N, T, T)
     seen = (own | (branch == 0)[:, None, :]) & (place[:, None] >= place)

@@ -63,6 +63,7 @@ class _Cursor:
         self.data = np.memmap(path, dtype=np.uint8, mode="r")
 
     def take(self, count):
+        """The next `count` bytes, mapped. Raises: InputError at the file's end."""
         if count > len(self.data) - self.place:
             raise InputError(f"truncated: {len(self.data) - self.place} bytes after byte {self.place}, wanted "
                              f"{count}; fetch the file again", file=self.path)
@@ -70,12 +71,14 @@ class _Cursor:
         return self.data[self.place - count:self.place]
 
     def number(self, code):
+        """The next number; code: its type in the module struct."""
         return struct.unpack("<" + code, self.take(struct.calcsize(code)).tobytes())[0]
 
     def string(self):
         return self.take(self.number("Q")).tobytes().decode("utf-8", errors="surrogateescape")
 
     def value(self, kind):
+        """The next metadata value; kind: its GGUF type number."""
         if kind == STRING:
             return self.string()
         if kind == ARRAY:
@@ -86,6 +89,7 @@ class _Cursor:
         return np.frombuffer(self.take(self.dtype(kind).itemsize), self.dtype(kind))[0].item()
 
     def dtype(self, kind):
+        """The numpy type of a GGUF type number. Raises: InputError."""
         if kind not in SCALARS:
             raise InputError(f"unknown metadata type {kind} near byte {self.place}: the file is damaged, or has nested "
                              "arrays, which are not supported; fetch it again", file=self.path)

@@ -31,6 +31,8 @@ SIZES = {
 
 @dataclass(frozen=True)
 class GPT2Config:
+    """Sizes of a GPT-2. The defaults are the smallest published model's."""
+
     vocab: int = 50257              # V
     context: int = 1024             # longest row in tokens; each position has a learned vector
     width: int = 768                # C
@@ -76,6 +78,7 @@ class MLP(nn.Module):
 
 
 def gelu(x):
+    """GELU in the tanh form."""
     return F.gelu(x, approximate="tanh")
 
 

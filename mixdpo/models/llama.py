@@ -125,6 +125,7 @@ class MLP(nn.Module):
 
 
 def swiglu(gate, up):
+    """silu(gate) * up, elementwise."""
     return F.silu(gate) * up
 
 
