@@ -1,17 +1,20 @@
-"""logprob.py's two routes in Triton, for CUDA: the same numbers from fewer passes through memory.
+"""logprob.py's two routes in Triton, for CUDA: the same numbers with fewer passes through memory.
 
-    forward_kernel    l = W h (+ A_k (B_k h)) tile by tile; of each row only the largest logit, the sum of exponentials
-                      and the target's logit leave the chip: the logits (N,V) never exist
-    backward_kernel   the same tile once more, and of it the gradient d l_k[v] = grad_k (1[v=y] - p_k[v]), summed over
-                      the experts, which large matrix products turn into those of rows and weight; on its way what the
-                      low-rank factors get
-    rows_kernel       logits that are kept become their own gradient, in place: one read, one write
+    forward_kernel    l = W h (+ A_k (B_k h)), tile by tile. For each row it stores only the largest logit, the sum of
+                      exponentials and the target's logit: the logits (N,V) never exist
+    backward_kernel   computes each tile again, and its gradient d l_k[v] = grad_k (1[v=y] - p_k[v]). The sum over the
+                      experts goes to `d`, from which matrix products give the gradients of rows and weight. The
+                      gradients of the low-rank factors are added up in the kernel
+    rows_kernel       replaces stored logits by their gradient, in place: one read, one write
 
-The vocabulary product is made once for K low-rank experts. Rows are split among programs, and so is the vocabulary:
-few rows fill a GPU too; the parts of each logsumexp are joined outside. Sums are float32 whatever the inputs' dtype,
-and float32 products are exact products (no tf32). No size has to be a multiple of anything. Left out: the two products
-behind backward_kernel, which the matrix library does at the rate of the hardware; and full heads, which share nothing.
-TRITON_INTERPRET=1 runs all of this on the CPU.
+K low-rank experts share one vocabulary product. The programs split the rows and the vocabulary, so few rows fill a GPU
+too; the parts of each logsumexp are combined outside the kernel. Sums are float32 for every dtype of the inputs, and
+float32 products are exact (no tf32). No size must be a multiple of another. Left out: the two products after
+backward_kernel, which the matrix library computes at the rate of the hardware; and full heads, which share no product.
+With TRITON_INTERPRET=1 all of this runs on the CPU.
+
+Glossary: N rows, V vocabulary, C width, K experts, R rank; KP, RP: K, R padded for the hardware; BN, BV, BC: size of a
+tile; I row blocks, J vocabulary tiles, S vocabulary parts.
 """
 
 import math
@@ -21,8 +24,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-CHUNK = 64 * 2**20                  # bytes of gradient of logits that live at any time, in backward
-SPLITS = 264                        # programs that fill an H100: two for each of its 132 processors
+CHUNK = 64 * 2**20                  # bytes for gradients of logits at any time in backward
+SPLITS = 264                        # programs that fill an H100: two for each of its 132 multiprocessors
 
 
 @triton.jit
@@ -39,7 +42,7 @@ def tile_product(rows, weight, n, v, N, V, C: tl.constexpr, BN: tl.constexpr, BV
 
 @triton.jit
 def expert_logits(product, u, A, k, n, v, N, V, R: tl.constexpr, RP: tl.constexpr):
-    """Expert k's logits of the tile: the product, and on it A_k u_k where there are factors; -inf beyond V."""
+    """Expert k's logits (BN,BV) of the tile: the product, plus A_k u_k if R > 0; -inf beyond V."""
     logits = product
     if R > 0:
         r = tl.arange(0, RP)
@@ -53,8 +56,9 @@ def expert_logits(product, u, A, k, n, v, N, V, R: tl.constexpr, RP: tl.constexp
 def forward_kernel(rows, weight, u, A, targets, top, total, chosen, peak, N, V, span, C: tl.constexpr, K: tl.constexpr,
                    KP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
                    BC: tl.constexpr, SKIP: tl.constexpr):
-    """Program (i, s): BN rows, `span` tokens of the vocabulary -> top, total, chosen (S,K,N) of that part; and where
-    tiles are to be skipped, peak (I,J): how far each tile's logits stay below the largest so far, at the nearest."""
+    """Program (i, s): BN rows and `span` tokens of the vocabulary -> top, total, chosen (S,K,N) of that part: largest
+    logit, sum of exp(logit - top), target's logit. SKIP: also peak (I,J), the maximum over the tile's rows and experts
+    of (largest logit of the tile - largest logit so far)."""
     n, part = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1)
     target = tl.load(targets + n, mask=n < N, other=-1)
     experts = tl.arange(0, KP)
@@ -67,7 +71,7 @@ def forward_kernel(rows, weight, u, A, targets, top, total, chosen, peak, N, V, 
         for k in range(K):
             logits = expert_logits(product, u, A, k, n, v, N, V, R, RP)
             mine = (experts == k)[:, None]
-            before = tl.max(tl.where(mine, best, -float("inf")), 0)         # (BN,) of this expert
+            before = tl.max(tl.where(mine, best, -float("inf")), 0)         # (BN,) this expert's largest so far
             now = tl.maximum(before, tl.max(logits, 1))
             grown = tl.sum(tl.exp(logits - now[:, None]), 1)
             mass = tl.where(mine, mass * tl.exp(before - now) + grown, mass)
@@ -87,9 +91,9 @@ def forward_kernel(rows, weight, u, A, targets, top, total, chosen, peak, N, V, 
 def backward_kernel(rows, weight, u, A, targets, top, total, grad, d, d_u, d_A, wanted, N, V, begin, width,
                     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr,
                     BV: tl.constexpr, BC: tl.constexpr, SKIP: tl.constexpr):
-    """Program (i, j): BN rows, BV of the tokens begin .. begin + width - 1 -> d (N,width), the experts' gradients of
-    the logits, summed; added to d_u (K,N,R) and d_A (K,V,R), float32, what the tile gives to the factors. A tile that
-    is not wanted (I,J) is left as it is: d holds zeros."""
+    """Program (i, j): BN rows and BV of the tokens begin .. begin + width - 1. Writes to d (N,width) the gradients of
+    the logits, summed over the experts. Adds the tile's part of the factors' gradients to d_u (K,N,R) and d_A (K,V,R),
+    float32. SKIP: a tile with wanted (I,J) = 0 is skipped; the caller has filled d with zeros."""
     needed = True
     if SKIP:
         needed = tl.load(wanted + tl.program_id(0) * tl.cdiv(V, BV) + begin // BV + tl.program_id(1)) != 0
@@ -102,9 +106,9 @@ def backward_kernel(rows, weight, u, A, targets, top, total, grad, d, d_u, d_A, 
 def backward_tile(rows, weight, u, A, targets, top, total, grad, d, d_u, d_A, N, V, begin, width, C: tl.constexpr,
                   K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
                   BC: tl.constexpr):
-    """What a program of backward_kernel does."""
+    """One tile of backward_kernel."""
     n, at = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BV + tl.arange(0, BV)
-    v = begin + at                                      # width: a multiple of BV, but at the vocabulary's end
+    v = begin + at                                      # width is a multiple of BV, except for the last chunk
     target = tl.load(targets + n, mask=n < N, other=-1)
     product = tile_product(rows, weight, n, v, N, V, C, BN, BV, BC)
     d_product = tl.zeros((BN, BV), tl.float32)
@@ -131,7 +135,8 @@ def backward_tile(rows, weight, u, A, targets, top, total, grad, d, d_u, d_A, N,
 
 @triton.jit
 def rows_kernel(logits, targets, grad, top, total, chosen, V, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
-    """Program n: a row of logits (V,). Forward: its top, total and chosen. Backward: the row becomes its gradient."""
+    """Program n: one row of logits (V,). Forward: writes its top, total and chosen. Backward: replaces the row by its
+    gradient."""
     n = tl.program_id(0)
     row, target = logits + n.to(tl.int64) * V, tl.load(targets + n)
     if BACKWARD:
@@ -142,13 +147,13 @@ def rows_kernel(logits, targets, grad, top, total, chosen, V, BACKWARD: tl.const
             d = g * (tl.where(v == target, 1.0, 0.0) - tl.exp(x - largest) / mass)
             tl.store(row + v, d.to(logits.dtype.element_ty), mask=v < V)
     else:
-        best = tl.full((BLOCK,), -float("inf"), tl.float32)                 # of each lane; joined at the end
+        best = tl.full((BLOCK,), -float("inf"), tl.float32)                 # for each lane; combined at the end
         mass = tl.zeros((BLOCK,), tl.float32)
         for first in range(0, V, BLOCK):
             v = first + tl.arange(0, BLOCK)
             x = tl.load(row + v, mask=v < V, other=-float("inf")).to(tl.float32)
             now = tl.maximum(best, x)
-            shift = tl.where(now == -float("inf"), 0.0, now)                # a lane beyond a short vocabulary has none
+            shift = tl.where(now == -float("inf"), 0.0, now)                # lanes beyond a short vocabulary: -inf
             mass = mass * tl.exp(best - shift) + tl.exp(x - shift)
             best = now
         largest = tl.max(best, 0)
@@ -159,23 +164,23 @@ def rows_kernel(logits, targets, grad, top, total, chosen, V, BACKWARD: tl.const
 
 
 def tiling(dtype: torch.dtype, experts: int) -> dict[str, int]:
-    """Rows, vocabulary and width of a tile, and how many warps work on it: the largest that spill no register on an
-    H100, where 16-bit products run on matrix units and exact float32 ones do not."""
+    """Rows, vocabulary tokens and width of a tile, and its warps and pipeline stages. The largest tile that spills no
+    register on an H100, where 16-bit products run on matrix units and exact float32 products do not."""
     sizes = (32, 64, 32) if dtype == torch.float32 else (128, 128, 64) if experts == 1 else (128, 64, 64)
     stages = 2 if dtype == torch.float32 else 3
     return dict(zip(("BN", "BV", "BC"), sizes)) | {"num_warps": 8, "num_stages": stages}
 
 
 def padded(size: int) -> int:
-    """What a matrix unit wants of the inner size of a product: a power of two, 16 or more."""
+    """The inner size of a product, padded as matrix units require: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(size))
 
 
 class FusedLogps(torch.autograd.Function):
     """As logprob.TiledLogps: rows (N,C), W (V,C), A (K,V,R) or None, B (K,R,C) or None, targets (N,) -> (K,N).
 
-    skip: in backward, tiles whose tokens all have probabilities below it, for all of its rows and experts, and which
-    hold no target, count as 0. What a row's gradient loses is at most sum_v |grad| skip |W_v|; a token's, at most
+    skip: a probability. Backward ignores a tile without a target if all its probabilities, for all rows and experts,
+    are below `skip`. The error of a row's gradient is at most sum_v |grad| skip |W_v|; of a token's gradient, at most
     sum_n |grad_n| skip |h_n|."""
 
     @staticmethod
@@ -221,10 +226,10 @@ class FusedLogps(torch.autograd.Function):
         d_W = torch.empty_like(W) if need_W else None
         d_u = None if A is None else torch.zeros_like(u, dtype=torch.float32)
         d_A = None if A is None else torch.zeros_like(A, dtype=torch.float32)
-        held = torch.empty(N * width, dtype=W.dtype, device=W.device)       # one allocation, used by every chunk
+        buffer = torch.empty(N * width, dtype=W.dtype, device=W.device)     # one allocation for all chunks
         for begin in range(0, V, width):
             here = min(width, V - begin)
-            d = held[: N * here].view(N, here)
+            d = buffer[: N * here].view(N, here)
             d = d if wanted is None else d.zero_()
             if N:
                 backward_kernel[(triton.cdiv(N, BN), triton.cdiv(here, BV))](
@@ -241,7 +246,8 @@ class FusedLogps(torch.autograd.Function):
 
 
 class KeptLogps(torch.autograd.Function):
-    """The same for one head and few rows: the logits are kept, and in backward become their own gradient in place."""
+    """Equals FusedLogps for one head, without low-rank factors: rows (N,C), W (V,C), targets (N,) -> (1,N). For few
+    rows: the logits are stored, and backward replaces them by their gradient in place."""
 
     @staticmethod
     def forward(ctx, rows, W, targets):

@@ -1,1 +1,1 @@
-"""Files: fetched with a checksum, and written completely or not at all."""
+"""Files: downloads with a checksum, and atomic writes."""

@@ -1,8 +1,11 @@
-"""Files that are whole or not there, and known to be whole.
+"""Atomic writes: a reader finds the old file or the new one, never a part of one.
 
-A file is written under another name, synced, and renamed; its folder is synced too. Whoever reads finds the old one or
-the new one. Tensors lie in safetensors, beside a JSON of facts and the sha256 of both: a bit that has turned since is
-found when they are read. One process at a time owns a folder.
+    replacing      a temporary file in the same folder is written, synced to the disk and renamed; the folder is synced
+    write_tensors  tensors and a JSON of facts in one safetensors file, with the sha256 of both
+    read_tensors   the same back; a changed bit is an error
+    alone          a lock: one process at a time works in a folder
+
+Text files are written by `write_whole` in config.py, which must not import this module.
 """
 
 import contextlib
@@ -11,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +25,44 @@ from mixdpo.config import InputError, to_json
 
 
 class Damaged(InputError):
-    """A file that is not what was written."""
+    """A file whose content differs from what was written."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields the path of a temporary file for the caller to write; then that file becomes `path`.
+
+    If the caller or the disk fails, `path` keeps its old content and the temporary file is removed. Raises: OSError.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        sync(part)
+        os.replace(part, path)
+        sync(path.parent)                                                   # the new name survives a power cut
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's file names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def save_tensors(part: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file to `part`, for use within `replacing`. Raises: OSError if the disk refuses."""
+    try:
+        save_file(tensors, part, metadata)
+    except SafetensorError as error:                                        # so safetensors reports a full disk
+        raise OSError(f"{part}: {error}") from None
+    os.chmod(part, part.parent.stat().st_mode & 0o666)                      # safetensors lets its owner alone read it
 
 
 def digest(tensors: dict[str, torch.Tensor], facts: str) -> str:
@@ -34,53 +75,43 @@ def digest(tensors: dict[str, torch.Tensor], facts: str) -> str:
     return total.hexdigest()
 
 
+# safetensors writes its metadata in no fixed order. With one key, equal content gives equal bytes. Files that earlier
+# versions wrote have this key too.
+KEY = "whole"
+
+
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict) -> None:
-    """Raises: OSError if the disk does not take it; what lay there before still does."""
-    part, text = path.with_name(f"{path.name}.{os.getpid()}.part"), to_json(facts)
-    try:
-        try:
-            save_file(tensors, part, {"whole": json.dumps([digest(tensors, text), text])})  # one key: the same bytes
-            os.chmod(part, path.parent.stat().st_mode & 0o666)              # it makes them its owner's alone
-        except SafetensorError as error:                                    # how it tells of a full disk
-            raise OSError(f"{part}: {error}") from None
-        sync(part)
-        os.replace(part, path)
-        sync(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+    """Writes tensors and facts atomically, with their sha256. Raises: OSError; `path` keeps its old content then."""
+    text = to_json(facts)
+    with replacing(path) as part:
+        save_tensors(part, tensors, {KEY: json.dumps([digest(tensors, text), text])})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors and the facts of a file that write_tensors wrote. Raises: Damaged if it is not as it was then."""
+    """The tensors and facts of a file by `write_tensors`. Raises: Damaged if its content has changed since."""
     try:
         with safe_open(path, framework="pt") as file:
-            sha256, text = json.loads((file.metadata() or {})["whole"])
+            sha256, text = json.loads((file.metadata() or {})[KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
-        raise Damaged(f"is not whole ({error})", file=path) from None
+        raise Damaged(f"is incomplete or was not written by this program ({error})", file=path) from None
     if digest(tensors, text) != sha256:
-        raise Damaged("its bytes are not those that were written", file=path)
+        raise Damaged("its content has changed since it was written: the sha256 differs", file=path)
     return tensors, json.loads(text)
 
 
-def sync(path: Path) -> None:
-    """To the disk itself: a file's bytes, or a folder's names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# --- folders ----------------------------------------------------------------------------------------------------------
 
 
 def must_be_writable(folder: Path) -> None:
-    """Raises: OSError, with the system's number, if nothing can be written into the folder; root is asked too."""
+    """Raises: OSError, with the system's error number, if the folder cannot be written to. This holds for root too."""
     if not os.access(folder, os.W_OK):
         number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
         raise OSError(number, os.strerror(number), str(folder))
 
 
 def noted(path: Path) -> dict:
-    """The object of a JSON file; {} if there is none, or none that can be read."""
+    """The object in a JSON file; {} if the file is missing, unreadable or holds no object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -88,30 +119,34 @@ def noted(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def must_be_own(out: Path, inputs: list[tuple[str, str]], mark: str, fields: set[str], early: set[str] = set()) -> None:
-    """Raises: InputError unless `out` may be written into: it is new or empty, or an earlier run of the same program
-    wrote it, and it is not the folder of an input, (option, path) each.
+def must_be_own(out: Path, inputs: list[tuple[str, str]], mark: str, fields: set[str],
+                early: set[str] | frozenset[str] = frozenset()) -> None:
+    """Raises: InputError unless the program may write into the folder `out`.
 
-    Such a run has a JSON file `mark` with these fields; one that was killed before it has only files named in `early`.
+    It may if `out` is new, empty, or from an earlier run of the same program, and holds no input file.
+    inputs: (option, path) of each input. mark: the JSON file that every run writes, with at least these `fields`.
+    early: the files that a run writes before `mark`; a run that was killed early has only these.
     """
     for option, path in inputs:
         place = Path(path)
         folder = place if place.is_dir() else place.parent
         if path and place.exists() and out.exists() and out.samefile(folder):
-            raise InputError(f"got {out}, the folder of --{option} {path}, whose files could be overwritten; choose a "
-                             "folder of its own", option="out")
+            raise InputError(f"got {out}, which holds the input --{option} {path}; its files could be overwritten: "
+                             "choose another folder", option="out")
     if out.exists() and not out.is_dir():
         raise InputError(f"got {out}, which is a file; wanted a folder", option="out")
-    there = {path.name for path in (out.iterdir() if out.exists() else ()) if path.suffix != ".part"}
-    if not fields <= noted(out / mark).keys() and there - early:
-        raise InputError(f"{out} holds files that no run of this program wrote ({', '.join(sorted(there)[:3])}); "
+    names = {path.name for path in (out.iterdir() if out.exists() else ()) if path.suffix != ".part"}
+    if not fields <= noted(out / mark).keys() and names - early:
+        raise InputError(f"{out} holds files that no run of this program wrote ({', '.join(sorted(names)[:3])}); "
                          "choose a folder that is new or empty", option="out")
 
 
 @contextlib.contextmanager
-def alone(folder: Path):
-    """Makes the folder, and holds it for this process; one that stays empty is taken away again. The system lets go of
-    it whenever the process ends. Raises: InputError if another process holds it."""
+def alone(folder: Path) -> Iterator[None]:
+    """Creates the folder and locks it for this process; at the end an empty new folder is removed again.
+
+    The system drops the lock when the process ends, however it ends. Raises: InputError if another process has it.
+    """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -119,7 +154,7 @@ def alone(folder: Path):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError("another process is at work in it; wait for it, or choose another folder",
+            raise InputError("another process is using this folder; wait until it ends, or choose another folder",
                              file=folder) from None
         yield
     finally:

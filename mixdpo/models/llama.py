@@ -3,14 +3,14 @@
     x_0     = embed_tokens[ids]
     x      <- x + o_proj(attend(rope(q_proj(n)), rope(k_proj(n)), v_proj(n)))      n = rms(x), each of L blocks
     x      <- x + down_proj(silu(gate_proj(n)) * up_proj(n))                       n = rms(x)
-    hidden  = rms(x_L)                                     (N, T, C): logits, hidden @ unembedding.T, are logprob.py's
+    hidden  = rms(x_L)                                     (N, T, C); logprob.py makes logits, hidden @ unembedding.T
 
     rms(x)  = g * x / sqrt(mean(x^2) + eps)
-    rope    turns the pair (x_i, x_{i + D/2}) of a head by the angle position * f_i,  f_i = theta^(-2i/D), i < D/2
+    rope    rotates the pair (x_i, x_{i + D/2}) of a head by the angle position * f_i,  f_i = theta^(-2i/D), i < D/2
 
-Positions enter only through rope. Parameters carry the names of the published checkpoints, so that weights.py needs no
-table of names. Norms and angles are computed in fp32 whatever the weights' dtype. Left out: biases, dropout (everywhere
-and on purpose), and scalings of rope other than Llama 3's.
+Positions enter only through rope. Parameters have the names of the published checkpoints, so weights.py needs no table
+of names. Norms and angles are computed in fp32 for every dtype of the weights. Left out on purpose: dropout, biases,
+and scalings of rope other than Llama 3's.
 """
 
 import math
@@ -27,31 +27,31 @@ from mixdpo.models.attention import KVCache, attend
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How Llama 3.1 and 3.2 stretch a context: slow frequencies are divided by `factor`, fast ones kept."""
+    """How Llama 3.1 and 3.2 extend the context: slow frequencies are divided by `factor`, fast ones kept."""
 
     factor: float                   # 8 in Llama 3.1, 32 in 3.2
-    low: float = 1.0                # fewer turns than this over the original context: slow
-    high: float = 4.0               # more turns than this: fast
-    original: int = 8192            # the context before stretching
+    low: float = 1.0                # a frequency with fewer turns over the original context is slow
+    high: float = 4.0               # a frequency with more turns is fast
+    original: int = 8192            # the original context, in tokens
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The defaults are SmolLM2-135M's."""
+    """Sizes of a Llama. The defaults are SmolLM2-135M's."""
 
     vocab: int = 49152              # V
-    context: int = 8192             # longest row
+    context: int = 8192             # longest row in tokens
     width: int = 576                # C
     inner: int = 1536               # width inside the MLP
     layers: int = 30                # L
     heads: int = 9                  # H
-    kv_heads: int = 3               # H_kv: each serves H / H_kv query heads
+    kv_heads: int = 3               # H_kv: H / H_kv query heads share one
     head_dim: int | None = None     # D; None: C / H
     eps: float = 1e-5               # of the RMS norms
     theta: float = 100000.0         # base of rope's frequencies
     scaling: RopeScaling | None = None
     tied: bool = True               # the unembedding is the token embedding
-    bos: int | None = None          # bos and eos are only kept, from config.json to config.json
+    bos: int | None = None          # bos and eos are not used here; they are read from config.json and saved to it
     eos: int | tuple | None = None
 
     def __post_init__(self):
@@ -59,28 +59,31 @@ class LlamaConfig:
             assert self.width % self.heads == 0, f"width {self.width} is not heads {self.heads} times a head_dim"
             object.__setattr__(self, "head_dim", self.width // self.heads)
         assert self.heads % self.kv_heads == 0, f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}"
-        assert self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd, and rope turns pairs"
+        assert self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd; rope rotates pairs, so it must be even"
 
 
 def rope_frequencies(config, device=None):
-    """f_i, in radians a token, (D/2,) fp32."""
+    """f_i in radians per token, (D/2,) fp32."""
     D = config.head_dim
     f = 1.0 / config.theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
     if config.scaling is None:
         return f
     s = config.scaling
     turns = s.original * f / (2 * math.pi)              # over the original context
-    keep = ((turns - s.low) / (s.high - s.low)).clamp(0, 1)     # 1: fast, left as it is; 0: slow, stretched in full
+    keep = ((turns - s.low) / (s.high - s.low)).clamp(0, 1)     # 1: fast, kept; 0: slow, divided by the factor
     return f * (keep + (1 - keep) / s.factor)
 
 
 def rotate(x, cos, sin):
-    """x (N, H, T, D); cos, sin (T, D/2) or (N, 1, T, D/2). The products are fp32 by promotion; the result is as x."""
-    a, b = x.chunk(2, dim=-1)                           # halves, not neighbours: the checkpoints' layout
+    """rope: x (N, H, T, D) rotated; cos, sin (T, D/2) or (N, 1, T, D/2), fp32. Computed in fp32; the result has x's
+    dtype."""
+    a, b = x.chunk(2, dim=-1)                           # pairs are (i, i + D/2): the layout of the checkpoints
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
+    """x (..., C) -> (..., C)."""
+
     def __init__(self, width, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
@@ -92,6 +95,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """x (N, T, C) -> (N, T, C). cos, sin: see `rotate`."""
+
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
@@ -107,6 +112,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """x (N, T, C) -> (N, T, C). keep: see fast/memory.py."""
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.width, config.inner, bias=False)
@@ -118,10 +125,13 @@ class MLP(nn.Module):
 
 
 def swiglu(gate, up):
+    """silu(gate) * up, elementwise."""
     return F.silu(gate) * up
 
 
 class Block(nn.Module):
+    """One transformer block: x (N, T, C) -> (N, T, C). layer: its index in the cache; window: see attention.py."""
+
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.width, config.eps)
@@ -137,8 +147,8 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """model(ids) (N, T) int64 -> hidden (N, T, C), final norm applied, all positions. With a cache: see KVCache.
 
-    `checkpointing = True` keeps one (N, T, C) tensor a block for backward and computes the block again: the same
-    gradients for less memory and a third more time.
+    With `checkpointing = True` each block keeps only its input (N, T, C) for backward and is computed again there:
+    the same gradients, less memory, a third more time.
     """
 
     def __init__(self, config):
@@ -155,14 +165,14 @@ class Llama(nn.Module):
 
     @property
     def unembedding(self):
-        """The parameter (V, C) that turns hidden states into logits; when config.tied, the token embedding itself."""
+        """The parameter (V, C) that maps hidden states to logits; if config.tied, it is the token embedding."""
         return self.embed_tokens.weight if self.config.tied else self.lm_head.weight
 
     def new_cache(self, rows, tokens):
-        """An empty cache for `rows` rows of up to `tokens` tokens each, in the model's dtype and on its device."""
+        """An empty KVCache for `rows` rows of up to `tokens` tokens, in the model's dtype and on its device."""
         c, weight = self.config, self.embed_tokens.weight
         assert tokens <= c.context, f"got {tokens} tokens a row, want at most the context of {c.context}"
-        return KVCache(c.layers, rows, c.kv_heads, tokens, c.head_dim, weight.dtype, weight.device)
+        return KVCache((c.layers, rows, c.kv_heads, tokens, c.head_dim), weight.dtype, weight.device)
 
     def forward(self, ids, cache=None, window=None):
         (N, T), most = ids.shape, self.config.context

@@ -1,19 +1,18 @@
-"""Weights in and out: Hugging Face directories and GGUF files <-> GPT2 | Llama.
+"""Loads and saves weights: Hugging Face directories and GGUF files <-> GPT2 | Llama.
 
     load_model("smollm2" | "gpt2" | "llama-3.2-1b" | directory | file.gguf)     -> model, in eval mode
-    save_model(model, directory)          -> config.json, model.safetensors: transformers' from_pretrained opens it
-    content_key(model)                    -> a name for exactly these weights
+    save_model(model, directory)          writes config.json, model.safetensors; transformers' from_pretrained opens it
+    content_key(model)                    -> sha256 of configuration and weights
 
-The quirks of the published formats live here, and those of config.json in hfconfig.py. Loading is strict: a tensor that
-is missing, unknown or misshapen is an error that names it. Only safetensors and GGUF are read: they hold numbers and
-cannot run code, as pickled files (.bin, .pt, .pth) can. Files are mapped and tensors read one at a time, so loading
-takes the model's own memory and one tensor more.
+The special cases of the published formats are handled here, and those of config.json in hfconfig.py. Loading is strict:
+a missing or unknown tensor, or a wrong shape, is an error that names the tensor. Only safetensors and GGUF are read:
+they hold numbers and cannot run code, as pickled files (.bin, .pt, .pth) can. Files are mapped and tensors read one at
+a time, so loading needs the model's own memory plus one tensor.
 """
 
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,10 @@ from typing import Callable
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from mixdpo.config import InputError, reading
 from mixdpo.files import fetch
+from mixdpo.files.atomic import replacing, save_tensors
 from mixdpo.models.gguf import read_gguf
 from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.models.hfconfig import checked, config_from_json, config_to_json, read_json
@@ -35,13 +34,13 @@ MODELS = {GPT2Config: GPT2, LlamaConfig: Llama}
 # GPT-2's checkpoints hold these as (in, out), the layout of its "Conv1D"; nn.Linear is (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
-# What transformers puts before the names in a model with an unembedding; the hub's own gpt2 file has none.
+# The prefix of names in transformers' models with an unembedding. The hub's own gpt2 file has no prefix.
 PREFIX = {GPT2: "transformer.", Llama: "model."}
 
-# Constants that old versions of transformers saved among the weights, causal masks and rope frequencies: skipped.
+# Constants that old versions of transformers saved with the weights: causal masks and rope frequencies. Skipped.
 BUFFERS = {GPT2: (".attn.bias", ".attn.masked_bias"), Llama: (".rotary_emb.inv_freq",)}
 
-# GGUF's names of Llama's tensors -> ours, the ones outside of blocks and those of block N: "blk.N." -> "layers.N.".
+# GGUF's names of Llama's tensors -> ours: outside of blocks, and within block N ("blk.N." -> "layers.N.").
 GGUF_TOP = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
 GGUF_BLOCK = {
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
@@ -54,7 +53,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that still lies in its file: its shape, and the function that reads it."""
+    """A tensor that is still in its file: its shape, and the function that reads it."""
 
     shape: tuple
     read: Callable[[], torch.Tensor]
@@ -64,29 +63,29 @@ class Stored:
 
 
 def load_model(name, dtype=None, device=None, data=None):
-    """-> GPT2 | Llama in eval mode, its parameters requiring gradients. dtype None: fp32, whatever the file holds.
+    """-> GPT2 | Llama in eval mode; its parameters require gradients. dtype None: fp32, for every dtype of the file.
 
     name: "smollm2" or "gpt2" (both fetched), "llama-3.2-1b", a Hugging Face directory, or a .gguf file.
-    data: a local folder that is looked into before anything is fetched; a model directory `name` in it counts.
-    Raises: InputError naming the file and what is wrong with it, a tensor that holds NaN or an infinity included.
+    data: a local folder that is searched before anything is fetched; it may hold a model directory `name`.
+    Raises: InputError with the file and its fault, for example a tensor that contains NaN or an infinity.
     """
     return _build(*_open(name, data), dtype, device)
 
 
 def config_of(name, data=None):
-    """-> GPT2Config | LlamaConfig of what load_model(name, data=data) reads; no weight is read."""
+    """-> GPT2Config | LlamaConfig of the model that load_model(name, data=data) loads. No weights are read."""
     return _open(name, data)[0]
 
 
 def _open(name, data):
-    """-> configuration, name -> Stored, Path."""
+    """-> configuration, {name: Stored}, Path of the model."""
     path = locate(name, data)
     with reading(path):
         return _open_path(name, path)
 
 
 def _open_path(name, path):
-    if name == "gpt2" and path.is_file():               # the hub's one file: its configuration is known
+    if name == "gpt2" and path.is_file():               # the hub's file of weights; its configuration is known
         return GPT2Config(bos=50256, eos=50256), _open_safetensors([path]), path
     if path.is_dir():
         return config_from_json(path / "config.json"), _open_safetensors(_weight_files(path)), path
@@ -94,12 +93,12 @@ def _open_path(name, path):
         return *_open_gguf(path), path
     if path.suffix in PICKLED:
         raise _pickle_error(path)
-    raise InputError("wanted smollm2, gpt2, llama-3.2-1b, a directory with config.json and *.safetensors, or a .gguf "
-                     "file; it is none of these", file=name)
+    raise InputError("no such model; wanted smollm2, gpt2, llama-3.2-1b, a directory with config.json and "
+                     "*.safetensors, or a .gguf file", file=name)
 
 
 def locate(name, data=None):
-    """-> Path of what load_model(name, data=data) reads: a Hugging Face directory, or a file, which may be fetched."""
+    """-> Path of the Hugging Face directory or file that load_model(name, data=data) reads. The file may be fetched."""
     if data is not None and (Path(data) / name / "config.json").is_file():
         return Path(data) / name
     if name == "llama-3.2-1b":
@@ -108,7 +107,8 @@ def locate(name, data=None):
 
 
 def _build(config, tensors, where, dtype, device):
-    """The model of `config`, each parameter read from `tensors` (the file's names -> Stored)."""
+    """The model of `config`, with parameters read from `tensors` (the file's names -> Stored). where: the file or
+    directory, for errors."""
     with torch.device("meta"):                          # shapes only: nothing is allocated or initialised
         model = MODELS[type(config)](config)
     tensors = _our_names(type(model), tensors, where)
@@ -117,8 +117,8 @@ def _build(config, tensors, where, dtype, device):
         head = tensors.pop("lm_head.weight").read()
         embedding = next(name for name, p in parameters.items() if p is model.unembedding)
         if embedding in tensors and not torch.equal(head, tensors[embedding].read()):
-            raise InputError("its configuration ties the unembedding to the embedding, but lm_head.weight is another "
-                             'matrix; set "tie_word_embeddings": false in config.json if it is to be used', file=where)
+            raise InputError("config.json ties the unembedding to the embedding, but lm_head.weight differs from it; "
+                             'set "tie_word_embeddings": false in config.json to use lm_head.weight', file=where)
     _check_tensors({n: tuple(p.shape) for n, p in parameters.items()}, {n: t.shape for n, t in tensors.items()}, where)
     dtype = dtype or torch.float32
     state = {name: tensors[name].read().to(device=device, dtype=dtype).contiguous() for name in parameters}
@@ -127,14 +127,14 @@ def _build(config, tensors, where, dtype, device):
 
 
 def _our_names(family, tensors, where):
-    """The file's names and layouts -> ours: prefix off, constant buffers out, GPT-2's four weights transposed."""
+    """The file's names and layouts -> ours: no prefix, no constant buffers, GPT-2's four weights transposed."""
     ours = {}
     for name, stored in tensors.items():
         name = name.removeprefix(PREFIX[family])
         if name.endswith(BUFFERS[family]):
             continue
         if name in ours:
-            raise InputError(f"holds {name} twice, with {PREFIX[family]!r} before it and without; remove one",
+            raise InputError(f"has {name} twice, with and without the prefix {PREFIX[family]!r}; remove one",
                              file=where)
         if family is GPT2 and name.endswith(TRANSPOSED):
             stored = Stored(stored.shape[::-1], lambda read=stored.read: read().t())
@@ -143,25 +143,25 @@ def _our_names(family, tensors, where):
 
 
 def _check_tensors(want, got, where):
-    """want, got: name -> shape. Raises InputError that names every difference (the first eight of a kind)."""
+    """want, got: name -> shape. Raises: InputError that names the first eight differences of each kind."""
     both = sorted(want.keys() & got.keys())
     faults = {
         "missing": sorted(want.keys() - got.keys()),
         "unknown": sorted(got.keys() - want.keys()),
-        "misshapen": [f"{n} is {got[n]}, wanted {want[n]}" for n in both if got[n] != want[n]],
+        "wrong shape": [f"{n} is {got[n]}, wanted {want[n]}" for n in both if got[n] != want[n]],
     }
     parts = [f"{kind}: {', '.join(names[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
              for kind, names in faults.items() if names]
     if parts:
-        raise InputError(f"its tensors are not those of its configuration; {'; '.join(parts)}. Use weights and "
-                         "config.json that belong together", file=where)
+        raise InputError(f"its tensors do not match its configuration; {'; '.join(parts)}. Use weights and "
+                         "config.json of the same model", file=where)
 
 
 # --- safetensors ------------------------------------------------------------------------------------------------------
 
 
 def _weight_files(directory):
-    """The safetensors files of a Hugging Face directory: the single one, or the shards that the index names."""
+    """The safetensors files of a Hugging Face directory: the single file, or the shards in the index."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -169,7 +169,7 @@ def _weight_files(directory):
         shards = sorted(set(read_json(index)["weight_map"].values()))
         for shard in shards:
             if Path(shard).name != shard or not (directory / shard).is_file():
-                raise InputError(f"names the shard {shard!r}, which is not in {directory}; fetch it again", file=index)
+                raise InputError(f"lists the shard {shard!r}, which is not in {directory}; fetch it again", file=index)
         return [directory / shard for shard in shards]
     pickled = sorted(p for p in directory.iterdir() if p.suffix in PICKLED)
     if pickled:
@@ -178,18 +178,18 @@ def _weight_files(directory):
 
 
 def _pickle_error(path):
-    return InputError("is a pickled file, which can run any code when it is opened, and is not read. If you trust it, "
+    return InputError("is a pickled file; it is not read, because opening it can run any code. If you trust it, "
                       "convert it: transformers' AutoModelForCausalLM.from_pretrained(A).save_pretrained(B)", file=path)
 
 
 def _open_safetensors(files):
-    """-> name -> Stored over all files. Headers are checked against sizes: a truncated file or a pickle is refused."""
+    """-> {name: Stored} of all files. Raises: InputError if a file is truncated, pickled or quantised."""
     tensors = {}
     for file in files:
         try:
             handle = safe_open(file, "pt")
         except SafetensorError as error:
-            raise InputError(f"is not a whole safetensors file ({error}); fetch or convert it again",
+            raise InputError(f"is not a complete safetensors file ({error}); fetch or convert it again",
                              file=file) from None
         for name in handle.keys():
             part = handle.get_slice(name)
@@ -197,8 +197,8 @@ def _open_safetensors(files):
                 raise InputError(f"{name} is stored as {part.get_dtype()}, wanted floating point; use weights that are "
                                  "not quantised", file=file)
             if name in tensors:
-                raise InputError(f"holds {name}, as another shard does; fetch the directory whole again", file=file)
-            # clone: get_tensor points into the mapped file, which may be rewritten, and where tensors lie unaligned.
+                raise InputError(f"has {name}, which another shard has too; fetch the directory again", file=file)
+            # clone: get_tensor points into the mapped file, which may be rewritten and may be unaligned.
             read = lambda file=file, handle=handle, name=name: finite(handle.get_tensor(name), file, name).clone()
             tensors[name] = Stored(tuple(part.get_shape()), read)
     return tensors
@@ -208,19 +208,19 @@ def _open_safetensors(files):
 
 
 def _open_gguf(path):
-    """-> LlamaConfig, name -> Stored. The configuration comes from the file's own metadata."""
+    """-> LlamaConfig from the file's metadata, {name: Stored}. Raises: InputError."""
     meta, raw = read_gguf(path)
     kind, scaling = meta.get("general.architecture"), meta.get("llama.rope.scaling.type", "none")
     if kind != "llama" or scaling != "none":
-        raise InputError(f"architecture {kind!r}, rope scaling {scaling!r}; of GGUF files only 'llama' ones without a "
-                         "scaling of rope are read: give the model's Hugging Face directory instead", file=path)
+        raise InputError(f"architecture {kind!r}, rope scaling {scaling!r}, wanted a GGUF file of architecture 'llama' "
+                         "without rope scaling; give the model's Hugging Face directory instead", file=path)
     size = {key.removeprefix("llama."): value for key, value in meta.items()}
     heads = size["attention.head_count"]
     config = LlamaConfig(
         vocab=raw["token_embd.weight"].shape[0], context=size["context_length"], width=size["embedding_length"],
         inner=size["feed_forward_length"], layers=size["block_count"], heads=heads,
         kv_heads=size.get("attention.head_count_kv", heads), head_dim=size.get("attention.key_length"),
-        # Stored as fp32, 1e-5 reads 9.99999975e-06; six digits give back the number that was meant.
+        # In fp32, 1e-5 is 9.99999975e-06; rounding to six digits restores the intended number.
         eps=float(f"{size['attention.layer_norm_rms_epsilon']:.6g}"), theta=size.get("rope.freq_base", 10000.0),
         tied="output.weight" not in raw, bos=meta.get("tokenizer.ggml.bos_token_id"),
         eos=meta.get("tokenizer.ggml.eos_token_id"))
@@ -241,30 +241,31 @@ def _open_gguf(path):
 
 
 def finite(tensor, file, name):
-    """The tensor. Raises: InputError if it holds NaN or an infinity, which would be every number of a run later on. One
-    pass without a copy: NaN is the minimum and the maximum of whatever it stands among."""
+    """The tensor itself. Raises: InputError if it contains NaN or an infinity, which would spread to all later numbers.
+    One pass without a copy: aminmax returns NaN if there is any."""
     ends = torch.aminmax(tensor) if tensor.numel() else ()
     if not all(end.isfinite() for end in ends):
         bad = int((~tensor.isfinite()).sum())
-        raise InputError(f"the tensor {name} holds {bad} values that are NaN or infinite; wanted numbers: get the file "
-                         "again, or choose another model", file=file)
+        raise InputError(f"the tensor {name} holds {bad} values that are NaN or infinite, wanted finite numbers; fetch "
+                         "the file again, or choose another model", file=file)
     return tensor
 
 
 def unpermute(weight, head_dim):
-    """The rows of q or k, (H * D, C), from GGUF's order to the checkpoints'. In GGUF's the two rows that rope turns
-    together are neighbours, in the checkpoints' D/2 apart. Left undone, the perplexity is many times as high."""
+    """The rows of q or k, (H * D, C), from GGUF's order to the checkpoints'.
+
+    rope rotates rows in pairs. In GGUF the two rows of a pair are adjacent; in the checkpoints they are rows i and
+    i + D/2 of a head. Without this step the perplexity is many times as high."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(weight.shape)
 
 
-# --- saving, naming ---------------------------------------------------------------------------------------------------
+# --- saving, identity -------------------------------------------------------------------------------------------------
 
 
 def save_model(model, directory, unembedding=None):
-    """Writes config.json and model.safetensors, never half a file.
+    """Writes config.json and model.safetensors, both atomically. Raises: OSError.
 
-    unembedding: an expert's own (V, C), saved in the place of the model's; what is saved is then an untied model. The
-    model's own changes nothing.
+    unembedding: None, or an expert's (V, C), which is saved in place of the model's; the saved model is then untied.
     """
     family, config = type(model), model.config
     tensors = {name: p.detach() for name, p in model.named_parameters()}
@@ -281,17 +282,18 @@ def save_model(model, directory, unembedding=None):
 
 
 def write_pair(directory, weights, tensors, settings, document):
-    """directory/weights (safetensors) and directory/settings (JSON): each under another name first, then renamed."""
+    """Writes the files directory/weights (safetensors) and directory/settings (JSON), both atomically.
+
+    Both are complete before the first gets its name: a failed write changes neither. Raises: OSError."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / f"{weights}.part", metadata={"format": "pt"})
-    (directory / f"{settings}.part").write_text(json.dumps(document, indent=2) + "\n")
-    for name in (weights, settings):
-        os.replace(directory / f"{name}.part", directory / name)
+    with replacing(directory / settings) as settings_part, replacing(directory / weights) as weights_part:
+        save_tensors(weights_part, tensors, {"format": "pt"})
+        settings_part.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def content_key(model):
-    """sha256 (hex) over the configuration and every parameter's name, dtype, shape and bytes, in the names' order."""
+    """sha256 (hex) of the configuration and of every parameter's name, dtype, shape and bytes, sorted by name."""
     config = [type(model).__name__, dataclasses.asdict(model.config)]
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, p in sorted(model.named_parameters()):

@@ -1,30 +1,34 @@
-"""What noisy releases have spent of a privacy budget, all together: (epsilon, delta).
+"""The accountant: the privacy budget (epsilon, delta) that noisy releases have spent together.
 
-A mechanism adds Gaussian noise to a sum in which each example takes part with chance q, by itself, in every step
-(Poisson sampling; q = 1: all do). Neighbours differ in one example, added or removed. Measured by what one example can
-move the sum, the pair of outputs that tells most is one-dimensional (a dominating pair):
+A mechanism adds Gaussian noise to a sum. In every step each example independently takes part in the sum with
+probability q (Poisson sampling; q = 1: all take part). Neighbours differ in one example, added or removed. The unit is
+the most by which one example can move the sum. Then the worst case is one-dimensional (a dominating pair):
 
     with the example   P = (1 - q) N(0, sigma^2) + q N(1, sigma^2)
     without it         Q = N(0, sigma^2)
-    loss of privacy    L = log P(x)/Q(x) = log(1 - q + q exp((2x - 1) / (2 sigma^2)));  steps add up
-    removed            delta(epsilon) = E max(0, 1 - exp(epsilon - L)),  x from P
-    added              the same of -L, x from Q;  the larger of the two counts
+    privacy loss       L = log P(x)/Q(x) = log(1 - q + q exp((2x - 1) / (2 sigma^2)));  the losses of steps add up
+    removal            delta(epsilon) = E max(0, 1 - exp(epsilon - L)),  x from P
+    addition           the same with -L, x from Q;  the larger of the two deltas counts
 
-Two accountants, both upper bounds (Mironov, Talwar & Zhang 2019, arXiv 1908.10530: rdp, where removed is the worse way;
-Balle et al. 2020, arXiv 1905.09982, and Canonne, Kamath & Steinke 2020, arXiv 2004.00010: from there to epsilon):
+There are two accountants; both give upper bounds.
 
-    rdp, epsilon_rdp        Renyi divergences D_a = log E_Q (P/Q)^a / (a - 1) add up, some percent too large:
+    rdp, epsilon_rdp        Renyi divergences D_a = log E_Q (P/Q)^a / (a - 1) add up over steps. Some percent too large:
                             epsilon = min_a  D_a + log((a - 1)/a) - (log delta + log a) / (a - 1)
-    delta_of, epsilon_of    the distribution of L on a grid, composed by FFT: exact to about 1e-7 of epsilon (but for
-                            sigma below 0.04 or over 10^5 steps).
-                            A cell's mass goes to the cell's two ends so that its shares of P and of Q stay the same:
-                            delta is right for a step at grid points, and too large between ("connect the dots").
-                            Losses beyond the grid count as infinite; what the FFT may lose, by wrapping around
-                            (Chernoff's bound) and by rounding (as measured), is added to delta as CHARGE.
+                            Removal has the larger divergence (Mironov, Talwar & Zhang 2019, arXiv 1908.10530). The
+                            conversion is from Balle et al. 2020, arXiv 1905.09982, and Canonne, Kamath & Steinke
+                            2020, arXiv 2004.00010.
+    delta_of, epsilon_of    the distribution of L on a grid, composed by FFT. Relative error of epsilon about 1e-7
+                            (larger for sigma below 0.04 or for more than 10^5 steps).
+                            The mass of a grid cell moves to the two ends of the cell, so that its probabilities under P
+                            and under Q stay the same. For one step, delta is exact at grid points and too large
+                            between them ("connect the dots").
+                            Losses beyond the grid count as infinite. The FFT's error is added to delta as CHARGE: from
+                            wrapping around (Chernoff's bound) and from rounding (measured).
 
 Koskela et al. 2020, arXiv 1906.03049, and Gopi et al. 2021, arXiv 2106.02848 (FFT); Doroshenko et al. 2022, arXiv
-2207.04380 (connect the dots); Zhu, Dong & Wang 2022, arXiv 2106.08567 (dominating pairs compose, also where a step
-depends on earlier ones); Lebeda et al. 2024, arXiv 2405.20769 (the worse way of a step need not be that of many).
+2207.04380 (connect the dots); Zhu, Dong & Wang 2022, arXiv 2106.08567 (dominating pairs compose, also if a step
+depends on earlier steps); Lebeda et al. 2024, arXiv 2405.20769 (addition may be worse for many steps even if removal is
+worse for one).
 Left out: other noise, batches of fixed size, shuffling, neighbours that replace an example, delta below 1e-12.
 """
 
@@ -37,18 +41,18 @@ import numpy as np
 from mixdpo.config import InputError
 
 ORDERS = [1 + x / 10 for x in range(1, 100)] + list(range(12, 64))
-CHARGE = 1e-13          # added to delta, and 2e-16 a step: 1e-15 of it for sums that wrap around, the rest for rounding
-REACH = 9.0             # standard deviations of the noise that the grid covers; 1e-19 of a step is beyond
-EXACT, SEARCH = 1e-7, 1e-5          # relative error of epsilon from the grid: of what is returned, while searching
-LEAST, MOST = 2.0**-10, 2.0**20     # noise multipliers to search among
+CHARGE = 1e-13          # added to delta, plus 2e-16 per step: 1e-15 of it for wrapping around, the rest for rounding
+REACH = 9.0             # standard deviations of the noise that the grid covers; a step's mass beyond is 1e-19
+EXACT, SEARCH = 1e-7, 1e-5          # relative error of epsilon from the grid: of returned values, during a search
+LEAST, MOST = 2.0**-10, 2.0**20     # range of noise multipliers in the search
 
 
 @dataclass(frozen=True)
 class Mechanism:
     """Gaussian noise on a sum over examples drawn at random, `steps` times. Raises: InputError."""
 
-    sigma: float            # standard deviation of the noise, over what one example moves the sum by at most
-    rate: float = 1.0       # chance of an example to take part in a step
+    sigma: float            # standard deviation of the noise, in units of the most by which one example moves the sum
+    rate: float = 1.0       # probability that an example takes part in a step
     steps: int = 1
 
     def __post_init__(self):
@@ -57,12 +61,13 @@ class Mechanism:
 
 
 def require_delta(delta: float) -> None:
+    """Raises: InputError unless the accountant can handle this delta."""
     if not 10 * CHARGE <= delta < 1:
         raise InputError(f"got {delta}, wanted {10 * CHARGE:g} or more and less than 1", option="delta")
 
 
 def loss_at(x: np.ndarray, sigma: float, rate: float) -> np.ndarray:
-    """L in nats of outputs x: increasing, above log(1 - rate)."""
+    """L in nats of outputs x. It increases with x and is above log(1 - rate)."""
     with np.errstate(divide="ignore"):
         return np.logaddexp(np.log1p(-rate), math.log(rate) + (x - 0.5) / sigma**2)
 
@@ -71,16 +76,16 @@ def loss_at(x: np.ndarray, sigma: float, rate: float) -> np.ndarray:
 
 
 def rdp(mechanism: Mechanism, orders=ORDERS) -> np.ndarray:
-    """Renyi divergences of all its steps in nats: orders (A,) above 1, whole or not -> (A,).
+    """Renyi divergences of all steps together in nats: orders (A,), real numbers above 1 -> (A,).
 
-    E_Q (P/Q)^a by the trapezoidal rule, in log space: for functions as smooth as this one it is exact to rounding."""
+    E_Q (P/Q)^a by the trapezoidal rule in log space; for a function this smooth the rule is exact up to rounding."""
     sigma, rate, orders = mechanism.sigma, mechanism.rate, np.asarray(orders, dtype=float)
     if not (rate and mechanism.steps):
         return np.zeros_like(orders)
     if sigma == 0:
         return np.full_like(orders, np.inf)
     dx = sigma / 8
-    x = np.arange(-10 * sigma, orders.max() + 10 * sigma, dx)               # (P/Q)^a Q has its bulk between 0 and a
+    x = np.arange(-10 * sigma, orders.max() + 10 * sigma, dx)               # most of (P/Q)^a Q is between 0 and a
     log_q = -0.5 * (x / sigma) ** 2 - math.log(sigma * math.sqrt(2 * math.pi) / dx)
     loss = loss_at(x, sigma, rate)
 
@@ -92,7 +97,7 @@ def rdp(mechanism: Mechanism, orders=ORDERS) -> np.ndarray:
 
 
 def epsilon_rdp(mechanisms, delta: float, orders=ORDERS) -> float:
-    """Epsilon of all mechanisms together by Renyi divergences. Raises: InputError on delta."""
+    """Epsilon of all mechanisms together, by Renyi divergences. Raises: InputError on delta."""
     require_delta(delta)
     a = np.asarray(orders, dtype=float)
     total = sum((rdp(m, orders) for m in mechanisms), np.zeros_like(a))     # (A,)
@@ -101,30 +106,31 @@ def epsilon_rdp(mechanisms, delta: float, orders=ORDERS) -> float:
     return max(0.0, float(np.min(total + np.log((a - 1) / a) - (math.log(delta) + np.log(a)) / (a - 1))))
 
 
-# --- distributions of the loss ----------------------------------------------------------------------------------------
+# --- distributions of the privacy loss --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Losses:
-    """A distribution on a grid: the loss is h (first + i) with probability p_i, and otherwise infinite."""
+    """A distribution of privacy losses on a grid: h (first + i) nats with probability p_i, otherwise infinite."""
 
-    h: float
-    first: int
-    p: np.ndarray
-    infinite: float
+    h: float                # width of a cell, nats
+    first: int              # index of the first grid point
+    p: np.ndarray           # (m,)
+    infinite: float         # probability of an infinite loss
 
     def tail(self, epsilon: float) -> tuple[float, float]:
-        """Sums over losses l >= epsilon of p and of p exp(epsilon - l): their difference is delta's finite part."""
+        """Sums of p and of p exp(epsilon - l) over losses l >= epsilon. Their difference is delta's finite part."""
         start = int(np.clip(np.ceil(epsilon / self.h) - self.first, 0, len(self.p)))
         p, l = self.p[start:], self.h * np.arange(self.first + start, self.first + len(self.p))
         return float(p.sum()), float(p @ np.exp(epsilon - l))
 
     def delta(self, epsilon: float) -> float:
+        """Delta at this epsilon."""
         above, discounted = self.tail(epsilon)
         return min(1.0, above - discounted + self.infinite)
 
     def epsilon(self, delta: float) -> float:
-        """The smallest one, 0 or more, that goes with this delta."""
+        """The smallest epsilon, 0 or more, whose delta is at most this delta."""
         if self.delta(0.0) <= delta:
             return 0.0
         if self.infinite >= delta:
@@ -133,13 +139,13 @@ class Losses:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self.delta(self.h * middle) <= delta else (middle, high)
-        above, discounted = self.tail(self.h * (low + 0.5))                 # the same terms for all epsilon in the cell
+        above, discounted = self.tail(self.h * (low + 0.5))                 # all epsilon of a cell have the same terms
         return self.h * (low + 0.5) + math.log((above + self.infinite - delta) / discounted)
 
 
 def normal_masses(z: np.ndarray) -> np.ndarray:
-    """Of a standard normal, below z_0, between neighbours, above the last: (m,) increasing -> (m+1,).
-    As differences of the smaller tail, so that small ones keep their digits."""
+    """Probabilities of a standard normal below z_0, between adjacent z, above the last z: (m,) increasing -> (m+1,).
+    Computed as differences of the smaller tail, so that small probabilities keep their precision."""
     z = np.concatenate([[-np.inf], z, [np.inf]])
     tail = 0.5 * np.array(list(map(math.erfc, (np.abs(z) / math.sqrt(2)).tolist())))
     left, right = tail[:-1], tail[1:]
@@ -147,11 +153,13 @@ def normal_masses(z: np.ndarray) -> np.ndarray:
 
 
 def connect(mass: np.ndarray, other: np.ndarray, first: int, h: float) -> Losses:
-    """Moves masses (m+1,), below, between and above m grid points, to these points. In each cell
-    up + down = mass and exp(-upper) up + exp(-lower) down = other, the mass that the other distribution has there."""
+    """Moves probabilities (m+1,) below, between and above m grid points to these points ("connect the dots").
+
+    In each cell, `up` goes to the upper end and `down` to the lower end, with up + down = mass and
+    exp(-upper) up + exp(-lower) down = other, the cell's probability under the other distribution."""
     inner, lower = mass[1:-1], h * np.arange(first, first + len(mass) - 2)
     with np.errstate(divide="ignore"):
-        scaled = np.exp(np.log(np.where(other > 1e-290, other, 0.0)[1:-1]) + lower)     # if it underflows: all goes up
+        scaled = np.exp(np.log(np.where(other > 1e-290, other, 0.0)[1:-1]) + lower)     # if it underflows: all up
     up = np.clip((inner - scaled) / -math.expm1(-h), 0.0, inner)
     p = np.concatenate([mass[:1], up])
     p[:-1] += inner - up
@@ -159,21 +167,24 @@ def connect(mass: np.ndarray, other: np.ndarray, first: int, h: float) -> Losses
 
 
 def one_step(sigma: float, rate: float, h: float) -> tuple[Losses, Losses]:
-    """Losses of a step, removed and added."""
+    """Privacy losses of one step, for removal and for addition."""
     low, high = loss_at(np.array([-REACH * sigma, 1 + REACH * sigma]), sigma, rate)
     first, last = math.floor(low / h), math.ceil(high / h)
     points = h * np.arange(first, last + 1)                                 # (m,)
     with np.errstate(divide="ignore", invalid="ignore"):
         x = sigma**2 * (points + np.log(-np.expm1(np.log1p(-rate) - points)) - math.log(rate)) + 0.5    # L(x) = points
-    x = np.where(np.isnan(x), -np.inf, x)                                   # no x has a loss of log(1 - rate) or less
+    x = np.where(np.isnan(x), -np.inf, x)                                   # every loss is above log(1 - rate)
     without = normal_masses(x / sigma)                                      # (m+1,)
     having = (1 - rate) * without + rate * normal_masses((x - 1) / sigma)   # (m+1,)
     return connect(having, without, first, h), connect(without[::-1], having[::-1], -last, h)
 
 
 def grid(steps: Counter, accuracy: float) -> float:
-    """Its h, from (sigma, rate) -> steps. Connecting dots adds about h^2 / 6 to the variance of a step's loss: let that
-    be `accuracy` of all variance, but have no more than some 10^6 cells a step, and 5 10^6 in all, at 1e-7."""
+    """The cell width h. steps: (sigma, rate) -> number of steps.
+
+    Connecting dots adds about h^2 / 6 to the variance of a step's loss. h is chosen so that this is the fraction
+    `accuracy` of the total variance; but at accuracy 1e-7 there are at most about 10^6 cells for a step, and 5 10^6
+    for all steps."""
     variance = span = 0.0
     for (sigma, rate), n in steps.items():
         x = np.linspace(-REACH * sigma, 1 + REACH * sigma, 4001)
@@ -185,8 +196,8 @@ def grid(steps: Counter, accuracy: float) -> float:
 
 
 def farthest(losses: list[Losses], counts: list[int], sign: int) -> int:
-    """Grid point that the sum of all steps' losses lies above (sign -1) or below (1) but for a probability of 1e-15:
-    min_t (log 1e15 + sum of log E exp(t loss)) / t, Chernoff's bound, over some t."""
+    """A grid point that the sum of all steps' losses exceeds (sign -1) or stays below (sign 1), except with probability
+    1e-15. By Chernoff's bound: min over some t of (log 1e15 + sum of log E exp(t loss)) / t."""
     points = [sign * l.h * np.arange(l.first, l.first + len(l.p)) for l in losses]
     ends = [x.max() for x in points]
     variance = sum(n * (l.p @ (x - l.p @ x) ** 2) for l, n, x in zip(losses, counts, points))
@@ -199,7 +210,7 @@ def farthest(losses: list[Losses], counts: list[int], sign: int) -> int:
 
 
 def compose(losses: list[Losses], counts: list[int]) -> Losses:
-    """Of all steps together: powers of the Fourier transforms, multiplied."""
+    """Losses of all steps together: the product of powers of the Fourier transforms. counts: steps of each."""
     first, last = (farthest(losses, counts, sign) for sign in (-1, 1))
     size = 2 ** math.ceil(math.log2(last - first + 2))
     transform = 1.0
@@ -211,7 +222,7 @@ def compose(losses: list[Losses], counts: list[int]) -> Losses:
 
 
 def both_ways(mechanisms, accuracy: float) -> list[Losses]:
-    """Losses of all mechanisms together, removed and added."""
+    """Losses of all mechanisms together, for removal and for addition. accuracy: see `grid`."""
     steps = Counter()                                                       # (sigma, rate) -> steps
     for m in mechanisms:
         steps[m.sigma, m.rate] += m.steps if m.rate else 0
@@ -225,35 +236,38 @@ def both_ways(mechanisms, accuracy: float) -> list[Losses]:
 
 
 def delta_of(mechanisms, epsilon: float) -> float:
-    """Delta of all mechanisms together at any epsilon, below 0 too; without noise 1."""
+    """Delta of all mechanisms together at any epsilon, also a negative one; 1 without noise."""
     return max(way.delta(epsilon) for way in both_ways(mechanisms, EXACT))
 
 
 def epsilon_of(mechanisms, delta: float) -> float:
-    """Epsilon, 0 or more, of all mechanisms together at this delta; without noise inf. Raises: InputError on delta."""
+    """Epsilon, 0 or more, of all mechanisms together at this delta; inf without noise. Raises: InputError on delta."""
     require_delta(delta)
     return max(way.epsilon(delta) for way in both_ways(mechanisms, EXACT))
 
 
-def noise_multiplier(epsilon: float, delta: float, rate: float, steps: int, besides=()) -> float:
-    """Smallest sigma with which `steps` steps at `rate` and the mechanisms of `besides` stay within epsilon at delta:
-    epsilon_of is never above it, and below by 1e-3 of it at most (1e-5 mostly). 0 if nothing is released or epsilon is
-    inf; else 2^-10 or more (where delta lets the few examples drawn be published, any noise is enough).
-    Raises: InputError if there is none."""
-    besides = list(besides)
+def noise_multiplier(epsilon: float, delta: float, rate: float, steps: int, others=()) -> float:
+    """Smallest sigma with which `steps` steps at `rate`, together with the mechanisms `others`, have at most `epsilon`.
+
+    epsilon_of never exceeds epsilon; it is below by a fraction of at most 1e-3 (mostly 1e-5). 0 if nothing is released
+    or epsilon is inf; otherwise at least 2^-10. (That minimum is the result where delta exceeds the probability that an
+    example is drawn at all: then any noise suffices.)
+    Raises: InputError if no sigma suffices."""
+    others = list(others)
     if not epsilon > 0:
         raise InputError(f"got {epsilon}, wanted more than 0", option="epsilon")
     Mechanism(0.0, rate, steps)                                             # or InputError
-    spent = epsilon_of(besides, delta)
+    spent = epsilon_of(others, delta)
     if epsilon == math.inf or (spent <= epsilon and not (rate and steps)):
         return 0.0
 
     def enough(sigma: float, accuracy: float) -> bool:
-        return max(w.delta(epsilon) for w in both_ways([*besides, Mechanism(sigma, rate, steps)], accuracy)) <= delta
+        return max(w.delta(epsilon) for w in both_ways([*others, Mechanism(sigma, rate, steps)], accuracy)) <= delta
 
     if not enough(MOST, SEARCH):
-        raise InputError(f"got {epsilon} at delta {delta}, of which other releases take {spent:.6g}, and the rest is "
-                         f"too little for {steps} steps; raise it, or give those more noise", option="epsilon")
+        raise InputError(f"got {epsilon} at delta {delta}; other releases spend {spent:.6g}, and the rest is too "
+                         f"little for {steps} steps: raise it, or add more noise to the other releases",
+                         option="epsilon")
     low, high = LEAST, MOST
     for accuracy in (100 * SEARCH, SEARCH):                                 # most of the search is on a coarse grid
         while low > LEAST and enough(low, accuracy):
@@ -262,6 +276,6 @@ def noise_multiplier(epsilon: float, delta: float, rate: float, steps: int, besi
             middle = math.sqrt(low * high)
             low, high = (low, middle) if enough(middle, accuracy) else (middle, high)
         low = max(LEAST, high / 1.01)
-    while epsilon_of([*besides, Mechanism(high, rate, steps)], delta) > epsilon:
+    while epsilon_of([*others, Mechanism(high, rate, steps)], delta) > epsilon:
         high *= 1 + SEARCH
     return high

@@ -1,14 +1,14 @@
-"""Random numbers from a secret key. Every purpose, step and example has a generator of its own.
+"""Random numbers from a secret key. Every purpose, step and example has its own generator.
 
     secret       256 bits from the operating system
     generator    numpy's Philox 4x64, which is counter-based, under the 128-bit key
                  BLAKE2b(purpose, step or example), keyed with the secret
 
-Two generators differ in all 128 bits, and none of them tells the secret or another one's key. A draw that belongs to an
-example is keyed by the example's identity, never by its place in the file: an example that is added or removed leaves
-the draws of all others as they were.
+The keys of two generators are unrelated in all 128 bits. No generator reveals the secret or the key of another. A draw
+for an example is keyed by the example's identity, not by its position in the file. So adding or removing an example
+does not change the draws of the others.
 
-Left out: a cryptographic generator. Philox is a statistical one; only the keys are cryptographic.
+Left out: a cryptographic generator. Philox is a statistical generator; only the keys are cryptographic.
 """
 
 import hashlib
@@ -32,19 +32,19 @@ class Key:
 
     @classmethod
     def public(cls, seed: int) -> "Key":
-        """A key that everybody can make again: for made or public data, never for a release."""
+        """A key that anyone can recompute from the seed: for synthetic or public data, never for a release."""
         return cls(hashlib.sha256(f"public {seed}".encode()).digest())
 
     def generator(self, purpose: str, *about: int | str | bytes) -> np.random.Generator:
-        """The generator for one purpose, and within it for one step or example. The same arguments give the same
-        numbers from the start."""
+        """The generator for one purpose, and for one step or example (`about`). Equal arguments give a generator with
+        equal numbers."""
         digest = hashlib.blake2b(repr((purpose, *about)).encode(), key=self.secret, digest_size=16).digest()
         return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
 def identities(contents: list) -> list[str]:
-    """One name for each example, from its content alone. The n-th copy of the same content gets the number n, so equal
-    examples are drawn independently, and removing one of them is removing the last copy."""
+    """A name for each example, from its content only. Copies of the same content are numbered, so they are drawn
+    independently; removing any copy has the same effect as removing the last."""
     names, copies = [], Counter()
     for content in contents:
         digest = hashlib.sha256(content if isinstance(content, bytes) else repr(content).encode()).hexdigest()

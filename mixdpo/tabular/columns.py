@@ -1,17 +1,17 @@
-"""Columns: the rows of a table as codes, and back. What a column may hold is public: it stands in the schema.
+"""Columns: converts a table's rows to integer codes, and back. The schema, which is public, lists the legal values.
 
-A schema is a JSON list, a column an object:
+A schema is a JSON list with an object for each column:
 
     {"name": "sex", "type": "category", "values": ["Male", "Female"]}
     {"name": "age", "type": "number", "low": 17, "high": 90, "bins": 20, "integer": true}    bins of equal width
     {"name": "gain", "type": "number", "edges": [0, 1, 1000, 99999]}                         [0,1) [1,1000) [1000,99999]
     {"name": "wage", "type": "number", "low": 0, "high": 500, "quantiles": 20}               bins of about equal counts
 
-and each may have {"missing": "?"}: how an absent value is written; it is then a value like any other, the last one.
-Whole numbers ("integer") have whole edges, which are exact up to 64 bits. Other numbers are written with digits enough
-to tell a thousand values of the narrowest bin apart, each within its own bin. Bins by quantiles depend on the data:
-they begin as FINE bins of equal width, and dp_tbart.py, which accounts for it, joins these by noisy counts. A table is
-a CSV file whose first line names the columns, in any order; it must have those of the schema and no others.
+Each column may also have {"missing": "?"}, the text of a missing value. Its code is the last one of the column.
+Columns with "integer" have integer edges, exact up to 64 bits. Other numbers are written with enough digits for a
+thousand different values in the narrowest bin, and each stays within its bin. Bins by quantiles depend on the data:
+they start as FINE bins of equal width, which dp_tbart.py merges by noisy counts, at a cost that it accounts for.
+A table is a CSV file. Its first line has the column names in any order: exactly those of the schema.
 """
 
 import bisect
@@ -34,9 +34,9 @@ import numpy as np
 
 from mixdpo.config import InputError, reading, write_whole
 
-FINE = 256      # bins of equal width that quantiles are found in
-EXACT = 2**53   # the largest whole number up to which a float holds every one
-LARGEST = 2**63 - 1
+FINE = 256              # bins of equal width from which quantiles are computed
+EXACT = 2**53           # a float represents every integer up to this
+LARGEST = 2**63 - 1     # largest int64
 
 FIELDS = {"category": {"name", "type", "values", "missing"},
           "number": {"name", "type", "low", "high", "bins", "edges", "quantiles", "integer", "missing"}}
@@ -44,27 +44,30 @@ FIELDS = {"category": {"name", "type", "values", "missing"},
 
 @dataclass(frozen=True)
 class Column:
-    """What may stand in one column: `values` of a category, or bins between `edges`, open above but for the last. Of
-    whole numbers the last edge is one above the highest, so that no bin is closed."""
+    """The legal values of one column: the `values` of a category, or bins between `edges`.
+
+    A bin includes its lower edge and excludes its upper edge; the last bin includes both. For integers the last edge
+    is the largest value plus 1, so every bin excludes its upper edge."""
 
     name: str
     values: tuple[str, ...] = ()
-    edges: tuple[float, ...] = ()   # int where `integer`: a float holds no whole number above 2^53 exactly
+    edges: tuple[float, ...] = ()   # int if `integer`: a float is not exact for integers above 2^53
     integer: bool = False
-    missing: str | None = None      # its code is the last
-    quantiles: int = 0              # to be joined into so many bins
+    missing: str | None = None      # the text of a missing value, which has the last code
+    quantiles: int = 0              # merge the bins into this many; 0: keep them
 
     @property
     def known(self) -> int:
-        """How many codes stand for a value that is there."""
+        """The number of codes without the code for missing values."""
         return len(self.values) or len(self.edges) - 1
 
     @property
     def size(self) -> int:
+        """The number of codes."""
         return self.known + (self.missing is not None)
 
     def encode(self, text: str) -> int:
-        """Raises: ValueError that says what was wanted."""
+        """The code of a value. Raises: ValueError that says what was expected."""
         if self.missing is not None and text == self.missing:
             return self.known
         if self.values:
@@ -75,16 +78,17 @@ class Column:
                                  f"{', ...' if len(self.values) > 12 else ''}") from None
         low, high = self.edges[0], self.edges[-1] - self.integer
         try:
-            number = Decimal(text) if self.integer else float(text)         # a float would round a large whole number
+            number = Decimal(text) if self.integer else float(text)         # a float would round a large integer
             allowed = low <= number <= high and not (self.integer and number % 1)
-        except (ValueError, InvalidOperation):                              # NaN has no order among Decimals
+        except (ValueError, InvalidOperation):                              # comparing Decimal NaN raises
             allowed = False
         if not allowed:
-            raise ValueError(f"wanted a {'whole ' * self.integer}number from {exactly(low)} to {exactly(high)}")
+            raise ValueError(f"wanted {'an integer' if self.integer else 'a number'} from {exactly(low)} to "
+                             f"{exactly(high)}")
         return min(bisect.bisect_right(self.edges, number), self.known) - 1
 
     def decode(self, codes: np.ndarray, rng: np.random.Generator) -> list[str]:
-        """Values; of a bin, each of its numbers alike. Each value has the code that it was made from."""
+        """A value for each code (N,); within a bin, uniformly at random. `encode` gives the same code back."""
         if self.values:
             names = np.array([*self.values, self.missing or ""], dtype=object)
             return names[codes].tolist()
@@ -95,38 +99,38 @@ class Column:
         else:
             numbers = np.minimum(rng.uniform(low, high), np.nextafter(high, low))   # uniform may round up to high
             digits = min(max(3 - math.floor(math.log10(np.diff(edges).min())), 0), 17)
-            texts = (written(*of, digits) for of in zip(numbers.tolist(), low.tolist(), high.tolist()))
+            texts = (written(*row, digits) for row in zip(numbers.tolist(), low.tolist(), high.tolist()))
         return [self.missing if code == self.known else text for code, text in zip(codes.tolist(), texts)]
 
 
 def written(number: float, low: float, high: float, digits: int) -> str:
-    """The number with so many digits behind the point, or with all that it has where that leaves [low, high)."""
-    text = f"{round(number, digits) + 0.0:.{digits}f}"                      # + 0.0: there is no -0
+    """The number rounded to `digits` decimal places; or with all its digits if rounding leaves [low, high)."""
+    text = f"{round(number, digits) + 0.0:.{digits}f}"                      # + 0.0 turns -0 into 0
     return text if low <= float(text) < high else repr(number)
 
 
 def exactly(number: float) -> str:
-    """A bound with all of its digits: 0, 0.1, 1700086400."""
+    """A bound with all of its digits: 0, 0.1, 1700086400, but not 0.0."""
     return repr(number).removesuffix(".0")
 
 
 def joined(column: Column, counts: np.ndarray) -> tuple[Column, np.ndarray]:
-    """The column with `quantiles` bins of about equal counts, made of its fine ones; and the new code of each old one.
-    counts (size,): of the fine bins, perhaps noisy, perhaps below 0."""
+    """-> the column, its fine bins merged into `quantiles` bins of about equal counts; the new code of each old code
+    (size,). counts (size,): of the fine bins; they may be noisy and negative."""
     counts, fine = np.maximum(counts[: column.known], 0), column.known
     share = counts.cumsum() / max(counts.sum(), 1e-9) * column.quantiles
     ends = [int(np.searchsorted(share, n - 1e-9)) + 1 for n in range(1, column.quantiles)]
     cuts = sorted({0, fine, *(end for end in ends if end < fine)})
     code = np.searchsorted(cuts, np.arange(fine), side="right") - 1
     new = replace(column, edges=tuple(column.edges[cut] for cut in cuts), quantiles=0)
-    return new, np.append(code, new.known)                                  # missing stays the last
+    return new, np.append(code, new.known)                                  # missing values keep the last code
 
 
 # ---- the schema
 
 
 def read_schema(path) -> list[Column]:
-    """Raises: InputError that names the file and the column."""
+    """The columns of a schema file. Raises: InputError that names the file and the column."""
     with reading(path, "wanted a schema: a JSON list of columns"):
         described = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(described, list) or not described:
@@ -135,7 +139,7 @@ def read_schema(path) -> list[Column]:
 
 
 def columns_of(described: list[dict], path="schema") -> list[Column]:
-    """Raises: InputError, as above."""
+    """The columns of a schema. path: its file, for errors. Raises: InputError that names the column."""
     columns = []
     for number, entry in enumerate(described, 1):
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or entry.get("type") not in FIELDS:
@@ -144,21 +148,21 @@ def columns_of(described: list[dict], path="schema") -> list[Column]:
         where = f"column {entry['name']!r}"
         if unknown := sorted(set(entry) - FIELDS[entry["type"]]):
             known = ", ".join(sorted(FIELDS[entry["type"]]))
-            raise InputError(f"in {where}: got {unknown[0]!r}, wanted some of {known}", file=path)
+            raise InputError(f"in {where}: unknown field {unknown[0]!r}, wanted some of {known}; remove it", file=path)
         try:
             column = category(entry) if entry["type"] == "category" else number_of(entry)
-            "".join([column.name, *column.values, column.missing or ""]).encode()           # before it is learnt
+            "".join([column.name, *column.values, column.missing or ""]).encode()           # UTF-8 must encode these
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"in {where}: {error}", file=path) from None
         columns.append(column)
     twice = [name for name, count in Counter(c.name for c in columns).items() if count > 1]
     if twice:
-        raise InputError(f"column {twice[0]!r} is described twice", file=path)
+        raise InputError(f"column {twice[0]!r} is described twice; remove one description", file=path)
     return columns
 
 
 def schema_of(columns: list[Column]) -> list[dict]:
-    """The schema of these columns, bins as edges: columns_of gives them back."""
+    """The schema of these columns, with bins as edges. columns_of(schema_of(columns)) gives the same columns."""
     out = []
     for c in columns:
         entry = {"name": c.name, "type": "category" if c.values else "number"}
@@ -169,74 +173,78 @@ def schema_of(columns: list[Column]) -> list[dict]:
 
 
 def category(entry: dict) -> Column:
+    """The column of a schema entry of type category. Raises: ValueError."""
     values = entry.get("values")
     if not isinstance(values, list) or not values or not all(isinstance(v, str) for v in values):
-        raise ValueError("a category wants values, a list of strings: all that may stand in it, from public knowledge")
+        raise ValueError("a category needs `values`, a list of strings: all legal values, from public knowledge")
     if len(set(values)) < len(values) or entry.get("missing") in values:
-        raise ValueError("each value, and missing, wants to be there once")
+        raise ValueError("a value, or `missing`, occurs twice; list each once")
     return Column(entry["name"], tuple(values), missing=missing_of(entry))
 
 
 def missing_of(entry: dict) -> str | None:
+    """The text of a missing value, or None. Raises: ValueError."""
     if not isinstance(entry.get("missing", ""), str):
-        raise ValueError(f"missing: got {entry['missing']!r}, wanted how an absent value is written, a string")
+        raise ValueError(f"missing: got {entry['missing']!r}, wanted a string, the text of a missing value")
     return entry.get("missing")
 
 
 def number_of(entry: dict) -> Column:
+    """The column of a schema entry of type number. Raises: ValueError, TypeError."""
     integer, ways = entry.get("integer", False), [w for w in ("edges", "bins", "quantiles") if w in entry]
     if len(ways) != 1:
-        raise ValueError(f"a number wants one of edges, bins or quantiles, got {ways or 'none'}")
+        raise ValueError(f"got {ways or 'none'} of edges, bins and quantiles; a number needs exactly one of them")
     if not isinstance(integer, bool):
         raise ValueError(f"integer: got {integer!r}, wanted true or false")
     count = 0
     if ways == ["edges"]:
         given = entry["edges"]
         if "low" in entry or "high" in entry:
-            raise ValueError("edges say where it begins and ends: leave low and high out")
+            raise ValueError("got edges and also low or high; remove low and high, because edges include the bounds")
     else:
         if "low" not in entry or "high" not in entry:
-            raise ValueError(f"{ways[0]} want low and high, bounds from public knowledge: those found in the data "
-                             "would tell of its outermost rows")
+            raise ValueError(f"{ways[0]} need low and high, bounds from public knowledge: bounds found in the data "
+                             "would disclose its extreme rows")
         given, count = [entry["low"], entry["high"]], entry[ways[0]]
         if type(count) is not int or count < 1:
-            raise ValueError(f"{ways[0]}: got {count!r}, wanted a whole number from 1 on")
+            raise ValueError(f"{ways[0]}: got {count!r}, wanted an integer of at least 1")
     edges = edges_of(given, integer)
     if count:
         edges = equal_bins(edges, FINE if ways == ["quantiles"] else count)
     column = Column(entry["name"], (), tuple(edges), integer, missing_of(entry), count * (ways == ["quantiles"]))
     with contextlib.suppress(ValueError):
         replace(column, missing=None).encode(column.missing or "")
-        raise TypeError(f"missing: {column.missing!r} is a number of the column too, and could not be told from it")
+        raise TypeError(f"missing: {column.missing!r} is also a legal number of the column; choose another text")
     return column
 
 
 def edges_of(given: list, integer: bool) -> list:
-    """Edges as in Column, from those of a schema: int, or else float. Raises: ValueError, TypeError."""
+    """A schema's edges or bounds -> edges as in Column: int if `integer`, otherwise float.
+    Raises: ValueError, TypeError."""
     if any(type(e) not in (int, float) for e in given):
-        raise TypeError(f"wanted numbers as edges or bounds, got {given[:6]}")
-    rising = [a < b for a, b in zip(given, given[1:])]                      # false of NaN too
-    single = integer and len(given) > 2 and given[-1] == given[-2]          # the last bin holds one number
+        raise TypeError(f"got edges or bounds {given[:6]}, wanted numbers")
+    rising = [a < b for a, b in zip(given, given[1:])]                      # False for NaN too
+    single = integer and len(given) > 2 and given[-1] == given[-2]          # the last bin has a single number
     if not all(rising[:-1] if single else rising) or len(given) < 2 or math.inf in map(abs, given):
-        raise ValueError(f"wanted finite edges or bounds, each above the one before, got {given[:6]}")
+        raise ValueError(f"got edges or bounds {given[:6]}, wanted finite numbers in increasing order")
     if not integer:
         if max(map(abs, given)) > sys.float_info.max / 2:
-            raise ValueError(f"wanted edges or bounds of {sys.float_info.max / 2:.1g} in size at most")
+            raise ValueError(f"wanted edges or bounds of magnitude {sys.float_info.max / 2:.1g} at most")
         if unlike := [e for e in given if float(e) != e]:
-            raise ValueError(f'{unlike[0]} has more digits than a float; for whole numbers add "integer": true')
+            raise ValueError(f'{unlike[0]} has more digits than a float; for integers add "integer": true')
         return list(map(float, given))
     if any(e != int(e) for e in given):
-        raise ValueError("a whole number wants whole edges and bounds")
+        raise ValueError("wanted integers as edges or bounds, because \"integer\" is true")
     if unlike := [e for e in given if not -LARGEST <= e < LARGEST or isinstance(e, float) and abs(e) > EXACT]:
-        raise ValueError(f"{unlike[0]} is not exact; wanted whole numbers from {-LARGEST} to {LARGEST - 1}, above "
-                         f"{EXACT} without a point or an exponent")
+        raise ValueError(f"{unlike[0]} is not exact; wanted integers from {-LARGEST} to {LARGEST - 1}, and above "
+                         f"{EXACT} without a decimal point or an exponent")
     return [*map(int, given[:-1]), int(given[-1]) + 1]
 
 
 def equal_bins(bounds: list, count: int) -> list:
-    """Edges of `count` bins of equal width; of fewer, where there are fewer numbers."""
+    """Edges of `count` bins of equal width; of fewer bins if there are fewer integers."""
     low, high = bounds
-    if isinstance(low, int):                                                # exact, and halves go to the even number
+    if isinstance(low, int):                                                # exact; halves round to the even integer
         return sorted({low + round(Fraction((high - low) * n, count)) for n in range(count + 1)})
     return np.unique(np.linspace(low, high, count + 1)).tolist()
 
@@ -245,11 +253,11 @@ def equal_bins(bounds: list, count: int) -> list:
 
 
 def encode(rows: list[dict], columns: list[Column], file=None, numbers: list[int] | None = None) -> np.ndarray:
-    """Codes (N,d) int64 of rows, each by column name. file, and numbers (N): where the rows stand, for errors.
-    Raises: InputError that names row and column."""
+    """Codes (N,d) int64 of rows, which are dicts by column name. file, numbers (N,): the rows' file and line numbers,
+    for errors. Raises: InputError that names row and column."""
     codes = np.empty((len(rows), len(columns)), dtype=np.int64)
     for j, column in enumerate(columns):
-        known = {}                                                          # a value is looked up once
+        known = {}                                                          # each value is encoded once
         for n, row in enumerate(rows):
             text = row[column.name]
             if text not in known:
@@ -257,21 +265,22 @@ def encode(rows: list[dict], columns: list[Column], file=None, numbers: list[int
                     known[text] = column.encode(text)
                 except ValueError as error:
                     row_of = "" if numbers else f"row {n + 1}, "
-                    raise InputError(f"{row_of}column {column.name!r}: got {text!r:.80}, {error}; mend the row, or let "
-                                     "the schema allow it", file=file, line=numbers[n] if numbers else None) from None
+                    raise InputError(f"{row_of}column {column.name!r}: got {text!r:.80}, {error}; correct the row, or "
+                                     "extend the schema", file=file, line=numbers[n] if numbers else None) from None
             codes[n, j] = known[text]
     return codes
 
 
 def csv_rows(text, path, **options) -> Iterator[tuple[int, list[str]]]:
-    """(line, fields) of each row of a CSV file's text, or of its lines. Raises: InputError on what is no CSV."""
+    """Yields (line number, fields) for each row of CSV. text: a text file or a list of lines; path: for errors.
+    Raises: InputError if the text is not CSV."""
     reader = csv.reader(text, **options)
     try:
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise InputError(f"not CSV ({error}); wanted fields without quotes, or with one at each end and those within "
-                         "doubled", file=path, line=reader.line_num) from None
+        raise InputError(f"not CSV ({error}); a field with quotes must have one at each end, and quotes inside it must "
+                         "be doubled", file=path, line=reader.line_num) from None
 
 
 def read_table(path, columns: list[Column]) -> np.ndarray:
@@ -283,34 +292,35 @@ def read_table(path, columns: list[Column]) -> np.ndarray:
         try:
             raw = gzip.decompress(raw) if str(path).endswith(".gz") else raw
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(f"not a whole gzip file ({error}); pack it again", file=path) from None
+            raise InputError(f"is not a complete gzip file ({error}); compress it again", file=path) from None
         reader = csv_rows(io.StringIO(raw.decode("utf-8-sig"), newline=""), path, strict=True)
         header = next(reader, (1, []))[1]
         names = [column.name for column in columns]
-        for wrong, what in ((sorted(set(names) - set(header)), "is in the schema and not in the file"),
-                            (sorted(set(header) - set(names)), "is in the file and not in the schema: describe it, or "
-                                                               "take it out of the file"),
-                            ([n for n, c in Counter(header).items() if c > 1], "is there twice")):
+        for wrong, what in ((sorted(set(names) - set(header)), "is in the schema but not in the file: add it to the "
+                                                               "file"),
+                            (sorted(set(header) - set(names)), "is in the file but not in the schema: describe it, or "
+                                                               "remove it from the file"),
+                            ([n for n, c in Counter(header).items() if c > 1], "occurs twice: remove one")):
             if wrong:
                 raise InputError(f"column {wrong[0]!r} {what}", file=path, line=1)
         rows, numbers = [], []
         for number, row in reader:
             if not row:
-                continue                                                    # an empty line holds nothing
+                continue                                                    # an empty line
             if len(row) != len(header):
-                raise InputError(f"{len(row)} fields, wanted {len(header)} as in its first line", file=path,
-                                 line=number)
+                raise InputError(f"{len(row)} fields, wanted {len(header)} as in the first line; correct the line",
+                                 file=path, line=number)
             rows.append(dict(zip(header, row)))
             numbers.append(number)
     if not rows:
-        raise InputError("no rows in it", file=path)
+        raise InputError("no rows, wanted at least one; choose another file", file=path)
     return encode(rows, columns, path, numbers)
 
 
 def write_table(path: Path, codes: np.ndarray, columns: list[Column], rng: np.random.Generator) -> None:
-    """The codes as a .csv file, from which read_table gets them back; numbers are drawn within their bins."""
+    """Writes codes (N,d) as a .csv file; read_table gives the same codes back. Numbers are drawn within their bins."""
     text, known = io.StringIO(), "".join(part for c in columns for part in (c.name, *c.values, c.missing or ""))
-    lost = any(mark in known for mark in "\r\ufeff")                        # outside of quotes readers take them away
+    lost = any(mark in known for mark in "\r\ufeff")                        # readers remove these outside of quotes
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if lost else csv.QUOTE_MINIMAL)
     writer.writerow([column.name for column in columns])
     writer.writerows(zip(*(column.decode(codes[:, j], rng) for j, column in enumerate(columns))))

@@ -1,17 +1,18 @@
 """DP-TBART: private synthetic tables from an autoregressive transformer (Castellon, Gopal, Bloniarz, Rosenberg 2023,
 arXiv 2307.10430).
 
-    log p(row) = sum_j log p(x_j | x_1 ... x_j-1)              columns in an order of their own
+    log p(row) = sum_j log p(x_j | x_1 ... x_j-1)              columns in the model's order
 
-A row is a sentence of d tokens behind a start token; every column has tokens of its own, and place j can only be given
-one that is legal there: no row can be sampled that the schema does not allow. Trained by DP-SGD with Adam;
-what is kept is the parameters' moving average, which costs no privacy.
+A row is a sequence of d tokens after a start token. Each column has its own tokens, and position j can only take the
+tokens of column j, so every sampled row is legal under the schema. Training is DP-SGD with Adam. The result is the
+moving average of the parameters, which costs no privacy.
 
-    look      (first_look > 0) noisy counts of every column's values, one Gaussian mechanism, for that share of epsilon:
-              bins by quantiles and the order by entropy are made from them; logits begin at their logarithms, so that
-              the model starts as independent columns and learns what ties them; and at the end biases are moved until
-              samples have these marginals (calibrate). This is ours; the paper has no such step
-    fit       epsilon's rest, over all steps
+    look      (first_look > 0) noisy counts of every column's values: one Gaussian mechanism, which gets the fraction
+              first_look of epsilon. They determine bins by quantiles and the order by entropy. The biases of the logits
+              start at their logarithms: the model starts as independent columns, and learns the dependence between
+              columns. After training the biases are adjusted until samples have these marginals (calibrate). This step
+              is our addition to the paper
+    fit       the rest of epsilon, over all steps
     sample    column by column, with a cache of keys and values; the first columns of the order may be given
 
 epsilon = inf trains without noise and clipping, on the same batches.
@@ -39,28 +40,28 @@ from mixdpo.runs.log import Progress
 from mixdpo.tabular.columns import Column, joined
 
 ORDERS = ("given", "entropy", "random")
-DECAY = 0.99            # of the parameters' moving average, a step
+DECAY = 0.99            # decay per step of the moving average of the parameters
 
 
 @dataclass(frozen=True)
 class TableConfig:
-    """How a table is learnt."""
+    """Options for training on a table."""
 
-    epsilon: float = 1.0            # privacy budget; inf: no noise, no privacy
-    delta: float = 1e-5             # the chance that epsilon does not hold; below one over the rows
-    first_look: float = 0.4         # share of epsilon for noisy counts of each column
-    order: str = "given"            # of the columns: given, entropy (most even first), random
-    width: int = 64                 # C
-    layers: int = 1                 # L
-    heads: int = 4                  # H
-    batch: int = 4096               # rows a step, on average
-    steps: int = 200                # of Adam
-    lr: float = 2e-2                # its peak learning rate
+    epsilon: float = 1.0            # privacy budget epsilon; inf: no noise and no privacy
+    delta: float = 1e-5             # privacy budget delta; below 1 / number of rows
+    first_look: float = 0.4         # fraction of epsilon for noisy counts of each column; 0: no counts
+    order: str = "given"            # order of the columns: given, entropy (highest first), random
+    width: int = 64                 # width of the hidden states
+    layers: int = 1                 # transformer blocks
+    heads: int = 4                  # attention heads
+    batch: int = 4096               # expected number of rows in a step
+    steps: int = 200                # Adam steps
+    lr: float = 2e-2                # peak learning rate
     clip: float = 1.0               # largest norm of a row's gradient
-    micro: int = 2048               # rows a forward pass
-    seed: int = 0                   # of the first weights and a random order
-    examples: int = 0               # the number of rows, declared public; 0: the table's, which this discloses
-    save_minutes: float = 5.0       # between checkpoints
+    micro: int = 2048               # rows in a forward pass
+    seed: int = 0                   # seed of initial weights and of a random order
+    examples: int = 0               # number of rows, declared public; 0: the table's own number, which is then public
+    save_minutes: float = 5.0       # minutes between checkpoints
 
 
 def validate(config: TableConfig) -> None:
@@ -71,7 +72,8 @@ def validate(config: TableConfig) -> None:
         "epsilon": "(0, inf]", "delta": "[1e-11, 1)", "first_look": "[0, 1)", "lr": "(0, inf)", "clip": "(0, inf)",
         "seed": SEEDS, "examples": "[0, inf)", "save_minutes": "[0, inf]"})
     if config.order == "entropy" and not config.first_look:
-        raise InputError("entropy goes by counts of the columns: it wants a --first-look above 0", option="order")
+        raise InputError("entropy is computed from noisy counts, which need --first-look above 0; set it, or choose "
+                         "another order", option="order")
     if config.width % config.heads:
         raise InputError(f"got {config.width}, wanted a multiple of --heads {config.heads}", option="width")
 
@@ -80,11 +82,11 @@ def validate(config: TableConfig) -> None:
 
 
 class TBART(nn.Module):
-    """model(codes) (N,j) of the first j columns -> states (N,j+1,C); logits(j, states[:, j]) -> (N,sizes[j]).
+    """model(codes), codes (N,j) of the first j columns -> states (N,j+1,C); logits(j, states[:, j]) -> (N,sizes[j]).
 
-    sizes: values of each column, in the model's order. Column j's tokens follow column j-1's; its logits are over its
-    own alone, as a mask over all columns' tokens would leave them. prior: log-probabilities of all tokens (V,), which
-    the logits' biases begin as."""
+    sizes: the number of values of each column, in the model's order. The token ids of column j follow those of column
+    j-1. The logits of column j are over its own tokens only, which equals a mask over the tokens of all columns.
+    prior: log-probabilities of all tokens (V,), the initial biases of the logits; None: 0."""
 
     def __init__(self, sizes: list[int], width: int, layers: int, heads: int, prior: torch.Tensor | None = None):
         super().__init__()
@@ -95,22 +97,23 @@ class TBART(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(layers))
         self.ln_f = nn.LayerNorm(width, eps=config.eps)
         self.heads = nn.ModuleList(nn.Linear(width, size) for size in sizes)
-        # Clipping shares one norm among all parameters. With GPT-2's small embeddings (0.02) the first layer norm makes
-        # theirs the largest gradients by far; with its small projections a place hardly sees the others at first.
+        # Clipping bounds one norm over all parameters, so their gradients should have similar sizes. With GPT-2's small
+        # initial embeddings (0.02), the first layer norm makes the gradients of the embeddings by far the largest. With
+        # its small initial projections, a position hardly depends on the others at first.
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.dim() == 2:
-                embeds, tells = name in ("wte.weight", "wpe.weight"), name.startswith("heads")
-                nn.init.normal_(p, std=1.0 if embeds else 0.02 if tells else p.shape[1] ** -0.5)
+                is_embedding, is_head = name in ("wte.weight", "wpe.weight"), name.startswith("heads")
+                nn.init.normal_(p, std=1.0 if is_embedding else 0.02 if is_head else p.shape[1] ** -0.5)
         nn.init.constant_(self.ln_f.weight, width**-0.5)
         if prior is not None:
-            for head, begin in zip(self.heads, prior.split(self.sizes)):
-                head.bias.data.copy_(begin)
+            for head, log_p in zip(self.heads, prior.split(self.sizes)):
+                head.bias.data.copy_(log_p)
         self.register_buffer("first", torch.tensor([0, *sizes[:-1]]).cumsum(0))     # (d,) column j's first token
 
     def forward(self, codes: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """With a cache, which holds the columns before: states of the new ones alone."""
+        """States (N,j+1,C) of all positions; with a cache, only of the positions that it does not hold yet."""
         N, j = codes.shape
         ids = F.pad(codes + self.first[:j], (1, 0), value=self.wte.num_embeddings - 1)      # (N,j+1)
         place = torch.arange(j + 1, device=ids.device).expand(N, -1)
@@ -126,12 +129,12 @@ class TBART(nn.Module):
         return self.ln_f(x)
 
     def logits(self, j: int, states: torch.Tensor) -> torch.Tensor:
-        """Of column j's values: (N,C) -> (N,sizes[j])."""
+        """Logits of column j's values: states (N,C) -> (N,sizes[j])."""
         return self.heads[j](states)
 
 
 def row_losses(model: TBART, codes: torch.Tensor) -> torch.Tensor:
-    """- log p of each row, nats: (N,d) -> (N,)."""
+    """-log p of each row in nats: codes (N,d) -> (N,)."""
     states = model(codes[:, :-1])                                           # (N,d,C)
     return sum(F.cross_entropy(model.logits(j, states[:, j]), codes[:, j], reduction="none")
                for j in range(codes.shape[1]))
@@ -140,13 +143,14 @@ def row_losses(model: TBART, codes: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def sample(model: TBART, rows: int, rng: np.random.Generator, given: torch.Tensor | None = None,
            most: int = 4096) -> torch.Tensor:
-    """Rows (N,d) in the model's order. given (N,p): the first p columns' codes, which are kept; `most` at a time."""
+    """-> codes of sampled rows (N,d), columns in the model's order. given (N,p): codes of the first p columns, p < d;
+    None: sample all columns. most: rows in one batch."""
     d, C, c = len(model.sizes), model.config.width, model.config
     given = torch.empty(rows, 0, dtype=torch.int64) if given is None else given
     assert len(given) == rows and given.shape[1] < d, f"got given {tuple(given.shape)}, want ({rows}, less than {d})"
     made = []
     for codes in given.split(most):
-        cache = KVCache(c.layers, len(codes), c.heads, d, C // c.heads, torch.float32, codes.device)
+        cache = KVCache((c.layers, len(codes), c.heads, d, C // c.heads), torch.float32, codes.device)
         for j in range(given.shape[1], d):
             up_to = torch.softmax(model.logits(j, model(codes, cache)[:, -1]), dim=-1).double().cumsum(-1)  # (N,size)
             u = torch.from_numpy(rng.random((len(codes), 1))) * up_to[:, -1:]
@@ -158,8 +162,10 @@ def sample(model: TBART, rows: int, rng: np.random.Generator, given: torch.Tenso
 
 @torch.no_grad()
 def calibrate(model: TBART, prior: torch.Tensor, seed: int, rows: int = 20_000) -> None:
-    """Moves the biases of logits until sampled rows have the 1-way marginals `prior` (V,), log-probabilities: column by
-    column, behind sampled columns that have them already. Made of what was released before, so it costs nothing."""
+    """Changes the model's biases until sampled rows have the 1-way marginals `prior` (V,), log-probabilities.
+
+    It goes column by column; the columns before are sampled from the calibrated model. It uses only released values, so
+    it costs no privacy."""
     generator, codes = torch.Generator().manual_seed(seed), torch.empty(rows, 0, dtype=torch.int64)
     for j, wanted in enumerate(prior.split(model.sizes)):
         states = torch.cat([model(part)[:, -1] for part in codes.split(4096)])              # (rows,C)
@@ -175,41 +181,43 @@ def calibrate(model: TBART, prior: torch.Tensor, seed: int, rows: int = 20_000) 
 
 @dataclass
 class Table:
-    """A table made ready: columns and codes in the order of the schema, and what was spent on it so far."""
+    """A table prepared for training, with columns in the schema's order, and the budget spent on it so far."""
 
     columns: list[Column]
     codes: np.ndarray               # (N,d)
     order: list[int]                # the model's j-th column is columns[order[j]]
-    prior: torch.Tensor | None      # (V,) log-probabilities in the model's order
+    prior: torch.Tensor | None      # (V,) log-probabilities of all values, in the model's order
     spent: list[Mechanism] = field(default_factory=list)
-    fine: list[np.ndarray | None] = field(default_factory=list)     # of each column joined by quantiles: codes of old
+    fine: list[np.ndarray | None] = field(default_factory=list)     # new code of each fine bin; None: bins unchanged
 
     def coded(self, codes: np.ndarray) -> np.ndarray:
-        """Another table's codes (M,d), which were made with the columns as they were before."""
+        """Codes (M,d) made with the columns before their bins were merged -> codes after."""
         return np.stack([x if code is None else code[x] for x, code in zip(codes.T, self.fine)], axis=1)
 
     @property
     def sizes(self) -> list[int]:
-        """In the model's order."""
+        """The number of values of each column, in the model's order."""
         return [self.columns[j].size for j in self.order]
 
     def ordered(self) -> torch.Tensor:
+        """The codes (N,d) with columns in the model's order."""
         return torch.from_numpy(self.codes[:, self.order])
 
     def as_given(self, codes: torch.Tensor) -> np.ndarray:
-        """Sampled codes (N,d) with the schema's columns again."""
+        """Codes (N,d) in the model's order -> in the schema's order."""
         return codes.numpy()[:, np.argsort(self.order)]
 
 
 def look(columns: list[Column], codes: np.ndarray, config: TableConfig, key: Key) -> Table:
-    """Quantiles, order and start from noisy counts, if the configuration wants any.
+    """The table with quantile bins, column order and prior from noisy counts; without counts if first_look is 0.
 
-    A row is in one count of each of d columns, so the counts together have sensitivity sqrt(d): noise of deviation
-    sigma sqrt(d) on every count is one Gaussian mechanism of that sigma. Raises: InputError."""
+    A row adds 1 to one count in each of d columns, so all counts together have sensitivity sqrt(d). Noise of standard
+    deviation sigma sqrt(d) on every count is then one Gaussian mechanism with noise multiplier sigma.
+    Raises: InputError."""
     N, d = codes.shape
     if [c for c in columns if c.quantiles] and not config.first_look:
-        raise InputError("bins by quantiles are found in counts of the column: they want a --first-look above 0, or "
-                         "give the column edges, or bins", option="first_look")
+        raise InputError("bins by quantiles are computed from noisy counts, which need a value above 0; set it, or "
+                         "give the column edges or bins", option="first_look")
     order = [*range(d)]
     if config.order == "random":
         order = np.random.default_rng([config.seed, 23]).permutation(d).tolist()
@@ -228,7 +236,7 @@ def look(columns: list[Column], codes: np.ndarray, config: TableConfig, key: Key
         if column.quantiles:
             columns[j], fine[j] = joined(column, counts[j])
             counts[j] = np.bincount(fine[j][: column.size], weights=counts[j], minlength=columns[j].size)
-    counts = [simplex(c, max(c.sum(), 1.0)) + 0.5 for c in counts]          # half a row each: no value is ruled out
+    counts = [simplex(c, max(c.sum(), 1.0)) + 0.5 for c in counts]          # + 0.5: no value has probability 0
     shares = [c / c.sum() for c in counts]
     if config.order == "entropy":
         order = np.argsort([(p * np.log(p)).sum() for p in shares], kind="stable").tolist()
@@ -238,7 +246,7 @@ def look(columns: list[Column], codes: np.ndarray, config: TableConfig, key: Key
 
 
 def simplex(x: np.ndarray, total: float) -> np.ndarray:
-    """The closest vector with no negative entry and this sum: max(x - t, 0) for the right t."""
+    """The non-negative vector with sum `total` that is closest to x: max(x - t, 0) for the right t."""
     largest = np.sort(x)[::-1]
     t = (largest.cumsum() - total) / np.arange(1, len(x) + 1)
     return np.maximum(x - t[largest > t][-1], 0)
@@ -249,17 +257,19 @@ def simplex(x: np.ndarray, total: float) -> np.ndarray:
 
 @dataclass
 class Fitted:
-    """A model, and what it cost."""
+    """A trained model and its privacy cost."""
 
     model: TBART
-    sigma: float
-    spent: list[Mechanism]
-    losses: list[float]             # mean of each step's rows, nats; NaN of an empty step. Not private
+    sigma: float                    # noise multiplier of the steps
+    spent: list[Mechanism]          # first look and steps; empty without privacy
+    losses: list[float]             # mean loss of each step's rows in nats; NaN for an empty step. Not private
 
 
 def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, same: dict | None = None) -> Fitted:
-    """Trains on table.codes. key: of sampling and noise, to be kept secret. With `out`, a run that was stopped goes
-    on at its checkpoint there, which must have been written with `same`. Raises: Stopped, InputError."""
+    """Trains on table.codes.
+
+    key: the secret key for sampling and noise. out: the folder for checkpoints; a stopped run resumes from there. same:
+    the configuration that the checkpoint must have been written with. Raises: Stopped, InputError."""
     rows = table.ordered()
     N, private = config.examples or len(rows), config.epsilon < math.inf
     rate = min(1.0, config.batch / N)
@@ -288,7 +298,7 @@ def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, sa
                 p.grad = g
             optimizer.step()
             t += 1
-            keep = min(DECAY, t / (t + 9))                                  # short at first: the start is forgotten
+            keep = min(DECAY, t / (t + 9))                                  # smaller in early steps, as in a warm-up
             for name, p in model.named_parameters():
                 average[name].lerp_(p.detach(), 1 - keep)
             losses.append(float(seen.mean()))
@@ -308,7 +318,8 @@ def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, sa
 
 
 def dp_sum(model: TBART, rows: torch.Tensor, clip: float, micro: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Sum of the rows' clipped gradients, a tensor a parameter, zeros if there is no row; and the rows' losses."""
+    """-> the sum of the rows' clipped gradients, one tensor for each parameter (0 without rows); the rows' losses (N,).
+    micro: rows in a forward pass."""
     total, seen = [torch.zeros_like(p) for p in model.parameters()], []
     for part in rows.split(micro) if len(rows) else ():
         grads, losses = ghost_clipped_sum(model, lambda part=part: row_losses(model, part), clip)
@@ -319,7 +330,7 @@ def dp_sum(model: TBART, rows: torch.Tensor, clip: float, micro: int) -> tuple[l
 
 
 def account(fitted: Fitted, config: TableConfig, rows: int) -> dict:
-    """What was spent, and what that does not cover."""
+    """The content of privacy.json: the budget that was spent, and what it does not cover. rows: their number."""
     if not fitted.spent:
         return {"epsilon": math.inf, "spent": [], "not_covered": ["everything: no noise was added"]}
     return {"epsilon": epsilon_of(fitted.spent, config.delta), "delta": config.delta, "unit": "a row",

@@ -1,1 +1,1 @@
-"""Text, conversations and records become token ids."""
+"""Text: preference records, conversations and tokenizers."""

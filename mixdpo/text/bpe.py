@@ -1,18 +1,21 @@
-"""Byte-level BPE: tokenizer.json's vocabulary, merge rules and pre-tokenizer as what tiktoken can run, and back.
+"""Byte-level BPE: converts tokenizer.json's vocabulary, merge rules and pre-tokenizer for tiktoken, and back.
 
-tokenizer.json   merge rules in order: of all adjacent pairs in a piece that a rule joins, join the one with the first
-                 rule, until none is left. Ids are a table of their own, in any order.
-tiktoken         a rank for each token: of all adjacent pairs whose joined bytes are a token, join the one of the lowest
-                 rank. A piece that is a token as a whole is taken as it is.
+The pre-tokenizer cuts a text into pieces; merges happen within a piece. The two programs choose merges differently:
 
-The two agree on every text if each token t, when its bytes stand alone, is at last joined from two parts that one of
-its rules names. For when x and y with x + y = t are about to be joined in any text, no join so far has crossed the ends
-of t, so the joins between them are those that t goes through alone. A token that alone gets stuck at three parts or
-more is never joined at all: it can only be met as a whole piece (tokenizer.json's `ignore_merges`). `read_vocabulary`
-checks this for every token, and refuses a file for which tiktoken's ids would be others.
+tokenizer.json   has an ordered list of merge rules (left, right). Of all adjacent pairs with a rule, merge the pair
+                 whose rule comes first; repeat until no pair has a rule. A separate table gives the ids, in any order.
+tiktoken         has a rank for each token. Of all adjacent pairs whose concatenation is a token, merge the pair with
+                 the lowest rank. A piece that is itself a token is not split at all.
 
-Left out: all that is not byte-level BPE, and pre-tokenizers other than those of GPT-2, SmolLM2, Llama-3 and their kin:
-each is refused by its name.
+They agree on every text under one condition: for each token t, tokenising the bytes of t alone ends with a merge of two
+parts that are one of t's rules. Proof: suppose that x and y with x + y = t are about to be merged in some text. No
+earlier merge crossed the ends of t. So the merges within t so far are the same as when t is tokenised alone. If
+tokenising t alone stops at three parts or more, no text gives t by merges; t occurs only where a piece equals t
+(tokenizer.json's `ignore_merges`). `read_vocabulary` checks the condition for every token. If tiktoken would give other
+ids than tokenizer.json, that is an error.
+
+Left out: models that are not byte-level BPE, and pre-tokenizers that differ from those of GPT-2, SmolLM2 and Llama-3.
+Each is an error that names it.
 """
 
 import math
@@ -20,22 +23,23 @@ from dataclasses import dataclass
 
 from mixdpo.config import InputError
 
-# GPT-2 writes bytes as characters: the 188 that Latin-1 can print as themselves, the other 68 as U+0100 and onwards.
+# GPT-2 writes bytes as characters: the 188 printable bytes of Latin-1 as themselves, the other 68 as U+0100 and up.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 HIDDEN = [byte for byte in range(256) if byte not in PRINTABLE]
 CHARACTER = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + n) for n, byte in enumerate(HIDDEN)}
-# Back again through Latin-1, whose codes are the bytes; characters outside the alphabet go where Latin-1 cannot follow.
+# The inverse goes through Latin-1, whose codes are the bytes. Characters outside GPT-2's alphabet become U+FFFF or stay
+# as they are; Latin-1 cannot encode them, which is the error that `to_bytes` expects.
 TO_LATIN1 = dict.fromkeys(HIDDEN, "\uffff") | {ord(character): byte for byte, character in CHARACTER.items()}
 
-# How text is cut into pieces before any merge: contractions, letters, digits, the rest, and white space, whose last
-# blank before a word belongs to the word.
+# The pattern that cuts a text into pieces: contractions, letters, digits, other characters, white space. The last blank
+# before a word belongs to the word.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same where digits were cut out first: the text before a digit ends there, so its white space stays together.
+# The same after digits were separated: white space before a digit is then at the end of a text, and stays one piece.
 DIGITS_PATTERN = r"%s|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
-# tokenizer.json's pre-tokenizers for these three.
+# tokenizer.json's pre-tokenizers for these three patterns.
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 SMOLLM_STEPS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}
 LLAMA3_STEPS = {"type": "Sequence", "pretokenizers": [
@@ -45,14 +49,16 @@ LLAMA3_STEPS = {"type": "Sequence", "pretokenizers": [
 
 @dataclass(frozen=True)
 class Vocabulary:
-    ranks: dict     # bytes -> rank, what tiktoken runs on
-    ids: dict       # rank -> id; where ids rise with the merges, ranks are ids
-    names: dict     # id -> bytes, of everything that has an id: what decoding needs
-    literal: dict   # text -> id: added tokens that are not special; met in a text before anything else
+    """A vocabulary that tiktoken can run."""
+
+    ranks: dict     # bytes -> rank, for tiktoken
+    ids: dict       # rank -> id; if the ids increase with the merges, each rank equals its id
+    names: dict     # id -> bytes of every token, for decoding
+    literal: dict   # text -> id of added tokens that are not special; they are searched in a text first
 
 
 def to_bytes(name):
-    """A token as tokenizer.json writes it -> its bytes; None if it is not written in GPT-2's alphabet."""
+    """A token as in tokenizer.json -> its bytes; None if it has characters outside GPT-2's alphabet."""
     try:
         return name.translate(TO_LATIN1).encode("latin-1")
     except UnicodeEncodeError:
@@ -60,11 +66,13 @@ def to_bytes(name):
 
 
 def to_name(token):
+    """Bytes -> the token as in tokenizer.json."""
     return "".join(map(CHARACTER.__getitem__, token))
 
 
 def split(ranks, token):
-    """The parts that a token's bytes, alone, end as before the join that makes the token: two, if there is one."""
+    """The parts of a token's bytes, tokenised alone, before the last merge. Two parts: the last merge makes the token.
+    More: the merges stop before. One: the token is a single byte."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
         rank, i = min((ranks.get(parts[i] + parts[i + 1], math.inf), i) for i in range(len(parts) - 1))
@@ -75,15 +83,15 @@ def split(ranks, token):
 
 
 def merges_of(ranks):
-    """bytes -> rank to merge rules "left right" in order; tokens that no merge can reach have none."""
+    """Ranks (bytes -> rank) -> merge rules "left right", in order. Tokens that merges cannot produce have no rule."""
     in_order = sorted((token for token in ranks if len(token) > 1), key=ranks.get)
     return [" ".join(map(to_name, parts)) for token in in_order if len(parts := split(ranks, token)) == 2]
 
 
 def document(vocab, special, steps, merges, ignore_merges):
-    """tokenizer.json as a dict, as the tokenizers library reads it.
+    """tokenizer.json as a dict, for the tokenizers library.
 
-    vocab: name -> id, special tokens included; special: names of those; steps: the pre-tokenizer.
+    vocab: name -> id, with special tokens; special: the names of the special tokens; steps: the pre-tokenizer.
     """
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
@@ -97,7 +105,8 @@ def document(vocab, special, steps, merges, ignore_merges):
 
 
 def pattern_of(steps, place):
-    """tokenizer.json's pre_tokenizer -> (pattern for tiktoken, add_prefix_space)."""
+    """tokenizer.json's pre_tokenizer -> (pattern for tiktoken, add_prefix_space). place: the file, for errors.
+    Raises: InputError if the pre-tokenizer is not supported."""
     steps = steps["pretokenizers"] if steps and steps["type"] == "Sequence" else [steps] if steps else []
     kinds = [step["type"] for step in steps]
     if kinds and kinds[-1] == "ByteLevel":
@@ -109,7 +118,7 @@ def pattern_of(steps, place):
         if kinds == ["Split", "ByteLevel"] and not own_regex and not prefix:
             regex = steps[0]["pattern"].get("Regex")
             if regex and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
-                # What the regex leaves between its matches is a piece as well; tiktoken alone would drop it.
+                # Text between two matches of the regex is a piece too; tiktoken alone would drop it.
                 return rf"{regex}|(?:(?!{regex})[\s\S])+", False
     settings = "; ".join(", ".join(f"{key} {value!r}" for key, value in step.items()) for step in steps) or "none"
     raise InputError(f"this pre-tokenizer is not supported: {settings}. Wanted: ByteLevel; Digits, ByteLevel; or Split "
@@ -118,13 +127,14 @@ def pattern_of(steps, place):
 
 
 def read_vocabulary(model, added, place):
-    """tokenizer.json's model and added_tokens -> Vocabulary. Raises InputError where tiktoken's ids would be others."""
+    """tokenizer.json's model and added_tokens -> Vocabulary. place: the file, for errors.
+    Raises: InputError if the model is not supported, or if tiktoken would give other ids."""
     unsupported = {key: model[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
                                                "byte_fallback") if model.get(key)}
     if model["type"] != "BPE" or unsupported:
         raise InputError(f"model {model['type']} {unsupported or ''} is not supported; wanted byte-level BPE",
                          file=place)
-    vocab, whole = model["vocab"], bool(model.get("ignore_merges"))
+    vocab, ignore_merges = model["vocab"], bool(model.get("ignore_merges"))
     special = {token["content"] for token in added if token["special"]}
     written = {name: to_bytes(name) for name in vocab if name not in special}
     names = {vocab[name]: token if token is not None else name.encode() for name, token in written.items()}
@@ -133,7 +143,7 @@ def read_vocabulary(model, added, place):
     rules = _rules(model["merges"], written, special, place)
     ids = {token: vocab[name] for name, token in written.items() if token is not None and len(token) == 1}
     ids |= {token: vocab[to_name(token)] for token in rules}
-    if whole:                                           # tokens without a rule are met as whole pieces
+    if ignore_merges:                                   # tokens without a rule occur as pieces
         ids |= {token: vocab[name] for name, token in written.items() if token is not None and token not in ids}
     in_order = [ids[token] for token in rules]
     rising = all(a < b for a, b in zip(in_order, in_order[1:]))
@@ -141,39 +151,40 @@ def read_vocabulary(model, added, place):
 
     for token, parts in _unreachable(ranks, rules):
         if len(parts) == 2:
-            raise InputError(f"token {to_name(token)!r} would be joined from {to_name(parts[0])!r} and "
-                             f"{to_name(parts[1])!r}, for which there is no merge; these merges cannot be run by rank",
-                             file=place)
-        if not whole:
-            del ranks[token]                            # no text leads to it, and tiktoken must not take it as a piece
+            raise InputError(f"tiktoken would merge token {to_name(token)!r} from {to_name(parts[0])!r} and "
+                             f"{to_name(parts[1])!r}, for which tokenizer.json has no merge; use another tokenizer: "
+                             "these merges cannot be expressed as ranks", file=place)
+        if not ignore_merges:
+            del ranks[token]                            # no text gives it; tiktoken must not take a piece as this token
     literal = {token["content"]: token["id"] for token in added if not token["special"]}
     return Vocabulary(ranks, {rank: ids[token] for token, rank in ranks.items()}, names, literal)
 
 
 def _rules(merges, written, special, place):
-    """token -> the pairs that join to it, the tokens in the order of their first rule."""
+    """{token: its merge rules, as pairs of bytes}. The tokens are in the order of their first rule."""
     rules, latest = {}, None
     for number, merge in enumerate(merges, 1):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         parts = [written.get(name) for name in pair]
         if "".join(pair) in special:
-            raise InputError(f"merge {number}, {merge!r}, makes a special token, which text must never give; take that "
-                             "merge out, or the token out of added_tokens", file=place)
+            raise InputError(f"merge {number}, {merge!r}, makes a special token, which no text may produce; remove the "
+                             "merge, or remove the token from added_tokens", file=place)
         if len(parts) != 2 or None in parts or "".join(pair) not in written:
-            raise InputError(f"merge {number}, {merge!r}, is not two tokens of the vocabulary that make a third",
-                             file=place)
+            raise InputError(f"merge {number}, {merge!r}: wanted two tokens of the vocabulary whose concatenation is "
+                             "a third; the file is damaged, fetch it again", file=place)
         token = parts[0] + parts[1]
-        if token == latest or token not in rules:       # a rule that comes back later never acts: the first ones did
+        if token == latest or token not in rules:       # a later rule for the same token never applies: skip it
             rules.setdefault(token, []).append(tuple(parts))
         latest = token
     return rules
 
 
 def _unreachable(ranks, rules):
-    """Yields (token, parts it ends as when alone) for tokens that do not end as the two parts of one of their rules."""
-    left, right = {}, {}        # token -> what stands at its left, right end while it is joined alone, byte first
-    last = {}                   # token -> the highest rank joined on the way: when it is whole, seen from outside
-    for token in sorted(ranks, key=lambda token: (len(token), ranks[token])):       # parts before what they make
+    """Yields (token, parts) for each token that, tokenised alone, does not end with a merge by one of its rules.
+    parts: as in `split`."""
+    left, right = {}, {}        # token -> the parts at its left, right end while it is tokenised alone, in order
+    last = {}                   # token -> the highest rank among the merges that make it: the time when it is complete
+    for token in sorted(ranks, key=lambda token: (len(token), ranks[token])):       # parts before their concatenation
         if len(token) == 1:
             left[token], right[token], last[token] = (token,), (token,), -1
             continue
@@ -189,10 +200,10 @@ def _unreachable(ranks, rules):
 
 
 def _meet(ranks, last, ends, starts):
-    """True if two tokens side by side are each joined whole before anything is joined across their border.
+    """True if two adjacent tokens are each complete before any merge crosses the border between them.
 
-    Then split(ranks, ends[-1] + starts[-1]) is these two, seen without splitting. False also where ranks tie.
-    ends, starts: what stands left and right of the border, from the single byte to the whole token.
+    Then split(ranks, ends[-1] + starts[-1]) is these two tokens; this test finds it faster. False also if ranks tie.
+    ends, starts: the parts to the left and to the right of the border, from the single byte to the complete token.
     """
     i = j = 0
     while i + 1 < len(ends) or j + 1 < len(starts):

@@ -1,16 +1,16 @@
-"""Records: the lines of a preference file, checked before anybody reads meaning into them.
+"""Records: reads the lines of a preference file and checks their fields and types.
 
-One line is one JSON object, one comparison:
+Each line is one JSON object, which is one comparison:
 
-    {"prompt": str, "chosen": str, "rejected": str}           always; or, all three, lists of messages (chat.py):
-        [{"role": "user", "content": str}, ...]               prompt: perhaps system, then turns up to a user's
-        [{"role": "assistant", "content": str}]               chosen and rejected: one turn
-    {"user": str}                                             who judged; training may use it (M11: one latent a user)
-    {"domain": str}                                           what the prompt is about; only a gate of domains reads it
-    {"annotator": str, "scores": {name: [chosen, rejected]}}  the truth about the judge; evaluation only
-    {"context": bool}                                         true: a pair for the E-step, never for the M-step
+    {"prompt": str, "chosen": str, "rejected": str}           required; or all three are lists of messages (chat.py):
+        [{"role": "user", "content": str}, ...]               prompt: an optional system turn, then turns; last a user's
+        [{"role": "assistant", "content": str}]               chosen and rejected: one turn each
+    {"user": str}                                             who judged; training may use it (M11: one type per user)
+    {"domain": str}                                           the prompt's domain; only the domain gate uses it
+    {"annotator": str, "scores": {name: [chosen, rejected]}}  the true type and rewards; evaluation only
+    {"context": bool}                                         true: a pair for the E-step only, not for the M-step
 
-Left out: any guess at what a damaged or unknown field may have meant.
+Left out: repair of damaged or unknown fields; each is an error.
 """
 
 import gzip
@@ -22,12 +22,12 @@ from pathlib import Path
 
 from mixdpo.config import InputError
 
-LONGEST = 2**26  # bytes of a line
+LONGEST = 2**26  # largest line in bytes
 TEXTS, OPTIONAL = ("prompt", "chosen", "rejected"), ("user", "annotator", "scores", "context", "domain")
 
 
 class Fault(InputError):
-    """What is wrong with one line. `kind` is the kind of fault, under which dropped lines are counted."""
+    """A fault in one line. Dropped lines are counted by `kind`; `got` is the fault, `remedy` what to do."""
 
     def __init__(self, kind: str, got: str, remedy: str, file=None, line: int | None = None):
         super().__init__(f"{kind}: {got}; {remedy}", file, line)
@@ -35,10 +35,10 @@ class Fault(InputError):
 
 
 def lines(path):
-    """Yields the lines of a .jsonl or .jsonl.gz file as bytes: only a newline ends one, U+2028 inside a text does not.
+    """Yields the lines of a .jsonl or .jsonl.gz file as bytes. Only a newline ends a line; U+2028 in a text does not.
 
-    Raises: InputError if there is no such file, if its packed form is damaged, or if a line is longer than LONGEST: a
-    packed file may unpack to any size.
+    Raises: InputError if the file does not exist, if a .gz file is damaged, or if a line is longer than LONGEST (a
+    compressed file may expand to any size).
     """
     if not Path(path).is_file():
         raise InputError("no such file; wanted preferences as .jsonl or .jsonl.gz", file=path)
@@ -48,15 +48,17 @@ def lines(path):
                 if not (raw := file.readline(LONGEST + 1)):
                     return
                 if len(raw) > LONGEST:
-                    raise InputError(f"more than {LONGEST >> 20} MiB without a newline; wanted one object a line",
-                                     file=path, line=number)
+                    raise InputError(f"more than {LONGEST >> 20} MiB without a newline, wanted one object per line; "
+                                     "split the line", file=path, line=number)
                 yield raw
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(f"not a whole gzip file ({error}); fetch it or pack it again", file=path) from None
+            raise InputError(f"is not a complete gzip file ({error}); fetch or compress it again",
+                             file=path) from None
 
 
 def read_record(raw: bytes) -> dict:
-    """One line as an object with known fields of the right types; an optional null counts as absent. Raises: Fault."""
+    """One line as a dict with known fields of the right types. An optional field that is null is removed.
+    Raises: Fault."""
     usual = 'wanted {"prompt": ..., "chosen": ..., "rejected": ...} on one line'
     try:
         record = json.loads(raw.strip().decode("utf-8-sig"))
@@ -68,14 +70,15 @@ def read_record(raw: bytes) -> dict:
     if not isinstance(record, dict):
         raise Fault("not an object", f"got a {type(record).__name__}", usual)
     if unknown := [field for field in record if field not in TEXTS + OPTIONAL]:
-        known = f"known are {', '.join(TEXTS + OPTIONAL)}: rename it or take it out"
+        known = f"wanted some of {', '.join(TEXTS + OPTIONAL)}: rename or remove the field"
         raise Fault("unknown field", ", ".join(map(repr, unknown)), known)
     if missing := [field for field in TEXTS if field not in record]:
-        raise Fault("missing field", ", ".join(missing), f"every line needs {', '.join(TEXTS)}")
+        raise Fault("missing field", ", ".join(missing), f"wanted {', '.join(TEXTS)} in every line: add it")
     record = {field: value for field, value in record.items() if value is not None or field in TEXTS}
     chat = [field for field in TEXTS if isinstance(record[field], list)]
     if chat and len(chat) < len(TEXTS):
-        raise Fault("wrong type", f"{', '.join(chat)} of messages, the rest is text", "wanted all three alike")
+        raise Fault("wrong type", f"{', '.join(chat)}: messages, the others: text",
+                    "wanted prompt, chosen and rejected of the same type: all messages or all text")
     for field in chat:
         check_messages(field, record[field])
     for field in record.keys() & {*TEXTS, "user", "annotator", "domain"} - {*chat}:
@@ -84,24 +87,25 @@ def read_record(raw: bytes) -> dict:
         raise Fault("wrong type", f"context is {record['context']!r}", "wanted true or false")
     scores = record.get("scores", {})
     if not (isinstance(scores, dict) and all(map(is_score, scores.values()))):
-        raise Fault("wrong type", f"scores is {scores!r}", 'wanted {"name": [chosen, rejected], ...}, finite numbers')
+        raise Fault("wrong type", f"scores is {scores!r}", 'wanted {"name": [chosen, rejected], ...}: finite numbers')
     return record
 
 
 def check_string(field: str, value) -> None:
-    """Raises: Fault unless `value` is a string, not empty, that UTF-8 can write."""
+    """Raises: Fault unless `value` is a string that is not empty and has no lone surrogates (UTF-8 cannot encode
+    them)."""
     if not isinstance(value, str):
         raise Fault("wrong type", f"{field} is {value!r}", "wanted a string")
     if not value:
-        raise Fault(f"empty {field}", "it is ''", "wanted at least one character: give it text or take the line out")
+        raise Fault(f"empty {field}", "it is ''", "wanted at least one character: add text or remove the line")
     for position, character in enumerate(value):
         if "\ud800" <= character <= "\udfff":
             got = f"{field} has \\u{ord(character):04x} at position {position}"
-            raise Fault("lone surrogate", got, "it is half a character: write it whole or take it out")
+            raise Fault("lone surrogate", got, "it is half of a character: write both halves or remove it")
 
 
 def check_messages(field: str, messages: list) -> None:
-    """Raises: Fault unless these are turns that a chat template can write: a prompt's, or one answer."""
+    """Raises: Fault unless a chat template can write these messages: the turns of a prompt, or one answer."""
     wanted = "wanted [{\"role\": \"user\", \"content\": \"...\"}, ...]"
     for n, message in enumerate(messages):
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
@@ -110,14 +114,14 @@ def check_messages(field: str, messages: list) -> None:
     roles = [message["role"] for message in messages]
     if field != "prompt":
         if roles != ["assistant"]:
-            raise Fault("wrong roles", f"{field} has {roles}", "wanted one turn, the assistant's, behind the prompt's")
+            raise Fault("wrong roles", f"{field} has {roles}", "wanted one message with role assistant")
     elif roles[-1:] != ["user"] or not {*roles} <= {"system", "user", "assistant"} or "system" in roles[1:]:
-        raise Fault("wrong roles", f"{field} has {roles}", "wanted turns of user and assistant, the last a user's; one "
-                    "of system may stand before them")
+        raise Fault("wrong roles", f"{field} has {roles}", "wanted messages of user and assistant, the last of a user; "
+                    "one of system may come first")
 
 
 def is_score(value) -> bool:
-    """Whether `value` is [chosen, rejected], two finite numbers; true and false are not numbers here."""
+    """True if `value` is [chosen, rejected], two finite numbers; true and false are not numbers here."""
     return (
         isinstance(value, list)
         and len(value) == 2

@@ -1,10 +1,10 @@
 """Text to token ids and back: GPT-2, SmolLM2, Llama-3 and any byte-level-BPE tokenizer.json; tiktoken does the merges.
 
-Whatever the source, it is brought into tokenizer.json's form first and read from there: one path into ids, and a saved
-tokenizer is the loaded one. Special tokens never come out of a text: their names in it are characters like others.
-Added tokens that are not special are met in a text, as their authors meant them.
+Every source is first converted to tokenizer.json's form and read from there. So there is one way from text to ids, and
+a saved tokenizer equals the loaded one. A text never gives a special token: the name of a special token in a text is
+ordinary characters. Added tokens that are not special are recognised in a text, as their authors intended.
 
-Left out: special tokens around a text (callers put end-of-text where it belongs), truncation, padding, offsets.
+Left out: special tokens around a text (the caller adds end-of-text), truncation, padding, offsets.
 """
 
 import base64
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tiktoken
 
-from mixdpo.config import InputError, reading
+from mixdpo.config import InputError, reading, write_whole
 from mixdpo.files.fetch import asset
 from mixdpo.models.gguf import read_gguf
 from mixdpo.text.bpe import (
@@ -31,15 +31,16 @@ from mixdpo.text.bpe import (
     to_name,
 )
 
-# The pre-tokenizers that a GGUF file names, under its tokenizer.ggml.model and .pre.
+# (tokenizer.ggml.model, tokenizer.ggml.pre) of a GGUF file -> its pre-tokenizer.
 GGUF_STEPS = {("gpt2", "smollm"): SMOLLM_STEPS, ("gpt2", "gpt-2"): BYTE_LEVEL}
 CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 
 
 class Tokenizer:
-    """encode and decode. eos: id of end-of-text; bos: id that belongs before a text, or None; vocab: 1 + highest id.
+    """encode and decode. eos: id of end-of-text; bos: id that starts a text, or None; vocab: 1 + highest id.
 
-    doc: tokenizer.json as a dict; config: tokenizer_config.json, with eos_token; place: what errors call it.
+    doc: tokenizer.json as a dict; config: tokenizer_config.json, with eos_token; place: its file or name, for errors.
+    Raises: InputError if this code cannot reproduce the tokenizer's ids.
     """
 
     def __init__(self, doc, config, place):
@@ -47,44 +48,46 @@ class Tokenizer:
         self.vocabulary = read_vocabulary(doc["model"], added, place)
         self.pattern, self.prefix_space = pattern_of(doc.get("pre_tokenizer"), place)
         if normalizer not in (None, {"type": "NFC"}):
-            raise InputError(f"normalizer {normalizer['type']} is not supported; wanted none, or NFC", file=place)
+            raise InputError(f"normalizer {normalizer['type']} is not supported, wanted none or NFC; use another "
+                             "tokenizer", file=place)
         self.nfc = normalizer is not None
         _refuse_flags(added, self.nfc, place)
         self.doc, self.config, self.place = doc, config, place
         self.special, self.chat_template = {t["content"]: t["id"] for t in added}, _template_of(config)  # for chat.py
-        named = {key: value for key, value in config.items() if key.endswith("_token")}          # for the template
+        named = {key: value for key, value in config.items() if key.endswith("_token")}     # for the chat template
         self.named = {key: v["content"] if isinstance(v, dict) else v for key, v in named.items() if v is not None}
         self.eos, self.bos = self._id_of(config["eos_token"]), self._id_of(_first_of_template(doc))
         self.vocab = max(self.vocabulary.names) + 1
         try:
             self._bpe = tiktoken.Encoding(place, pat_str=self.pattern, mergeable_ranks=self.vocabulary.ranks,
                                           special_tokens={})
-        except BaseException as error:                      # its panics are no Exceptions
+        except BaseException as error:                      # tiktoken's panics do not derive from Exception
             if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
                 raise
-            raise InputError(f"tiktoken cannot read the pattern {self.pattern!r}, or two tokens have one id: {error}",
-                             file=place) from None
+            raise InputError(f"tiktoken cannot read the pattern {self.pattern!r}, or two tokens have the same id: "
+                             f"{error}; use another tokenizer", file=place) from None
         self._writable = bytes(token[0] for token in self.vocabulary.ranks if len(token) == 1)
         self._lengths = {i: len(self.vocabulary.names[i]) for i in self.vocabulary.ids.values()}
-        literal = sorted(self.vocabulary.literal, key=len, reverse=True)    # an alternation takes the first that fits
+        literal = sorted(self.vocabulary.literal, key=len, reverse=True)    # a regex takes the first alternative
         self._literal = re.compile(f"({'|'.join(map(re.escape, literal))})") if literal else None
 
     def _id_of(self, name):
-        """The id of a token given as tokenizer_config.json gives it: a name, or a dict with content; None for None."""
+        """The id of a token in tokenizer_config.json's form: a name, or a dict with `content`. None gives None."""
         name = name["content"] if isinstance(name, dict) else name
         if name is None:
             return None
         found = self.special.get(name, self.doc["model"]["vocab"].get(name))
         if found is None:
-            raise InputError(f"{name!r} is named as a special token, and the vocabulary lacks it", file=self.place)
+            raise InputError(f"the special token {name!r} is not in the vocabulary; use the tokenizer files of one "
+                             "model", file=self.place)
         return found
 
     def encode(self, text):
-        """-> list of ids. Raises InputError naming a character that the vocabulary cannot write, and its position."""
+        """-> list of ids. Raises: InputError with the character, and its position, that the vocabulary lacks."""
         if self._literal is None:
             return self._encode(text)
         ids = []
-        for n, piece in enumerate(self._literal.split(text)):       # odd pieces are the added tokens
+        for n, piece in enumerate(self._literal.split(text)):       # odd n: an added token
             ids += [self.vocabulary.literal[piece]] if n % 2 else self._encode(piece)
         return ids
 
@@ -95,19 +98,19 @@ class Tokenizer:
             text = " " + text
         try:
             data = text.encode()
-        except UnicodeEncodeError as error:                 # tiktoken would put something else there, in silence
+        except UnicodeEncodeError as error:                 # tiktoken would replace the character without an error
             self._refuse(text, error.start)
-        unwritable = data.translate(None, self._writable)   # tiktoken would panic at these
+        unwritable = data.translate(None, self._writable)   # bytes without a token, at which tiktoken panics
         if unwritable:
             self._refuse(text, next(n for n, character in enumerate(text) if unwritable[0] in character.encode()))
         try:
             ranks = self._bpe.encode_ordinary(text)
-        except BaseException as error:                      # the class of a panic in tiktoken is no Exception
+        except BaseException as error:                      # tiktoken's panics do not derive from Exception
             if type(error).__name__ != "PanicException":
                 raise
-            raise InputError(f"tiktoken cannot cut this text of {len(text)} characters into pieces: it gives up at "
-                             "several 100,000 blanks in a row (shorten them), and at a pattern that can match the "
-                             "empty string", file=self.place) from None
+            raise InputError(f"tiktoken cannot cut this text of {len(text)} characters into pieces: it fails at "
+                             "several 100,000 blanks in a row (shorten them), and at a pattern that matches the "
+                             "empty string (use another tokenizer)", file=self.place) from None
         ids = list(map(self.vocabulary.ids.__getitem__, ranks))
         written = sum(map(self._lengths.__getitem__, ids))
         assert written == len(data), f"{self.place}: {written} bytes written of {len(data)}, wanted all"
@@ -115,16 +118,17 @@ class Tokenizer:
 
     def _refuse(self, text, n):
         raise InputError(f"character {text[n]!r} (U+{ord(text[n]):04X}) at position {n} has no token in this "
-                         f"vocabulary; take it out of the text: {text[max(n - 20, 0):n + 20]!r}", file=self.place)
+                         f"vocabulary; remove it from the text: {text[max(n - 20, 0):n + 20]!r}", file=self.place)
 
     def decode(self, ids):
-        """Any ids -> text. Bytes that are not UTF-8 and ids without a token give U+FFFD; special tokens their names."""
+        """Ids -> text. Bytes that are not UTF-8 and ids without a token give U+FFFD; special tokens give their names.
+        Never raises."""
         names = self.vocabulary.names
         return b"".join(names.get(i, b"\xef\xbf\xbd") for i in ids).decode(errors="replace")
 
     @functools.cached_property
     def key(self):
-        """sha256 of everything that decides ids; two tokenizers with the same key give the same ids."""
+        """sha256 of everything that determines ids; two tokenizers with the same key give the same ids."""
         merged = [(rank, self.vocabulary.ids[rank], token.hex()) for token, rank in self.vocabulary.ranks.items()]
         parts = [[(i, token) for _, i, token in sorted(merged)], self.pattern, self.prefix_space, self.nfc, self.eos,
                  self.bos, sorted(self.vocabulary.literal.items()), self.vocab,
@@ -132,32 +136,32 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def save(self, directory):
-        """Writes tokenizer.json and tokenizer_config.json, which load_tokenizer and transformers read."""
+        """Writes tokenizer.json and tokenizer_config.json, which load_tokenizer and transformers read.
+        Raises: OSError."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in (("tokenizer.json", self.doc), ("tokenizer_config.json", self.config)):
-            part = directory / f"{name}.part"
-            part.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-            part.replace(directory / name)
+            write_whole(directory / name, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def _refuse_flags(added, nfc, place):
-    """Added tokens that are met in a text can ask for more than an exact match, which is not done here."""
+    """Raises: InputError if an added token needs more than an exact match in the text."""
     for token in added:
-        asked = [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]
-        asked += ["normalized"] if nfc and token.get("normalized") else []
-        if asked and not token["special"]:
-            raise InputError(f"added token {token['content']!r} with {', '.join(asked)} is not supported", file=place)
+        flags = [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]
+        flags += ["normalized"] if nfc and token.get("normalized") else []
+        if flags and not token["special"]:
+            raise InputError(f"added token {token['content']!r} with {', '.join(flags)} is not supported; use another "
+                             "tokenizer", file=place)
 
 
 def _template_of(config):
-    """The Jinja program that writes conversations, or None; of several with names, the default one."""
+    """The chat template, a Jinja program, or None. If there are several with names: the one named `default`."""
     jinja = config.get("chat_template")
-    return jinja if not isinstance(jinja, list) else {one["name"]: one["template"] for one in jinja}.get("default")
+    return jinja if not isinstance(jinja, list) else {each["name"]: each["template"] for each in jinja}.get("default")
 
 
 def _first_of_template(doc):
-    """The special token that tokenizer.json's post-processor puts before a text, or None."""
+    """The special token that tokenizer.json's post-processor adds before a text, or None."""
     post = doc.get("post_processor") or {}
     for step in post.get("processors", [post]):
         if step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
@@ -168,8 +172,8 @@ def _first_of_template(doc):
 def load_tokenizer(name_or_directory, data=None):
     """-> Tokenizer of "gpt2", "smollm2", "llama-3.2-1b", a directory with tokenizer.json, or a .gguf file.
 
-    A directory may hold GPT-2's older pair, vocab.json and merges.txt, instead. data: a local folder that is looked
-    into before anything is fetched; a model directory of that name in it counts. Raises InputError.
+    Instead of tokenizer.json a directory may have GPT-2's older files, vocab.json and merges.txt. data: a local folder
+    that is searched before anything is fetched; it may hold a model directory of that name. Raises: InputError.
     """
     if data is not None and (Path(data) / name_or_directory / "tokenizer.json").is_file():
         name_or_directory = Path(data) / name_or_directory
@@ -180,7 +184,7 @@ def load_tokenizer(name_or_directory, data=None):
         return _from_gguf(path, str(path))
     if not path.is_dir():
         raise InputError(f"no such tokenizer; wanted a directory, a .gguf file or one of {', '.join(NAMES)}", file=path)
-    with reading(path, "its tokenizer files are not laid out as transformers does: save them anew"):
+    with reading(path, "its tokenizer files do not have transformers' format: save them again"):
         doc = _document_of(path)
         return Tokenizer(doc, _config_of(path, doc), str(path))
 
@@ -190,22 +194,22 @@ def _document_of(directory):
         return _read_json(directory / "tokenizer.json")
     if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         return _from_merges(directory)
-    raise InputError("holds no tokenizer.json, nor vocab.json and merges.txt; put the model's there (in transformers: "
-                     "AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY))", file=directory)
+    raise InputError("has neither tokenizer.json nor vocab.json and merges.txt; copy the model's files there, or run "
+                     "transformers' AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY)", file=directory)
 
 
 def _read_json(path):
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:         # also of bytes that are not UTF-8
-        raise InputError(f"is not JSON ({error}); it is truncated or altered, get it again", file=path) from None
+    except ValueError as error:         # also for bytes that are not UTF-8
+        raise InputError(f"is not JSON ({error}); it is truncated or damaged, fetch it again", file=path) from None
     if not isinstance(value, dict):
-        raise InputError(f"holds a {type(value).__name__}, wanted an object", file=path)
+        raise InputError(f"holds a {type(value).__name__}, wanted an object; fetch it again", file=path)
     return value
 
 
 def _config_of(directory, doc):
-    """tokenizer_config.json with its eos_token, which is looked up in the model's config if it is not there."""
+    """tokenizer_config.json with eos_token; if that is missing, it is taken from the model's configuration."""
     file = directory / "tokenizer_config.json"
     config = _read_json(file) if file.is_file() else CONFIG
     if (jinja := directory / "chat_template.jinja").is_file():
@@ -218,12 +222,12 @@ def _config_of(directory, doc):
         for name, i in {token["content"]: token["id"] for token in doc.get("added_tokens") or []}.items():
             if i == eos:
                 return config | {"eos_token": name}
-    raise InputError("nothing says which token ends a text; add \"eos_token\": \"NAME\" to tokenizer_config.json",
+    raise InputError("no file names the end-of-text token; add \"eos_token\": \"NAME\" to tokenizer_config.json",
                      file=directory)
 
 
 def _from_merges(directory):
-    """GPT-2's old pair of files: vocab.json, and merges.txt with one rule a line."""
+    """tokenizer.json from GPT-2's older files: vocab.json, and merges.txt with one rule per line."""
     vocab = _read_json(directory / "vocab.json")
     merges = [line for line in (directory / "merges.txt").read_text(encoding="utf-8").splitlines()
               if line and not line.startswith("#version")]
@@ -232,12 +236,13 @@ def _from_merges(directory):
 
 
 def _read_ranks(path):
-    """tiktoken's own file: base64 of the token, blank, rank, one a line."""
+    """{bytes: rank} from tiktoken's file format. Each line: the token in base64, a blank, the rank."""
     lines = (line.split() for line in path.read_bytes().splitlines() if line)
     return {base64.b64decode(token): int(rank) for token, rank in lines}
 
 
 def _from_ranks(ranks, special, steps):
+    """tokenizer.json from tiktoken's ranks. special: {name: id}; steps: the pre-tokenizer."""
     merges = merges_of(ranks)
     single = sum(len(token) == 1 for token in ranks)
     vocab = {to_name(token): rank for token, rank in ranks.items()} | special
@@ -257,11 +262,11 @@ def _from_gguf(path, place):
     metadata, _ = read_gguf(path)
     kind = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind not in GGUF_STEPS:
-        raise InputError(f"tokenizer {' '.join(map(str, kind))} is not supported; wanted one of "
-                         f"{', '.join(' '.join(known) for known in GGUF_STEPS)}, or a directory with tokenizer.json",
+        raise InputError(f"tokenizer {' '.join(map(str, kind))} is not supported, wanted one of "
+                         f"{', '.join(' '.join(known) for known in GGUF_STEPS)}; give a directory with tokenizer.json",
                          file=path)
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    special = [token for token, number in zip(tokens, types) if number == 3]     # 3: control, by llama.cpp's count
+    special = [token for token, number in zip(tokens, types) if number == 3]     # 3: llama.cpp's number for control
     doc = document({token: i for i, token in enumerate(tokens)}, special, GGUF_STEPS[kind],
                    metadata["tokenizer.ggml.merges"], ignore_merges=False)
     chat = {"chat_template": metadata["tokenizer.chat_template"]} if "tokenizer.chat_template" in metadata else {}
@@ -269,7 +274,7 @@ def _from_gguf(path, place):
 
 
 def _llama3(data):
-    """Llama 3.2's 256 special tokens: the named ones at their places, reserved ones numbered through between them."""
+    """Llama 3.2's tokenizer. Of its 256 special tokens eight have names; the others are reserved and numbered."""
     named = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id", 7: "end_header_id",
              8: "eom_id", 9: "eot_id", 10: "python_tag"}
     reserved = [n for n in range(256) if n not in named]

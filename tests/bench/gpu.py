@@ -1,6 +1,7 @@
-"""What only a GPU can show, in one command of under ten minutes and without a network: `python -m tests.bench.gpu`
-(`make bench-gpu`). The tests of kernels and models on the device, then the rows of step.py at three sizes with their
-targets for an H100, memory, and the share of the hardware's rate; written to docs/results/h100.md and runs/h100.json.
+"""Tests and measurements on a GPU, in one command that takes less than ten minutes and needs no network:
+`python -m tests.bench.gpu` (`make bench-gpu`). It runs the tests of kernels and models on the device; then the rows of
+step.py at three sizes, with targets for an H100, memory, and the fraction of the hardware's rate. The results go to
+docs/results/h100.md and runs/h100.json.
 """
 
 import json
@@ -21,13 +22,13 @@ from tests.bench import (
 )
 from tests.bench.variants import SIZES, make_setting
 
-PEAK = 989e12                           # dense bf16 FLOPs a second of an H100 SXM, by its data sheet
+PEAK = 989e12                           # dense bf16 FLOPs per second of an H100 SXM, from its data sheet
 TESTS = ["tests/method/test_kernels.py", "tests/models/test_models.py", "tests/method/test_logprob.py"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows at one size, those whose memory is measured too, and (row, compared with, figure, at most)."""
+    """Rows at one size; the rows whose memory is measured too; targets (row, compared with, figure, at most)."""
 
     sizes: str
     rows: tuple[str, ...]
@@ -56,17 +57,17 @@ PARTS = [
 
 @dataclass(frozen=True)
 class GpuConfig:
-    """Correctness, time and memory on a GPU, against plain PyTorch and what is installed of the peers."""
+    """Correctness, time and memory on a GPU, compared with plain PyTorch and the installed peers."""
 
-    rounds: int = 7                         # timed steps a row, at least 5 for a result
-    quick: bool = False                     # tiny sizes: does everything run? The figures then mean nothing
-    device: str = "cuda"                    # cpu, with --quick true: does everything run?
-    out: str = "docs/results/h100.md"       # the report; its figures go to runs/h100.json
-    figures: str = "runs/h100.json"
+    rounds: int = 7                         # timed steps of each row; at least 5 for a result
+    quick: bool = False                     # true: tiny sizes, to check that everything runs; the results mean nothing
+    device: str = "cuda"                    # cuda; or cpu, with --quick true, to check that everything runs
+    out: str = "docs/results/h100.md"       # file for the report
+    figures: str = "runs/h100.json"         # file for the numbers
 
 
 def measure(part: Part, config: GpuConfig) -> dict:
-    """One part's figures: as step.py's."""
+    """The results of one part, in step.py's form."""
     sizes = SIZES["quick" if config.quick else part.sizes]
     skipped = {name: step.missing(name) for name in part.rows if step.missing(name)}
     names = [name for name in part.rows if name not in skipped]
@@ -81,7 +82,7 @@ def measure(part: Part, config: GpuConfig) -> dict:
 
 
 def report(found: dict) -> str:
-    """The figures as Markdown."""
+    """The results as Markdown."""
     facts, lines = found["environment"], ["# On a GPU", ""]
     lines += [f"`make bench-gpu` at revision {facts['revision']}: {facts['device']}, torch {facts['torch']}, Python "
               f"{facts['python']}; {found['minutes']:.1f} minutes.", "", f"Tests: {found['tests']}.", ""]
@@ -105,15 +106,15 @@ def report(found: dict) -> str:
             measured = ", ".join(f"{value:.2f} ({clocks.get(key, key)})" for key, value in t["ratio"].items())
             what = f"{t['figure']}: {step.ROWS[t['row']].title} / {step.ROWS[t['base']].title}"
             lines.append(f"| {what} | {t['limit']:.2f} | {measured} | {'reached' if t['reached'] else 'missed'} |")
-        lines += ["", *(f"Skipped: {step.ROWS[key].title} ({', '.join(wants)} not there)."
-                        for key, wants in part["skipped"].items()), ""]
+        lines += ["", *(f"Skipped: {step.ROWS[key].title} ({', '.join(needs)} not installed)."
+                        for key, needs in part["skipped"].items()), ""]
     return "\n".join(lines)
 
 
 def main(argv: list[str]) -> dict:
     config, began = parse(GpuConfig, argv, "python -m tests.bench.gpu"), time.monotonic()
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("no CUDA device; --device cpu --quick true shows that everything runs")
+        raise InputError("no CUDA device; use --device cpu --quick true to check that everything runs")
     tests = "not run"
     if not config.quick:
         call = subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], capture_output=True, text=True)
@@ -124,7 +125,7 @@ def main(argv: list[str]) -> dict:
         found["parts"][part.sizes] = measure(part, config)
         found["minutes"] = (time.monotonic() - began) / 60
         for path, text in ((config.figures, json.dumps(found, indent=1) + "\n"), (config.out, report(found))):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)            # after each part: a late failure loses none
+            Path(path).parent.mkdir(parents=True, exist_ok=True)            # after each part, in case a later one fails
             write_whole(Path(path), text)
     print(report(found))
     return found

@@ -1,6 +1,6 @@
-"""Four experts on a model of Llama 3.2 1B's shape, random weights: `python -m tests.bench.llama` (3 GB of disk, some
-minutes). The program is the user's: a model directory as the hub has it, train.py in a process of its own for one step,
-once with adapters and once with low-rank heads; its own estimate of memory beside the highest that the system saw.
+"""Four experts on random weights of Llama 3.2 1B's shape: `python -m tests.bench.llama` (3 GB of disk, some minutes).
+As a user would, it runs train.py on a model directory in the hub's layout, in a new process and for one step: once with
+adapters and once with low-rank heads. It prints the program's estimate of memory and the peak that the system measured.
 """
 
 import json
@@ -31,23 +31,23 @@ RUNS = {"adapters": "--sharing lora", "low-rank heads, frozen trunk": "--sharing
 class LlamaStepConfig:
     """One step of K experts on random weights of Llama 3.2 1B's shape."""
 
-    pairs: int = 4              # of the step
-    micro: int = 2              # pairs a forward pass
-    tokens: int = 128           # of a prompt, and of a response
-    experts: int = 4            # K
-    quick: bool = False         # two narrow layers, the same vocabulary: does everything run?
-    folder: str = ""            # where the model is written and kept; default: a temporary one
+    pairs: int = 4              # pairs in the step
+    micro: int = 2              # pairs in a forward pass
+    tokens: int = 128           # tokens of a prompt, and of a response
+    experts: int = 4            # number of experts, K
+    quick: bool = False         # true: two narrow layers, to check that everything runs
+    folder: str = ""            # folder in which the model is kept; empty: a temporary one
 
 
 def write_model(folder: Path, shape: LlamaConfig) -> None:
-    """The model in bfloat16, and the tokenizer, as a directory of the hub."""
+    """Writes the model in bfloat16, and the tokenizer, in the hub's layout."""
     torch.manual_seed(0)
     save_model(Llama(shape).to(torch.bfloat16), folder)
     load_tokenizer("llama-3.2-1b").save(folder)
 
 
 def write_pairs(path: Path, count: int, tokens: int) -> None:
-    """Texts of random words, each longer than the tokens that are kept of it."""
+    """Writes texts of random words; each has more tokens than the run keeps."""
     rng = np.random.default_rng(0)
 
     def text() -> str:
@@ -58,7 +58,8 @@ def write_pairs(path: Path, count: int, tokens: int) -> None:
 
 
 def one_step(options: str, home: Path, out: str, config: LlamaStepConfig) -> dict:
-    """What a run of train.py says and takes. Raises: InputError with its last words if it fails."""
+    """Runs train.py -> estimate and peak of memory (GB), seconds, loss. Raises: InputError with the end of its output
+    if it fails."""
     words = (f"train.py --data {home}/pairs.jsonl --model {home}/model --out {home}/{out} --experts {config.experts} "
              f"{options} --batch {config.pairs} --micro {config.micro} --max-prompt {config.tokens} "
              f"--max-response {config.tokens}").split()
@@ -66,11 +67,11 @@ def one_step(options: str, home: Path, out: str, config: LlamaStepConfig) -> dic
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
         log.seek(0)
-        said = log.read()
+        output = log.read()
     if status:
-        raise InputError(f"{' '.join(words)} ended with {status}: {said[-2000:]}")
+        raise InputError(f"{' '.join(words)} ended with {status}: {output[-2000:]}")
     began, ended = ((home / out / name).stat().st_mtime for name in ("config.json", "metrics.jsonl"))
-    return {"estimate": float(re.search(r"together ([0-9.]+) GB", said)[1]), "peak": usage.ru_maxrss * 1024 / 1e9,
+    return {"estimate": float(re.search(r"together ([0-9.]+) GB", output)[1]), "peak": usage.ru_maxrss * 1024 / 1e9,
             "seconds": ended - began, "loss": json.loads((home / out / "metrics.jsonl").read_text())["loss"]}
 
 
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> None:
         if not (home / "model" / "tokenizer_config.json").exists():
             write_model(home / "model", shape)
         write_pairs(home / "pairs.jsonl", config.pairs, config.tokens)
-        print(f"| K = {config.experts} | estimate (GB) | highest (GB) | seconds: step-0 check, step | loss |\n"
+        print(f"| K = {config.experts} | estimate (GB) | peak (GB) | seconds: step-0 check, step | loss |\n"
               "|---|---|---|---|---|")
         for n, (name, options) in enumerate(RUNS.items()):
             found = one_step(options, home, f"run{n}", config)

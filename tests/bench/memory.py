@@ -1,21 +1,21 @@
-"""Peak memory of one variant's step, in a process of its own.
+"""Peak memory of one variant's step, in a new process.
 
     python -m tests.bench.memory NAME DIRECTORY SIZES DEVICE        prints one JSON line
 
-On a CPU the figures are resident set sizes of the whole process, from Linux's /proc/self/status; the high-water mark
-(VmHWM) is reset just before the step it is read for. On a CUDA device they are the allocator's. In MB (10^6 bytes):
+On a CPU the numbers are resident set sizes of the process, from Linux's /proc/self/status; the high-water mark (VmHWM)
+is reset just before the measured step. On a CUDA device they come from the allocator. In MB (10^6 bytes):
 
-    level       the process before the measured step. Two warm-up steps are done: the model, the optimizer's state and a
-                gradient for every trained parameter are allocated. The interpreter, the libraries and their scratch
-                space, cached reference log-probs and, where a variant has one, the reference model belong to it too
-    peak        the highest during one step that starts there
-    step        peak - level: what a step needs beyond all of that and beyond gradients it returns; what is compared
-    state       by count, not measured: weight, gradient and AdamW's two moments of every trained parameter
+    level       memory before the measured step, after two warm-up steps. It contains the model, the optimizer's state,
+                a gradient for every trained parameter, the interpreter, the libraries and their scratch space, cached
+                reference log-probs, and the reference model if the variant has one
+    peak        the maximum during one step from there
+    step        peak - level: the additional memory of a step, without gradients that it returns; this is compared
+    state       computed, not measured: weight, gradient and AdamW's two moments of every trained parameter
 
-Gradients are allocated before that step, as zeros, and nothing frees them before they are used: every byte of the
-difference is activations, logits and temporaries. A second step starts as the timed ones do, without gradients; `freed`
-is its peak - level. It may be negative: a step whose gradients come to life while its activations die can stay below
-the sum of the two.
+Gradients are allocated as zeros before that step, and nothing frees them before they are used. So the difference is
+activations, logits and temporaries only. A second step starts without gradients, as the timed steps do; `freed` is its
+peak - level. It may be negative: if gradients are allocated while activations are freed, the peak is lower than the sum
+of the two.
 """
 
 import ctypes
@@ -27,13 +27,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-# Every block above 64 KiB goes back to the system when freed: resident memory is live memory. Slower, so not for time.
+# Every freed block above 64 KiB returns to the system, so resident memory is live memory. Too slow for measuring time.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_WAIT_POLICY": "PASSIVE"}
 MB, ROOT = 1e6, Path(__file__).resolve().parents[2]
 
 
 def measurable(device: str) -> bool:
-    """Whether this system can tell: CUDA always can, a CPU process under Linux only."""
+    """True if memory can be measured: on CUDA always, on a CPU under Linux only."""
     return device == "cuda" or Path("/proc/self/clear_refs").exists()
 
 
@@ -53,7 +53,7 @@ def resident(field: str) -> float:
 
 
 def now(device: str) -> float:
-    """Memory in use, after giving back what nobody uses."""
+    """Memory in use, after freeing unused memory."""
     import torch
 
     gc.collect()

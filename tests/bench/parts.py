@@ -1,4 +1,4 @@
-"""Parts of a step, each beside what it is measured by: the head alone, long prompts, what EM adds, sampling."""
+"""Parts of a step and their baselines: the head alone, long prompts, the cost of EM, sampling."""
 
 from functools import partial
 
@@ -16,12 +16,12 @@ from tests.bench.variants import VARIANTS, Setting, Stepper, Variant, products_i
 
 
 def drawn(setting: Setting, *shape: int) -> torch.Tensor:
-    """Normal numbers, the same every time."""
+    """Normal random numbers, equal in every call."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(setting.device)
 
 
 def head(setting: Setting, logps) -> Stepper:
-    """Log-probs of some rows, and their sum's gradients of rows and weight, by logps(hidden, weight, targets)."""
+    """Log-probs by logps(hidden, weight, targets), and the gradients of their sum for hidden and weight."""
     N, V = setting.sizes.rows, setting.sizes.vocab
     hidden, weight = (x.requires_grad_() for x in inputs_of_head(setting))
     targets = torch.arange(N, device=setting.device) % V
@@ -39,7 +39,8 @@ def inputs_of_head(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def counted_head(hidden: torch.Tensor, weight: torch.Tensor) -> dict:
-    """Three matrix products; both inputs read for each pass and their gradients written, which are what it returns."""
+    """FLOPs of three matrix products; bytes of both inputs, read in each pass, and of their gradients, written. The
+    gradients are the result of the step."""
     (N, C), V = hidden.shape, len(weight)
     size = hidden.element_size() * (N + V) * C
     return {"gradient": size, "flops": 6.0 * N * V * C, "bytes": 3.0 * size, "dtype": weight.dtype}
@@ -56,25 +57,25 @@ def products(setting: Setting) -> Stepper:
     return Stepper(step, [], **counted_head(hidden, weight))
 
 
-# The same head by others: log-probs summed, hidden (N,C), weight (V,C), targets (N,) -> ().
+# The head of other libraries: log-probs, summed or per token; hidden (N,C), weight (V,C), targets (N,).
 
 
 def head_trl(hidden, weight, targets):
-    """TRL's kernel, in tiles of its own size; in plain torch on a CPU."""
+    """TRL's kernel, with its default tile size; in plain torch on a CPU."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768, None, 1.0, ())[0]
 
 
 def head_liger(hidden, weight, targets):
-    """Liger's, which computes the gradients in forward, for a sum of all tokens."""
+    """Liger's kernel, which computes the gradients of the sum over tokens in forward."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return -liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="sum")
 
 
 def head_cut(hidden, weight, targets):
-    """Apple's cut cross-entropy, a loss a token; it leaves out what is below bfloat16's precision."""
+    """Apple's cut cross-entropy, a loss for each token; it skips gradients below bfloat16's precision."""
     from cut_cross_entropy import linear_cross_entropy
 
     return -linear_cross_entropy(hidden, weight, targets, reduction="none")
@@ -100,7 +101,7 @@ def long_prompts(setting: Setting, shared: bool) -> Stepper:
 
 
 def bookkeeping(setting: Setting) -> Stepper:
-    """What a mixture computes and one policy does not: all of EM over K, from margins to figures."""
+    """The additional work of a mixture: all of EM over K, from margins to the logged figures."""
     B, K = setting.sizes.pairs, setting.sizes.experts
     h, log_w = drawn(setting, B, K), torch.full((B, K), 1 / K, device=setting.device).log()
 
@@ -114,6 +115,7 @@ def bookkeeping(setting: Setting) -> Stepper:
 
 
 def prompts_of(setting: Setting) -> list[list[int]]:
+    """Random prompts, equal in every call."""
     generator = torch.Generator().manual_seed(0)
     shape = (setting.sizes.prompts, setting.sizes.prompt)
     return torch.randint(setting.sizes.vocab - 1, shape, generator=generator).tolist()
@@ -127,7 +129,7 @@ def sampling(setting: Setting) -> Stepper:
 
 
 def sampling_transformers(setting: Setting) -> Stepper:
-    """The same by transformers' generate, sampling from the whole vocabulary."""
+    """The same with transformers' generate, without top-k."""
     from transformers import GPT2LMHeadModel
     from transformers.utils import logging
 

@@ -1,10 +1,10 @@
-"""What one optimizer step costs, ours and others', side by side: `python -m tests.bench.step` (`make bench`).
+"""Time and memory of one optimizer step, ours and others': `python -m tests.bench.step` (`make bench`).
 
-Time: all variants live in this one process; in every round each makes one step, in a freshly shuffled order, so that
-whatever disturbs the machine disturbs all of them. Medians over the rounds, of CPU-seconds (all threads; idle workers
-sleep) beside wall time; on a GPU, of the device's event clock beside wall time. Memory: each variant in a process of
-its own, see memory.py. Targets are printed beside the ratios, reached or missed; nothing is asserted. Absolute times
-belong to the machine, ratios are the result. All rows together want about 20 GB and a machine of their own.
+Time: all variants are in one process. In every round each makes one step, in a newly shuffled order, so that a
+disturbance of the machine affects all of them. Results are medians over rounds of CPU-seconds (all threads; idle
+workers sleep) and of wall time; on a GPU, of the device's event clock and of wall time. Memory: each variant has its
+own process, see memory.py. Each ratio is printed with its target, reached or missed; nothing is asserted. Absolute
+times depend on the machine; ratios are the result. All rows together need about 20 GB and an otherwise idle machine.
 """
 
 import os
@@ -25,7 +25,7 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 
-from mixdpo.config import InputError, command, parse  # noqa: E402
+from mixdpo.config import InputError, command, parse, write_whole  # noqa: E402
 from mixdpo.runs.log import environment  # noqa: E402
 from tests.bench import memory  # noqa: E402
 from tests.bench.parts import ROWS  # noqa: E402
@@ -34,16 +34,16 @@ from tests.bench.variants import SIZES, VARIANTS, Setting, Stepper, make_setting
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Time and peak memory of one optimizer step, beside plain PyTorch and TRL."""
+    """Time and peak memory of one optimizer step, compared with plain PyTorch and TRL."""
 
-    sizes: str = "gpt2-4"                   # GPT-2 124M, 4 pairs of 32 + 96 tokens; gpt2-64, llama-1b: for a GPU;
-                                            # quick: does everything run? The ratios then mean nothing
-    rounds: int = 7                         # timed steps a variant, at least 5 for a result
-    variants: tuple[str, ...] = ()          # which rows, by key; none given: all
-    memory: bool = True                     # measure peak memory too, one process a variant
+    sizes: str = "gpt2-4"                   # gpt2-4: GPT-2 124M, 4 pairs of 32 + 96 tokens; gpt2-64, llama-1b: for a
+                                            # GPU; quick: checks that everything runs, its ratios mean nothing
+    rounds: int = 7                         # timed steps of each variant; at least 5 for a result
+    variants: tuple[str, ...] = ()          # rows to measure, by key, comma-separated; empty: all
+    memory: bool = True                     # true: measure peak memory too, in one process for each variant
     device: str = "cpu"                     # cpu or cuda
-    seed: int = 0                           # of the weights, the pairs and the order within rounds
-    out: str = "runs/bench.json"            # where the figures go
+    seed: int = 0                           # seed of the weights, the pairs and the order within rounds
+    out: str = "runs/bench.json"            # file for the results
 
 
 # (row, compared with, figure, at most)
@@ -83,17 +83,17 @@ def timed(step, device: str) -> tuple[float, float]:
 
 
 def build(name: str, setting: Setting) -> Stepper:
-    """A row, warmed up by two steps. An optimizer step whose first loss is not DPO's, ln 2, computes something else."""
+    """A row after two warm-up steps. Asserts that the first loss of an optimizer step is DPO's first loss, ln 2."""
     made = ROWS[name].build(setting)
     loss = made.step() if made.first is None else made.first
     if name in VARIANTS:
-        assert abs(float(loss) - math.log(2)) < 0.02, f"{name}: the first loss is {loss}, want ln 2, the reference's"
+        assert abs(float(loss) - math.log(2)) < 0.02, f"{name}: the first loss is {loss}, want ln 2"
     made.step()
     return made
 
 
 def time_all(names: list[str], setting: Setting, rounds: int, seed: int) -> tuple[dict, dict[str, Stepper]]:
-    """name -> one (CPU, wall) a round; and the rows' steps."""
+    """-> {name: a (CPU, wall) pair for each round}; {name: the row's step}."""
     steppers, samples = {name: build(name, setting) for name in names}, {name: [] for name in names}
     order = random.Random(seed)
     for n in range(rounds):
@@ -111,12 +111,12 @@ def summary(samples: list[tuple[float, float]], used: dict[str, float] | None) -
 
 
 def measured_rates(dtypes: set[torch.dtype], device: str) -> dict[str, float]:
-    """What this machine does: FLOPs a second of a large matrix product in each dtype, and bytes a second of a copy."""
+    """Rates of this machine: FLOPs per second of a large matrix product in each dtype, bytes per second of a copy."""
     n = 8192 if device == "cuda" else 2048
 
     def best(work) -> float:
         work()
-        return min(timed(work, device)[1] for _ in range(9))                # what it can do, not what it did
+        return min(timed(work, device)[1] for _ in range(9))                # the minimum: the machine's best rate
 
     rates = {}
     for dtype in dtypes:
@@ -128,19 +128,20 @@ def measured_rates(dtypes: set[torch.dtype], device: str) -> dict[str, float]:
 
 
 def roofline(rows: dict[str, dict], steppers: dict[str, Stepper], device: str) -> dict:
-    """Of each row whose work is counted: the least wall time that its FLOPs, or its bytes, take at the measured rates,
-    and the share of its own wall time that this is."""
+    """For each row with counted FLOPs: the shortest possible wall time for its FLOPs and bytes at the measured rates,
+    and that time as a fraction of the measured wall time."""
     counted = {name: steppers[name] for name in rows if steppers[name].flops}
-    rates = measured_rates({one.dtype for one in counted.values()}, device)
+    rates = measured_rates({stepper.dtype for stepper in counted.values()}, device)
     out = {"rates": rates, "rows": {}}
-    for name, one in counted.items():
-        floor = max(one.flops / rates[str(one.dtype).removeprefix("torch.")], one.bytes / rates["bytes"])
+    for name, stepper in counted.items():
+        floor = max(stepper.flops / rates[str(stepper.dtype).removeprefix("torch.")], stepper.bytes / rates["bytes"])
         share = floor / rows[name]["wall"]
-        out["rows"][name] = {"flops": one.flops, "bytes": one.bytes, "floor": floor, "share": share}
+        out["rows"][name] = {"flops": stepper.flops, "bytes": stepper.bytes, "floor": floor, "share": share}
     return out
 
 
 def roofline_table(found: dict) -> str:
+    """The result of `roofline` as printed text."""
     rates = ", ".join(f"{rate / 1e9:.0f} G{'B' if name == 'bytes' else 'FLOP'}/s ({name})"
                       for name, rate in found["rates"].items())
     lines = [f"at the rates of this machine, {rates}:"]
@@ -151,7 +152,7 @@ def roofline_table(found: dict) -> str:
 
 
 def ratios(rows: dict[str, dict], targets: list[tuple] = TARGETS) -> list[dict]:
-    """Every target whose two rows were measured: its ratios, and whether all of them keep within the limit."""
+    """For each target whose two rows were measured: its ratios, and whether all of them are within the limit."""
     found = []
     for row, base, figure, limit in targets:
         a, b, keys = rows.get(row), rows.get(base), ("cpu", "wall")
@@ -165,14 +166,14 @@ def ratios(rows: dict[str, dict], targets: list[tuple] = TARGETS) -> list[dict]:
 
 
 def table(rows: dict[str, dict], found: list[dict], skipped: dict[str, list[str]], clock: str) -> str:
-    """What is printed."""
+    """All results as printed text. clock: the name of the first clock, CPU or GPU."""
     lines = [f"{'':58}{clock + ' s':>9}{'wall s':>9}{'step MB':>10}{'state MB':>10}{'freed MB':>10}"]
     for name, row in rows.items():
         used = row["memory"]
         figures = "".join(f"{used[key]:10.0f}" for key in ("step", "state", "freed")) if used else f"{'-':>10}" * 3
         lines.append(f"{ROWS[name].title:58}{row['cpu']:9.3f}{row['wall']:9.3f}{figures}")
     for name, packages in skipped.items():
-        lines.append(f"{ROWS[name].title:58}  skipped: {', '.join(packages)} not there")
+        lines.append(f"{ROWS[name].title:58}  skipped: {', '.join(packages)} not installed")
     lines.append("")
     for target in found:
         values = ", ".join(f"{value:.2f} ({clock if key == 'cpu' else key})" for key, value in target["ratio"].items())
@@ -182,22 +183,22 @@ def table(rows: dict[str, dict], found: list[dict], skipped: dict[str, list[str]
 
 
 def processor() -> str:
-    """The CPU's name as the system gives it."""
+    """The CPU's name, from the system."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of what the rows are made of."""
+    """The installed versions of the packages that the rows use."""
     wanted = {"torch", "numpy", "transformers", "trl", "accelerate", "datasets", "tokenizers"}
     return {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"] in wanted}
 
 
 def missing(name: str) -> list[str]:
-    """What a row needs and is not there: packages, a GPU."""
-    there = {"CUDA": torch.cuda.is_available()}
-    return [what for what in ROWS[name].needs if not there.get(what, importlib.util.find_spec(what) is not None)]
+    """The packages, or the GPU, that a row needs and that are missing."""
+    present = {"CUDA": torch.cuda.is_available()}
+    return [what for what in ROWS[name].needs if not present.get(what, importlib.util.find_spec(what) is not None)]
 
 
 def main(argv: list[str]) -> dict:
@@ -218,13 +219,13 @@ def main(argv: list[str]) -> dict:
         rows = {name: summary(samples[name], used[name]) for name in names}
         found, roof = ratios(rows), roofline(rows, steppers, config.device)
     if config.sizes == "quick":
-        print("tiny sizes: these ratios mean nothing, they only show that everything runs")
+        print("tiny sizes: these ratios mean nothing; they only show that everything runs")
     print(table(rows, found, skipped, "CPU" if config.device == "cpu" else "GPU"), roofline_table(roof), sep="\n\n")
     result = {"config": asdict(config), "sizes": asdict(sizes), "rows": rows, "targets": found, "roofline": roof,
               "skipped": skipped,
               "environment": environment() | {"cpu": processor(), "versions": versions()}}
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.out).write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(Path(config.out), json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -1,9 +1,9 @@
-"""TRL's DPOTrainer on our pairs: the same weights, the same ids, its own code. Wants the extra `peers`.
+"""TRL's DPOTrainer on our pairs: the same weights and ids, TRL's code. Needs the packages of tests/peers.
 
-Where TRL's defaults are not kept, and why: bf16=False (everything here is measured in float32), use_cpu on a CPU, batch
-size and beta as ours, a constant learning rate, and no logging, saving, evaluation or progress bar, all of which would
-cost it time. Everything else is as it comes: gradient checkpointing on, a reference model that runs in every step, its
-fused head, fused AdamW, clipping at 1, its metrics.
+These of TRL's defaults are changed: bf16=False (all measurements are in float32), use_cpu on a CPU, batch size and beta
+as ours, a constant learning rate, and no logging, saving, evaluation or progress bar, which would cost it time. All
+other defaults are kept: gradient checkpointing, a reference model that runs in every step, the fused head, fused AdamW,
+clipping at 1, TRL's metrics.
 """
 
 import os
@@ -22,7 +22,7 @@ EOS = "<eos>"
 
 
 def quiet() -> None:
-    """Switches off what the libraries print besides results: progress bars, notices of names that they will rename."""
+    """Turns off the libraries' progress bars and deprecation warnings."""
     os.environ["TQDM_DISABLE"] = "1"
     disable_progress_bars()
     logging.disable_progress_bar()
@@ -31,7 +31,7 @@ def quiet() -> None:
 
 
 def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """One word, one token: "t17" is id 17, the last id is EOS. TRL takes only text; this one comes back as its ids."""
+    """Each word is one token: "t17" is id 17, the last id is EOS. TRL takes only text; this text gives our ids back."""
     words = {f"t{i}": i for i in range(vocab - 1)} | {EOS: vocab - 1}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=EOS))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -39,7 +39,7 @@ def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
 
 
 def as_text(pairs: list[Pair], eos: int) -> Dataset:
-    """The pairs as TRL wants them. It appends EOS to each response itself, so ours goes; prompts end at a boundary."""
+    """The pairs as text for TRL. TRL appends EOS to each response, so ours is removed; a prompt ends with a blank."""
     assert all(r[-1] == eos for pair in pairs for r in (pair.chosen, pair.rejected)), "every response must end with EOS"
 
     def text(ids):
@@ -51,18 +51,19 @@ def as_text(pairs: list[Pair], eos: int) -> Dataset:
     ])
 
 
-def dpo_trainer(directory: Path, pairs: list[Pair], vocab: int, work: Path, beta: float = 0.1, lr: float = 1e-6,
-                cpu: bool = True, reference: PreTrainedModel | None = None, **changes) -> DPOTrainer:
-    """A trainer whose one batch is `pairs`, in their order; `changes` are DPOConfig's own arguments.
+def dpo_trainer(directory: Path, pairs: list[Pair], vocab: int, work: Path, reference: PreTrainedModel | None = None,
+                **settings) -> DPOTrainer:
+    """A trainer with a single batch, `pairs` in their order.
 
-    directory: the model in Hugging Face layout; the policy starts from it, and so does the reference if none is given.
+    directory: the model in Hugging Face layout, the start of the policy; also the reference, if `reference` is None.
+    work: TRL's output folder. settings: arguments of DPOConfig, with defaults beta 0.1, learning_rate 1e-6, use_cpu.
     Asserts that TRL's ids are ours.
     """
     quiet()
-    args = DPOConfig(output_dir=str(work), per_device_train_batch_size=len(pairs), max_steps=1, beta=beta,
-                     learning_rate=lr, lr_scheduler_type="constant", bf16=False, use_cpu=cpu,
-                     dataloader_pin_memory=False, report_to="none", logging_strategy="no", save_strategy="no",
-                     eval_strategy="no", disable_tqdm=True, **changes)
+    settings = {"beta": 0.1, "learning_rate": 1e-6, "use_cpu": True} | settings
+    args = DPOConfig(output_dir=str(work), per_device_train_batch_size=len(pairs), max_steps=1,
+                     lr_scheduler_type="constant", bf16=False, dataloader_pin_memory=False, report_to="none",
+                     logging_strategy="no", save_strategy="no", eval_strategy="no", disable_tqdm=True, **settings)
     data, tokenizer = as_text(pairs, eos=vocab - 1), word_tokenizer(vocab)
     trainer = DPOTrainer(str(directory), reference, args=args, train_dataset=data, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
@@ -73,16 +74,16 @@ def dpo_trainer(directory: Path, pairs: list[Pair], vocab: int, work: Path, beta
 
 
 def one_batch(trainer: DPOTrainer) -> dict:
-    """TRL's own batch of all its pairs: input_ids (2B,T), the B chosen first."""
+    """TRL's batch of all its pairs: input_ids (2B,T), the B chosen responses first."""
     return trainer.data_collator(list(trainer.train_dataset))
 
 
 def stepper(trainer: DPOTrainer):
-    """A function that makes one optimizer step of `trainer`, and the loss of the step that was made before.
+    """-> a function that makes one optimizer step of `trainer`; the loss of a first step, which is made here.
 
-    train() runs first, for that one step: it alone switches checkpointing on, builds the optimizer, prepares the model.
-    After that the function calls what the trainer's loop calls, in its order, less the loop's callbacks, NaN check and
-    counters: what is left out favours TRL.
+    The first step runs train(), because only train() turns checkpointing on, builds the optimizer and prepares the
+    model. The function then makes the same calls as the trainer's loop, in the same order, but without callbacks, NaN
+    check and counters. This difference favours TRL.
     """
     first = trainer.train().training_loss
     batch, model = one_batch(trainer), trainer.model_wrapped

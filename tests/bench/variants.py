@@ -1,10 +1,10 @@
-"""The optimizer steps that are compared (parts.py: their parts). Each builder gives one step on the same pairs, from
-the same weights.
+"""The optimizer steps that are compared; parts.py has parts of steps. Each builder returns a step on the same pairs and
+from the same weights.
 
 Equal for all: a randomly initialised GPT-2 (float32), the pairs, beta, AdamW with one learning rate and no weight
-decay, gradients clipped at norm 1 and freed (set to None) at the end of a step, the batch made before the clock starts.
-Not equal, and the point: what each of them computes to get there. Every step returns its loss, which must be ln 2 at
-the start, where policy and reference are equal.
+decay, gradients clipped at norm 1 and freed (set to None) at the end of a step. The batch is made before the clock
+starts. What differs, and is compared, is the computation. Every step returns its loss. The first loss must be ln 2,
+because policy and reference are equal at the start.
 """
 
 import tempfile
@@ -33,26 +33,26 @@ BETA, LR, CLIP = 0.1, 1e-6, 1.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is stepped: the model, the pairs, the experts."""
+    """Sizes of the model, the pairs and the experts."""
 
     family: str = "gpt2"
     layers: int = 12
     heads: int = 12
-    kv_heads: int = 12          # of a Llama
+    kv_heads: int = 12          # for Llama only
     width: int = 768
     inner: int = 3072
     vocab: int = 50257
     context: int = 1024
     pairs: int = 4
     prompt: int = 32
-    response: int = 96          # EOS counts
+    response: int = 96          # with EOS
     experts: int = 4
     rank: int = 16
-    rows: int = 1024            # of the head alone
-    long_prompt: int = 256      # of the pairs that share prompts or do not, with responses of
-    short_response: int = 64
-    prompts: int = 64           # that are completed, by as many tokens
-    new: int = 64
+    rows: int = 1024            # rows of the parts that measure the head alone
+    long_prompt: int = 256      # prompt length of the parts that measure shared prompts
+    short_response: int = 64    # response length of those
+    prompts: int = 64           # prompts of the parts that measure sampling
+    new: int = 64               # sampled tokens for each prompt
 
 
 GPT2_4 = Sizes()            # GPT-2 124M
@@ -66,20 +66,20 @@ SIZES = {"gpt2-4": GPT2_4, "gpt2-64": GPT2_64, "llama-1b": LLAMA_1B, "quick": QU
 
 @dataclass(frozen=True)
 class Stepper:
-    """One optimizer step as a function that returns the loss, and the parameters that it trains; or a part of one."""
+    """An optimizer step, or a part of one, as a function that returns the loss; and the parameters that it trains."""
 
     step: Callable[[], torch.Tensor | float | None]
     parameters: list[torch.nn.Parameter]
-    first: float | None = None              # the loss of a step that building it took
-    gradient: int = 0                       # bytes of gradient that the step returns, no part of what it needs
-    flops: float = 0.0                      # that the step cannot do without; 0: not counted
-    bytes: float = 0.0                      # that it must read and write at least
-    dtype: torch.dtype | None = None        # of those products
+    first: float | None = None              # the loss of a first step, if building made one
+    gradient: int = 0                       # bytes of gradient that the step returns; not counted as its memory
+    flops: float = 0.0                      # FLOPs that the step needs at least; 0: not counted
+    bytes: float = 0.0                      # bytes that it reads and writes at least
+    dtype: torch.dtype | None = None        # dtype of its matrix products
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all variants share: sizes, pairs, a folder with the model in Hugging Face layout, the device."""
+    """Inputs of all variants: sizes, pairs, a folder with the model in Hugging Face layout, the device."""
 
     sizes: Sizes
     pairs: list[Pair]
@@ -88,7 +88,7 @@ class Setting:
 
 
 def make_setting(sizes: Sizes, directory: Path, device: str = "cpu", seed: int = 0) -> Setting:
-    """Random pairs of exactly the lengths asked for, and random weights: the same for the same seed, everywhere."""
+    """Random pairs of exactly the given lengths, and random weights. The same seed gives the same on every system."""
     torch.manual_seed(seed)
     if not (directory / "model.safetensors").exists():
         common = dict(vocab=sizes.vocab, context=sizes.context, width=sizes.width, layers=sizes.layers,
@@ -108,11 +108,11 @@ def make_setting(sizes: Sizes, directory: Path, device: str = "cpu", seed: int =
     return Setting(sizes, pairs, directory, device)
 
 
-# --- this project's own step ----------------------------------------------------------------------------------------
+# --- this project's step --------------------------------------------------------------------------------------------
 
 
 def ours(setting: Setting, experts: int, rank: int = 0, dtype: torch.dtype | None = None, **options) -> Stepper:
-    """train.step itself, its optimizer, its batches; one micro-batch. The tie stays unbroken, which costs the same."""
+    """train.step, its optimizer and its batches, with one micro-batch. The experts stay equal, which costs the same."""
     dtype = dtype or products_in(setting)
     config = train.TrainConfig(data="", model="", out="", experts=experts, rank=rank, beta=BETA, lr=LR, head_lr=LR,
                                batch=len(setting.pairs), micro=len(setting.pairs), **{"clip": CLIP} | options)
@@ -140,14 +140,14 @@ def ours(setting: Setting, experts: int, rank: int = 0, dtype: torch.dtype | Non
 
 
 def products_in(setting: Setting) -> torch.dtype:
-    """float32 on a CPU, where rows that say nothing else are compared in it; bfloat16 on a GPU."""
+    """The default dtype of matrix products: float32 on a CPU, bfloat16 on a GPU."""
     return torch.float32 if setting.device == "cpu" else torch.bfloat16
 
 
 def counted(policies, text) -> dict:
-    """A step's FLOPs, those of its matrix products: 6 a weight and token in the trunks, 6 C a response token and token
-    of the vocabulary in each head, and attention, of which only the half below the diagonal counts. Its bytes: a
-    float32 weight is read for forward and for backward, its gradient written, and AdamW reads four numbers and writes
+    """FLOPs and bytes of a step. FLOPs of matrix products: 6 per weight and token in the trunks; 6 C per response token
+    and vocabulary token in each head; attention, of which only the half below the diagonal counts. Bytes: a float32
+    weight is read in forward and in backward, its gradient is written, and AdamW reads four numbers and writes
     three."""
     models, heads, (N, T) = trunks(policies), policies.heads(), text.ids.shape
     blocks = models[0].h if hasattr(models[0], "h") else models[0].layers
@@ -158,7 +158,7 @@ def counted(policies, text) -> dict:
     return {"flops": len(models) * (of_trunk + of_head), "bytes": 4.0 * trained * (2 + 1 + 7), "dtype": policies.dtype}
 
 
-# --- a plain PyTorch step, as one writes it first: all logits, log_softmax, gather ----------------------------------
+# --- a plain PyTorch step: all logits, log_softmax, gather ----------------------------------------------------------
 
 
 def response_logp(logits_of, batch: Batch) -> torch.Tensor:
@@ -194,7 +194,7 @@ def plain(setting: Setting, model: torch.nn.Module, logits_of) -> Stepper:
 
 
 def plain_ours(setting: Setting) -> Stepper:
-    """The plain step on this project's model: what is left to compare is the step alone."""
+    """The plain step on this project's model, so that only the step differs."""
     model = load_model(setting.directory, device=setting.device)
     return plain(setting, model, lambda ids: model(ids) @ model.unembedding.T)
 
@@ -213,18 +213,18 @@ def plain_transformers(setting: Setting) -> Stepper:
 
 
 def trl(setting: Setting, **changes) -> Stepper:
-    """TRL's DPOTrainer: see trl_peer.py for what is kept of its defaults."""
+    """TRL's DPOTrainer; trl_peer.py lists which of its defaults are changed."""
     from tests.bench import trl_peer
 
     work = Path(tempfile.mkdtemp(dir=setting.directory))
-    trainer = trl_peer.dpo_trainer(setting.directory, setting.pairs, setting.sizes.vocab, work, BETA, LR,
-                                   cpu=setting.device == "cpu", **changes)
+    settings = {"beta": BETA, "learning_rate": LR, "use_cpu": setting.device == "cpu"} | changes
+    trainer = trl_peer.dpo_trainer(setting.directory, setting.pairs, setting.sizes.vocab, work, **settings)
     step, first = trl_peer.stepper(trainer)
     return Stepper(step, list(trainer.model.parameters()), first)
 
 
 def trl_precomputed(setting: Setting) -> Stepper:
-    """TRL as fast as its own switches make it: the reference computed before the start, activations kept."""
+    """TRL with its fastest settings: reference log-probs computed before training, activations kept."""
     return trl(setting, precompute_ref_log_probs=True, activation_checkpointing=False)
 
 

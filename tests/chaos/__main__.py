@@ -1,6 +1,6 @@
-"""Whatever happens, a run goes on where it was or says in a sentence what is wrong: `make chaos`, or
-`python -m tests.chaos --cases 20000 --kills 60`. Prints a table of cases tried and survived; ends with 1 unless all
-were.
+"""Tests that an interrupted run resumes where it was, or ends with a sentence that says what is wrong: `make chaos`, or
+`python -m tests.chaos --cases 20000 --kills 60`. Prints a table of cases and the fraction survived; the exit status is
+1 unless all were survived.
 """
 
 import subprocess
@@ -22,14 +22,15 @@ ROOT = Path(__file__).resolve().parents[2]
 class ChaosConfig:
     """Kills, faults and hostile files."""
 
-    kills: int = 60             # runs killed at a random moment, at least
+    kills: int = 60             # smallest number of kills at random moments
     cases: int = 20000          # damaged files, over all formats
-    seed: int = 0               # of the moments and the damage
-    at_once: int = 2            # formats fuzzed at a time
-    keep: str = ""              # a folder for the files that were not survived
+    seed: int = 0               # seed of the moments and the damage
+    at_once: int = 2            # formats that are fuzzed in parallel
+    keep: str = ""              # folder for files that were not survived; empty: they are not kept
 
 
 def killed(config: ChaosConfig) -> tuple[int, list[str]]:
+    """Kills at random moments -> number of cases, failures."""
     counts, wrong = [], []
 
     def report(count, what):
@@ -41,13 +42,14 @@ def killed(config: ChaosConfig) -> tuple[int, list[str]]:
 
 
 def written(config: ChaosConfig) -> tuple[int, list[str]]:
-    told = []
-    kills.writes(config.seed, told.append)
-    return len(told), [what for what in told if what]
+    """Writes that fail -> number of cases, failures."""
+    results = []
+    kills.writes(config.seed, results.append)
+    return len(results), [failure for failure in results if failure]
 
 
 def faults(config: ChaosConfig) -> tuple[int, list[str]]:
-    """tests/runs/test_faults.py and the tests of checkpoints and downloads, each of which puts a fault in."""
+    """tests/runs/test_faults.py and the tests of checkpoints and downloads; each simulates a fault."""
     files = ["tests/runs/test_faults.py", "tests/runs/test_checkpoint.py", "tests/models/test_download.py",
              "tests/models/test_fetch.py"]
     call = subprocess.run([sys.executable, "-m", "pytest", "-rfE", *files], cwd=ROOT, capture_output=True, text=True)
@@ -75,9 +77,9 @@ def main(argv: list[str]) -> None:
         found = fuzz.run(name, -(-config.cases // len(fuzz.FORMATS)), config.seed, keep)
         return name, found, time.monotonic() - began
 
-    for name, suite in (("killed at a random moment, gone on to the same bits", killed),
-                        ("killed, or the disk full, at a write; gone on to the same bits", written),
-                        ("faults put in by a test", faults)):
+    for name, suite in (("killed at a random moment; resumed, same bits", killed),
+                        ("killed, or disk full, at a write; resumed, same bits", written),
+                        ("faults simulated by a test", faults)):
         began = time.monotonic()
         row(name, *suite(config), time.monotonic() - began)
     with ThreadPoolExecutor(config.at_once) as pool:

@@ -1,11 +1,11 @@
-"""Hostile files: every reader of a foreign file is given thousands of damaged ones. Each case must end in success or in
-an InputError that names the file; any other exception, more than SECONDS of a processor, or GROWTH bytes of memory is a
-failure.
+"""Hostile files: every reader of a foreign file gets thousands of damaged files. Each case must succeed or raise an
+InputError that names the file. Any other exception, more than SECONDS of CPU time, or more than GROWTH bytes of memory
+is a failure.
 
-    bytes       real files with bits turned, pieces cut out, doubled, moved, numbers made huge
-    values      JSON with one value, anywhere in it, replaced by one that Hypothesis makes up, or taken away
+    bytes       real files with bits flipped, pieces removed, copied or overwritten, numbers made huge
+    values      JSON with one value, at any place, replaced by a value from Hypothesis, or removed
 
-Each format runs in a process of its own whose memory is limited; a case that takes too long is interrupted.
+Each format runs in its own process with limited memory; a case that takes too long is interrupted.
 """
 
 import gzip
@@ -43,10 +43,10 @@ TEXT = "it's 12  naïve <end> 中\n"
 
 
 class TooLong(BaseException):
-    """A case took SECONDS."""
+    """A case took more than SECONDS."""
 
 
-# ---- what is read: a folder with the file in it -> nothing
+# ---- readers of a file
 
 
 def read_lines(path: Path) -> None:
@@ -135,7 +135,7 @@ JSON = {"preferences, .jsonl", "config.json of a model", "tokenizer.json", "conf
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """A few of the ways in which bytes go wrong, one to three at a time."""
+    """The data with one to three kinds of damage."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
@@ -173,30 +173,30 @@ ANY = st.recursive(
 
 
 def places(value, path=()):
-    """Every place in a JSON value, as keys and indices."""
+    """Yields every place in a JSON value, as a tuple of keys and indices."""
     yield path
     if isinstance(value, (dict, list)):
         for key in value if isinstance(value, dict) else range(len(value)):
             yield from places(value[key], (*path, key))
 
 
-def with_value(value, path, new, taken_away: bool):
-    """The value with another one at a place, or without it."""
+def with_value(value, path, new, removed: bool):
+    """A copy of a JSON value with `new` at the place `path`; removed: without the value at that place."""
     if not path:
         return new
     out = dict(value) if isinstance(value, dict) else list(value)
-    if len(path) == 1 and taken_away:
+    if len(path) == 1 and removed:
         del out[path[0]]
     else:
-        out[path[0]] = with_value(value[path[0]], path[1:], new, taken_away)
+        out[path[0]] = with_value(value[path[0]], path[1:], new, removed)
     return out
 
 
 # ---- one format
 
 
-def one(reader, path: Path, data: bytes) -> str | None:
-    """Reads the file with these bytes; what is wrong, or None."""
+def try_one(reader, path: Path, data: bytes) -> str | None:
+    """Writes these bytes to the file and reads it -> the failure, or None."""
     path.write_bytes(data)
 
     def late(*_):
@@ -211,7 +211,7 @@ def one(reader, path: Path, data: bytes) -> str | None:
         named = str(error.file).startswith(str(path.parent))
         return None if named else f"does not name the file: {error}"
     except TooLong:
-        return f"took more than {SECONDS} seconds of the processor, or {10 * SECONDS} in all"
+        return f"took more than {SECONDS} seconds of CPU time, or {10 * SECONDS} seconds of wall time"
     except BaseException as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
     finally:
@@ -226,13 +226,13 @@ def fuzz(name: str, cases: int, number: int, keep: Path | None, report) -> None:
         file, reader = FORMATS[name](Path(temporary))
         file, rng = Path(file), random.Random(f"{name} {number}")
         good = file.read_bytes()
-        if (wrong := one(reader, file, good)) is not None:
-            raise AssertionError(f"{name}: the file as it was made: {wrong}")
+        if (wrong := try_one(reader, file, good)) is not None:
+            raise AssertionError(f"{name}: the undamaged file: {wrong}")
         virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (virtual + GROWTH, virtual + GROWTH))
 
         def check(data: bytes) -> None:
-            wrong = one(reader, file, data)
+            wrong = try_one(reader, file, data)
             if wrong and keep:
                 keep.mkdir(parents=True, exist_ok=True)
                 (keep / f"{name.replace(' ', '-')}-{abs(hash(data))}").write_bytes(data)
@@ -250,8 +250,8 @@ def fuzz(name: str, cases: int, number: int, keep: Path | None, report) -> None:
             @settings(max_examples=of_values, database=None, deadline=None, phases=[Phase.generate],
                       suppress_health_check=list(HealthCheck))
             @given(st.sampled_from(where), ANY, st.booleans())
-            def values(path, new, taken_away):
-                made = with_value(rows, path, new, taken_away)
+            def values(path, new, removed):
+                made = with_value(rows, path, new, removed)
                 if name.startswith("pref"):
                     lines = made if isinstance(made, list) else [made]
                     check("".join(json.dumps(row) + "\n" for row in lines).encode())
@@ -262,7 +262,7 @@ def fuzz(name: str, cases: int, number: int, keep: Path | None, report) -> None:
 
 
 def run(name: str, cases: int, number: int, keep: Path | None = None) -> dict:
-    """The same in a process of its own: {"cases", "failures": [...]}; a process that dies is a failure too."""
+    """`fuzz` in a new process -> {"cases": number, "failures": [...]}. A process that dies is a failure too."""
     receive, send = os.pipe()
     child = os.fork()
     if not child:
@@ -270,7 +270,7 @@ def run(name: str, cases: int, number: int, keep: Path | None = None) -> dict:
         with os.fdopen(send, "w") as out:
             torch.set_num_threads(1)
             sys.stdout, quiet = io.StringIO(), os.open(os.devnull, os.O_WRONLY)
-            os.dup2(quiet, 2)                                               # what libraries in Rust say as they panic
+            os.dup2(quiet, 2)                                               # hides the panic messages of Rust libraries
             try:
                 fuzz(name, cases, number, keep, lambda wrong: print(json.dumps(wrong), file=out))
             except BaseException as error:
@@ -278,7 +278,7 @@ def run(name: str, cases: int, number: int, keep: Path | None = None) -> dict:
         os._exit(0)
     os.close(send)
     with os.fdopen(receive) as lines:
-        told = [json.loads(line) for line in lines]
+        results = [json.loads(line) for line in lines]
     status = os.waitpid(child, 0)[1]
-    failures = [wrong for wrong in told if wrong is not None] + ([f"ended with {status}"] if status else [])
-    return {"cases": len(told), "failures": failures}
+    failures = [wrong for wrong in results if wrong is not None] + ([f"ended with {status}"] if status else [])
+    return {"cases": len(results), "failures": failures}

@@ -1,10 +1,10 @@
-"""Runs that are killed, and runs whose disk fails, go on and end as the uninterrupted one does: weights, optimizer,
-responsibilities, metrics, to the bit.
+"""Runs that are killed, or whose disk fails, are resumed. They must end with the same weights, optimizer state,
+responsibilities and metrics as an uninterrupted run, bit for bit.
 
-    kills     SIGKILL at a random moment, again and again until the run is through
-    writes    a write dies before, inside or after its file: the process is killed there, or the disk is full
+    kills     SIGKILL at a random moment, repeated until the run finishes
+    writes    a fault before, during or after a write: the process is killed, or the disk is full
 
-Every run is a process of its own, forked, on a job of a few seconds (tests/tinyjob.py) that saves after every step.
+Every run is a forked process with a job of a few seconds (tests/tinyjob.py) that saves after every step.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                # th
 import tinyjob
 
 import train
-from mixdpo.files import atomic as whole
+from mixdpo.files import atomic
 from mixdpo.runs import checkpoint, log
 
 USER = {"latent": "user", "beta": 0.5}
@@ -42,7 +42,7 @@ PROCESS, DISK = "killed", "disk full"
 
 
 def forked(work) -> int:
-    """Starts work() in a process of its own that says nothing; its number."""
+    """Starts work() in a new process without output -> the process number."""
     child = os.fork()
     if child:
         return child
@@ -57,7 +57,7 @@ def forked(work) -> int:
 
 
 def job(folder: Path, model: Path, name: str, options: dict):
-    """The run as a function. It keeps the last checkpoint with the optimizer's state beside the finished one."""
+    """The run as a function. It also keeps the last checkpoint before the finished one, with the optimizer's state."""
     def work():
         real = checkpoint.save_checkpoint
         checkpoint.save_checkpoint = lambda run, tensors, state, keep: real(run, tensors, state, 2)
@@ -68,15 +68,15 @@ def job(folder: Path, model: Path, name: str, options: dict):
 
 
 def end(child: int) -> bool:
-    """Whether the process ended well."""
+    """Waits for the process -> True if it succeeded."""
     return os.waitpid(child, 0)[1] == 0
 
 
 def state_of(run: Path) -> dict:
-    """Everything that a run leaves, by name."""
+    """All results of a run, by name."""
     files = {path.name: path.read_bytes() for path in (run / "metrics.jsonl", run / "responsibilities.jsonl")}
     for path in checkpoint.checkpoints(run):
-        tensors, facts = whole.read_tensors(path)
+        tensors, facts = atomic.read_tensors(path)
         files |= {f"{path.name} {name}": (x.dtype, x.shape, bytes(x.reshape(-1).contiguous().view(torch.uint8).numpy()))
                   for name, x in tensors.items()} | {path.name: facts["step"]}
     return files
@@ -84,7 +84,7 @@ def state_of(run: Path) -> dict:
 
 @contextlib.contextmanager
 def jobs():
-    """(folder, model) with the preferences in it; and what each uninterrupted run leaves, with the seconds it took."""
+    """Yields (folder with the preferences, model, {name: (state of the uninterrupted run, its seconds)})."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = tinyjob.make_model(folder / "model")
@@ -92,15 +92,14 @@ def jobs():
         wanted = {}
         for n, (name, options) in enumerate(CASES.items()):
             began = time.monotonic()
-            assert end(forked(job(folder, model, f"whole{n}", options))), f"{name}: did not end"
-            wanted[name] = state_of(folder / f"whole{n}"), time.monotonic() - began
+            assert end(forked(job(folder, model, f"reference{n}", options))), f"{name}: failed"
+            wanted[name] = state_of(folder / f"reference{n}"), time.monotonic() - began
             assert any("optimizer." in key for key in wanted[name][0]), "no optimizer's state to compare"
         yield folder, model, wanted
 
 
 def kills(count: int, number: int, report) -> None:
-    """Runs killed `count` times in all, each as often as it takes; report(case, what is wrong or None) after each run
-    that came through."""
+    """Kills runs until `count` kills are done. report(number of kills, failure or None) after each finished run."""
     rng, done, trial = random.Random(number), 0, 0
     with jobs() as (folder, model, wanted):
         while done < count:
@@ -121,13 +120,13 @@ def kills(count: int, number: int, report) -> None:
                     killed += 1
                 done += killed
                 if wrong is None and state_of(run) != wanted[name][0]:
-                    wrong = f"{name}: killed {killed} times, and ended otherwise"
+                    wrong = f"{name}: killed {killed} times, ended with other results"
                 report(killed, wrong)
                 shutil.rmtree(run)
 
 
 def inject(point: str, moment: str, fault: str, nth: int) -> None:
-    """In this process the nth write of that kind goes wrong."""
+    """In this process, the nth write of the kind `point` fails."""
     left = [nth]
 
     def die():
@@ -155,9 +154,9 @@ def inject(point: str, moment: str, fault: str, nth: int) -> None:
         log.metrics.flush()
         die()
 
-    real_save = whole.save_file
+    real_save = atomic.save_file
     if point == "save_file":
-        whole.save_file = wrapped(real_save, half_of_a_file)
+        atomic.save_file = wrapped(real_save, half_of_a_file)
     elif point == "line":
         log.Log.step = wrapped(log.Log.step, half_of_a_line)
     else:
@@ -165,7 +164,7 @@ def inject(point: str, moment: str, fault: str, nth: int) -> None:
 
 
 def writes(number: int, report) -> None:
-    """Every point, moment and fault, on each case; report(what is wrong, or None) after each."""
+    """Every point, moment and fault, on each case. report(failure, or None) after each."""
     rng = random.Random(number)
     with jobs() as (folder, model, wanted):
         for n, (name, options) in enumerate(CASES.items()):
@@ -179,11 +178,11 @@ def writes(number: int, report) -> None:
 
                     what = f"{name}: {fault} {moment} {point} {nth}"
                     failed = not end(forked(work))
-                    came = end(forked(job(folder, model, run.name, options)))
-                    wrong = None if failed else f"{what}: nothing went wrong"
-                    if wrong is None and not came:
-                        wrong = f"{what}: did not go on"
+                    resumed = end(forked(job(folder, model, run.name, options)))
+                    wrong = None if failed else f"{what}: the fault had no effect"
+                    if wrong is None and not resumed:
+                        wrong = f"{what}: did not resume"
                     elif wrong is None and state_of(run) != wanted[name][0]:
-                        wrong = f"{what}: ended otherwise"
+                        wrong = f"{what}: ended with other results"
                     report(wrong)
                     shutil.rmtree(run)

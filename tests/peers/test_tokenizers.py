@@ -112,15 +112,15 @@ def test_conversations_as_apply_chat_template_writes_them(name, tmp_path):
         tokenizer.config = tokenizer.config | {"chat_template": JINJA[name]}
     tokenizer.save(tmp_path)
     tokenizer, theirs = load_tokenizer(tmp_path), transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    draw, said = random.Random(0), [one for one in texts(6000, seed=5) if "<|" not in one and ours(tokenizer, one)]
+    draw, sample = random.Random(0), [one for one in texts(6000, seed=5) if "<|" not in one and ours(tokenizer, one)]
     roles = {True: ["system", "user"], False: ["user", "assistant", "user"]}
     for n in range(600):
-        asked = [{"role": role, "content": draw.choice(said)} for role in roles[n % 2 == 0]]
-        wanted = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
-        ids, left_out = encode_chat(asked, tokenizer, 10000)
-        assert ids == wanted and left_out == 0, asked
-        answer = {"role": "assistant", "content": draw.choice("Aa1") + draw.choice(said)}       # no blank begins it
-        wanted = theirs.apply_chat_template([*asked, answer], return_dict=False)
+        messages = [{"role": role, "content": draw.choice(sample)} for role in roles[n % 2 == 0]]
+        wanted = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        ids, left_out = encode_chat(messages, tokenizer, 10000)
+        assert ids == wanted and left_out == 0, messages
+        answer = {"role": "assistant", "content": draw.choice("Aa1") + draw.choice(sample)}       # no blank begins it
+        wanted = theirs.apply_chat_template([*messages, answer], return_dict=False)
         ours_whole = ids + encode_answer(answer["content"], tokenizer)
         assert ours_whole == wanted[: len(ours_whole)] and theirs.decode(wanted[len(ours_whole) :]) in ("", "\n")
 

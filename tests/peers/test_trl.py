@@ -99,7 +99,7 @@ def test_loss_margins_and_gradients_are_trls(folders, pairs, tmp_path, head_rows
     from tests.bench import trl_peer
 
     reference = GPT2LMHeadModel.from_pretrained(folders / "reference", dtype=torch.float32)
-    trainer = trl_peer.dpo_trainer(folders / "policy", pairs, VOCAB, tmp_path, BETA, reference=reference)
+    trainer = trl_peer.dpo_trainer(folders / "policy", pairs, VOCAB, tmp_path, reference, beta=BETA)
     loss, h, gradients = ours(folders, pairs, head_rows, experts=1)
     trainer.model.train()
     want = trainer.compute_loss(trainer.model, trl_peer.one_batch(trainer))

@@ -252,7 +252,7 @@ def test_monotone():
     assert spent[-1] == pytest.approx(epsilon_of([Mechanism(1.0, 1.0, 10)], 1e-5), rel=2e-4)    # as q goes to 1
 
 
-def test_pieces_make_the_whole():
+def test_mechanisms_add_up_in_any_grouping():
     """Catches: only the last of equal mechanisms counted, order that matters, one release too many or too few."""
     whole = epsilon_of([Mechanism(3.0), Mechanism(1.0, 0.1, 30)], 1e-5)
     pieces = [Mechanism(1.0, 0.1, 10), Mechanism(3.0), Mechanism(1.0, 0.1, 20), Mechanism(0.5, 0.1, 0)]
@@ -280,15 +280,15 @@ def test_nothing_and_everything():
 # --- how much noise ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("epsilon, delta, rate, steps, besides", [
+@pytest.mark.parametrize("epsilon, delta, rate, steps, others", [
     (1.0, 1e-5, 0.05, 300, []), (6.0, 1e-6, 0.2, 5, [Mechanism(2.0)]), (0.1, 1e-5, 1.0, 4, []),
     (3.0, 1e-5, 0.1, 20, [Mechanism(4.0), Mechanism(1.0, 0.1, 2)])])
-def test_noise_is_enough_and_no_more(epsilon, delta, rate, steps, besides):
-    """Catches: `besides` forgotten, sigma from the wrong side of the last interval, a search that stops early, a bound
+def test_noise_is_enough_and_no_more(epsilon, delta, rate, steps, others):
+    """Catches: `others` forgotten, sigma from the wrong side of the last interval, a search that stops early, a bound
     as loose as RDP's."""
-    sigma = noise_multiplier(epsilon, delta, rate, steps, iter(besides))
-    assert epsilon * (1 - 1e-3) < epsilon_of([*besides, Mechanism(sigma, rate, steps)], delta) <= epsilon
-    assert epsilon_of([*besides, Mechanism(sigma * (1 - 1e-4), rate, steps)], delta) > epsilon
+    sigma = noise_multiplier(epsilon, delta, rate, steps, iter(others))
+    assert epsilon * (1 - 1e-3) < epsilon_of([*others, Mechanism(sigma, rate, steps)], delta) <= epsilon
+    assert epsilon_of([*others, Mechanism(sigma * (1 - 1e-4), rate, steps)], delta) > epsilon
 
 
 @pytest.mark.parametrize("epsilon, delta", [(1.0, 1e-5), (1e-5, 1e-6), (50.0, 1e-9)])

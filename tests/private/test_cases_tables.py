@@ -54,7 +54,7 @@ def call(options):
 
 
 def stopped(options, monkeypatch, step=2):
-    """The command, stopped behind a step, of which there is a checkpoint."""
+    """The command, stopped after a step that has a checkpoint."""
     progress = tabular.Progress.__call__
 
     def stop(self, done, total, note=""):
@@ -86,8 +86,8 @@ def refused(options, option):
     ("schema", lambda path: path.write_text(json.dumps([SCHEMA[0] | {"values": ["M", "F"]}, SCHEMA[1]]))),
 ])
 def test_a_stopped_run_does_not_go_on_with_other_contents(own, monkeypatch, name, change):
-    """As many rows, all others; F and M turned round; another test table. Fault: what a checkpoint compares is the
-    names of the files."""
+    """The same number of rows with other contents; F and M exchanged; another test table. Fault: a checkpoint that
+    compares only the names of the files."""
     stopped(own, monkeypatch)
     change(own[name])
     with raises_at(f"{name}_key", file=checkpoints(own["out"])[0]):
@@ -110,9 +110,9 @@ def test_a_stopped_run_goes_on_with_the_same_contents_elsewhere(own, monkeypatch
 
 @pytest.mark.parametrize("dies", [RuntimeError, KeyboardInterrupt, OSError])
 def test_a_release_is_finished_before_its_report(own, monkeypatch, dies, capsys):
-    """Whatever ends the report: the secret is gone, other options are refused, and the same command makes the report of
-    the same release. Faults: the secret dropped behind the report, so that another release takes the same noise; a
-    finished release written over, so that its privacy.json speaks of one release, and two were made."""
+    """However the report ends: the secret is deleted, other options are an error, and the same command makes the report
+    of the same release. Faults: the secret deleted only after the report, so that another release has the same noise;
+    a finished release overwritten, so that privacy.json describes one release although there were two."""
     with monkeypatch.context() as within:
         within.setattr(synth, "baselines", lambda *_: (_ for _ in ()).throw(dies()))
         with pytest.raises(dies):
@@ -149,7 +149,7 @@ def test_a_command_that_died_before_it_could_drop_the_secret(own, monkeypatch):
 
 
 def test_a_release_reads_back(own):
-    """The table under its own schema.json, bins that were found among it. Fault: bins that only the program had."""
+    """The table is read with the released schema.json, which has the bins that were found. Fault: bins not saved."""
     call(own)
     columns = read_schema(own["out"] / "schema.json")
     assert read_table(own["out"] / "synthetic.csv", columns).shape == (400, 2) and 2 <= columns[1].size <= 5
@@ -159,7 +159,7 @@ def test_a_release_reads_back(own):
 
 
 def test_a_test_table_with_one_class_is_refused_before_anything_is_made(own):
-    """Fault: an AssertionError when all is learnt, and no report."""
+    """Fault: an AssertionError after training, and no report."""
     write_rows(own["test"], [["F", "88"], ["F", "17"], ["F", "10"]])
     with pytest.raises(InputError) as error:
         call(own)
@@ -213,8 +213,8 @@ def test_a_table_is_not_written_over_what_is_not_its_own(own, tmp_path):
 
 
 def test_a_run_is_not_written_over_what_is_not_its_own(tmp_path):
-    """The folder of the model, of the data, of a table, or anybody's files. Fault: the model's config.json is the run's
-    from then on, and the model cannot be read."""
+    """The folder of the model, of the data, of a table, or with other files. Fault: the run overwrites the model's
+    config.json, and the model cannot be read any more."""
     records, model = tinyjob.make_records(), tinyjob.make_model(tmp_path / "model")
     (tmp_path / "home").mkdir()
     data, others = tinyjob.write(tmp_path / "home" / "own.jsonl", records), tmp_path / "others"
@@ -233,7 +233,7 @@ def test_a_run_is_not_written_over_what_is_not_its_own(tmp_path):
 
 
 def test_a_runs_own_folder_is_used_again(tmp_path, capsys):
-    """New, empty, begun and not far, finished, or with the config.json gone. Fault: a run refuses its own folder."""
+    """New, empty, just started, finished, or without its config.json. Fault: a run refuses its own folder."""
     records, model = tinyjob.make_records(), tinyjob.make_model(tmp_path / "model")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "noise-key").write_text("begun")
@@ -246,7 +246,7 @@ def test_a_runs_own_folder_is_used_again(tmp_path, capsys):
 
 
 def test_a_job_and_its_kin_do_not_begin_among_other_files(tmp_path):
-    """Fault: fixed names written into anybody's folder."""
+    """Fault: files with fixed names written into a folder with other files."""
     (tmp_path / "report.md").write_text("mine")
     for command in (lambda: planted.main(["--out", str(tmp_path)]),
                     lambda: experiment.main(imdb.DATASET, ["--preset", "smoke", "--out", str(tmp_path)]),
@@ -278,7 +278,7 @@ def test_options_out_of_range_carry_their_name(command, option, values, tmp_path
 
 
 def test_presets_are_checked_before_anything_is_made():
-    """Fault: options of the last stage that are refused when all others are done."""
+    """Fault: errors in options of the last stage, found only after all other stages."""
     for presets in (IMDB, REVIEWS, HH, ULTRAFEEDBACK):
         for preset in presets.values():
             parts = ["finetune"] * ("finetune" in preset)

@@ -1,4 +1,4 @@
-"""Tables as codes: schemas, files, and what is said of faults in them. Docstrings name the faults that each test is
+"""Tables as codes: schemas, files, and the errors for faults in them. Docstrings name the faults that each test is
 there for."""
 
 import csv
@@ -45,7 +45,7 @@ def test_values_become_codes(table):
 
 
 def test_codes_become_values_of_their_own_code(tmp_path):
-    """Every code is written as values that read back as it, and all whole numbers of a bin occur. Faults: the upper
+    """Values written for a code read back as that code, and all integers of a bin occur. Faults: the upper
     edge of an inner bin written; the highest number never written; missing written as a number."""
     columns, rng = columns_of(SCHEMA), np.random.default_rng(0)
     codes = np.stack([rng.integers(c.size, size=2000) for c in columns], 1)
@@ -74,22 +74,22 @@ def test_bins_of_about_equal_counts():
 
 @pytest.mark.parametrize("row, column, wanted", [
     (["purple", "1", "2"], "colour", "wanted one of 'red', 'green, dark', 'blue'"),
-    (["red", "10", "2"], "age", "wanted a whole number from 0 to 9"),
-    (["red", "1.5", "2"], "age", "wanted a whole number from 0 to 9"),
-    (["red", "", "2"], "age", "wanted a whole number"),
+    (["red", "10", "2"], "age", "wanted an integer from 0 to 9"),
+    (["red", "1.5", "2"], "age", "wanted an integer from 0 to 9"),
+    (["red", "", "2"], "age", "wanted an integer"),
     (["red", "1", "-0.1"], "gain", "wanted a number from 0 to 100"),
     (["red", "1", "nan"], "gain", "wanted a number from 0 to 100"),
     (["red", "1", "much"], "gain", "wanted a number from 0 to 100"),
 ])
 def test_a_value_that_the_schema_does_not_allow_names_row_and_column(table, row, column, wanted):
-    """Faults: NaN passing the bounds; numbers clipped to the bounds in silence; rows counted from 0."""
+    """Faults: NaN within the bounds; numbers clipped to the bounds without an error; rows counted from 0."""
     path = table([*ROWS, row])
     with raises_at(f"{column!r}", f"got {row[NAMES.index(column)]!r}", wanted, file=path, line=6):
         read_table(path, columns_of(SCHEMA))
 
 
-def test_a_table_with_other_columns_or_fields_is_told(table, tmp_path):
-    """Fault: a column that the schema lacks dropped in silence."""
+def test_a_table_with_other_columns_or_fields_is_an_error(table, tmp_path):
+    """Fault: a column that the schema lacks dropped without an error."""
     columns = columns_of(SCHEMA)
     for rows, header, line, named in (([[*r, "1"] for r in ROWS], (*NAMES, "id"), 1, ["'id'"]),
                                       ([r[:2] for r in ROWS], NAMES[:2], 1, ["'gain'"]),
@@ -112,7 +112,7 @@ def test_a_table_with_other_columns_or_fields_is_told(table, tmp_path):
 @pytest.mark.parametrize("change, wanted", [
     ({"type": "colour"}, "column 2"), ({"bin": 3}, "'bin'"), ({"bins": 0}, "bins: got 0"),
     ({"bins": None}, "bins: got None"), ({"edges": [1, 2]}, "edges"), ({"low": 9}, "9"),
-    ({"high": float("inf")}, "inf"), ({"integer": 1}, "integer: got 1"), ({"low": 0.5}, "whole"),
+    ({"high": float("inf")}, "inf"), ({"integer": 1}, "integer: got 1"), ({"low": 0.5}, "integers"),
     ({"missing": 3}, "missing: got 3"), ({"name": "colour"}, "'colour'"), ({"low": None}, "None"),
 ])
 def test_a_faulty_schema_names_the_column(tmp_path, change, wanted):
@@ -161,7 +161,7 @@ NUMBERS = {
 @pytest.mark.parametrize("what", NUMBERS)
 def test_a_number_is_written_within_its_own_bin(what, tmp_path):
     """Written and read back, every code is what it was. Faults: six digits (timestamps and latitudes fall together, in
-    another bin or out of bounds); whole numbers above 2^53 by way of floats."""
+    another bin or out of bounds); integers above 2^53 converted through floats."""
     column = columns_of([{"name": "x", "type": "number", **NUMBERS[what]}])[0]
     codes = np.random.default_rng(0).integers(column.size, size=(3000, 1))
     write_table(tmp_path / "made.csv", codes, [column], np.random.default_rng(1))
@@ -173,21 +173,21 @@ def test_a_number_is_written_within_its_own_bin(what, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["an hour of a day, unix seconds", "latitudes of a town", "julian days", "money"])
-def test_numbers_of_a_bin_stay_apart(what):
+def test_numbers_of_a_bin_stay_different(what):
     """Written in full, without exponent. Fault: six digits, which leave ten different seconds of a day."""
     column = columns_of([{"name": "x", "type": "number", **NUMBERS[what]}])[0]
     texts = column.decode(np.zeros(1000, dtype=np.int64), np.random.default_rng(0))
     assert len(set(texts)) > 500 and not any("e" in text for text in texts)
 
 
-def test_whole_numbers_are_exact_or_refused():
-    """Faults: 2^53 + 1 becomes its neighbour; a bound that JSON gave as a float, rounded in silence; bounds that 64
-    bits do not hold, found at the end."""
+def test_integers_are_exact_or_refused():
+    """Faults: 2^53 + 1 becomes its neighbour; a bound that JSON gave as a float, rounded without an error; bounds that
+    exceed 64 bits, found only at the end."""
     column = columns_of([{"name": "x", "type": "number", "edges": [2**53, 2**53 + 1, 2**53 + 3], "integer": True}])[0]
     assert [column.encode(str(2**53 + n)) for n in range(4)] == [0, 1, 1, 1]
     assert column.encode("9007199254740993.0") == 1
     for text in ("9007199254740991", "9007199254740996", "9007199254740993.5", "nan", "inf", "-inf", "1e400", "much"):
-        with pytest.raises(ValueError, match="whole number from 9007199254740992 to 9007199254740995"):
+        with pytest.raises(ValueError, match="integer from 9007199254740992 to 9007199254740995"):
             column.encode(text)
     for change in ({"low": 2.0**60, "integer": True}, {"high": 2**63 - 1, "integer": True}, {"low": 2**53 + 1},
                    {"high": 10**400}, {"low": -1e308, "high": 1e308}):
@@ -219,7 +219,7 @@ def test_values_that_csv_could_lose_come_back(tmp_path):
 
 
 def test_a_schema_of_the_columns_gives_them_back():
-    """Faults: the highest whole number one too high; missing left out; edges rounded on their way through JSON."""
+    """Faults: the highest integer one too high; `missing` lost; edges rounded through JSON."""
     for schema in (SCHEMA, adult.SCHEMA, [{"name": n, "type": "number", **entry} for n, entry in NUMBERS.items()]):
         columns = columns_of(schema)
         again = columns_of(json.loads(json.dumps(schema_of(columns))))

@@ -1,4 +1,4 @@
-"""Secret keys: how many bits count, that no two draws share one, and that none is left behind."""
+"""Secret keys: every bit counts, no two draws share a key, and no key remains after the run."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_every_bit_of_the_secret_counts():
 
 
 def test_each_purpose_step_and_example_has_a_generator_of_its_own():
-    """Faults: the rows that are published drawn from the key of the noise; steps that share a generator; keys made by
+    """Faults: published rows drawn from the key of the noise; steps that share a generator; keys made by
     adding or shifting, which meet ("a", 11) and ("a1", 1)."""
     key = Key.public(1)
     names = [("noise", 0), ("noise", 1), ("noise", "1"), ("sampling", "1"), ("rows",), ("look",), ("a", 11), ("a1", 1),
@@ -41,7 +41,7 @@ def test_a_key_does_not_show_itself():
 
 
 def test_names_belong_to_contents_and_copies_are_numbered():
-    """Faults: names by place; copies of one content that are drawn together."""
+    """Faults: names by position in the file; copies of one content with the same draws."""
     whole = identities(["a", "b", "a", ("a",), b"a", "a"])
     assert len(set(whole)) == 6
     assert identities(["b", "a", "a"]) == [whole[1], whole[0], whole[2]] and identities(["a"]) == whole[:1]
@@ -49,7 +49,7 @@ def test_names_belong_to_contents_and_copies_are_numbered():
 
 @pytest.mark.parametrize("options", [{}, {"experts": 1}])
 def test_no_file_and_no_line_that_stays_holds_the_secret(tmp_path, capsys, monkeypatch, options):
-    """Fault: the secret, or anything it is made from, among options, checkpoints or logs."""
+    """Fault: the secret, or anything that determines it, in options, checkpoints or logs."""
     secret = Key.fresh()
     monkeypatch.setattr(Key, "fresh", classmethod(lambda cls: secret))
     model = tinyjob.make_model(tmp_path / "model")

@@ -76,15 +76,15 @@ def test_equal_and_disjoint_tables_and_codes_outside():
 
 
 def test_independent_columns_have_the_marginals_alone():
-    """Caught: uniform columns; rows taken over whole, so that pairs hold too."""
+    """Caught: uniform columns; complete rows copied, so that pairs of columns agree too."""
     rng = np.random.default_rng(0)
     first = rng.choice(3, size=8000, p=[0.7, 0.2, 0.1])
     real = np.stack([first, first], axis=1)
     made = independent(real, [3, 3], 8000, rng)
     assert made.shape == (8000, 2) and made.dtype == np.int64
     assert total_variation(real, made, [3, 3], 1).max() < 3 * noise([0.7, 0.2, 0.1], 8000)
-    apart = 0.7 * 0.3 + 0.2 * 0.8 + 0.1 * 0.9                               # the product's share off the diagonal
-    assert total_variation(real, made, [3, 3], 2)[0] == pytest.approx(apart, abs=0.02)
+    expected = 0.7 * 0.3 + 0.2 * 0.8 + 0.1 * 0.9                            # the product's share off the diagonal
+    assert total_variation(real, made, [3, 3], 2)[0] == pytest.approx(expected, abs=0.02)
 
 
 def test_noise_on_counts_has_its_deviation():
@@ -104,8 +104,8 @@ def test_noise_on_counts_has_its_deviation():
 
 
 def planted(rows: int, seed: int = 0) -> np.ndarray:
-    """Two bits, whose exclusive or is the target, a category that is noise, and one that tells a third of the target's
-    rows."""
+    """Two bits whose exclusive or is the target; a category that is noise; one that determines a third of the rows'
+    target."""
     rng = np.random.default_rng(seed)
     a, b, c = rng.integers(2, size=rows), rng.integers(2, size=rows), rng.integers(300, size=rows)
     y = a ^ b
@@ -120,18 +120,18 @@ def test_utility_on_a_planted_table():
     found = utility(train, test, sizes, 1, kinds)
     assert found["boosting"]["accuracy"] > 0.99 and found["boosting"]["auroc"] > 0.99
     assert found["logistic"]["accuracy"] == pytest.approx(2 / 3, abs=0.04)
-    assert found["logistic"]["auroc"] == pytest.approx(1 - (2 / 3)**2 / 2, abs=0.05)    # a coin where both are not told
-    apart = independent(train, sizes, 1500, np.random.default_rng(0))
-    coin = utility(apart, test, sizes, 1, kinds)
-    assert all(0.4 < of["auroc"] < 0.6 for of in coin.values()) and coin == utility(apart, test, sizes, 1, kinds)
+    assert found["logistic"]["auroc"] == pytest.approx(1 - (2 / 3)**2 / 2, abs=0.05)    # a coin if neither is known
+    random_rows = independent(train, sizes, 1500, np.random.default_rng(0))
+    coin = utility(random_rows, test, sizes, 1, kinds)
+    assert all(0.4 < of["auroc"] < 0.6 for of in coin.values()) and coin == utility(random_rows, test, sizes, 1, kinds)
 
 
-def test_boosting_is_told_which_columns_are_categories(monkeypatch):
+def test_boosting_knows_which_columns_are_categories(monkeypatch):
     """Caught: all columns as numbers, or none; the target's kind for another's; more categories than it takes."""
-    told, real = [], ensemble.HistGradientBoostingClassifier
-    monkeypatch.setattr(ensemble, "HistGradientBoostingClassifier", lambda **o: told.append(o) or real(**o))
+    calls, real = [], ensemble.HistGradientBoostingClassifier
+    monkeypatch.setattr(ensemble, "HistGradientBoostingClassifier", lambda **o: calls.append(o) or real(**o))
     utility(planted(50), planted(50), [2, 2, 2, 300, 3], 1, ["number", "category", "category", "category", "number"])
-    assert told[0]["categorical_features"] == [False, True, False, False]
+    assert calls[0]["categorical_features"] == [False, True, False, False]
 
 
 def test_one_class_and_classes_that_are_lacking():
@@ -174,7 +174,7 @@ def test_parity_tables_are_even_and_uniform_below():
 
 
 def test_a_tree_cannot_tell_parity():
-    """Caught: a tree that joins more than pairs; no dependence at all, which two columns show."""
+    """Caught: a tree with larger cliques than pairs; missing dependence between two columns."""
     for d, epsilon, share in ((2, math.inf, 1), (5, math.inf, 0.5), (5, 1.0, 0.5)):
         real = parity_table(10_000, d, np.random.default_rng(0))
         made = marginal_method(real, [2] * d, epsilon, 1e-6, 10_000, np.random.default_rng(0))
@@ -204,7 +204,7 @@ def test_a_measurement_costs_what_it_says():
 
 
 def test_the_parts_add_up_to_the_budget(monkeypatch):
-    """Caught: d marginals that each cost a third; the tree for free; more than epsilon in all."""
+    """Caught: d marginals that each cost a third; a tree without cost; more than epsilon in total."""
     spent, spanning = [], spanning_tree
     monkeypatch.setattr(mst, "counted", lambda c, s, j, rho, g: spent.append(rho) or counted(c, s, j, rho, g))
     monkeypatch.setattr(mst, "spanning_tree", lambda c, s, o, rho, g: spent.append(rho) or spanning(c, s, o, rho, g))
@@ -290,13 +290,13 @@ def test_a_tree_is_recovered_without_noise_and_nearly_with_it():
     ones = [counted(real, sizes, [j], math.inf, rng) for j in range(5)]
     assert set(spanning_tree(real, sizes, ones, math.inf, rng)) == {(0, 3), (0, 2), (2, 4), (1, 2)}
     by_chance = distances(real, grown(20_000, seed=1), sizes)
-    apart = distances(real, independent(real, sizes, 20_000, rng), sizes)
+    baseline = distances(real, independent(real, sizes, 20_000, rng), sizes)
     for epsilon, factor in ((math.inf, 1.5), (1.0, 2.5)):
         made = marginal_method(real, sizes, epsilon, 1e-6, 20_000, np.random.default_rng(0))
         assert np.array_equal(made, marginal_method(real, sizes, epsilon, 1e-6, 20_000, np.random.default_rng(0)))
         assert not np.array_equal(made, marginal_method(real, sizes, epsilon, 1e-6, 20_000, np.random.default_rng(1)))
         found = distances(real, made, sizes)
-        assert all(found[way] < factor * by_chance[way] for way in (1, 2, 3)) and found[2] < apart[2] / 10
+        assert all(found[way] < factor * by_chance[way] for way in (1, 2, 3)) and found[2] < baseline[2] / 10
     noisy = distances(real, marginal_method(real, sizes, 0.005, 1e-6, 20_000, np.random.default_rng(0)), sizes)
     assert noisy[2] > 5 * by_chance[2]
     assert marginal_method(real[:, :1], [3], 1.0, 1e-6, 7, np.random.default_rng(0)).shape == (7, 1)

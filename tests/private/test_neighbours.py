@@ -1,8 +1,8 @@
-"""Neighbouring files: one example is removed, added or replaced anywhere, and the whole run is made again.
+"""Neighbouring files: one example is removed, added or replaced anywhere in the file, and the run is repeated.
 
-The guarantee supposes that the clipped sum of a step then moves by no more than C (2 C if an example is replaced), and
-that nothing else depends on the data. A neighbour's run is therefore given what the first run released, step by step,
-so that both have the same parameters at every step; then each sum is compared, and each contribution, bit by bit.
+The guarantee requires that the clipped sum of a step moves by at most C (2 C if an example is replaced), and that
+nothing else depends on the data. The neighbour's run therefore gets, step by step, what the first run released: so both
+have the same parameters at every step. Then each sum and each contribution are compared bit by bit.
 The number of examples is public (--examples), as privacy.json says.
 """
 
@@ -52,7 +52,7 @@ def without(records, unit, n):
 
 
 def stranger(unit):
-    """An example of somebody who is in no file."""
+    """An example of a user who is in no file."""
     more = tinyjob.make_records(users=1, each=1 if unit == "pair" else EACH, seed=9)
     return [r | {"user": "stranger"} for r in more]
 
@@ -104,7 +104,7 @@ def flat(tensors):
 
 
 def recorded_run(folder, model, records, options, given=None):
-    """A run in folder/run; what it summed, and what it would publish."""
+    """Runs in folder/run -> what it summed; what it would publish."""
     with pytest.MonkeyPatch.context() as patch:
         recorded = Recorded(patch, given)
         count = USERS * EACH if options.get("privacy_unit", "pair") == "pair" else USERS
@@ -116,7 +116,7 @@ def recorded_run(folder, model, records, options, given=None):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_neighbour_moves_each_sum_by_its_own_gradient(tmp_path, model_dir, case):
-    """Faults: draws by an example's place in the file (sampling, start, context); a start or a gate made from all rows;
+    """Faults: draws by an example's position in the file (sampling, start, context); start or gate made from all rows;
     a copy of a line that takes part whenever the first does; a rate or a number of steps from the file; reference
     log-probs whose rounding depends on the pairs that share a batch."""
     options, unit = CASES[case], CASES[case].get("privacy_unit", "pair")
@@ -138,8 +138,8 @@ def test_a_neighbour_moves_each_sum_by_its_own_gradient(tmp_path, model_dir, cas
 
 
 def test_a_table_without_one_row_moves_each_sum_by_one_gradient(monkeypatch):
-    """DP-TBART, after the same first look. Faults: sampling by place; a row counted in two places; sums clipped by
-    micro-batch. Copies of a row, of which this table is full, are drawn independently."""
+    """DP-TBART, after the same first look. Faults: sampling by position; a row counted twice; sums clipped by
+    micro-batch. This table has many copies of rows; copies are drawn independently."""
     rng = np.random.default_rng(0)
     columns = columns_of([{"name": f"c{j}", "type": "category", "values": [*"abc"[: 2 + j % 2]]} for j in range(3)])
     codes = np.stack([rng.integers(0, c.size, 60) for c in columns], axis=1)
@@ -164,8 +164,8 @@ def test_a_table_without_one_row_moves_each_sum_by_one_gradient(monkeypatch):
 
 
 def test_one_row_moves_each_count_of_the_first_look_by_one(monkeypatch):
-    """So all counts together move by sqrt(d) in L2, which the noise is scaled by. Fault: noise drawn by how many rows
-    there are."""
+    """So all counts together move by sqrt(d) in L2, which scales the noise. Fault: noise that depends on the number of
+    rows."""
     seen = []
     monkeypatch.setattr(tabular, "simplex", lambda counts, total: seen.append(counts) or np.full_like(counts, 1.0))
     columns = columns_of([{"name": f"c{j}", "type": "category", "values": ["a", "b"]} for j in range(4)])

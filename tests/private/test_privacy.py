@@ -1,5 +1,5 @@
-"""DP-SGD: three ways to one sum, noise of the right size everywhere, and each part of the mechanism missed when it is
-taken away. Docstrings name the faults that each test is there for."""
+"""DP-SGD: three ways to compute the sum, noise of the right size everywhere, and tests that notice if a part of the
+mechanism is removed. Docstrings name the faults that each test is there for."""
 
 import math
 
@@ -27,7 +27,7 @@ V, T, C = 11, 6, 8
 
 
 class Tiny(nn.Module):
-    """A transformer whose unembedding is its embedding, used by a Linear of its own."""
+    """A transformer whose unembedding is its embedding, used by a separate Linear."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ def losses_of(model, ids):
 
 @pytest.fixture
 def tiny():
-    """Model, ids, and a loss of one row by parameters; in float64, so that what is equal is equal to 1e-12."""
+    """Model, ids, and the loss of one row as a function of parameters; in float64, so equal means equal to 1e-12."""
     torch.manual_seed(0)
     model = Tiny().double()
     ids = torch.randint(V, (9, T + 1))
@@ -82,7 +82,7 @@ def test_per_example_gradients_are_those_of_single_backward_passes(tiny):
 
 @pytest.mark.parametrize("clip", [0.5, 5.0, math.inf])
 def test_three_ways_to_the_sum_of_clipped_gradients(tiny, clip):
-    """Faults, in turn: the cross term of the tied weight left out; one use of it clipped by itself; wpe without rows;
+    """Faults: the cross term of the tied weight left out; one use of it clipped separately; wpe without rows;
     LayerNorm's bias left out; tokens that occur twice counted once; clipping by layers instead of all together."""
     model, ids, loss, parameters = tiny
     slow = clipped_sum_slow(loss, parameters, clip, ids)
@@ -104,18 +104,18 @@ def test_nobody_moves_the_sum_by_more_than_clip(tiny):
     (small gradients blown up)."""
     model, ids, loss, parameters = tiny
     for clip in (0.3, 100.0):
-        whole = clipped_sum(loss, parameters, clip, ids)
+        full_sum = clipped_sum(loss, parameters, clip, ids)
         for n in range(len(ids)):
             rest = torch.cat([ids[:n], ids[n + 1 :]])
             without = clipped_sum(loss, parameters, clip, rest)
-            moved = math.sqrt(sum(float((whole[k] - without[k]).square().sum()) for k in whole))
+            moved = math.sqrt(sum(float((full_sum[k] - without[k]).square().sum()) for k in full_sum))
             own = math.sqrt(sum(float(g.square().sum()) for g in torch.func.grad(loss)(parameters, ids[n]).values()))
             assert moved == pytest.approx(min(clip * own / (own + 1e-6), own), rel=1e-6)
     assert clip_factors(torch.tensor([0.5, 1.0, 4.0]), 1.0).tolist() == pytest.approx([1.0, 1 / (1 + 1e-6), 0.25])
 
 
 def test_a_module_without_a_rule_is_refused():
-    """Fault: passed over, its parameters would go unclipped."""
+    """Fault: without the error, the module's parameters would not be clipped."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Conv1d(2, 2, 1))
     with pytest.raises(TypeError, match="Conv1d"):
         ghost_clipped_sum(model, lambda: model(torch.ones(3, 2)).sum(1), 1.0)
@@ -132,7 +132,7 @@ def test_a_frozen_parameter_takes_no_part(tiny):
 
 
 def test_everybody_takes_part_by_chance_and_alone():
-    """Poisson sampling: sizes are binomial, everybody's chance is the rate, two take part independently, a step may be
+    """Poisson sampling: sizes are binomial, each probability is the rate, two examples are independent, a step may be
     empty. Faults: batches of fixed size, permutations cut into batches, the same draw for every step."""
     N, rate, steps, names = 40, 0.1, 4000, [f"example {n}" for n in range(40)]
     drawn = np.zeros((steps, N))
@@ -192,7 +192,7 @@ def test_an_example_without_a_finite_gradient_is_an_error(tiny):
         clipped.add()
 
 
-def test_what_is_not_covered_is_said():
-    told = " ".join(privacy.NOT_COVERED)
+def test_not_covered_lists_every_point():
+    listed = " ".join(privacy.NOT_COVERED)
     for what in ("vocabulary", "bounds", "number of examples", "hyper-parameters", "floating-point", "timing", "key"):
-        assert what in told
+        assert what in listed

@@ -99,8 +99,8 @@ def taking(sources, options) -> dict:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_private_run_is_its_twin(tmp_path, model_dir, sources, case):
-    """To 2e-6. Faults: draws for sampling, start or context by place in the file; one draw for all examples; batches of
-    fixed size; the same noise in each step; a user clipped by micro-batch, by parameter, or apart from the gate; the
+    """To 2e-6. Faults: draws for sampling, start or context by position in the file; one draw for all; batches of
+    fixed size; the same noise in each step; a user clipped by micro-batch, by parameter, or without the gate; the
     mean over pairs that came; noise in frozen experts; a step without examples left out; a rate for another number of
     steps; NaN in the table."""
     options = taking(sources, CASES[case])
@@ -130,12 +130,12 @@ def no_chance(monkeypatch):
 
 
 def no_empty_step(monkeypatch):
-    whole = train.step
+    real_step = train.step
 
     def step(state, problem, em):
         if not problem.plan.steps[state.t][1]:
             state.optimizer.step = lambda: None
-        result = whole(state, problem, em)
+        result = real_step(state, problem, em)
         vars(state.optimizer).pop("step", None)
         return result
 
@@ -152,7 +152,7 @@ def of_empty_steps(tmp_path_factory, model_dir):
 
 @pytest.mark.parametrize("what", FAULTS)
 def test_what_is_taken_away_is_missed(tmp_path, model_dir, monkeypatch, of_empty_steps, what):
-    """A run without one part of the mechanism is far from the twin, which has it."""
+    """A run without one part of the mechanism differs much from the oracle, which has this part."""
     FAULTS[what](monkeypatch)
     assert off(job(tmp_path, model_dir, **CASES["empty steps"]), of_empty_steps) > 1e-3
 
@@ -179,7 +179,7 @@ def test_noise_of_the_right_size_reaches_every_parameter(tmp_path, model_dir, mo
 
 @pytest.mark.parametrize("unit, examples", [("pair", 26), ("user", 6)])
 def test_the_budget_is_what_was_asked_for(tmp_path, model_dir, unit, examples):
-    """Faults: passes counted as steps; the rate of pairs used for users; a pair set aside counted; the key kept."""
+    """Faults: passes counted as steps; the rate of pairs used for users; a context pair counted; the key kept."""
     out = job(tmp_path, model_dir, privacy_unit=unit, epochs=3, batch=2)
     facts, rate, steps = privacy_of(out), 2 / examples, -(-3 * examples // 2)
     assert (facts["unit"], facts["examples"], facts["rate"], facts["steps"]) == (unit, examples, rate, steps)
@@ -189,7 +189,7 @@ def test_the_budget_is_what_was_asked_for(tmp_path, model_dir, unit, examples):
 
 
 def test_budgets_of_private_experts_add_up(tmp_path, model_dir, sources):
-    """Faults: a source left out of epsilon or delta; one that gives two experts counted twice."""
+    """Faults: a source missing in epsilon or delta; a source of two experts counted twice."""
     heads = Path(sources["heads"])
     again = heads.parent / "." / ".." / heads.parent.name / heads.name      # the same folder
     own = job(tmp_path, model_dir, name="own", **HEADS)
@@ -250,15 +250,15 @@ def killed(folder, model, t: int, **options) -> Path:
 
 
 def test_a_private_run_that_was_killed_ends_as_another(tmp_path, model_dir):
-    """To the bit, under the secret that lies in the directory until then, its owner's alone. Faults: the secret drawn
+    """Bit-identical, with the secret that is in the directory until then, its owner's only. Faults: the secret drawn
     again; sampling from --seed, which is published; the secret kept."""
     kept = killed(tmp_path, model_dir, 2)
     found = json.loads(kept.read_text())
     secret = bytes.fromhex(found["key"])
     assert kept.stat().st_mode & 0o777 == 0o600 and set(found) == {"key", "options"} and len(secret) == 32
-    out, whole = job(tmp_path, model_dir, key=None), job(tmp_path, model_dir, name="whole", key=Key(secret),
+    out, reference = job(tmp_path, model_dir, key=None), job(tmp_path, model_dir, name="reference", key=Key(secret),
                                                          data=str(tmp_path / "run.jsonl"))
-    assert tinyjob.equal(out, whole) and not kept.exists()
+    assert tinyjob.equal(out, reference) and not kept.exists()
     assert off(out, twin(tmp_path, model_dir, secret=secret).train()) < 2e-6
     public = job(tmp_path, model_dir, name="public", data=str(tmp_path / "run.jsonl"))
     assert not tinyjob.equal(out, public)
@@ -277,7 +277,7 @@ def test_a_key_belongs_to_the_options(tmp_path, model_dir):
 
 @pytest.mark.parametrize("gone", ["file", "options"])
 def test_a_run_does_not_resume_under_another_key(tmp_path, model_dir, gone):
-    """Fault: a fresh key beside a checkpoint, whose sampling would then not be Poisson's."""
+    """Fault: a fresh key for an old checkpoint; the sampling would not be Poisson sampling."""
     kept = killed(tmp_path, model_dir, 3)
     found = json.loads(kept.read_text())
     kept.unlink()
@@ -289,8 +289,8 @@ def test_a_run_does_not_resume_under_another_key(tmp_path, model_dir, gone):
 
 
 def test_a_key_that_outlived_its_run_is_dropped(tmp_path, model_dir, monkeypatch):
-    """Killed between the last checkpoint and dropping the key. Fault: a secret that stays for good beside what was made
-    with it."""
+    """Killed between the last checkpoint and dropping the key. Fault: a secret that remains for ever, with the results
+    that were made with it."""
     def kill(folder):
         raise KeyboardInterrupt
 
@@ -318,7 +318,7 @@ def test_a_public_key_is_the_documented_one():
     (dict(estep="first", start="none"), "estep"), (dict(epsilon=0.0), "epsilon"),
 ])
 def test_what_would_leak_is_refused(options, name):
-    """Each is learnt from the data outside of the clipped sums, or lets one example change what is done with others."""
+    """Each of these learns from the data outside of the clipped sums, or lets one example affect the others."""
     with raises_at(option=name):
         validate(TrainConfig(**dict(data="", model="", out="", epsilon=1.0) | options))
 
@@ -338,7 +338,7 @@ def test_too_large_a_delta_and_nameless_users_are_refused(tmp_path, model_dir):
 
 
 def test_a_private_gate_keeps_nothing_of_the_data(tmp_path, model_dir):
-    """Its weights for a prompt do not change with the other rows it was made with. Faults: mean and scale of
+    """Its weights for a prompt do not depend on the other rows. Faults: mean and scale of
     the data, in the weights or in the checkpoint, which is published."""
     config = twin(tmp_path, model_dir, gate="linear").config
     _, plan, reference, _ = tinyjob.read(config)

@@ -1,4 +1,4 @@
-"""DP-TBART: the model by enumeration, fitting against a slow twin, the first look, and whole runs of data/synth.py.
+"""DP-TBART: the model by enumeration, fitting against a slow loop, the first look, and full runs of data/synth.py.
 Docstrings name the faults that each test is there for."""
 
 import csv
@@ -48,7 +48,7 @@ def model():
 
 
 def probabilities(model):
-    """p of every row there is, by the chain rule."""
+    """p of every possible row, by the chain rule."""
     rows = torch.tensor([*itertools.product(*map(range, SIZES))])
     return rows, torch.exp(-row_losses(model, rows)).detach()
 
@@ -88,7 +88,7 @@ def test_samples_follow_the_model_given_or_not(model):
 
 
 def slow_fit(table, config, key):
-    """The loop again: examples drawn by chance, each one's gradient clipped by itself, noise, Adam, an average."""
+    """The training loop, written again: Poisson sampling, clipping of each example, noise, Adam, average."""
     rows, (torch_seed, N) = table.ordered(), (config.seed, len(table.codes))
     rate = min(1.0, config.batch / N)
     sigma = noise_multiplier(config.epsilon, config.delta, rate, config.steps, table.spent)
@@ -127,8 +127,8 @@ class Losses(torch.nn.Module):
 @pytest.mark.parametrize("batch", [6, 0.7])
 def test_fitting_is_the_slow_loop(batch, monkeypatch):
     """To 1e-5, over steps of which some are empty (batch 0.7 of 40 rows). Faults: no clipping; no noise;
-    noise without clip; batches of fixed size; division by what came instead of what is expected; an empty step passed
-    over; a micro-batch clipped as a whole; the average of an untrained model."""
+    noise without clip; batches of fixed size; division by the actual instead of the expected number; an empty step
+    skipped; a micro-batch clipped as one example; the average of an untrained model."""
     table = look(columns(), codes_of(), TableConfig(), KEY)
     config = TableConfig(**TINY | {"batch": 6, "clip": 0.4})
     object.__setattr__(config, "batch", batch)
@@ -142,8 +142,8 @@ def test_fitting_is_the_slow_loop(batch, monkeypatch):
 
 
 def test_calibrated_samples_have_the_noisy_marginals(model):
-    """Of every column, and what ties columns stays. Faults: one step for all columns; behind columns that were sampled
-    before they were calibrated."""
+    """Every column has them, and the dependence between columns remains. Faults: one step for all columns; a column
+    calibrated after columns that were sampled before their calibration."""
     torch.manual_seed(1)
     prior = torch.cat([torch.log_softmax(torch.randn(n), 0) for n in SIZES])
     before = sample(model, 20000, np.random.default_rng(2))
@@ -158,12 +158,12 @@ def test_calibrated_samples_have_the_noisy_marginals(model):
 
 
 def test_what_is_spent_is_the_budget():
-    """All mechanisms together stay within epsilon and use it. Faults: the look not charged; its share spent twice."""
+    """All mechanisms together spend epsilon and no more. Faults: the first look not counted; its share spent twice."""
     table = look(columns(), codes_of(), TableConfig(), KEY)
     fitted = fit(table, TableConfig(**TINY), KEY)
-    told = account(fitted, TableConfig(**TINY), 40)
-    assert 0.99 < told["epsilon"] <= 1 and len(told["spent"]) == 2 and told["not_covered"]
-    assert told["epsilon"] == epsilon_of([Mechanism(**m) for m in told["spent"]], 1e-5)
+    facts = account(fitted, TableConfig(**TINY), 40)
+    assert 0.99 < facts["epsilon"] <= 1 and len(facts["spent"]) == 2 and facts["not_covered"]
+    assert facts["epsilon"] == epsilon_of([Mechanism(**m) for m in facts["spent"]], 1e-5)
     assert epsilon_of(table.spent, 1e-6) == pytest.approx(TableConfig.first_look, rel=1e-3)
     table = look(columns(), codes_of(), TableConfig(epsilon=math.inf), KEY)
     free = fit(table, TableConfig(**TINY, epsilon=math.inf), KEY)
@@ -171,8 +171,8 @@ def test_what_is_spent_is_the_budget():
 
 
 def test_the_look_is_noisy_counts(monkeypatch):
-    """Deviation sigma sqrt(d) on each count of each column. Faults: no noise; sigma without sqrt(d), which a row that
-    is in d counts wants; the same noise for all columns."""
+    """Deviation sigma sqrt(d) on each count of each column. Faults: no noise; sigma without sqrt(d), although a row is
+    in d counts; the same noise for all columns."""
     table, wide = look(columns(), codes_of(), TableConfig(), KEY), columns([4000, 4000])
     codes, seen = np.zeros((10**6, 2), dtype=np.int64), []
     monkeypatch.setattr(tabular, "simplex", lambda counts, total: seen.append(counts) or np.ones(len(counts)))
@@ -210,7 +210,7 @@ def test_it_learns_what_no_pair_of_columns_shows():
 def test_a_fit_that_was_stopped_ends_as_another(tmp_path, monkeypatch):
     """To the bit. Faults: the average not saved; the schedule begun anew; noise drawn in order instead of by step."""
     table, config = look(columns(), codes_of(), TableConfig(), KEY), TableConfig(**TINY, save_minutes=0.0)
-    whole = fit(table, config, KEY)
+    uninterrupted = fit(table, config, KEY)
     (tmp_path / "run").mkdir()
     shown, progress = [], tabular.Progress.__call__
 
@@ -225,8 +225,9 @@ def test_a_fit_that_was_stopped_ends_as_another(tmp_path, monkeypatch):
         fit(table, config, KEY, tmp_path / "run", {"a": 1})
     monkeypatch.setattr(tabular.Progress, "__call__", progress)
     again = fit(table, config, KEY, tmp_path / "run", {"a": 1})
-    assert len(again.losses) == config.steps and np.array_equal(again.losses, whole.losses, equal_nan=True)
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values()))
+    assert len(again.losses) == config.steps and np.array_equal(again.losses, uninterrupted.losses, equal_nan=True)
+    states = (fitted.model.state_dict().values() for fitted in (uninterrupted, again))
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
     with raises_at("a: there 1, now 2", file=checkpoints(tmp_path / "run")[0]):
         fit(table, config, KEY, tmp_path / "run", {"a": 2})
 
@@ -237,7 +238,7 @@ def test_a_fit_that_was_stopped_ends_as_another(tmp_path, monkeypatch):
     ("lr", [0.0, -1e-3, math.nan, math.inf]), ("save_minutes", [-1.0, math.nan]), ("seed", [-1, 2**32]),
     ("examples", [-1]), *((name, [0, -1]) for name in ("width", "layers", "heads", "batch", "steps", "micro")),
 ])
-def test_options_out_of_range_are_told(option, values):
+def test_options_out_of_range_are_errors(option, values):
     """Every option of a table. Faults: NaN passes x <= 0; an infinite rate; a seed that ends in a traceback,
     or that gives the numbers of another one."""
     for value in values:
@@ -246,7 +247,7 @@ def test_options_out_of_range_are_told(option, values):
         assert error.value.option == option
 
 
-def test_options_that_contradict_each_other_are_told():
+def test_contradictory_options_are_errors():
     for options, option in (({"order": "entropy", "first_look": 0.0}, "order"), ({"heads": 3}, "width")):
         with pytest.raises(InputError) as error:
             validate(TableConfig(**options))
@@ -264,7 +265,7 @@ SCHEMA = [{"name": "colour", "type": "category", "values": ["red", "green", "blu
 
 @pytest.fixture
 def own(tmp_path):
-    """A table of one's own, its schema and its test table, as options."""
+    """A user's table, its schema and its test table, as options."""
     rng = np.random.default_rng(0)
     for name, n in (("table", 300), ("test", 100)):
         wage = rng.beta(1, 4, n) * 50
@@ -281,16 +282,16 @@ def call(options):
 
 
 def test_a_table_of_ones_own(own, monkeypatch):
-    """From files to files; all values legal, as many rows as asked for, budget told, no secret left behind. Faults: the
-    test table in the bins as they were before the look; rows in the model's order of columns."""
+    """From files to files: all values legal, the number of rows as given, the budget reported, no secret left. Faults:
+    the test table in the bins as they were before the look; rows in the model's order of columns."""
     monkeypatch.setattr(Key, "fresh", classmethod(lambda cls: cls.public(0)))               # the same bins every time
     call(own | {"rows": 50, "order": "random"})
     rows = [*csv.DictReader(open(own["out"] / "synthetic.csv"))]
     assert len(rows) == 50 and [*rows[0]] == ["colour", "wage", "rich"]
     assert {r["colour"] for r in rows} <= {"red", "green", "blue", "?"} and {r["rich"] for r in rows} <= {"no", "yes"}
     assert all(0 <= float(r["wage"]) <= 50 for r in rows)
-    told, figures = (json.loads((own["out"] / name).read_text()) for name in ("privacy.json", "figures.json"))
-    assert told["epsilon"] <= 1 and len(told["spent"]) == 2 and told["rows"] == 300
+    facts, figures = (json.loads((own["out"] / name).read_text()) for name in ("privacy.json", "figures.json"))
+    assert facts["epsilon"] <= 1 and len(facts["spent"]) == 2 and facts["rows"] == 300
     assert [*figures["figures"]] == ["DP-TBART", "independent columns", "MST", "the real table", "a second real table"]
     real = figures["figures"]["the real table"]
     assert real["distance"] == {"1": 0, "2": 0, "3": 0} and real["utility"]["boosting"]["accuracy"] > 0.8
@@ -300,7 +301,7 @@ def test_a_table_of_ones_own(own, monkeypatch):
 
 
 def test_one_key_gives_one_table_and_no_key_is_used_twice(own, tmp_path, monkeypatch):
-    """Noise, sampling and published rows have keys of their own. Faults: rows drawn from the seed of the noise; one
+    """Noise, sampling and published rows have separate keys. Faults: rows drawn from the seed of the noise; one
     generator for the look and for a step; rows that do not depend on the key at all."""
     used, generator = [], Key.generator
     monkeypatch.setattr(Key, "generator", lambda self, *about: used.append(about) or generator(self, *about))
@@ -316,12 +317,12 @@ def test_one_key_gives_one_table_and_no_key_is_used_twice(own, tmp_path, monkeyp
     assert made[0] == made[1] != made[2]
 
 
-def test_help_tells_inherited_options(capsys):
+def test_help_lists_inherited_options(capsys):
     """Fault: only those of the last class have their comments as help."""
     with pytest.raises(SystemExit):
         synth.main(["--help"])
-    told = capsys.readouterr().out
-    assert "--epsilon" in told and "privacy budget" in told and "another table, for train-on" in told
+    printed = capsys.readouterr().out
+    assert "--epsilon" in printed and "privacy budget" in printed and "another table, for train-on" in printed
 
 
 @pytest.mark.parametrize("change, option", [
@@ -329,9 +330,9 @@ def test_help_tells_inherited_options(capsys):
     ({"delta": 0.01}, "delta"), ({"preset": "huge"}, "preset"), ({"dataset": "adults"}, "dataset"),
     ({"first_look": 0.0}, "first_look"), ({"dataset": "adult"}, "data"), ({"rows": -5}, "rows"),
 ])
-def test_a_command_that_cannot_be_is_told(own, change, option):
-    """Before the first step. Faults: a negative number of rows, found when all is learnt; --test beside a data set that
-    brings its own, ignored in silence."""
+def test_an_impossible_command_is_an_error(own, change, option):
+    """Before the first step. Faults: a negative number of rows, found only after training; --test with a data set that
+    has its own, ignored without an error."""
     with pytest.raises(InputError) as error:
         call(own | change)
     assert error.value.option == option and not (own["out"] / "checkpoint").exists()

@@ -87,7 +87,7 @@ def test_one_process_owns_a_folder(tmp_path):
         child = [sys.executable, "-c", "import sys; from pathlib import Path; from mixdpo.files.atomic import alone\n"
                  "with alone(Path(sys.argv[1])): pass", str(tmp_path / "a" / "b")]
         held = subprocess.run(child, cwd=ROOT, capture_output=True, text=True)
-        assert held.returncode and "another process is at work in it" in held.stderr
+        assert held.returncode and "another process is using this folder" in held.stderr
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "c").mkdir()
     with alone(tmp_path / "c" / "d"):

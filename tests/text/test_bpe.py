@@ -14,7 +14,7 @@ EOT = "<|endoftext|>"
 
 
 def by_rule(merges, text):
-    """tokenizer.json's definition, word for word: of all adjacent pairs, join the one with the first rule; leftmost."""
+    """tokenizer.json's definition: merge the adjacent pair whose rule comes first; on a tie the leftmost."""
     rule = {}
     for number, merge in enumerate(merges):
         rule.setdefault(tuple(merge.split(" ")), number)
@@ -28,7 +28,7 @@ def by_rule(merges, text):
 
 
 def by_rank(rank, text):
-    """tiktoken's: of all adjacent pairs that make a token, join the one of the lowest rank; leftmost."""
+    """tiktoken's: of all adjacent pairs that make a token, merge the one of lowest rank; on a tie the leftmost."""
     if text in rank:
         return [text]
     parts = list(text)
@@ -41,7 +41,7 @@ def by_rank(rank, text):
 
 
 def random_merges(draw, count):
-    """Rules over the letters a, b, c in any order whatever: most such lists no training would give."""
+    """Random rules over the letters a, b, c in random order; training would give few of these lists."""
     tokens, merges = ["a", "b", "c"], []
     while len(merges) < count:
         pair = draw.choice(tokens[:12]), draw.choice(tokens[:12])
@@ -60,9 +60,9 @@ def build(vocab, merges, ignore_merges):
     return Tokenizer(doc, {"eos_token": EOT}, "random")
 
 
-def test_a_token_with_rules_far_apart_is_refused():
+def test_a_token_with_rules_that_are_not_adjacent_is_refused():
     """abc by a bc or, three rules later, by ab c; alone it comes about by the later rule. On abcd the rule for cd comes
-    first, which a rank for abc cannot say. Fault: a token's later rules taken as good as its first ones."""
+    first, which no rank of abc can express. Fault: a token's later rules treated like its first ones."""
     merges = ["a b", "a bc", "c d", "b c", "ab c"]
     names = ["a", "b", "c", "d", "ab", "abc", "cd", "bc"]
     assert by_rule(merges, "abcd") == ["ab", "cd"] != by_rank({name: n for n, name in enumerate(names)}, "abcd")
@@ -73,7 +73,7 @@ def test_a_token_with_rules_far_apart_is_refused():
 def test_rules_run_by_rank_give_the_rules_ids():
     """400 random lists of merges: either every text has the ids that the rules give, or the list is refused, and then
     the rules do not lead to the token that is named. Faults: no check of the parts; a token that no text reaches left
-    to tiktoken; the border between two parts not looked at, or its ties; parts taken as whole at their own rank."""
+    to tiktoken; merges across the border of two parts, or ties there, ignored; parts complete at their own rank."""
     draw = random.Random(0)
     texts = ["".join(draw.choice("abc") for _ in range(draw.randrange(1, 14))) for _ in range(60)]
     accepted = refusals = unreachable = 0
@@ -100,19 +100,19 @@ def test_rules_run_by_rank_give_the_rules_ids():
 
 
 def test_ranks_saved_as_rules_give_the_ranks_ids():
-    """400 random rank tables, whole-piece tokens and parts of higher rank among them: what is written as merge rules
-    and read back gives the ids of the ranks. Faults: rules found with joins of lower rank only; ignore_merges never."""
+    """400 random rank tables, with tokens that only occur as pieces and parts of higher rank. What is written as rules
+    and read back gives the ids of the ranks. Faults: rules from merges of lower rank only; ignore_merges never set."""
     draw = random.Random(1)
     texts = ["".join(draw.choice("abc") for _ in range(draw.randrange(1, 14))) for _ in range(60)]
-    whole = 0
+    with_pieces = 0
     for _ in range(400):
         names = ["a", "b", "c"]
         names += draw.sample([x + y + z for x in "abc" for y in "abc" for z in ("", "a", "b", "ca", "cb")], 6)
         ranks = {name.encode(): rank for rank, name in enumerate(names)}
         doc = _from_ranks(ranks, {EOT: len(ranks)}, bpe.BYTE_LEVEL)
-        whole += doc["model"]["ignore_merges"]
+        with_pieces += doc["model"]["ignore_merges"]
         tokenizer = Tokenizer(doc, {"eos_token": EOT}, "random")
         for text in texts:
             wanted = [names.index(part) for part in by_rank({n: i for i, n in enumerate(names)}, text)]
             assert tokenizer.encode(text) == wanted, f"{names}: {text}: {tokenizer.encode(text)}, wanted {wanted}"
-    assert whole > 20
+    assert with_pieces > 20

@@ -1,4 +1,4 @@
-"""mixdpo/text/chat.py on the real tokenizers that packages ship; tests/peers/test_tokenizers.py has transformers beside it.
+"""mixdpo/text/chat.py on the real tokenizers that packages ship; tests/peers/test_tokenizers.py compares transformers.
 What each test catches stands in its docstring."""
 
 import sys
@@ -28,7 +28,7 @@ def llama3():
 
 
 def test_chatml_by_hand(smollm2):
-    """Catches: a system turn of the model's own left out or doubled, an end or a line break too few, ids from text."""
+    """Catches: a missing or double default system turn, a missing end or line break, special ids from text."""
     own = "system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
     assert encode_chat(USER, smollm2, 99) == ([1, *smollm2.encode(own), 2, *smollm2.encode("\n"), 1, *smollm2.encode(
         "user\nHow tall is K2?"), 2, *smollm2.encode("\n"), 1, *smollm2.encode("assistant\n")], 0)
@@ -40,7 +40,7 @@ def test_chatml_by_hand(smollm2):
 
 
 def test_llama_3_by_hand(llama3):
-    """Catches: no start token, blanks kept, the end of a text for that of a turn, a system turn where there is none."""
+    """Catches: no start token, blanks kept, end-of-text in place of end-of-turn, an extra system turn."""
     head, end = lambda role: [128006, *llama3.encode(role), 128007], 128009
     assert encode_chat(USER, llama3, 99) == ([128000, *head("user"), *llama3.encode("\n\nHow tall is K2?"), end,
                                               *head("assistant"), *llama3.encode("\n\n")], 0)
@@ -59,13 +59,13 @@ def test_names_of_special_tokens_in_a_message_stay_text(smollm2, llama3):
         assert encode_answer(name, tokenizer).count(end) == 1
 
 
-def test_long_conversations_lose_whole_turns_from_the_left(smollm2, llama3):
-    """Catches: half a turn, the system's turn or the start token lost, one turn too many, a count that is off."""
+def test_long_conversations_lose_their_oldest_turns(smollm2, llama3):
+    """Catches: half a turn, a lost system turn or start token, one turn too many, a wrong count."""
     for tokenizer in (smollm2, llama3):
-        whole, none = encode_chat(LONG, tokenizer, 1000)
-        assert none == 0 and encode_chat(LONG, tokenizer, len(whole)) == (whole, 0)
+        full, none = encode_chat(LONG, tokenizer, 1000)
+        assert none == 0 and encode_chat(LONG, tokenizer, len(full)) == (full, 0)
         one, two = ([LONG[0], *LONG[n:]] for n in (2, 3))
-        assert encode_chat(LONG, tokenizer, len(whole) - 1) == (encode_chat(one, tokenizer, 1000)[0], 1)
+        assert encode_chat(LONG, tokenizer, len(full) - 1) == (encode_chat(one, tokenizer, 1000)[0], 1)
         shortest = encode_chat(two, tokenizer, 1000)[0]
         assert encode_chat(LONG, tokenizer, len(shortest)) == (shortest, 2)
         with raises_at(f"{len(shortest)} ids", len(shortest) - 1, kind=Fault):
@@ -141,16 +141,16 @@ def written_by(smollm2, llama3, monkeypatch):
 
 @pytest.mark.parametrize("name", SAME)
 def test_a_template_of_one_of_these_forms_decides_the_details(written_by, name):
-    """The text is what Jinja gives. Catches: a system turn of the template's own left out, however it is written;
-    blanks kept or taken away against the template; a start token that the template does not write."""
+    """The text equals Jinja's. Catches: a default system turn left out, however the template writes it;
+    blanks kept or removed against the template; a start token that the template does not write."""
     jinja2, (bos, jinja) = pytest.importorskip("jinja2"), SAME[name]
     tokenizer, program = written_by(jinja, bos), jinja2.Template(jinja, trim_blocks=True, lstrip_blocks=True)
     for messages in CONVERSATIONS:
         ids, left_out = encode_chat(messages, tokenizer, 999)
         wanted = program.render(messages=messages, add_generation_prompt=True, bos_token=bos)
         assert tokenizer.decode(ids) == wanted and left_out == 0
-        whole = program.render(messages=[*messages, {"role": "assistant", "content": " K2. "}], bos_token=bos)
-        assert tokenizer.decode(ids + encode_answer(" K2. ", tokenizer)) == whole.removesuffix("\n")
+        rendered = program.render(messages=[*messages, {"role": "assistant", "content": " K2. "}], bos_token=bos)
+        assert tokenizer.decode(ids + encode_answer(" K2. ", tokenizer)) == rendered.removesuffix("\n")
     assert sum(i == tokenizer.special.get(bos) for i in ids) == ("{{ bos_token }}" in jinja)
 
 
@@ -199,7 +199,7 @@ def test_what_ends_a_response(smollm2, llama3):
 
 
 def test_a_tokenizer_without_chat_is_no_fault_of_a_line(tmp_path):
-    """Catches: lines dropped one by one because the model has no template."""
+    """Catches: a missing chat template reported as a fault of each line."""
     path = write(tmp_path, {"prompt": USER, "chosen": [{"role": "assistant", "content": "a"}],
                             "rejected": [{"role": "assistant", "content": "b"}]})
     with raises_at("chat template"):
@@ -209,11 +209,12 @@ def test_a_tokenizer_without_chat_is_no_fault_of_a_line(tmp_path):
 def test_a_file_of_conversations(tmp_path, smollm2):
     """Catches: an answer tokenised with its opening, an end token lost or doubled, left-out turns not counted."""
     answer = [[{"role": "assistant", "content": text}] for text in ("28,251 feet.", "No idea.")]
-    row, told = {"prompt": LONG, "chosen": answer[0], "rejected": answer[1], "user": "u"}, []
+    row, reports = {"prompt": LONG, "chosen": answer[0], "rejected": answer[1], "user": "u"}, []
     path = write(tmp_path, row, row | {"prompt": USER})
-    whole = encode_chat(LONG, smollm2, 1000)[0]
-    pairs = read_preferences(path, smollm2, 1000, 16, report=told.append)
-    assert pairs[0].prompt == whole and pairs[0].chosen == [*smollm2.encode("28,251 feet."), 2] and not told
+    prompt = encode_chat(LONG, smollm2, 1000)[0]
+    pairs = read_preferences(path, smollm2, 1000, 16, report=reports.append)
+    assert pairs[0].prompt == prompt and pairs[0].chosen == [*smollm2.encode("28,251 feet."), 2] and not reports
     assert pairs[1].prompt == encode_chat(USER, smollm2, 1000)[0] and pairs[0].rejected[-1] == 2
-    pairs = read_preferences(path, smollm2, len(whole) - 1, 16, report=told.append)
-    assert told == [f"{path}: conversations without their oldest turns, to fit {len(whole) - 1} ids: 1 (first: line 1)"]
+    pairs = read_preferences(path, smollm2, len(prompt) - 1, 16, report=reports.append)
+    wanted = f"{path}: conversations without their oldest turns, to fit {len(prompt) - 1} ids: 1 (first: line 1)"
+    assert reports == [wanted]

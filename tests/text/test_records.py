@@ -27,7 +27,7 @@ FAULTS = {
     "missing field: chosen, rejected": {"prompt": "a"},
     "wrong type: chosen is 3": {**GOOD, "chosen": 3},
     "wrong type: prompt is None": {**GOOD, "prompt": None},
-    "wrong type: chosen of messages, the rest is text": {**GOOD, "chosen": [{"role": "assistant", "content": "b"}]},
+    "wrong type: chosen: messages, the others: text": {**GOOD, "chosen": [{"role": "assistant", "content": "b"}]},
     "wrong message: prompt[0] is 'hi'": chat(prompt=["hi"]),
     "wrong message: prompt[0] is {'role': 'user'}": chat(prompt=[{"role": "user"}]),
     "wrong message: chosen[0] is {'role'": chat(chosen=[{"role": "assistant", "content": "b", "name": "bob"}]),
@@ -55,7 +55,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_is_an_error_with_file_and_line(tmp_path, fault):
-    """Caught: any one check taken out; a message without file, line or remedy."""
+    """Caught: any one check removed; a message without file, line or remedy."""
     with raises_at("--drop true", file=tmp_path / "prefs.jsonl", line=2, kind=Fault) as error:
         read(tmp_path, GOOD, FAULTS[fault])
     kind, _, got = fault.partition(": ")
@@ -64,14 +64,14 @@ def test_each_fault_is_an_error_with_file_and_line(tmp_path, fault):
 
 def test_dropped_lines_are_counted_and_listed(tmp_path):
     """Caught: a silent drop; a kind or a line missing from the report; good lines dropped along."""
-    told, kinds = [], [fault.partition(":")[0] for fault in FAULTS]
-    pairs = read(tmp_path, GOOD, *FAULTS.values(), *FAULTS.values(), GOOD, drop=True, report=told.append)
+    reports, kinds = [], [fault.partition(":")[0] for fault in FAULTS]
+    pairs = read(tmp_path, GOOD, *FAULTS.values(), *FAULTS.values(), GOOD, drop=True, report=reports.append)
     assert [p.line for p in pairs] == [1, 2 * len(FAULTS) + 2]
     expected = []
     for kind in dict.fromkeys(kinds):
         at = [i + 2 for i, other in enumerate(kinds * 2) if other == kind]
         expected.append(f"{tmp_path / 'prefs.jsonl'}: dropped, {kind}: {len(at)} (line {', '.join(map(str, at))})")
-    assert told == expected
+    assert reports == expected
 
 
 @pytest.mark.parametrize("drop", [False, True])
@@ -82,15 +82,15 @@ def test_unknown_field_is_named(tmp_path, drop):
     assert error.value.kind == "unknown field"
 
 
-def test_whole_pair_is_silent_and_complete(tmp_path):
-    """Caught: optional fields lost or in each other's place; null taken for a value; lines counted without the empty
+def test_a_pair_without_faults_is_complete_and_not_reported(tmp_path):
+    """Caught: optional fields lost or exchanged; null taken for a value; line numbers that do not count empty
     ones; texts that just fit reported as cut."""
     extra = {"user": "ann", "annotator": "kind", "scores": {"length": [3, 2.5]}, "context": False}
-    records, told = [{**GOOD, **extra}, "", {**GOOD, **dict.fromkeys(extra)}, GOOD], []
-    one, two, three = read(tmp_path, *records, max_prompt=7, max_response=5, report=told.append)
+    records, reports = [{**GOOD, **extra}, "", {**GOOD, **dict.fromkeys(extra)}, GOOD], []
+    one, two, three = read(tmp_path, *records, max_prompt=7, max_response=5, report=reports.append)
     assert (one.user, one.annotator, one.scores, one.context) == ("ann", "kind", {"length": [3, 2.5]}, False)
     assert (two.user, two.annotator, two.scores, two.context) == (None, None, None, None)
-    assert [p.line for p in (one, two, three)] == [1, 3, 4] and told == []
+    assert [p.line for p in (one, two, three)] == [1, 3, 4] and reports == []
 
 
 def test_files_without_a_pair(tmp_path):

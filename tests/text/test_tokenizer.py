@@ -63,7 +63,7 @@ def test_decode_gives_the_text_back(case, load):
 
 @pytest.mark.parametrize("case", GOLDEN)
 def test_saved_and_loaded_is_the_same(case, load, tmp_path):
-    """Faults: the added tokens left out of the saved file; the end token not saved; a key that hangs on the place."""
+    """Faults: added tokens missing in the saved file; the end token not saved; a key that depends on the folder."""
     tokenizer = load(case)
     tokenizer.save(tmp_path / "saved")
     again = load_tokenizer(tmp_path / "saved")
@@ -142,13 +142,13 @@ def test_a_character_without_a_token_is_named(load, tmp_path):
 
 
 def test_half_a_surrogate_is_named(load, tmp_path):
-    """JSON can hold "\\ud83d" alone; tiktoken writes U+FFFD for it without a word. Fault: the text left to tiktoken."""
+    """JSON can hold "\\ud83d" alone; tiktoken would write U+FFFD without an error. Fault: left to it."""
     with raises_at("U+D83D", "position 2", file=tmp_path / "gpt2"):
         load("gpt2").encode("ab\ud83dc")
 
 
 def test_endless_blanks_are_an_error_that_says_so(load, tmp_path):
-    """tiktoken's regex gives up with a panic, whose class is no Exception. Fault: `except Exception`."""
+    """tiktoken's regex panics; the panic does not derive from Exception. Fault: `except Exception`."""
     with raises_at(1000001, file=tmp_path / "gpt2"):
         load("gpt2").encode(" " * 1_000_000 + "x")
 
@@ -284,7 +284,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_is_not_supported_is_refused_by_its_name(what, load, tmp_path):
-    """Fault: the check taken out, so that ids are others in silence or a KeyError names nothing."""
+    """Fault: no check, so that ids differ without an error, or a KeyError names nothing."""
     case, change, words = REFUSED[what]
     with raises_at(*words, file=tmp_path / case):
         load(case, change)
@@ -297,8 +297,8 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     with raises_at("tokenizer.json", file=tmp_path):
         load_tokenizer(tmp_path)
     folder = write(tmp_path / "t", GOLDEN["gpt2"]["tokenizer"], GOLDEN["gpt2"]["config"])
-    whole = (folder / "tokenizer.json").read_text()
-    for text in (whole[:2000], "[]", ""):
+    complete = (folder / "tokenizer.json").read_text()
+    for text in (complete[:2000], "[]", ""):
         (folder / "tokenizer.json").write_text(text)
         with raises_at(file=folder / "tokenizer.json"):
             load_tokenizer(folder)
@@ -340,7 +340,7 @@ def test_real_vocabularies(name, tmp_path):
 
 
 def test_encoding_takes_seconds_for_a_whole_data_set(load):
-    """Three million characters (25,000 reviews are 33) in 8 seconds of a CPU. Fault: tiktoken built for each text."""
+    """3 million characters in 8 CPU-seconds (25,000 reviews have 33 million). Fault: tiktoken built per text."""
     tokenizer, golden = load("gpt2"), GOLDEN["gpt2"]["texts"]
     texts = [golden[n % len(golden)] * 20 for n in range(8000)]
     began = time.process_time()
