@@ -29,7 +29,7 @@ from mixdpo.evaluation.heldout import expert_logp, margins_of, preference_figure
 from mixdpo.experts import Heads
 from mixdpo.fast.memory import steady
 from mixdpo.gates import READS_PROMPT
-from mixdpo.metrics import mean_se
+from mixdpo.evaluation.statistics import mean_se
 from mixdpo.mixture import mixture_logp
 from mixdpo.preferences import Pair, encode_prompt
 from mixdpo.runs.load_run import Run, find_runs, load_run

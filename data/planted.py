@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from mixdpo.config import InputError, check_ranges, command, parse, to_json, write_whole
+from mixdpo.evaluation.statistics import adjusted_rand_index
 from mixdpo.files.atomic import must_be_own
-from mixdpo.metrics import adjusted_rand_index
 from mixdpo.mixture import e_step
 from mixdpo.runs.rundir import Progress
 from mixdpo.start import LinearOptions, linear_mixture

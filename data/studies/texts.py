@@ -21,9 +21,9 @@ import torch
 from data.sentences import Sentence, load_sentences
 from data.stages import key_of
 from mixdpo.dpo import mixture_accuracy
+from mixdpo.evaluation.statistics import adjusted_rand_index, mean_se
 from mixdpo.files import fetch
 from mixdpo.files.atomic import read_tensors, write_tensors
-from mixdpo.metrics import adjusted_rand_index, mean_se
 from mixdpo.mixture import e_step, log_marginal
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import Pair

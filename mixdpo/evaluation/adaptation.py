@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from mixdpo.dpo import mixture_accuracy
-from mixdpo.metrics import mean_se
+from mixdpo.evaluation.statistics import mean_se
 from mixdpo.mixture import log_marginal
 from mixdpo.preferences import Pair, groups
 

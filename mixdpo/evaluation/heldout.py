@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 
 from mixdpo.dpo import accuracy, margins, mixture_accuracy, observed_margins
-from mixdpo.experts import pair_logp
-from mixdpo.gates import gate_inputs, known_pairs
-from mixdpo.metrics import (
+from mixdpo.evaluation.statistics import (
     adjusted_rand_index,
     bayes_posterior,
     difference_se,
-    effective_experts,
     matched_accuracy,
     mean_se,
 )
+from mixdpo.experts import pair_logp
+from mixdpo.gates import gate_inputs, known_pairs
+from mixdpo.metrics import effective_experts
 from mixdpo.mixture import e_step, elbo, log_marginal
 from mixdpo.preferences import Pair, check_lengths, collate, read_preferences
 from mixdpo.runs.load_run import Run

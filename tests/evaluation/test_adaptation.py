@@ -10,7 +10,7 @@ import torch
 from raising import raises_at
 
 from mixdpo.evaluation.adaptation import adapted
-from mixdpo.metrics import mean_se
+from mixdpo.evaluation.statistics import mean_se
 from mixdpo.preferences import Pair
 
 

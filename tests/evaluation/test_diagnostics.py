@@ -1,4 +1,5 @@
-"""diagnostics.py against brute force that shares no code with it. Docstrings name the faults seen."""
+"""evaluation/statistics.py and metrics.py against brute force that shares no code with them.
+Docstrings name the faults seen."""
 
 import itertools
 import json
@@ -9,18 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from mixdpo.metrics import (
-    WINDOW,
+from mixdpo.evaluation.statistics import (
     adjusted_rand_index,
-    alarms,
     bayes_posterior,
     difference_se,
-    effective_experts,
-    entropy,
     matched_accuracy,
     mean_se,
-    step_summary,
 )
+from mixdpo.metrics import WINDOW, alarms, effective_experts, step_summary
+from mixdpo.mixture import entropy
 
 
 def labels(seed, n=30, a=3, b=4):

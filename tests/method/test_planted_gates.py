@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mixdpo.evaluation.statistics import matched_accuracy
 from mixdpo.gates import Gate, Inputs
-from mixdpo.metrics import matched_accuracy
 from mixdpo.mixture import e_step, expert_loss, gate_loss, log_marginal
 from mixdpo.start import LinearOptions, first_responsibilities, linear_mixture
 
