@@ -17,6 +17,9 @@ import train
 from data.job import read_job
 from eval import EvalConfig, evaluate
 from mixdpo.config import InputError
+from mixdpo.evaluation import inputs
+from mixdpo.evaluation.completions import CompletionTask, policy_rows
+from mixdpo.evaluation.generate import Sampling
 from mixdpo.files.atomic import read_tensors, write_tensors
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import Pair
@@ -199,8 +202,8 @@ def test_kl_of_every_row_by_hand(job):
     assert results["policies"]["reference"]["gain"]["mean"] == 0.0
     run = evaluation.load_run(folder / "mix-pair", "cpu", "")
     reference, tokenizer = load_model(model), load_tokenizer(model)
-    prompts, config = [Pair(tokenizer.encode(p), [], []) for p in PROMPTS], EvalConfig(dir=str(folder))
-    rows = evaluation.policy_rows([run], reference, prompts, config, MAX_NEW, tokenizer.eos)
+    prompts = [Pair(tokenizer.encode(p), [], []) for p in PROMPTS]
+    rows = policy_rows([run], CompletionTask(reference, prompts, Sampling(MAX_NEW, tokenizer.eos, seed=1, batch=128)))
     for mode in ("mixture", "sparse", "head 0", "head 1"):
         row = rows[f"mix-pair {mode}"]
         for n, (prompt, ids, z) in enumerate(zip(prompts, row["ids"], row["z"])):
@@ -223,8 +226,8 @@ def test_kl_is_of_the_policy_that_was_sampled(job, temperature):
     if not temperature:
         with torch.no_grad():
             run.experts.W_k[1, ::2] *= -1                                   # else both heads say the same, greedily
-    config = EvalConfig(dir=str(folder), temperature=temperature)
-    rows = evaluation.policy_rows([run], reference, prompts, config, MAX_NEW, tokenizer.eos)
+    task = CompletionTask(reference, prompts, Sampling(MAX_NEW, tokenizer.eos, temperature, seed=1, batch=128))
+    rows = policy_rows([run], task)
     heads = [run.experts.policy(k) for k in range(2)]
     for mode in ("reference", "mix-pair mixture", "mix-pair sparse", "mix-pair head 0", "mix-pair head 1"):
         row = rows[mode]
@@ -251,8 +254,8 @@ def test_kl_is_on_average_the_kl_of_the_two_policies(job, temperature):
     folder, _, model = job
     run, reference, tokenizer = evaluation.load_run(folder / "dpo", "cpu", ""), load_model(model), load_tokenizer(model)
     prompt = tokenizer.encode("mn")
-    config = EvalConfig(dir=str(folder), temperature=temperature, batch=1500)
-    rows = evaluation.policy_rows([run], reference, [Pair(prompt, [], [])] * 1500, config, 1, tokenizer.eos)
+    sampling = Sampling(1, tokenizer.eos, temperature, seed=1, batch=1500)
+    rows = policy_rows([run], CompletionTask(reference, [Pair(prompt, [], [])] * 1500, sampling))
 
     def next_logp(policy, head, at):
         with torch.no_grad():
@@ -333,10 +336,10 @@ def test_what_is_refused(tmp_path, model_dir, job, monkeypatch):
     prompts = tmp_path / "prompts.jsonl"
     for line in ('{"prompt": ""}', '{"prompt": 3}', '{"text": "x"}', "[]", '{"prompt": '):
         prompts.write_text('{"prompt": "x"}\n\n' + line + "\n")
-        error = refused(lambda: evaluation.read_prompts(prompts, load_tokenizer(model_dir), 8, 0))
+        error = refused(lambda: inputs.read_prompts(prompts, load_tokenizer(model_dir), 8, 0))
         assert (error.file, error.line) == (prompts, 3)
     prompts.write_text('{"prompt": "x"}\n{"prompt": [{"role": "user", "content": "x"}]}\n')
-    assert refused(lambda: evaluation.read_prompts(prompts, load_tokenizer(model_dir), 8, 0)).file == prompts
+    assert refused(lambda: inputs.read_prompts(prompts, load_tokenizer(model_dir), 8, 0)).file == prompts
     for option, name, missing in (("heldout", "typo.jsonl", "typo.jsonl"), ("adapt", "typo.jsonl", "typo.jsonl"),
                                   ("prompts", "typo.jsonl", "typo.jsonl"),
                                   ("prompts", str(prompts), tmp_path / "dataset.json")):
@@ -523,7 +526,7 @@ def test_an_evaluation_that_fails_or_completes_nothing_leaves_the_samples_of_bef
     for name in ("train.jsonl", "heldout.jsonl", "prompts.jsonl", "dataset.json", "samples.jsonl"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     monkeypatch.setattr(evaluation, "write_report", lambda home: None)
-    monkeypatch.setattr(evaluation, "find_runs", lambda home: [folder / "dpo"])
+    monkeypatch.setattr(inputs, "find_runs", lambda home: [folder / "dpo"])
     monkeypatch.setitem(sys.modules, "data.annotators", types.SimpleNamespace(score=lambda *_: 1 / 0))
     before = (tmp_path / "samples.jsonl").read_bytes()
     with pytest.raises(ZeroDivisionError):
@@ -548,7 +551,7 @@ def test_runs_stand_by_name_and_older_ones_are_read(job, tmp_path, capsys):
     for name in ("mix-user", "mix-pair", "dpo"):
         shutil.copytree(folder / name, tmp_path / name)
     os.utime(tmp_path / "dpo" / "checkpoint")
-    assert [path.name for path in evaluation.find_runs(tmp_path)] == ["dpo", "mix-pair", "mix-user"]
+    assert [path.name for path in inputs.find_runs(tmp_path)] == ["dpo", "mix-pair", "mix-user"]
     assert list(results["preferences"]) == ["dpo", "mix-pair", "mix-user"]
     path = tmp_path / "mix-pair" / "config.json"
     options = json.loads(path.read_text())

@@ -226,7 +226,8 @@ def test_a_comparison_without_a_verdict_is_not_judged_and_the_rest_is(job, endpo
     assert not any(pauses)
     calls, found = len(endpoint.calls), json.loads((job / "winrates.json").read_text())
     assert calls == 24 - 8 + 8 * llm.ATTEMPTS, "2 policies, 2 criteria, 2 orders of the first prompt"
-    assert "1 not judged" in capsys.readouterr().out
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("policy", "reference"))]
+    assert [row[-2:] for row in rows[::2]] == [["not", "judged"]] * 2 and [row[-1] for row in rows[1::2]] == ["1"] * 2
     for column, wins, losses in (("short", 2, 0), ("long", 0, 2)):
         f = found["columns"][column]["reference"]
         assert (f["wins"], f["ties"], f["losses"], f["unjudged"]) == (wins, 1, losses, 1)
