@@ -108,15 +108,15 @@ def describe_counts(counts: Counts, experts: int, latent: str) -> list[str]:
         most = "; at most one type per user" if pooled > len(c.users) else ""
         verdict += (f"; with one type per user K = {min(pooled, len(c.users))} ({c.judged_together} more frequencies, "
                     f"of two pairs with a common user{most})")
-    supported = min(pooled, len(c.users)) if known and latent == "user" else alone
-    if experts > supported:
-        verdict += (f". warning: --experts {experts} is more than that, so the data do not determine how the experts "
-                    "differ")
-        if latent == "pair" and known and pooled > alone:
-            verdict += "; use --latent user, which pools each user's comparisons"
-        elif not known:
-            verdict += "; add users to the data, or several comparisons of the same responses"
-    return [*lines, verdict]
+    supported, remedy = min(pooled, len(c.users)) if known and latent == "user" else alone, "use fewer experts"
+    if experts <= supported:
+        return [*lines, verdict]
+    if latent == "pair" and known and pooled > alone:
+        remedy += ", or --latent user, which pools each user's comparisons"
+    elif not known:
+        remedy += ", or add users to the data, or several comparisons of the same responses"
+    return [*lines, verdict, f"warning: --experts {experts} is more than these data support, so they do not determine "
+                             f"how the experts differ; {remedy}"]
 
 
 @dataclass(frozen=True)
