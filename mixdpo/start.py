@@ -11,7 +11,7 @@ rewards on the reference's frozen features, which can already see differences be
              w: fixed; or in closed form (M10); or log softmax(V c), by one step on
              sum_g q_g . log w(c_g) - l2/2 |V|^2 (M9)
 
-This M-step is a convex problem, and the whole fit takes seconds.
+This M-step is a convex problem, and the fit takes seconds.
 """
 
 import math

@@ -109,7 +109,7 @@ def slow_heldout(job, name):
 def test_heldout_figures_by_hand(job, name):
     """Faults: margins against another reference; M5 under uniform w; a tie for a win; each user's own weights not used,
     or those of another user; pairs to compare runs by under other weights; accuracy of an annotator on all pairs; the
-    gap with its sign turned; pairs of one prompt counted as independent, or prompts told apart by their first token;
+    gap with its sign turned; pairs of one prompt counted as independent, or prompts distinguished by their first token;
     own - other of another annotator; a type's standard errors without clusters; figures under users' own weights whose
     errors count prompts alone."""
     records, h, w, table = slow_heldout(job, name)
@@ -146,8 +146,8 @@ def test_heldout_figures_by_hand(job, name):
         found, right = got["types"][kind]["own_expert"], (h[mask] > 0)[:, expert]
         assert (found["mean"], found["se"]) == pytest.approx((right.mean(), slow_se(right, of_kind)), abs=1e-5)
         for k in np.flatnonzero([own == kind for own in got["own"]]):
-            apart = (h[mask, k] > 0).mean() - (h[~np.array(mask), k] > 0).mean()
-            assert got["own_other"][k]["mean"] == pytest.approx(apart)
+            difference = (h[mask, k] > 0).mean() - (h[~np.array(mask), k] > 0).mean()
+            assert got["own_other"][k]["mean"] == pytest.approx(difference)
     assert got["own"] == ([None] if name == "dpo" else [got["alignment_train"]["naming"][k] for k in "01"])
     assert [gap is None for gap in got["own_other"]] == [own is None for own in got["own"]]
     assert [a["mean"] for a in got["accuracy_all"]] == pytest.approx((h > 0).mean(0).tolist())
@@ -218,7 +218,7 @@ def test_kl_of_every_row_by_hand(job):
 def test_kl_is_of_the_policy_that_was_sampled(job, temperature):
     """At another temperature than 1, by hand; greedy, log pi is 0 and KL is -log pi_ref, and the mixture's is what the
     experts that say the same weigh together. Faults: the untempered log-ratio of tempered samples; a tempered reference
-    to compare with; the reference's own row at 0; an expert of a mixture that cannot have said it counted."""
+    to compare with; the reference's own row at 0; an expert of a mixture that cannot have written it counted."""
     folder, _, model = job
     run, reference = evaluation.load_run(folder / "mix-pair", "cpu", ""), load_model(model)
     tokenizer = load_tokenizer(model)
@@ -448,8 +448,8 @@ def test_a_user_of_context_pairs_alone_is_the_generic_one(gate, place, tmp_path,
     """Without --estep context such pairs are left out, and the user is not known. Catches: a row of the gate that was
     never trained, or IndexError, for such a user; the rows of the others moved by one."""
     records = tinyjob.make_records(users=4, each=3)
-    aside = [r | {"user": "aside", "context": True} for r in tinyjob.make_records(users=1, each=2, seed=3)]
-    records = aside + records if place == 0 else records + aside
+    context_only = [r | {"user": "context", "context": True} for r in tinyjob.make_records(users=1, each=2, seed=3)]
+    records = context_only + records if place == 0 else records + context_only
     out = tinyjob.run(tmp_path, model_dir, records, gate=gate, gate_lr=0.5, epochs=3)
     tinyjob.write(tmp_path / "heldout.jsonl", records)
     run, reference, tokenizer = evaluation.load_run(out, "cpu", ""), load_model(model_dir), load_tokenizer(model_dir)
@@ -457,7 +457,7 @@ def test_a_user_of_context_pairs_alone_is_the_generic_one(gate, place, tmp_path,
                                                   tmp_path / "cache")
     assert run.gate.E.shape[0] == 1 + 4 and all(run.gate.E.abs().sum(1) > 0), "every row learns"
     if gate == "user":
-        for user, row in (("aside", 0), ("u0", 1), ("u3", 4)):
+        for user, row in (("context", 0), ("u0", 1), ("u3", 4)):
             own = torch.stack([log_w[n] for n, p in enumerate(pairs) if p.user == user])
             assert torch.allclose(own, torch.log_softmax(run.gate.E[row], -1).expand_as(own), atol=1e-6), user
 
@@ -560,8 +560,8 @@ def test_runs_stand_by_name_and_older_ones_are_read(job, tmp_path, capsys):
     capsys.readouterr()
     run = evaluation.load_run(tmp_path / "mix-pair", "cpu", "")
     assert (run.config.robust, run.config.label_noise, run.config.weights) == (0.0, 0.0, "0.3,0.7")
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(str(path))]
-    assert len(said) == 2 and "robust" in said[0] and "label_noise" in said[0] and "noise_seed_of_old" in said[1]
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith(str(path))]
+    assert len(notes) == 2 and "robust" in notes[0] and "label_noise" in notes[0] and "noise_seed_of_old" in notes[1]
     from data.job import read_run
 
     assert read_run(tmp_path / "mix-pair").config["label_noise"] == 0.0 and not capsys.readouterr().out

@@ -153,7 +153,7 @@ def test_heads_of_one_trunk_decode_together():
 
 
 def test_draw_inverts_the_cumulative_distribution():
-    """At and beside every step of it.
+    """At and next to every step of it.
     Catches: >= for >, a token of probability 0 drawn, a uniform near 1 beyond the last token,
     a cumulative sum in float32 over a large vocabulary."""
     p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])

@@ -1,5 +1,5 @@
-"""mixdpo/evaluation/identifiability.py: the count beside the rank of the map's derivative, and what is said. What each
-test catches stands in its docstring."""
+"""mixdpo/evaluation/identifiability.py: the count against the rank of the map's derivative, and the printed text.
+What each test catches stands in its docstring."""
 
 import json
 from itertools import combinations
@@ -81,10 +81,10 @@ def test_the_verdict_in_words():
     assert "with one type per pair these data support K = 1" in alone[3] and "add users to the data" in alone[4]
     assert alone[4].startswith("warning: --experts 2 is more than these data support")
     of_users = counts_of([pair(2, 3, f"u{p % 4}", prompt=p) for p in range(1, 41)])
-    said = describe_counts(of_users, 2, "user")
-    assert said[1].startswith("4 users with 10 to 10 comparisons each, median 10; 0 users have only one")
-    assert "with one type per user K = 4 (180 more frequencies" in said[-1] and "at most one type per user" in said[-1]
-    assert "warning" not in said[-1] and "or --latent user" in describe_counts(of_users, 2, "pair")[-1]
+    got = describe_counts(of_users, 2, "user")
+    assert got[1].startswith("4 users with 10 to 10 comparisons each, median 10; 0 users have only one")
+    assert "with one type per user K = 4 (180 more frequencies" in got[-1] and "at most one type per user" in got[-1]
+    assert "warning" not in got[-1] and "or --latent user" in describe_counts(of_users, 2, "pair")[-1]
     assert "--experts 5 is more than" in describe_counts(of_users, 5, "user")[-1]
 
 

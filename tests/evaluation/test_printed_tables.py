@@ -62,7 +62,7 @@ def test_the_last_line_states_the_result():
                 "mix mixture": policy([[0.5, 1.0], [0.5, 1.0], [0.8, 1.0]], base, 1.25),
                 "mix head 0": policy([[0.2, 1.0], [0.2, 1.0], [0.2, 1.0]], base, 0.5)}
     last = conclusions(results(policies=policies)).splitlines()[-1]
-    assert last.startswith("Result: mix mixture has the highest mean reward, 0.600 ± 0.010, at a KL of 1.25 ± 0.01 nats")
+    assert last.startswith("Result: mix mixture has the highest mean reward, 0.600 ± 0.010, at a KL of 1.25 ± 0.01 ")
     assert "+0.500 ± 0.010 against the reference (50.0 standard errors)" in last
     assert last.endswith("and +0.200 ± 0.058 against dpo (3.5 standard errors), whose KL is 2.00 ± 0.01 nats.")
     worse = {"reference": policies["reference"], "dpo": policy([[0, 0]] * 3, base, 1.0)}
@@ -81,8 +81,8 @@ def test_the_best_prediction_is_compared_pair_by_pair():
     assert line.startswith("Result: mix predicts held-out choices best, with a log-likelihood of -0.4500 ± 0.0100")
     assert "+0.2000 ± 0.0000 against dpo on the same pairs" in line
     better = found | {"dpo": run([-0.3, -0.2, -0.3, -0.2], experts=1)}
-    assert "dpo predicts held-out choices best" in (said := conclusions(results(preferences=better)))
-    assert "against mix on the same pairs" in said
+    assert "dpo predicts held-out choices best" in (sentence := conclusions(results(preferences=better)))
+    assert "against mix on the same pairs" in sentence
     assert "better than a coin" in conclusions(results(preferences={"mix": found["mix"]}))
     assert "no better than a coin" in conclusions(results(preferences={"mix": run([-0.8] * 4)}))
     assert conclusions(results()).strip() == ""
@@ -111,7 +111,7 @@ def test_win_rates_end_with_the_result(low, words):
     """Catches: an interval around one half taken for a win; NaN of nothing judged in a sentence."""
     found = {"against": "dpo", "prompts": 9, "columns": {
         "short": {"mix": {"rate": 0.7, "low": low, "high": 0.8, "wins": 6, "ties": 1, "losses": 2, "unjudged": 0},
-                  "reference": {"rate": 0.2, "low": 0.1, "high": 0.3, "wins": 1, "ties": 1, "losses": 7, "unjudged": 0}},
+                  "dull": {"rate": 0.2, "low": 0.1, "high": 0.3, "wins": 1, "ties": 1, "losses": 7, "unjudged": 0}},
         "long": {"mix": {"rate": math.nan, "low": math.nan, "high": math.nan, "wins": 0, "ties": 0, "losses": 0,
                          "unjudged": 9}}}}
     *_, first, second = win_rate_tables(found).splitlines()
