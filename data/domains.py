@@ -10,7 +10,7 @@ import numpy as np
 
 from data.job import Job, run_of
 from data.tables import NONE, escape, in_ses, plain, pm, section, table
-from mixdpo.metrics import matched_accuracy, mean_se
+from mixdpo.evaluation.statistics import matched_accuracy, mean_se
 
 
 def parts_of(job: Job) -> dict[tuple[str, str], list[int]]:

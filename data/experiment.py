@@ -31,7 +31,7 @@ from data.sentiment import find_distilbert
 from data.stages import key_of, line_by_line, read_lines, stage, write_lines
 from eval import EvalConfig, evaluate
 from mixdpo.config import SEEDS, InputError, check_choices, check_ranges, compute_dtype, parse, to_json, write_whole
-from mixdpo.evaluation.generate import generate
+from mixdpo.evaluation.generate import Sampling, generate
 from mixdpo.fast.memory import steady
 from mixdpo.files import fetch
 from mixdpo.files.atomic import alone, must_be_own
@@ -103,7 +103,7 @@ def sample(job: Path, preset: dict, tokenizer, file: str, seed: int, key: str) -
 
     def continued(start: int, part: list[dict]) -> list[dict]:
         encoded = [encode_prompt(row["prompt"], tokenizer, 2 * MAX_PROMPT)[0] for row in part for _ in range(n)]
-        ids = generate(model, encoded, preset["max_response"], tokenizer.eos, seed=seed, batch=rows,
+        ids = generate(model, encoded, Sampling(preset["max_response"], tokenizer.eos, seed=seed, batch=rows),
                        rows=list(range(start * n, (start + len(part)) * n)))
         texts = [response_of(response, tokenizer) for response in ids]
         kept = [list(dict.fromkeys(filter(None, texts[i * n : (i + 1) * n]))) for i in range(len(part))]

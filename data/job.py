@@ -18,7 +18,7 @@ import numpy as np
 
 from data.stages import numbers
 from mixdpo import config as configs
-from mixdpo.metrics import mean_se
+from mixdpo.evaluation.statistics import mean_se
 from mixdpo.runs.options import TrainConfig
 from mixdpo.text.records import lines
 

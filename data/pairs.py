@@ -24,7 +24,7 @@ from collections import Counter
 import numpy as np
 
 from mixdpo.config import InputError
-from mixdpo.metrics import bayes_posterior
+from mixdpo.evaluation.statistics import bayes_posterior
 
 
 def name_users(count: int, annotators: list[str], seed: int) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 A world has K types with random linear rewards, theta ~ N(0, 1) in D features, and users of a random type who each judge
 m pairs, x ~ N(0, 1), with logistic noise. All worlds have as many pairs, so the more a user judges, the fewer users.
-Two mixtures with linear rewards (mixdpo/linear.py, its M-step is convex) are fitted to the same pairs, with one latent
+Two mixtures with linear rewards (mixdpo/start.py, its M-step is convex) are fitted to the same pairs, with one latent
 a user (M11) or one a pair, and each assigns the users:
 
     user            by its own responsibilities
@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from mixdpo.config import InputError, check_ranges, command, parse, to_json, write_whole
+from mixdpo.evaluation.statistics import adjusted_rand_index
 from mixdpo.files.atomic import must_be_own
-from mixdpo.linear import linear_mixture
-from mixdpo.metrics import adjusted_rand_index
 from mixdpo.mixture import e_step
 from mixdpo.runs.log import Progress
+from mixdpo.start import LinearOptions, linear_mixture
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def assigned(types: int, each: int, config: PlantedConfig, seed: int) -> dict[st
     """ARI of the users' assignment in each way, and "bayes"."""
     x, group, z, theta = world(types, each, config, seed)
     even, alone = torch.zeros(types).double() - np.log(types), torch.arange(len(x))
-    of_users = linear_mixture(x, group, types, starts=config.starts, seed=seed)
-    of_pairs = linear_mixture(x, alone, types, starts=config.starts, seed=seed)
+    of_users = linear_mixture(x, group, types, LinearOptions(starts=config.starts, seed=seed))
+    of_pairs = linear_mixture(x, alone, types, LinearOptions(starts=config.starts, seed=seed))
     votes = torch.zeros(len(z), types).index_put((group, of_pairs.log_q.argmax(1)), torch.tensor(1.0), accumulate=True)
     found = {"bayes": e_step(even, x @ theta.T, group)[1], "user": of_users.log_q,
              "pair, pooled": e_step(of_pairs.log_w, x @ of_pairs.theta.T, group)[1], "pair, majority": votes}

@@ -10,7 +10,7 @@ import numpy as np
 
 from data.job import Job, annotators_of
 from data.tables import NONE, escape, in_ses, measured, plain, pm, section, table
-from mixdpo.metrics import mean_se
+from mixdpo.evaluation.statistics import mean_se
 
 WAYS = ("user", "pair, pooled", "pair, majority")  # of assigning users to planted types (data/planted.py)
 

@@ -1,94 +1,231 @@
 """How a run starts: the first responsibilities, and what must hold before the first step.
 
-Experts that are all equal stay equal: every h is 0, q = w, and all get the same gradient, for ever (the symmetric
-saddle; low-rank heads differ in their B_k, so they part, but by chance, not by what the data say). So the first steps
-take responsibilities that differ between groups: random ones, or those of the same mixture with linear rewards on the
-reference's frozen features, which sees what experts equal to the reference cannot see yet.
+Equal experts stay equal. While all experts equal the reference, every margin h is 0, q = w, and all experts get the
+same gradient (the symmetric saddle). Low-rank heads have different B_k and do separate, but by chance, not by the data.
+So the first steps use responsibilities that differ between groups: random ones, or those of a mixture with linear
+rewards on the reference's frozen features, which can already see differences between users:
+
+    h_ik = theta_k . x_i    x_i: features of the chosen response minus features of the rejected one
+    E-step   q from w and h, as for any experts (M7, M11)
+    M-step   theta_k: one damped Newton step on sum_i q_ik log sigma(h_ik) - l2/2 |theta_k|^2
+             w: fixed; or in closed form (M10); or log softmax(V c), by one step on
+             sum_g q_g . log w(c_g) - l2/2 |V|^2 (M9)
+
+This M-step is a convex problem, and the fit takes seconds.
 """
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from mixdpo.dpo import margins
 from mixdpo.experts import pair_logp
 from mixdpo.gates import TRAINED, looked_at
-from mixdpo.linear import foretold, linear_mixture
-from mixdpo.mixture import e_step, elbo, log_marginal, random_responsibilities
+from mixdpo.mixture import e_step, elbo, log_marginal, random_responsibilities, update_weights
 
-RIDGES = (0.01, 0.1, 1.0)           # a pair, of the linear start: the least that still tells users' types is taken
+RIDGES = (0.01, 0.1, 1.0)           # candidates for l2 per pair in the linear start
+
+
+# --- the mixture with linear rewards ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinearOptions:
+    """Options of linear_mixture."""
+
+    l2: float = 1e-2                # weight of the penalty l2/2 (|theta|^2 + |V|^2)
+    starts: int = 5                 # random starts; the best one is kept
+    iterations: int = 50            # of EM in each start, at most
+    seed: int = 0                   # of the random starts
+
+
+@dataclass(frozen=True)
+class LinearMixture:
+    """K linear rewards theta_k . x and their responsibilities. `bound` is the penalised log-likelihood of the best
+    start, `bounds` has that of every start."""
+
+    theta: torch.Tensor     # (K,D)
+    log_w: torch.Tensor     # (K,); with a gate (G,K)
+    log_q: torch.Tensor     # (G,K)
+    bound: float            # nats, summed over groups, at exactly this theta and log_w
+    bounds: list[float]
+    V: torch.Tensor         # (K,D+1) weights of a linear gate, the constant last; without a gate (K,0)
+
+    def weights(self, c: torch.Tensor) -> torch.Tensor:
+        """The gate's log w (N,K) at its features c (N,D)."""
+        return torch.log_softmax(F.pad(c, (0, 1), value=1.0) @ self.V.T, dim=-1)
+
+
+@torch.no_grad()
+def linear_mixture(x: torch.Tensor, group: torch.Tensor, experts: int, options: LinearOptions = LinearOptions(),
+                   log_w: torch.Tensor | None = None, c: torch.Tensor | None = None) -> LinearMixture:
+    """Fits a mixture with linear rewards h_ik = theta_k . x_i by EM.
+
+    x: (B,D) features of the chosen response minus those of the rejected one; group: (B,) int64 in 0..G-1.
+    The mixture weights are `log_w` (K,) or (G,K), kept fixed; or those of a linear gate on its features `c` (G,D); or,
+    with neither, updated in closed form (M10). The M-step is one damped Newton step per expert, so the bound never
+    falls (generalised EM). EM finds local optima: the best of options.starts random starts is returned.
+    """
+    dtype, x, generator = x.dtype, x.double(), torch.Generator().manual_seed(options.seed)
+    c = None if c is None else F.pad(c.double(), (0, 1), value=1.0)         # (G,D+1) with a constant
+    best, bounds, l2 = None, [], options.l2
+    for _ in range(options.starts):
+        log_q = random_responsibilities(int(group.max()) + 1, experts, generator).double()
+        theta = torch.zeros(experts, x.shape[1], dtype=x.dtype)             # (K,D)
+        V = torch.zeros(experts, 0 if c is None else c.shape[1], dtype=x.dtype)             # (K,D+1)
+        last = -torch.inf
+        for _ in range(options.iterations):
+            if c is not None:
+                V = gate_step(c, log_q.exp(), V, l2)
+                weights = torch.log_softmax(c @ V.T, dim=-1)                # (G,K)  M9
+            else:
+                weights = update_weights(log_q) if log_w is None else log_w.double()        # M10
+            theta = torch.stack([newton_step(x, log_q[group, k].exp(), theta[k], l2) for k in range(experts)])  # (K,D)
+            log_p, log_q = e_step(weights if weights.ndim == 1 else weights[group], x @ theta.T, group)
+            bound = (log_p.sum() - 0.5 * l2 * (theta.square().sum() + V.square().sum())).item()
+            if bound - last < 1e-9 * abs(bound):
+                break
+            last = bound
+        bounds.append(bound)
+        if best is None or bound > best.bound:
+            best = LinearMixture(theta.to(dtype), weights.to(dtype), log_q.to(dtype), bound, bounds, V.to(dtype))
+    return best
+
+
+@torch.no_grad()
+def half_split_likelihood(x: torch.Tensor, group: torch.Tensor, experts: int, options: LinearOptions,
+                          log_w: torch.Tensor | None = None) -> float:
+    """How well half of each group's pairs predicts the other half: log-likelihood in nats a pair.
+
+    linear_mixture is fitted to every second pair of each group. The remaining pairs i of a group are scored by
+    log sum_k q_k prod_i sigma(h_ik), where q are the group's responsibilities from the fit. A group of one pair is only
+    fitted. options.l2 is for all pairs; the fit has half of them and uses half of it.
+    """
+    order = torch.argsort(group, stable=True)
+    nth = torch.arange(len(group)) - torch.searchsorted(group[order], group[order])         # place within its group
+    fitted, scored = order[nth % 2 == 0], order[nth % 2 == 1]
+    fit = linear_mixture(x[fitted], group[fitted], experts, replace(options, l2=options.l2 / 2), log_w)
+    units, number = group[scored].unique(return_inverse=True)
+    log_q = fit.log_q[units].double()[number]                                               # (B',K)
+    return float(e_step(log_q, x[scored].double() @ fit.theta.double().T, number)[0].sum()) / len(scored)
+
+
+def newton_step(x: torch.Tensor, q: torch.Tensor, theta: torch.Tensor, ridge: float) -> torch.Tensor:
+    """One Newton step on sum_i q_i log sigma(theta . x_i) - ridge/2 |theta|^2, halved until the objective does not
+    fall: (B,D), (B,), (D,) -> (D,)."""
+    def objective(t):
+        return (q * F.logsigmoid(x @ t)).sum() - 0.5 * ridge * t.square().sum()
+
+    miss = torch.sigmoid(-(x @ theta))                                      # (B,)  1 - sigma(h)
+    gradient = x.T @ (q * miss) - ridge * theta                             # (D,)
+    hessian = (x.T * (q * miss * (1 - miss))) @ x                           # (D,D)
+    hessian.diagonal().add_(ridge)
+    step, before = torch.linalg.solve(hessian, gradient), objective(theta)
+    for halving in range(30):
+        new = theta + step * 0.5**halving
+        if objective(new) >= before:
+            return new
+    return theta
+
+
+def gate_step(c: torch.Tensor, q: torch.Tensor, V: torch.Tensor, ridge: float) -> torch.Tensor:
+    """One step on sum_g q_g . log softmax(V c_g) - ridge/2 |V|^2 that never lowers it: (G,D), (G,K), (K,D) -> (K,D).
+
+    Newton's step with a constant upper bound of the curvature (Boehning 1992): no logit's variance exceeds 1/2.
+    """
+    gradient = (q - torch.softmax(c @ V.T, dim=-1)).T @ c - ridge * V       # (K,D)
+    bound = 0.5 * c.T @ c
+    bound.diagonal().add_(ridge)
+    return V + torch.linalg.solve(bound, gradient.T).T
+
+
+# --- the start of a run -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def first_responsibilities(config, units: list[list[int]], features: torch.Tensor, log_w: torch.Tensor | None = None,
-                           reads: torch.Tensor | None = None, drawn: torch.Tensor | None = None
+                           gate_features: torch.Tensor | None = None, random_q: torch.Tensor | None = None
                            ) -> torch.Tensor | None:
-    """log q (G,K) of all groups for the first config.start_steps steps; None to start at the saddle.
+    """log q (G,K) of all groups for the first config.start_steps steps; None if the run starts at the saddle.
 
-    units: the pairs of each group; features (P,2,C): the reference's mean hidden state over each response; log_w (K,)
-    or (G,K): weights that training keeps, None if it does not; reads (G,D): what a gate that is trained looks at;
-    drawn (G,K): random log q to start from, if they are not to be drawn by config.seed.
+    units: the pairs of each group; features: (P,2,C), the reference's mean hidden state over each response;
+    log_w: (K,) or (G,K) mixture weights that training keeps fixed, else None; gate_features: (G,D), what a trained gate
+    looks at, else None; random_q: (G,K) random log q, by default drawn from config.seed.
     """
-    if config.experts == 1 or config.start == "none":
+    K = config.experts
+    if K == 1 or config.start == "none":
         return None
-    if drawn is None:
-        drawn = random_responsibilities(len(units), config.experts, torch.Generator().manual_seed(config.seed))
+    if random_q is None:
+        random_q = random_responsibilities(len(units), K, torch.Generator().manual_seed(config.seed))
     if config.start == "dirichlet":
-        return drawn
-    index, group = [i for unit in units for i in unit], [g for g, unit in enumerate(units) for _ in unit]
+        return random_q
+    index = [i for unit in units for i in unit]
+    group = torch.tensor([g for g, unit in enumerate(units) for _ in unit])
     x = features[index, 0] - features[index, 1]                             # (P,C) chosen minus rejected
     x = x / x.square().mean(0).sqrt().clamp_min(1e-6)
-    group, l2 = torch.tensor(group), RIDGES[0] * len(x)             # little: without a gate, chance parts the experts;
-    if reads is not None:                                           # with one, it would hide the types, and
-        reads = (reads - reads.mean(0)) / reads.std(0, correction=0).clamp_min(1e-6)
-        reads = reads * math.sqrt(x.shape[1] / reads.shape[1])      # margins and logits have deviation 1 a priori
-        l2 = x.shape[1]
-    elif len(units) < len(x):                                       # some have several pairs: half foretells the rest
-        told = {ridge: foretold(x, group, config.experts, ridge * len(x), log_w, starts=config.restarts,
-                                seed=config.seed) for ridge in RIDGES}
-        if max(told.values()) > -math.log(2):                       # a coin's: below, half of the pairs are too few
-            l2 = max(told, key=told.get) * len(x)
-        print("linear start: half of a user's pairs foretells the other, by ridge: "
-              + ", ".join(f"{ridge:g}: {nats:.4f} nats" for ridge, nats in told.items()))
-    fit = linear_mixture(x, group, config.experts, l2, config.restarts, seed=config.seed, log_w=log_w, c=reads)
+    options = LinearOptions(RIDGES[0] * len(x), config.restarts, seed=config.seed)
+    if gate_features is not None:       # a weak penalty lets the experts explain each pair, and the gate learns nothing
+        c = (gate_features - gate_features.mean(0)) / gate_features.std(0, correction=0).clamp_min(1e-6)
+        gate_features = c * math.sqrt(x.shape[1] / c.shape[1])
+        options = replace(options, l2=x.shape[1])       # margins and gate logits then have prior standard deviation 1
+    elif len(units) < len(x):           # some group has several pairs: choose the penalty by prediction within groups
+        options = replace(options, l2=choose_ridge(x, group, K, options, log_w) * len(x))
+    fit = linear_mixture(x, group, K, options, log_w, gate_features)
     shares = ", ".join(f"{q:.2f}" for q in fit.log_q.exp().mean(0))
     bounds = ", ".join(f"{bound:.1f}" for bound in fit.bounds)
-    print(f"linear start: bounds {bounds} nats; best {fit.bound:.1f}, shares {shares}")
-    apart = (fit.theta - fit.theta.mean(0)).square().sum() / fit.theta.square().sum()
-    if apart < 1e-2:
-        print("linear start: its experts are equal, the features show no types; starting at random responsibilities")
-        return drawn
+    print(f"linear start: bounds {bounds} nats; best {fit.bound:.1f}; mean responsibilities {shares}")
+    difference = (fit.theta - fit.theta.mean(0)).square().sum() / fit.theta.square().sum()
+    if difference < 1e-2:
+        print("warning: the linear start found equal experts, so the reference's features show no types. Training uses "
+              "random responsibilities instead; check that the data hold different tastes, or give --start dirichlet")
+        return random_q
     return fit.log_q
 
 
+def choose_ridge(x: torch.Tensor, group: torch.Tensor, experts: int, options: LinearOptions,
+                 log_w: torch.Tensor | None = None) -> float:
+    """The ridge a pair, of RIDGES, under which half of a group's pairs best predicts the other half. The smallest
+    one if none predicts better than a coin (-ln 2): half of the pairs are then too few to choose by."""
+    likelihood = {ridge: half_split_likelihood(x, group, experts, replace(options, l2=ridge * len(x)), log_w)
+                  for ridge in RIDGES}
+    print("linear start: one half of each group's pairs predicts the other half with these log-likelihoods a pair, by "
+          "ridge: " + ", ".join(f"{ridge:g}: {nats:.4f} nats" for ridge, nats in likelihood.items()))
+    best = max(likelihood, key=likelihood.get)
+    return best if likelihood[best] > -math.log(2) else RIDGES[0]
+
+
 @torch.no_grad()
-def make_start(gate, inputs, plan, features: torch.Tensor, config, drawn: torch.Tensor | None = None
+def make_start(gate, inputs, plan, features: torch.Tensor, config, random_q: torch.Tensor | None = None
                ) -> torch.Tensor | None:
-    """first_responsibilities of a plan's groups, under the weights that training keeps or by what its gate reads."""
-    kept = gate.kind not in TRAINED and config.weights != "update"
-    reads = looked_at(gate, inputs).cpu() if gate.kind in TRAINED and config.latent == "pair" else None
+    """first_responsibilities of a plan's groups: log q (G,K) or None. They use the gate's weights if training keeps
+    these fixed, and what the gate looks at if it is trained."""
+    fixed = gate.kind not in TRAINED and config.weights != "update"
+    gate_features = looked_at(gate, inputs).cpu() if gate.kind in TRAINED and config.latent == "pair" else None
     log_w = gate(inputs).cpu()                                              # (G,K)
-    log_q = first_responsibilities(config, plan.units, features, log_w if kept else None, reads, drawn)
+    log_q = first_responsibilities(config, plan.units, features, log_w if fixed else None, gate_features, random_q)
     if log_q is None or not log_w.isinf().any():
         return log_q
-    return torch.log_softmax(log_q.masked_fill(log_w.isinf(), -torch.inf), dim=-1)     # w_k = 0 leaves no q_k
+    return torch.log_softmax(log_q.masked_fill(log_w.isinf(), -torch.inf), dim=-1)     # w_k = 0 allows only q_k = 0
 
 
 @torch.no_grad()
 def check_start(experts, batch, ref_logp: torch.Tensor, log_w: torch.Tensor, beta: float) -> None:
-    """Step-0 invariants, before anything breaks the tie: margins 0, loss ln 2, q = w, ELBO = log-marginal.
+    """Invariants of step 0, while all experts equal the reference: margins 0, loss ln 2, q = w, ELBO = log-marginal.
+    They are exact in real arithmetic; the tolerance covers products that round differently in batches of other shapes.
 
-    Exact in real arithmetic; the slack is for products that round differently in batches of another shape.
+    Raises: AssertionError if one does not hold.
     """
     h = margins(pair_logp(experts, batch), ref_logp[batch.pair.to(log_w.device)].to(log_w), beta)      # (B,K)
     log_p, log_q = e_step(log_w, h)
-    slack = beta * (1e-3 if experts.dtype == torch.float32 else 1.0)        # nats a response, times beta
-    off = h.abs().max()
-    assert off <= slack, (f"margins at step 0 are up to {off:.3g}, want 0 within {slack:.1g}: "
-                          "policy and reference differ")
-    off = (log_p + math.log(2)).abs().max()
-    assert off <= slack, f"the loss at step 0 is off ln 2 by {off:.3g}"
-    off = (log_q.exp() - log_w.exp()).abs().max()
-    assert off <= slack, f"responsibilities at step 0 are off the weights by {off:.3g}"
-    off = (elbo(log_q, log_w, h) - log_marginal(log_w, h)).abs().max()
-    assert off <= 1e-5, f"the bound is {off:.3g} below the log-likelihood at the exact posterior, want 0"
+    tolerance = beta * (1e-3 if experts.dtype == torch.float32 else 1.0)    # nats a response, times beta
+    error = h.abs().max()
+    assert error <= tolerance, (f"margins at step 0 are up to {error:.3g}, want 0 within {tolerance:.1g}: "
+                                "policy and reference differ")
+    error = (log_p + math.log(2)).abs().max()
+    assert error <= tolerance, f"the loss at step 0 is off ln 2 by {error:.3g}, want {tolerance:.1g} at most"
+    error = (log_q.exp() - log_w.exp()).abs().max()
+    assert error <= tolerance, f"responsibilities at step 0 differ from the weights by {error:.3g}, want 0"
+    error = (elbo(log_q, log_w, h) - log_marginal(log_w, h)).abs().max()
+    assert error <= 1e-5, f"the bound is {error:.3g} below the log-likelihood at the exact posterior, want 0"

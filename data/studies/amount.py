@@ -5,7 +5,7 @@ from data.studies import texts
 from data.studies.study import Study
 from data.studies.tell import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.worlds import ONE, World, figures, fit, look, oracle, write
-from mixdpo.metrics import mean_se
+from mixdpo.evaluation.statistics import mean_se
 
 SEEDS = {"smoke": 1, "quick": 3, "full": 10}
 PAIRS = {"smoke": (200,), "quick": (200, 800, 3200), "full": (100, 200, 400, 800, 1600, 3200, 6400)}

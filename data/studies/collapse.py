@@ -14,7 +14,8 @@ from data.pictures import maps
 from data.studies.study import Study
 from data.studies.tell import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.worlds import World, figures, fit, look, oracle, write
-from mixdpo.metrics import WINDOW, adjusted_rand_index, alarms, mean_se
+from mixdpo.evaluation.statistics import adjusted_rand_index, mean_se
+from mixdpo.metrics import WINDOW, alarms
 from mixdpo.mixture import e_step
 
 SEEDS = {"smoke": 1, "quick": 1, "full": 3}

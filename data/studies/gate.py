@@ -9,7 +9,7 @@ from data.studies import texts
 from data.studies.study import Study
 from data.studies.tell import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.worlds import World, figures, fit, look, oracle, write
-from mixdpo.metrics import matched_accuracy, mean_se
+from mixdpo.evaluation.statistics import matched_accuracy, mean_se
 
 SEEDS = {"smoke": 1, "quick": 5, "full": 15}
 MOST = (50, 100, 200, 400, 800, 1600, 3200)

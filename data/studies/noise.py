@@ -7,7 +7,7 @@ from data.studies import texts
 from data.studies.study import Study
 from data.studies.tell import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.worlds import ITEMS, World, figures, fit, look, oracle, write
-from mixdpo.metrics import mean_se
+from mixdpo.evaluation.statistics import mean_se
 
 SEEDS = {"smoke": 1, "quick": 4, "full": 15}
 AMOUNTS = {  # of each way to spoil

@@ -30,9 +30,9 @@ from data.tables import NONE, in_ses
 from mixdpo.dpo import mixture_accuracy
 from mixdpo.evaluation.adaptation import weights_after
 from mixdpo.evaluation.heldout import alignment, margins_of
+from mixdpo.evaluation.statistics import adjusted_rand_index, mean_se
 from mixdpo.experts import Heads
 from mixdpo.fast.backward import minimise
-from mixdpo.metrics import adjusted_rand_index, mean_se
 from mixdpo.mixture import e_step, log_marginal
 from mixdpo.preferences import read_preferences
 from mixdpo.runs.load_run import load_run

@@ -13,7 +13,7 @@ from data.studies import texts
 from data.studies.study import Study
 from data.studies.tell import by, mean_over, table_of
 from data.studies.worlds import ITEMS, World, figures, fit, judged, look, oracle, write
-from mixdpo.metrics import matched_accuracy
+from mixdpo.evaluation.statistics import matched_accuracy
 
 SEEDS = {"smoke": 1, "quick": 6, "full": 12}
 LATENTS, TYPES = ("user", "pair"), (2, 4)

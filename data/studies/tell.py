@@ -3,7 +3,7 @@
 import math
 
 from data.tables import pm, table
-from mixdpo.metrics import mean_se
+from mixdpo.evaluation.statistics import mean_se
 
 
 def by(rows: list[tuple[dict, dict]], *names: str) -> dict[tuple | str, list[dict]]:

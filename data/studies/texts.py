@@ -4,7 +4,7 @@
     prompts     four sentences of one document, the mean state over them; or some of them from elsewhere
     tastes      warm: what people's ratings say on average; cold: the opposite; terse: shorter; lavish: longer. Each
                 with deviation SHARP over all sentences, and choices by p(a > b) = sigma(r(a) - r(b))
-    experts     h_k = theta_k . (f(a) - f(b)) on the states' first D principal components (mixdpo/linear.py)
+    experts     h_k = theta_k . (f(a) - f(b)) on the states' first D principal components (mixdpo/start.py)
 
 A language model on top would need minutes a run where this needs seconds, and maps want hundreds of runs. What language
 models add, and lose, is in docs/results. Sentences of held-out comparisons are in no training comparison.
@@ -22,15 +22,15 @@ from data.sentences import Sentence, load_sentences
 from data.stages import key_of
 from mixdpo.config import compute_dtype
 from mixdpo.dpo import mixture_accuracy
+from mixdpo.evaluation.statistics import adjusted_rand_index, mean_se
 from mixdpo.files import fetch
 from mixdpo.files.atomic import read_tensors, write_tensors
-from mixdpo.linear import LinearMixture, linear_mixture
-from mixdpo.metrics import adjusted_rand_index, mean_se
 from mixdpo.mixture import e_step, log_marginal
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import Pair
 from mixdpo.runs.log import Progress
 from mixdpo.runs.reference import compute_reference, prompt_features
+from mixdpo.start import LinearMixture, LinearOptions, linear_mixture
 from mixdpo.text.tokenizer import load_tokenizer
 
 SIZES = {"smoke": {"sentences": 60, "prompts": 24, "apart": 8},
@@ -194,7 +194,7 @@ def alone(told: Judged) -> Judged:
 
 def fit(told: Judged, experts: int, seed: int = 0, starts: int = 3, **options) -> LinearMixture:
     """A mixture of linear rewards; options: linear_mixture's."""
-    return linear_mixture(told.x, told.group, experts, PRIOR, starts, seed=seed, **options)
+    return linear_mixture(told.x, told.group, experts, LinearOptions(PRIOR, starts, seed=seed), **options)
 
 
 def figures(found: LinearMixture, told: Judged, held: Judged, log_w: torch.Tensor | None = None) -> dict:

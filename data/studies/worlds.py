@@ -24,7 +24,8 @@ import train
 from data.stages import write_lines
 from mixdpo.dpo import accuracy, mixture_accuracy
 from mixdpo.evaluation.heldout import alignment, margins_of
-from mixdpo.metrics import adjusted_rand_index, effective_experts, mean_se
+from mixdpo.evaluation.statistics import adjusted_rand_index, mean_se
+from mixdpo.metrics import effective_experts
 from mixdpo.mixture import e_step, log_marginal
 from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.models.weights import save_model

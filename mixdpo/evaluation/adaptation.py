@@ -1,11 +1,12 @@
-"""A new user: which type is it? A posterior from a few of its pairs, no weight touched.
+"""New users: how accurate is the mixture for a user without training data, once a few of the user's pairs are known?
+Nothing is trained. The user's mixture weights are a posterior given those pairs:
 
-    w_u(x) proportional to  w(x) prod_i sigma(h_ik)      i: the pairs that the user has judged so far     (M11)
+    w_u(x) proportional to  w(x) prod_i sigma(h_ik)      i: the known pairs of the user     (M11)
 
-and the user's other pairs are answered by the mixture under w_u (M5). Shown none, the weights are the gate's, of the
-generic user where it knows users. How much a handful of pairs is worth is a curve: each user's pairs are shuffled once,
-the second half is what is asked, and of the first half 0, 1, 2, 4, 8, 16 are shown, so that a curve's points differ in
-nothing else. A user without so many counts in the points before.
+The user's other pairs are predicted by the mixture under w_u (M5). With no known pair the weights are the gate's; if
+the gate uses user identities, they are those of an unknown user. The result is a curve over the number of known pairs.
+Each user's pairs are shuffled once. The second half is predicted; of the first half 0, 1, 2, 4, 8 and 16 pairs are
+known. So the points of a curve differ in nothing else. A user with too few pairs for a point is left out of it.
 """
 
 import numpy as np
@@ -13,43 +14,44 @@ import torch
 import torch.nn.functional as F
 
 from mixdpo.dpo import mixture_accuracy
-from mixdpo.metrics import mean_se
+from mixdpo.evaluation.statistics import mean_se
 from mixdpo.mixture import log_marginal
 from mixdpo.preferences import Pair, groups
 
-SHOWN = (0, 1, 2, 4, 8, 16)
+SHOWN = (0, 1, 2, 4, 8, 16)                                                 # known pairs of each point
 
 
-def weights_after(log_w: torch.Tensor, h: torch.Tensor, shown: list[int], asked: list[int]) -> torch.Tensor:
-    """log w_u of the pairs `asked` (A,K), when the pairs `shown` of their user have been judged: log_w, h (P,K)."""
-    evidence = F.logsigmoid(h[shown]).sum(0)                                # (K,)
-    return torch.log_softmax(log_w[asked] + evidence, dim=-1)               # M11
+def weights_after(log_w: torch.Tensor, h: torch.Tensor, known: list[int], predicted: list[int]) -> torch.Tensor:
+    """log w_u (A,K) for the pairs `predicted`, given the pairs `known` of the same user; log_w, h (P,K)."""
+    evidence = F.logsigmoid(h[known]).sum(0)                                # (K,)
+    return torch.log_softmax(log_w[predicted] + evidence, dim=-1)           # M11
 
 
 @torch.no_grad()
-def adapted(pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor, seed: int = 0) -> list[dict]:
-    """The curve: for each number of pairs shown, accuracy and log-likelihood (nats) of those asked, in all and by type;
-    and the rise, how much more accurate it is for the same users than with none shown. h (P,K) margins, log_w (P,K)
-    weights of a gate that does not know the users. SEs count users and prompts, those of the rise users.
+def adaptation_curve(pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor, seed: int = 0) -> list[dict]:
+    """A point for each number of known pairs: {"shown": that number, "users": how many users have so many pairs,
+    "accuracy" and "log_likelihood" (nats a pair) of the predicted pairs, "types": both by annotator, "rise": accuracy
+    minus that of the same users with no known pair}.
 
-    Raises: InputError if a pair has no user.
+    h (P,K): margins; log_w (P,K): weights for unknown users. Standard errors cluster by user and prompt, those of the
+    rise by user. Raises: InputError if a pair has no user.
     """
     order, curve, first_of = np.random.default_rng([seed, 31]), [], {}
     halves = [(unit[: len(unit) // 2], unit[len(unit) // 2 :])
               for unit in (order.permutation(unit).tolist() for unit in groups(pairs, "user"))]
     for n in SHOWN:
-        able = [(first[:n], asked) for first, asked in halves if len(first) >= n]
-        if not able:
+        units = [(first[:n], second) for first, second in halves if len(first) >= n]
+        if not units:
             break
-        index = torch.tensor([i for _, asked in able for i in asked])
-        after = torch.cat([weights_after(log_w, h, shown, asked) for shown, asked in able])            # (A,K)
-        log_p = log_marginal(after, h[index])                               # M5
+        index = torch.tensor([i for _, second in units for i in second])
+        posterior = torch.cat([weights_after(log_w, h, known, second) for known, second in units])     # (A,K)
+        log_p = log_marginal(posterior, h[index])                           # M5
         right, user = mixture_accuracy(log_p), [pairs[i].user for i in index.tolist()]
         prompt = [tuple(pairs[i].prompt) for i in index.tolist()]
         kind = [pairs[i].annotator or "all" for i in index.tolist()]
 
         def figures(keep: list[bool]) -> dict:
-            clusters = [[x for x, k in zip(of, keep) if k] for of in (user, prompt)]
+            clusters = [[name for name, k in zip(names, keep) if k] for names in (user, prompt)]
             named = (("accuracy", right), ("log_likelihood", log_p))
             return {name: mean_se(values[torch.tensor(keep)], *clusters) for name, values in named}
 
@@ -57,5 +59,5 @@ def adapted(pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor, seed: int =
         first_of = first_of or of_user
         types = {name: figures([k == name for k in kind]) for name in sorted(set(kind))}
         rise = mean_se([share - first_of[u] for u, share in of_user.items()])
-        curve.append({"shown": n, "users": len(able), "rise": rise} | figures([True] * len(kind)) | {"types": types})
+        curve.append({"shown": n, "users": len(units), "rise": rise} | figures([True] * len(kind)) | {"types": types})
     return curve

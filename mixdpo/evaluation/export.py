@@ -1,11 +1,11 @@
-"""A run's experts as files that other programs open.
+"""Writes a run's experts as files that other programs open.
 
     heads, models   OUT/expert-k    a Hugging Face model directory, parameters in float32
-    lora            OUT/expert-k    a PEFT adapter on the run's own model directory; where the run's model is none (a
-                                    name, a GGUF file), on OUT/base, which is then written first
+    lora            OUT/expert-k    a PEFT adapter; its base is the directory of the run's model. If the model is a name
+                                    or a GGUF file instead of a directory, the base is OUT/base, which is written first
 
-Tokenizer files go with each: those of the model's directory, or else what load_tokenizer made. The mixture's weights
-are no part of an expert: they stand in the run's checkpoint, and eval.py prints them.
+Each gets the tokenizer files of the model's directory or, without one, those that load_tokenizer makes. The mixture
+weights are not part of an expert: they are in the run's checkpoint, and eval.py prints them.
 """
 
 import shutil
@@ -22,12 +22,12 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
 
 
 def export_experts(experts: Heads | Adapters | Models, out, models: list[str], data=None) -> list[Path]:
-    """Writes all K experts; returns their directories. models, data: what the run's model was loaded by
-    (load_model), or each expert's.
-    Raises: InputError if there is something in `out`: files of two exports would be taken for one."""
+    """Writes all K experts; returns their directories. models: the name or directory of the run's model, or of each
+    expert's; data: the folder of local files, as for load_model.
+    Raises: InputError if `out` is not empty, because files of two exports could be mixed."""
     out, model = Path(out), models[0]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError("is not an empty folder; choose another one for the export", file=out)
+        raise InputError("is not an empty folder; wanted a new or an empty one: choose another for the export", file=out)
     places = [out / f"expert-{k}" for k in range(experts.K)]
     sources = [locate(name, data) for name in models]
     if isinstance(experts, Adapters) and not sources[0].is_dir():

@@ -1,21 +1,24 @@
 """Sampling from one expert or from the mixture, with a key-value cache, in batches of prompts of any lengths.
 
-The mixture has one law and two samplers (M13, M14):
+There are two samplers of the mixture. Both have the same distribution over texts (M13, M14):
 
-    sequence by sequence    z ~ w(x), then the whole text from expert z: `choose_expert`, then `generate`
-    token by token          y_t ~ sum_k w_k(x, y_<t) pi_k(y_t | x, y_<t): `generate_tokenwise`
-                            w_k(x, y_<t) proportional to w_k(x) prod_{s<t} pi_k(y_s | x, y_<s)
+    sequence by sequence    z ~ w(x), then the full text from expert z: `choose_expert`, then `generate`
+    token by token          y_t ~ sum_k w_k(x, y_<t) pi_k(y_t | x, y_<t): `generate_tokenwise`, where
+                            w_k(x, y_<t) is proportional to w_k(x) prod_{s<t} pi_k(y_s | x, y_<s)
 
-The second runs all experts for every token and draws no z. With w(x) at every token, the product left out, its law
-is another.
-Temperature tau > 0 puts pi_k(. | prefix)^(1/tau), normalised, for every expert's pi_k(. | prefix), in the product too:
-the samplers agree at any tau. Temperature 0 takes the likeliest token of the mixture at temperature 1.
+The second sampler runs all experts for every token and draws no z. Without the product, that is with w(x) at every
+token, its distribution would be another one.
 
-A row's randomness is its own: the uniforms of row n come from (seed, n) alone, and a token is drawn by inverting
-the cumulative distribution at the row's next uniform. So a prompt gets the same text alone and in a batch
-(up to the rounding of the products), and two experts on the same seed are compared on the same noise.
-Left out: top-k, top-p, beams. They change the policy that is evaluated.
+At temperature tau > 0 each pi_k(. | prefix) is replaced by pi_k(. | prefix)^(1/tau), normalised, in the product too, so
+the samplers agree at any tau. At temperature 0 the most likely token of the mixture at temperature 1 is taken.
+
+The random numbers of row n depend on (seed, n) alone: a token is drawn by inverting the cumulative distribution at the
+row's next uniform number. So a prompt gets the same text alone and in a batch, up to the rounding of the products, and
+two experts with the same seed are compared on the same random numbers.
+Left out: top-k, top-p and beam search, which change the policy that is evaluated.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,51 +26,72 @@ import torch.nn.functional as F
 
 from mixdpo.mixture import mixture_logp, require_precise
 
-RUN = 256       # tokens summed together at first
+BLOCK = 256     # tokens of the vocabulary whose probabilities are first summed together
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled."""
+
+    max_new: int                # new tokens, at most
+    eos: int                    # the token that ends a completion
+    temperature: float = 1.0    # 0: greedy
+    seed: int = 0
+    batch: int = 64             # rows decoded together
 
 
 @torch.no_grad()
-def generate(
-    model, prompts: list[list[int]], max_new: int, eos: int, temperature: float = 1.0, seed: int = 0, batch: int = 64,
-    unembedding: torch.Tensor | list[torch.Tensor] | None = None, rows: list[int] | None = None, progress=None,
-    expert: list[int] | None = None,
-) -> list[list[int]]:
-    """One expert's continuations of `prompts`. unembedding (V,C): its own head on this trunk, default the model's. Or
-    K heads, and `expert` (N), the one that continues each prompt: heads of one trunk decode together, in one pass.
-    The rest is as in `generate_tokenwise`."""
-    heads = [model.unembedding if unembedding is None else unembedding] if expert is None else unembedding
-    of = torch.zeros(len(prompts), dtype=torch.int64) if expert is None else torch.tensor(expert)
+def generate(model, prompts: list[list[int]], sampling: Sampling, unembedding: torch.Tensor | None = None,
+             rows: list[int] | None = None, progress=None) -> list[list[int]]:
+    """Completions of `prompts` by one expert: its trunk `model` and its unembedding (V,C), by default the model's.
+    The other arguments and the result are as in `generate_tokenwise`."""
+    head = model.unembedding if unembedding is None else unembedding
 
     def chooser(part):
-        mine = [(of[part] == k).nonzero().squeeze(1).to(head.device) for k, head in enumerate(heads)]
+        return lambda last, u: draw((last[model].to(head.dtype) @ head.T).float(), sampling.temperature, u)
+
+    return in_batches([model], prompts, chooser, sampling, rows, progress)
+
+
+@torch.no_grad()
+def generate_heads(model, heads: list[torch.Tensor], prompts: list[list[int]], sampling: Sampling, progress=None
+                   ) -> list[list[list[int]]]:
+    """Completions of all N prompts by each of K heads (V,C) on one trunk: K lists of N lists of token ids.
+
+    Equals [generate(model, prompts, sampling, head) for head in heads], and decodes all heads in one pass of the trunk.
+    """
+    N, K = len(prompts), len(heads)
+    expert = torch.arange(K).repeat_interleave(N)                           # (K N,)
+
+    def chooser(part):
+        rows_of_head = [(expert[part] == k).nonzero().squeeze(1).to(head.device) for k, head in enumerate(heads)]
 
         def choose(last, u):
-            states = last[model]                                            # (N,C)
+            states = last[model]                                            # (rows,C)
             logits = states.new_empty(len(part), len(heads[0]), dtype=torch.float32)
-            for own, head in zip(mine, heads):
-                logits[own] = (states[own].to(head.dtype) @ head.T).float()
-            return draw(logits, temperature, u)
+            for rows, head in zip(rows_of_head, heads):
+                logits[rows] = (states[rows].to(head.dtype) @ head.T).float()
+            return draw(logits, sampling.temperature, u)
 
         return choose
 
-    return in_batches([model], prompts, chooser, max_new, eos, temperature, seed, batch, rows, progress)
+    ids = in_batches([model], prompts * K, chooser, sampling, list(range(N)) * K, progress)
+    return [ids[k * N : (k + 1) * N] for k in range(K)]
 
 
 @torch.no_grad()
-def generate_tokenwise(
-    policies: list[tuple[torch.nn.Module, torch.Tensor]], log_w: torch.Tensor, prompts: list[list[int]], max_new: int,
-    eos: int, temperature: float = 1.0, seed: int = 0, batch: int = 64, rows: list[int] | None = None, progress=None,
-) -> list[list[int]]:
-    """Continuations of `prompts` by the mixture, token by token (M13, M14): lists of new token ids, ending with `eos`
-    where it was produced, else max_new long.
+def generate_tokenwise(policies: list[tuple[torch.nn.Module, torch.Tensor]], log_w: torch.Tensor,
+                       prompts: list[list[int]], sampling: Sampling, rows: list[int] | None = None, progress=None
+                       ) -> list[list[int]]:
+    """Completions of `prompts` by the mixture, token by token (M13, M14): for each prompt a list of new token ids. The
+    list ends with sampling.eos, or has sampling.max_new tokens.
 
     policies: K experts as (model, unembedding (V,C)), from experts.policy; a model that several experts share runs
-    once a token. log_w: (K,) or (N,K) for N prompts, nats, normalised here; -inf leaves an expert out.
-    temperature 0 decodes greedily.
-    rows: the number from which each prompt's randomness is made, default its place in the list.
-    progress(done, total) is called after each batch.
-    Raises: AssertionError for an empty prompt, a text longer than a model's context, weights of another shape,
-    in low precision, or with no expert for a prompt.
+    once a token. log_w: (K,) or (N,K) for N prompts, nats, normalised here; -inf excludes an expert.
+    rows: the number of each prompt that its random numbers depend on, by default its place in the list.
+    progress: progress(done, total) is called after each batch.
+    Raises: AssertionError if a prompt is empty, if a text is longer than a model's context, or if log_w has the wrong
+    shape, low precision, or no expert for a prompt.
     """
     N, K = len(prompts), len(policies)
     assert log_w.shape in ((K,), (N, K)), f"got log_w {tuple(log_w.shape)}, want ({K},) or ({N}, {K})"
@@ -76,46 +100,47 @@ def generate_tokenwise(
     assert not log_w.isnan().any(), "log_w holds NaN, or gives every expert of a prompt weight 0"
 
     def chooser(part):
-        weights = log_w[part]                                               # (N,K), those of each prefix from here on
+        weights = log_w[part]                                               # (rows,K), updated after each token
 
         def choose(last, u):
             nonlocal weights
-            logits = [(last[model].to(head.dtype) @ head.T).float() for model, head in policies]    # K of (N,V)
-            token, weights = next_token(logits, weights, temperature, u)
+            logits = [(last[model].to(head.dtype) @ head.T).float() for model, head in policies]    # K of (rows,V)
+            token, weights = next_token(logits, weights, sampling.temperature, u)
             return token
 
         return choose
 
-    models = list(dict.fromkeys(model for model, _ in policies))            # a trunk that experts share, once
-    return in_batches(models, prompts, chooser, max_new, eos, temperature, seed, batch, rows, progress)
+    models = list(dict.fromkeys(model for model, _ in policies))            # each shared trunk once
+    return in_batches(models, prompts, chooser, sampling, rows, progress)
 
 
-def in_batches(models, prompts, chooser, max_new, eos, temperature, seed, batch, rows, progress) -> list[list[int]]:
-    """Continues the prompts some at a time. chooser(part): for the prompts of these numbers, a function
+def in_batches(models, prompts, chooser, sampling: Sampling, rows, progress) -> list[list[int]]:
+    """Completes the prompts in batches. chooser(part) gets the numbers of a batch's prompts and returns a function
     (model -> last states (N,C), uniforms (N,) or None) -> tokens (N,)."""
-    rows, N = list(range(len(prompts))) if rows is None else rows, len(prompts)
+    rows, N, max_new = list(range(len(prompts))) if rows is None else rows, len(prompts), sampling.max_new
     assert all(prompts), "an empty prompt has no position to predict from"
     longest, context = max(map(len, prompts), default=0) + max_new, min(model.config.context for model in models)
     assert longest <= context, f"prompt and continuation take {longest} tokens, the model's context is {context}"
-    order = sorted(range(N), key=lambda n: (len(prompts[n]), prompts[n]))   # little padding, and equal ones together
+    order = sorted(range(N), key=lambda n: (len(prompts[n]), prompts[n]))   # little padding; equal prompts adjacent
     out: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, N, batch):
-        part = order[start : start + batch]
+    for start in range(0, N, sampling.batch):
+        part = order[start : start + sampling.batch]
         uniforms = None
-        if temperature:
-            uniforms = np.stack([np.random.default_rng([seed, rows[n]]).random(max_new) for n in part])  # (N,max_new)
-        texts = decode(models, [prompts[n] for n in part], chooser(part), max_new, eos, uniforms)
+        if sampling.temperature:
+            random = (np.random.default_rng([sampling.seed, rows[n]]).random(max_new) for n in part)
+            uniforms = np.stack(list(random))                               # (rows,max_new)
+        texts = decode(models, [prompts[n] for n in part], chooser(part), sampling, uniforms)
         for n, ids in zip(part, texts):
             out[n] = ids
         if progress:
-            progress(min(start + batch, N), N)
+            progress(min(start + sampling.batch, N), N)
     return out
 
 
-def decode(models, prompts, choose, max_new, eos, uniforms):
-    """One batch: prefill right-padded prompts, each once however often it is asked for, then a token a step;
-    padded slots lie beyond each row's length and are overwritten."""
-    device, place = models[0].unembedding.device, {}
+def decode(models, prompts, choose, sampling: Sampling, uniforms) -> list[list[int]]:
+    """One batch. First each different prompt runs once, padded on the right; then all rows advance one token a step.
+    Padded slots of the cache lie beyond a row's length and are overwritten."""
+    device, place, eos = models[0].unembedding.device, {}, sampling.eos
     row = torch.tensor([place.setdefault(tuple(p), len(place)) for p in prompts], device=device)    # (N,) of U prompts
     lengths = torch.tensor([len(p) for p in place], device=device)          # (U,)
     ids = torch.zeros(len(place), max(map(len, place)), dtype=torch.int64, device=device)
@@ -126,14 +151,14 @@ def decode(models, prompts, choose, max_new, eos, uniforms):
         cache = model.new_cache(*ids.shape)
         hidden = model(ids, cache)                                          # (U,T,C)
         cache.length.copy_(lengths)
-        caches[model] = cache.copies(row, ids.shape[1] + max_new)
-        last[model] = hidden[row, lengths[row] - 1]                         # (N,C) the last true position
+        caches[model] = cache.copies(row, ids.shape[1] + sampling.max_new)
+        last[model] = hidden[row, lengths[row] - 1]                         # (N,C) at the last prompt token
     tokens, ended = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for t in range(max_new):
+    for t in range(sampling.max_new):
         token = choose(last, None if uniforms is None else torch.from_numpy(uniforms[:, t]).to(device))
         tokens.append(torch.where(ended, eos, token))
         ended |= token == eos
-        if ended.all() or t + 1 == max_new:
+        if ended.all() or t + 1 == sampling.max_new:
             break
         last = {model: model(token[:, None], cache)[:, 0] for model, cache in caches.items()}   # (N,C) each
     return [until(row, eos) for row in torch.stack(tokens, dim=1).tolist()]
@@ -146,29 +171,31 @@ def next_token(logits: list[torch.Tensor], log_w: torch.Tensor, temperature: flo
     mixture.prefix_log_weights one token at a time (M14): log w_k + log pi_k(token), normalised over k.
     """
     if len(logits) == 1:
-        return draw(logits[0], temperature, u), log_w                       # the same without its rounding
+        return draw(logits[0], temperature, u), log_w                       # same distribution, without log-softmax
     logps = torch.log_softmax(torch.stack(logits) / (temperature or 1.0), dim=-1).movedim(0, -1)    # (N,V,K)
     token = draw(mixture_logp(log_w[:, None], logps), 1.0 if temperature else 0.0, u)               # (N,)
-    taken = logps[torch.arange(len(token), device=token.device), token]     # (N,K)
-    return token, torch.log_softmax(log_w + taken, dim=-1)                  # M14
+    chosen = logps[torch.arange(len(token), device=token.device), token]    # (N,K)
+    return token, torch.log_softmax(log_w + chosen, dim=-1)                 # M14
 
 
 def draw(logits: torch.Tensor, temperature: float, u: torch.Tensor | None) -> torch.Tensor:
-    """One token a row: argmax at temperature 0, else the inverse cumulative distribution at u (N,) in [0, 1):
-    (N,V) -> (N,). Sums are float64; of the vocabulary only the run of tokens that u falls into is summed one by one."""
+    """One token a row, (N,V) -> (N,): argmax at temperature 0, else the inverse of the cumulative distribution at u
+    (N,) in [0, 1). Sums are float64. Blocks of the vocabulary are summed first; only the block that u falls into is
+    summed token by token."""
     if not temperature:
         return logits.argmax(-1)
     p = torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)
-    runs = F.pad(p, (0, -p.shape[-1] % RUN)).unflatten(-1, (-1, RUN))       # (N,V/RUN,RUN)
-    total = runs.sum(-1).cumsum(-1, dtype=torch.float64)                    # (N,V/RUN)
-    run, rest = first_above(total, u * total[:, -1])
-    own = runs[torch.arange(len(u), device=u.device), run].cumsum(-1, dtype=torch.float64)      # (N,RUN)
-    return run * RUN + first_above(own, rest)[0]
+    blocks = F.pad(p, (0, -p.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))                 # (N,V/BLOCK,BLOCK)
+    total = blocks.sum(-1).cumsum(-1, dtype=torch.float64)                  # (N,V/BLOCK)
+    block, rest = first_above(total, u * total[:, -1])
+    within = blocks[torch.arange(len(u), device=u.device), block].cumsum(-1, dtype=torch.float64)   # (N,BLOCK)
+    return block * BLOCK + first_above(within, rest)[0]
 
 
 def first_above(total: torch.Tensor, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first place of each row's cumulative sums (N,M) that is above its point (N,), and how far the point is from
-    the place before. Never a place that adds nothing: a point that rounding put at the end of all is moved below it."""
+    """The first place of each row's cumulative sums (N,M) that is above its point (N,), and the distance of the point
+    from the sum before that place. A place that adds nothing is never returned: a point that rounding put at the end
+    of the row is moved below it."""
     point = torch.minimum(point, torch.nextafter(total[:, -1], torch.zeros_like(point)))
     place = torch.searchsorted(total, point[:, None], right=True)           # (N,1)
     return place.squeeze(1), point - F.pad(total, (1, 0)).gather(1, place).squeeze(1)
@@ -180,11 +207,11 @@ def until(ids: list[int], eos: int) -> list[int]:
 
 
 def choose_expert(log_w: torch.Tensor, prompts: int, mode: str, seed: int) -> torch.Tensor:
-    """The expert of each prompt (M13): "mixture" draws z ~ w(x), "sparse" takes argmax w(x), an integer k always k.
+    """The expert of each prompt (M13): "mixture" draws z ~ w(x), "sparse" takes argmax w(x), an integer k takes k.
     (K,) or (B,K) -> (B,) int64."""
     log_w = log_w.expand(prompts, log_w.shape[-1])
     if mode == "sparse":
-        return log_w.argmax(-1)                                             # ties go to the first expert
+        return log_w.argmax(-1)                                             # the first of equal experts
     if mode == "mixture":
         u = torch.from_numpy(np.random.default_rng([seed, 2**31]).random(prompts)).to(log_w.device)
         return draw(log_w, 1.0, u)

@@ -1,9 +1,14 @@
-"""What a finished run says of preferences that it never saw, with standard errors that count prompts, and users too
-where a figure uses each user's own weights.
+"""Figures of a finished run on held-out preferences, with standard errors.
 
-    h of every pair under every expert, with --label-noise as in training     (M4)
-    w: the gate's weights; own: a known user's responsibilities from training   (M9, M11)
-    accuracy of each expert, by annotator; log p(y+ > y-) (M5); the gap to the bound (M6); alignment with the annotators
+    h               margins of every pair under every expert, with --label-noise as in training     (M4)
+    w               the gate's weights (M9); the user's weights are its responsibilities from training (M11) if the user
+                    was trained on, else w
+    accuracy        of each expert, by annotator, and of the mixture
+    log-likelihood  log p(y+ > y-) of the mixture (M5)
+    ELBO gap        KL(q || posterior) of a pair, with q the user's weights before the pair is seen (M6)
+    alignment       agreement of responsibilities with the annotators
+
+Standard errors cluster by prompt. Under each user's own weights they cluster by prompt and user.
 """
 
 import math
@@ -12,17 +17,17 @@ from pathlib import Path
 import torch
 
 from mixdpo.dpo import accuracy, margins, mixture_accuracy
-from mixdpo.experts import pair_logp
-from mixdpo.fast.packing import compact_rows
-from mixdpo.gates import gate_inputs, known_pairs
-from mixdpo.metrics import (
+from mixdpo.evaluation.statistics import (
     adjusted_rand_index,
     bayes_posterior,
     difference_se,
-    effective_experts,
     matched_accuracy,
     mean_se,
 )
+from mixdpo.experts import pair_logp
+from mixdpo.fast.packing import compact_rows
+from mixdpo.gates import gate_inputs, known_pairs
+from mixdpo.metrics import effective_experts
 from mixdpo.mixture import e_step, elbo, log_marginal
 from mixdpo.preferences import Pair, check_lengths, collate, read_preferences
 from mixdpo.runs.load_run import Run
@@ -31,15 +36,16 @@ from mixdpo.runs.reference import reference_of
 from mixdpo.variants.label_noise import flipped_margins
 
 
-def margins_of(runs: list[Run], references: list, tokenizer, path: Path, store: Path):
-    """Yields (run, pairs of the file, h (P,K) of each under each of the run's experts (M4), log w of each (P,K))."""
+def margins_of(runs: list[Run], references: list, tokenizer, path: Path, cache: Path):
+    """For each run yields (run, pairs of the file, margins h (P,K) (M4), log w (P,K)). The references' log-probs of the
+    file are kept in the folder `cache`. Raises: InputError if the file cannot be used."""
     config, dtype = runs[0].config, runs[0].experts.dtype
     pairs = read_preferences(path, tokenizer, config.max_prompt, config.max_response, config.drop)
     check_lengths(pairs, min(model.config.context for model in references), path)
-    ref = reference_of(path, pairs, references, tokenizer, config, dtype, store)
+    ref = reference_of(path, pairs, references, tokenizer, config, dtype, cache)
     for run in runs:
-        own = pairs if run.config.train_trunk else ref.with_states(pairs)
-        logp = expert_logp(run.experts, own, f"{run.name} {Path(path).stem}")               # (P,K,2)
+        run_pairs = pairs if run.config.train_trunk else ref.with_states(pairs)
+        logp = expert_logp(run.experts, run_pairs, f"{run.name} {Path(path).stem}")         # (P,K,2)
         h = margins(logp, ref.logp, run.config.beta)                        # (P,K)  M4
         h = flipped_margins(h, run.config.label_noise)
         yield run, pairs, h, weights(run, pairs, ref.prompt)
@@ -47,8 +53,8 @@ def margins_of(runs: list[Run], references: list, tokenizer, path: Path, store: 
 
 @torch.no_grad()
 def expert_logp(experts, pairs: list[Pair], name: str, size: int = 16, temperature: float = 1.0) -> torch.Tensor:
-    """Summed response log-probs of every pair under every expert, at that temperature: (P,K,2) float32 nats, on the
-    CPU. name: of the progress line."""
+    """Summed response log-probs of every pair under every expert at this temperature: (P,K,2) float32 nats, on the CPU.
+    name: the label of the progress line; size: pairs a batch."""
     out, progress = [], Progress(name)
     for start in range(0, len(pairs), size):
         batch = collate(pairs, list(range(start, min(start + size, len(pairs)))))
@@ -59,14 +65,14 @@ def expert_logp(experts, pairs: list[Pair], name: str, size: int = 16, temperatu
 
 @torch.no_grad()
 def weights(run: Run, pairs: list[Pair], prompts: torch.Tensor) -> torch.Tensor:
-    """log w(x) of each pair (P,K), from its prompt's states (P,2,C), user and domain."""
+    """log w(x) of each pair (P,K), from the states of its prompt (P,2,C), its user and its domain."""
     prompts = prompts[:, ("last", "mean").index(run.config.gate_features)]
     return run.gate(gate_inputs(run.config.gate, pairs, prompts, known_pairs(run.plan)))
 
 
 def user_weights(run: Run, pairs: list[Pair], log_w: torch.Tensor) -> torch.Tensor:
-    """log weights of each held-out pair (P,K): its user's responsibilities from training (M11) where known, else w.
-    A user whom no step of training drew has none: a row of NaN."""
+    """log weights of each held-out pair (P,K): its user's responsibilities from training (M11) if the user was trained
+    on, else log_w. A user that no training step drew has a row of NaN in the run's table and counts as unknown."""
     log_w = log_w.clone()
     if run.config.latent == "user":
         row = {run.plan.pairs[unit[0]].user: g for g, unit in enumerate(run.plan.units)
@@ -77,7 +83,8 @@ def user_weights(run: Run, pairs: list[Pair], log_w: torch.Tensor) -> torch.Tens
 
 
 def alignment(log_q: torch.Tensor, units: list[list[int]], pairs: list[Pair]) -> dict:
-    """How well responsibilities (G,K) find the units' annotators, beside Bayes-optimal assignment by their scores."""
+    """How well responsibilities (G,K) identify the annotators of the units: ARI and matched accuracy, and, if the pairs
+    have all annotators' scores, the same for the Bayes-optimal assignment. {} with fewer than two known annotators."""
     truth = [pairs[unit[0]].annotator for unit in units]
     if any(t is None for t in truth) or len(set(truth)) < 2:
         return {}
@@ -95,57 +102,62 @@ def alignment(log_q: torch.Tensor, units: list[list[int]], pairs: list[Pair]) ->
 
 
 def disagree(pair: Pair, kinds) -> bool:
-    """Whether the scores of two of these annotators order its responses differently."""
+    """Whether two of the annotators `kinds` order the responses differently by their scores; ties do not count."""
     return {-1, 1} <= {(a > b) - (a < b) for name, (a, b) in (pair.scores or {}).items() if name in kinds}
 
 
 def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor) -> dict:
-    """Everything that a run's held-out margins h (P,K) and weights log_w (P,K) say. Pairs on one prompt are not
-    independent: standard errors count prompts; under each user's own weights, prompts and users, since a user with the
-    wrong weights errs on all of its pairs. Experts are named by the training groups: held-out pairs have no say.
-    NaN is of a type for which no expert stands."""
-    own, right = user_weights(run, pairs, log_w), accuracy(h)               # (P,K), (P,K)
+    """All figures of a run on held-out pairs, from their margins h (P,K) and weights log_w (P,K).
+
+    Pairs on one prompt are not independent, so standard errors cluster by prompt. A user with wrong weights is wrong on
+    all of its pairs, so figures under each user's own weights cluster by prompt and user. Experts are named after
+    annotators by the training units alone; the held-out pairs are not used. A figure of a type is NaN if no expert is
+    named after it.
+    """
+    log_own, right = user_weights(run, pairs, log_w), accuracy(h)           # (P,K), (P,K)
     log_p, log_q = e_step(log_w, h)
+    log_p_own = log_marginal(log_own, h)
+    right_own = mixture_accuracy(log_p_own)                                 # M5 > 1/2 under each user's own weights
     number = {p: n for n, p in enumerate(dict.fromkeys(tuple(pair.prompt) for pair in pairs))}
-    prompt, of = [number[tuple(p.prompt)] for p in pairs], [p.annotator or "all" for p in pairs]
-    user = [n if p.user is None else p.user for n, p in enumerate(pairs)]  # unknown ones: each a user by itself
-    of_gate = [prompt, user] if run.config.gate in ("user", "prompt-user") else [prompt]    # w is the user's own there
-    by = {kind: torch.tensor([a == kind for a in of]) for kind in sorted(set(of))}
-    log_p_own = log_marginal(own, h)
-    train_side = alignment(run.table, run.plan.units, run.plan.pairs) if run.config.experts > 1 else {}
-    named = [train_side.get("naming", {}).get(str(k)) for k in range(run.config.experts)]
+    prompt, kind_of = [number[tuple(p.prompt)] for p in pairs], [p.annotator or "all" for p in pairs]
+    user = [n if p.user is None else p.user for n, p in enumerate(pairs)]   # each unknown user is its own cluster
+    gate_clusters = [prompt, user] if run.config.gate in ("user", "prompt-user") else [prompt]  # w depends on the user
+    masks = {kind: torch.tensor([k == kind for k in kind_of]) for kind in sorted(set(kind_of))}
+    training = alignment(run.table, run.plan.units, run.plan.pairs) if run.config.experts > 1 else {}
+    named = [training.get("naming", {}).get(str(k)) for k in range(run.config.experts)]
 
     def among(mask, values, *clusters):
         return mean_se(values[mask], *([x for x, keep in zip(cluster, mask) if keep] for cluster in clusters))
 
-    chosen_own = mixture_accuracy(log_p_own)                                # M5 > 1/2 under each user's own weights
-    expert = torch.tensor([0 if run.config.experts == 1 else named.index(a) if a in named else -1 for a in of])
+    expert = torch.tensor([0 if run.config.experts == 1 else named.index(k) if k in named else -1 for k in kind_of])
     of_own_expert = right.gather(1, expert.clamp_min(0)[:, None])[:, 0].masked_fill(expert < 0, math.nan)   # (P,)
-    apart = torch.tensor([disagree(pair, by) for pair in pairs])
+    conflict = torch.tensor([disagree(pair, masks) for pair in pairs])      # types disagree on these pairs
     return {
-        "types": {kind: {"accuracy": among(mask, chosen_own, prompt, user),
+        "types": {kind: {"accuracy": among(mask, right_own, prompt, user),
                          "log_likelihood": among(mask, log_p_own, prompt, user),
-                         "own_expert": among(mask, of_own_expert, prompt)} for kind, mask in by.items()},
-        "conflicts": among(apart, of_own_expert, prompt) if apart.any() else None,  # pairs on which types disagree
-        "conflicts_by_pair": of_own_expert[apart].tolist(),
-        "conflicts_prompt": [p for p, keep in zip(prompt, apart) if keep],
+                         "own_expert": among(mask, of_own_expert, prompt)} for kind, mask in masks.items()},
+        "conflicts": among(conflict, of_own_expert, prompt) if conflict.any() else None,
+        "conflicts_by_pair": of_own_expert[conflict].tolist(),
+        "conflicts_prompt": [p for p, keep in zip(prompt, conflict) if keep],
         "experts": run.config.experts,
         "weights": log_w.exp().mean(0).tolist(),
-        "accuracy": {kind: [among(mask, column, prompt) for column in right.T] for kind, mask in by.items()},
+        "accuracy": {kind: [among(mask, column, prompt) for column in right.T] for kind, mask in masks.items()},
         "accuracy_all": [mean_se(column, prompt) for column in right.T],    # of each expert
-        "own": named,                                                       # the annotator that each stands for
-        "own_other": [difference_se(column, by[kind], prompt) if kind in by and len(by) > 1 else None
-                      for kind, column in zip(named, right.T)],             # its accuracy there, less that elsewhere
-        "accuracy_mbt": mean_se(mixture_accuracy(log_p), *of_gate),         # M5 > 1/2 under w
-        "accuracy_own": mean_se(chosen_own, prompt, user),
-        "log_likelihood": mean_se(log_p, *of_gate),                         # M5 under w
+        "own": named,                                                       # the annotator that each is named after
+        "own_other": [difference_se(column, masks[kind], prompt) if kind in masks and len(masks) > 1 else None
+                      for kind, column in zip(named, right.T)],             # accuracy on its pairs minus on the others
+        "accuracy_mbt": mean_se(mixture_accuracy(log_p), *gate_clusters),   # M5 > 1/2 under w
+        "accuracy_own": mean_se(right_own, prompt, user),
+        "log_likelihood": mean_se(log_p, *gate_clusters),                   # M5 under w
         "log_likelihood_own": mean_se(log_p_own, prompt, user),             # M5 under each user's own weights
-        "elbo_gap": mean_se(log_p_own - elbo(own, own, h), prompt, user),   # KL(q || posterior), q before the pair
+        "elbo_gap": mean_se(log_p_own - elbo(log_own, log_own, h), prompt, user),
         "prompts": len(set(prompt)),
-        "by_pair": log_p.tolist(),                                          # M5 under w: runs are compared pair by pair
+        "by_pair": log_p.tolist(),                                          # M5 under w, for paired comparisons of runs
+        "by_pair_own": log_p_own.tolist(),                                  # the same under each user's own weights
         "prompt_of_pair": prompt,
-        "user_of_pair": user if len(of_gate) == 2 else None,                # where by_pair depends on the user, too
+        "user_of_pair": user if len(gate_clusters) == 2 else None,          # a second cluster of by_pair
+        "user_of_pair_own": user,                                           # the second cluster of by_pair_own
         "effective_experts": effective_experts(log_q),
         "alignment_heldout": alignment(log_q, [[i] for i in range(len(pairs))], pairs),
-        "alignment_train": train_side,
+        "alignment_train": training,
     }

@@ -1,23 +1,25 @@
-"""Can these comparisons tell K types of judges apart? A count, before anything is trained:
+"""Can these comparisons identify K types of users? A count of equations and unknowns, before training:
 `python -m mixdpo.evaluation.identifiability prefs.jsonl --model smollm2`.
 
-The tabular problem: each type has a reward for every response, unrelated to all others. What comparisons can show are
+The tabular problem: each type has a reward for every response, and all these rewards are independent. An edge e is a
+pair of responses that were compared. Comparisons determine these probabilities:
 
-    of single ones      p_e = sum_k w_k sigma(h_ke)                        one number an edge e: two responses, compared
-    of one user's two   p_ef = sum_k w_k sigma(h_ke) sigma(h_kf)           one number for edges e, f that a user judged
+    one comparison           p_e = sum_k w_k sigma(h_ke)                   for each edge e
+    two of the same user     p_ef = sum_k w_k sigma(h_ke) sigma(h_kf)      for each two edges e, f that one user judged
 
-and what is unknown are K (n - c) rewards and K - 1 weights, for n responses that the edges join to c components (a
-reward is free up to a constant in each). K can be identified only if there are no fewer numbers than unknowns:
+If the edges connect n responses into c components, the unknowns are K (n - c) rewards, since rewards are determined up
+to a constant in each component, and K - 1 weights. K types are identifiable only if
 
-    K (n - c) + K - 1 <= edges + pairs of edges with a common judge
+    K (n - c) + K - 1 <= edges + pairs of edges with a common user
 
-So K = 2 takes 5 responses to a prompt, all compared, if each user judges once, K = 3 takes 7; with two comparisons a
-user 3 responses are enough. Necessary, and at random rewards sufficient (test_identifiability.py takes the rank
-of the map's derivative), but for chance: numbers are known only as well as many comparisons make them. A model is less
-free than a table, which helps; what it finds where the count says 1 comes from the model, not from the data. And two
-exactly opposed types of equal weight make every p_e one half, whatever the count.
+If each user judges once, K = 2 needs 5 responses to a prompt, all compared, and K = 3 needs 7. With two comparisons per
+user, 3 responses are enough. The condition is necessary, and sufficient at random rewards: test_identifiability.py
+computes the rank of the map's derivative. It assumes the probabilities are known, which takes many comparisons. A
+language model has fewer degrees of freedom than a table, which helps; but types that it finds where the count allows
+only one come from the model and not from the data. Two exactly opposed types of equal weight cannot be identified from
+single comparisons: every p_e is then 1/2.
 
-Left out: what three or more comparisons of a user add, so the count is cautious.
+Left out: the information in three or more comparisons of a user, so the count may be too low but not too high.
 """
 
 import statistics
@@ -28,7 +30,7 @@ from itertools import combinations_with_replacement
 from mixdpo.config import InputError, command, parse
 from mixdpo.preferences import Pair, read_preferences
 
-MOST = 300  # comparisons of one user whose pairs are counted: there are 45,000 by then
+MOST = 300  # comparisons of one user whose pairs are counted; 300 comparisons have 45,000 pairs
 
 
 @dataclass(frozen=True)
@@ -38,21 +40,21 @@ class Counts:
     comparisons: int
     edges: int                  # different pairs of responses
     prompts: int
-    shared: int                 # responses that stand in several edges
-    both_ways: int              # edges of which either response was chosen by somebody
+    shared: int                 # responses that are in several edges
+    both_ways: int              # edges for which each response was chosen by someone
     unknowns: int               # n - c: rewards of one type
-    judged_together: int        # pairs of edges with a common judge
-    users: list[int]            # comparisons of each; [] where users are not known
-    telling: int                # comparisons that have something beside them: a user's other ones, or a shared response
+    judged_together: int        # pairs of edges with a common user
+    users: list[int]            # comparisons of each user; [] if users are unknown
+    informative: int            # comparisons that share a user or a response with another one
 
     def supports(self, users: bool) -> int:
-        """The largest K that the count allows, with one latent a user or one a pair."""
+        """The largest K that the count allows, with one type per user or, if users is false, one per pair."""
         numbers = self.edges + (self.judged_together if users else 0)
         return max(1, (numbers + 1) // (self.unknowns + 1))
 
 
 def counts_of(pairs: list[Pair]) -> Counts:
-    """The counts of these comparisons. Responses are the same if their prompts' and their own ids are."""
+    """The counts of these comparisons. Responses are equal if their token ids and those of their prompts are equal."""
     edges, edge_of, chosen, judged, parent = {}, [], defaultdict(set), defaultdict(list), {}
 
     def root(node):
@@ -69,18 +71,18 @@ def counts_of(pairs: list[Pair]) -> Counts:
         if pair.user is not None:
             judged[pair.user].append(edge)
     of_response = Counter(end for ends in edges for end in ends)            # edges of each
-    beside = {edge for ends, edge in edges.items() if max(of_response[end] for end in ends) > 1}
+    linked = {edge for ends, edge in edges.items() if max(of_response[end] for end in ends) > 1}
     return Counts(
         comparisons=len(pairs), edges=len(edges), prompts=len({prompt for (prompt, _), _ in edges}),
         shared=sum(n > 1 for n in of_response.values()), both_ways=sum(len(sides) > 1 for sides in chosen.values()),
         unknowns=len(of_response) - len({root(end) for end in of_response}),
         judged_together=len({two for own in judged.values() for two in twos(own)}),
         users=sorted(map(len, judged.values())),
-        telling=sum(len(judged.get(p.user, ())) > 1 or edge in beside for p, edge in zip(pairs, edge_of)))
+        informative=sum(len(judged.get(p.user, ())) > 1 or edge in linked for p, edge in zip(pairs, edge_of)))
 
 
 def twos(own: list[int]):
-    """Pairs of one user's edges; of an edge with itself only if it was judged twice."""
+    """Pairs of one user's edges. An edge is paired with itself if the user judged it twice."""
     times = Counter(own[:MOST])
     for e, f in combinations_with_replacement(sorted(times), 2):
         if e != f or times[e] > 1:
@@ -88,46 +90,47 @@ def twos(own: list[int]):
 
 
 def describe_counts(counts: Counts, experts: int, latent: str) -> list[str]:
-    """The counts and a verdict in plain words, for a mixture of `experts` with one type a pair or one a user."""
+    """The counts and a verdict in words, a line each, for `experts` types and --latent pair or user."""
     c, known = counts, bool(counts.users)
     lines = [f"{c.comparisons} comparisons of {c.edges} different pairs of responses to {c.prompts} prompts; "
-             f"{c.shared} responses stand in more than one of these pairs"]
+             f"{c.shared} responses are in more than one of these pairs"]
     if known:
-        lines.append(f"{len(c.users)} users with {c.users[0]} to {c.users[-1]} comparisons each, half of them with "
-                     f"{statistics.median(c.users):g} or more; {sum(n == 1 for n in c.users)} with one alone")
-    lines.append(f"{c.both_ways} pairs were judged both ways, so judges do differ there" if c.both_ways else
-                 "no pair was judged both ways: no two judgements here contradict each other")
-    lines.append(f"{c.telling} of {c.comparisons} comparisons can say anything of who judged: they share a user or a "
-                 "response with another one")
+        lines.append(f"{len(c.users)} users with {c.users[0]} to {c.users[-1]} comparisons each, median "
+                     f"{statistics.median(c.users):g}; {sum(n == 1 for n in c.users)} users have only one")
+    lines.append(f"{c.both_ways} pairs were judged both ways, so judgements do differ" if c.both_ways else
+                 "no pair was judged both ways: no two judgements contradict each other")
+    lines.append(f"{c.informative} of {c.comparisons} comparisons carry information about types: they share a user or "
+                 "a response with another comparison")
     alone, pooled = c.supports(users=False), c.supports(users=True)
-    why = f"{c.edges} frequencies against {c.unknowns} rewards a type"
-    verdict = f"one type a pair: these data support K = {alone} ({why})"
+    why = f"{c.edges} frequencies, {c.unknowns} unknown rewards per type"
+    verdict = f"with one type per pair these data support K = {alone} ({why})"
     if known:
-        most = ", and no more types than users" if pooled > len(c.users) else ""
-        verdict += (f"; one type a user: K = {min(pooled, len(c.users))} ({c.judged_together} frequencies more, of two "
-                    f"pairs with a common judge{most})")
-    supported = min(pooled, len(c.users)) if known and latent == "user" else alone
-    if experts > supported:
-        verdict += f". --experts {experts} is more than that: what the experts divide is then the model's choice"
-        if latent == "pair" and known and pooled > alone:
-            verdict += "; --latent user would let each user's comparisons speak together"
-        elif not known:
-            verdict += "; users' names, or several comparisons of the same responses, would tell"
-    return [*lines, verdict]
+        most = "; at most one type per user" if pooled > len(c.users) else ""
+        verdict += (f"; with one type per user K = {min(pooled, len(c.users))} ({c.judged_together} more frequencies, "
+                    f"of two pairs with a common user{most})")
+    supported, remedy = min(pooled, len(c.users)) if known and latent == "user" else alone, "use fewer experts"
+    if experts <= supported:
+        return [*lines, verdict]
+    if latent == "pair" and known and pooled > alone:
+        remedy += ", or --latent user, which pools each user's comparisons"
+    elif not known:
+        remedy += ", or add users to the data, or several comparisons of the same responses"
+    return [*lines, verdict, f"warning: --experts {experts} is more than these data support, so they do not determine "
+                             f"how the experts differ; {remedy}"]
 
 
 @dataclass(frozen=True)
 class IdentifiabilityConfig:
-    """Whether comparisons can tell types of judges apart, by a count."""
+    """Counts whether comparisons can identify several types of users."""
 
-    data: str                   # preference file (.jsonl, .jsonl.gz); its flag may be left out
-    model: str = "smollm2"      # whose tokenizer: gpt2, smollm2, llama-3.2-1b or a directory
-    experts: int = 2            # K that is asked for
-    latent: str = "user"        # one type a pair, or one a user
-    max_prompt: int = 256       # tokens, as for train.py
-    max_response: int = 256     # tokens, as for train.py
-    drop: bool = False          # leave faulty lines out, and list them
-    data_folder: str = ""       # local files looked into before anything is fetched
+    data: str                   # preference file (.jsonl, .jsonl.gz); its flag may be omitted
+    model: str = "smollm2"      # the model whose tokenizer is used: gpt2, smollm2, llama-3.2-1b or a directory
+    experts: int = 2            # number of types K
+    latent: str = "user"        # user: one type per user; pair: one type per pair
+    max_prompt: int = 256       # tokens of a prompt, as for train.py
+    max_response: int = 256     # tokens of a response, as for train.py
+    drop: bool = False          # skip faulty lines and list them
+    data_folder: str = ""       # folder of local files that is searched before anything is downloaded
 
 
 def describe_data(pairs: list[Pair], config) -> list[str]:
@@ -139,14 +142,15 @@ def describe_data(pairs: list[Pair], config) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    from mixdpo.text.tokenizer import load_tokenizer  # here, since only this command needs one by name
+    """The command: prints the counts and the verdict."""
+    from mixdpo.text.tokenizer import load_tokenizer  # here, because only this command needs it
 
     flags = argv if argv and argv[0].startswith("-") else ["--data", *argv]
     config = parse(IdentifiabilityConfig, flags, "python -m mixdpo.evaluation.identifiability FILE")
     if config.experts < 1:
-        raise InputError(f"got {config.experts}; wanted at least 1", option="experts")
+        raise InputError(f"got {config.experts}, wanted at least 1", option="experts")
     if config.latent not in ("pair", "user"):
-        raise InputError(f"got {config.latent!r}; wanted pair or user", option="latent")
+        raise InputError(f"got {config.latent!r}, wanted pair or user", option="latent")
     tokenizer = load_tokenizer(config.model, config.data_folder or None)
     pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
     print("\n".join(describe_counts(counts_of(pairs), config.experts, config.latent)))

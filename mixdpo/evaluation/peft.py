@@ -1,11 +1,12 @@
-"""Adapters in and out, in the layout of Hugging Face's PEFT library, which opens them on transformers' models.
+"""Saves and loads adapters in the layout of Hugging Face's PEFT library, which applies them to transformers' models.
 
-    adapter_config.json         rank R, lora_alpha = SCALE R, the projections' names, the model that they belong to
+    adapter_config.json         rank R, lora_alpha = SCALE R, the names of the projections, the base model
     adapter_model.safetensors   base_model.model.PATH.lora_A.weight (R,in) and .lora_B.weight (out,R) of each projection
 
-PATH is the projection's in transformers' model: transformer.h.0.attn.c_attn, model.layers.0.self_attn.q_proj. GPT-2's
-projections are a Conv1D there, W (in,out): fan_in_fan_out says so, and the factors stay as they are. PEFT itself is not
-imported. Left out: what is not plain LoRA (DoRA, rank-stabilised scaling, ranks or alphas that differ between layers).
+PATH is the projection's name in transformers' model: transformer.h.0.attn.c_attn, model.layers.0.self_attn.q_proj.
+There GPT-2's projections are a Conv1D with W (in,out); fan_in_fan_out marks this, and the factors need no change. PEFT
+itself is not imported. Left out: everything but plain LoRA (DoRA, rank-stabilised scaling, ranks or alphas that differ
+between layers).
 """
 
 from pathlib import Path
@@ -23,12 +24,12 @@ from mixdpo.models.weights import PREFIX, write_pair
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Settings that would change the function: key -> the value that is computed here. An absent key means that too.
+# Settings that change the function: key -> the only value that is supported. An absent key means this value too.
 ONLY = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "alpha_pattern": {}}
 
 
 def factors(experts: Adapters, k: int) -> dict[str, torch.Tensor]:
-    """PEFT's names -> expert k's A_k (R,in) and B_k (out,R): the numbers themselves, no copies."""
+    """PEFT's names -> expert k's A_k (R,in) and B_k (out,R), as views and not copies."""
     out = {}
     for path in experts.targets:
         name, layer = f"base_model.model.{PREFIX[type(experts.trunk)]}{path}", experts.trunk.get_submodule(path)
@@ -37,8 +38,8 @@ def factors(experts: Adapters, k: int) -> dict[str, torch.Tensor]:
 
 
 def save_adapter(experts: Adapters, k: int, directory, base: str) -> None:
-    """Writes expert k as a PEFT adapter, never half a file. base: the model that it belongs to, a directory or a name
-    on the hub, as transformers' from_pretrained takes it."""
+    """Writes expert k as a PEFT adapter; an interruption leaves no partial file. base: the base model, a directory or a
+    name on the hub, as transformers' from_pretrained takes it."""
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": experts.rank, "lora_alpha": int(SCALE * experts.rank), "lora_dropout": 0.0, "bias": "none",
@@ -50,23 +51,23 @@ def save_adapter(experts: Adapters, k: int, directory, base: str) -> None:
 
 @torch.no_grad()
 def load_adapter(experts: Adapters, k: int, directory) -> None:
-    """Copies a PEFT adapter into expert k: the inverse of save_adapter, exact to the bit. Another alpha than ours goes
-    into B. Raises: InputError naming the file and what does not fit; nothing is copied then."""
+    """Copies a PEFT adapter into expert k: the inverse of save_adapter, exact to the bit. If its alpha is not SCALE R,
+    B is scaled to compensate. Raises: InputError naming the file and what does not fit; nothing is copied then."""
     settings, weights = Path(directory) / SETTINGS, Path(directory) / WEIGHTS
     for path in (settings, weights):
         if not path.is_file():
-            raise InputError(f"is not there; an adapter's directory holds {SETTINGS} and {WEIGHTS}", file=path)
+            raise InputError(f"no such file; an adapter's directory holds {SETTINGS} and {WEIGHTS}", file=path)
     raw = read_json(settings)
     for key, value in ONLY.items():
         if raw.get(key, value) != value:
             raise InputError(f"{key} is {raw[key]!r}, wanted {value!r}; use a plain LoRA adapter", file=settings)
     if not raw.get("r") or not raw.get("lora_alpha"):
-        raise InputError(f"r is {raw.get('r')!r} and lora_alpha {raw.get('lora_alpha')!r}, wanted a number each; get "
+        raise InputError(f"r is {raw.get('r')!r} and lora_alpha {raw.get('lora_alpha')!r}, wanted two numbers; get "
                          "the file again", file=settings)
     try:
         found = load_file(weights)
     except SafetensorError as error:
-        raise InputError(f"is not a whole safetensors file ({error}); get it again", file=weights) from None
+        raise InputError(f"is not a complete safetensors file ({error}); get it again", file=weights) from None
     own = factors(experts, k)
     want, got = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (own, found))
     wrong = [f"{name}: got {got.get(name, 'none')}, wanted {want.get(name, 'none')}"

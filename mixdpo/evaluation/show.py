@@ -1,8 +1,8 @@
-"""A batch to look at: `python -m mixdpo.evaluation.show FILE` (`make show RUN=FOLDER`).
+"""Shows a batch as training sees it: `python -m mixdpo.evaluation.show FILE` (`make show RUN=FOLDER`).
 
-Prompt, response, end token and padding are told apart, in colour on a terminal and by name elsewhere. So are a special
-token, <|name|>, and characters that spell its name, '<|name|>'. What is shown is the batch itself, from its ids and
-lengths: what training sees. Left out: the file's own text.
+Prompt, response, end token and padding have different colours on a terminal and are named elsewhere. A special token is
+shown as <|name|>, ordinary characters that spell its name as '<|name|>'. Everything comes from the ids and lengths of
+the batch; the text of the file is not used.
 """
 
 import itertools
@@ -20,7 +20,7 @@ COLOURS = {"prompt": "36", "response": "1;32", "special": "30;45", "EOS": "30;43
 
 
 def show(batch: Batch, tokenizer, colour: bool = False) -> str:
-    """The batch as text, its parts told apart by colour (ANSI, with a legend) or, in the plain form, by name."""
+    """The batch as text. Its parts have different colours (ANSI, with a legend) or, in the plain form, names."""
 
     def part(kind: str, text: str) -> str:
         return f"\033[{COLOURS[kind]}m{text}\033[0m" if colour else f" {kind} {text}"
@@ -56,23 +56,26 @@ def show(batch: Batch, tokenizer, colour: bool = False) -> str:
 class ShowConfig:
     """Prints the first batch of a preference file."""
 
-    data: str  # preference file (.jsonl, .jsonl.gz); its flag may be left out
-    model: str = ""  # whose tokenizer: gpt2, smollm2, llama-3.2-1b or a directory; default: of the job beside the file
-    max_prompt: int = 0  # ids kept of a prompt, from its end; 0: as dataset.json beside the file says, else 64
-    max_response: int = 0  # ids kept of a response, EOS included; 0: the same
-    drop: bool = False  # leave faulty lines out, and list them
-    pairs: int = 4  # how many
-    data_folder: str = ""  # local files looked into before anything is fetched
+    data: str                   # preference file (.jsonl, .jsonl.gz); its flag may be omitted
+    model: str = ""             # the model whose tokenizer is used: gpt2, smollm2, llama-3.2-1b or a directory;
+                                # default: the model of the job in the file's folder, else smollm2
+    max_prompt: int = 0         # last ids of a prompt that are kept; 0: as in the dataset.json of the file's folder,
+                                # else 64
+    max_response: int = 0       # first ids of a response that are kept, EOS included; 0: the same
+    drop: bool = False          # skip faulty lines and list them
+    pairs: int = 4              # number of pairs to show
+    data_folder: str = ""       # folder of local files that is searched before anything is downloaded
 
 
 def main(argv: list[str]) -> None:
+    """The command: prints the first pairs of a file."""
     flags = argv if argv and argv[0].startswith("-") else ["--data", *argv]
     config = parse(ShowConfig, flags, "python -m mixdpo.evaluation.show FILE")
     if config.pairs < 1:
-        raise InputError(f"got {config.pairs}; wanted at least 1", option="pairs")
+        raise InputError(f"got {config.pairs}, wanted at least 1", option="pairs")
     home = Path(config.data).parent
-    beside = (home / "dataset.json", home / "job.json")
-    facts, job = (json.loads(file.read_text()) if file.exists() else {} for file in beside)
+    files = (home / "dataset.json", home / "job.json")
+    facts, job = (json.loads(file.read_text()) if file.exists() else {} for file in files)
     tuned = str(home / "reference") if (home / "reference").is_dir() else job.get("model", "smollm2")
     tokenizer = load_tokenizer(config.model or tuned, config.data_folder or None)
     lengths = [config.max_prompt or facts.get("max_prompt", 64), config.max_response or facts.get("max_new", 64)]

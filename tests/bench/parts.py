@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from mixdpo.evaluation.generate import generate
+from mixdpo.evaluation.generate import Sampling, generate
 from mixdpo.experts import Heads, pair_logp
 from mixdpo.fast.packing import compact_rows
 from mixdpo.logprob import token_logps, token_logps_reference
@@ -125,7 +125,7 @@ def sampling(setting: Setting) -> Stepper:
     """Completions of a fixed length."""
     model = load_model(setting.directory, dtype=products_in(setting), device=setting.device).eval()
     prompts = prompts_of(setting)
-    return Stepper(lambda: len(generate(model, prompts, setting.sizes.new, eos=-1, batch=len(prompts))), [])
+    return Stepper(lambda: len(generate(model, prompts, Sampling(setting.sizes.new, eos=-1, batch=len(prompts)))), [])
 
 
 def sampling_transformers(setting: Setting) -> Stepper:

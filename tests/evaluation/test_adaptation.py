@@ -9,8 +9,8 @@ import pytest
 import torch
 from raising import raises_at
 
-from mixdpo.evaluation.adaptation import adapted
-from mixdpo.metrics import mean_se
+from mixdpo.evaluation.adaptation import adaptation_curve
+from mixdpo.evaluation.statistics import mean_se
 from mixdpo.preferences import Pair
 
 
@@ -30,7 +30,7 @@ def test_the_posterior_is_bayes_rule():
     shown pairs at every point, the prior counted once a pair, another user's pairs."""
     pairs, h = planted(users=3, each=7)
     log_w = torch.log_softmax(torch.randn(21, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64), 1)
-    curve = adapted(pairs, h, log_w)
+    curve = adaptation_curve(pairs, h, log_w)
     assert [point["shown"] for point in curve] == [0, 1, 2] and all(point["users"] == 3 for point in curve)
     asked = 3 * (7 - 3)
     assert all(point["accuracy"]["n"] == asked for point in curve)
@@ -53,7 +53,7 @@ def test_a_handful_of_pairs_tells_a_users_type():
     whose error is that of two groups of users, not of the same."""
     pairs, h = planted()
     even = torch.full_like(h, 0.5).log()
-    curve = adapted(pairs, h, even)
+    curve = adaptation_curve(pairs, h, even)
     assert [point["shown"] for point in curve] == [0, 1, 2, 4, 8, 16]
     of = [point["accuracy"]["mean"] for point in curve]
     assert of[-1] > of[0] + 0.08 and of[-1] > 0.75 and of[1] > of[0]
@@ -61,7 +61,7 @@ def test_a_handful_of_pairs_tells_a_users_type():
     rise = curve[-1]["rise"]
     assert rise["mean"] == pytest.approx(of[-1] - of[0]) and rise["n"] == 60 and curve[0]["rise"]["mean"] == 0
     assert rise["se"] < 0.8 * math.hypot(curve[0]["accuracy"]["se"], curve[-1]["accuracy"]["se"])
-    flat = adapted(pairs, h[:, :1], torch.zeros(len(h), 1))
+    flat = adaptation_curve(pairs, h[:, :1], torch.zeros(len(h), 1))
     assert len({point["accuracy"]["mean"] for point in flat}) == 1
 
 
@@ -69,11 +69,11 @@ def test_users_of_few_pairs_count_where_they_can():
     """Catches: a user dropped from the first points too, or counted with fewer pairs than the point says."""
     pairs, h = planted(users=2, each=8)
     keep = [i for i, pair in enumerate(pairs) if pair.user == "u0" or i < 6]                # u1 has three pairs
-    curve = adapted([pairs[i] for i in keep], h[keep], torch.full((len(keep), 2), 0.5).log())
+    curve = adaptation_curve([pairs[i] for i in keep], h[keep], torch.full((len(keep), 2), 0.5).log())
     assert [(point["shown"], point["users"]) for point in curve] == [(0, 2), (1, 2), (2, 1), (4, 1)]
     assert [point["rise"]["n"] for point in curve] == [2, 2, 1, 1]
     with raises_at("1 of 1", line=0):
-        adapted([Pair([1], [2], [3])], h[:1], h[:1])
+        adaptation_curve([Pair([1], [2], [3])], h[:1], h[:1])
 
 
 def test_standard_errors_count_users_and_prompts():
@@ -81,7 +81,7 @@ def test_standard_errors_count_users_and_prompts():
     another user's; pairs shown among those that count."""
     pairs, h = planted(users=12, each=6)
     pairs = [dataclasses.replace(pair, prompt=[n // 12]) for n, pair in enumerate(pairs)]   # prompt p: each user's p-th
-    point = adapted(pairs, h, torch.full_like(h, 0.5).log())[0]
+    point = adaptation_curve(pairs, h, torch.full_like(h, 0.5).log())[0]
     asked, order = [], np.random.default_rng([0, 31])
     for u in range(12):
         asked += order.permutation([i for i in range(72) if i % 12 == u]).tolist()[3:]

@@ -1,4 +1,5 @@
-"""diagnostics.py against brute force that shares no code with it. Docstrings name the faults seen."""
+"""evaluation/statistics.py and metrics.py against brute force that shares no code with them.
+Docstrings name the faults seen."""
 
 import itertools
 import json
@@ -9,18 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from mixdpo.metrics import (
-    WINDOW,
+from mixdpo.evaluation.statistics import (
     adjusted_rand_index,
-    alarms,
     bayes_posterior,
     difference_se,
-    effective_experts,
-    entropy,
     matched_accuracy,
     mean_se,
-    step_summary,
 )
+from mixdpo.metrics import WINDOW, alarms, effective_experts, step_summary
+from mixdpo.mixture import entropy
 
 
 def labels(seed, n=30, a=3, b=4):
@@ -122,9 +120,9 @@ def test_standard_errors_count_clusters():
     assert twice["se"] == pytest.approx(got["se"]) and twice["mean"] == pytest.approx(got["mean"])
     assert math.isnan(mean_se([1.0])["se"]) and math.isnan(mean_se([1.0, 2.0], ["a", "a"])["se"])
     first = torch.tensor([n % 2 == 0 for n in range(8)])
-    apart = difference_se(rng.normal(size=8), first)
-    assert apart["se"] > 0
-    draws, told = [], []
+    gap = difference_se(rng.normal(size=8), first)
+    assert gap["se"] > 0
+    draws, errors = [], []
     for _ in range(400):
         shared, prompts = rng.normal(size=30), [n // 4 for n in range(120)]
         drawn = np.repeat(shared, 4) + 0.1 * rng.normal(size=120)           # four pairs of each prompt
@@ -132,9 +130,9 @@ def test_standard_errors_count_clusters():
         drawn = drawn + 3 * side.numpy()                                    # and the sides' means are far apart
         found = difference_se(drawn, side, prompts)
         draws.append(found["mean"])
-        told.append(found["se"])
+        errors.append(found["se"])
         assert found["mean"] == pytest.approx(drawn[side.numpy()].mean() - drawn[~side.numpy()].mean())
-    assert np.mean(told) == pytest.approx(np.std(draws), rel=0.12)
+    assert np.mean(errors) == pytest.approx(np.std(draws), rel=0.12)
 
 
 def test_matching_of_many_experts_is_quick_and_right():

@@ -17,6 +17,9 @@ import train
 from data.job import read_job
 from eval import EvalConfig, evaluate
 from mixdpo.config import InputError
+from mixdpo.evaluation import inputs
+from mixdpo.evaluation.completions import CompletionTask, policy_rows
+from mixdpo.evaluation.generate import Sampling
 from mixdpo.files.atomic import read_tensors, write_tensors
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import Pair
@@ -130,7 +133,7 @@ def test_one_head_on_a_frozen_trunk_is_evaluated_and_exported(job, tmp_path, mon
 def test_heldout_figures_by_hand(job, name):
     """Faults: margins against another reference; M5 under uniform w; a tie for a win; each user's own weights not used,
     or those of another user; pairs to compare runs by under other weights; accuracy of an annotator on all pairs; the
-    gap with its sign turned; pairs of one prompt counted as independent, or prompts told apart by their first token;
+    gap with its sign turned; pairs of one prompt counted as independent, or prompts distinguished by their first token;
     own - other of another annotator; a type's standard errors without clusters; figures under users' own weights whose
     errors count prompts alone."""
     records, h, w, table = slow_heldout(job, name)
@@ -167,8 +170,8 @@ def test_heldout_figures_by_hand(job, name):
         found, right = got["types"][kind]["own_expert"], (h[mask] > 0)[:, expert]
         assert (found["mean"], found["se"]) == pytest.approx((right.mean(), slow_se(right, of_kind)), abs=1e-5)
         for k in np.flatnonzero([own == kind for own in got["own"]]):
-            apart = (h[mask, k] > 0).mean() - (h[~np.array(mask), k] > 0).mean()
-            assert got["own_other"][k]["mean"] == pytest.approx(apart)
+            difference = (h[mask, k] > 0).mean() - (h[~np.array(mask), k] > 0).mean()
+            assert got["own_other"][k]["mean"] == pytest.approx(difference)
     assert got["own"] == ([None] if name == "dpo" else [got["alignment_train"]["naming"][k] for k in "01"])
     assert [gap is None for gap in got["own_other"]] == [own is None for own in got["own"]]
     assert [a["mean"] for a in got["accuracy_all"]] == pytest.approx((h > 0).mean(0).tolist())
@@ -223,8 +226,8 @@ def test_kl_of_every_row_by_hand(job):
     assert results["policies"]["reference"]["gain"]["mean"] == 0.0
     run = evaluation.load_run(folder / "mix-pair", "cpu", "")
     reference, tokenizer = load_model(model), load_tokenizer(model)
-    prompts, config = [Pair(tokenizer.encode(p), [], []) for p in PROMPTS], EvalConfig(dir=str(folder))
-    rows = evaluation.policy_rows([run], reference, prompts, config, MAX_NEW, tokenizer.eos)
+    prompts = [Pair(tokenizer.encode(p), [], []) for p in PROMPTS]
+    rows = policy_rows([run], CompletionTask(reference, prompts, Sampling(MAX_NEW, tokenizer.eos, seed=1, batch=128)))
     for mode in ("mixture", "sparse", "head 0", "head 1"):
         row = rows[f"mix-pair {mode}"]
         for n, (prompt, ids, z) in enumerate(zip(prompts, row["ids"], row["z"])):
@@ -239,7 +242,7 @@ def test_kl_of_every_row_by_hand(job):
 def test_kl_is_of_the_policy_that_was_sampled(job, temperature):
     """At another temperature than 1, by hand; greedy, log pi is 0 and KL is -log pi_ref, and the mixture's is what the
     experts that say the same weigh together. Faults: the untempered log-ratio of tempered samples; a tempered reference
-    to compare with; the reference's own row at 0; an expert of a mixture that cannot have said it counted."""
+    to compare with; the reference's own row at 0; an expert of a mixture that cannot have written it counted."""
     folder, _, model = job
     run, reference = evaluation.load_run(folder / "mix-pair", "cpu", ""), load_model(model)
     tokenizer = load_tokenizer(model)
@@ -247,8 +250,8 @@ def test_kl_is_of_the_policy_that_was_sampled(job, temperature):
     if not temperature:
         with torch.no_grad():
             run.experts.W_k[1, ::2] *= -1                                   # else both heads say the same, greedily
-    config = EvalConfig(dir=str(folder), temperature=temperature)
-    rows = evaluation.policy_rows([run], reference, prompts, config, MAX_NEW, tokenizer.eos)
+    task = CompletionTask(reference, prompts, Sampling(MAX_NEW, tokenizer.eos, temperature, seed=1, batch=128))
+    rows = policy_rows([run], task)
     heads = [run.experts.policy(k) for k in range(2)]
     for mode in ("reference", "mix-pair mixture", "mix-pair sparse", "mix-pair head 0", "mix-pair head 1"):
         row = rows[mode]
@@ -275,8 +278,8 @@ def test_kl_is_on_average_the_kl_of_the_two_policies(job, temperature):
     folder, _, model = job
     run, reference, tokenizer = evaluation.load_run(folder / "dpo", "cpu", ""), load_model(model), load_tokenizer(model)
     prompt = tokenizer.encode("mn")
-    config = EvalConfig(dir=str(folder), temperature=temperature, batch=1500)
-    rows = evaluation.policy_rows([run], reference, [Pair(prompt, [], [])] * 1500, config, 1, tokenizer.eos)
+    sampling = Sampling(1, tokenizer.eos, temperature, seed=1, batch=1500)
+    rows = policy_rows([run], CompletionTask(reference, [Pair(prompt, [], [])] * 1500, sampling))
 
     def next_logp(policy, head, at):
         with torch.no_grad():
@@ -357,10 +360,10 @@ def test_what_is_refused(tmp_path, model_dir, job, monkeypatch):
     prompts = tmp_path / "prompts.jsonl"
     for line in ('{"prompt": ""}', '{"prompt": 3}', '{"text": "x"}', "[]", '{"prompt": '):
         prompts.write_text('{"prompt": "x"}\n\n' + line + "\n")
-        error = refused(lambda: evaluation.read_prompts(prompts, load_tokenizer(model_dir), 8, 0))
+        error = refused(lambda: inputs.read_prompts(prompts, load_tokenizer(model_dir), 8, 0))
         assert (error.file, error.line) == (prompts, 3)
     prompts.write_text('{"prompt": "x"}\n{"prompt": [{"role": "user", "content": "x"}]}\n')
-    assert refused(lambda: evaluation.read_prompts(prompts, load_tokenizer(model_dir), 8, 0)).file == prompts
+    assert refused(lambda: inputs.read_prompts(prompts, load_tokenizer(model_dir), 8, 0)).file == prompts
     for option, name, missing in (("heldout", "typo.jsonl", "typo.jsonl"), ("adapt", "typo.jsonl", "typo.jsonl"),
                                   ("prompts", "typo.jsonl", "typo.jsonl"),
                                   ("prompts", str(prompts), tmp_path / "dataset.json")):
@@ -469,8 +472,8 @@ def test_a_user_of_context_pairs_alone_is_the_generic_one(gate, place, tmp_path,
     """Without --estep context such pairs are left out, and the user is not known. Catches: a row of the gate that was
     never trained, or IndexError, for such a user; the rows of the others moved by one."""
     records = tinyjob.make_records(users=4, each=3)
-    aside = [r | {"user": "aside", "context": True} for r in tinyjob.make_records(users=1, each=2, seed=3)]
-    records = aside + records if place == 0 else records + aside
+    context_only = [r | {"user": "context", "context": True} for r in tinyjob.make_records(users=1, each=2, seed=3)]
+    records = context_only + records if place == 0 else records + context_only
     out = tinyjob.run(tmp_path, model_dir, records, gate=gate, gate_lr=0.5, epochs=3)
     tinyjob.write(tmp_path / "heldout.jsonl", records)
     run, reference, tokenizer = evaluation.load_run(out, "cpu", ""), load_model(model_dir), load_tokenizer(model_dir)
@@ -478,7 +481,7 @@ def test_a_user_of_context_pairs_alone_is_the_generic_one(gate, place, tmp_path,
                                                   tmp_path / "cache")
     assert run.gate.E.shape[0] == 1 + 4 and all(run.gate.E.abs().sum(1) > 0), "every row learns"
     if gate == "user":
-        for user, row in (("aside", 0), ("u0", 1), ("u3", 4)):
+        for user, row in (("context", 0), ("u0", 1), ("u3", 4)):
             own = torch.stack([log_w[n] for n, p in enumerate(pairs) if p.user == user])
             assert torch.allclose(own, torch.log_softmax(run.gate.E[row], -1).expand_as(own), atol=1e-6), user
 
@@ -547,7 +550,7 @@ def test_an_evaluation_that_fails_or_completes_nothing_leaves_the_samples_of_bef
     for name in ("train.jsonl", "heldout.jsonl", "prompts.jsonl", "dataset.json", "samples.jsonl"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     monkeypatch.setattr(evaluation, "write_report", lambda home: None)
-    monkeypatch.setattr(evaluation, "find_runs", lambda home: [folder / "dpo"])
+    monkeypatch.setattr(inputs, "find_runs", lambda home: [folder / "dpo"])
     monkeypatch.setitem(sys.modules, "data.annotators", types.SimpleNamespace(score=lambda *_: 1 / 0))
     before = (tmp_path / "samples.jsonl").read_bytes()
     with pytest.raises(ZeroDivisionError):
@@ -572,7 +575,7 @@ def test_runs_stand_by_name_and_older_ones_are_read(job, tmp_path, capsys):
     for name in ("mix-user", "mix-pair", "dpo"):
         shutil.copytree(folder / name, tmp_path / name)
     os.utime(tmp_path / "dpo" / "checkpoint")
-    assert [path.name for path in evaluation.find_runs(tmp_path)] == ["dpo", "mix-pair", "mix-user"]
+    assert [path.name for path in inputs.find_runs(tmp_path)] == ["dpo", "mix-pair", "mix-user"]
     assert list(results["preferences"]) == ["dpo", "mix-pair", "mix-user"]
     path = tmp_path / "mix-pair" / "config.json"
     options = json.loads(path.read_text())
@@ -581,8 +584,8 @@ def test_runs_stand_by_name_and_older_ones_are_read(job, tmp_path, capsys):
     capsys.readouterr()
     run = evaluation.load_run(tmp_path / "mix-pair", "cpu", "")
     assert (run.config.robust, run.config.label_noise, run.config.weights) == (0.0, 0.0, "0.3,0.7")
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(str(path))]
-    assert len(said) == 2 and "robust" in said[0] and "label_noise" in said[0] and "noise_seed_of_old" in said[1]
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith(str(path))]
+    assert len(notes) == 2 and "robust" in notes[0] and "label_noise" in notes[0] and "noise_seed_of_old" in notes[1]
     from data.job import read_run
 
     assert read_run(tmp_path / "mix-pair").config["label_noise"] == 0.0 and not capsys.readouterr().out

@@ -12,7 +12,7 @@ import pytest
 import small
 import torch
 
-from mixdpo.evaluation.generate import choose_expert, draw, first_above, generate
+from mixdpo.evaluation.generate import Sampling, choose_expert, draw, first_above, generate, generate_heads
 
 EOS = 3
 PROMPTS = [[5], [7, 2, 9, 11, 4, 6, 1], [8, 8], [1, 2, 4, 12], [5], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40]]
@@ -68,7 +68,7 @@ def test_greedy_equals_the_loop_without_a_cache(family):
     for end in (EOS, eos):
         want = [greedy(model, p, 12, end) for p in PROMPTS]
         for batch in (64, 4, 1):
-            assert generate(model, PROMPTS, 12, end, temperature=0, batch=batch) == want, (end, batch)
+            assert generate(model, PROMPTS, Sampling(12, end, temperature=0, batch=batch)) == want, (end, batch)
     assert any(w[-1] == eos and len(w) < 12 for w in want) and any(len(w) == 12 for w in want)
 
 
@@ -81,7 +81,7 @@ def test_sampling_equals_the_loop_without_a_cache(family):
     for seed, temperature in ((0, 1.0), (1, 0.7), (2, 1.6)):
         want = [sampled(model, p, 10, EOS, temperature, np.random.default_rng([seed, n]).random(10))
                 for n, p in enumerate(PROMPTS)]
-        assert generate(model, PROMPTS, 10, EOS, temperature=temperature, seed=seed) == want
+        assert generate(model, PROMPTS, Sampling(10, EOS, temperature=temperature, seed=seed)) == want
     assert len({tuple(w) for w in want}) == len(want), "row 0 and row 4 have one prompt and must have their own noise"
 
 
@@ -90,15 +90,15 @@ def test_a_text_is_the_same_alone_and_in_any_batch(family):
     """Given its row number.
     Catches: noise that depends on batch size, order, other rows or max_new's place in the stream."""
     model = small.model(family)
-    together = generate(model, PROMPTS, 10, EOS, seed=4)
+    together = generate(model, PROMPTS, Sampling(10, EOS, seed=4))
     for batch in (1, 2, 5):
-        assert generate(model, PROMPTS, 10, EOS, seed=4, batch=batch) == together
+        assert generate(model, PROMPTS, Sampling(10, EOS, seed=4, batch=batch)) == together
     for n, prompt in enumerate(PROMPTS):
-        assert generate(model, [prompt], 10, EOS, seed=4, rows=[n]) == [together[n]]
-    turned = generate(model, PROMPTS[::-1], 10, EOS, seed=4, rows=list(range(len(PROMPTS)))[::-1])
+        assert generate(model, [prompt], Sampling(10, EOS, seed=4), rows=[n]) == [together[n]]
+    turned = generate(model, PROMPTS[::-1], Sampling(10, EOS, seed=4), rows=list(range(len(PROMPTS)))[::-1])
     assert turned == together[::-1]
-    assert [ids[:4] for ids in together] == generate(model, PROMPTS, 4, EOS, seed=4)
-    assert generate(model, PROMPTS, 10, EOS, seed=5) != together
+    assert [ids[:4] for ids in together] == generate(model, PROMPTS, Sampling(4, EOS, seed=4))
+    assert generate(model, PROMPTS, Sampling(10, EOS, seed=5)) != together
 
 
 def test_the_end_token():
@@ -106,7 +106,7 @@ def test_the_end_token():
     an id of the prompt is not an end.
     Catches: EOS dropped or doubled, a batch that stops at the first end, rows padded with EOS to one length."""
     model = small.model("gpt2", vocab=7)
-    texts = generate(model, [[EOS], [1, EOS, 2]] * 100, 12, EOS, seed=0)
+    texts = generate(model, [[EOS], [1, EOS, 2]] * 100, Sampling(12, EOS, seed=0))
     assert all(EOS not in ids[:-1] and 1 <= len(ids) <= 12 for ids in texts)
     assert all(ids[-1] == EOS for ids in texts if len(ids) < 12)
     lengths = {len(ids) for ids in texts}
@@ -118,11 +118,12 @@ def test_contracts():
     deep inside or in silence."""
     model, calls = small.model(context=16), []
     with pytest.raises(AssertionError, match="empty prompt"):
-        generate(model, [[1], []], 4, EOS)
+        generate(model, [[1], []], Sampling(4, EOS))
     with pytest.raises(AssertionError, match="17 tokens.* 16"):
-        generate(model, [[1], [1] * 12], 5, EOS)
-    assert all(1 <= len(ids) <= 4 for ids in generate(model, [[1] * 12], 4, EOS)) and generate(model, [], 4, EOS) == []
-    generate(model, [[1]] * 5, 4, EOS, batch=2, progress=lambda *call: calls.append(call))
+        generate(model, [[1], [1] * 12], Sampling(5, EOS))
+    assert all(1 <= len(ids) <= 4 for ids in generate(model, [[1] * 12], Sampling(4, EOS)))
+    assert generate(model, [], Sampling(4, EOS)) == []
+    generate(model, [[1]] * 5, Sampling(4, EOS, batch=2), progress=lambda *call: calls.append(call))
     assert calls == [(2, 5), (4, 5), (5, 5)]
 
 
@@ -130,30 +131,29 @@ def test_another_head_on_the_same_trunk():
     """Catches: an unembedding argument that is ignored, or used for the first token alone."""
     model = small.model("llama")
     head = torch.randn(small.VOCAB, 12, generator=torch.Generator().manual_seed(1))
-    got = generate(model, PROMPTS, 8, EOS, temperature=0, unembedding=head)
-    assert got == [greedy(model, p, 8, EOS, head) for p in PROMPTS] != generate(model, PROMPTS, 8, EOS, temperature=0)
+    sampling = Sampling(8, EOS, temperature=0)
+    got = generate(model, PROMPTS, sampling, unembedding=head)
+    assert got == [greedy(model, p, 8, EOS, head) for p in PROMPTS] != generate(model, PROMPTS, sampling)
 
 
 def test_heads_of_one_trunk_decode_together():
-    """Prompts of different experts in one batch: each text is that of its own expert alone, and of its own row's
-    uniforms. Catches: another row's head, heads in another order after sorting by length, a prompt that is asked for
+    """Rows of different heads in one batch: each text equals that of its own head alone, with the random numbers of its
+    own prompt. Catches: another row's head, heads in another order after sorting by length, a prompt that is asked for
     twice decoded once."""
     model, generator = small.model("gpt2"), torch.Generator().manual_seed(3)
     heads = [torch.randn(model.unembedding.shape, generator=generator) for _ in range(3)]
-    prompts, expert, rows = PROMPTS * 2, [(n + n // 6) % 3 for n in range(12)], list(range(6)) * 2
     for temperature in (0, 1.0):
-        got = generate(model, prompts, 8, EOS, temperature, seed=4, batch=5, unembedding=heads, rows=rows,
-                       expert=expert)
-        alone = [generate(model, [p], 8, EOS, temperature, seed=4, unembedding=heads[k], rows=[n])[0]
-                 for p, k, n in zip(prompts, expert, rows)]
-        assert got == alone and len({tuple(ids) for ids in got}) > len(PROMPTS)
+        got = generate_heads(model, heads, PROMPTS, Sampling(8, EOS, temperature, seed=4, batch=5))
+        alone = [[generate(model, [p], Sampling(8, EOS, temperature, seed=4), head, rows=[n])[0]
+                  for n, p in enumerate(PROMPTS)] for head in heads]
+        assert got == alone and len({tuple(ids) for texts in got for ids in texts}) > len(PROMPTS)
 
 
 # --- one draw ---------------------------------------------------------------------------------------------------------
 
 
 def test_draw_inverts_the_cumulative_distribution():
-    """At and beside every step of it.
+    """At and next to every step of it.
     Catches: >= for >, a token of probability 0 drawn, a uniform near 1 beyond the last token,
     a cumulative sum in float32 over a large vocabulary."""
     p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
@@ -209,7 +209,7 @@ def test_texts_have_the_policys_law(family):
     model = small.model(family, vocab=4)
     law = enumerate_texts(model, [1, 2], 3, EOS, 4)
     assert len(law) == 1 + 3 + 9 * 4 and max(law.values()) < 0.5
-    assert_frequencies(count(generate(model, [[1, 2]] * 3000, 3, EOS, seed=0, batch=3000), law), law.values())
+    assert_frequencies(count(generate(model, [[1, 2]] * 3000, Sampling(3, EOS, seed=0, batch=3000)), law), law.values())
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -227,7 +227,7 @@ def test_the_mixture_has_the_law_of_m1(seed):
     mixture = {ids: 0.3 * law[0][ids] + 0.7 * law[1][ids] for ids in law[0]}
     assert sum(abs(law[0][ids] - law[1][ids]) for ids in mixture) > 0.5, "experts that say the same test nothing"
     z = choose_expert(log_w, 3000, "mixture", seed)
-    texts = [generate(trunk, [[1, 2]] * 3000, 3, EOS, seed=seed, batch=3000, unembedding=head) for head in heads]
+    texts = [generate(trunk, [[1, 2]] * 3000, Sampling(3, EOS, seed=seed, batch=3000), head) for head in heads]
     assert_frequencies(count([texts[k][n] for n, k in enumerate(z.tolist())], mixture), mixture.values())
 
 

@@ -1,5 +1,5 @@
-"""mixdpo/evaluation/identifiability.py: the count beside the rank of the map's derivative, and what is said. What each
-test catches stands in its docstring."""
+"""mixdpo/evaluation/identifiability.py: the count against the rank of the map's derivative, and the printed text.
+What each test catches stands in its docstring."""
 
 import json
 from itertools import combinations
@@ -68,23 +68,24 @@ def test_what_is_counted():
     assert (c.comparisons, c.edges, c.prompts, c.shared, c.both_ways) == (7, 5, 2, 1, 1)
     assert c.unknowns == 2 + 1 + 1 + 1 and c.users == [1, 1, 1, 2, 2]
     assert c.judged_together == 2, "a's two, and e's one that was judged twice"
-    assert c.telling == 5, "all but c's and d's"
+    assert c.informative == 5, "all but c's and d's"
     c = counts_of([pair(2, 3), pair(4, 5)])
-    assert c.users == [] and c.telling == c.judged_together == 0 and c.supports(True) == 1
+    assert c.users == [] and c.informative == c.judged_together == 0 and c.supports(True) == 1
 
 
 def test_the_verdict_in_words():
     """Catches: a verdict for the other latent, no word of what would help, more types than users."""
     alone = describe_counts(counts_of([pair(2, 3, prompt=p) for p in range(1, 30)]), 2, "pair")
     assert alone[0].startswith("29 comparisons of 29 different pairs of responses to 29 prompts; 0 responses")
-    assert "no pair was judged both ways" in alone[1] and alone[2].startswith("0 of 29 comparisons can say anything")
-    assert "one type a pair: these data support K = 1" in alone[3] and "users' names" in alone[3]
+    assert "no pair was judged both ways" in alone[1] and alone[2].startswith("0 of 29 comparisons carry information")
+    assert "with one type per pair these data support K = 1" in alone[3] and "add users to the data" in alone[4]
+    assert alone[4].startswith("warning: --experts 2 is more than these data support")
     of_users = counts_of([pair(2, 3, f"u{p % 4}", prompt=p) for p in range(1, 41)])
-    said = describe_counts(of_users, 2, "user")
-    assert said[1].startswith("4 users with 10 to 10 comparisons each, half of them with 10 or more; 0 with one alone")
-    assert "one type a user: K = 4 (180 frequencies more" in said[-1] and "no more types than users" in said[-1]
-    assert "more than that" not in said[-1] and "--latent user would let" in describe_counts(of_users, 2, "pair")[-1]
-    assert "--experts 5 is more than that" in describe_counts(of_users, 5, "user")[-1]
+    got = describe_counts(of_users, 2, "user")
+    assert got[1].startswith("4 users with 10 to 10 comparisons each, median 10; 0 users have only one")
+    assert "with one type per user K = 4 (180 more frequencies" in got[-1] and "at most one type per user" in got[-1]
+    assert "warning" not in got[-1] and "or --latent user" in describe_counts(of_users, 2, "pair")[-1]
+    assert "--experts 5 is more than" in describe_counts(of_users, 5, "user")[-1]
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -94,7 +95,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr("mixdpo.text.tokenizer.load_tokenizer", lambda name, data: Letters())
     identifiability.main([str(path), "--experts", "3"])
-    assert "one type a user: K = 2" in (out := capsys.readouterr().out) and "--experts 3 is more than that" in out
+    assert "with one type per user K = 2" in (out := capsys.readouterr().out) and "--experts 3 is more than" in out
 
 
 @pytest.mark.parametrize("option, value", [("experts", "0"), ("experts", "-2"), ("latent", "foo"), ("max_prompt", "0"),

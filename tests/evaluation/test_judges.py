@@ -44,19 +44,19 @@ def endpoint(monkeypatch):
             with self.server.lock:
                 self.server.calls.append((body, self.headers.get("Authorization"), self.path))
                 fault = self.server.faults.pop(0) if self.server.faults else None
-            said = body["messages"][0]["content"]
-            first, second = (said.split(f"[{which} answer]\n")[1].split("\n")[0] for which in ("First", "Second"))
-            longer = "Which is longer?" in said
+            query = body["messages"][0]["content"]
+            first, second = (query.split(f"[{which} answer]\n")[1].split("\n")[0] for which in ("First", "Second"))
+            longer = "Which is longer?" in query
             word = "first" if self.server.biased or (len(first) > len(second)) == longer else "second"
             if self.server.style:
-                word = self.server.style(word, said)
+                word = self.server.style(word, query)
             else:
                 word = fault[1] if fault and fault[0] == "says" else f" {word.title()}. "
             reply = json.dumps({"choices": [{"message": {"content": word}}],
                                 "usage": {"prompt_tokens": 10, "completion_tokens": 1}}).encode()
             if fault and fault[0] == "slow":
                 time.sleep(fault[1])
-            status, text = fault[1:] if fault and fault[0] == "status" else self.server.refuses(body, said) or (0, "")
+            status, text = fault[1:] if fault and fault[0] == "status" else self.server.refuses(body, query) or (0, "")
             if status:
                 self.send_response(status)
                 self.send_header("Retry-After", "0.01")
@@ -73,7 +73,7 @@ def endpoint(monkeypatch):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.calls, server.faults, server.biased, server.lock = [], [], False, threading.Lock()
-    server.style, server.refuses = None, lambda body, said: None
+    server.style, server.refuses = None, lambda body, query: None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1/")
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
@@ -162,7 +162,7 @@ def test_a_lasting_fault_ends_and_nothing_is_lost(job, endpoint, monkeypatch):
 
 
 def test_what_is_refused(job, monkeypatch, tmp_path):
-    """Catches: a policy as its own judge, a question asked before all is known to be good, an option without effect."""
+    """Catches: a policy as its own judge, a query asked before all is known to be good, an option without effect."""
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     run = job / "mix"
@@ -210,23 +210,24 @@ def test_a_verdict_is_taken_only_where_it_is_clear():
             llm.verdict(reply, "shorter")
 
 
-def asked_of(said: str) -> str:
-    """The prompt in a question."""
-    return said.split("[Conversation]\n")[1].split("\n")[0].strip()
+def asked_of(query: str) -> str:
+    """The prompt in a query."""
+    return query.split("[Conversation]\n")[1].split("\n")[0].strip()
 
 
 @pytest.mark.parametrize("reply", [None, "I can't help with comparing these answers."])
 def test_a_comparison_without_a_verdict_is_not_judged_and_the_rest_is(job, endpoint, reply, capsys, monkeypatch):
     """Catches: one prompt that the judge will not answer ends everything, at every run; such a prompt as a tie, or its
-    number not told; a pause before the same question again."""
-    endpoint.style = lambda word, said: reply if asked_of(said) == "p0" else f"<think>first or second</think>{word}"
+    number not printed; a pause before the same query again."""
+    endpoint.style = lambda word, query: reply if asked_of(query) == "p0" else f"<think>first or second</think>{word}"
     pauses = []
     monkeypatch.setattr(llm.time, "sleep", pauses.append)
     evaluation.main([str(job), "--judge", "llm:judge", "--against", "dpo"])
     assert not any(pauses)
     calls, found = len(endpoint.calls), json.loads((job / "winrates.json").read_text())
     assert calls == 24 - 8 + 8 * llm.ATTEMPTS, "2 policies, 2 criteria, 2 orders of the first prompt"
-    assert "1 not judged" in capsys.readouterr().out
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("policy", "reference"))]
+    assert [row[-2:] for row in rows[::2]] == [["not", "judged"]] * 2 and [row[-1] for row in rows[1::2]] == ["1"] * 2
     for column, wins, losses in (("short", 2, 0), ("long", 0, 2)):
         f = found["columns"][column]["reference"]
         assert (f["wins"], f["ties"], f["losses"], f["unjudged"]) == (wins, 1, losses, 1)
@@ -239,25 +240,25 @@ def test_a_question_that_a_filter_refuses_is_not_judged(job, endpoint, capsys, m
     """Catches: HTTP 400 for one prompt ends everything, or is kept for good; a wrong request that is sent for each
     prompt of thousands."""
     monkeypatch.setattr(llm, "MOST_REFUSED", 5)
-    endpoint.refuses = lambda body, said: (400, '{"code": "content_filter"}') if asked_of(said) == "p2" else None
+    endpoint.refuses = lambda body, query: (400, '{"code": "content_filter"}') if asked_of(query) == "p2" else None
     found = win_rates(job, "llm:judge", "dpo")
     assert all(f["unjudged"] == 1 for rows in found["columns"].values() for f in rows.values())
     assert "content_filter" in capsys.readouterr().out and len(endpoint.calls) == 24
-    endpoint.refuses = lambda body, said: None
+    endpoint.refuses = lambda body, query: None
     found = win_rates(job, "llm:judge", "dpo")
     assert len(endpoint.calls) == 24 + 8 and not any(f["unjudged"] for rows in found["columns"].values()
                                                      for f in rows.values())
     endpoint.calls.clear()
-    endpoint.refuses = lambda body, said: (400, "no such option")
+    endpoint.refuses = lambda body, query: (400, "no such option")
     with pytest.raises(InputError) as error:
         win_rates(job, "llm:other", "dpo")
     assert error.value.option == "judge" and len(endpoint.calls) < 5 + llm.AT_ONCE
 
 
 def test_a_judge_that_takes_no_temperature_is_asked_without_one(job, endpoint, capsys):
-    """Catches: a reasoning model that refuses temperature 0 ends everything; the retry for each question, or in
+    """Catches: a reasoning model that refuses temperature 0 ends everything; the retry for each query, or in
     silence; a temperature left out where it is taken."""
-    endpoint.refuses = lambda body, said: (400, "'temperature' does not support 0") if "temperature" in body else None
+    endpoint.refuses = lambda body, query: (400, "'temperature' does not support 0") if "temperature" in body else None
     found = win_rates(job, "llm:judge", "dpo")
     assert found["columns"]["short"]["reference"]["wins"] == 2
     assert capsys.readouterr().out.count("takes no temperature of 0") == 1
@@ -266,7 +267,7 @@ def test_a_judge_that_takes_no_temperature_is_asked_without_one(job, endpoint, c
 
 def test_nothing_judged_at_all(job, endpoint):
     """Catches: a rate of 0 or 1/2, NaN in a JSON file, a report that cannot be made."""
-    endpoint.style = lambda word, said: "neither"
+    endpoint.style = lambda word, query: "neither"
     rows = [json.loads(line) for line in (job / "samples.jsonl").read_text().splitlines()]
     (job / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if row["prompt"] != "p1 "))
     assert np.isnan(win_rates(job, "llm:judge", "dpo")["columns"]["short"]["reference"]["rate"])

@@ -15,7 +15,7 @@ import torch
 from test_generate import assert_frequencies, count, logits_after, sampled
 
 from mixdpo.evaluation import generate as module
-from mixdpo.evaluation.generate import choose_expert, generate, generate_tokenwise, next_token
+from mixdpo.evaluation.generate import Sampling, choose_expert, generate, generate_tokenwise, next_token
 from mixdpo.mixture import mixture_logp, prefix_log_weights
 
 V, EOS, LONGEST = 4, 3, 3
@@ -63,7 +63,7 @@ def drive(monkeypatch, policies, log_w, prompts, temperature):
     with monkeypatch.context() as patch:
         patch.setattr(module, "draw", note)
         log_w = log_w if log_w.ndim == 1 else log_w.repeat_interleave(len(TEXTS), 0)
-        got = generate_tokenwise(policies, log_w, rows, LONGEST, EOS, temperature, batch=len(rows))
+        got = generate_tokenwise(policies, log_w, rows, Sampling(LONGEST, EOS, temperature, batch=len(rows)))
     assert got == [list(ids) for ids in TEXTS] * len(prompts)
     logps = [sum(noted[t][n, v].item() for t, v in enumerate(ids)) for n, ids in enumerate(got)]
     return torch.tensor(logps, dtype=torch.float64).view(len(prompts), -1)
@@ -160,10 +160,11 @@ def test_both_samplers_have_the_mixtures_law(monkeypatch, sharing, K, temperatur
     mixture's, an end that is ignored. Weights of the untempered probabilities need the exact test."""
     policies, log_w = make_policies(sharing, K), torch.tensor(WEIGHTS[K]).log()
     law = dict(zip(TEXTS, mixture_law(policies, WEIGHTS[K], [1, 2], temperature)))
-    tokenwise = generate_tokenwise(policies, log_w, [[1, 2]] * 4000, LONGEST, EOS, temperature, seed=1, batch=4000)
+    prompts, sampling = [[1, 2]] * 4000, Sampling(LONGEST, EOS, temperature, seed=1, batch=4000)
+    tokenwise = generate_tokenwise(policies, log_w, prompts, sampling)
     assert_frequencies(count(tokenwise, law), law.values())
     z = choose_expert(log_w, 4000, "mixture", 1)
-    texts = [generate(model, [[1, 2]] * 4000, LONGEST, EOS, temperature, 1, 4000, head) for model, head in policies]
+    texts = [generate(model, prompts, sampling, head) for model, head in policies]
     assert_frequencies(count([texts[k][n] for n, k in enumerate(z.tolist())], law), law.values())
     with monkeypatch.context() as patch:
         patch.setattr(module, "next_token", lambda logits, log_w, *rest: (next_token(logits, log_w, *rest)[0], log_w))
@@ -185,12 +186,13 @@ def test_a_text_is_the_same_alone_and_in_any_batch(sharing):
     in the sorted order, an end that stops other rows."""
     policies = make_policies(sharing, 3, vocab=small.VOCAB)
     gate = torch.log_softmax(3 * torch.randn(len(RAGGED), 3, generator=torch.Generator().manual_seed(0)), -1)
-    together = generate_tokenwise(policies, gate, RAGGED, 12, EOS, seed=4)
+    together = generate_tokenwise(policies, gate, RAGGED, Sampling(12, EOS, seed=4))
     for batch in (1, 2, 5):
-        assert generate_tokenwise(policies, gate, RAGGED, 12, EOS, seed=4, batch=batch) == together
+        assert generate_tokenwise(policies, gate, RAGGED, Sampling(12, EOS, seed=4, batch=batch)) == together
     for n, prompt in enumerate(RAGGED):
-        assert generate_tokenwise(policies, gate[n : n + 1], [prompt], 12, EOS, seed=4, rows=[n]) == [together[n]]
-    assert generate_tokenwise(policies, gate.flip(0), RAGGED, 12, EOS, seed=4) != together
+        alone = generate_tokenwise(policies, gate[n : n + 1], [prompt], Sampling(12, EOS, seed=4), rows=[n])
+        assert alone == [together[n]]
+    assert generate_tokenwise(policies, gate.flip(0), RAGGED, Sampling(12, EOS, seed=4)) != together
     assert any(len(ids) < 12 for ids in together) and any(len(ids) == 12 for ids in together)
 
 
@@ -212,7 +214,8 @@ def test_greedy_takes_the_likeliest_token_of_the_mixture(sharing):
     an expert's argmax as its whole distribution (the limit of temperature 0)."""
     policies = make_policies(sharing, 3, vocab=small.VOCAB)
     want = [mixed(policies, WEIGHTS[3], prompt, 12, lambda p: p.index(max(p))) for prompt in RAGGED]
-    assert generate_tokenwise(policies, torch.tensor(WEIGHTS[3]).log(), RAGGED, 12, EOS, temperature=0) == want
+    log_w = torch.tensor(WEIGHTS[3]).log()
+    assert generate_tokenwise(policies, log_w, RAGGED, Sampling(12, EOS, temperature=0)) == want
 
 
 def test_one_expert_is_generate(monkeypatch):
@@ -221,15 +224,16 @@ def test_one_expert_is_generate(monkeypatch):
     text now and then."""
     model, calls = small.model("gpt2"), []
     for seed, temperature in ((0, 1.0), (1, 0.7), (2, 1.6)):
-        got = generate_tokenwise([(model, model.unembedding)], torch.zeros(1), RAGGED, 10, EOS, temperature, seed)
-        assert got == generate(model, RAGGED, 10, EOS, temperature, seed)
+        sampling = Sampling(10, EOS, temperature, seed)
+        got = generate_tokenwise([(model, model.unembedding)], torch.zeros(1), RAGGED, sampling)
+        assert got == generate(model, RAGGED, sampling)
         assert got == [sampled(model, p, 10, EOS, temperature, np.random.default_rng([seed, n]).random(10))
                        for n, p in enumerate(RAGGED)]
     with torch.no_grad():
         want = model(torch.tensor(RAGGED[1:2]), model.new_cache(1, 8))[:, -1] @ model.unembedding.T
     with monkeypatch.context() as patch:
         patch.setattr(module, "draw", lambda *args: calls.append(args) or torch.zeros(1, dtype=torch.int64))
-        generate_tokenwise([(model, model.unembedding)], torch.zeros(1), RAGGED[1:2], 1, EOS, 0.7)
+        generate_tokenwise([(model, model.unembedding)], torch.zeros(1), RAGGED[1:2], Sampling(1, EOS, 0.7))
     assert torch.equal(calls[0][0], want) and calls[0][1] == 0.7
 
 
@@ -243,10 +247,10 @@ def test_an_expert_without_weight_is_never_used(monkeypatch):
     want = [mixture_law(policies, w, prompt) for prompt in PROMPTS]
     assert np.allclose(got.exp().numpy(), want, rtol=0, atol=1e-6) and not got.isnan().any()
     policies = make_policies("models", 3, vocab=small.VOCAB)
-    own = [generate(model, RAGGED, 12, EOS, seed=3, unembedding=head) for model, head in policies]
+    own = [generate(model, RAGGED, Sampling(12, EOS, seed=3), unembedding=head) for model, head in policies]
     only = torch.eye(3)[[0, 1, 2, 2, 1, 0]].log()                           # each prompt has one expert
     want = [own[k][n] for n, k in enumerate([0, 1, 2, 2, 1, 0])]
-    assert generate_tokenwise(policies, only, RAGGED, 12, EOS, seed=3) == want
+    assert generate_tokenwise(policies, only, RAGGED, Sampling(12, EOS, seed=3)) == want
 
 
 @pytest.mark.parametrize("options", [dict(rank=3), dict(rank=0), dict(sharing="models")])
@@ -258,7 +262,7 @@ def test_a_shared_trunk_runs_once_a_token(options):
     models = {id(model): model for model, _ in policies}.values()
     for model in models:
         model.register_forward_hook(lambda model, args, out: passes.append((id(model), args[0].shape[1])))
-    texts = generate_tokenwise(policies, torch.zeros(3), RAGGED[:2], 6, -1)
+    texts = generate_tokenwise(policies, torch.zeros(3), RAGGED[:2], Sampling(6, -1))
     assert [len(ids) for ids in texts] == [6, 6] and len(models) == (3 if "sharing" in options else 1)
     assert sorted(passes) == sorted((id(model), tokens) for model in models for tokens in [7] + [1] * 5)
 
@@ -268,15 +272,15 @@ def test_contracts():
     bfloat16 weights, NaN weights."""
     policies, log_w = [(m, m.unembedding) for m in (small.model(), small.model("llama", context=16))], torch.zeros(2)
     with pytest.raises(AssertionError, match="take 17 tokens, the model's context is 16"):
-        generate_tokenwise(policies, log_w, [[1], [1] * 12], 5, EOS)
+        generate_tokenwise(policies, log_w, [[1], [1] * 12], Sampling(5, EOS))
     with pytest.raises(AssertionError, match="empty prompt"):
-        generate_tokenwise(policies, log_w, [[]], 4, EOS)
+        generate_tokenwise(policies, log_w, [[]], Sampling(4, EOS))
     for wrong in (torch.zeros(1), torch.zeros(3), torch.zeros(1, 2), torch.zeros(2, 1)):
         with pytest.raises(AssertionError, match="got log_w"):
-            generate_tokenwise(policies, wrong, [[1], [2]], 4, EOS)
+            generate_tokenwise(policies, wrong, [[1], [2]], Sampling(4, EOS))
     for wrong in (torch.tensor([[0.0, 0.0], [-torch.inf, -torch.inf]]), torch.tensor([0.0, torch.nan])):
         with pytest.raises(AssertionError, match="weight 0"):
-            generate_tokenwise(policies, wrong, [[1], [2]], 4, EOS)
+            generate_tokenwise(policies, wrong, [[1], [2]], Sampling(4, EOS))
     with pytest.raises(AssertionError, match="bfloat16"):
-        generate_tokenwise(policies, log_w.bfloat16(), [[1]], 4, EOS)
-    assert generate_tokenwise(policies, log_w, [], 4, EOS) == []
+        generate_tokenwise(policies, log_w.bfloat16(), [[1]], Sampling(4, EOS))
+    assert generate_tokenwise(policies, log_w, [], Sampling(4, EOS)) == []

@@ -1,4 +1,4 @@
-"""mixdpo.linear.linear_mixture on data whose truth is planted: the oracle's likelihood and assignments, for pairs and
+"""mixdpo.start.linear_mixture on data whose truth is planted: the oracle's likelihood and assignments, for pairs and
 for users."""
 
 import math
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixdpo.linear import foretold, linear_mixture
+from mixdpo.start import LinearOptions, half_split_likelihood, linear_mixture
 
 D = 8
 
@@ -28,7 +28,7 @@ def plant(rng, theta, w, units, pairs_each=1):
 
 
 def fit(x, group, experts, **options):
-    return linear_mixture(torch.tensor(x, dtype=torch.float32), torch.tensor(group), experts, **options)
+    return linear_mixture(torch.tensor(x, dtype=torch.float32), torch.tensor(group), experts, LinearOptions(**options))
 
 
 def per_pair(x, theta, w):
@@ -97,7 +97,8 @@ def test_bound_belongs_to_the_parameters_returned(small):
     """Catches: a bound or log_q computed before the last M-step, a mean for the sum over groups, the penalty forgotten
     or added, another start's bound."""
     x, group, _ = small
-    model = linear_mixture(torch.tensor(x), torch.tensor(group), 2, iterations=4)  # early: a stale number shows
+    early = LinearOptions(iterations=4)                                     # a stale number shows
+    model = linear_mixture(torch.tensor(x), torch.tensor(group), 2, early)
     theta, w = learned(model)
     assert model.theta.shape == (2, D) and model.log_w.shape == (2,) and model.log_q.shape == (60, 2)
     assert len(model.bounds) == 5 and model.bound == max(model.bounds) and isinstance(model.bound, float)
@@ -114,7 +115,7 @@ def test_fit_is_stationary_for_its_own_bound(small, l2):
     """At convergence the bound's gradient in theta vanishes and w = mean q. Catches: M-step and bound with different
     penalties, l2 ignored or scaled by the number of pairs, unweighted regressions."""
     x, group, _ = small
-    model = linear_mixture(torch.tensor(x), torch.tensor(group), 2, l2=l2, iterations=400, starts=2)
+    model = linear_mixture(torch.tensor(x), torch.tensor(group), 2, LinearOptions(l2, 2, 400))
     theta, w = learned(model)
     factor = (sum(log_marginals(x, theta, w)) - model.bound) / (theta ** 2).sum()
 
@@ -124,7 +125,7 @@ def test_fit_is_stationary_for_its_own_bound(small, l2):
     here, at_zero = (np.abs(brute.numeric_gradient(bound, at)).max() for at in (theta, theta * 0))
     assert factor > 0.4 * l2 and here < 1e-3 * at_zero
     assert np.allclose(w, model.log_q.double().exp().numpy().mean(0), atol=1e-3)
-    stronger = linear_mixture(torch.tensor(x), torch.tensor(group), 2, l2=10 * l2, iterations=50, starts=2)
+    stronger = linear_mixture(torch.tensor(x), torch.tensor(group), 2, LinearOptions(10 * l2, 2, 50))
     assert stronger.theta.norm() < model.theta.norm()
 
 
@@ -133,15 +134,15 @@ def test_more_iterations_never_lower_the_bound(small):
     mixes two iterations."""
     x, group, _ = small
     for seed in range(3):
-        bounds = [linear_mixture(torch.tensor(x), torch.tensor(group), 2, starts=1, iterations=n, seed=seed).bound
-                  for n in (1, 2, 3, 5, 8, 13, 21)]
+        options = [LinearOptions(starts=1, iterations=n, seed=seed) for n in (1, 2, 3, 5, 8, 13, 21)]
+        bounds = [linear_mixture(torch.tensor(x), torch.tensor(group), 2, own).bound for own in options]
         assert min(np.diff(bounds)) > -1e-6 and bounds[-1] > bounds[0] + 1, bounds
 
 
 def test_one_expert_is_a_logistic_regression(small):
     """K = 1 is linear DPO. Catches: intercepts, rescaled features, weights other than one."""
     x, group, _ = small
-    model = linear_mixture(torch.tensor(x), torch.tensor(group), 1, starts=1, iterations=100)
+    model = linear_mixture(torch.tensor(x), torch.tensor(group), 1, LinearOptions(starts=1, iterations=100))
     assert model.log_w.abs().max() < 1e-6 and model.log_q.abs().max() < 1e-6
     solutions = []
     for penalty in (1e-2, 5e-3):  # l2 |theta|^2, or half of it
@@ -179,12 +180,12 @@ def test_precision_in_is_precision_out(small, dtype):
     """Catches: a fixed output dtype; then the bound is not that of the parameters returned, to the precision that was
     asked for."""
     x, group, _ = small
-    model = linear_mixture(torch.tensor(x, dtype=dtype), torch.tensor(group), 2, iterations=3)
+    model = linear_mixture(torch.tensor(x, dtype=dtype), torch.tensor(group), 2, LinearOptions(iterations=3))
     assert model.theta.dtype == model.log_w.dtype == model.log_q.dtype == dtype
 
 
-def test_half_of_a_users_pairs_foretells_the_other():
-    """Against the definition, and what it is for: with more features than pairs tell of, the ridge that foretells best
+def test_half_of_a_users_pairs_predicts_the_other_half():
+    """Against the definition, and what it is for: with more features than pairs tell of, the ridge that predicts best
     finds more users' types than the least one. Catches: pairs asked that were trained on, halves of all pairs for
     halves of each user's, a penalty for all pairs on half of them, users mixed up."""
     rng = np.random.default_rng(0)
@@ -192,19 +193,20 @@ def test_half_of_a_users_pairs_foretells_the_other():
     x, group, annotator = plant(rng, theta, np.array([0.5, 0.5]), 60, pairs_each=20)
     shuffle = rng.permutation(len(x))
     x, group = torch.tensor(x[shuffle], dtype=torch.float32), torch.tensor(group[shuffle])
-    told = {ridge: foretold(x, group, 2, ridge * len(x), starts=2) for ridge in (0.001, 0.1)}
-    found = {ridge: brute.adjusted_rand(linear_mixture(x, group, 2, ridge * len(x), 2).log_q.argmax(1).tolist(),
-                                        annotator.tolist()) for ridge in told}
-    assert told[0.1] > told[0.001] + 0.1 and found[0.1] > found[0.001] + 0.1, (told, found)
+    options = {ridge: LinearOptions(ridge * len(x), starts=2) for ridge in (0.001, 0.1)}
+    predicted = {ridge: half_split_likelihood(x, group, 2, own) for ridge, own in options.items()}
+    found = {ridge: brute.adjusted_rand(linear_mixture(x, group, 2, own).log_q.argmax(1).tolist(), annotator.tolist())
+             for ridge, own in options.items()}
+    assert predicted[0.1] > predicted[0.001] + 0.1 and found[0.1] > found[0.001] + 0.1, (predicted, found)
     learns, asked = [], []
     for user in range(60):
         own = [i for i in range(len(group)) if group[i] == user]
         learns += own[0::2]
         asked += own[1::2]
-    model = linear_mixture(x[sorted(learns)], group[sorted(learns)], 2, 0.1 * len(x) / 2, 2)
+    model = linear_mixture(x[sorted(learns)], group[sorted(learns)], 2, LinearOptions(0.1 * len(x) / 2, 2))
     total = 0.0
     for user in range(60):
         own = [i for i in asked if group[i] == user]
         like = [math.prod(sigma(float(x[i].double() @ model.theta[k].double())) for i in own) for k in range(2)]
         total += math.log(sum(math.exp(float(model.log_q[user, k])) * like[k] for k in range(2)))
-    assert told[0.1] == pytest.approx(total / len(asked), abs=1e-4)
+    assert predicted[0.1] == pytest.approx(total / len(asked), abs=1e-4)

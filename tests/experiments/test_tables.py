@@ -11,7 +11,7 @@ from fakejob import NAMES, make_job, write
 from data import domains, tables, users
 from data import job as job_module
 from data.job import read_job
-from mixdpo.metrics import mean_se
+from mixdpo.evaluation.statistics import mean_se
 
 
 @pytest.fixture

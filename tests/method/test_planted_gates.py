@@ -13,11 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mixdpo.evaluation.statistics import matched_accuracy
 from mixdpo.gates import Gate, Inputs
-from mixdpo.linear import linear_mixture
-from mixdpo.metrics import matched_accuracy
 from mixdpo.mixture import e_step, expert_loss, gate_loss, log_marginal
-from mixdpo.start import first_responsibilities
+from mixdpo.start import LinearOptions, first_responsibilities, linear_mixture
 
 N, HELD, D, SHARP = 60000, 8000, 4, 3.0                                     # N: pairs for each expert
 
@@ -46,7 +45,7 @@ def world(K, shape, seed):
 def learned(kind, c, x, K, seed, batch=16000, first=24000):
     """Expert rewards (K,D) and a gate by EM in minibatches, with Adam, from the linear mixture of the first pairs. It
     looks at c only for a linear gate: XOR regions it would miss."""
-    start = linear_mixture(x[:first], torch.arange(first), K, l2=1.0, starts=4, iterations=60, seed=seed,
+    start = linear_mixture(x[:first], torch.arange(first), K, LinearOptions(1.0, 4, 60, seed),
                            c=c[:first] if kind == "linear" else None)
     inputs, generator = Inputs(c, torch.zeros(len(c), dtype=torch.int64)), torch.Generator().manual_seed(seed)
     gate, theta = Gate(kind, K, inputs, torch.zeros(K), seed), torch.nn.Parameter(start.theta.clone())
@@ -113,7 +112,7 @@ def test_the_start_finds_regions_from_fewer_pairs_than_it_has_features_for():
     for seed in range(3):
         features, prompts, z = few_pairs(seed)
         config = SimpleNamespace(experts=2, start="linear", restarts=3, seed=seed)
-        q = first_responsibilities(config, [[i] for i in range(len(z))], features, reads=prompts).exp()
+        q = first_responsibilities(config, [[i] for i in range(len(z))], features, gate_features=prompts).exp()
         assert matched_accuracy(q.argmax(1).tolist(), z.tolist(), 2)[0] > 0.85, seed
 
 
@@ -121,5 +120,5 @@ def test_a_start_that_sees_no_types_is_random_and_says_so(capsys):
     """Catches: experts that begin equal, and stay so."""
     features, prompts, z = few_pairs(0, types=1)
     config = SimpleNamespace(experts=2, start="linear", restarts=3, seed=0)
-    q = first_responsibilities(config, [[i] for i in range(len(z))], features, reads=prompts).exp()
+    q = first_responsibilities(config, [[i] for i in range(len(z))], features, gate_features=prompts).exp()
     assert q.std(0).min() > 0.1 and "random responsibilities" in capsys.readouterr().out

@@ -18,8 +18,9 @@ from test_weights import as_gguf, write_gguf
 import eval as evaluation
 import train
 from mixdpo.evaluation import export as exporting
+from mixdpo.evaluation.completions import CompletionTask, policy_rows
 from mixdpo.evaluation.export import export_experts
-from mixdpo.evaluation.generate import generate
+from mixdpo.evaluation.generate import Sampling, generate
 from mixdpo.evaluation.peft import factors, load_adapter, save_adapter
 from mixdpo.experts import Adapters, Heads, pair_logp
 from mixdpo.fast.optimizer import make_optimizer
@@ -226,11 +227,11 @@ def test_a_run_trains_and_loads_for_evaluation(job, model_dir):
     assert all(got[f"experts.trunk.{p}.B"][k].any() for p in paths for k in range(2))
     assert abs(metrics[0]["loss"] - 0.6931) < 1e-3 and metrics[-1]["loss"] < metrics[0]["loss"] - 0.01
     run, reference, tokenizer = evaluation.load_run(job, "cpu", ""), load_model(model_dir), load_tokenizer(model_dir)
-    prompts, config = [tokenizer.encode(p) for p in ("mn", "o", "pmno", "nn")], evaluation.EvalConfig(dir="")
-    rows = evaluation.policy_rows([run], reference, [Pair(p, [], []) for p in prompts], config, 6, tokenizer.eos)
+    prompts, sampling = [tokenizer.encode(p) for p in ("mn", "o", "pmno", "nn")], Sampling(6, tokenizer.eos, seed=1)
+    rows = policy_rows([run], CompletionTask(reference, [Pair(p, [], []) for p in prompts], sampling))
     for k in range(2):
         model, unembedding = run.experts.policy(k)
-        want = generate(model, prompts, 6, tokenizer.eos, seed=1, unembedding=unembedding)
+        want = generate(model, prompts, sampling, unembedding)
         assert rows[f"run head {k}"]["ids"] == want
     assert rows["run head 0"]["ids"] != rows["run head 1"]["ids"] != rows["reference"]["ids"]
 

@@ -29,6 +29,7 @@ import eval as evaluation
 import train
 from mixdpo import metrics as diagnostics
 from mixdpo.config import InputError
+from mixdpo.evaluation import inputs
 from mixdpo.evaluation.adaptation import weights_after
 from mixdpo.experts import Adapters, Models
 from mixdpo.gates import TRAINED
@@ -183,7 +184,7 @@ def quick(monkeypatch):
     """One thread, and models that are read once; no process for the revision, no report."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for module in (setup, evaluation, finished):
+    for module in (setup, inputs, finished):
         monkeypatch.setattr(module, "load_references", load_references)
     monkeypatch.setattr(log, "revision", lambda: "unknown")
     monkeypatch.setattr(evaluation, "write_report", lambda folder: None)

@@ -1,0 +1,153 @@
+"""Completions of the evaluation prompts by every policy, with their rewards and their KL to the reference.
+
+    reference   the frozen model
+    head k      expert k alone
+    mixture     an expert z ~ w(x) for each prompt, then the full text from it (M13, M14)
+    sparse      the expert with the largest w(x) for each prompt
+    KL          mean over prompts of log pi(y|x) - log pi_ref(y|x), with y sampled from pi. pi is the policy at the
+                sampling temperature, pi_ref is at temperature 1. If each expert has its own reference, pi_ref is the
+                first one
+
+The random numbers of a completion depend on the seed and the prompt's number alone. So the mixture's completion of a
+prompt is that of the expert drawn for it, and the rows mixture and sparse need no sampling of their own.
+"""
+
+import copy
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from mixdpo.config import write_whole
+from mixdpo.evaluation.generate import Sampling, choose_expert, generate_heads
+from mixdpo.evaluation.heldout import expert_logp, weights
+from mixdpo.evaluation.statistics import mean_se
+from mixdpo.experts import Heads
+from mixdpo.gates import READS_PROMPT
+from mixdpo.mixture import mixture_logp
+from mixdpo.preferences import Pair
+from mixdpo.runs.load_run import Run
+from mixdpo.runs.log import Progress
+from mixdpo.runs.reference import compute_reference, prompt_features
+
+
+@dataclass(frozen=True)
+class CompletionTask:
+    """What every policy completes, and the reference that its KL is measured to."""
+
+    reference: torch.nn.Module
+    prompts: list[Pair]             # without responses
+    sampling: Sampling              # its batch counts prompts
+
+
+def policy_rows(runs: list[Run], task: CompletionTask) -> dict:
+    """Completions by the reference and by every policy of the runs. Policy -> {"ids": the completion of each prompt,
+    "kl": (N,) log pi - log pi_ref of each in nats, "z": the expert of each, None for the reference, and for a mixture
+    "w": (N,K)}."""
+    reference, dtype = task.reference, runs[0].experts.dtype
+    states = prompt_features(reference, [p.prompt for p in task.prompts], dtype)            # (N,2,C)
+    plain, = sample([(reference, reference.unembedding)], task, dtype, "reference")
+    kl = torch.zeros(len(plain))                                            # exactly, at temperature 1
+    if task.sampling.temperature != 1:
+        kl = log_ratios(task, Heads(reference, 1, dtype=dtype), True, [plain], plain, "reference")[0, :, 0]
+    rows = {"reference": {"ids": plain, "kl": kl, "z": None}}
+    for run in runs:
+        rows |= run_rows(run, task, states, plain)
+    return rows
+
+
+def run_rows(run: Run, task: CompletionTask, states: torch.Tensor, plain: list[list[int]]) -> dict:
+    """The rows of one run. states (N,2,C): of the prompts; plain: the reference's completions."""
+    K, ids, seed = run.config.experts, [], task.sampling.seed
+    for experts in [range(K)] if run.config.sharing == "heads" else [[k] for k in range(K)]:
+        name = f"{run.name} expert {'+'.join(map(str, experts))}"
+        ids += sample([run.experts.policy(k) for k in experts], task, run.experts.dtype, name)
+    kl = log_ratios(task, run.experts, not run.config.train_trunk, ids, plain, run.name)    # (K,N,K)
+    log_w, n, rows = weights(run, task.prompts, states), torch.arange(len(plain)), {}
+    for mode in ("mixture", "sparse", *range(K)) if K > 1 else (0,):
+        z = choose_expert(log_w, len(plain), str(mode), seed)               # (N,)  M13
+        chosen = kl[z, n]                                                   # (N,K)
+        log_ratio = mixture_logp(log_w, chosen) if mode == "mixture" else chosen[n, z]      # M14
+        name = run.name if K == 1 else f"{run.name} {mode if mode in ('mixture', 'sparse') else f'head {mode}'}"
+        rows[name] = {"ids": [ids[k][i] for i, k in enumerate(z.tolist())], "kl": log_ratio, "z": z.tolist()}
+        rows[name] |= {"w": log_w.exp()} if mode == "mixture" else {}
+    return rows
+
+
+def sample(policies: list[tuple], task: CompletionTask, dtype, name: str) -> list[list[list[int]]]:
+    """Completions of all prompts by each of some experts, (model, unembedding), that share a trunk. All experts use the
+    same random numbers."""
+    model = copy.deepcopy(policies[0][0]).to(dtype)                         # one cast here, not one a token
+    heads = [head.to(model.unembedding) for _, head in policies]
+    sampling = replace(task.sampling, batch=task.sampling.batch * len(heads))
+    return generate_heads(model, heads, [p.prompt for p in task.prompts], sampling, Progress(name))
+
+
+def log_ratios(task: CompletionTask, experts, frozen: bool, texts: list[list], spare: list, name: str) -> torch.Tensor:
+    """log pi_j - log pi_ref of every expert's completions under every expert j: (K,N,K) nats.
+
+    pi_j is the policy as it was sampled: at the sampling temperature, token by token. At temperature 0 it has
+    probability 1 for its own completion and 0 for others. texts: K lists of N completions; frozen: whether the experts'
+    trunk is the reference's. Completions of two experts go through the model together, behind a shared prompt; if K is
+    odd, the last one goes with `spare`, whose result is dropped.
+    """
+    policy, base, K, temperature = [], [], len(texts), task.sampling.temperature
+    prompts = [p.prompt for p in task.prompts]
+    for k in range(0, K, 2):
+        two = [*texts[k : k + 2], spare][:2]
+        pairs = [Pair(prompt, *both) for prompt, *both in zip(prompts, *two)]
+        ref = compute_reference(task.reference, pairs, experts.dtype)
+        base.append(ref.logp.permute(2, 0, 1))                              # (2,N,1)
+        if temperature:
+            pairs = ref.with_states(pairs) if frozen else pairs
+            policy.append(expert_logp(experts, pairs, f"{name} KL {k}", temperature=temperature).permute(2, 0, 1))
+    if temperature:
+        logp = torch.cat(policy)[:K]                                        # (K,N,K)
+    else:
+        equal = [[[own[n] == other[n] for other in texts] for n in range(len(prompts))] for own in texts]
+        logp = torch.tensor(equal).float().log()                            # (K,N,K) log 1 or log 0
+    return logp - torch.cat(base)[:K]
+
+
+def plain_text(prompt: list[int], completion: list[int], tokenizer, end: int) -> str:
+    """Prompt and completion as one text, without the start token and the token that ends a completion."""
+    return tokenizer.decode([t for t in prompt if t != tokenizer.bos] + [t for t in completion if t != end])
+
+
+def reward_table(rows: dict, texts: dict, dataset: dict, score) -> dict:
+    """Rewards, KL and length of every policy, each a mean with its standard error over prompts.
+
+    texts: policy -> its texts; dataset: dataset.json, which names the rewards and the annotators; score: texts ->
+    {reward: the score of each}. "trained" is the mean of the rewards that the annotators of the training pairs follow,
+    "gain" is "trained" minus the reference's on the same prompts, and "values" holds all rewards by prompt (N,R), for
+    paired comparisons.
+    """
+    unique = sorted({text for column in texts.values() for text in column})
+    scores = dict(zip(unique, zip(*score(unique).values())))
+    table, base = {}, None
+    for name, row in rows.items():
+        values = torch.tensor([scores[text] for text in texts[name]], dtype=torch.float64)          # (N,R)
+        trained = values[:, [dataset["rewards"].index(a) for a in dataset["annotators"]]].mean(1)   # (N,)
+        base = trained if base is None else base
+        table[name] = {reward: mean_se(values[:, r]) for r, reward in enumerate(dataset["rewards"])}
+        table[name] |= {"trained": mean_se(trained), "gain": mean_se(trained - base), "kl": mean_se(row["kl"])}
+        table[name] |= {"length": mean_se(torch.tensor([len(y) for y in row["ids"]])), "values": values.tolist()}
+        table[name] |= {"w": row["w"].tolist()} if "w" in row else {}
+    return table
+
+
+def write_samples(folder: Path, prompts: list[str], texts: dict) -> None:
+    """samples.jsonl: {"prompt", "texts": {policy: prompt and completion}} a line."""
+    samples = [{"prompt": prompt, "texts": {name: column[n] for name, column in texts.items()}}
+               for n, prompt in enumerate(prompts)]
+    write_whole(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+
+
+def write_prompt_states(folder: Path, runs: list[Run], task: CompletionTask) -> None:
+    """prompt-states.safetensors: the features (N,2,C) of the prompts that gates look at, for the report's pictures.
+    Nothing is written if no run has such a gate."""
+    if any(run.config.gate in READS_PROMPT for run in runs):
+        states = prompt_features(task.reference, [p.prompt for p in task.prompts], runs[0].experts.dtype)
+        save_file({"states": states}, folder / "prompt-states.safetensors")

@@ -1,0 +1,132 @@
+"""What an evaluation reads: the runs of a folder, and the files that they are evaluated on.
+
+    DIR                 a finished run, or a folder of finished runs; results are written here
+    heldout.jsonl       held-out preferences
+    adapt-*.jsonl       preferences of new users
+    prompts.jsonl       evaluation prompts, {"prompt": text or messages} a line
+    dataset.json        the names of the reward functions, and how long completions are
+
+The last four lie in the folder of the runs unless an option names another file; any of them may be missing.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mixdpo.config import InputError
+from mixdpo.preferences import Pair, encode_prompt
+from mixdpo.runs.load_run import Run, find_runs, load_run
+from mixdpo.runs.reference import load_references
+from mixdpo.text.chat import template_of
+from mixdpo.text.records import check_messages, check_string, lines
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Evaluation prompts and how they are completed."""
+
+    pairs: list[Pair]               # the prompts, as pairs without responses
+    end: int                        # the token that ends a completion
+    max_new: int                    # tokens of a completion, at most
+    labels: list[dict]              # "domain" and "set" of each prompt, where the file has them
+
+
+@dataclass(frozen=True)
+class EvalInputs:
+    """Everything that an evaluation reads."""
+
+    folder: Path                    # DIR
+    home: Path                      # the folder of the data: DIR, or the folder that the single run DIR is in
+    runs: list[Run]
+    references: list                # the runs' model, or each expert's
+    tokenizer: object
+    heldout: Path | None
+    adapt: list[Path]               # files of new users
+    prompts: Prompts | None         # None: no completions are evaluated
+    dataset: dict                   # dataset.json, or {}
+
+
+def read_inputs(config) -> EvalInputs:
+    """Reads what an EvalConfig names. Raises: InputError if something is missing or does not fit together; nothing has
+    been computed then."""
+    folder, device = Path(config.dir).resolve(), "cuda" if torch.cuda.is_available() else "cpu"
+    home = folder.parent if (folder / "checkpoint").exists() else folder
+    runs = load_runs(folder, device, config.data_folder)
+    references, tokenizer = load_references(runs[0].config, device)
+    heldout, prompts, dataset = find_files(config, home)
+    completed = None
+    if prompts.exists() and dataset:
+        pairs, end = read_prompts(prompts, tokenizer, runs[0].config.max_prompt, config.limit)
+        max_new = config.max_new or dataset.get("max_new") or runs[0].config.max_response
+        check_context(pairs, max_new, min(model.config.context for model in references))
+        completed = Prompts(pairs, end, max_new, prompt_labels(prompts, config.limit))
+    adapt = [Path(config.adapt)] if config.adapt else sorted(home.glob("adapt-*.jsonl"), key=lambda path: path.stem)
+    return EvalInputs(folder, home, runs, references, tokenizer, heldout if heldout.exists() else None, adapt,
+                      completed, dataset)
+
+
+def load_runs(folder: Path, device: str, data_folder: str) -> list[Run]:
+    """The finished runs in `folder`. Raises: InputError if they cannot be evaluated together."""
+    runs = [load_run(path, device, data_folder) for path in find_runs(folder)]
+    for run in runs:
+        if any(getattr(run.config, name) != getattr(runs[0].config, name)
+               for name in ("model", "max_prompt", "max_response", "dtype")):
+            raise InputError(f"its model, lengths or dtype differ from those of {runs[0].path}; evaluate these runs "
+                             "one at a time", file=run.path)
+    return runs
+
+
+def find_files(config, home: Path) -> tuple[Path, Path, dict]:
+    """The files of held-out preferences and of prompts, which may be missing, and dataset.json, or {}.
+    Raises: InputError if a file that an option names is missing, or if there is nothing to evaluate on."""
+    heldout, prompts = Path(config.heldout or home / "heldout.jsonl"), Path(config.prompts or home / "prompts.jsonl")
+    facts = home / "dataset.json"
+    for option, path in (("heldout", heldout), ("adapt", Path(config.adapt)), ("prompts", prompts), ("prompts", facts)):
+        if getattr(config, option) and not path.exists():
+            raise InputError("no such file; --heldout and --adapt want a file of preferences, --prompts wants a file "
+                             "of prompts and a dataset.json in the folder of the runs, which names the reward "
+                             "functions", file=path, option=option)
+    dataset = json.loads(facts.read_text()) if facts.exists() else {}
+    if not heldout.exists() and not config.adapt and not (prompts.exists() and dataset):
+        raise InputError("nothing to evaluate on; wanted heldout.jsonl in this folder. Put it there, or name a file "
+                         "with --heldout FILE", file=home)
+    return heldout, prompts, dataset
+
+
+def read_prompts(path: Path, tokenizer, max_prompt: int, limit: int) -> tuple[list[Pair], int]:
+    """The first `limit` prompts (0: all) as pairs without responses, and the token that ends a completion.
+    Raises: InputError, with the line if a line is faulty."""
+    prompts, kinds = [], set()
+    for number, line in enumerate(lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            prompt = (row := json.loads(line))["prompt"]
+            check_messages("prompt", prompt) if isinstance(prompt, list) else check_string("prompt", prompt)
+            prompts.append(Pair(encode_prompt(prompt, tokenizer, max_prompt)[0], [], [], domain=row.get("domain")))
+        except (ValueError, KeyError, TypeError) as error:                  # no JSON, no prompt, an unknown character
+            raise InputError(f'got {line[:80]!r} ({error}); wanted {{"prompt": text or messages}}: correct the line, '
+                             "or remove it", file=path, line=number) from None
+        kinds.add(type(prompt))
+    if not prompts:
+        raise InputError("no prompt in it, or no such file; wanted one prompt a line", file=path)
+    if len(kinds) > 1:
+        raise InputError("some prompts are texts and some are conversations, which end differently; wanted one kind: "
+                         "split the file", file=path)
+    return prompts[: limit or None], template_of(tokenizer).end if kinds == {list} else tokenizer.eos
+
+
+def check_context(prompts: list[Pair], max_new: int, context: int) -> None:
+    """Raises: InputError if the longest prompt and max_new more tokens exceed the models' context."""
+    longest = max(len(p.prompt) for p in prompts)
+    if longest + max_new > context:
+        raise InputError(f"the longest prompt has {longest} tokens; with {max_new} new ones it exceeds the model's "
+                         f"context of {context}; wanted at most {context - longest} new tokens", option="max_new")
+
+
+def prompt_labels(path: Path, limit: int) -> list[dict]:
+    """The "domain" and the "set" of each of the first `limit` prompts (0: all), where the file has them."""
+    rows = [json.loads(line) for line in lines(path) if line.strip()][: limit or None]
+    return [{name: row[name] for name in ("domain", "set") if name in row} for row in rows]

@@ -1,0 +1,221 @@
+"""The figures of an evaluation as plain text: tables for the terminal, and sentences that state the result.
+
+A cell is mean ± standard error. A difference is paired: it is taken pair by pair or prompt by prompt, and only then
+averaged. Below two standard errors it may be chance, and the sentence says so.
+"""
+
+import math
+import re
+
+import numpy as np
+
+from mixdpo.evaluation.statistics import mean_se
+
+NONE = "–"                                                                  # a cell without a number
+NO_REWARD = ("trained", "gain", "kl", "length", "values", "w")              # keys of a policy besides its rewards
+
+
+def table(title: str, head: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """Aligned columns under a title: the first `left` to the left, the others to the right. A heading may have several
+    lines."""
+    cells = [cell.split("\n") for cell in head]
+    height = max(map(len, cells))
+    lines = [*zip(*([""] * (height - len(cell)) + cell for cell in cells)), *rows]
+    widths = [max(len(line[c]) for line in lines) for c in range(len(head))]
+    text = ["   ".join(cell.ljust(w) if c < left else cell.rjust(w)
+                       for c, (cell, w) in enumerate(zip(line, widths))).rstrip() for line in lines]
+    rule = "-" * (sum(widths) + 3 * (len(widths) - 1))
+    return "\n".join(["", title, "", *text[:height], rule, *text[height:]])
+
+
+def pm(figure: dict, digits: int = 3, sign: str = "") -> str:
+    """mean ± standard error; the mean alone if there is no standard error, "–" if there is no mean."""
+    if not math.isfinite(figure["mean"]):
+        return NONE
+    mean = f"{figure['mean']:{sign}.{digits}f}"
+    return f"{mean} ± {figure['se']:.{digits}f}" if math.isfinite(figure["se"]) else mean
+
+
+def all_tables(results: dict) -> str:
+    """Every table for which there are results."""
+    tables = [preference_table, expert_table, alignment_table, new_user_tables, completion_table]
+    return "\n".join(filter(None, (table(results) for table in tables)))
+
+
+# --- held-out preferences ---------------------------------------------------------------------------------------------
+
+
+def preference_table(results: dict) -> str:
+    """How well each run's mixture predicts held-out choices."""
+    rows = []
+    for run, figures in results["preferences"].items():
+        types = {kind: of["accuracy"] for kind, of in figures["types"].items()}
+        worst = min(types, key=lambda kind: types[kind]["mean"])
+        rows.append([run, pm(figures["log_likelihood"], 4), pm(figures["log_likelihood_own"], 4),
+                     pm(figures["accuracy_mbt"]), pm(figures["accuracy_own"]),
+                     f"{worst} {pm(types[worst])}" if len(types) > 1 else NONE, f"{figures['effective_experts']:.2f}"])
+    if not rows:
+        return ""
+    first = next(iter(results["preferences"].values()))
+    title = (f"Held-out preferences: {first['log_likelihood']['n']} pairs on {first['prompts']} prompts. The user's "
+             "weights are its posterior from training;\nwithout one, and in the other columns, they are the gate's. A "
+             "coin has log-likelihood -0.6931 and accuracy 0.5.")
+    return table(title, ["run", "log-likelihood\n(nats a pair)", "log-likelihood,\nuser's weights", "accuracy",
+                         "accuracy,\nuser's weights", "worst type,\nuser's weights", "effective\nexperts"], rows)
+
+
+def expert_table(results: dict) -> str:
+    """The accuracy of each expert on the pairs of each annotator."""
+    found, rows = results["preferences"], []
+    kinds = sorted({kind for figures in found.values() for kind in figures["accuracy"]} - {"all"})
+    for run, figures in found.items():
+        for k, accuracy in enumerate(figures["accuracy_all"]):
+            by = figures["accuracy"]
+            cells = [pm(by[kind][k]) if kind in by else NONE for kind in kinds]
+            rows.append([run, str(k), figures["own"][k] or NONE, *cells, pm(accuracy)])
+    head = ["run", "expert", "named after", *(f"pairs of\n{kind}" for kind in kinds), "all pairs"]
+    return table("Accuracy of each expert on held-out pairs. An expert is named after the annotator of most of its "
+                 "training units.", head, rows, left=3) if rows else ""
+
+
+def alignment_table(results: dict) -> str:
+    """How well responsibilities identify the annotators; runs with one expert or one annotator have no row."""
+    rows = []
+    for run, figures in results["preferences"].items():
+        for key, units in (("alignment_train", "training"), ("alignment_heldout", "held-out pairs")):
+            if found := figures[key] if figures["experts"] > 1 else {}:
+                measures = ("ari", "bayes_ari", "matched", "bayes_matched")
+                rows.append([run, units, *(f"{found[m]:.3f}" if m in found else NONE for m in measures),
+                             str(found["units"])])
+    head = ["run", "units", "adjusted\nRand index", "best\npossible", "correctly\nassigned", "best\npossible", "number"]
+    return table("Experts and annotators. Best possible: by the annotators' own scores.", head, rows,
+                 left=2) if rows else ""
+
+
+# --- new users --------------------------------------------------------------------------------------------------------
+
+
+def new_user_tables(results: dict) -> str:
+    """For each file of new users: accuracy by the number of a user's pairs that are used."""
+    out = []
+    for name, runs in results["adapt"].items():
+        counts = max(([point["shown"] for point in curve] for curve in runs.values()), key=len)
+        rows = []
+        for run, curve in runs.items():
+            cells = [pm(point["accuracy"]) for point in curve]
+            rows.append([run, *cells, *[NONE] * (len(counts) - len(cells)), pm(curve[-1]["rise"], sign="+")])
+        head = ["run", *(f"{n} pair{'s' * (n != 1)}" for n in counts), "gain over\n0 pairs"]
+        out.append(table(f"New users in {name}: accuracy on their other pairs, by the number of pairs that their "
+                         "weights are computed from.", head, rows))
+    return "\n".join(out)
+
+
+# --- completions ------------------------------------------------------------------------------------------------------
+
+
+def completion_table(results: dict) -> str:
+    """Rewards, KL and length of every policy."""
+    rows, policies = [], results["policies"]
+    if not policies:
+        return ""
+    first = next(iter(policies.values()))
+    rewards = [name for name in first if name not in NO_REWARD]
+    for name, row in policies.items():
+        gain = NONE if name == "reference" else pm(row["gain"], sign="+")
+        rows.append([name, *(pm(row[reward]) for reward in rewards), pm(row["trained"]), gain, pm(row["kl"], 2),
+                     pm(row["length"], 1)])
+    head = ["policy", *rewards, "mean reward", "gain over\nreference", "KL to reference\n(nats)", "length\n(tokens)"]
+    return table(f"Completions of {first['trained']['n']} prompts. Mean reward: over the rewards that the training "
+                 "pairs were judged by.", head, rows)
+
+
+# --- the result in sentences ------------------------------------------------------------------------------------------
+
+
+def conclusions(results: dict) -> str:
+    """What a reader should take away, a sentence a line: which run predicts held-out choices best, and which policy has
+    the highest reward, each with its difference to a baseline."""
+    sentences = [best_prediction(results), highest_reward(results)]
+    return "\n" + "\n".join(f"Result: {sentence}" for sentence in sentences if sentence)
+
+
+def best_prediction(results: dict) -> str:
+    """The run with the highest log-likelihood of held-out choices, under each user's weights where they are known, and
+    its paired difference to a run with one expert; if it has one expert itself, to the next best run."""
+    found = results["preferences"]
+    if not found:
+        return ""
+    order = sorted(found, key=lambda run: -found[run]["log_likelihood_own"]["mean"])
+    best, others = order[0], order[1:]
+    nats = f"{pm(found[best]['log_likelihood_own'], 4)} nats a pair under each user's weights"
+    if not others:
+        better = found[best]["log_likelihood_own"]["mean"] > -math.log(2)
+        return (f"{best} predicts held-out choices {'better' if better else 'no better'} than a coin: its "
+                f"log-likelihood is {nats}, a coin's is -0.6931.")
+    single = [run for run in others if found[run]["experts"] == 1 and found[best]["experts"] > 1]
+    other = "dpo" if "dpo" in single else (single or others)[0]
+    a, b = found[best], found[other]
+    gap = mean_se(np.subtract(a["by_pair_own"], b["by_pair_own"]), a["prompt_of_pair"], a["user_of_pair_own"])
+    return (f"{best} predicts held-out choices best, with a log-likelihood of {nats}; this is {pm(gap, 4, '+')} "
+            f"against {other} on the same pairs ({evidence(gap)}).")
+
+
+def highest_reward(results: dict) -> str:
+    """The policy with the highest mean reward, its gain over the reference and over a policy with one expert, and the
+    KL of each."""
+    policies = {name: row for name, row in results["policies"].items() if name != "reference"}
+    if not policies:
+        return ""
+    best = max(policies, key=lambda name: policies[name]["trained"]["mean"])
+    row, single = policies[best], [name for name in policies if not re.search(r" (mixture|sparse|head \d+)$", name)]
+    if not row["gain"]["mean"] > 0:
+        return (f"no policy has a higher mean reward than the reference; the best is {best} with "
+                f"{pm(row['gain'], sign='+')} against it.")
+    sentence = (f"{best} has the highest mean reward, {pm(row['trained'])}, at a KL of {pm(row['kl'], 2)} nats to the "
+                f"reference; this is {pm(row['gain'], sign='+')} against the reference ({evidence(row['gain'])})")
+    other = "dpo" if "dpo" in single else next(iter(single), best)
+    if other == best:
+        return f"{sentence}."
+    gap = mean_se(mean_rewards(results, best) - mean_rewards(results, other))
+    return (f"{sentence} and {pm(gap, sign='+')} against {other} ({evidence(gap)}), whose KL is "
+            f"{pm(policies[other]['kl'], 2)} nats.")
+
+
+def mean_rewards(results: dict, policy: str) -> np.ndarray:
+    """The mean reward of each prompt (N,): over the rewards that the training pairs were judged by."""
+    row = results["policies"][policy]
+    rewards = [name for name in row if name not in NO_REWARD]
+    return np.array(row["values"])[:, [rewards.index(name) for name in results["trained_rewards"]]].mean(1)
+
+
+def evidence(difference: dict) -> str:
+    """A difference over its standard error, in words."""
+    if not difference["se"] > 0:
+        return "no standard error"
+    ratio = abs(difference["mean"]) / difference["se"]
+    return f"{ratio:.1f} standard errors" + ("" if ratio >= 2 else ": this may be chance")
+
+
+# --- win rates --------------------------------------------------------------------------------------------------------
+
+
+def win_rate_tables(found: dict) -> str:
+    """A table for each criterion of a judge, and the result in a sentence for each; found: data/judges.py's."""
+    tables, sentences = [], []
+    for criterion, policies in found["columns"].items():
+        rows = [[name, f"{f['rate']:.3f}" if math.isfinite(f["rate"]) else NONE,
+                 f"{f['low']:.3f} to {f['high']:.3f}" if math.isfinite(f["rate"]) else NONE,
+                 *(str(f[count]) for count in ("wins", "ties", "losses", "unjudged"))] for name, f in policies.items()]
+        head = ["policy", "win rate", "95 % interval", "wins", "ties", "losses", "not judged"]
+        tables.append(table(f"{criterion}: win rate against {found['against']} on {found['prompts']} prompts; ties "
+                            "count one half", head, rows))
+        judged = {name: f for name, f in policies.items() if math.isfinite(f["rate"])}
+        if not judged:
+            sentences.append(f"warning: nothing was judged by {criterion}; look at the judge's answers in judged.jsonl")
+            continue
+        best = max(judged, key=lambda name: judged[name]["rate"])
+        f = judged[best]
+        chance = "" if f["low"] > 0.5 or f["high"] < 0.5 else "; the interval includes 0.5, so this may be chance"
+        sentences.append(f"Result: by {criterion}, {best} does best against {found['against']}: win rate "
+                         f"{f['rate']:.3f} ({f['low']:.3f} to {f['high']:.3f}){chance}.")
+    return "\n".join([*tables, "", *sentences])
