@@ -22,10 +22,9 @@ from mixdpo.fast.backward import minimise
 from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.files.atomic import must_be_own
 from mixdpo.models.weights import content_key, load_model, save_model
-from mixdpo.preferences import data_key
 from mixdpo.runs.checkpoint import Stop, load_checkpoint, load_state, save_checkpoint, trained_state
 from mixdpo.runs.log import Progress
-from mixdpo.text.records import lines
+from mixdpo.text.records import data_key, lines
 from mixdpo.text.tokenizer import load_tokenizer
 
 

@@ -24,8 +24,6 @@ from torch import nn
 
 from mixdpo.config import InputError, convert
 from mixdpo.mixture import balance, entropy, gate_loss
-from mixdpo.plan import Plan
-from mixdpo.preferences import Pair
 
 TRAINED = ("linear", "mlp", "user", "prompt-user")
 KINDS = ("fixed", *TRAINED, "random", "domain")
@@ -56,37 +54,6 @@ class Inputs:
 
     def to(self, device) -> "Inputs":
         return Inputs(self.features.to(device), self.user.to(device))
-
-
-def gate_inputs(kind: str, pairs: list[Pair], prompts: torch.Tensor, known: list[Pair]) -> Inputs:
-    """The gate's inputs for `pairs`, one a unit. prompts (N,C): features of their prompts; known: the training pairs,
-    whose users and domains are the ones that have a place."""
-    users = {user: n for n, user in enumerate(dict.fromkeys(p.user for p in known if p.user is not None), start=1)}
-    user = torch.tensor([users.get(p.user, 0) for p in pairs], dtype=torch.int64)
-    if kind == "domain":
-        domains = domains_of(known)
-        labels = torch.tensor([domains.index(p.domain) if p.domain in domains else -1 for p in pairs])
-        return Inputs((labels[:, None] == torch.arange(len(domains))).float(), user)        # (N,D), a row of 0: unknown
-    return Inputs(prompts if kind in READS_PROMPT else prompts[:, :0], user)
-
-
-def known_pairs(plan: Plan) -> list[Pair]:
-    """The training pairs whose user and domain are trained on: those have a place in a gate. Others are in the file
-    alone, with context pairs that the E-step does not look at."""
-    trained = [plan.pairs[i] for unit in plan.units for i in unit]
-    users, domains = {pair.user for pair in trained}, {pair.domain for pair in trained}
-    return [pair for pair in plan.pairs if pair.user in users and pair.domain in domains]
-
-
-def looked_at(gate: "Gate", inputs: Inputs) -> torch.Tensor:
-    """All that a trained gate's weights may depend on, as features (N,D): of the prompt, and which user it is."""
-    users = F.one_hot(inputs.user).float()[:, : (int(inputs.user.max()) + 1) * gate.kind.endswith("user")]
-    return torch.cat([inputs.features, users], dim=1)
-
-
-def domains_of(pairs: list[Pair]) -> list[str]:
-    """Expert k of a `domain` gate is that of the k-th domain."""
-    return sorted({p.domain for p in pairs if p.domain is not None})
 
 
 class Gate(nn.Module):

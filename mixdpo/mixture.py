@@ -144,22 +144,6 @@ def update_weights(log_q: torch.Tensor, prior: float = 1.0) -> torch.Tensor:
     return torch.log_softmax(counts, dim=0)                                 # the counts sum to N + K (prior - 1)
 
 
-# --- the start --------------------------------------------------------------------------------------------------------
-
-
-def random_responsibilities(
-    groups: int, experts: int, generator: torch.Generator, concentration: float = 1.0
-) -> torch.Tensor:
-    """Random log q (G,K), each row from Dirichlet(concentration): breaks the symmetric saddle.
-
-    Identical experts under uniform weights have h equal and q = w for ever, and the mixture reproduces DPO;
-    any q that differs between pairs leaves that point.
-    """
-    shape = torch.full((groups, experts), concentration, dtype=torch.float64)           # the Gammas' shape parameter
-    gamma = torch._standard_gamma(shape, generator=generator)
-    return torch.log_softmax(gamma.clamp_min(1e-30).log(), dim=-1).float()
-
-
 # --- the mixture as a policy ------------------------------------------------------------------------------------------
 
 

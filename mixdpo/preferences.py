@@ -13,9 +13,6 @@ and another's ordinary token. Prompts may be conversations (chat.py); EOS is the
 attention masks (a causal model needs none under right padding).
 """
 
-import functools
-import hashlib
-import re
 from collections import defaultdict
 from dataclasses import dataclass, field, fields
 
@@ -24,9 +21,7 @@ import torch
 from mixdpo.config import InputError
 from mixdpo.models.attention import Branches, Packed
 from mixdpo.text.chat import encode_answer, encode_chat, template_of
-from mixdpo.text.records import OPTIONAL, TEXTS, Fault, lines, read_record
-
-MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content)["']\s*:""")  # a list of messages, written as a string
+from mixdpo.text.records import OPTIONAL, TEXTS, Fault, lines, read_record, suspicions
 
 
 @dataclass(frozen=True)
@@ -127,32 +122,6 @@ def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response:
     return Pair(prompt, chosen, rejected, *(record.get(field) for field in OPTIONAL), line=number)
 
 
-def suspicions(record: dict, tokenizer) -> list[str]:
-    """What looks like a mistake in a record that can be trained on as it stands."""
-    plain = isinstance(record["prompt"], str)
-    texts = [record[field] for field in TEXTS]
-    texts = texts if plain else [message["content"] for messages in texts for message in messages]
-    names, found = special_names(tokenizer), []
-    if names and any(map(names.search, texts)):
-        found.append("lines with the name of a special token in a text, read as characters (to have a chat template "
-                     "applied, write messages)")
-    if plain and any(map(MESSAGES.match, texts)):
-        found.append("lines with messages written as a string, read as text (write them as a list)")
-    prompt = texts[0].strip()
-    if plain and prompt and all(text.lstrip().startswith(prompt) for text in texts[1:]):
-        found.append("lines of which chosen and rejected begin with the prompt, which is trained on as part of them "
-                     "(take it out of both)")
-    return found
-
-
-@functools.cache
-def special_names(tokenizer) -> re.Pattern | None:
-    """Finds the names of special tokens in a text, where they are characters; None: there are no special tokens."""
-    literal = tokenizer.vocabulary.literal if hasattr(tokenizer, "vocabulary") else ()   # those a text may hold as ids
-    names = [re.escape(name) for name in getattr(tokenizer, "special", {}) if name not in literal]
-    return re.compile("|".join(names)) if names else None
-
-
 def encode_prompt(text: str | list, tokenizer, max_prompt: int) -> tuple[list[int], bool]:
     """A prompt's last max_prompt ids, or those of a conversation's last turns, and whether these are all. A start token
     counts in, and is kept."""
@@ -179,14 +148,6 @@ def check_lengths(pairs: list[Pair], context: int, path) -> None:
             f"prompt ({len(worst.prompt)} ids) and response ({worst.longest() - len(worst.prompt)}) are longer than "
             f"the model's context of {context}; choose max_prompt + max_response <= {context}",
             file=path, line=worst.line)
-
-
-def data_key(path) -> str:
-    """sha256 of the file's (unpacked) bytes, for the cache of reference log-probs."""
-    key = hashlib.sha256()
-    for raw in lines(path):
-        key.update(raw)
-    return key.hexdigest()
 
 
 # ---- units of the latent

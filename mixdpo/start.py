@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 from mixdpo.dpo import margins
 from mixdpo.experts import pair_logp
-from mixdpo.gates import TRAINED, looked_at
-from mixdpo.mixture import e_step, elbo, log_marginal, random_responsibilities, update_weights
+from mixdpo.gates import TRAINED, Gate, Inputs
+from mixdpo.mixture import e_step, elbo, log_marginal, update_weights
 
 RIDGES = (0.01, 0.1, 1.0)           # candidates for l2 per pair in the linear start
 
@@ -202,9 +202,9 @@ def make_start(gate, inputs, plan, features: torch.Tensor, config, random_q: tor
     """first_responsibilities of a plan's groups: log q (G,K) or None. They use the gate's weights if training keeps
     these fixed, and what the gate looks at if it is trained."""
     fixed = gate.kind not in TRAINED and config.weights != "update"
-    gate_features = looked_at(gate, inputs).cpu() if gate.kind in TRAINED and config.latent == "pair" else None
+    reads = gate_features(gate, inputs).cpu() if gate.kind in TRAINED and config.latent == "pair" else None
     log_w = gate(inputs).cpu()                                              # (G,K)
-    log_q = first_responsibilities(config, plan.units, features, log_w if fixed else None, gate_features, random_q)
+    log_q = first_responsibilities(config, plan.units, features, log_w if fixed else None, reads, random_q)
     if log_q is None or not log_w.isinf().any():
         return log_q
     return torch.log_softmax(log_q.masked_fill(log_w.isinf(), -torch.inf), dim=-1)     # w_k = 0 allows only q_k = 0
@@ -229,3 +229,22 @@ def check_start(experts, batch, ref_logp: torch.Tensor, log_w: torch.Tensor, bet
     assert error <= tolerance, f"responsibilities at step 0 differ from the weights by {error:.3g}, want 0"
     error = (elbo(log_q, log_w, h) - log_marginal(log_w, h)).abs().max()
     assert error <= 1e-5, f"the bound is {error:.3g} below the log-likelihood at the exact posterior, want 0"
+
+
+def random_responsibilities(
+    groups: int, experts: int, generator: torch.Generator, concentration: float = 1.0
+) -> torch.Tensor:
+    """Random log q (G,K), each row from Dirichlet(concentration): breaks the symmetric saddle.
+
+    Identical experts under uniform weights have h equal and q = w for ever, and the mixture reproduces DPO;
+    any q that differs between pairs leaves that point.
+    """
+    shape = torch.full((groups, experts), concentration, dtype=torch.float64)           # the Gammas' shape parameter
+    gamma = torch._standard_gamma(shape, generator=generator)
+    return torch.log_softmax(gamma.clamp_min(1e-30).log(), dim=-1).float()
+
+
+def gate_features(gate: Gate, inputs: Inputs) -> torch.Tensor:
+    """All that a trained gate's weights may depend on, as features (N,D): of the prompt, and which user it is."""
+    users = F.one_hot(inputs.user).float()[:, : (int(inputs.user.max()) + 1) * gate.kind.endswith("user")]
+    return torch.cat([inputs.features, users], dim=1)

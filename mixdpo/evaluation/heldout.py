@@ -26,10 +26,10 @@ from mixdpo.evaluation.statistics import (
 )
 from mixdpo.experts import pair_logp
 from mixdpo.fast.packing import compact_rows
-from mixdpo.gates import gate_inputs, known_pairs
 from mixdpo.metrics import effective_experts
 from mixdpo.mixture import e_step, elbo, log_marginal
 from mixdpo.preferences import Pair, check_lengths, collate, read_preferences
+from mixdpo.runs.gate_inputs import gate_inputs, known_pairs
 from mixdpo.runs.load_run import Run
 from mixdpo.runs.log import Progress
 from mixdpo.runs.reference import reference_of

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mixdpo.config import InputError, Stopped, to_json
-from mixdpo.experts import Adapters, Heads, Models
+from mixdpo.experts import Models
 from mixdpo.files.atomic import Damaged, read_tensors, write_tensors
 from mixdpo.gates import Gate
 

@@ -1,25 +1,25 @@
 """Runs that ended, read back: the experts, the gate, and who was trained on."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from mixdpo import config as configs
-from mixdpo.config import InputError
+from mixdpo.config import InputError, compute_dtype
 from mixdpo.experts import make_experts
 from mixdpo.files.atomic import noted
-from mixdpo.gates import Gate, Inputs, domains_of, first_weights, known_pairs
-from mixdpo.runs.options import TrainConfig
-from mixdpo.plan import Plan, make_plan
-from mixdpo.preferences import Pair, data_key, read_preferences
-from mixdpo.runs.reference import load_references
-from mixdpo.config import compute_dtype
-from mixdpo.runs.checkpoint import checkpoints, load_checkpoint, load_gate, load_state
-from mixdpo.text.tokenizer import load_tokenizer
+from mixdpo.gates import Gate
 from mixdpo.models.weights import content_key
+from mixdpo.plan import Plan, make_plan
+from mixdpo.preferences import read_preferences
+from mixdpo.runs.checkpoint import checkpoints, load_checkpoint, load_state
+from mixdpo.runs.gate_inputs import known_pairs, saved_gate
+from mixdpo.runs.options import TrainConfig
+from mixdpo.runs.reference import load_references
+from mixdpo.text.records import data_key
+from mixdpo.text.tokenizer import load_tokenizer
 
 
 @dataclass
@@ -68,16 +68,6 @@ def load_run(path: Path, device: str, data_folder: str) -> Run:
                              config.max_response, config.drop, report=lambda line: None)
     plan = make_plan(pairs, config, schedule=lambda *_: [])                 # who shares a latent; the steps are over
     return Run(path.name, config, experts, saved_gate(config, tensors, known_pairs(plan)), plan, tensors["table"], path)
-
-
-def saved_gate(config, tensors: dict[str, torch.Tensor], known: list[Pair]) -> Gate:
-    """The gate that checkpoint.gate_state saved, on the CPU. known: the pairs it was trained on."""
-    width = len(domains_of(known)) if config.gate == "domain" else len(tensors.get("gate.mean", ()))
-    sizes = Inputs(torch.zeros(1, width), torch.tensor([max(0, len(tensors.get("gate.E", ())) - 1)]))
-    gate = Gate(config.gate, config.experts, sizes, first_weights(config), config.seed,
-                unit_rows=config.epsilon < math.inf)
-    load_gate(gate, {name: value.cpu() for name, value in tensors.items()})
-    return gate
 
 
 def find_runs(folder: Path) -> list[Path]:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
+from mixdpo.config import compute_dtype
 from mixdpo.experts import make_experts
 from mixdpo.fast.backward import KEPT
-from mixdpo.config import compute_dtype
 from mixdpo.models.weights import MODELS, config_of
 
 TIGHT = 0.9             # of what is free: beyond, fragments and libraries decide

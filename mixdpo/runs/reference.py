@@ -20,12 +20,13 @@ import torch
 from mixdpo.config import InputError
 from mixdpo.experts import Heads
 from mixdpo.fast.packing import compact_rows
-from mixdpo.logprob import sum_responses
-from mixdpo.preferences import Pair, collate, data_key
-from mixdpo.runs.log import Progress
-from mixdpo.text.tokenizer import load_tokenizer
-from mixdpo.models.weights import content_key, load_model
 from mixdpo.files.atomic import Damaged, read_tensors, write_tensors
+from mixdpo.logprob import sum_responses
+from mixdpo.models.weights import content_key, load_model
+from mixdpo.preferences import Pair, collate
+from mixdpo.runs.log import Progress
+from mixdpo.text.records import data_key
+from mixdpo.text.tokenizer import load_tokenizer
 
 STATES = 2**29  # bytes of states of response tokens that are kept, at most
 VERSION = 4     # part of every key: raise it when what is kept changes

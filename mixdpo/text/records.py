@@ -13,16 +13,20 @@ Each line is one JSON object, which is one comparison:
 Left out: repair of damaged or unknown fields; each is an error.
 """
 
+import functools
 import gzip
+import hashlib
 import itertools
 import json
 import math
+import re
 import zlib
 from pathlib import Path
 
 from mixdpo.config import InputError
 
 LONGEST = 2**26  # largest line in bytes
+MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content)["']\s*:""")  # a list of messages, written as a string
 TEXTS, OPTIONAL = ("prompt", "chosen", "rejected"), ("user", "annotator", "scores", "context", "domain")
 
 
@@ -127,3 +131,37 @@ def is_score(value) -> bool:
         and len(value) == 2
         and all(type(number) in (int, float) and math.isfinite(number) for number in value)
     )
+
+
+def suspicions(record: dict, tokenizer) -> list[str]:
+    """What looks like a mistake in a record that can be trained on as it stands."""
+    plain = isinstance(record["prompt"], str)
+    texts = [record[field] for field in TEXTS]
+    texts = texts if plain else [message["content"] for messages in texts for message in messages]
+    names, found = special_names(tokenizer), []
+    if names and any(map(names.search, texts)):
+        found.append("lines with the name of a special token in a text, read as characters (to have a chat template "
+                     "applied, write messages)")
+    if plain and any(map(MESSAGES.match, texts)):
+        found.append("lines with messages written as a string, read as text (write them as a list)")
+    prompt = texts[0].strip()
+    if plain and prompt and all(text.lstrip().startswith(prompt) for text in texts[1:]):
+        found.append("lines of which chosen and rejected begin with the prompt, which is trained on as part of them "
+                     "(take it out of both)")
+    return found
+
+
+@functools.cache
+def special_names(tokenizer) -> re.Pattern | None:
+    """Finds the names of special tokens in a text, where they are characters; None: there are no special tokens."""
+    literal = tokenizer.vocabulary.literal if hasattr(tokenizer, "vocabulary") else ()   # those a text may hold as ids
+    names = [re.escape(name) for name in getattr(tokenizer, "special", {}) if name not in literal]
+    return re.compile("|".join(names)) if names else None
+
+
+def data_key(path) -> str:
+    """sha256 of the file's (unpacked) bytes, for the cache of reference log-probs."""
+    key = hashlib.sha256()
+    for raw in lines(path):
+        key.update(raw)
+    return key.hexdigest()

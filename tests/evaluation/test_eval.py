@@ -121,7 +121,8 @@ def test_one_head_on_a_frozen_trunk_is_evaluated_and_exported(job, tmp_path, mon
     assert got["by_pair"] == pytest.approx((-np.log1p(np.exp(-h))).tolist(), abs=1e-5)
     run, base, tokenizer = evaluation.load_run(out, "cpu", ""), load_model(model), load_tokenizer(model)
     prompts = [Pair(tokenizer.encode(p), [], []) for p in PROMPTS]
-    row = evaluation.policy_rows([run], base, prompts, EvalConfig(dir=str(tmp_path)), MAX_NEW, tokenizer.eos)["head"]
+    task = CompletionTask(base, prompts, Sampling(MAX_NEW, tokenizer.eos, seed=1, batch=128))
+    row = policy_rows([run], task)["head"]
     kl = [slow_ratios(run, base, pair.prompt, ids)[0] for pair, ids in zip(prompts, row["ids"])]
     assert row["kl"].tolist() == pytest.approx(kl, abs=1e-4) and max(map(abs, kl)) > 1e-2
     evaluation.main([str(out), "--export", str(tmp_path / "export")])

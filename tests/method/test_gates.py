@@ -8,10 +8,11 @@ import tinyjob
 import torch
 from raising import raises_at
 
-from mixdpo.gates import KINDS, TRAINED, Gate, Inputs, gate_inputs
+from mixdpo.gates import KINDS, TRAINED, Gate, Inputs
 from mixdpo.mixture import entropy, gate_loss
 from mixdpo.preferences import Pair
 from mixdpo.runs.checkpoint import gate_state, load_gate
+from mixdpo.runs.gate_inputs import gate_inputs
 
 N, D, K = 9, 5, 3
 FIXED = torch.tensor([0.2, 0.3, 0.5]).log()

@@ -10,15 +10,8 @@ from raising import raises_at
 from torch.nn.attention.flex_attention import create_block_mask
 
 from mixdpo.fast.packing import compact_rows
-from mixdpo.preferences import (
-    Batch,
-    check_lengths,
-    collate,
-    encode_prompt,
-    groups,
-    rows_of,
-    suspicions,
-)
+from mixdpo.preferences import Batch, check_lengths, collate, encode_prompt, groups, rows_of
+from mixdpo.text.records import suspicions
 
 # ---- text -> ids
 

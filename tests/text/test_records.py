@@ -7,8 +7,8 @@ import pytest
 from letters import GOOD, Letters, read, write
 from raising import raises_at
 
-from mixdpo.preferences import data_key, read_preferences
-from mixdpo.text.records import Fault
+from mixdpo.preferences import read_preferences
+from mixdpo.text.records import Fault, data_key
 
 
 def turn(role, content="b"):

@@ -1,0 +1,111 @@
+"""What a run reports: metrics.jsonl, responsibilities.jsonl, the progress line, warnings, and the environment."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+
+from mixdpo.config import InputError, to_json, write_whole
+from mixdpo.metrics import WINDOW, alarms
+
+
+def revision() -> str:
+    """The git revision of this source tree, with + behind it if files differ from it;
+    "unknown" outside a repository."""
+    root = Path(__file__).resolve().parents[2]
+    call = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=10"],
+                          capture_output=True, text=True)
+    return call.stdout.strip() if call.returncode == 0 else "unknown"
+
+
+def environment() -> dict:
+    """What a number depends on besides the configuration."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"revision": revision(), "torch": torch.__version__, "python": platform.python_version(), "device": device,
+            "threads": torch.get_num_threads()}
+
+
+class Progress:
+    """One line on stderr: steps, rate, time left. On a terminal it rewrites itself;
+    in a file a line every 20 seconds."""
+
+    def __init__(self, name: str, first: int = 0):                          # first: what was done before, not now
+        self.name, self.began, self.first, self.last = name, time.monotonic(), first, 0.0
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        now, live = time.monotonic(), sys.stderr.isatty()
+        if done < total and now - self.last < (0.5 if live else 20):
+            return
+        self.last, rate = now, (done - self.first) / max(now - self.began, 1e-9)
+        left = time.strftime("%H:%M:%S", time.gmtime((total - done) / max(rate, 1e-9)))
+        line = f"{self.name} {done}/{total}  {rate:.2f}/s  {left} left  {note}"
+        end = "\n" if done >= total or not live else ""
+        print(f"\r{line:<118}" if live else line, end=end, file=sys.stderr, flush=True)
+
+
+def with_nan(value):
+    """Figures as they were before to_json wrote NaN as null."""
+    if isinstance(value, dict):
+        return {key: with_nan(part) for key, part in value.items()}
+    return [with_nan(part) for part in value] if isinstance(value, list) else math.nan if value is None else value
+
+
+class Log:
+    """metrics.jsonl and responsibilities.jsonl, a line a step each; the progress line; and each warning once."""
+
+    def __init__(self, run: Path, t: int, total: int, config):              # t: steps done before; later lines go
+        self.metrics, self.q = keep_lines(run / "metrics.jsonl", t), keep_lines(run / "responsibilities.jsonl", t)
+        lines = map(with_nan, map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
+        self.history = deque((step for step in lines if step.get("pairs", 1)), maxlen=WINDOW)   # what alarms look at
+        self.total, self.config, self.progress, self.warned = total, config, Progress(run.name, t), set()
+
+    def step(self, figures: dict, groups: list[int], log_q: torch.Tensor) -> None:
+        """One step's figures, and the responsibilities (G,K) that it used."""
+        t = figures["step"]
+        if figures.get("pairs", 1):                                         # none: a private step that drew no example
+            self.history.append(figures)
+        self.write(self.metrics, to_json(figures))
+        self.responsibilities(t, groups, log_q)
+        accuracy = " ".join(f"{a:.2f}" for a in figures["accuracy"])
+        self.progress(t, self.total, f"loss {figures['loss']:.4f}  bound {figures['bound']:.4f}  accuracy {accuracy}")
+        for name, what in alarms(self.history, self.config.experts, self.config.start_steps).items():
+            if name not in self.warned:
+                print(f"warning: step {t}: {name}: {what}")
+                self.warned.add(name)
+
+    def responsibilities(self, t: int, groups: list[int], log_q: torch.Tensor) -> None:
+        q = log_q.exp().mul(1e4).round().div(1e4).tolist()                  # to four digits
+        self.write(self.q, to_json({"step": t, "groups": groups, "q": q}))
+
+    def write(self, file, line: str) -> None:
+        """One line, now. Raises: OSError that names the file, which the system's own does not."""
+        try:
+            file.write(line + "\n")
+            file.flush()
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno), file.name) from None
+
+    def sync(self) -> None:
+        """Lines before the checkpoint that counts on them."""
+        os.fsync(self.metrics.fileno()), os.fsync(self.q.fileno())
+
+    def close(self) -> None:
+        self.metrics.close(), self.q.close()
+
+
+def keep_lines(path: Path, steps: int):
+    """A file with one line a step, opened for appending behind its first `steps` lines: a step done again writes anew.
+    Raises: InputError if they are fewer."""
+    kept = path.read_bytes().splitlines(keepends=True)[:steps] if path.exists() and steps else []
+    if len(kept) < steps or kept and not kept[-1].endswith(b"\n"):
+        raise InputError(f"has {len(kept)} whole lines, and its checkpoint wants {steps}: it was cut or taken away. "
+                         f"Remove {path.parent}, and begin again", file=path)
+    write_whole(path, b"".join(kept).decode())
+    return path.open("a")

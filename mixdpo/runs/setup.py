@@ -1,0 +1,227 @@
+"""From a configuration to everything that a run needs; and what is done before the first step and after the last."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mixdpo import config as configs
+from mixdpo.config import InputError, compute_dtype
+from mixdpo.experts import Adapters, Heads, Models, make_experts, trunks
+from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state
+from mixdpo.fast.packing import compact_rows
+from mixdpo.files.atomic import alone, must_be_own, must_be_writable
+from mixdpo.gates import Gate, Inputs
+from mixdpo.models.lora import projections
+from mixdpo.models.weights import content_key
+from mixdpo.plan import Plan, make_plan, micro_batches
+from mixdpo.preferences import check_lengths, read_preferences
+from mixdpo.private.budget import Private, certify, drop_key, kept_key, spent_before
+from mixdpo.private.keys import Key
+from mixdpo.runs import memory_estimate
+from mixdpo.runs.checkpoint import Stop, gate_state, load_checkpoint, load_gate, load_state, trained_state
+from mixdpo.runs.gate_inputs import make_gate
+from mixdpo.runs.init_experts import adopt
+from mixdpo.runs.log import environment
+from mixdpo.runs.options import TrainConfig, compared, short_run, validate
+from mixdpo.runs.reference import Reference, load_references, reference_of
+from mixdpo.start import check_start, make_start
+from mixdpo.text.records import data_key, lines
+from mixdpo.variants.choose import Variants
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is to be done, in a directory that this process holds."""
+
+    config: TrainConfig
+    facts: dict                     # what a checkpoint must have been written with
+    stop: Stop
+    private: Private | None
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+
+@contextlib.contextmanager
+def opened(config: TrainConfig, key: Key | None) -> Iterator[Job | None]:
+    """Within it this process holds the run's directory. Yields the job, or None if the run is finished.
+    Raises: InputError on bad options, a directory that is not this run's, and memory that is too small."""
+    validate(config)
+    must_be_run(config)
+    facts, out = compared(config) | {"data_key": data_key(config.data)}, Path(config.out)
+    try:
+        with alone(out), Stop(config.out) as stop:
+            found = load_checkpoint(out, facts)
+            if found and found[1]["finished"]:
+                print(f"{config.out}: finished before")
+                drop_key(out)                                               # if it was killed before it could
+                yield None
+                return
+            must_be_writable(out)                                           # before long passes, not after
+            private = None
+            if config.epsilon < math.inf:
+                sources = spent_before(config)
+                private = Private(key or kept_key(out, facts, found is not None), sources)
+            yield Job(config, facts, stop, private)
+    except RuntimeError as error:                                           # CUDA's out-of-memory is one, too
+        if not memory_estimate.exceeded(error):
+            raise
+        raise InputError(memory_estimate.smaller(config, error), option="micro") from None
+
+
+def must_be_run(config) -> None:
+    """Raises: InputError unless a run of this TrainConfig may write into its --out."""
+    before = {"noise-key", "privacy.json", "checkpoint", "metrics.jsonl", "responsibilities.jsonl"}
+    inputs = [("data", config.data), *(("model", model) for model in config.models)]
+    must_be_own(Path(config.out), inputs, "config.json", {"data", "model", "out", "experts"}, before)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that the loop needs."""
+
+    experts: Heads | Adapters | Models
+    gate: Gate
+    optimizer: torch.optim.Optimizer
+    names: list[str]                # of the optimizer's parameters
+    plan: Plan
+    ref_logp: torch.Tensor          # (P,1,2) or (P,K,2)
+    inputs: Inputs                  # (U,...)
+    start: torch.Tensor | None      # (U,K)
+    log_q: torch.Tensor             # (U,K) before the first step
+    rows_of: Callable
+    variants: Variants
+    facts: dict                     # of the job, and the keys of model, tokenizer and dtype
+    guarantee: dict | None          # what privacy.json says in the end
+
+
+def prepare(job: Job) -> Prepared:
+    """Reads, checks and builds. Prints what it decided. Raises: InputError; Stopped."""
+    config, private = job.config, job.private
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, why = compute_dtype(config.dtype, device)
+    if config.packing and device == "cpu":
+        raise InputError("got true, which needs a CUDA device; leave this option out", option="packing")
+    print(f"options: {changed(config)}; all are in {job.out / 'config.json'}")
+    print(", ".join(f"{name} {value}" for name, value in environment().items()))
+    print(*memory_estimate.describe_memory(config, dtype, memory_estimate.available(device)), sep="\n")
+    experts, plan, reference, keys = read(job, dtype, device)
+    describe_plan(plan, config)
+    print(f"products in {keys['dtype']}: {why}")
+    noise = guarantee = None
+    if private:
+        plan, noise, guarantee = private.budgeted(plan, config)
+    print(end="".join(f"{line}\n" for line in short_run(config, len(plan.steps))))
+    gate, inputs = make_gate(plan, reference, config, device)
+    optimizer, names = make_optimizer(experts, config.lr, config.head_lr, (gate, config.gate_lr), config.moments,
+                                      config.seed)
+    learning = [p for group in optimizer.param_groups for p in group["params"]]
+    variants = Variants(config, plan, inputs.user, noise, learning)
+    drawn = private and private.start(plan, config.experts, config.latent)
+    start = make_start(gate, inputs, plan, reference.features, config, drawn)
+    never = 0.0 if config.experts == 1 else torch.nan                       # one expert: log q = 0 without any E-step
+    log_q = torch.full((len(plan.units), config.experts), never)
+    rows_of = functools.partial(compact_rows, packed=config.packing)
+    return Prepared(experts, gate, optimizer, names, plan, reference.logp.to(device), inputs, start, log_q, rows_of,
+                    variants, job.facts | keys, guarantee)
+
+
+def read(job: Job, dtype: torch.dtype, device: str) -> tuple[torch.nn.Module, Plan, Reference, dict]:
+    """The experts, the plan, the reference, and the keys of what they were read from."""
+    config, private = job.config, job.private
+    models, tokenizer = load_references(config, device)
+    for model in models:
+        model.checkpointing = config.checkpointing
+    if config.sharing == "lora":
+        projections(models[0], config.targets)                              # an unknown name: an error before long passes
+    pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
+    check_lengths(pairs, min(model.config.context for model in models), config.data)
+    with configs.lines_of(config.data):
+        plan = make_plan(pairs, config, private and private.shuffled, private and (lambda *_: []))
+    cache = Path(config.out).parent / "cache"
+    reference = reference_of(config.data, pairs, models, tokenizer, config, dtype, cache, job.stop.check,
+                             private is not None)
+    if not config.train_trunk:
+        plan = dataclasses.replace(plan, pairs=reference.with_states(plan.pairs))
+    keys, experts = [content_key(model) for model in models], make_experts(models, config, dtype)
+    adopt(experts, config, keys)
+    if config.compile:
+        for model in trunks(experts):
+            model.compile(dynamic=True)
+    name = str(dtype).removeprefix("torch.")
+    return experts, plan, reference, {"model_key": "+".join(keys), "tokenizer_key": tokenizer.key, "dtype": name}
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def changed(config: TrainConfig) -> str:
+    """The options that are not at their defaults, as the command line has them."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items()
+                    if value != getattr(TrainConfig, name, None))
+
+
+def describe_plan(plan: Plan, config) -> None:
+    """Prints how many pairs and units there are."""
+    trained = sum(len(visit.trained) for visit in plan.visits)
+    slices = f", in {len(plan.visits)} slices" if len(plan.visits) > len(plan.units) else ""
+    print(f"{len(plan.pairs)} pairs: {trained} to train on, {len(plan.pairs) - trained} for context; "
+          f"{len(plan.units)} units ({config.latent}){slices}")
+
+
+def nonfinite_message(error: FloatingPointError, plan: Plan, t: int, config) -> str:
+    """What to say of a step whose loss or gradient is not finite. Its lines are copied beside the run."""
+    numbers = {plan.pairs[i].line for v in plan.steps[t][1] for i in plan.visits[v].trained}
+    path = Path(config.out) / f"step-{t}.jsonl"
+    path.write_bytes(b"".join(raw for n, raw in enumerate(lines(config.data), 1) if n in numbers))
+    return (f"step {t}: {error}; nothing was updated. Lines of this batch: {sorted(numbers)}; they are in {path}. "
+            "Lower --lr, or look at these lines")
+
+
+# --- before the first step, and after the last ------------------------------------------------------------------------
+
+
+def resume(job: Job, made: Prepared) -> tuple[int, torch.Tensor]:
+    """Puts the newest checkpoint back, if there is one: steps done, and log_q (U,K). A new run is checked instead:
+    every expert is the reference (start.check_start)."""
+    config, device = job.config, str(made.ref_logp.device)
+    found = load_checkpoint(job.out, made.facts)
+    if found:
+        tensors, state = found
+        if state["device"] != made.ref_logp.device.type:
+            print(f"{job.out}: begun on {state['device']}, resumed on {device}: the same steps, up to rounding")
+        load_state(made.experts, tensors, job.out)
+        load_gate(made.gate, tensors)
+        load_optimizer_state(made.optimizer, made.names, tensors)
+        made.variants.load(tensors)
+        print(f"resumed at step {state['step']} of {len(made.plan.steps)}")
+    configs.save(config, job.out / "config.json")                           # not before all input is known to be good
+    if not found and not config.init_experts:
+        first = micro_batches(made.plan, made.plan.steps[0][1] or [0], config)[0]
+        units = made.plan.unit_of[first.visits].to(made.ref_logp.device)
+        log_w = made.gate(made.inputs[units]).detach()[first.train.group.to(made.ref_logp.device)]
+        check_start(made.experts, first.train, made.ref_logp, log_w, config.beta)
+    return (state["step"], tensors["table"]) if found else (0, made.log_q)
+
+
+def snapshot(made: Prepared, log_q: torch.Tensor, finished: bool) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors and facts of a checkpoint."""
+    moments = {} if finished else optimizer_state(made.optimizer, made.names)
+    tensors = trained_state(made.experts) | gate_state(made.gate) | moments | made.variants.tensors()
+    return tensors | {"table": log_q}, {"finished": finished, "config": made.facts,
+                                        "device": made.ref_logp.device.type}
+
+
+def finish(job: Job, made: Prepared, save: Callable) -> None:
+    """Ends a run: privacy.json, the last checkpoint by save(), and the secret key is deleted."""
+    certify(job.out, made.guarantee)                                        # not before all steps are done
+    save()
+    drop_key(job.out)
