@@ -20,7 +20,7 @@ VARIANTS = ("exact", "tempered", "hard", *SAMPLED)
 def vary(
     log_q: torch.Tensor, kind: str, uniform: torch.Tensor | None = None, temperature: float = 1.0
 ) -> torch.Tensor:
-    """The responsibilities that the M-step uses instead of the exact posterior: (...,K) -> (...,K).
+    """The responsibilities that the M-step uses instead of the exact posterior: (...,K) -> (...,K)  (M12).
     uniform: the noise of monte-carlo and gumbel, (S,...,K) in [0, 1); gumbel takes the first of the S."""
     assert kind in VARIANTS, f"E-step variant {kind!r}, want one of {', '.join(VARIANTS)}"
     if kind == "exact":

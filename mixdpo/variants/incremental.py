@@ -20,7 +20,7 @@ class Incremental:
         self.plan, self.table = plan, torch.full((len(plan.visits), experts), torch.nan)
 
     def prior(self, log_w: torch.Tensor, visits: torch.Tensor) -> torch.Tensor:
-        """log w (G,K) of some visits (G,) -> the prior of each slice (G,K)."""
+        """log w (G,K) of some visits (G,) -> the prior of each slice (G,K)  (M11, incremental)."""
         units = self.plan.unit_of[visits]
         others = self.plan.pooled(self.table)[units] - self.table[visits].nan_to_num(0.0)       # 0 for a whole unit
         return torch.log_softmax(log_w + others.to(log_w.device), dim=-1)

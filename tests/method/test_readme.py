@@ -50,6 +50,14 @@ def test_the_readme_shows_the_step_as_it_is_and_is_short():
     assert len(README.split()) <= 1200
 
 
+def test_the_reading_order_gives_the_length_of_each_file():
+    """Catches: a file of the method that has grown and is still said to be short."""
+    rows = re.findall(r"^\| \d \| `([\w/.]+)` \| (\d+) \|", README, re.MULTILINE)
+    lengths = {path: len((ROOT / path).read_text().splitlines()) for path, _ in rows}
+    assert len(rows) == 9 and lengths["train.py"] <= 250
+    assert all(abs(lengths[path] - int(count)) <= 10 for path, count in rows), lengths
+
+
 def test_every_file_that_the_docs_name_exists():
     """Catches: a file that was moved or renamed, and is still named by its old place."""
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
