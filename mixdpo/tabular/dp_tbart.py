@@ -19,7 +19,6 @@ epsilon = inf trains without noise and clipping, on the same batches.
 """
 
 import math
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,14 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mixdpo.config import SEEDS, InputError, Stopped, check_choices, check_ranges
+from mixdpo.config import SEEDS, InputError, check_choices, check_ranges
 from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.models.attention import KVCache
 from mixdpo.models.gpt2 import Block, GPT2Config
 from mixdpo.private.accountant import Mechanism, epsilon_of, noise_multiplier
 from mixdpo.private.dp_sgd import NOT_COVERED, Noise, ghost_clipped_sum, participants
 from mixdpo.private.keys import Key, identities
-from mixdpo.runs.checkpoint import Stop, load_checkpoint, save_checkpoint
+from mixdpo.runs.checkpoint import Saver, Stop, load_checkpoint
 from mixdpo.runs.log import Progress
 from mixdpo.tabular.columns import Column, joined
 
@@ -281,7 +280,7 @@ def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, sa
     model = TBART(table.sizes, config.width, config.layers, config.heads, table.prior)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer, names = make_optimizer(model, config.lr)
-    losses, t, saved = [], 0, time.monotonic()
+    losses, t = [], 0
     if out and (found := load_checkpoint(out, same)):
         tensors, state = found
         model.load_state_dict({n.removeprefix("model."): x for n, x in tensors.items() if n.startswith("model.")})
@@ -290,7 +289,14 @@ def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, sa
         losses, t = state["losses"], state["step"]
         print(f"resumed at step {t} of {config.steps}")
     progress = Progress(out.name if out else "fit", t)
-    with Stop() as stop:
+
+    def snapshot() -> tuple[dict[str, torch.Tensor], dict]:
+        tensors = {f"model.{n}": x.contiguous() for n, x in model.state_dict().items()}
+        tensors |= {f"average.{n}": x for n, x in average.items()} | optimizer_state(optimizer, names)
+        return tensors, {"losses": losses, "config": same}
+
+    with Stop(str(out)) as stop:
+        saver = Saver(out, stop, config.save_minutes) if out else None
         while t < config.steps:
             set_rate(optimizer, t, config.steps, config.steps // 20)
             total, seen = dp_sum(model, rows[drawn[t]], clip, config.micro)
@@ -303,13 +309,8 @@ def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, sa
                 average[name].lerp_(p.detach(), 1 - keep)
             losses.append(float(seen.mean()))
             progress(t, config.steps, f"loss {losses[-1]:.3f}")
-            if out and t < config.steps and (stop.asked or time.monotonic() - saved > 60 * config.save_minutes):
-                tensors = {f"model.{n}": x.contiguous() for n, x in model.state_dict().items()}
-                tensors |= {f"average.{n}": x for n, x in average.items()} | optimizer_state(optimizer, names)
-                save_checkpoint(out, tensors, {"step": t, "losses": losses, "config": same}, keep=1)
-                saved = time.monotonic()
-                if stop.asked:
-                    raise Stopped(f"{out}: stopped and saved after step {t} of {config.steps}")
+            if saver:
+                saver.after(t, config.steps, snapshot)
     model.load_state_dict(average, strict=False)
     if table.prior is not None:
         calibrate(model, table.prior, config.seed)
