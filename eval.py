@@ -54,7 +54,7 @@ class EvalConfig:
     seed: int = 1                   # of sampling; the same for every row
     data_folder: str = ""           # local files looked into before anything is fetched
     judge: str = ""                 # compare what was completed before, two policies at a time: annotator:NAME,
-                                    # classifier:PATH or llm:MODEL (data/judges.py), and stop there
+                                    # classifier:PATH or llm:MODEL (data/annotators/judges.py), and stop there
     against: str = ""               # with --judge: the policy that the others are compared with; default: dpo
     export: str = ""                # write the run's experts into this folder, as models or adapters, and stop there
 
@@ -140,7 +140,7 @@ def plain_text(prompt: list[int], completion: list[int], tokenizer, end: int) ->
 def reward_table(rows: dict, texts: dict, dataset: dict, folder: Path) -> dict:
     """Rewards, KL and length of every row. "trained" is the mean of the rewards that the annotators of
     the training pairs follow, "gain" the same less the reference's on the same prompts."""
-    from data.annotators import score  # here: only this needs its packages
+    from data.annotators.rewards import score  # here: only this needs its packages
 
     unique = sorted({text for column in texts.values() for text in column})
     scores = dict(zip(unique, zip(*score(unique, dataset["rewards"], folder).values())))
@@ -295,7 +295,7 @@ def compare(config: EvalConfig) -> dict:
     """Win rates of the policies in samples.jsonl by config.judge; prints and returns them."""
     validate(config)
     refuse_idle(config, "--judge compares what was completed before", ("dir", "judge", "against", "seed"))
-    from data.judges import win_rates  # here: only this needs its packages
+    from data.annotators.judges import win_rates  # here: only this needs its packages
 
     found = win_rates(Path(config.dir).resolve(), config.judge, config.against, config.seed)
     for column, policies in found["columns"].items():
@@ -353,7 +353,7 @@ def write_report(folder: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("no pictures: matplotlib is not installed (the `plots` extra)")
         return
-    from data.report import report
+    from data.report.page import report
 
     print(f"report: {report(folder)}")
 

@@ -1,5 +1,5 @@
 """Helpful or harmless: real pairs of answers, judged by one of two objectives or by both: `python -m data.hh
---preset quick --data-folder FOLDER` (data/judged.py).
+--preset quick --data-folder FOLDER` (data/experiment/judged.py).
 
 The file, hh_relabeled_objectives.jsonl.gz in FOLDER, has one pair of Anthropic's HH-RLHF (Bai et al. 2022) a line:
 
@@ -15,8 +15,8 @@ import json
 import re
 from pathlib import Path
 
-from data.judged import Item, Judged, main
-from data.presets import HH
+from data.experiment.judged import Item, Judged, main
+from data.experiment.presets import HH
 from mixdpo.config import InputError, command
 from mixdpo.text.records import lines
 

@@ -1,4 +1,4 @@
-"""The IMDb experiment: `python -m data.imdb --preset quick` (data/experiment.py) on movie reviews (data/movies.py).
+"""IMDb: `python -m data.imdb --preset quick` on movie reviews (experiment/simulated.py, texts/movies.py).
 
 No review serves twice: those of the supervised step, of train prompts and of held-out prompts are apart by their text.
 The judge of sentiment is fitted on labelled reviews that give no prompt; should there be fewer than 5,000 of them, on
@@ -8,11 +8,11 @@ those of the train prompts too, never on those of held-out prompts.
 import hashlib
 from pathlib import Path
 
-from data.experiment import FILES, DataSet, main, prompt_of
-from data.movies import ARCHIVE, OWN, Review, load_reviews
-from data.presets import IMDB
-from data.sentiment import fit_sentiment, use_distilbert
-from data.stages import write_lines
+from data.annotators.sentiment import fit_sentiment, use_distilbert
+from data.experiment.presets import IMDB
+from data.experiment.simulated import FILES, DataSet, main, prompt_of
+from data.experiment.stages import write_lines
+from data.texts.movies import ARCHIVE, OWN, Review, load_reviews
 from mixdpo.config import command, to_json
 
 JUDGE_LEAST = 5000  # labelled reviews that the judge of sentiment needs to reach its accuracy

@@ -1,6 +1,6 @@
-"""Movie against book reviews: `python -m data.reviews --preset quick --data-folder FOLDER` (data/experiment.py).
+"""Movie against book reviews: `python -m data.reviews --preset quick --data-folder FOLDER`.
 
-Prompts are the first tokens of movie reviews (data/movies.py) and of book reviews (data/books.py), half each; those who
+Prompts are the first tokens of movie and of book reviews (texts/movies.py, texts/books.py), half each; those who
 judge movies go by another reward than those who judge books (preset["domains"]). So the type of a pair can be read off
 its prompt, by a gate that learns to. Evaluation prompts come in sets:
 
@@ -17,13 +17,13 @@ import hashlib
 import re
 from pathlib import Path
 
-from data.books import OWN as OWN_BOOKS
-from data.books import load_products
-from data.experiment import FILES, DataSet, main, prompt_of
-from data.movies import ARCHIVE, OWN, Review, load_reviews
-from data.presets import REVIEWS
-from data.sentiment import fit_sentiment, use_distilbert
-from data.stages import write_lines
+from data.annotators.sentiment import fit_sentiment, use_distilbert
+from data.experiment.presets import REVIEWS
+from data.experiment.simulated import FILES, DataSet, main, prompt_of
+from data.experiment.stages import write_lines
+from data.texts.books import OWN as OWN_BOOKS
+from data.texts.books import load_products
+from data.texts.movies import ARCHIVE, OWN, Review, load_reviews
 from mixdpo.config import InputError, command, to_json
 
 FILM = "film films movie movies cinema screen screenplay hollywood actor actors actress oscar".split()

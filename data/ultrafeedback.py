@@ -1,5 +1,5 @@
 """UltraFeedback-Personalized: four types of users, each of whom goes by another rating of the same answers: `python -m
-data.ultrafeedback --preset quick` (data/judged.py).
+data.ultrafeedback --preset quick` (data/experiment/judged.py).
 
 openbmb/UltraFeedback (Cui et al. 2023) has, for each instruction, four completions, each rated from 1 to 5 for
 helpfulness, honesty, instruction following and truthfulness. As in UF-P (Poddar et al. 2024, arXiv 2408.10075) a user
@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.judged import Item, Judged, main
-from data.presets import ULTRAFEEDBACK
+from data.experiment.judged import Item, Judged, main
+from data.experiment.presets import ULTRAFEEDBACK
 from mixdpo.config import InputError, command
 from mixdpo.files import fetch
 from mixdpo.text.records import lines

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import pictures
+from data.report import pictures
 from data.studies import NAMES, study_of
 from data.studies.study import PRESETS, describe_study, run
 from mixdpo.config import check_choices, command, parse, write_whole

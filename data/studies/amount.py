@@ -1,9 +1,9 @@
 """How much data: what a file could show of two types at best, and what is found, by its size and their agreement."""
 
-from data.pictures import curves
+from data.report.pictures import curves
 from data.studies import texts
+from data.studies.aggregate import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.study import Study
-from data.studies.tell import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.worlds import ONE, World, figures, fit, look, oracle, write
 from mixdpo.metrics import mean_se
 

@@ -32,10 +32,10 @@ import torch
 from scipy.stats import beta, binom
 
 import train
-from data.pictures import curves
-from data.stages import write_lines
+from data.experiment.stages import write_lines
+from data.report.pictures import curves
+from data.studies.aggregate import table_of
 from data.studies.study import Study
-from data.studies.tell import table_of
 from data.studies.worlds import make_model
 from mixdpo.private import budget
 from mixdpo.private import dp_sgd as privacy

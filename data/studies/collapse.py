@@ -10,9 +10,9 @@ and the alarms (mixdpo/metrics.py) are asked at every step, as a run asks them.
 
 import numpy as np
 
-from data.pictures import maps
+from data.report.pictures import maps
+from data.studies.aggregate import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.study import Study
-from data.studies.tell import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.worlds import World, figures, fit, look, oracle, write
 from mixdpo.metrics import WINDOW, adjusted_rand_index, alarms, mean_se
 from mixdpo.mixture import e_step

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 
-from data.pictures import curves
+from data.report.pictures import curves
 from data.studies import texts
+from data.studies.aggregate import by, mean_over, over, se_over, table_of
 from data.studies.study import Study
-from data.studies.tell import by, mean_over, over, se_over, table_of
 from data.studies.worlds import ONE, World, figures, fit, look, of_new_users, oracle, write
 from mixdpo.mixture import e_step, log_marginal
 from mixdpo.preferences import groups

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from data.pictures import curves
+from data.report.pictures import curves
 from data.studies import texts
+from data.studies.aggregate import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.study import Study
-from data.studies.tell import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.worlds import ITEMS, World, figures, fit, look, oracle, write
 from mixdpo.metrics import mean_se
 

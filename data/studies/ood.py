@@ -5,11 +5,11 @@ import math
 import numpy as np
 import torch
 
-from data.pictures import curves
+from data.report.pictures import curves
 from data.studies import texts
+from data.studies.aggregate import by, over, se_over, table_of
 from data.studies.gate import TASTES
 from data.studies.study import Study
-from data.studies.tell import by, over, se_over, table_of
 from data.studies.worlds import ALPHABETS, FOREIGN, World, fit, item_probabilities, judged, look, prompt, write
 from mixdpo.gates import Inputs
 from mixdpo.mixture import entropy

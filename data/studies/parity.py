@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 
-from data.marginals import distances, parity_table, satisfied
-from data.mst import marginal_method
-from data.pictures import curves
+from data.report.pictures import curves
+from data.studies.aggregate import by, mean_over, table_of
 from data.studies.study import Study
-from data.studies.tell import by, mean_over, table_of
+from data.tables.marginals import distances, parity_table, satisfied
+from data.tables.mst import marginal_method
 from mixdpo.private.keys import Key
 from mixdpo.tabular.columns import columns_of
 from mixdpo.tabular.dp_tbart import TableConfig, fit, look, sample

@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data.pictures import curves
+from data.report.pictures import curves
+from data.report.tables import NONE, in_ses
+from data.studies.aggregate import by, over, pm_of, se_over, table_of
 from data.studies.study import Study
-from data.studies.tell import by, over, pm_of, se_over, table_of
 from data.studies.worlds import OWN, STEPS, World, fit, judged, look, write
-from data.tables import NONE, in_ses
 from mixdpo.dpo import mixture_accuracy
 from mixdpo.evaluation.adaptation import weights_after
 from mixdpo.evaluation.heldout import alignment, margins_of

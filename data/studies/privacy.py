@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 
-from data.pictures import curves
-from data.stages import read_lines, write_lines
+from data.experiment.stages import read_lines, write_lines
+from data.report.pictures import curves
+from data.studies.aggregate import by, mean_over, over, pm_of, table_of
 from data.studies.study import Study
-from data.studies.tell import by, mean_over, over, pm_of, table_of
 from data.studies.worlds import FOREIGN, ITEMS, ONE, World, figures, fit, look, prompt, write
 from mixdpo.mixture import log_marginal
 

@@ -7,11 +7,11 @@ import torch
 from sklearn.manifold import TSNE
 
 import train
-from data.job import by_annotator, read_run
-from data.pictures import curves, dots
+from data.report.job import by_annotator, read_run
+from data.report.pictures import curves, dots
 from data.studies import texts
+from data.studies.aggregate import by, mean_over, table_of
 from data.studies.study import Study
-from data.studies.tell import by, mean_over, table_of
 from data.studies.worlds import ITEMS, World, figures, fit, judged, look, oracle, write
 from mixdpo.metrics import matched_accuracy
 

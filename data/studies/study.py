@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from data.stages import key_of, numbers
+from data.experiment.stages import key_of, numbers
 from data.studies import study_of
 from mixdpo.config import InputError, to_json, write_whole
 from mixdpo.files.atomic import alone

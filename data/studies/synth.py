@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from data import adult
-from data.pictures import curves
+from data.report.pictures import curves
+from data.studies.aggregate import by, table_of
 from data.studies.study import Study
-from data.studies.tell import by, table_of
-from data.synth import (
+from data.tables import adult
+from data.tables.synth import (
     HEAD,
     PRESETS,
     READING,
@@ -86,6 +86,6 @@ def mean(each: list[dict]) -> dict:
 
 STUDY = Study(
     "Private synthetic tables: Adult by budget",
-    "Adult's 32,561 training rows, 15 columns in public bins (`data/adult.py`), delta 1e-5. How near do tables of "
-    "DP-TBART come, at which epsilon, beside simpler generators with the same budget?",
+    "Adult's 32,561 training rows, 15 columns in public bins (`data/tables/adult.py`), delta 1e-5. How near do tables "
+    "of DP-TBART come, at which epsilon, beside simpler generators with the same budget?",
     cells, measure, page, prepare)

@@ -1,6 +1,6 @@
 """Real sentences and real ratings, with linear rewards on SmolLM2's frozen states: what a study of real text rests on.
 
-    responses   sentences of product reviews and of editorials (data/sentences.py), SmolLM2's mean state over each
+    responses   sentences of product reviews and of editorials (data/texts/sentences.py), SmolLM2's mean state over each
     prompts     four sentences of one document, the mean state over them; or some of them from elsewhere
     tastes      warm: what people's ratings say on average; cold: the opposite; terse: shorter; lavish: longer. Each
                 with deviation SHARP over all sentences, and choices by p(a > b) = sigma(r(a) - r(b))
@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.sentences import Sentence, load_sentences
-from data.stages import key_of
+from data.experiment.stages import key_of
+from data.texts.sentences import Sentence, load_sentences
 from mixdpo.dpo import mixture_accuracy
 from mixdpo.files import fetch
 from mixdpo.files.atomic import read_tensors, write_tensors

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import train
-from data.stages import write_lines
+from data.experiment.stages import write_lines
 from mixdpo.dpo import accuracy, mixture_accuracy
 from mixdpo.evaluation.heldout import alignment, margins_of
 from mixdpo.metrics import adjusted_rand_index, effective_experts, mean_se

@@ -1,11 +1,12 @@
-"""data/job.py on a made-up job: NumPy says what the figures should be. Each docstring names what the test catches."""
+"""data/report/job.py on a made-up job: NumPy says what the figures should be. Each docstring names what the test
+catches."""
 
 import json
 
 import numpy as np
 from fakejob import make_job, write
 
-from data.job import by_annotator, last_responsibilities, read_job, smooth
+from data.report.job import by_annotator, last_responsibilities, read_job, smooth
 
 # ---- reading
 

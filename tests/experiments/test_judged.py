@@ -1,5 +1,5 @@
-"""data/judged.py and data/hh.py: real answers that several types of users judge. What each test catches stands in its
-docstring."""
+"""data/experiment/judged.py and data/hh.py: real answers that several types of users judge. What each test catches
+stands in its docstring."""
 
 import gzip
 import json
@@ -11,10 +11,11 @@ import pytest
 import tinyjob
 from raising import raises_at
 
-from data import hh, judged
-from data.job import read_job
-from data.judged import Item, deal, divide, fitting, line
-from data.presets import HH
+from data import hh
+from data.experiment import judged
+from data.experiment.judged import Item, deal, divide, fitting, line
+from data.experiment.presets import HH
+from data.report.job import read_job
 from mixdpo.preferences import read_preferences
 from mixdpo.text.tokenizer import load_tokenizer
 

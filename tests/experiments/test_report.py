@@ -1,4 +1,5 @@
-"""data/report.py on a made-up job: what is drawn, and that a report comes out whole whatever there is to report."""
+"""data/report/page.py on a made-up job: what is drawn, and that a report comes out whole whatever there is to report.
+"""
 
 import json
 import re
@@ -12,10 +13,10 @@ from fakejob import NAMES, make_job
 
 pytest.importorskip("matplotlib", reason="the pictures need the `plots` extra")
 
-from data.job import annotators_of, read_job  # noqa: E402
-from data.pictures import ANNOTATORS, accuracy, histogram, responsibilities, rewards, training  # noqa: E402
-from data.report import page as as_page  # noqa: E402
-from data.report import report
+from data.report.job import annotators_of, read_job  # noqa: E402
+from data.report.page import page as as_page  # noqa: E402
+from data.report.page import report
+from data.report.pictures import ANNOTATORS, accuracy, histogram, responsibilities, rewards, training  # noqa: E402
 
 
 @pytest.fixture
@@ -164,8 +165,8 @@ def test_a_folder_of_unevaluated_runs(tmp_path, monkeypatch):
 
 def test_tables_need_no_matplotlib_and_pictures_no_pyplot():
     """Caught: drawing packages imported by the tables; pyplot, with a window system behind it, by the pictures."""
-    check = "import sys, data.tables; assert 'matplotlib' not in sys.modules, 'tables'; "
-    check += "import data.report; assert 'matplotlib.pyplot' not in sys.modules, 'pictures'"
+    check = "import sys, data.report.tables; assert 'matplotlib' not in sys.modules, 'tables'; "
+    check += "import data.report.page; assert 'matplotlib.pyplot' not in sys.modules, 'pictures'"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

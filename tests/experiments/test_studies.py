@@ -13,9 +13,10 @@ import pytest
 import torch
 from raising import raises_at
 
-from data import sentences, studies
+from data import studies
 from data.studies import parity, privacy, study, texts, worlds
 from data.studies.worlds import ITEMS, World, fit, item_probabilities, judged, look, oracle, prompt, write
+from data.texts import sentences
 from mixdpo.config import InputError
 from mixdpo.files import fetch
 

@@ -1,4 +1,5 @@
-"""data/tables.py on a made-up job: cells against what was put in. What each test catches stands in its docstring."""
+"""data/report/tables.py on a made-up job: cells against what was put in. What each test catches stands in its
+docstring."""
 
 import html
 import json
@@ -8,9 +9,9 @@ import numpy as np
 import pytest
 from fakejob import NAMES, make_job, write
 
-from data import domains, tables, users
-from data import job as job_module
-from data.job import read_job
+from data.report import domains, tables, users
+from data.report import job as job_module
+from data.report.job import read_job
 from mixdpo.metrics import mean_se
 
 

@@ -1,5 +1,5 @@
-"""DP-TBART: the model by enumeration, fitting against a slow twin, the first look, and whole runs of data/synth.py.
-Docstrings name the faults that each test is there for."""
+"""DP-TBART: the model by enumeration, fitting against a slow twin, the first look, and whole runs of
+data/tables/synth.py. Docstrings name the faults that each test is there for."""
 
 import csv
 import itertools
@@ -11,8 +11,8 @@ import pytest
 import torch
 from raising import raises_at
 
-from data import synth
-from data.marginals import parity_table, satisfied, total_variation
+from data.tables import synth
+from data.tables.marginals import parity_table, satisfied, total_variation
 from mixdpo.config import InputError
 from mixdpo.fast.optimizer import make_optimizer, set_rate
 from mixdpo.private.accountant import Mechanism, epsilon_of, noise_multiplier

@@ -1,4 +1,4 @@
-"""A private synthetic table: `python -m data.synth --dataset adult --epsilon 1`, or your own: `--data table.csv
+"""A private synthetic table: `python -m data.tables.synth --dataset adult --epsilon 1`, or your own: `--data table.csv
 --schema schema.json` (mixdpo/tabular/columns.py), perhaps with `--test held-out.csv --target column`.
 
     OUT/synthetic.csv       as many rows as the table has: what may be published, with model.safetensors and
@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from data import adult
-from data.marginals import distances, independent, utility
-from data.mst import marginal_method
-from data.studies.tell import table_of
+from data.studies.aggregate import table_of
+from data.tables import adult
+from data.tables.marginals import distances, independent, utility
+from data.tables.mst import marginal_method
 from mixdpo.config import InputError, check_choices, check_ranges, command, parse, to_json, write_whole
 from mixdpo.fast.memory import steady
 from mixdpo.files.atomic import alone, must_be_own, must_be_writable, noted
@@ -231,7 +231,7 @@ def report(config: SynthConfig, out: Path, began: float) -> None:
              f"covered: {'; '.join(told['not_covered'])}") if told["spent"] else "No privacy: epsilon is inf."
     where = environment()
     how = (f"{(time.monotonic() - began) / 60:.1f} minutes; revision {where['revision']}, torch {where['torch']}, "
-           f"`python -m data.synth {words(config)}`")
+           f"`python -m data.tables.synth {words(config)}`")
     write_whole(out / "figures.json", to_json({"config": asdict(config), "figures": figures}, indent=1) + "\n")
     write_whole(out / "report.md", "\n\n".join(["# A synthetic table", table_of(HEAD, rows_of(figures)), READING,
                                                 spent + ".", how + "."]) + "\n")
@@ -247,7 +247,7 @@ def words(config: SynthConfig) -> str:
 def main(argv: list[str]) -> None:
     steady()
     torch.set_float32_matmul_precision("highest")
-    config = parse(SynthConfig, argv, "python -m data.synth")
+    config = parse(SynthConfig, argv, "python -m data.tables.synth")
     check_choices(config, {"preset": PRESETS})
     given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv}
     run(replace(config, **{name: value for name, value in PRESETS[config.preset].items() if name not in given}))

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from data.job import Job, annotators_of, heads_of, paired, rewards_of
+from data.report.job import Job, annotators_of, heads_of, paired, rewards_of
 from mixdpo.runs.options import TrainConfig
 
 PAPER_REWARDS = ("sentiment", "informativeness", "grammar")
@@ -158,7 +158,7 @@ def difference_to_paper(job: Job, prompts: int) -> str:
         differ.append(f"the pairs are judged by {plain(judges) or 'nobody named'}, not by {plain(list(PAPER_REWARDS))}")
     if prompts != PAPER_PROMPTS:
         differ.append(f"there are {prompts} evaluation prompts, not {PAPER_PROMPTS:,}")
-    differ.append("the reward functions, which set the scale of each column, are those of data/annotators.py")
+    differ.append("the reward functions, which set the scale of each column, are those of data/annotators/rewards.py")
     return (f"The paper's rows are for GPT-2 on IMDb (arXiv 2510.08256). Here {'; '.join(differ)}. "
             "Its figures are for orientation: compare directions, not levels.")
 

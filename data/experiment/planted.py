@@ -1,4 +1,4 @@
-"""One type a pair or one a user: what a latent can find where the truth is planted: `python -m data.planted`.
+"""One type a pair or one a user: what can be found where the truth is planted: `python -m data.experiment.planted`.
 
 A world has K types with random linear rewards, theta ~ N(0, 1) in D features, and users of a random type who each judge
 m pairs, x ~ N(0, 1), with logistic noise. All worlds have as many pairs, so the more a user judges, the fewer users.
@@ -65,7 +65,7 @@ def assigned(types: int, each: int, config: PlantedConfig, seed: int) -> dict[st
 
 
 def main(argv: list[str]) -> list[dict]:
-    config = parse(PlantedConfig, argv, "python -m data.planted")
+    config = parse(PlantedConfig, argv, "python -m data.experiment.planted")
     check_ranges(config, dict.fromkeys(("types", "each", "seeds", "starts", "features", "pairs"), "[1, inf)"))
     if config.pairs < (least := max(config.each) * max(config.types)):
         raise InputError(f"got {config.pairs}, wanted {least} or more: as many as a user of each type judges",
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> list[dict]:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "planted.json", to_json({"config": asdict(config), "rows": rows}, indent=1) + "\n")
     if importlib.util.find_spec("matplotlib"):
-        from data.report import planted_report
+        from data.report.page import planted_report
 
         print(f"report: {planted_report(folder)}")
     return rows

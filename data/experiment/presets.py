@@ -4,8 +4,8 @@
     new_users, new_pairs    the same of users whom training never sees
     prompts         train prompts                       heldout         held-out prompts; `evaluate`: those completed
     continuations   sampled for each prompt             heldout_pairs   pairs each user judges on held-out prompts
-    context         of the pairs, for the E-step alone, on prompts that no other pair has (data/pairs.py)
-    agree           share of pairs they agree on        margin          least gap, in spreads (data/pairs.py)
+    context         of the pairs, for the E-step alone, on prompts that no other pair has (data/experiment/pairs.py)
+    agree           share of pairs they agree on        margin          least gap, in spreads (data/experiment/pairs.py)
     reviews         for the supervised step             judge_reviews   most that the judge of sentiment is fitted on
     finetune        options of FinetuneConfig           train           options of TrainConfig that all runs share
     runs            name -> options of the run

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.stages import numbers
+from data.experiment.stages import numbers
 from mixdpo import config as configs
 from mixdpo.metrics import mean_se
 from mixdpo.runs.options import TrainConfig
@@ -50,7 +50,7 @@ class Job:
     tuned: dict                     # reference/finetune.json
     files: dict[str, list[dict]]    # train, heldout, prompts: the records of each, where the file is
     runs: list[Run]
-    win_rates: dict = field(default_factory=dict)                           # winrates.json (data/judges.py)
+    win_rates: dict = field(default_factory=dict)                           # winrates.json (data/annotators/judges.py)
 
 
 # ---- reading

@@ -14,7 +14,7 @@ import re
 import tarfile
 from dataclasses import dataclass
 
-from data.movies import clean
+from data.texts.movies import clean
 from mixdpo.config import InputError
 from mixdpo.files import fetch
 

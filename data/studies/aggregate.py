@@ -2,7 +2,7 @@
 
 import math
 
-from data.tables import pm, table
+from data.report.tables import pm, table
 from mixdpo.metrics import mean_se
 
 

@@ -8,8 +8,18 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from data import domains, users
-from data.job import Job, Run, annotators_of, by_annotator, heads_of, last_responsibilities, rewards_of, run_of, smooth
+from data.report import domains, users
+from data.report.job import (
+    Job,
+    Run,
+    annotators_of,
+    by_annotator,
+    heads_of,
+    last_responsibilities,
+    rewards_of,
+    run_of,
+    smooth,
+)
 
 EXPERTS = ["#0b5394", "#e07b00", "#4f9d69", "#a64d79", "#7f7f7f", "#9c7a00"]  # then from the start, with another line
 LINES, HATCHES = ["-", "--", ":", "-."], ["", "///", "...", "xx", "\\\\\\", "++"]
@@ -315,7 +325,7 @@ def dots(shown: dict[str, dict[str, np.ndarray]], columns: int = 4) -> Figure:
 
 
 def planted(found: dict) -> Figure:
-    """ARI over the Bayes-optimal one's by the pairs a user judges, a panel a number of types (data/planted.py)."""
+    """ARI over the Bayes-optimal one's by the pairs a user judges, a panel a number of types (planted.py)."""
     shown = {}
     for row in found["rows"]:
         for way in users.WAYS:

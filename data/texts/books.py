@@ -16,7 +16,7 @@ import re
 import tarfile
 from pathlib import Path
 
-from data.movies import LABELS, Review, clean
+from data.texts.movies import LABELS, Review, clean
 from mixdpo.config import InputError
 
 MOST = 2**28  # bytes of a domain's reviews in the archive

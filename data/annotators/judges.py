@@ -1,10 +1,10 @@
 """Who wins? Completions of the same prompts by two policies, compared by a judge that is neither of them:
 `python eval.py DIR --judge JUDGE --against POLICY`, after `python eval.py DIR` has written DIR/samples.jsonl.
 
-    annotator:NAME,...      a reward function of data/annotators.py, each a column
+    annotator:NAME,...      a reward function of data/annotators/rewards.py, each a column
     classifier:PATH         a sequence classifier or reward model in a Hugging Face directory (wants transformers): the
                             logit of its last label, of prompt and completion together
-    llm:MODEL               a model behind an OpenAI-compatible endpoint (data/llm.py), asked in both orders. A column
+    llm:MODEL               a model behind an OpenAI-compatible endpoint (llm.py), asked in both orders. A column
                             for each of dataset.json's "criteria", {type: which answer it prefers}, else one
 
     win rate    (wins + ties / 2) / prompts, with the 95 % interval of 10,000 bootstrap samples of the prompts
@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.annotators import score
-from data.llm import Endpoint
-from data.stages import read_lines
+from data.annotators.llm import Endpoint
+from data.annotators.rewards import score
+from data.experiment.stages import read_lines
 from mixdpo.config import InputError, reading, to_json, write_whole
 
 GENERAL = {"better": "the better answer: helpful, right, harmless and clear"}

@@ -24,7 +24,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data.stages import read_lines, write_lines
+from data.experiment.stages import read_lines, write_lines
 from mixdpo.config import InputError
 from mixdpo.runs.rundir import Progress
 

@@ -18,7 +18,7 @@ tables, weighted by their precisions, moved to the closest with no negative cell
 table becomes the closest one with no negative cell whose sums are its two columns' marginals: all tables agree.
 Left out: the paper's merging of rare values, whose part is played by the threshold of those projections.
 
-packaged() is the same method from somebody else: smartnoise-synth, with the requirements in synth-requirements.txt.
+packaged() is the same method from somebody else: smartnoise-synth, with the requirements in requirements.txt.
 """
 
 import math

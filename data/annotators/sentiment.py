@@ -30,7 +30,7 @@ def sentiment(texts: list[str], folder) -> list[float]:
     """P(positive) of each text by the judge in `folder`. Raises: InputError if there is none."""
     judge = read_judge(folder)
     if judge is None:
-        raise InputError("no judge.json in it; let data.sentiment.fit_sentiment or use_distilbert make one",
+        raise InputError("no judge.json in it; let data.annotators.sentiment.fit_sentiment or use_distilbert make one",
                          file=folder)
     return distilbert(texts, judge["model"]) if judge["kind"] == "distilbert" else bag(texts, Path(folder), judge)
 

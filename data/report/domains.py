@@ -8,8 +8,8 @@
 
 import numpy as np
 
-from data.job import Job, run_of
-from data.tables import NONE, escape, in_ses, plain, pm, section, table
+from data.report.job import Job, run_of
+from data.report.tables import NONE, escape, in_ses, plain, pm, section, table
 from mixdpo.metrics import matched_accuracy, mean_se
 
 

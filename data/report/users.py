@@ -8,11 +8,11 @@ import math
 
 import numpy as np
 
-from data.job import Job, annotators_of
-from data.tables import NONE, escape, in_ses, measured, plain, pm, section, table
+from data.report.job import Job, annotators_of
+from data.report.tables import NONE, escape, in_ses, measured, plain, pm, section, table
 from mixdpo.metrics import mean_se
 
-WAYS = ("user", "pair, pooled", "pair, majority")  # of assigning users to planted types (data/planted.py)
+WAYS = ("user", "pair, pooled", "pair, majority")  # of assigning users to planted types (data/experiment/planted.py)
 
 
 def types(job: Job) -> str:
@@ -94,7 +94,7 @@ def win_rates(job: Job) -> str:
         table(["policy", *map(escape, columns), "worst", "ties", "not judged"], body))
 
 
-# ---- planted types (data/planted.py)
+# ---- planted types (data/experiment/planted.py)
 
 
 def of_bayes(row: dict, way: str) -> dict:
@@ -111,8 +111,9 @@ def planted(found: dict) -> str:
                                                                                         row["worlds"]])), *cells])
     said = plain(found["config"])
     return "# One type a pair or one a user\n\n" + "\n\n".join([
-        f"`python -m data.planted` ({said}). Types, users and rewards are planted; data/planted.py says how. A cell is "
-        "the adjusted Rand index of the users' assignment over that of Bayes-optimal assignment with the true rewards, "
+        f"`python -m data.experiment.planted` ({said}). Types, users and rewards are planted; "
+        "data/experiment/planted.py says how. A cell is the adjusted Rand index of the users' assignment over that of "
+        "Bayes-optimal assignment with the true rewards, "
         "mean over worlds ± SE; and in how many worlds it is 0.9 or more.",
         "![ARI over the Bayes-optimal ARI by the pairs a user judges](planted.png)",
         table(["types", "pairs a user", "users", "Bayes-optimal ARI", *WAYS], rows)]) + "\n"

@@ -7,8 +7,8 @@ from urllib.parse import quote
 
 from markdown_it import MarkdownIt
 
-from data import domains, pictures, tables, users
-from data.job import read_job
+from data.report import domains, pictures, tables, users
+from data.report.job import read_job
 from mixdpo.config import write_whole
 
 BREAK = "\ue000"  # stands for a line break while Markdown is read
@@ -55,7 +55,7 @@ def page(title: str, text: str) -> str:
 
 
 def planted_report(folder: Path) -> Path:
-    """Writes folder/report.md and its picture from planted.json (data/planted.py); returns the path of report.md."""
+    """Writes folder/report.md and its picture from planted.json (experiment/planted.py); returns report.md's path."""
     found = json.loads((folder / "planted.json").read_text())
     with pictures.style():
         pictures.planted(found).savefig(folder / "planted.png")

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.experiment import begin, check_preset, chosen, train_and_evaluate
-from data.pairs import name_users
-from data.stages import key_of, stage, write_lines
+from data.experiment.pairs import name_users
+from data.experiment.simulated import begin, check_preset, chosen, train_and_evaluate
+from data.experiment.stages import key_of, stage, write_lines
 from mixdpo.config import InputError, check_ranges, parse, to_json
 from mixdpo.fast.memory import steady
 from mixdpo.files import fetch
@@ -56,7 +56,7 @@ class Judged:
 
     name: str
     types: dict[str, str]               # type of user -> which answer it prefers, in words
-    presets: dict                       # name -> settings (data/presets.py)
+    presets: dict                       # name -> settings (data/experiment/presets.py)
     sources: tuple[str, ...]            # files of the user's own folder that are read, part of the key
     load: Callable                      # (data folder or None, preset) -> items, facts
 

@@ -1,6 +1,6 @@
 """Annotators: reward functions of a text, a prompt and its response together, each in [0, 1].
 
-**sentiment**: how probably the review is a positive one, by the classifier of data/sentiment.py.
+**sentiment**: how probably the review is a positive one, by the classifier of data/annotators/sentiment.py.
 
 **informativeness** = min(1, points / words): how densely the text says new things. A word is a spaCy token with a
 letter or a digit. It has
@@ -32,7 +32,7 @@ import importlib.util
 import os
 import re
 
-from data.sentiment import sentiment
+from data.annotators.sentiment import sentiment
 from mixdpo.config import InputError
 
 NAMES = ("sentiment", "informativeness", "grammar")

@@ -5,10 +5,10 @@ Each stage is a function that writes its files into the job's folder, whole or n
 already under the same content key (what went in, and the settings):
 
     split       reviews for the supervised step, prompts from train and from held-out reviews, the judge of sentiment
-    finetune    reference/: the model after a supervised step on reviews (data/finetune.py)
+    finetune    reference/: the model after a supervised step on reviews (data/experiment/finetune.py)
     sample      several continuations of each prompt by the reference (mixdpo/evaluation/generate.py)
-    annotate    what each annotator thinks of each (data/annotators.py)
-    judge       train.jsonl, heldout.jsonl and dataset.json: pairs judged by simulated users (data/pairs.py); and
+    annotate    what each annotator thinks of each (data/annotators/rewards.py)
+    judge       train.jsonl, heldout.jsonl and dataset.json: pairs judged by simulated users (experiment/pairs.py); and
                 adapt-*.jsonl, of new users, on the train prompts and on the held-out ones, where a preset has some
 
 then DPO and the mixtures are trained (train.py), and the table and the report are made (eval.py).
@@ -22,13 +22,13 @@ from types import SimpleNamespace
 
 import torch
 
-from data.annotators import NAMES, score
-from data.estimate import estimate
-from data.finetune import FinetuneConfig, finetune
-from data.finetune import validate as validate_finetune
-from data.pairs import judge_apart, name_users, pair_facts, pair_line, spreads
-from data.sentiment import find_distilbert
-from data.stages import key_of, line_by_line, read_lines, stage, write_lines
+from data.annotators.rewards import NAMES, score
+from data.annotators.sentiment import find_distilbert
+from data.experiment.estimate import estimate
+from data.experiment.finetune import FinetuneConfig, finetune
+from data.experiment.finetune import validate as validate_finetune
+from data.experiment.pairs import judge_apart, name_users, pair_facts, pair_line, spreads
+from data.experiment.stages import key_of, line_by_line, read_lines, stage, write_lines
 from eval import EvalConfig, evaluate
 from mixdpo.config import SEEDS, InputError, check_choices, check_ranges, parse, to_json, write_whole
 from mixdpo.evaluation.generate import generate
@@ -52,7 +52,7 @@ class DataSet:
     """What is an experiment's own."""
 
     name: str
-    presets: dict               # name -> settings (data/presets.py)
+    presets: dict               # name -> settings (data/experiment/presets.py)
     sources: tuple              # names of the user's own files that are looked into; what lies there is part of the key
     sizes: tuple                # the settings that the split depends on
     split: Callable             # (job, preset, tokenizer, distilbert, data): writes what `prepare` says of it
@@ -231,7 +231,7 @@ def chosen(of, config) -> tuple[str, dict, Path]:
 
 def check_preset(preset: dict, *parts: str) -> None:
     """Before anything is fetched or sampled. Raises: InputError on sizes out of range, and on options that train.py or,
-    with "finetune" among the parts, data/finetune.py would refuse in the end."""
+    with "finetune" among the parts, data/experiment/finetune.py would refuse in the end."""
     ranges = dict.fromkeys(("prompts", "users", "reviews", "judge_reviews", "max_prompt", "max_response"), "[1, inf)")
     ranges |= dict.fromkeys(("pairs", "heldout_pairs", "context", "new_users", "new_pairs", "apart", "margin",
                              "evaluate"), "[0, inf)")

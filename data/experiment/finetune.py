@@ -1,6 +1,6 @@
 """The supervised step: fine-tunes a model on plain texts, since DPO assumes a reference that knows the domain.
 
-`python -m data.finetune --data reviews.jsonl --model smollm2 --out DIR` writes DIR in Hugging Face's
+`python -m data.experiment.finetune --data reviews.jsonl --model smollm2 --out DIR` writes DIR in Hugging Face's
 layout with its tokenizer, and finetune.json with the perplexity on held-out blocks before and after.
 Texts are joined with an end token behind each and cut into blocks. Interrupted, it goes on at its last checkpoint.
 """
@@ -154,7 +154,7 @@ def perplexity(policy, blocks: torch.Tensor) -> float:
 
 
 def main(argv: list[str]) -> None:
-    finetune(configs.parse(FinetuneConfig, argv, "python -m data.finetune"))
+    finetune(configs.parse(FinetuneConfig, argv, "python -m data.experiment.finetune"))
 
 
 if __name__ == "__main__":
