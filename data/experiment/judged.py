@@ -1,16 +1,17 @@
-"""An experiment on real responses that were judged by more than one yardstick (data/hh.py, data/ultrafeedback.py).
+"""An experiment on real answers that several objectives judged (data/hh.py, data/ultrafeedback.py).
 
-What is a data set's own is its items: a conversation, two answers, and which of them each type of user prefers. Here
-they become preference files, as if of users who each have one type, and judge alone:
+A data set supplies items: a conversation, two answers, and the answer that each type of user prefers. Items become
+preference files of simulated users, each of one type:
 
-    items        those whose ids are too many, or whose answers are the same after the cut, are left out, and counted
-    split        by conversation, in the order of a hash of seed and text: held-out items are nobody's training pairs
-    deal         every user of a type takes the next of the type's items, shuffled; again only when all are dealt
+    fitting      items that do not fit the length limits, or whose answers are equal after truncation, are dropped and
+                 counted
+    divide       by conversation, in the order of a hash of seed and text: held-out conversations are never trained on
+    deal         every user of a type takes the next items of the type, shuffled; items repeat only after all were dealt
     held out     every judgement of a held-out item once, by the users of its type in turn
-    new users    as many of each type as the preset says, on held-out conversations and on those that are trained on
+    new users    as many of each type as the preset says, on held-out conversations and on training conversations
 
-then DPO and the mixtures are trained (train.py), and the table and the report are made (eval.py). No pairs are set
-aside for the E-step: real judgements are noisy, heads learn little of them by heart, and each tells of its user.
+Then common.py trains DPO and the mixtures and evaluates them. No pairs are reserved for the E-step: real judgements are
+noisy, heads memorise little of them, and each pair carries information about its user.
 """
 
 import hashlib
@@ -22,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.experiment.common import begin, check_preset, choose_preset, train_and_evaluate
 from data.experiment.pairs import name_users
-from data.experiment.simulated import begin, check_preset, chosen, train_and_evaluate
 from data.experiment.stages import key_of, stage, write_lines
 from mixdpo.config import InputError, check_ranges, parse, to_json
 from mixdpo.fast.memory import steady
@@ -38,96 +39,95 @@ FILES = ["train.jsonl", "heldout.jsonl", "adapt-new-user.jsonl", "adapt-new-user
 
 @dataclass(frozen=True)
 class Item:
-    """Two answers to a conversation, judged."""
+    """A conversation with two judged answers."""
 
-    messages: list[dict]                # up to a user's turn (mixdpo/text/chat.py)
+    messages: list[dict]                # ends with a user's turn (mixdpo/text/chat.py)
     answers: tuple[str, str]
-    prefers: dict[str, int]             # type of user -> the answer that it chooses, 0 or 1
+    prefers: dict[str, int]             # type of user -> the answer that the type prefers, 0 or 1
 
     @property
     def conflict(self) -> bool:
-        """Whether two types choose differently."""
+        """Whether two types prefer different answers."""
         return len(set(self.prefers.values())) > 1
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What is a data set's own."""
+    """The parts of an experiment that depend on the data set."""
 
     name: str
-    types: dict[str, str]               # type of user -> which answer it prefers, in words
+    types: dict[str, str]               # type of user -> what the type prefers, in words
     presets: dict                       # name -> settings (data/experiment/presets.py)
-    sources: tuple[str, ...]            # files of the user's own folder that are read, part of the key
+    sources: tuple[str, ...]            # names of files in the user's data folder that are used; part of the key
     load: Callable                      # (data folder or None, preset) -> items, facts
 
 
 @dataclass(frozen=True)
 class JudgedConfig:
-    """An experiment: judged answers, users of several types, DPO and mixtures, table."""
+    """An experiment: judged answers, users of several types, DPO and mixtures, report."""
 
     preset: str = ""            # smoke, quick, cpu or paper; default: paper with a CUDA device, else quick
     model: str = ""             # a chat model: smollm2, llama-3.2-1b or a directory; default: smollm2
-    out: str = ""               # the job's folder; default: runs/DATASET-PRESET, and -MODEL where one is given
-    users: int = 0              # of each type; 0: the preset's number
-    pairs: int = 0              # that each user judges for training; 0: the preset's number
-    seed: int = -1              # of split, users and runs; -1: the preset's
-    types_as_users: bool = False    # true: each type is one user, who judges all that the type judges
-    conflicts: bool = False     # true: only answers on which types disagree
-    data_only: bool = False     # true: stop when the preference files are written
-    data_folder: str = ""       # local files looked into before anything is fetched
+    out: str = ""               # the job's folder; default: runs/DATASET-PRESET, or runs/DATASET-PRESET-MODEL
+    users: int = 0              # users of each type; 0: the preset's number
+    pairs: int = 0              # training pairs of each user; 0: the preset's number
+    seed: int = -1              # seed of split, users and runs; -1: the preset's
+    types_as_users: bool = False    # true: each type is one user, who judges all items of the type
+    conflicts: bool = False     # true: use only items on which types disagree
+    data_only: bool = False     # true: stop after the preference files are written
+    data_folder: str = ""       # folder of local files, used before anything is fetched
 
 
 def fitting(items: list[Item], tokenizer, preset: dict) -> tuple[list[Item], dict[str, int]]:
-    """The items that training can use as they are, and how many are not, by what is wrong with them."""
-    left_out, kept, most = Counter(), [], preset["max_response"]
+    """The items that training can use unchanged, and counts of the others by reason."""
+    dropped, kept, limit = Counter(), [], preset["max_response"]
     for item in items:
         try:
             encode_prompt(item.messages, tokenizer, preset["max_prompt"])
             ids = [encode_response([{"role": "assistant", "content": text}], tokenizer) for text in item.answers]
         except InputError as error:
-            left_out[getattr(error, "kind", "a character without a token")] += 1
+            dropped[getattr(error, "kind", "a character without a token")] += 1
             continue
-        if ids[0][:most] == ids[1][:most]:
-            left_out["the same answers, or after the cut"] += 1
+        if ids[0][:limit] == ids[1][:limit]:
+            dropped["equal answers, or equal after truncation"] += 1
         elif min(map(len, ids)) < 2:
-            left_out["an empty answer"] += 1
+            dropped["an empty answer"] += 1
         else:
             kept.append(item)
-    return kept, dict(left_out)
+    return kept, dict(dropped)
 
 
 def divide(items: list[Item], heldout: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """The items of a share `heldout` of the conversations, and the others."""
+    """Items of a share `heldout` of the conversations, and the other items."""
     def place(item: Item) -> float:
         text = json.dumps(item.messages) + str(seed)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / 2**56
 
-    items = sorted(items, key=place)                                        # the order of the source tells nothing
+    items = sorted(items, key=place)                             # the result does not depend on the order of the source
     return [i for i in items if place(i) < heldout], [i for i in items if place(i) >= heldout]
 
 
 def deal(items: list[Item], users: dict[str, str], each: int, seed: int, option="pairs") -> list[tuple[str, Item]]:
-    """`each` items for every user, of those that its type judges; 0: all. Raises: InputError if they are fewer, naming
-    the option that says how many."""
-    out, rng, asked = [], np.random.default_rng([seed, 21]), each
+    """`each` items for every user, among those that the user's type judged; 0: all of them. Raises: InputError naming
+    `option` if there are too few items."""
+    out, rng = [], np.random.default_rng([seed, 21])
     for kind in sorted(set(users.values())):
         deck = [item for item in items if kind in item.prefers]
-        each = asked or len(deck)
-        if len(deck) < each:
-            raise InputError(f"{len(deck)} items are judged by {kind}, and each user wants {each}; choose fewer pairs "
-                             "a user, or get more data", option=option)
-        hand, theirs = [], [user for user, of in users.items() if of == kind]
-        for user in theirs:
-            if len(hand) < each:                                            # begun again: the rest first, then others
-                fresh = rng.permutation(len(deck)).tolist()
-                hand += [n for n in fresh if n not in hand]
-            out += [(user, deck[n]) for n in hand[:each]]
-            hand = hand[each:]
+        count = each or len(deck)
+        if len(deck) < count:
+            raise InputError(f"{len(deck)} items were judged by {kind}; each user needs {count}; choose fewer pairs "
+                             "for each user, or get more data", option=option)
+        hand = []                                                           # shuffled positions in the deck
+        for user in (user for user, its in users.items() if its == kind):
+            if len(hand) < count:                                           # the rest of the deck first, then repeats
+                hand += [n for n in rng.permutation(len(deck)).tolist() if n not in hand]
+            out += [(user, deck[n]) for n in hand[:count]]
+            hand = hand[count:]
     return [out[n] for n in rng.permutation(len(out))]
 
 
 def line(user: str, kind: str, item: Item) -> dict:
-    """One line of a preference file. scores: which answer each type prefers, for those that judged it."""
+    """One line of a preference file. scores: the preference of each type that judged the item."""
     chosen = item.prefers[kind]
     answer = [[{"role": "assistant", "content": text}] for text in item.answers]
     scores = {of: [int(prefers == chosen), int(prefers != chosen)] for of, prefers in item.prefers.items()}
@@ -135,71 +135,87 @@ def line(user: str, kind: str, item: Item) -> dict:
     return row | {"user": user, "annotator": kind, "scores": scores}
 
 
-def judge(job: Path, of: Judged, preset: dict, tokenizer, data: str | None) -> None:
-    """Writes train.jsonl, heldout.jsonl and dataset.json, which says how they came about."""
-    items, facts = of.load(data, preset)
-    items, left_out = fitting(items, tokenizer, preset)
-    if preset["conflicts"]:
-        left_out["all types agree"] = sum(not item.conflict for item in items)
-        items = [item for item in items if item.conflict]
-    users = name_users(len(of.types) * preset["users"], list(of.types), preset["seed"])
-    held_out, others = divide(items, preset["heldout"], preset["seed"])
-    rows = [line(user, users[user], item) for user, item in deal(others, users, preset["pairs"], preset["seed"])]
-    of_kind = {kind: [user for user in users if users[user] == kind] for kind in of.types}
-    held = [(item, kind) for item in held_out for kind in item.prefers][: preset["heldout_pairs"] or None]
-    held_rows = [line(of_kind[kind][n % len(of_kind[kind])], kind, item) for n, (item, kind) in enumerate(held)]
-    new = {f"new-{user}": kind for user, kind in name_users(len(of.types) * preset["new_users"], list(of.types),
-                                                            preset["seed"] + 1).items()}
-    for name, part in (("adapt-new-user", others), ("adapt-new-user-new-prompt", held_out)):
-        dealt = deal(part, new, preset["new_pairs"], preset["seed"] + 1, option="preset")
+def write_preferences(job: Path, types: list[str], training: list[Item], heldout: list[Item], preset: dict) -> tuple:
+    """Writes all files of pairs and prompts; returns the numbers of train and held-out pairs, and of held-out
+    conflicts. Raises: InputError if no held-out pair is left."""
+    seed = preset["seed"]
+    users = name_users(len(types) * preset["users"], types, seed)
+    rows = [line(user, users[user], item) for user, item in deal(training, users, preset["pairs"], seed)]
+    of_kind = {kind: [user for user in users if users[user] == kind] for kind in types}
+    judged = [(item, kind) for item in heldout for kind in item.prefers][: preset["heldout_pairs"] or None]
+    heldout_rows = [line(of_kind[kind][n % len(of_kind[kind])], kind, item) for n, (item, kind) in enumerate(judged)]
+    names = name_users(len(types) * preset["new_users"], types, seed + 1)
+    new = {f"new-{user}": kind for user, kind in names.items()}
+    for name, part in (("adapt-new-user", training), ("adapt-new-user-new-prompt", heldout)):
+        dealt = deal(part, new, preset["new_pairs"], seed + 1, option="preset")
         write_lines(job / f"{name}.jsonl", (line(user, new[user], item) for user, item in dealt))
-    asked = [{"prompt": item.messages} for item in held_out[: preset["evaluate"]]]
-    write_lines(job / "prompts.jsonl", asked)
-    if not held_rows:
-        raise InputError(f"{len(items)} items leave none for evaluation; get more data, or choose another preset",
+    write_lines(job / "prompts.jsonl", [{"prompt": item.messages} for item in heldout[: preset["evaluate"]]])
+    if not heldout_rows:
+        raise InputError(f"{len(training)} items leave no held-out pairs; get more data, or choose another preset",
                          option="preset")
     write_lines(job / "train.jsonl", rows)
-    write_lines(job / "heldout.jsonl", held_rows)
-    counts = {part: {"items": len(chosen), "of_two_types_or_more": sum(len(i.prefers) > 1 for i in chosen),
-                     "conflicts": sum(i.conflict for i in chosen)}
-              for part, chosen in (("training", others), ("held out", held_out))}
-    facts |= {"annotators": list(of.types), "criteria": of.types, "left_out": left_out, "parts": counts}
-    facts |= {"train": {"pairs": len(rows)},
-              "heldout": {"pairs": len(held_rows), "conflicts": sum(item.conflict for item, _ in held)}}
+    write_lines(job / "heldout.jsonl", heldout_rows)
+    return len(rows), len(heldout_rows), sum(item.conflict for item, _ in judged)
+
+
+def judge(job: Path, dataset: Judged, preset: dict, tokenizer, data: str | None) -> str:
+    """Writes the preference files and dataset.json, which records how they were made. Returns a summary."""
+    items, facts = dataset.load(data, preset)
+    items, dropped = fitting(items, tokenizer, preset)
+    if preset["conflicts"]:
+        dropped["all types agree"] = sum(not item.conflict for item in items)
+        items = [item for item in items if item.conflict]
+    heldout, training = divide(items, preset["heldout"], preset["seed"])
+    pairs, heldout_pairs, conflicts = write_preferences(job, list(dataset.types), training, heldout, preset)
+    counts = {part: {"items": len(some), "of_two_types_or_more": sum(len(i.prefers) > 1 for i in some),
+                     "conflicts": sum(i.conflict for i in some)}
+              for part, some in (("training", training), ("held out", heldout))}
     names = ("users", "pairs", "new_users", "new_pairs", "seed", "conflicts")
-    facts |= {"max_prompt": preset["max_prompt"], "max_new": preset["max_response"]}
-    facts |= {"settings": {name: preset[name] for name in names}}
+    facts |= {"annotators": list(dataset.types), "criteria": dataset.types, "left_out": dropped, "parts": counts,
+              "train": {"pairs": pairs}, "heldout": {"pairs": heldout_pairs, "conflicts": conflicts},
+              "max_prompt": preset["max_prompt"], "max_new": preset["max_response"],
+              "settings": {name: preset[name] for name in names}}
     (job / "dataset.json").write_text(to_json(facts, indent=1) + "\n")
-    print(to_json(facts))
+    return (f"{pairs} train and {heldout_pairs} held-out pairs ({conflicts} on which types disagree); "
+            f"{sum(dropped.values())} items dropped")
 
 
-def main(of: Judged, argv: list[str]) -> None:
-    """The data set's command."""
-    steady()
-    config = parse(JudgedConfig, argv, f"python -m data.{of.name}")
-    check_ranges(config, {"users": "[0, inf)", "pairs": "[0, inf)", "seed": "[-1, 4294967295]"})
-    name, preset, job = chosen(of, config)
+def preset_with(config: JudgedConfig, preset: dict) -> dict:
+    """The preset with the options of the command line. Raises: InputError on options that exclude each other."""
     given = {"users": config.users, "pairs": config.pairs, "seed": config.seed + 1}
-    preset |= {key: getattr(config, key) for key, value in given.items() if value}
+    preset = preset | {key: getattr(config, key) for key, value in given.items() if value}
     preset |= {"conflicts": config.conflicts}
     if config.types_as_users:
         if config.users or config.pairs:
-            raise InputError("true has one user of each type, who judges everything: leave --users and --pairs out",
+            raise InputError("true makes one user of each type, who judges all items; leave out --users and --pairs",
                              option="types_as_users")
-        runs = {name: run | ({"em": "incremental"} if run.get("latent") == "user" else {})  # no batch holds a user
+        runs = {name: run | ({"em": "incremental"} if run.get("latent") == "user" else {})  # a user exceeds a batch
                 for name, run in preset["runs"].items()}
         preset |= {"users": 1, "pairs": 0, "runs": runs}
+    return preset
+
+
+def main(dataset: Judged, argv: list[str]) -> None:
+    """The command of a data set."""
+    steady()
+    config = parse(JudgedConfig, argv, f"python -m data.{dataset.name}")
+    check_ranges(config, {"users": "[0, inf)", "pairs": "[0, inf)", "seed": "[-1, 4294967295]"})
+    name, preset, job = choose_preset(dataset, config)
+    preset = preset_with(config, preset)
     check_preset(preset)
     must_be_own(job, [], "job.json", {"preset"})
     with alone(job):
         model = config.model or "smollm2"
         begin(job, {"preset": name, "model": model, "settings": json.loads(to_json(preset))})
+        print(f"job: {job}, preset {name}\nmodel: {model}")
         tokenizer = load_tokenizer(model, config.data_folder or None)
-        own = [Path(config.data_folder) / source for source in of.sources] if config.data_folder else []
+        own = [Path(config.data_folder) / source for source in dataset.sources] if config.data_folder else []
         source = [fetch.sha256_of(file) for file in own if file.is_file()] or "fetched"
         sizes = {key: value for key, value in preset.items() if key not in ("runs", "train")}
         stage(job, "judge", key_of(sizes, source, tokenizer.key), FILES,
-              lambda: judge(job, of, preset, tokenizer, config.data_folder or None))
-        if not config.data_only:
-            shared = {name: preset[name] for name in ("max_prompt", "max_response", "seed")}
-            train_and_evaluate(job, preset, {"model": model, "data_folder": config.data_folder} | shared)
+              lambda: judge(job, dataset, preset, tokenizer, config.data_folder or None))
+        if config.data_only:
+            print(f"The preference files are in {job}; nothing was trained, since --data-only is set.")
+            return
+        shared = {name: preset[name] for name in ("max_prompt", "max_response", "seed")}
+        train_and_evaluate(job, preset, {"model": model, "data_folder": config.data_folder} | shared)

@@ -26,9 +26,9 @@ def measure(cell: dict, folder) -> dict:
     seed, each, users = cell["seed"], cell["each"], cell["pairs"] // cell["each"]
     if cell["world"] == "texts":
         found = texts.load(folder.parent.parent, cell["preset"])
-        told = texts.judge(found, ("warm", "terse"), users, each, seed)
-        held = texts.judge(found, ("warm", "terse"), 200, 10, seed, heldout=True)
-        return texts.figures(texts.fit(told, cell["experts"], seed), told, held)
+        training = texts.judge(found, texts.Judges(("warm", "terse"), users, each, seed))
+        held = texts.judge(found, texts.Judges(("warm", "terse"), 200, 10, seed), heldout=True)
+        return texts.figures(texts.fit(training, cell["experts"], seed), training, held)
     world = World(seed=seed, users=users, each=each, agree=cell["agree"])
     write(world, folder)
     size = max(20, min(50, cell["pairs"] // 20))                            # a user of 20 fits into a batch
@@ -68,7 +68,7 @@ def page(rows):
 
     eaches = sorted({each for _, each in ahead})
     names = list(dict.fromkeys(name for name, _ in ahead))
-    told = [f"{name}: " + ", ".join(f"{first(name, each)} at {each} a user" for each in eaches) for name in names]
+    firsts = [f"{name}: " + ", ".join(f"{first(name, each)} at {each} a user" for each in eaches) for name in names]
     clear = found["planted", 0.0, max(key[2] for key in found), max(eaches), 2]
     single = found["planted", 0.0, max(key[2] for key in found), min(eaches), 2]
     leads = [yes for of in ahead.values() for yes in of.values()]
@@ -76,7 +76,7 @@ def page(rows):
         lambda _: True, lambda agree: agree != "-" and agree >= 0.5))
     reading = (
         "The least number of pairs, of those tried, from which on the mixture is ahead of one policy by two standard "
-        f"errors. {'; '.join(told)}. It is behind by as much in {behind} of {len(body)} kinds of files, {alike} of "
+        f"errors. {'; '.join(firsts)}. It is behind by as much in {behind} of {len(body)} kinds of files, {alike} of "
         f"them with types that agree to 0.5 or more, and neither in {len(body) - behind - sum(leads)}: where it is not "
         f"ahead, one policy (DPO) is the simpler choice. With the most pairs, independent rewards and {max(eaches)} a "
         f"user, the ARI is {mean_over(clear, 'ari')} of a possible {mean_over(clear, 'bayes_ari')}; with one a user "
@@ -87,7 +87,7 @@ def page(rows):
                         "(sentences: ten; M11; of pairs alone where users have one), nats a pair, less that of one "
                         "low-rank head on the same trunk; mean over worlds ± SE, which of three worlds is itself "
                         "uncertain. Agreement: correlation of the two types' rewards."])
-    return text, {"pairs": curves(shown, "training pairs", "ARI of the users", 2, columns=4)}
+    return text, {"pairs": curves(shown, ("training pairs", "ARI of the users"), 2, columns=4)}
 
 
 STUDY = Study(

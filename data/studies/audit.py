@@ -282,9 +282,9 @@ def cells(preset: str) -> list[dict]:
 
 def measure(cell: dict, folder) -> dict:
     runs = Runs(cell["way"], cell["canaries"], folder)
-    asked = [(epsilon, NONE) for epsilon in cell["epsilons"]] + [(FAULTY, fault) for fault in cell["faults"]]
+    settings = [(epsilon, NONE) for epsilon in cell["epsilons"]] + [(FAULTY, fault) for fault in cell["faults"]]
     return {"rows": [{"fault": fault} | audit(runs, cell["runs"], epsilon, n, fault)
-                     for n, (epsilon, fault) in enumerate(asked, 1)]}
+                     for n, (epsilon, fault) in enumerate(settings, 1)]}
 
 
 def shown(row: dict) -> list[str]:
@@ -314,8 +314,8 @@ def page(rows):
               "fault that is small beside the distance to the accountant's epsilon; epsilon_fit can.")
     return "\n\n".join([text, table_of(head, body, 2), faults,
                         table_of([head[0], "fault", *head[2:], "found by"], broken, 2)]), {
-        "epsilon": curves({f"epsilon_{name}": of for name, of in lines.items()}, "epsilon of the accountant (delta "
-                          "1e-6)", "from the audit", log=2, columns=2)}
+        "epsilon": curves({f"epsilon_{name}": of for name, of in lines.items()},
+                          ("epsilon of the accountant (delta 1e-6)", "from the audit"), log=2, columns=2)}
 
 
 STUDY = Study(

@@ -45,10 +45,10 @@ def measure(cell: dict, folder) -> dict:
     for t in range(WINDOW, len(steps) + 1):
         rung |= set(alarms(steps[t - WINDOW : t], cell["experts"], 10))
     first = found.log_w.argmax(1).bincount(minlength=cell["experts"]).max() / len(found.h)
-    told = figures(found)
+    summary = figures(found)
     z = e_step(found.log_w, found.h)[1].argmax(1).tolist()                  # by weights and choice
     ari = adjusted_rand_index(z, [pair.annotator for pair in found.pairs])
-    return told | {"oracle": oracle(world)["ll"], "rung": sorted(rung), "most": float(first), "ari": ari,
+    return summary | {"oracle": oracle(world)["ll"], "rung": sorted(rung), "most": float(first), "ari": ari,
                    "expert": bool(cell["experts"] > 1 and first > 0.95),
                    "posterior": bool(cell["experts"] > 1 and ari < 0.05)}
 
@@ -109,7 +109,7 @@ def reading(found, dpo, ks, temperatures, bonuses, betas) -> str:
     stable = [key for key, fs in found.items() if not any(f["expert"] or f["posterior"] for f in fs)]
     bounds = [f"{name} {min(k[n] for k in stable):g} to {max(k[n] for k in stable):g}" for n, name in
               ((3, "beta"), (2, "bonus"), (1, "temperature"))] if stable else []
-    whole = [bonus for bonus in bonuses if share("expert", bonus=bonus) + share("posterior", bonus=bonus) == 0]
+    free = [bonus for bonus in bonuses if share("expert", bonus=bonus) + share("posterior", bonus=bonus) == 0]
     gap = mean_se([f["ll"]["mean"] - dpo[key[3]]["ll"]["mean"] for key in stable for f in found[key]])
     return (
         f"{len(stable)} of {len(found)} settings are stable"
@@ -118,7 +118,7 @@ def reading(found, dpo, ks, temperatures, bonuses, betas) -> str:
         f"{along('expert', 'beta', betas)}; by temperature {along('expert', 'temperature', temperatures)}. Posterior "
         f"collapse: by entropy bonus {along('posterior', 'bonus', bonuses)}; by beta "
         f"{along('posterior', 'beta', betas)}; by temperature {along('posterior', 'temperature', temperatures)}. "
-        + (f"Free of both at every setting: bonus {', '.join(f'{b:g}' for b in whole)}. " if whole else
+        + (f"Free of both at every setting: bonus {', '.join(f'{b:g}' for b in free)}. " if free else
            "No bonus is free of both at every setting. ")
         + "To start with: the exact E-step has its best held-out log-likelihood, mean over K, at beta "
         f"{best[1]:g} with a bonus of {best[0]:g} ({exact[best]:.3f} nats a pair; DPO at that beta "

@@ -31,12 +31,13 @@ def measure(cell: dict, folder) -> dict:
     K, seed = cell["experts"], cell["seed"]
     if cell["world"] == "texts":
         found = texts.load(folder.parent.parent, cell["preset"])
-        told, held = (texts.judge(found, TASTES[: cell["types"]], 150, 20, seed, heldout=h) for h in (False, True))
-        fitted = texts.fit(told, K, seed)
+        judges = texts.Judges(TASTES[: cell["types"]], 150, 20, seed)
+        training, held = texts.judge(found, judges), texts.judge(found, judges, heldout=True)
+        fitted = texts.fit(training, K, seed)
         h = held.x @ fitted.theta.double().T
         w = fitted.log_w.double().expand_as(h)
         pairs, users = log_marginal(w, h).reshape(-1, 20).mean(1), e_step(w, h, held.group)[0] / 20
-        return {"ll": pairs.tolist(), "ll_user": users.tolist(), "ari": texts.figures(fitted, told, held)["ari"]}
+        return {"ll": pairs.tolist(), "ll_user": users.tolist(), "ari": texts.figures(fitted, training, held)["ari"]}
     world = World(seed=seed, types=cell["types"], users=200)
     write(world, folder)
     options = ONE if K == 1 else {"experts": K, "latent": "user", "start": "linear", "weights": "update"}
@@ -106,7 +107,8 @@ def page(rows):
         "The rule: the smallest K whose held-out log-likelihood is within one standard error of the best one's. Mean "
         "log-likelihoods, nats a pair:",
         table_of(["world", "types", "K", "of new users (M11)", "of pairs (M5)", "ARI"], body)])
-    return text, {"k": curves(shown, "experts K", "held-out log-likelihood (nats a pair)", columns=4, one_scale=False)}
+    return text, {"k": curves(shown, ("experts K", "held-out log-likelihood (nats a pair)"), columns=4,
+                              one_scale=False)}
 
 
 STUDY = Study(

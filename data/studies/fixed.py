@@ -40,8 +40,9 @@ def measure(cell: dict, folder) -> dict:
 
 def of_texts(cell: dict, found: texts.Texts) -> dict:
     """Linear rewards on real sentences, from random responsibilities, weights uniform throughout."""
-    told, held = (texts.judge(found, TASTES, 120, 20, cell["seed"], heldout=h) for h in (False, True))
-    units = told if cell["latent"] == "user" else texts.alone(told)
+    judges = texts.Judges(TASTES, 120, 20, cell["seed"])
+    training, held = texts.judge(found, judges), texts.judge(found, judges, heldout=True)
+    units = training if cell["latent"] == "user" else texts.per_pair(training)
     even = torch.full((cell["experts"],), -math.log(cell["experts"])).double()
     return texts.figures(texts.fit(units, cell["experts"], cell["seed"], log_w=even), units, held)
 
@@ -89,7 +90,7 @@ def page(rows):
                         "Real sentences, 120 users of 20, warm and terse judges, linear rewards on SmolLM2's states:",
                         table_of(["one type a", "experts", "ARI", "ARI, Bayes", "log-likelihood", "less one reward's"],
                                  of_real)])
-    return text, {"gain": curves(shown, "step", "KL(q || w) (nats)", columns=4)}
+    return text, {"gain": curves(shown, ("step", "KL(q || w) (nats)"), columns=4)}
 
 
 STUDY = Study(

@@ -56,11 +56,11 @@ def right_domains(log_w: torch.Tensor, truth: list) -> float:
 
 def of_texts(cell: dict, found: texts.Texts) -> dict:
     """The same of linear rewards on real sentences, with a gate on the state of a prompt of four sentences."""
-    told, held = (texts.judge(found, TASTES, n, 1, cell["seed"], heldout=h, domains=True)
-                  for n, h in ((cell["pairs"], False), (2000, True)))
-    c, of = found.c[told.prompt], found.c[held.prompt]
+    training, held = (texts.judge(found, texts.Judges(TASTES, n, 1, cell["seed"], domains=True), heldout=h)
+                      for n, h in ((cell["pairs"], False), (2000, True)))
+    c, of = found.c[training.prompt], found.c[held.prompt]
     if cell["gate"] == "linear":
-        fitted = texts.fit(told, 2, cell["seed"], c=c)
+        fitted = texts.fit(training, 2, cell["seed"], c=c)
         log_w = fitted.weights(of)
     else:
         width = c.shape[1]
@@ -69,10 +69,10 @@ def of_texts(cell: dict, found: texts.Texts) -> dict:
                  "random": lambda c, z: torch.log_softmax(c @ V.T, dim=-1),
                  "domain": lambda c, z: torch.where(torch.eye(2)[z] > 0, math.log(0.999), math.log(0.001)).double(),
                  "DPO": lambda c, z: torch.zeros(len(z), 1).double()}[cell["gate"]]
-        kept, log_w = given(c, torch.from_numpy(told.type)), given(of, torch.from_numpy(held.type))
-        fitted = texts.fit(told, log_w.shape[1], cell["seed"], log_w=kept)
+        kept, log_w = given(c, torch.from_numpy(training.type)), given(of, torch.from_numpy(held.type))
+        fitted = texts.fit(training, log_w.shape[1], cell["seed"], log_w=kept)
     truth = held.gaps[torch.arange(len(held.gaps)), torch.from_numpy(held.type)]
-    return texts.figures(fitted, told, held, log_w) | {
+    return texts.figures(fitted, training, held, log_w) | {
         "gate": right_domains(log_w, held.type.tolist()) if log_w.shape[1] > 1 else 0.5,
         "oracle": mean_se(torch.nn.functional.logsigmoid(truth))}
 
@@ -104,8 +104,8 @@ def page(rows):
         return f"from {ahead[-1]} pairs on" if ahead else "from no number of pairs on"
 
     most = max(p for _, _, p in found)
-    told, learnt = (over(found["planted", gate, most], "ll")["mean"] for gate in ("domain", "linear"))
-    behind = told - learnt
+    given, learnt = (over(found["planted", gate, most], "ll")["mean"] for gate in ("domain", "linear"))
+    behind = given - learnt
     reading = (
         "On planted prompts a learnt linear gate is ahead of DPO, by two standard errors, "
         f"{first('planted', 'linear', 'DPO')}; ahead of the random gate {first('planted', 'linear', 'random')}; with "
@@ -122,7 +122,7 @@ def page(rows):
                                            "domains told"], body, 2),
                         "Held-out log-likelihood of the mixture of Bradley-Terry (M5), nats a pair, mean over worlds "
                         "± SE; domains told: share of held-out prompts whose likeliest expert is their domain's."])
-    return text, {"pairs": curves(shown, "training pairs", "", 2, columns=4, one_scale=False)}
+    return text, {"pairs": curves(shown, ("training pairs", ""), 2, columns=4, one_scale=False)}
 
 
 STUDY = Study(

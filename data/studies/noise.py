@@ -36,9 +36,9 @@ def measure(cell: dict, folder) -> dict:
     if cell["world"] == "texts":
         found = texts.load(folder.parent.parent, cell["preset"])
         options = {"one_rating": cell["way"] == REAL[1], "flips": 0.2 * (cell["way"] == REAL[2])}
-        told = texts.judge(found, ("warm", "cold"), 120, 12, cell["seed"], **options)
-        held = texts.judge(found, ("warm", "cold"), 120, 12, cell["seed"], heldout=True)
-        return texts.figures(texts.fit(told, cell["experts"], cell["seed"]), told, held)
+        training = texts.judge(found, texts.Judges(("warm", "cold"), 120, 12, cell["seed"], **options))
+        held = texts.judge(found, texts.Judges(("warm", "cold"), 120, 12, cell["seed"]), heldout=True)
+        return texts.figures(texts.fit(training, cell["experts"], cell["seed"]), training, held)
     way, amount = cell["way"], cell["amount"]
     world = World(seed=cell["seed"], **({"each": round(10 * amount)} if way == "fewer" else {way: amount}))
     write(world, folder)
@@ -114,7 +114,7 @@ def page(rows):
         table_of(["turned round", "loss", "ARI", "rewards agree", "own accuracy", "log-likelihood"], with_them, 2),
         "Real sentences, warm against cold judges, linear rewards on SmolLM2's states, 120 users of 12:",
         table_of(["judged by", "ARI", "ARI, Bayes", "log-likelihood", "less one reward's"], of_real)])
-    return text, {"amounts": curves(shown, "amount", "ARI, correlation", columns=4)}
+    return text, {"amounts": curves(shown, ("amount", "ARI, correlation"), columns=4)}
 
 
 STUDY = Study(

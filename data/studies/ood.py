@@ -40,15 +40,15 @@ def measure(cell: dict, folder) -> list[dict]:
     naming = names(run, world)
     for part in ("crossed", "foreign"):
         for share in texts.SHARES:
-            asked = [(d, prompt(rng, ALPHABETS[d], ALPHABETS[1 - d] if part == "crossed" else FOREIGN, share))
+            drawn = [(d, prompt(rng, ALPHABETS[d], ALPHABETS[1 - d] if part == "crossed" else FOREIGN, share))
                      for d in (0, 1) for _ in range(PROMPTS)]
-            domain, prompts = torch.tensor([d for d, _ in asked]), [text for _, text in asked]
-            if cell["gate"] == "domain":                                    # is told it, whatever the text
+            domain, prompts = torch.tensor([d for d, _ in drawn]), [text for _, text in drawn]
+            if cell["gate"] == "domain":                                    # knows the domain, whatever the text
                 known = torch.nn.functional.one_hot(domain, 2).float()
-                log_w = run.gate(Inputs(known, torch.zeros(len(asked), dtype=torch.int64))).detach()
+                log_w = run.gate(Inputs(known, torch.zeros(len(drawn), dtype=torch.int64))).detach()
             else:
                 states = prompt_features(reference, [tokenizer.encode(text) for text in prompts], torch.float32)
-                log_w = run.gate(Inputs(states[:, 1], torch.zeros(len(asked), dtype=torch.int64))).detach()
+                log_w = run.gate(Inputs(states[:, 1], torch.zeros(len(drawn), dtype=torch.int64))).detach()
             pi = torch.stack([item_probabilities(*run.experts.policy(k), prompts) for k in (0, 1)], 1)      # (P,K,V)
             base = item_probabilities(reference, reference.unembedding, prompts)                            # (P,V)
             got = (pi * rewards[domain][:, None]).sum(-1)                   # (P,K) of the domain's own type
@@ -74,10 +74,10 @@ def row(part: str, share: float, log_w, expert, got, base) -> dict:
 
 def of_texts(cell: dict, found: texts.Texts) -> list[dict]:
     """Linear rewards: a policy draws among CANDIDATES sentences of the prompt's domain, by exp(theta . f)."""
-    told = texts.judge(found, TASTES, 2000, 1, cell["seed"], domains=True)
-    fitted = texts.fit(told, 2, cell["seed"], c=found.c[told.prompt])
+    training = texts.judge(found, texts.Judges(TASTES, 2000, 1, cell["seed"], domains=True))
+    fitted = texts.fit(training, 2, cell["seed"], c=found.c[training.prompt])
     rng, rows = np.random.default_rng(cell["seed"]), []
-    kind = torch.from_numpy(told.type)
+    kind = torch.from_numpy(training.type)
     naming = [int(fitted.log_q.exp()[kind == d].mean(0).argmax()) for d in (0, 1)]
     naming = torch.tensor(naming if naming[0] != naming[1] else [0, 1])
     scores = found.x @ fitted.theta.double().T                              # (S,K)
@@ -138,7 +138,7 @@ def page(rows):
                         "told: of the right expert alone; even weights: of a mixture that does not choose. The gate "
                         "`domain` is given "
                         "the label of the domain, whatever the text."])
-    return text, {"shift": curves(shown, "share from elsewhere", "", columns=3, one_scale=False)}
+    return text, {"shift": curves(shown, ("share from elsewhere", ""), columns=3, one_scale=False)}
 
 
 STUDY = Study(

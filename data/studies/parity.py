@@ -54,7 +54,7 @@ def page(rows):
             f"({mean_over(ways['DP-TBART', d], 'two', 4)} and {mean_over(ways['MST', d], 'two', 4)}).")
     head = ["share of rows with an even sum, d =", *map(str, sizes)]
     return "\n\n".join([text, table_of(head, body)]), {
-        "satisfied": curves(shown, "columns d", "rows with an even sum", lines={"a coin": 0.5})}
+        "satisfied": curves(shown, ("columns d", "rows with an even sum"), lines={"a coin": 0.5})}
 
 
 STUDY = Study(

@@ -104,9 +104,10 @@ def em_dpo(folder: Path, world: World, name: str, epochs: int):
     unit = torch.arange(len(lines)) if world.domains else torch.from_numpy(of.user)        # (N,) what shares a z
     kind = torch.from_numpy(of.type[:: 1 if world.domains else world.each])                 # (U,) its true one
     z = torch.randint(K, kind.shape, generator=torch.Generator().manual_seed(world.seed))
-    runs, ari, size = [None] * K, [], STEPS["batch"] // K                   # as many steps a pass as one run makes
+    runs, ari, log_eta = [None] * K, [], None
+    size = STEPS["batch"] // K                                              # as many steps a pass as one run makes
     for n in range(ROUNDS):
-        if n:                                                               # E-phase
+        if log_eta is not None:                                             # E-phase
             h = torch.cat([look(run, folder / "train.jsonl").h for run in runs], 1)        # (N,K)
             z = e_step(log_eta, h, unit)[1].argmax(1)                       # (U,)
         log_eta = torch.log((z.bincount(minlength=K) + 1) / (len(z) + K))   # + 1: nobody's expert can be taken again
@@ -182,8 +183,10 @@ def truth(world: World) -> tuple[torch.Tensor, torch.Tensor]:
     """True margins and weights, which no method passes but by chance."""
     of = judged(world, heldout=True)
     h = of.gaps(world.rewards())
-    told = torch.eye(world.types)[torch.from_numpy(of.domain)] > 0          # (P,K)
-    w = torch.where(told, OWN, (1 - OWN) / (world.types - 1)) if world.domains else torch.ones(h.shape) / world.types
+    own_domain = torch.eye(world.types)[torch.from_numpy(of.domain)] > 0          # (P,K)
+    w = torch.ones(h.shape) / world.types
+    if world.domains:
+        w = torch.where(own_domain, OWN, (1 - OWN) / (world.types - 1))
     return h, w.log().to(h)
 
 
@@ -195,9 +198,9 @@ def says(world: World, h: torch.Tensor, log_w: torch.Tensor) -> dict:
     are known, `blind` of whom none are; `curve`: the worst by the pairs shown. Users are blocks of world.each."""
     kind, users = torch.from_numpy(judged(world, heldout=True).type), range(0, len(h), world.each)
 
-    def after(shown: int, asked: range) -> tuple[torch.Tensor, torch.Tensor]:
-        """log p of each user's pairs `asked` when its first `shown` are known; and which pairs these are."""
-        index = [[a + i for i in asked] for a in users]
+    def after(shown: int, evaluated: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """log p of each user's pairs `evaluated` when its first `shown` are known; and which pairs these are."""
+        index = [[a + i for i in evaluated] for a in users]
         w = torch.cat([weights_after(log_w, h, [*range(a, a + shown)], its) for a, its in zip(users, index)])
         return log_marginal(w, h[(every := torch.tensor(index).flatten())]), every
 
@@ -245,43 +248,43 @@ def stands(found: list[dict], name: str, other: str, what: str, it: str) -> str:
 
 def tables(found: list[dict], what: dict[str, str], ours: str, K: int) -> list[str]:
     """What each method reaches, mean over worlds ± SE; and the paired differences to ours."""
-    reached, apart = [], []
+    reached, differences = [], []
     for name in found[0]:
         of = [f[name] for f in found]
         seconds = NONE if name == "truth" else f"{over(of, 'seconds')['mean']:.1f}"
         reached.append([name, *cost(name, K), seconds, *(pm_of(over(of, figure)) for figure in what)])
         if name != ours:
             gaps = [less(found, name, ours, figure) for figure in what]
-            apart.append([name, *(f"{pm_of(gap, '+')} ({in_ses(gap)})" for gap in gaps)])
+            differences.append([name, *(f"{pm_of(gap, '+')} ({in_ses(gap)})" for gap in gaps)])
     return [table_of(["method", "passes", "policy passes", "read", "seconds", *what.values()], reached),
-            table_of([f"less {ours}'s", *what.values()], apart)]
+            table_of([f"less {ours}'s", *what.values()], differences)]
 
 
-def reading(world: str, found: list[dict], ours: str, ll: str, told: bool) -> str:
+def reading(world: str, found: list[dict], ours: str, ll: str, domains: bool) -> str:
     """Of one kind of world: who is named is chosen by figures, and the words by comparison."""
     def mean(name: str, what: str) -> float:
         return over([f[name] for f in found], what)["mean"]
 
-    peers = [name for name in found[0] if name not in ("truth", *OURS[told])]
+    peers = [name for name in found[0] if name not in ("truth", *OURS[domains])]
     best, fair = (max(peers, key=lambda name: mean(name, what)) for what in (ll, "worst"))
     ari = {name: mean_se([f[name]["ari"][-1] for f in found])["mean"] for name in (EM, WHOLE, ours)}
     later = mean_se([f[WHOLE]["ari"][-1] - f[EM]["ari"][-1] for f in found])
     text = (
-        f"{world.capitalize()}: {ours} explains {'held-out choices' if told else 'choices of new users'} with "
+        f"{world.capitalize()}: {ours} explains {'held-out choices' if domains else 'choices of new users'} with "
         f"{mean(ours, ll):.3f} nats a pair; the truth would with {mean('truth', ll):.3f}, DPO does with "
         f"{mean('DPO', ll):.3f}. Of the peers {best} explains them best, {stands(found, best, ours, ll, ours)}; for "
         f"the worst annotator {fair} is best, {mean(fair, 'worst'):.3f} against {mean(ours, 'worst'):.3f}, "
         f"{stands(found, fair, ours, 'worst', ours)}. EM-DPO at the same number of passes is "
         f"{stands(found, EM, ours, ll, ours)}, and "
-        f"{stands(found, EM, [*OURS[told]][0], ll, 'ours from a random start')}, which EM-DPO has too. With {ROUNDS} "
-        f"times the passes it is {stands(found, WHOLE, EM, ll, 'where it was')}. The ARI of its last assignment is "
-        f"{ari[EM]:.2f}, with whole fits {ari[WHOLE]:.2f}; {ours}'s is {ari[ours]:.2f}. ")
+        f"{stands(found, EM, [*OURS[domains]][0], ll, 'ours from a random start')}, which EM-DPO has too. With "
+        f"{ROUNDS} times the passes it is {stands(found, WHOLE, EM, ll, 'where it was')}. The ARI of its last assignment "
+        f"is {ari[EM]:.2f}, with whole fits {ari[WHOLE]:.2f}; {ours}'s is {ari[ours]:.2f}. ")
     if later["mean"] < -2 * se_over(later):
         text += "Experts that train longer learn a random assignment by heart, and the E-phase confirms it. "
     if max(ari[EM], ari[WHOLE]) < 0.1:
         text += "Units go to the expert that happened to train on them, not to that of their type. "
     text += f"The reward heads are {stands(found, HEADS, 'DPO', ll, 'DPO')}"
-    if not told:
+    if not domains:
         text += f", and {stands(found, HEADS, 'Mix-DPO, no users', ll, 'ours without users')}, which is told no more"
     return text + (f". The soup, one policy, is {stands(found, SOUP, 'DPO', ll, 'DPO')}, and for the worst annotator "
                    f"{stands(found, SOUP, 'DPO', 'worst', 'it')}.")
@@ -311,23 +314,23 @@ NOTES = (
 def page(rows):
     parts, readings, shown, rounds = [], [], {}, {}
     for world, found in by(rows, "world").items():
-        told, K = WORLDS[world].get("domains", False), WORLDS[world]["types"]
-        *_, ours = OURS[told]
-        of_users = {} if told else {"ll_user": "of a new user (M11)", "blind": "accuracy, none shown"}
+        domains, K = WORLDS[world].get("domains", False), WORLDS[world]["types"]
+        *_, ours = OURS[domains]
+        of_users = {} if domains else {"ll_user": "of a new user (M11)", "blind": "accuracy, none shown"}
         what = {"ll": "log-likelihood (M5)"} | of_users | {
-            "accuracy": "accuracy" if told else f"accuracy, {SHOWN[-1]} shown", "worst": "worst annotator"}
-        readings.append(reading(world, found, ours, "ll" if told else "ll_user", told))
+            "accuracy": "accuracy" if domains else f"accuracy, {SHOWN[-1]} shown", "worst": "worst annotator"}
+        readings.append(reading(world, found, ours, "ll" if domains else "ll_user", domains))
         parts += [f"**{world.capitalize()}**", *tables(found, what, ours, K)]
         for name in (EM, WHOLE, ours):
             columns = [mean_se(column) for column in zip(*(f[name]["ari"] for f in found))]
             columns = columns * ROUNDS if name == ours else columns         # known at its end
             rounds.setdefault(world, {})[name] = [(n, f["mean"], se_over(f)) for n, f in enumerate(columns, 1)]
-        for name in () if told else ("truth", "DPO", EM, HEADS, SOUP, ours):
+        for name in () if domains else ("truth", "DPO", EM, HEADS, SOUP, ours):
             columns = [mean_se(column) for column in zip(*(f[name]["curve"] for f in found))]
             shown.setdefault(world, {})[name] = [(n, f["mean"], se_over(f)) for n, f in zip(SHOWN, columns)]
     return "\n\n".join([*readings, *parts, NOTES]), {
-        "shown": curves(shown, "pairs shown", "accuracy of the worst annotator"),
-        "rounds": curves(rounds, "round", "ARI of the assignment")}
+        "shown": curves(shown, ("pairs shown", "accuracy of the worst annotator")),
+        "rounds": curves(rounds, ("round", "ARI of the assignment"))}
 
 
 STUDY = Study(

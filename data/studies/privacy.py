@@ -68,10 +68,10 @@ def inference(cell: dict, folder, world: World) -> dict:
     found = look(path, folder / "asked.jsonl")
     log_p = log_marginal(found.log_w, found.h).detach().numpy()             # (P,) the higher, the likelier a member
     inside, outside = log_p[2 * M :: 2], log_p[2 * M + 1 :: 2]
-    told = path / "privacy.json"
+    report = path / "privacy.json"
     return {"auc": auc(log_p[:M], log_p[M : 2 * M]), "auc_canaries": auc(inside, outside),
             "loss_in": float(-log_p[:M].mean()), "loss_out": float(-log_p[M : 2 * M].mean()),
-            "epsilon": json.loads(told.read_text())["epsilon"] if told.exists() else None}
+            "epsilon": json.loads(report.read_text())["epsilon"] if report.exists() else None}
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
@@ -81,37 +81,38 @@ def auc(members: np.ndarray, others: np.ndarray) -> float:
 
 def page(rows):
     learnt = by([(c, f) for c, f in rows if c["way"] != "inference"], "way", "epsilon")
-    asked = by([(c, f) for c, f in rows if c["way"] == "inference"], "epsilon")
-    epsilons = list(asked)
+    attacked = by([(c, f) for c, f in rows if c["way"] == "inference"], "epsilon")
+    epsilons = list(attacked)
 
     def name(epsilon: str) -> str:
         return "none" if epsilon == "inf" else f"{float(epsilon):g}"
 
     body = [[way, name(e), pm_of(over(learnt[way, e], "ll_user")), mean_over(learnt[way, e], "own"),
              mean_over(learnt[way, e], "ari") if way.startswith("Mix") else "–"] for way in WAYS for e in epsilons]
-    of = [[name(e), mean_over(asked[e], "loss_in"), mean_over(asked[e], "loss_out"), mean_over(asked[e], "auc"),
-           mean_over(asked[e], "auc_canaries")] for e in epsilons]
+    of = [[name(e), mean_over(attacked[e], "loss_in"), mean_over(attacked[e], "loss_out"),
+           mean_over(attacked[e], "auc"), mean_over(attacked[e], "auc_canaries")] for e in epsilons]
     least = min(epsilons, key=float)
     finite = [e for e in epsilons if e != "inf"]
     shown = {"log-likelihood of new users": {way: [(float(e), over(learnt[way, e], "ll_user")["mean"], 0.0)
                                                    for e in finite] for way in WAYS},
-             "AUC of inference": {what: [(float(e), over(asked[e], key)["mean"], 0.0) for e in finite]
+             "AUC of inference": {what: [(float(e), over(attacked[e], key)["mean"], 0.0) for e in finite]
                                   for what, key in (("pairs told", "auc"), ("canaries told", "auc_canaries"))}}
-    mixture, alone = (over(learnt[way, least], "ll_user")["mean"] for way in ("Mix-DPO, users", "DPO, users"))
+    mixture, dpo = (over(learnt[way, least], "ll_user")["mean"] for way in ("Mix-DPO, users", "DPO, users"))
     text = (f"Log-likelihood of all choices of a new user, nats a pair (a coin: {-math.log(2):.3f}). At epsilon "
-            f"{name(least)} for users the mixture reaches {mixture:.3f} and DPO {alone:.3f}; without privacy "
+            f"{name(least)} for users the mixture reaches {mixture:.3f} and DPO {dpo:.3f}; without privacy "
             f"{over(learnt['Mix-DPO, users', 'inf'], 'll_user')['mean']:.3f} and "
             f"{over(learnt['DPO, users', 'inf'], 'll_user')['mean']:.3f}.")
     attack = (f"Membership inference: the whole model, {PASSES} passes over its pairs and {CANARIES // 2} canaries; "
               "then each pair's loss is asked for. AUC of telling the trained pairs from as many others, and the "
               f"trained canaries (foreign prompts, choices by a coin) from {CANARIES // 2} that were not; 0.5 is a "
-              f"coin. Without privacy {mean_over(asked['inf'], 'auc')} and {mean_over(asked['inf'], 'auc_canaries')}; "
-              f"at epsilon {name(least)} {mean_over(asked[least], 'auc')} and "
-              f"{mean_over(asked[least], 'auc_canaries')}. A failed attack proves nothing; the budget does.")
+              f"coin. Without privacy {mean_over(attacked['inf'], 'auc')} and "
+              f"{mean_over(attacked['inf'], 'auc_canaries')}; "
+              f"at epsilon {name(least)} {mean_over(attacked[least], 'auc')} and "
+              f"{mean_over(attacked[least], 'auc_canaries')}. A failed attack proves nothing; the budget does.")
     head = ["policy, unit", "epsilon", "log-likelihood", "own accuracy", "ARI"]
     return "\n\n".join([text, table_of(head, body, 2), attack,
                         table_of(["epsilon", "loss, trained on", "loss, others", "AUC", "AUC, canaries"], of)]), {
-        "epsilon": curves(shown, "epsilon (delta 1e-5)", "", log=2, columns=2, one_scale=False)}
+        "epsilon": curves(shown, ("epsilon (delta 1e-5)", ""), log=2, columns=2, one_scale=False)}
 
 
 STUDY = Study(

@@ -46,9 +46,9 @@ def measure(cell: dict, folder) -> dict:
         path = fit(folder, "run", experts=K, latent=cell["latent"], start="dirichlet", seed=cell["seed"],
                    save_minutes=0.0 if cell["seed"] == 0 else 1e9)
     found, middles = look(path, folder / "heldout.jsonl"), by_annotator(read_run(path), 20)
-    told = {kind: (x.tolist(), means) for kind, (x, means) in sorted(middles.items())}
+    curves_of = {kind: (x.tolist(), means) for kind, (x, means) in sorted(middles.items())}
     result = figures(found) | {"bayes_ari": oracle(world)["ari" if cell["latent"] == "user" else "ari_pair"],
-                               "by_type": own_shares(told)}
+                               "by_type": own_shares(curves_of)}
     choices, margins = users_of(look(path, folder / "train.jsonl"), judged(world))
     kinds = judged(world).type[::EACH]
     result |= {"near_choices": near(choices, kinds), "near_margins": near(margins, kinds)}
@@ -71,15 +71,15 @@ def near(x: np.ndarray, kinds: np.ndarray) -> float:
     return float((kinds[distance.argmin(1)] == kinds).mean())
 
 
-def own_shares(told: dict) -> dict[str, list]:
+def own_shares(shares: dict) -> dict[str, list]:
     """Type -> (step, responsibility of the expert that stands for it in the end): each expert for one type at most."""
-    kinds = list(told)
-    last = np.array([means[-1] for _, means in told.values()])              # (T,K)
+    kinds = list(shares)
+    last = np.array([means[-1] for _, means in shares.values()])              # (T,K)
     units = [(k, kind) for n, kind in enumerate(kinds) for k in range(last.shape[1])
              for _ in range(round(1000 * float(np.nan_to_num(last[n, k]))))]
     naming = matched_accuracy([k for k, _ in units], [kind for _, kind in units], last.shape[1])[1]
     expert = {kind: k for k, kind in naming.items()}
-    return {kind: [(x, float(q[expert[kind]])) for x, q in zip(xs, means)] for kind, (xs, means) in told.items()
+    return {kind: [(x, float(q[expert[kind]])) for x, q in zip(xs, means)] for kind, (xs, means) in shares.items()
             if kind in expert}
 
 
@@ -93,15 +93,17 @@ def users_of(found, of) -> tuple[np.ndarray, np.ndarray]:
 def of_texts(cell: dict, found: texts.Texts) -> dict:
     """The same of linear rewards on real sentences, by iterations of EM."""
     K, tastes = cell["types"], TASTES[: cell["types"]]
-    told, held = (texts.judge(found, tastes, USERS, EACH, cell["seed"], heldout=h) for h in (False, True))
-    users, kinds = (told, told.type[::EACH]) if cell["latent"] == "user" else (texts.alone(told), told.type)
+    judges = texts.Judges(tastes, USERS, EACH, cell["seed"])
+    training, held = texts.judge(found, judges), texts.judge(found, judges, heldout=True)
+    by_user = cell["latent"] == "user"
+    users, kinds = (training, training.type[::EACH]) if by_user else (texts.per_pair(training), training.type)
     fits = [texts.fit(users, K, cell["seed"], iterations=n) for n in ITERATIONS]
     q = [fit.log_q.exp().numpy() for fit in fits]
     shares = {taste: (list(map(float, ITERATIONS)), np.array([of[kinds == n].mean(0) for of in q]))
               for n, taste in enumerate(tastes)}
     result = texts.figures(fits[-1], users, held) | {"by_type": own_shares(shares)}
-    margins = (told.x @ fits[-1].theta.double().T).numpy().reshape(USERS, EACH, -1).mean(1)
-    choices, kinds = told.x.numpy().reshape(USERS, EACH, -1).mean(1), told.type[::EACH]
+    margins = (training.x @ fits[-1].theta.double().T).numpy().reshape(USERS, EACH, -1).mean(1)
+    choices, kinds = training.x.numpy().reshape(USERS, EACH, -1).mean(1), training.type[::EACH]
     result |= {"effective": float(np.exp(-(m := q[-1].mean(0)) @ np.log(m + 1e-12))),
                "near_choices": near(choices, kinds), "near_margins": near(margins, kinds)}
     if cell["seed"] == 0:
@@ -176,7 +178,7 @@ def page(rows):
                         "sentences; mean over worlds. Dots, of one world: the experts' updates from the reference, "
                         "every fifth step; users by what they chose (items, or states of sentences), and by the mean "
                         "reward difference of their pairs under each expert."])
-    return text, {"responsibilities": curves(lines, "step", "own expert's q", columns=4), **pictures}
+    return text, {"responsibilities": curves(lines, ("step", "own expert's q"), columns=4), **pictures}
 
 
 def separation_of(of: list[dict]) -> float:

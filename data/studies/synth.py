@@ -74,7 +74,7 @@ def page(rows):
             f"with the same budget, and {mine / free:.2f} of that of independent columns with exact marginals; "
             f"MST's is {tree / free:.2f} of the latter.")
     return "\n\n".join([text, table_of(["epsilon", *HEAD], body, 2), READING]), {
-        "distance": curves(shown, "epsilon (delta 1e-5)", "mean total variation", log=10)}
+        "distance": curves(shown, ("epsilon (delta 1e-5)", "mean total variation"), log=10)}
 
 
 def mean(each: list[dict]) -> dict:

@@ -223,21 +223,21 @@ def oracle(world: World) -> dict:
     if world.domains:
         even = torch.full_like(gaps, math.log((1 - OWN) / max(1, world.types - 1)))
         even[torch.arange(len(gaps)), torch.from_numpy(of.domain)] = math.log(OWN)
-    told = judged(world)
-    log_q = e_step(torch.full((world.types,), -math.log(world.types)).double(), told.gaps(r),
-                   torch.from_numpy(told.user))[1]
-    first = np.arange(0, len(told.user), world.each)
-    alone = e_step(torch.full((world.types,), -math.log(world.types)).double(), told.gaps(r))[1]
-    z = told.type[first].tolist()
+    training = judged(world)
+    log_q = e_step(torch.full((world.types,), -math.log(world.types)).double(), training.gaps(r),
+                   torch.from_numpy(training.user))[1]
+    first = np.arange(0, len(training.user), world.each)
+    single = e_step(torch.full((world.types,), -math.log(world.types)).double(), training.gaps(r))[1]
+    z = training.type[first].tolist()
     own = gaps[torch.arange(len(gaps)), torch.from_numpy(of.type)]
     result = {"ll": mean_se(log_marginal(even, gaps)), "ll_own": mean_se(torch.nn.functional.logsigmoid(own)),
               "own": float(accuracy(own).mean()),
-              "ari_pair": adjusted_rand_index(alone.argmax(1).tolist(), told.type.tolist()),
-              "matched_pair": float((alone.argmax(1).numpy() == told.type).mean())}
+              "ari_pair": adjusted_rand_index(single.argmax(1).tolist(), training.type.tolist()),
+              "matched_pair": float((single.argmax(1).numpy() == training.type).mean())}
     if not world.domains:
         result |= {"ll_user": mean_se(e_step(even, gaps, torch.from_numpy(of.user))[0] / world.each),
                    "ari": adjusted_rand_index(log_q.argmax(1).tolist(), z),
-                   "matched": float((log_q.argmax(1).numpy() == told.type[first]).mean())}
+                   "matched": float((log_q.argmax(1).numpy() == training.type[first]).mean())}
     return result
 
 

@@ -14,9 +14,9 @@ import torch
 from raising import raises_at
 
 from data import imdb
-from data.experiment import simulated
+from data.experiment import common, simulated
 from data.experiment.estimate import estimate, work
-from data.experiment.pairs import judge_pairs, kinds, name_users, pair_facts, pair_line, spreads
+from data.experiment.pairs import Rules, judge_pairs, kinds, name_users, pair_facts, pair_line, spreads
 from data.experiment.presets import IMDB, REVIEWS
 from data.experiment.simulated import prompt_of, response_of, sample
 from data.experiment.stages import key_of, read_lines, stage, write_lines
@@ -269,7 +269,7 @@ def test_every_user_gets_its_pairs_and_both_kinds():
     """Caught: quotas by chance, a prompt twice for a user, a loser chosen, margins ignored, lines in order of user."""
     scores, users = some_scores(), name_users(10, ["a", "b"], seed=0)
     spread = spreads(scores, ["a", "b"])
-    judged = judge_pairs(scores, users, 10, 0.3, 0.5, spread, seed=0)
+    judged = judge_pairs(scores, users, 10, Rules(0.3, 0.5, spread), seed=0)
     assert len(judged) == 100 and [p["user"] for p in judged] != sorted(p["user"] for p in judged)
     for user, kind in users.items():
         own = [p for p in judged if p["user"] == user]
@@ -279,14 +279,14 @@ def test_every_user_gets_its_pairs_and_both_kinds():
         gap = {a: (s[p["chosen"]] - s[p["rejected"]]) / spread[a] for a, s in scores[p["prompt"]].items()}
         other = gap["b" if p["annotator"] == "a" else "a"]
         assert gap[p["annotator"]] >= 0.5 and (other >= 0.5 if p["kind"] == "agree" else other <= -0.5)
-    assert judged == judge_pairs(scores, users, 10, 0.3, 0.5, spread, seed=0)
-    assert judged != judge_pairs(scores, users, 10, 0.3, 0.5, spread, seed=1)
+    assert judged == judge_pairs(scores, users, 10, Rules(0.3, 0.5, spread), seed=0)
+    assert judged != judge_pairs(scores, users, 10, Rules(0.3, 0.5, spread), seed=1)
 
 
 def test_of_a_prompts_pairs_the_clearest_is_seen():
     """Caught: the first pair in order, or the one clearest for the judge alone."""
     scores = [{"a": [0.0, 2.0, 3.0], "b": [0.0, -2.0, -0.6]}]
-    for p in judge_pairs(scores, {"u": "a"}, 1, 0.0, 0.5, {"a": 1.0, "b": 1.0}, seed=0):
+    for p in judge_pairs(scores, {"u": "a"}, 1, Rules(0.0, 0.5, {"a": 1.0, "b": 1.0}), seed=0):
         assert (p["chosen"], p["rejected"]) == (1, 0)           # (2, 0) has the judge's larger gap, and b's 0.6
 
 
@@ -294,7 +294,7 @@ def test_users_see_different_pairs_while_there_are_any():
     """Caught: the clearest pair for everybody; the two orders of a pair held for two; prompts' counts mixed up."""
     scores = [{"a": [0.0, 2.0, 3.0], "b": [0.0, -2.0, -0.6]}] * 2         # clear conflicts: (1, 0), (2, 0); not (2, 1)
     users = {"u": "a", "v": "b", "w": "a"}
-    judged = judge_pairs(scores, users, 2, 0.0, 0.5, {"a": 1.0, "b": 1.0}, seed=0)
+    judged = judge_pairs(scores, users, 2, Rules(0.0, 0.5, {"a": 1.0, "b": 1.0}), seed=0)
     seen = {(p["user"], p["prompt"]): (p["chosen"], p["rejected"]) for p in judged}
     for prompt in (0, 1):
         assert [seen[user, prompt] for user in users] == [(1, 0), (0, 2), (1, 0)]
@@ -303,13 +303,13 @@ def test_users_see_different_pairs_while_there_are_any():
 def test_where_prompts_run_out_pairs_are_filled_in_or_refused():
     """Caught: fewer pairs in silence; a pair that is not clear for its judge."""
     agreeing = [{"a": [0.0, 1.0], "b": [0.0, 1.0]}] * 4
-    judged = judge_pairs(agreeing, {"u": "a"}, 4, 0.25, 0.5, {"a": 1.0, "b": 1.0}, seed=0)
+    judged = judge_pairs(agreeing, {"u": "a"}, 4, Rules(0.25, 0.5, {"a": 1.0, "b": 1.0}), seed=0)
     assert sorted(p["kind"] for p in judged) == ["agree", "filled", "filled", "filled"]
     assert all(p["chosen"] == 1 for p in judged) and len({p["prompt"] for p in judged}) == 4
     with raises_at("u (a)", "4 pairs on 4", 5, option="preset"):
-        judge_pairs(agreeing, {"u": "a"}, 5, 0.25, 0.5, {"a": 1.0, "b": 1.0}, seed=0)
+        judge_pairs(agreeing, {"u": "a"}, 5, Rules(0.25, 0.5, {"a": 1.0, "b": 1.0}), seed=0)
     with raises_at("u (a)", "0 pairs on 4", 1, option="preset"):
-        judge_pairs(agreeing, {"u": "a"}, 1, 0.25, 1.5, {"a": 1.0, "b": 1.0}, seed=0)
+        judge_pairs(agreeing, {"u": "a"}, 1, Rules(0.25, 1.5, {"a": 1.0, "b": 1.0}), seed=0)
 
 
 def test_a_users_name_says_nothing_of_its_type():
@@ -367,7 +367,7 @@ def test_presets_fit_together():
         assert preset["prompts"] >= preset["pairs"] >= 10 and preset["heldout"] >= preset["heldout_pairs"]
         assert preset["evaluate"] <= preset["heldout"] and preset["users"] % len(preset["annotators"]) == 0
         for options in preset["runs"].values():
-            validate(simulated.TrainConfig(data="", model="", out="", **preset["train"] | options))
+            validate(common.TrainConfig(data="", model="", out="", **preset["train"] | options))
         simulated.FinetuneConfig(data="", model="", out="", **preset["finetune"])
         assert preset["train"]["batch"] >= preset["pairs"]                  # whole users fit a batch
     for preset in REVIEWS.values():
@@ -375,7 +375,7 @@ def test_presets_fit_together():
         assert preset["evaluate"] > 4 * preset["apart"]
         assert set(preset["annotators"]) == {a for judges in preset["domains"].values() for a in judges}
         for options in preset["runs"].values():
-            validate(simulated.TrainConfig(data="", model="", out="", **preset["train"] | options))
+            validate(common.TrainConfig(data="", model="", out="", **preset["train"] | options))
         simulated.FinetuneConfig(data="", model="", out="", **preset["finetune"])
     assert list(IMDB) == list(REVIEWS) == ["smoke", "quick", "cpu", "paper"]
 
@@ -394,8 +394,8 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
     preset = IMDB["smoke"] | sizes | {"finetune": {"steps": 1, "batch": 2, "tokens": 32, "held": 4}}
     monkeypatch.setitem(IMDB, "tiny", preset)
     trained, evaluated = [], []
-    monkeypatch.setattr(simulated, "run", trained.append)
-    monkeypatch.setattr(simulated, "evaluate", evaluated.append)
+    monkeypatch.setattr(common, "run", trained.append)
+    monkeypatch.setattr(common, "evaluate", evaluated.append)
     flags = ["--preset", "tiny", "--model", str(tiny), "--out", str(tmp_path / "job"), "--data-folder", str(data)]
     simulated.main(imdb.DATASET, flags)
     job, tokenizer = tmp_path / "job", load_tokenizer(tiny)
@@ -427,8 +427,9 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
     times = {file: file.stat().st_mtime_ns for file in job.rglob("*") if file.is_file()}
     simulated.main(imdb.DATASET, flags)
     assert {file: file.stat().st_mtime_ns for file in job.rglob("*") if file.is_file()} == times
-    said = capsys.readouterr().out
-    assert all(f"[{name}] is there" in said for name in ("split", "sample-train", "annotate-heldout", "judge"))
+    printed = capsys.readouterr().out
+    assert not re.search(r'[{}]|":', printed), "a dictionary on the console"
+    assert all(f"[{name}] finished before" in printed for name in ("split", "sample-train", "annotate-heldout", "judge"))
 
 
 def test_the_estimate_counts_what_a_preset_asks_for():

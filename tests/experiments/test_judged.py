@@ -84,7 +84,7 @@ def test_items_that_do_not_fit_are_counted(chat_model):
              Item(turn, ("", "xyz"), {}), Item(turn, ("same", "same"), {})]
     kept, left_out = fitting(items, load_tokenizer(chat_model), {"max_prompt": 64, "max_response": 8})
     assert kept == items[:1]
-    assert left_out == {"turn too long": 1, "the same answers, or after the cut": 2, "an empty answer": 1}
+    assert left_out == {"turn too long": 1, "equal answers, or equal after truncation": 2, "an empty answer": 1}
 
 
 def test_shares_of_conversations():

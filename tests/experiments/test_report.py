@@ -14,8 +14,7 @@ from fakejob import NAMES, make_job
 pytest.importorskip("matplotlib", reason="the pictures need the `plots` extra")
 
 from data.report.job import annotators_of, read_job  # noqa: E402
-from data.report.page import page as as_page  # noqa: E402
-from data.report.page import report
+from data.report.page import as_html, report  # noqa: E402
 from data.report.pictures import ANNOTATORS, accuracy, histogram, responsibilities, rewards, training  # noqa: E402
 
 
@@ -101,7 +100,7 @@ def test_training_pictures_share_their_scales(home):
 # ---- the whole
 
 
-def test_report_is_whole(tmp_path):
+def test_report_is_complete(tmp_path):
     """Caught: sections out of order; a link without its picture or a picture of before; a large picture; a file
     half-written.
     """
@@ -112,7 +111,7 @@ def test_report_is_whole(tmp_path):
     text = path.read_text(encoding="utf-8")
     assert path == home / "report.md" and text.startswith("# imdb-quick\n") and not list(home.glob("*.part"))
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == [
-        "What was run",
+        "Result",
         "Rewards of the policies",
         "Differences between the heads",
         "Held-out preferences",
@@ -124,9 +123,10 @@ def test_report_is_whole(tmp_path):
         "Held-out accuracy",
         "Last responsibilities",
         "Sample completions",
+        "What was run",
     ]
     linked = re.findall(r"!\[.*?\]\((.+?)\)", text)
-    assert sorted(linked) == sorted(f"report/{file.name}" for file in (home / "report").iterdir()) and len(linked) == 7
+    assert sorted(linked) == sorted(f"report/{file.name}" for file in (home / "report").iterdir()) and len(linked) == 8
     for link in linked:
         content = (home / link).read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) < 150_000, f"{link}: {len(content)} bytes"
@@ -140,7 +140,7 @@ def test_report_is_whole(tmp_path):
         ("No completions of a run with several experts", {"runs": {"dpo": (1, "pair")}}),
         ("Not measured", {"judges": ("sentiment",)}),
         ("judge unknown", {"named": False}),
-        ("head 0 less head 2", {"runs": {"mix": (3, "user")}}),  # more experts than annotators
+        ("head 0 minus head 2", {"runs": {"mix": (3, "user")}}),  # more experts than annotators
         ("in SEs", {"prompts": 1, "steps": 1}),  # no standard error, no curve
     ],
 )
@@ -159,7 +159,7 @@ def test_a_folder_of_unevaluated_runs(tmp_path, monkeypatch):
     for name in ("results.json", "train.jsonl", "reference/finetune.json"):
         (home / name).unlink()
     text = report(home).read_text(encoding="utf-8")
-    assert "training-mix-user" in text and text.count("Nothing was measured") == 4  # pictures; training is there
+    assert "training-mix-user" in text and text.count("were not measured") == 4  # pictures; training is there
     assert "Sample completions\n\nNo completions" in text
 
 
@@ -193,7 +193,7 @@ def test_the_page_shows_markup_as_text(home):
     assert "&lt;script&gt;document.title" in body and "<script" not in body and "<br>" in body
     images = re.findall(r"<img ([^>]*)>", body)
     assert images and all(re.fullmatch(r'src="report/[\w%.-]+" alt="[^"]*" /', image) for image in images)
-    assert "&lt;b&gt;x&lt;/b&gt;" in as_page("t", "<b>x</b>"), "what escape() missed would be text, too"
+    assert "&lt;b&gt;x&lt;/b&gt;" in as_html("t", "<b>x</b>"), "what escape() missed would be text, too"
     known = "body h1 h2 p ul li table thead tbody tr th td img br em code strong"
     assert {*re.findall(r"<([a-z0-9]+)", body)} <= {*known.split()}
 

@@ -12,7 +12,7 @@ from raising import raises_at
 from test_imdb import save_tiny, write_reviews
 
 from data import reviews
-from data.experiment import simulated
+from data.experiment import common, simulated
 from data.experiment.presets import REVIEWS
 from data.experiment.stages import read_lines
 from data.report import domains
@@ -141,8 +141,8 @@ def test_a_whole_tiny_job_of_two_domains(tiny, tmp_path, monkeypatch):
                                  "finetune": {"steps": 1, "batch": 2, "tokens": 32, "held": 4}}
     monkeypatch.setitem(REVIEWS, "tiny", preset)
     trained, evaluated = [], []
-    monkeypatch.setattr(simulated, "run", trained.append)
-    monkeypatch.setattr(simulated, "evaluate", evaluated.append)
+    monkeypatch.setattr(common, "run", trained.append)
+    monkeypatch.setattr(common, "evaluate", evaluated.append)
     job = tmp_path / "job"
     flags = {"--preset": "tiny", "--model": tiny, "--out": job, "--data-folder": data}
     simulated.main(reviews.DATASET, [str(word) for flag in flags.items() for word in flag])

@@ -15,7 +15,7 @@ from fakejob import make_job
 from raising import raises_at
 
 from data import hh, imdb
-from data.experiment import judged, planted, simulated, stages
+from data.experiment import common, judged, planted, simulated, stages
 from data.experiment.presets import HH, IMDB, REVIEWS, ULTRAFEEDBACK
 from data.report.page import report
 from data.studies import __main__ as studies
@@ -284,15 +284,15 @@ def test_presets_are_checked_before_anything_is_made():
     for presets in (IMDB, REVIEWS, HH, ULTRAFEEDBACK):
         for preset in presets.values():
             parts = ["finetune"] * ("finetune" in preset)
-            simulated.check_preset(preset, *parts)
+            common.check_preset(preset, *parts)
             for change, option in (({"users": 0}, "users"), ({"seed": -1}, "seed"), ({"pairs": -1}, "pairs"),
                                    ({"heldout": math.nan}, "heldout"), ({"evaluate": -3}, "evaluate"),
                                    ({"finetune": {"steps": 0}}, "steps") if parts else ({"users": -1}, "users")):
                 with pytest.raises(InputError) as error:
-                    simulated.check_preset(preset | change, *parts)
+                    common.check_preset(preset | change, *parts)
                 assert error.value.option == option
             with pytest.raises(InputError):
-                simulated.check_preset(preset | {"runs": {"x": {"experts": 0}}})
+                common.check_preset(preset | {"runs": {"x": {"experts": 0}}})
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
