@@ -1,4 +1,4 @@
-"""How much data: what a file could show of two types at best, and what is found, by its size and their agreement."""
+"""How much data: types that a file of given size and agreement can reveal, and types that a mixture finds."""
 
 from data.report.pictures import curves
 from data.studies import texts
@@ -31,7 +31,7 @@ def measure(cell: dict, folder) -> dict:
         return texts.figures(texts.fit(training, cell["experts"], seed), training, held)
     world = World(seed=seed, users=users, each=each, agree=cell["agree"])
     write(world, folder)
-    size = max(20, min(50, cell["pairs"] // 20))                            # a user of 20 fits into a batch
+    size = max(20, min(50, cell["pairs"] // 20))                   # at least 20: a user with 20 pairs fits into a batch
     options = ONE if cell["experts"] == 1 else {"latent": "user", "start": "linear"}
     found = look(fit(folder, "run", seed=seed, batch=size, micro=size, **options), folder / "heldout.jsonl")
     bound = oracle(world)
@@ -58,7 +58,7 @@ def page(rows):
         lags.append((agree, gap["mean"] < -2 * se_over(gap)))
 
     def first(name: str, each: int) -> str:
-        """The least number of pairs from which on the mixture is ahead by two standard errors."""
+        """The smallest number of pairs from which the mixture is ahead by two standard errors."""
         pairs = []
         for p, yes in sorted(ahead[name, each].items(), reverse=True):
             if not yes:
@@ -75,7 +75,7 @@ def page(rows):
     behind, alike = (sum(lag for agree, lag in lags if which(agree)) for which in (
         lambda _: True, lambda agree: agree != "-" and agree >= 0.5))
     reading = (
-        "The least number of pairs, of those tried, from which on the mixture is ahead of one policy by two standard "
+        "The smallest number of pairs from which the mixture is ahead of one policy by two standard "
         f"errors. {'; '.join(firsts)}. It is behind by as much in {behind} of {len(body)} kinds of files, {alike} of "
         f"them with types that agree to 0.5 or more, and neither in {len(body) - behind - sum(leads)}: where it is not "
         f"ahead, one policy (DPO) is the simpler choice. With the most pairs, independent rewards and {max(eaches)} a "

@@ -1,11 +1,11 @@
 """When a mixture collapses: a map over beta, the entropy bonus of the gate and the temperature of the E-step.
 
-Collapse is read off held-out pairs, not off what the alarms look at:
+Collapse is measured on held-out pairs, independently of the inputs of the warnings in training:
 
-    expert      one expert is the gate's likeliest for over 95 % of held-out prompts
-    posterior   responsibilities of held-out pairs say nothing of who judged them: an ARI below 0.05
+    expert      one expert is the likeliest of the gate for over 95 % of held-out prompts
+    posterior   responsibilities of held-out pairs carry no information about who judged: ARI below 0.05
 
-and the alarms (mixdpo/metrics.py) are asked at every step, as a run asks them.
+The warnings (alarms in mixdpo/metrics.py) are evaluated at every step, as in training.
 """
 
 import numpy as np
@@ -46,7 +46,7 @@ def measure(cell: dict, folder) -> dict:
         rung |= set(alarms(steps[t - WINDOW : t], cell["experts"], 10))
     first = found.log_w.argmax(1).bincount(minlength=cell["experts"]).max() / len(found.h)
     summary = figures(found)
-    z = e_step(found.log_w, found.h)[1].argmax(1).tolist()                  # by weights and choice
+    z = e_step(found.log_w, found.h)[1].argmax(1).tolist()                  # by weights and choices
     ari = adjusted_rand_index(z, [pair.annotator for pair in found.pairs])
     return summary | {"oracle": oracle(world)["ll"], "rung": sorted(rung), "most": float(first), "ari": ari,
                    "expert": bool(cell["experts"] > 1 and first > 0.95),
@@ -82,8 +82,8 @@ def page(rows):
             for (K, T, bonus, beta), fs in found.items() if T == 1]
     text = "\n\n".join([
         reading(found, dpo, ks, temperatures, bonuses, betas),
-        "The alarms against collapse as held-out pairs show it, runs of all settings:",
-        table_of(["alarm", "K", "true, rung", "true, silent", "false, rung", "false, silent"], tally),
+        "Warnings compared with collapse on held-out pairs, all settings:",
+        table_of(["alarm", "K", "true, warned", "true, silent", "false, warned", "false, silent"], tally),
         "With the exact E-step (temperature 1); log-likelihood of held-out pairs (M5), nats, ± SE over pairs. "
         "Maps: E and P mark expert and posterior collapse.",
         table_of(["K", "temperature", "entropy bonus", "beta", "effective experts", "variance of q", "log-likelihood",
@@ -92,7 +92,7 @@ def page(rows):
 
 
 def reading(found, dpo, ks, temperatures, bonuses, betas) -> str:
-    """Where it collapses, and what to start with, from the figures."""
+    """The text on where mixtures collapse, and on settings to start with."""
     def share(kind: str, **fixed) -> float:
         names = ("experts", "temperature", "bonus", "beta")
         of = [f for key, fs in found.items() if fixed.items() <= dict(zip(names, key)).items() for f in fs]
@@ -118,19 +118,19 @@ def reading(found, dpo, ks, temperatures, bonuses, betas) -> str:
         f"{along('expert', 'beta', betas)}; by temperature {along('expert', 'temperature', temperatures)}. Posterior "
         f"collapse: by entropy bonus {along('posterior', 'bonus', bonuses)}; by beta "
         f"{along('posterior', 'beta', betas)}; by temperature {along('posterior', 'temperature', temperatures)}. "
-        + (f"Free of both at every setting: bonus {', '.join(f'{b:g}' for b in free)}. " if free else
-           "No bonus is free of both at every setting. ")
+        + (f"Without any collapse at every setting: bonus {', '.join(f'{b:g}' for b in free)}. " if free else
+           "No bonus avoids collapse at every setting. ")
         + "To start with: the exact E-step has its best held-out log-likelihood, mean over K, at beta "
         f"{best[1]:g} with a bonus of {best[0]:g} ({exact[best]:.3f} nats a pair; DPO at that beta "
         f"{dpo[best[1]]['ll']['mean']:.3f}, the oracle {next(iter(dpo.values()))['oracle']['mean']:.3f}); within one "
         "standard error of it: "
         + ", ".join(f"beta {beta:g} with {bonus:g}" for bonus, beta in near)
-        + f". Stable mixtures are {gap['mean']:+.3f} ± {se_over(gap):.3f} nats beside DPO at the same beta.")
+        + f". Stable mixtures are {gap['mean']:+.3f} ± {se_over(gap):.3f} nats from DPO at the same beta.")
 
 
 STUDY = Study(
-    "Collapse: where a mixture stops being one",
+    "Collapse: when experts stop differing",
     "A learnt linear gate on planted prompts of two domains (1,200 pairs), random first responsibilities, K = 2, 4 "
-    "and 8: which strengths of the pull to the reference, entropy bonuses of the gate and temperatures of the E-step "
-    "keep experts apart, and do the two alarms see it when they do not?",
+    "and 8: which betas, entropy bonuses and temperatures keep experts different, "
+    "and do the two warnings detect collapse?",
     cells, measure, page)

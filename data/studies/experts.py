@@ -1,4 +1,4 @@
-"""How many experts: held-out log-likelihood by K where the number of types is planted, and a rule that picks K."""
+"""How many experts: held-out log-likelihood by K for a known number of types, and a rule that picks K."""
 
 import math
 
@@ -15,7 +15,7 @@ from mixdpo.preferences import groups
 SEEDS = {"smoke": 1, "quick": 4, "full": 12}
 KS, TYPES = {"smoke": (1, 2, 3)}, (1, 2, 3, 4)
 TASTES = ("warm", "terse", "cold", "lavish")
-RULES = {"ll_user": "all choices of a new user (M11)", "ll": "a pair alone (M5)"}
+RULES = {"ll_user": "all choices of a new user (M11)", "ll": "single pairs (M5)"}
 
 
 def cells(preset: str) -> list[dict]:
@@ -27,7 +27,7 @@ def cells(preset: str) -> list[dict]:
 
 
 def measure(cell: dict, folder) -> dict:
-    """Log-likelihoods of every new user, nats a pair, by both rules."""
+    """Log-likelihoods of every new user, nats a pair, for both rules."""
     K, seed = cell["experts"], cell["seed"]
     if cell["world"] == "texts":
         found = texts.load(folder.parent.parent, cell["preset"])
@@ -49,8 +49,8 @@ def measure(cell: dict, folder) -> dict:
 
 
 def picked(by_k: dict[int, list[float]], paired: bool) -> int:
-    """The smallest K whose mean is within one standard error of the best: of its difference to the best, user by user,
-    or, as usual, of the best's own mean."""
+    """The smallest K whose mean is within one standard error of the best mean. paired: the SE of the paired difference
+    over users; else the SE of the best mean, as usual."""
     values = {K: np.array(v) for K, v in by_k.items()}
     best = max(values, key=lambda K: values[K].mean())
 

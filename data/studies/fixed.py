@@ -1,4 +1,4 @@
-"""Fixed weights: the E-step and the experts' updates without a gate, from a symmetric start and from a broken tie."""
+"""Fixed weights: EM without a gate, from a symmetric start and from starts that break the symmetry."""
 
 import math
 
@@ -14,7 +14,7 @@ from mixdpo.metrics import mean_se
 SEEDS = {"smoke": 1, "quick": 8, "full": 20}
 STARTS = {"symmetric": "none", "random": "dirichlet", "linear": "linear"}
 DPO = {"world": "planted", "latent": "-", "sharing": "-", "start": "DPO"}
-TASTES = ("warm", "terse")                  # of judges of real sentences
+TASTES = ("warm", "terse")                  # tastes of the judges of real sentences
 
 
 def cells(preset: str) -> list[dict]:
@@ -39,7 +39,7 @@ def measure(cell: dict, folder) -> dict:
 
 
 def of_texts(cell: dict, found: texts.Texts) -> dict:
-    """Linear rewards on real sentences, from random responsibilities, weights uniform throughout."""
+    """The same with linear rewards on real sentences, random first responsibilities and uniform weights."""
     judges = texts.Judges(TASTES, 120, 20, cell["seed"])
     training, held = texts.judge(found, judges), texts.judge(found, judges, heldout=True)
     units = training if cell["latent"] == "user" else texts.per_pair(training)

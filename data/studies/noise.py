@@ -1,4 +1,4 @@
-"""Annotations that are spoiled: what assignment and rewards lose, and what the losses for noisy labels give back."""
+"""Noisy annotations: losses in assignment and rewards, and the effect of losses for noisy labels."""
 
 import numpy as np
 
@@ -10,11 +10,11 @@ from data.studies.worlds import ITEMS, World, figures, fit, look, oracle, write
 from mixdpo.metrics import mean_se
 
 SEEDS = {"smoke": 1, "quick": 4, "full": 15}
-AMOUNTS = {  # of each way to spoil
+AMOUNTS = {  # amounts of each kind of noise
     "flips": (0.0, 0.1, 0.2, 0.3, 0.4), "jitter": (1.0, 2.0, 4.0), "other": (0.1, 0.2, 0.3, 0.4),
     "fewer": (0.5, 0.25, 0.1),
 }
-WAYS = {"flips": "labels turned round", "jitter": "Gaussian noise on scores (nats)",
+WAYS = {"flips": "inverted labels", "jitter": "Gaussian noise on scores (nats)",
         "other": "judged by the other type", "fewer": "share of a user's comparisons kept"}
 LOSSES = ("none", "flips", "conservative", "robust")
 REAL = ("mean rating", "one person's rating", "0.2 turned round")
@@ -51,12 +51,12 @@ def measure(cell: dict, folder) -> dict:
 
 
 def reward_agreement(found, rewards: np.ndarray) -> float:
-    """Correlation of the best-matching expert's margins with each type's true ones over held-out pairs, mean over
-    types: 1 is the right reward up to scale."""
+    """Correlation over held-out pairs between each type's true margins and those of the best-matching expert, mean over
+    types. 1 means the right reward up to scale."""
     code = {ord(c): n for n, c in enumerate(ITEMS)}
     first, second = (np.array([code[getattr(p, side)[0]] for p in found.pairs]) for side in ("chosen", "rejected"))
     gaps, h = rewards[:, first] - rewards[:, second], found.h.double().numpy().T
-    sign = np.random.default_rng(0).choice([-1.0, 1.0], gaps.shape[1])      # chosen first is no order: it would agree
+    sign = np.random.default_rng(0).choice([-1.0, 1.0], gaps.shape[1])      # against order effects
     return float(np.mean([max(np.corrcoef(sign * gap, sign * own)[0, 1] for own in h) for gap in gaps]))
 
 
@@ -98,7 +98,7 @@ def page(rows):
            "keeps more than half of that at every share of turned labels that was tried")
         + f", and rewards agree to {mean_over(plain['flips', worst, 2], 'reward')} at {worst:g} (clean "
         f"{mean_over(clean, 'reward')}). Of the three losses for noisy labels, with the true share given, "
-        f"{'; '.join(helps)}: log-likelihoods beside none, world by world, beyond two standard errors. The likelihood "
+        f"{'; '.join(helps)}: paired differences to `none` beyond two standard errors. The likelihood "
         "of turned labels (`flips`) acts in the E-step too; `conservative` and `robust` change the M-step alone. On "
         "real sentences, whose ratings differ between people, judging by one person's rating instead of the noisy "
         f"mean moves the ARI from {mean_over(real[REAL[0], 2], 'ari')} to {mean_over(real[REAL[1], 2], 'ari')}; 0.2 of "
@@ -107,9 +107,9 @@ def page(rows):
         reading,
         table_of(["spoiled", "amount", "ARI", "ARI, Bayes", "rewards agree", "DPO's agree", "log-likelihood",
                   "less DPO's"], body),
-        "Of the training pairs alone; held-out choices are clean. Log-likelihood of all choices of a new user (M11), "
-        "nats a pair, mean over worlds ± SE. Rewards agree: correlation of the nearest expert's margins with a type's "
-        "true ones. Bayes: by the true rewards on the spoiled file, as if it were clean.",
+        "Noise is on training pairs only; held-out choices are clean. Log-likelihood of all choices of a new user "
+        "(M11), nats a pair, mean over worlds ± SE. Rewards agree: correlation of the nearest expert's margins with a "
+        "type's true ones. Bayes: by the true rewards on the spoiled file, as if it were clean.",
         "Remedies, with the true share given (`--label-noise`, `--label-loss`):",
         table_of(["turned round", "loss", "ARI", "rewards agree", "own accuracy", "log-likelihood"], with_them, 2),
         "Real sentences, warm against cold judges, linear rewards on SmolLM2's states, 120 users of 12:",

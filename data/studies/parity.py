@@ -1,4 +1,4 @@
-"""What no marginal of fewer than all columns shows: rows of bits with an even sum."""
+"""Rows of bits with an even sum, a property that no marginal of fewer than all columns shows."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Preferences under differential privacy: what epsilon costs, and what somebody can tell of who took part."""
+"""Preferences under differential privacy: the cost of epsilon, and membership inference."""
 
 import json
 import math
@@ -15,10 +15,10 @@ from mixdpo.mixture import log_marginal
 EPSILONS = {"smoke": (8.0, math.inf), "quick": (2.0, 8.0, math.inf), "full": (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, math.inf)}
 SEEDS = {"smoke": 1, "quick": 1, "full": 8}
 USERS = {"smoke": 30, "quick": 200, "full": 1000}
-MEMBERS = {"smoke": 40, "quick": 160, "full": 200}      # pairs that are trained on, and as many that are not
-CANARIES = 40           # pairs of foreign prompts whose choice is a coin's; half of them are trained on
-RATE = 0.004            # of heads for private pairs, whose noise is large beside a single pair's gradient
-PASSES = 25             # until the model knows its pairs by heart
+MEMBERS = {"smoke": 40, "quick": 160, "full": 200}      # training pairs, and as many other pairs
+CANARIES = 40           # pairs with foreign prompts and random choices; half are trained on
+RATE = 0.004            # learning rate of heads with private pairs, where noise exceeds a pair's gradient
+PASSES = 25             # epochs until the model has memorised its pairs
 MIXTURE = {"experts": 2, "latent": "user", "start": "dirichlet"}
 WAYS = {"DPO, pairs": (ONE, "pair"), "Mix-DPO, users": (MIXTURE, "user"), "DPO, users": (ONE, "user")}
 
@@ -34,7 +34,7 @@ def cells(preset: str) -> list[dict]:
 
 
 def private(cell: dict, unit: str) -> dict:
-    """train.py's options for this epsilon."""
+    """Options of train.py for this epsilon."""
     epsilon = float(cell["epsilon"])
     return {} if epsilon == math.inf else {"epsilon": epsilon, "privacy_unit": unit, "seed": cell["seed"]}
 
@@ -46,14 +46,14 @@ def measure(cell: dict, folder) -> dict:
         return inference(cell, folder, world)
     options, unit = WAYS[cell["way"]]
     more = private(cell, unit)
-    if more:                                                                # noise wants large batches
+    if more:                                                                # noise needs large batches
         more |= {"batch": 200 if unit == "pair" else 20, "micro": 200, "epochs": 6 if unit == "pair" else 12}
         more |= {"head_lr": cell["head_lr"]} if "head_lr" in cell else {}
     return figures(look(fit(folder, "run", **options | more), folder / "heldout.jsonl"))
 
 
 def inference(cell: dict, folder, world: World) -> dict:
-    """The whole model learns pairs until it knows them by heart; then, by the loss of a pair alone: was it there?"""
+    """Trains the full model until it has memorised its pairs, then infers membership from the loss of single pairs."""
     M, rng, canaries = MEMBERS[cell["preset"]], np.random.default_rng([world.seed, 9]), []
     members, others = (read_lines(folder / f"{name}.jsonl")[:M] for name in ("train", "heldout"))
     for n in range(CANARIES):
@@ -66,7 +66,7 @@ def inference(cell: dict, folder, world: World) -> dict:
     more |= {"batch": M // 2, "micro": M // 2} if more else {}
     path = fit(folder, "run", experts=1, data="members.jsonl", epochs=PASSES, **more)
     found = look(path, folder / "asked.jsonl")
-    log_p = log_marginal(found.log_w, found.h).detach().numpy()             # (P,) the higher, the likelier a member
+    log_p = log_marginal(found.log_w, found.h).detach().numpy()             # (P,) higher: more likely a member
     inside, outside = log_p[2 * M :: 2], log_p[2 * M + 1 :: 2]
     report = path / "privacy.json"
     return {"auc": auc(log_p[:M], log_p[M : 2 * M]), "auc_canaries": auc(inside, outside),
@@ -75,7 +75,7 @@ def inference(cell: dict, folder, world: World) -> dict:
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
-    """Chance that a member scores above another one; a tie counts half."""
+    """Probability that a member scores above a non-member; a tie counts half."""
     return float((members[:, None] > others).mean() + (members[:, None] == others).mean() / 2)
 
 

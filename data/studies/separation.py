@@ -1,4 +1,4 @@
-"""How experts and users part: responsibilities through training, experts' updates and users in two dimensions."""
+"""How experts and users separate: responsibilities in training, experts' updates and users in two dimensions."""
 
 from unittest.mock import patch
 
@@ -17,8 +17,8 @@ from mixdpo.metrics import matched_accuracy
 
 SEEDS = {"smoke": 1, "quick": 6, "full": 12}
 LATENTS, TYPES = ("user", "pair"), (2, 4)
-EVERY = 5                                   # steps between the updates that are drawn
-ITERATIONS = (1, 2, 3, 5, 8, 13, 21, 34)    # of the linear mixture, of which the same is told
+EVERY = 5                                   # steps between the updates in the picture
+ITERATIONS = (1, 2, 3, 5, 8, 13, 21, 34)    # EM iterations of the linear mixture
 TASTES = ("warm", "terse", "cold", "lavish")
 USERS, EACH = 120, 10
 
@@ -37,7 +37,7 @@ def measure(cell: dict, folder) -> dict:
     write(world, folder)
 
     def watched(run, tensors, state, keep):
-        """What a run saves after every step: its experts' updates W (A_k B_k) without the W that they share."""
+        """Collects, from every checkpoint, the experts' updates A_k B_k without their common factor W."""
         if state["step"] % EVERY == 0 and not state["finished"]:
             updates.append((tensors["experts.A"] @ tensors["experts.B"]).flatten(1))          # (K, width^2)
         real(run, tensors, state, keep)
@@ -66,13 +66,13 @@ def pictured(updates: torch.Tensor, choices: np.ndarray, margins: np.ndarray, ki
 
 
 def near(x: np.ndarray, kinds: np.ndarray) -> float:
-    """Share of users whose nearest other one is of their type."""
+    """Share of users whose nearest other user has the same type."""
     distance = np.square(x[:, None] - x[None]).sum(-1) + np.diag(np.full(len(x), np.inf))
     return float((kinds[distance.argmin(1)] == kinds).mean())
 
 
 def own_shares(shares: dict) -> dict[str, list]:
-    """Type -> (step, responsibility of the expert that stands for it in the end): each expert for one type at most."""
+    """Type -> [(step, responsibility of the type's expert)]. Experts are named at the end, one type each."""
     kinds = list(shares)
     last = np.array([means[-1] for _, means in shares.values()])              # (T,K)
     units = [(k, kind) for n, kind in enumerate(kinds) for k in range(last.shape[1])
@@ -84,14 +84,13 @@ def own_shares(shares: dict) -> dict[str, list]:
 
 
 def users_of(found, of) -> tuple[np.ndarray, np.ndarray]:
-    """Of each user: what it chose less what it left, by item (U,V); the mean reward difference of its pairs under each
-    expert, the margins h (U,K)."""
+    """For each user: chosen minus rejected counts of items (U,V), and mean margins under each expert (U,K)."""
     items = np.eye(len(ITEMS))[of.chosen] - np.eye(len(ITEMS))[of.rejected]
     return items.reshape(USERS, EACH, -1).mean(1), found.h.double().numpy().reshape(USERS, EACH, -1).mean(1)
 
 
 def of_texts(cell: dict, found: texts.Texts) -> dict:
-    """The same of linear rewards on real sentences, by iterations of EM."""
+    """The same with linear rewards on real sentences, by EM iterations."""
     K, tastes = cell["types"], TASTES[: cell["types"]]
     judges = texts.Judges(tastes, USERS, EACH, cell["seed"])
     training, held = texts.judge(found, judges), texts.judge(found, judges, heldout=True)

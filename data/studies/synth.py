@@ -1,4 +1,4 @@
-"""Adult, by budget: DP-TBART beside independent columns and trees of pairs with the same epsilon."""
+"""Adult by privacy budget: DP-TBART compared with independent columns and trees of pairs at the same epsilon."""
 
 import math
 from dataclasses import replace
@@ -36,7 +36,7 @@ def cells(preset: str) -> list[dict]:
 
 
 def prepare(home, preset: str, data_folder: str | None) -> None:
-    """Adult's codes, once for all cells."""
+    """Writes the codes of Adult, once for all cells."""
     if not (home / "adult.npz").exists():
         tables = read_tables(SynthConfig(dataset="adult", data_folder=data_folder or ""))
         np.savez(home / "adult.npz", train=tables.train, test=tables.test)
@@ -78,7 +78,7 @@ def page(rows):
 
 
 def mean(each: list[dict]) -> dict:
-    """Of figures with the same names, seed by seed."""
+    """Mean of each figure over seeds."""
     if not isinstance(each[0], dict):
         return float(np.mean(each))
     return {name: mean([one[name] for one in each]) for name in each[0]}

@@ -238,15 +238,16 @@ def report(config: SynthConfig, out: Path, began: float) -> None:
     real = {"the real table": tables.train} | ({} if tables.test is None else {"a second real table": tables.test})
     simpler = baselines(tables, config.epsilon, config.delta, len(codes), Key.fresh())
     figures = compared(tables, {"DP-TBART": codes} | simpler | real)
-    spent = (f"Each of {spending['rows']} rows is protected with epsilon {spending['epsilon']:.4g} at delta "
-             f"{spending['delta']:g}. Not covered: {'; '.join(spending['not_covered'])}")
-    spent = spent if spending["spent"] else "No privacy: epsilon is inf."
+    spent = "No privacy: epsilon is inf."
+    if spending["spent"]:
+        spent = (f"Each of {spending['rows']} rows is protected with epsilon {spending['epsilon']:.4g} at delta "
+                 f"{spending['delta']:g}. Not covered: {'; '.join(spending['not_covered'])}.")
     where = environment()
     how = (f"{(time.monotonic() - began) / 60:.1f} minutes; revision {where['revision']}, torch {where['torch']}, "
            f"`python -m data.tables.synth {words(config)}`")
     write_whole(out / "figures.json", to_json({"config": asdict(config), "figures": figures}, indent=1) + "\n")
     write_whole(out / "report.md", "\n\n".join(["# A synthetic table", table_of(HEAD, rows_of(figures)), READING,
-                                                spent + ".", how + "."]) + "\n")
+                                                spent, how + "."]) + "\n")
 
 
 def words(config: SynthConfig) -> str:

@@ -321,7 +321,7 @@ def test_help_tells_inherited_options(capsys):
     with pytest.raises(SystemExit):
         synth.main(["--help"])
     told = capsys.readouterr().out
-    assert "--epsilon" in told and "privacy budget" in told and "another table, for train-on" in told
+    assert "--epsilon" in told and "privacy budget" in told and "held-out table, to test classifiers" in told
 
 
 @pytest.mark.parametrize("change, option", [
