@@ -38,7 +38,7 @@ study: .venv/ready        ## one study, its page in docs/studies: make study NAM
 	$(PY) -m data.studies --name $(NAME) $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data-folder $(DATA))
 
 synth: .venv/ready        ## a private synthetic table, what it cost and how near it comes: make synth DATASET=adult EPSILON=1
-	$(PY) -m data.synth --dataset $(DATASET) --epsilon $(EPSILON) --out runs/$(DATASET)-epsilon-$(EPSILON) $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data-folder $(DATA))
+	$(PY) -m data.tables.synth --dataset $(DATASET) --epsilon $(EPSILON) --out runs/$(DATASET)-epsilon-$(EPSILON) $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data-folder $(DATA))
 
 chaos: .venv/chaos        ## runs that are killed, disks that fail, files that are damaged: a table of what was survived
 	$(PY) -m tests.chaos

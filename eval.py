@@ -54,7 +54,7 @@ class EvalConfig:
     seed: int = 1                   # of sampling; the same for every policy
     data_folder: str = ""           # folder of local files that is searched before anything is downloaded
     judge: str = ""                 # only compare the completions of an earlier evaluation, by annotator:NAME,
-                                    # classifier:PATH or llm:MODEL (data/judges.py)
+                                    # classifier:PATH or llm:MODEL (data/annotators/judges.py)
     against: str = ""               # with --judge: the policy that all others are compared with; default: dpo
     export: str = ""                # only write the run's experts, as models or adapters, to this folder
 
@@ -120,7 +120,7 @@ def completions(inputs: EvalInputs, config: EvalConfig) -> dict:
              for name, row in rows.items()}
     rewards = {}
     if "rewards" in dataset:
-        from data.annotators import score  # here, because only this needs its packages
+        from data.annotators.rewards import score  # here, because only this needs its packages
 
         rewards = reward_table(rows, texts, dataset, lambda unique: score(unique, dataset["rewards"], inputs.home))
     write_prompt_states(inputs.folder, inputs.runs, task)
@@ -134,7 +134,7 @@ def write_report(folder: Path) -> None:
         print("\nwarning: no report is written, because matplotlib is not installed; install the extra `plots`: pip "
               "install -e .[plots]")
         return
-    from data.report import report
+    from data.report.page import report
 
     print(f"\nReport: {report(folder)}")
 
@@ -157,7 +157,7 @@ def compare(config: EvalConfig) -> dict:
     validate(config)
     refuse_unused(config, "--judge compares the completions of an earlier evaluation",
                   ("dir", "judge", "against", "seed"))
-    from data.judges import win_rates  # here, because only this needs its packages
+    from data.annotators.judges import win_rates  # here, because only this needs its packages
 
     folder = Path(config.dir).resolve()
     found = win_rates(folder, config.judge, config.against, config.seed)

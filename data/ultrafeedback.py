@@ -1,17 +1,17 @@
-"""UltraFeedback-Personalized: four types of users, each of whom goes by another rating of the same answers: `python -m
-data.ultrafeedback --preset quick` (data/judged.py).
+"""UltraFeedback-Personalized: four types of users who follow four ratings of the same answers: `python -m
+data.ultrafeedback --preset quick` (experiment/judged.py).
 
-openbmb/UltraFeedback (Cui et al. 2023) has, for each instruction, four completions, each rated from 1 to 5 for
-helpfulness, honesty, instruction following and truthfulness. As in UF-P (Poddar et al. 2024, arXiv 2408.10075) a user
-of a type prefers the completion that is rated higher on its attribute; of two that are rated alike, either, by a coin
-that belongs to seed, instruction and type. An instruction gives one pair: the completion with the best mean rating, and
-one of the others, drawn by seed, as the binarized UltraFeedback that UF-P is made of pairs them. Pairs on which
-types disagree are UF-P-4's (--conflicts true); they alone do not tell types apart better than all.
+openbmb/UltraFeedback (Cui et al. 2023) has four completions of each instruction, rated from 1 to 5 for helpfulness,
+honesty, instruction following and truthfulness. As in UF-P (Poddar et al. 2024, arXiv 2408.10075), a type of user
+prefers the completion with the higher rating on its attribute. A tie is broken by a coin that depends on seed,
+instruction and type. Each instruction gives one pair: the completion with the best mean rating, and another drawn at
+random, as in the binarized UltraFeedback. `--conflicts true` keeps only pairs on which types disagree (UF-P-4); they
+alone do not separate the types better than all pairs.
 
-Sources, in this order: in the user's own folder ultrafeedback.jsonl, or any of the official files by their names; else
-these from the hub, whose sums the hub names. A line: {"instruction": str, "completions": [{"response": str,
-"annotations": {"helpfulness": {"Rating": "1" to "5" or "N/A"}, ...}}, ...], ...}.
-data/sample holds a small made one: `make train DATASET=ultrafeedback PRESET=smoke DATA=data/sample`.
+Sources, in this order: ultrafeedback.jsonl in the user's data folder, or any of the official files there; else the
+official files from the hub, checked by the hub's checksums. A line: {"instruction": str, "completions": [{"response":
+str, "annotations": {"helpfulness": {"Rating": "1" to "5" or "N/A"}, ...}}, ...], ...}. data/sample has a small
+generated file: `make train DATASET=ultrafeedback PRESET=smoke DATA=data/sample`.
 """
 
 import json
@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.judged import Item, Judged, main
-from data.presets import ULTRAFEEDBACK
+from data.experiment.judged import Item, Judged, main
+from data.experiment.presets import ULTRAFEEDBACK
 from mixdpo.config import InputError, command
 from mixdpo.files import fetch
 from mixdpo.text.records import lines
@@ -34,13 +34,13 @@ TYPES = {"helpfulness": "more helpful: right, clear and complete", "honesty": "m
 
 
 def ratings_of(completion: dict) -> list[float] | None:
-    """In the order of TYPES; None if one is missing."""
+    """The ratings in the order of TYPES; None if one is missing."""
     ratings = [completion["annotations"][kind]["Rating"] for kind in TYPES]
     return None if "N/A" in ratings else list(map(float, ratings))
 
 
 def item_of(row: dict, seed: int, number: int, counts: Counter) -> Item | None:
-    """One pair of a row's completions, judged; None, and counted, if it has none."""
+    """One judged pair of a row's completions; None if the row has none. Adds the reason to counts, in place."""
     rng = np.random.default_rng([seed, 23, number])
     coins = rng.integers(0, 2, len(TYPES)).tolist()
     rated = [(ratings, c["response"]) for c in row["completions"] if (ratings := ratings_of(c)) is not None]
@@ -49,7 +49,7 @@ def item_of(row: dict, seed: int, number: int, counts: Counter) -> Item | None:
         counts["fewer than two rated completions, or no instruction"] += 1
         return None
     order = [rated[n] for n in rng.permutation(len(rated))]
-    best = max(order, key=lambda one: sum(one[0]))                          # the first of several
+    best = max(order, key=lambda one: sum(one[0]))                          # the first among equals
     others = [one for one in order if one is not best]
     other = others[rng.integers(len(others))]
     chosen = {kind: coin if x == y else int(y > x) for kind, coin, x, y in zip(TYPES, coins, best[0], other[0])}
@@ -58,7 +58,7 @@ def item_of(row: dict, seed: int, number: int, counts: Counter) -> Item | None:
 
 
 def load(data: str | None, preset: dict) -> tuple[list[Item], dict]:
-    """All items, and what there was."""
+    """All items, and counts of the lines. Raises: InputError naming a malformed line."""
     own = [Path(data) / name for name in OWN if data and (Path(data) / name).is_file()]
     paths, items, counts = own or [fetch.hub(REPOSITORY, name) for name in FILES], [], Counter()
     for path in paths:

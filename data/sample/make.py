@@ -1,9 +1,9 @@
-"""Makes data/sample/ultrafeedback.jsonl: a few dozen rows laid out as openbmb/UltraFeedback lays out its own, in which
-the four ratings really part: `python -m data.sample.make`.
+"""Writes data/sample/ultrafeedback.jsonl: rows in the format of openbmb/UltraFeedback in which the four ratings differ:
+`python -m data.sample.make`.
 
-A question has a right answer and a wrong one, and asks for a form. Each of its four completions does or does not: keep
-to the form, say what is right, admit that it may be wrong, and add something of use. The ratings say which, with 4 or 5
-for yes and 1 or 2 for no. No text is anybody else's, and none is meant to teach a model anything.
+Each question has a right and a wrong answer, and asks for a form. Each of its four completions either does or does not
+keep the form, give the right answer, admit uncertainty, and add a useful fact. The four ratings follow: 4 or 5 for yes,
+1 or 2 for no. All texts were written for this file, and are not meant for real training.
 """
 
 import json
@@ -36,7 +36,7 @@ TYPES = ("instruction_following", "truthfulness", "honesty", "helpfulness")
 
 
 def completion(fact: tuple, form, does: dict[str, bool], rng) -> dict:
-    """One completion with its ratings. does: of each type, whether it is as that type likes it."""
+    """One completion with its ratings. does: type -> whether the completion meets that type's criterion."""
     _, right, wrong, more = fact
     text = f"the answer is {right if does['truthfulness'] else wrong}."
     text = "I am not sure, but I think " + text if does["honesty"] else text[0].upper() + text[1:]
@@ -46,7 +46,7 @@ def completion(fact: tuple, form, does: dict[str, bool], rng) -> dict:
 
 
 def rows():
-    """Yields the rows, always the same."""
+    """Yields the rows; deterministic."""
     rng = np.random.default_rng(SEED)
     for n in range(ROWS):
         fact, (ask, form) = FACTS[n % len(FACTS)], FORMS[n // len(FACTS) % len(FORMS)]

@@ -1,10 +1,10 @@
-"""`python -m data.studies --name collapse --preset quick`: measures what is not measured yet, and writes the page."""
+"""`python -m data.studies --name collapse --preset quick`: measures the missing cells and writes the page."""
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import pictures
+from data.report import pictures
 from data.studies import NAMES, study_of
 from data.studies.study import PRESETS, describe_study, run
 from mixdpo.config import check_choices, command, parse, write_whole
@@ -12,21 +12,22 @@ from mixdpo.config import check_choices, command, parse, write_whole
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """A study: its cells, its page NAME.md, its pictures NAME-*.png."""
+    """Runs a study, and writes its page NAME.md and its pictures NAME-*.png."""
 
-    name: str                           # one of those in docs/studies
+    name: str                           # name of the study, as in docs/studies
     preset: str = "quick"               # smoke, quick (20 minutes on two cores at most) or full
-    out: str = "docs/studies"           # where the page goes
-    home: str = "runs/studies"          # where figures are kept
-    data_folder: str = ""               # local files looked into before anything is fetched
+    out: str = "docs/studies"           # folder for the page
+    home: str = "runs/studies"          # folder for the figures of cells
+    data_folder: str = ""               # folder of local files, used before anything is fetched
 
 
 def main(argv: list[str]) -> None:
+    """Measures the study's cells and writes its page."""
     config, began = parse(StudyConfig, argv, "python -m data.studies"), time.monotonic()
     check_choices(config, {"name": NAMES, "preset": PRESETS})
     study, out = study_of(config.name), Path(config.out)
     facts = run(config.name, config.preset, Path(config.home), config.data_folder)
-    spent = Path(config.home) / config.name / f"{config.preset}.seconds"    # of all calls together
+    spent = Path(config.home) / config.name / f"{config.preset}.seconds"    # seconds of all calls
     seconds = time.monotonic() - began + (float(spent.read_text()) if spent.exists() else 0.0)
     write_whole(spent, f"{seconds:.1f}")
     out.mkdir(parents=True, exist_ok=True)
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
     provenance = describe_study(facts, config.name, config.preset, seconds)
     parts = [f"# {study.title}", study.question, text, links, provenance]
     write_whole(out / f"{config.name}.md", "\n\n".join(parts) + "\n")
-    print(f"page: {out / config.name}.md")
+    print(f"The page of the study is {out / config.name}.md: {len(facts)} cells, {seconds / 60:.1f} minutes.")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How much data: what a file could show of two types at best, and what is found, by its size and their agreement."""
+"""How much data: types that a file of given size and agreement can reveal, and types that a mixture finds."""
 
-from data.pictures import curves
+from data.report.pictures import curves
 from data.studies import texts
+from data.studies.aggregate import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.study import Study
-from data.studies.tell import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.worlds import ONE, World, figures, fit, look, oracle, write
 from mixdpo.evaluation.statistics import mean_se
 
@@ -26,12 +26,12 @@ def measure(cell: dict, folder) -> dict:
     seed, each, users = cell["seed"], cell["each"], cell["pairs"] // cell["each"]
     if cell["world"] == "texts":
         found = texts.load(folder.parent.parent, cell["preset"])
-        told = texts.judge(found, ("warm", "terse"), users, each, seed)
-        held = texts.judge(found, ("warm", "terse"), 200, 10, seed, heldout=True)
-        return texts.figures(texts.fit(told, cell["experts"], seed), told, held)
+        training = texts.judge(found, texts.Judges(("warm", "terse"), users, each, seed))
+        held = texts.judge(found, texts.Judges(("warm", "terse"), 200, 10, seed), heldout=True)
+        return texts.figures(texts.fit(training, cell["experts"], seed), training, held)
     world = World(seed=seed, users=users, each=each, agree=cell["agree"])
     write(world, folder)
-    size = max(20, min(50, cell["pairs"] // 20))                            # a user of 20 fits into a batch
+    size = max(20, min(50, cell["pairs"] // 20))                   # at least 20: a user with 20 pairs fits into a batch
     options = ONE if cell["experts"] == 1 else {"latent": "user", "start": "linear"}
     found = look(fit(folder, "run", seed=seed, batch=size, micro=size, **options), folder / "heldout.jsonl")
     bound = oracle(world)
@@ -58,7 +58,7 @@ def page(rows):
         lags.append((agree, gap["mean"] < -2 * se_over(gap)))
 
     def first(name: str, each: int) -> str:
-        """The least number of pairs from which on the mixture is ahead by two standard errors."""
+        """The smallest number of pairs from which the mixture is ahead by two standard errors."""
         pairs = []
         for p, yes in sorted(ahead[name, each].items(), reverse=True):
             if not yes:
@@ -68,15 +68,15 @@ def page(rows):
 
     eaches = sorted({each for _, each in ahead})
     names = list(dict.fromkeys(name for name, _ in ahead))
-    told = [f"{name}: " + ", ".join(f"{first(name, each)} at {each} a user" for each in eaches) for name in names]
+    firsts = [f"{name}: " + ", ".join(f"{first(name, each)} at {each} a user" for each in eaches) for name in names]
     clear = found["planted", 0.0, max(key[2] for key in found), max(eaches), 2]
     single = found["planted", 0.0, max(key[2] for key in found), min(eaches), 2]
     leads = [yes for of in ahead.values() for yes in of.values()]
     behind, alike = (sum(lag for agree, lag in lags if which(agree)) for which in (
         lambda _: True, lambda agree: agree != "-" and agree >= 0.5))
     reading = (
-        "The least number of pairs, of those tried, from which on the mixture is ahead of one policy by two standard "
-        f"errors. {'; '.join(told)}. It is behind by as much in {behind} of {len(body)} kinds of files, {alike} of "
+        "The smallest number of pairs from which the mixture is ahead of one policy by two standard "
+        f"errors. {'; '.join(firsts)}. It is behind by as much in {behind} of {len(body)} kinds of files, {alike} of "
         f"them with types that agree to 0.5 or more, and neither in {len(body) - behind - sum(leads)}: where it is not "
         f"ahead, one policy (DPO) is the simpler choice. With the most pairs, independent rewards and {max(eaches)} a "
         f"user, the ARI is {mean_over(clear, 'ari')} of a possible {mean_over(clear, 'bayes_ari')}; with one a user "
@@ -87,7 +87,7 @@ def page(rows):
                         "(sentences: ten; M11; of pairs alone where users have one), nats a pair, less that of one "
                         "low-rank head on the same trunk; mean over worlds ± SE, which of three worlds is itself "
                         "uncertain. Agreement: correlation of the two types' rewards."])
-    return text, {"pairs": curves(shown, "training pairs", "ARI of the users", 2, columns=4)}
+    return text, {"pairs": curves(shown, ("training pairs", "ARI of the users"), 2, columns=4)}
 
 
 STUDY = Study(

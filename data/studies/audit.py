@@ -1,24 +1,24 @@
-"""An empirical lower bound on epsilon, beside the accountant's upper bound: a privacy audit with canaries.
+"""A privacy audit with canaries: an empirical lower bound on epsilon, to compare with the accountant's upper bound.
 
 One-run auditing (Steinke, Nasr & Jagielski 2023, arXiv 2305.08846): m canaries are examples made for the audit. A fair
-coin decides for each whether it is in the training file. The auditor observes one private run and guesses the coins of
-the r canaries that it is most sure of; v guesses are right. If the run is (epsilon, delta)-DP,
+coin decides whether each is in the training file. The auditor observes one private run and guesses the coins of
+the r most certain canaries; v guesses are right. If the run is (epsilon, delta)-DP,
 
     P(V >= v) <= P(W >= v) + 2 m delta max_i P(v > W >= v - i) / i,     W ~ Binomial(r, e^epsilon / (1 + e^epsilon))
 
     epsilon_lower   the largest epsilon rejected at 95 % confidence. It assumes nothing about the mechanism.
-    epsilon_fit     the same by a parametric test (Nasr et al. 2023, arXiv 2302.07956): a sampled Gaussian mechanism
+    epsilon_fit     the same with a parametric test (Nasr et al. 2023, arXiv 2302.07956): a sampled Gaussian mechanism
                     with unknown noise, and independent canaries. Nearly tight, but only as good as these assumptions.
 
 The auditor sees the noisy gradient of every step and knows the gradient of every canary. This is the adversary that
-the accountant assumes. Runs are train.run's own, or ClippedSum, Noise and participants with gradients that the
-adversary chooses. Several runs, each with coins of its own, count as one: a coin has an effect on its own run only.
+the accountant assumes. Runs are those of train.run, or ClippedSum, Noise and participants with gradients that the
+adversary chooses. Several runs, each with separate coins, count as one: a coin affects its own run only.
 The learning rate is 1e-9: the parameters stay in place, so a canary has the same gradient in every step and the auditor
 computes it once. A guarantee for every learning rate holds for this one too.
 
 Many runs with and without one canary (Jagielski et al. 2020, arXiv 2006.07709) would give a higher epsilon_lower; at
 half a second a run, 10,000 of them take more than an hour. Left out: DP-TBART, and attacks on the final weights, which
-see less.
+have less information.
 """
 
 import contextlib
@@ -32,10 +32,10 @@ import torch
 from scipy.stats import beta, binom
 
 import train
-from data.pictures import curves
-from data.stages import write_lines
+from data.experiment.stages import write_lines
+from data.report.pictures import curves
+from data.studies.aggregate import table_of
 from data.studies.study import Study
-from data.studies.tell import table_of
 from data.studies.worlds import make_model
 from mixdpo.private import budget
 from mixdpo.private import dp_sgd as privacy
@@ -282,9 +282,9 @@ def cells(preset: str) -> list[dict]:
 
 def measure(cell: dict, folder) -> dict:
     runs = Runs(cell["way"], cell["canaries"], folder)
-    asked = [(epsilon, NONE) for epsilon in cell["epsilons"]] + [(FAULTY, fault) for fault in cell["faults"]]
+    settings = [(epsilon, NONE) for epsilon in cell["epsilons"]] + [(FAULTY, fault) for fault in cell["faults"]]
     return {"rows": [{"fault": fault} | audit(runs, cell["runs"], epsilon, n, fault)
-                     for n, (epsilon, fault) in enumerate(asked, 1)]}
+                     for n, (epsilon, fault) in enumerate(settings, 1)]}
 
 
 def shown(row: dict) -> list[str]:
@@ -314,8 +314,8 @@ def page(rows):
               "fault that is small beside the distance to the accountant's epsilon; epsilon_fit can.")
     return "\n\n".join([text, table_of(head, body, 2), faults,
                         table_of([head[0], "fault", *head[2:], "found by"], broken, 2)]), {
-        "epsilon": curves({f"epsilon_{name}": of for name, of in lines.items()}, "epsilon of the accountant (delta "
-                          "1e-6)", "from the audit", log=2, columns=2)}
+        "epsilon": curves({f"epsilon_{name}": of for name, of in lines.items()},
+                          ("epsilon of the accountant (delta 1e-6)", "from the audit"), log=2, columns=2)}
 
 
 STUDY = Study(

@@ -1,18 +1,18 @@
 """When a mixture collapses: a map over beta, the entropy bonus of the gate and the temperature of the E-step.
 
-Collapse is read off held-out pairs, not off what the alarms look at:
+Collapse is measured on held-out pairs, independently of the inputs of the warnings in training:
 
-    expert      one expert is the gate's likeliest for over 95 % of held-out prompts
-    posterior   responsibilities of held-out pairs say nothing of who judged them: an ARI below 0.05
+    expert      one expert is the likeliest of the gate for over 95 % of held-out prompts
+    posterior   responsibilities of held-out pairs carry no information about who judged: ARI below 0.05
 
-and the alarms (mixdpo/metrics.py) are asked at every step, as a run asks them.
+The warnings (alarms in mixdpo/metrics.py) are evaluated at every step, as in training.
 """
 
 import numpy as np
 
-from data.pictures import maps
+from data.report.pictures import maps
+from data.studies.aggregate import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.study import Study
-from data.studies.tell import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.worlds import World, figures, fit, look, oracle, write
 from mixdpo.evaluation.statistics import adjusted_rand_index, mean_se
 from mixdpo.metrics import WINDOW, alarms
@@ -46,10 +46,10 @@ def measure(cell: dict, folder) -> dict:
     for t in range(WINDOW, len(steps) + 1):
         rung |= set(alarms(steps[t - WINDOW : t], cell["experts"], 10))
     first = found.log_w.argmax(1).bincount(minlength=cell["experts"]).max() / len(found.h)
-    told = figures(found)
-    z = e_step(found.log_w, found.h)[1].argmax(1).tolist()                  # by weights and choice
+    summary = figures(found)
+    z = e_step(found.log_w, found.h)[1].argmax(1).tolist()                  # by weights and choices
     ari = adjusted_rand_index(z, [pair.annotator for pair in found.pairs])
-    return told | {"oracle": oracle(world)["ll"], "rung": sorted(rung), "most": float(first), "ari": ari,
+    return summary | {"oracle": oracle(world)["ll"], "rung": sorted(rung), "most": float(first), "ari": ari,
                    "expert": bool(cell["experts"] > 1 and first > 0.95),
                    "posterior": bool(cell["experts"] > 1 and ari < 0.05)}
 
@@ -83,8 +83,8 @@ def page(rows):
             for (K, T, bonus, beta), fs in found.items() if T == 1]
     text = "\n\n".join([
         reading(found, dpo, ks, temperatures, bonuses, betas),
-        "The alarms against collapse as held-out pairs show it, runs of all settings:",
-        table_of(["alarm", "K", "true, rung", "true, silent", "false, rung", "false, silent"], tally),
+        "Warnings compared with collapse on held-out pairs, all settings:",
+        table_of(["alarm", "K", "true, warned", "true, silent", "false, warned", "false, silent"], tally),
         "With the exact E-step (temperature 1); log-likelihood of held-out pairs (M5), nats, ± SE over pairs. "
         "Maps: E and P mark expert and posterior collapse.",
         table_of(["K", "temperature", "entropy bonus", "beta", "effective experts", "variance of q", "log-likelihood",
@@ -93,7 +93,7 @@ def page(rows):
 
 
 def reading(found, dpo, ks, temperatures, bonuses, betas) -> str:
-    """Where it collapses, and what to start with, from the figures."""
+    """The text on where mixtures collapse, and on settings to start with."""
     def share(kind: str, **fixed) -> float:
         names = ("experts", "temperature", "bonus", "beta")
         of = [f for key, fs in found.items() if fixed.items() <= dict(zip(names, key)).items() for f in fs]
@@ -110,7 +110,7 @@ def reading(found, dpo, ks, temperatures, bonuses, betas) -> str:
     stable = [key for key, fs in found.items() if not any(f["expert"] or f["posterior"] for f in fs)]
     bounds = [f"{name} {min(k[n] for k in stable):g} to {max(k[n] for k in stable):g}" for n, name in
               ((3, "beta"), (2, "bonus"), (1, "temperature"))] if stable else []
-    whole = [bonus for bonus in bonuses if share("expert", bonus=bonus) + share("posterior", bonus=bonus) == 0]
+    free = [bonus for bonus in bonuses if share("expert", bonus=bonus) + share("posterior", bonus=bonus) == 0]
     gap = mean_se([f["ll"]["mean"] - dpo[key[3]]["ll"]["mean"] for key in stable for f in found[key]])
     return (
         f"{len(stable)} of {len(found)} settings are stable"
@@ -119,19 +119,19 @@ def reading(found, dpo, ks, temperatures, bonuses, betas) -> str:
         f"{along('expert', 'beta', betas)}; by temperature {along('expert', 'temperature', temperatures)}. Posterior "
         f"collapse: by entropy bonus {along('posterior', 'bonus', bonuses)}; by beta "
         f"{along('posterior', 'beta', betas)}; by temperature {along('posterior', 'temperature', temperatures)}. "
-        + (f"Free of both at every setting: bonus {', '.join(f'{b:g}' for b in whole)}. " if whole else
-           "No bonus is free of both at every setting. ")
+        + (f"Without any collapse at every setting: bonus {', '.join(f'{b:g}' for b in free)}. " if free else
+           "No bonus avoids collapse at every setting. ")
         + "To start with: the exact E-step has its best held-out log-likelihood, mean over K, at beta "
         f"{best[1]:g} with a bonus of {best[0]:g} ({exact[best]:.3f} nats a pair; DPO at that beta "
         f"{dpo[best[1]]['ll']['mean']:.3f}, the oracle {next(iter(dpo.values()))['oracle']['mean']:.3f}); within one "
         "standard error of it: "
         + ", ".join(f"beta {beta:g} with {bonus:g}" for bonus, beta in near)
-        + f". Stable mixtures are {gap['mean']:+.3f} ± {se_over(gap):.3f} nats beside DPO at the same beta.")
+        + f". Stable mixtures are {gap['mean']:+.3f} ± {se_over(gap):.3f} nats from DPO at the same beta.")
 
 
 STUDY = Study(
-    "Collapse: where a mixture stops being one",
+    "Collapse: when experts stop differing",
     "A learnt linear gate on planted prompts of two domains (1,200 pairs), random first responsibilities, K = 2, 4 "
-    "and 8: which strengths of the pull to the reference, entropy bonuses of the gate and temperatures of the E-step "
-    "keep experts apart, and do the two alarms see it when they do not?",
+    "and 8: which betas, entropy bonuses and temperatures keep experts different, "
+    "and do the two warnings detect collapse?",
     cells, measure, page)

@@ -1,13 +1,13 @@
-"""How many experts: held-out log-likelihood by K where the number of types is planted, and a rule that picks K."""
+"""How many experts: held-out log-likelihood by K for a known number of types, and a rule that picks K."""
 
 import math
 
 import numpy as np
 
-from data.pictures import curves
+from data.report.pictures import curves
 from data.studies import texts
+from data.studies.aggregate import by, mean_over, over, se_over, table_of
 from data.studies.study import Study
-from data.studies.tell import by, mean_over, over, se_over, table_of
 from data.studies.worlds import ONE, World, figures, fit, look, of_new_users, oracle, write
 from mixdpo.mixture import e_step, log_marginal
 from mixdpo.preferences import groups
@@ -15,7 +15,7 @@ from mixdpo.preferences import groups
 SEEDS = {"smoke": 1, "quick": 4, "full": 12}
 KS, TYPES = {"smoke": (1, 2, 3)}, (1, 2, 3, 4)
 TASTES = ("warm", "terse", "cold", "lavish")
-RULES = {"ll_user": "all choices of a new user (M11)", "ll": "a pair alone (M5)"}
+RULES = {"ll_user": "all choices of a new user (M11)", "ll": "single pairs (M5)"}
 
 
 def cells(preset: str) -> list[dict]:
@@ -27,16 +27,17 @@ def cells(preset: str) -> list[dict]:
 
 
 def measure(cell: dict, folder) -> dict:
-    """Log-likelihoods of every new user, nats a pair, by both rules."""
+    """Log-likelihoods of every new user, nats a pair, for both rules."""
     K, seed = cell["experts"], cell["seed"]
     if cell["world"] == "texts":
         found = texts.load(folder.parent.parent, cell["preset"])
-        told, held = (texts.judge(found, TASTES[: cell["types"]], 150, 20, seed, heldout=h) for h in (False, True))
-        fitted = texts.fit(told, K, seed)
+        judges = texts.Judges(TASTES[: cell["types"]], 150, 20, seed)
+        training, held = texts.judge(found, judges), texts.judge(found, judges, heldout=True)
+        fitted = texts.fit(training, K, seed)
         h = held.x @ fitted.theta.double().T
         w = fitted.log_w.double().expand_as(h)
         pairs, users = log_marginal(w, h).reshape(-1, 20).mean(1), e_step(w, h, held.group)[0] / 20
-        return {"ll": pairs.tolist(), "ll_user": users.tolist(), "ari": texts.figures(fitted, told, held)["ari"]}
+        return {"ll": pairs.tolist(), "ll_user": users.tolist(), "ari": texts.figures(fitted, training, held)["ari"]}
     world = World(seed=seed, types=cell["types"], users=200)
     write(world, folder)
     options = ONE if K == 1 else {"experts": K, "latent": "user", "start": "linear", "weights": "update"}
@@ -48,8 +49,8 @@ def measure(cell: dict, folder) -> dict:
 
 
 def picked(by_k: dict[int, list[float]], paired: bool) -> int:
-    """The smallest K whose mean is within one standard error of the best: of its difference to the best, user by user,
-    or, as usual, of the best's own mean."""
+    """The smallest K whose mean is within one standard error of the best mean. paired: the SE of the paired difference
+    over users; else the SE of the best mean, as usual."""
     values = {K: np.array(v) for K, v in by_k.items()}
     best = max(values, key=lambda K: values[K].mean())
 
@@ -106,7 +107,8 @@ def page(rows):
         "The rule: the smallest K whose held-out log-likelihood is within one standard error of the best one's. Mean "
         "log-likelihoods, nats a pair:",
         table_of(["world", "types", "K", "of new users (M11)", "of pairs (M5)", "ARI"], body)])
-    return text, {"k": curves(shown, "experts K", "held-out log-likelihood (nats a pair)", columns=4, one_scale=False)}
+    return text, {"k": curves(shown, ("experts K", "held-out log-likelihood (nats a pair)"), columns=4,
+                              one_scale=False)}
 
 
 STUDY = Study(

@@ -1,20 +1,20 @@
-"""Fixed weights: the E-step and the experts' updates without a gate, from a symmetric start and from a broken tie."""
+"""Fixed weights: EM without a gate, from a symmetric start and from starts that break the symmetry."""
 
 import math
 
 import torch
 
-from data.pictures import curves
+from data.report.pictures import curves
 from data.studies import texts
+from data.studies.aggregate import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.study import Study
-from data.studies.tell import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.worlds import World, figures, fit, look, oracle, write
 from mixdpo.evaluation.statistics import mean_se
 
 SEEDS = {"smoke": 1, "quick": 8, "full": 20}
 STARTS = {"symmetric": "none", "random": "dirichlet", "linear": "linear"}
 DPO = {"world": "planted", "latent": "-", "sharing": "-", "start": "DPO"}
-TASTES = ("warm", "terse")                  # of judges of real sentences
+TASTES = ("warm", "terse")                  # tastes of the judges of real sentences
 
 
 def cells(preset: str) -> list[dict]:
@@ -39,9 +39,10 @@ def measure(cell: dict, folder) -> dict:
 
 
 def of_texts(cell: dict, found: texts.Texts) -> dict:
-    """Linear rewards on real sentences, from random responsibilities, weights uniform throughout."""
-    told, held = (texts.judge(found, TASTES, 120, 20, cell["seed"], heldout=h) for h in (False, True))
-    units = told if cell["latent"] == "user" else texts.alone(told)
+    """The same with linear rewards on real sentences, random first responsibilities and uniform weights."""
+    judges = texts.Judges(TASTES, 120, 20, cell["seed"])
+    training, held = texts.judge(found, judges), texts.judge(found, judges, heldout=True)
+    units = training if cell["latent"] == "user" else texts.per_pair(training)
     even = torch.full((cell["experts"],), -math.log(cell["experts"])).double()
     return texts.figures(texts.fit(units, cell["experts"], cell["seed"], log_w=even), units, held)
 
@@ -89,7 +90,7 @@ def page(rows):
                         "Real sentences, 120 users of 20, warm and terse judges, linear rewards on SmolLM2's states:",
                         table_of(["one type a", "experts", "ARI", "ARI, Bayes", "log-likelihood", "less one reward's"],
                                  of_real)])
-    return text, {"gain": curves(shown, "step", "KL(q || w) (nats)", columns=4)}
+    return text, {"gain": curves(shown, ("step", "KL(q || w) (nats)"), columns=4)}
 
 
 STUDY = Study(

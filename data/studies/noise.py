@@ -1,22 +1,22 @@
-"""Annotations that are spoiled: what assignment and rewards lose, and what the losses for noisy labels give back."""
+"""Noisy annotations: losses in assignment and rewards, and the effect of the likelihood of noisy labels."""
 
 import numpy as np
 
-from data.pictures import curves
+from data.report.pictures import curves
 from data.studies import texts
+from data.studies.aggregate import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.study import Study
-from data.studies.tell import by, mean_over, over, pm_of, se_over, table_of
 from data.studies.worlds import ITEMS, World, figures, fit, look, oracle, write
 from mixdpo.evaluation.statistics import mean_se
 
 SEEDS = {"smoke": 1, "quick": 4, "full": 15}
-AMOUNTS = {  # of each way to spoil
+AMOUNTS = {  # amounts of each kind of noise
     "flips": (0.0, 0.1, 0.2, 0.3, 0.4), "jitter": (1.0, 2.0, 4.0), "other": (0.1, 0.2, 0.3, 0.4),
     "fewer": (0.5, 0.25, 0.1),
 }
-WAYS = {"flips": "labels turned round", "jitter": "Gaussian noise on scores (nats)",
+WAYS = {"flips": "inverted labels", "jitter": "Gaussian noise on scores (nats)",
         "other": "judged by the other type", "fewer": "share of a user's comparisons kept"}
-LOSSES = ("none", "flips", "conservative", "robust")
+LOSSES = ("none", "flips")       # --label-noise off and on
 REAL = ("mean rating", "one person's rating", "0.2 turned round")
 
 
@@ -36,27 +36,27 @@ def measure(cell: dict, folder) -> dict:
     if cell["world"] == "texts":
         found = texts.load(folder.parent.parent, cell["preset"])
         options = {"one_rating": cell["way"] == REAL[1], "flips": 0.2 * (cell["way"] == REAL[2])}
-        told = texts.judge(found, ("warm", "cold"), 120, 12, cell["seed"], **options)
-        held = texts.judge(found, ("warm", "cold"), 120, 12, cell["seed"], heldout=True)
-        return texts.figures(texts.fit(told, cell["experts"], cell["seed"]), told, held)
+        training = texts.judge(found, texts.Judges(("warm", "cold"), 120, 12, cell["seed"], **options))
+        held = texts.judge(found, texts.Judges(("warm", "cold"), 120, 12, cell["seed"]), heldout=True)
+        return texts.figures(texts.fit(training, cell["experts"], cell["seed"]), training, held)
     way, amount = cell["way"], cell["amount"]
     world = World(seed=cell["seed"], **({"each": round(10 * amount)} if way == "fewer" else {way: amount}))
     write(world, folder)
     options = {"experts": 1} if cell["experts"] == 1 else {"latent": "user", "start": "linear"}
     if cell["loss"] != "none":
-        options |= {"label_noise": amount, "label_loss": cell["loss"]}
+        options["label_noise"] = amount
     found = look(fit(folder, "run", seed=cell["seed"], **options), folder / "heldout.jsonl")
     rewards = world.rewards()
     return figures(found) | {"oracle": oracle(world), "reward": reward_agreement(found, rewards)}
 
 
 def reward_agreement(found, rewards: np.ndarray) -> float:
-    """Correlation of the best-matching expert's margins with each type's true ones over held-out pairs, mean over
-    types: 1 is the right reward up to scale."""
+    """Correlation over held-out pairs between each type's true margins and those of the best-matching expert, mean over
+    types. 1 means the right reward up to scale."""
     code = {ord(c): n for n, c in enumerate(ITEMS)}
     first, second = (np.array([code[getattr(p, side)[0]] for p in found.pairs]) for side in ("chosen", "rejected"))
     gaps, h = rewards[:, first] - rewards[:, second], found.h.double().numpy().T
-    sign = np.random.default_rng(0).choice([-1.0, 1.0], gaps.shape[1])      # chosen first is no order: it would agree
+    sign = np.random.default_rng(0).choice([-1.0, 1.0], gaps.shape[1])      # against order effects
     return float(np.mean([max(np.corrcoef(sign * gap, sign * own)[0, 1] for own in h) for gap in gaps]))
 
 
@@ -97,24 +97,23 @@ def page(rows):
         + (f"loses half of that from {min(half):g} of the labels turned round on" if half else
            "keeps more than half of that at every share of turned labels that was tried")
         + f", and rewards agree to {mean_over(plain['flips', worst, 2], 'reward')} at {worst:g} (clean "
-        f"{mean_over(clean, 'reward')}). Of the three losses for noisy labels, with the true share given, "
-        f"{'; '.join(helps)}: log-likelihoods beside none, world by world, beyond two standard errors. The likelihood "
-        "of turned labels (`flips`) acts in the E-step too; `conservative` and `robust` change the M-step alone. On "
-        "real sentences, whose ratings differ between people, judging by one person's rating instead of the noisy "
+        f"{mean_over(clean, 'reward')}). The likelihood of noisy labels (`--label-noise`), with the true share given: "
+        f"{'; '.join(helps)}. Paired differences to `none` beyond two standard errors are counted. On real "
+        "sentences, whose ratings differ between people, judging by one person's rating instead of the noisy "
         f"mean moves the ARI from {mean_over(real[REAL[0], 2], 'ari')} to {mean_over(real[REAL[1], 2], 'ari')}; 0.2 of "
         f"labels turned round, to {mean_over(real[REAL[2], 2], 'ari')}.")
     text = "\n\n".join([
         reading,
         table_of(["spoiled", "amount", "ARI", "ARI, Bayes", "rewards agree", "DPO's agree", "log-likelihood",
                   "less DPO's"], body),
-        "Of the training pairs alone; held-out choices are clean. Log-likelihood of all choices of a new user (M11), "
-        "nats a pair, mean over worlds ± SE. Rewards agree: correlation of the nearest expert's margins with a type's "
-        "true ones. Bayes: by the true rewards on the spoiled file, as if it were clean.",
-        "Remedies, with the true share given (`--label-noise`, `--label-loss`):",
+        "Noise is on training pairs only; held-out choices are clean. Log-likelihood of all choices of a new user "
+        "(M11), nats a pair, mean over worlds ± SE. Rewards agree: correlation of the nearest expert's margins with a "
+        "type's true ones. Bayes: by the true rewards on the spoiled file, as if it were clean.",
+        "The remedy, with the true share given (`--label-noise`):",
         table_of(["turned round", "loss", "ARI", "rewards agree", "own accuracy", "log-likelihood"], with_them, 2),
         "Real sentences, warm against cold judges, linear rewards on SmolLM2's states, 120 users of 12:",
         table_of(["judged by", "ARI", "ARI, Bayes", "log-likelihood", "less one reward's"], of_real)])
-    return text, {"amounts": curves(shown, "amount", "ARI, correlation", columns=4)}
+    return text, {"amounts": curves(shown, ("amount", "ARI, correlation"), columns=4)}
 
 
 STUDY = Study(

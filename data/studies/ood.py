@@ -1,22 +1,22 @@
-"""The gate off its ground: prompts of which a graded share comes from the other domain, or from none that it knows."""
+"""Gates under distribution shift: a growing share of each prompt comes from the other domain or an unknown one."""
 
 import math
 
 import numpy as np
 import torch
 
-from data.pictures import curves
+from data.report.pictures import curves
 from data.studies import texts
+from data.studies.aggregate import by, over, se_over, table_of
 from data.studies.gate import TASTES
 from data.studies.study import Study
-from data.studies.tell import by, over, se_over, table_of
 from data.studies.worlds import ALPHABETS, FOREIGN, World, fit, item_probabilities, judged, look, prompt, write
 from mixdpo.gates import Inputs
 from mixdpo.mixture import entropy
 from mixdpo.runs.reference import load_references, prompt_features
 
 SEEDS = {"smoke": 1, "quick": 8, "full": 20}
-PROMPTS = 100                               # of a domain, at each share
+PROMPTS = 100                               # prompts of each domain at each share
 GATES = ("linear", "mlp", "domain")
 CANDIDATES = 8                              # sentences that a policy chooses from
 
@@ -27,7 +27,7 @@ def cells(preset: str) -> list[dict]:
 
 
 def measure(cell: dict, folder) -> list[dict]:
-    """A row a kind of shift and a share of it: accuracy, entropy of the weights (nats), reward."""
+    """One row for each kind and share of shift: accuracy, entropy of the weights (nats), reward."""
     if cell["world"] == "texts":
         return of_texts(cell, texts.load(folder.parent.parent, cell["preset"]))
     world = World(seed=cell["seed"], users=200, domains=True)
@@ -40,31 +40,32 @@ def measure(cell: dict, folder) -> list[dict]:
     naming = names(run, world)
     for part in ("crossed", "foreign"):
         for share in texts.SHARES:
-            asked = [(d, prompt(rng, ALPHABETS[d], ALPHABETS[1 - d] if part == "crossed" else FOREIGN, share))
+            drawn = [(d, prompt(rng, ALPHABETS[d], ALPHABETS[1 - d] if part == "crossed" else FOREIGN, share))
                      for d in (0, 1) for _ in range(PROMPTS)]
-            domain, prompts = torch.tensor([d for d, _ in asked]), [text for _, text in asked]
-            if cell["gate"] == "domain":                                    # is told it, whatever the text
+            domain, prompts = torch.tensor([d for d, _ in drawn]), [text for _, text in drawn]
+            if cell["gate"] == "domain":                                    # knows the domain, whatever the text
                 known = torch.nn.functional.one_hot(domain, 2).float()
-                log_w = run.gate(Inputs(known, torch.zeros(len(asked), dtype=torch.int64))).detach()
+                log_w = run.gate(Inputs(known, torch.zeros(len(drawn), dtype=torch.int64))).detach()
             else:
                 states = prompt_features(reference, [tokenizer.encode(text) for text in prompts], torch.float32)
-                log_w = run.gate(Inputs(states[:, 1], torch.zeros(len(asked), dtype=torch.int64))).detach()
+                log_w = run.gate(Inputs(states[:, 1], torch.zeros(len(drawn), dtype=torch.int64))).detach()
             pi = torch.stack([item_probabilities(*run.experts.policy(k), prompts) for k in (0, 1)], 1)      # (P,K,V)
             base = item_probabilities(reference, reference.unembedding, prompts)                            # (P,V)
-            got = (pi * rewards[domain][:, None]).sum(-1)                   # (P,K) of the domain's own type
+            got = (pi * rewards[domain][:, None]).sum(-1)                   # (P,K) reward of the domain's type
             rows.append(row(part, share, log_w, torch.tensor(naming)[domain], got, (base * rewards[domain]).sum(-1)))
     return rows
 
 
 def names(run, world: World) -> list[int]:
-    """The expert of each domain's type: the one that its training pairs are given to most."""
+    """The expert of each domain: the expert with most responsibility for the domain's training pairs."""
     of = torch.from_numpy(judged(world).domain)
     own = [int(run.table.exp()[of[[unit[0] for unit in run.plan.units]] == d].mean(0).argmax()) for d in (0, 1)]
     return own if own[0] != own[1] else [0, 1]
 
 
 def row(part: str, share: float, log_w, expert, got, base) -> dict:
-    """Figures of P prompts: log_w (P,K), the right expert (P,), rewards of each expert (P,K), the reference's (P,)."""
+    """Figures of P prompts from log_w (P,K), the right expert (P,), rewards of experts (P,K) and of the reference
+    (P,)."""
     own = got[torch.arange(len(got)), expert]
     mixed = (log_w.exp() * got).sum(1)
     return {"part": part, "share": share, "accuracy": float((log_w.argmax(1) == expert).double().mean()),
@@ -73,11 +74,12 @@ def row(part: str, share: float, log_w, expert, got, base) -> dict:
 
 
 def of_texts(cell: dict, found: texts.Texts) -> list[dict]:
-    """Linear rewards: a policy draws among CANDIDATES sentences of the prompt's domain, by exp(theta . f)."""
-    told = texts.judge(found, TASTES, 2000, 1, cell["seed"], domains=True)
-    fitted = texts.fit(told, 2, cell["seed"], c=found.c[told.prompt])
+    """The same with linear rewards: a policy samples from CANDIDATES sentences of the prompt's domain by exp(theta .
+    f)."""
+    training = texts.judge(found, texts.Judges(TASTES, 2000, 1, cell["seed"], domains=True))
+    fitted = texts.fit(training, 2, cell["seed"], c=found.c[training.prompt])
     rng, rows = np.random.default_rng(cell["seed"]), []
-    kind = torch.from_numpy(told.type)
+    kind = torch.from_numpy(training.type)
     naming = [int(fitted.log_q.exp()[kind == d].mean(0).argmax()) for d in (0, 1)]
     naming = torch.tensor(naming if naming[0] != naming[1] else [0, 1])
     scores = found.x @ fitted.theta.double().T                              # (S,K)
@@ -138,7 +140,7 @@ def page(rows):
                         "told: of the right expert alone; even weights: of a mixture that does not choose. The gate "
                         "`domain` is given "
                         "the label of the domain, whatever the text."])
-    return text, {"shift": curves(shown, "share from elsewhere", "", columns=3, one_scale=False)}
+    return text, {"shift": curves(shown, ("share from elsewhere", ""), columns=3, one_scale=False)}
 
 
 STUDY = Study(

@@ -1,14 +1,14 @@
-"""What no marginal of fewer than all columns shows: rows of bits with an even sum."""
+"""Rows of bits with an even sum, a property that no marginal of fewer than all columns shows."""
 
 import math
 
 import numpy as np
 
-from data.marginals import distances, parity_table, satisfied
-from data.mst import marginal_method
-from data.pictures import curves
+from data.report.pictures import curves
+from data.studies.aggregate import by, mean_over, table_of
 from data.studies.study import Study
-from data.studies.tell import by, mean_over, table_of
+from data.tables.marginals import distances, parity_table, satisfied
+from data.tables.mst import marginal_method
 from mixdpo.private.keys import Key
 from mixdpo.tabular.columns import columns_of
 from mixdpo.tabular.dp_tbart import TableConfig, fit, look, sample
@@ -54,7 +54,7 @@ def page(rows):
             f"({mean_over(ways['DP-TBART', d], 'two', 4)} and {mean_over(ways['MST', d], 'two', 4)}).")
     head = ["share of rows with an even sum, d =", *map(str, sizes)]
     return "\n\n".join([text, table_of(head, body)]), {
-        "satisfied": curves(shown, "columns d", "rows with an even sum", lines={"a coin": 0.5})}
+        "satisfied": curves(shown, ("columns d", "rows with an even sum"), lines={"a coin": 0.5})}
 
 
 STUDY = Study(

@@ -1,16 +1,16 @@
-"""Peers: other ways to learn from people who disagree, on the same pairs, the same encoder, the same passes.
+"""Peers: other methods for heterogeneous preferences, with the same pairs, encoder and number of passes.
 
     DPO            minimise - log sigma(h)                                        one policy for all
-    EM-DPO         E-phase: z_u = argmax_k [ log eta_k + sum_i log sigma(h_ik) ]  i: pairs of user u, or one pair alone
-                   M-phase: expert k anew from the reference, by DPO on the pairs of its users
+    EM-DPO         E-phase: z_u = argmax_k [ log eta_k + sum_i log sigma(h_ik) ]  i: pairs of user u, or a single pair
+                   M-phase: expert k is trained from the reference by DPO on the pairs of its users
     reward heads   h_k = theta_k . (f(y+) - f(y-)),  w(x) = softmax router(f(x))  f: the frozen encoder's mean states
                    minimise - log sum_k w_k sigma(h_k) + alpha sum_k w_k log w_k
-    ours           Mix-DPO and MoE-DPO, a run of train.py each
+    ours           Mix-DPO and MoE-DPO, by train.py
     soup           the mean of our experts' parameters                            one policy
 
-EM-DPO is in the manner of Chidambaram et al. 2024 (arXiv 2405.15065), the reward heads in that of MiCRo's first stage
-(Shen et al. 2025, arXiv 2505.24846); what is simplified stands on the page. Every policy is a whole model, an expert as
-much as DPO's: they differ in what they are trained on, not in what they could be.
+EM-DPO follows Chidambaram et al. 2024 (arXiv 2405.15065), the reward heads follow the first stage of MiCRo (Shen et al.
+2025, arXiv 2505.24846); NOTES lists the simplifications. Every policy, expert or DPO, is a full model, so methods
+differ in training only.
 """
 
 import copy
@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data.pictures import curves
+from data.report.pictures import curves
+from data.report.tables import NONE, in_ses
+from data.studies.aggregate import by, over, pm_of, se_over, table_of
 from data.studies.study import Study
-from data.studies.tell import by, over, pm_of, se_over, table_of
 from data.studies.worlds import OWN, STEPS, World, fit, judged, look, write
-from data.tables import NONE, in_ses
 from mixdpo.dpo import mixture_accuracy
 from mixdpo.evaluation.adaptation import weights_after
 from mixdpo.evaluation.heldout import alignment, margins_of
@@ -42,13 +42,13 @@ from mixdpo.runs.reference import load_references, reference_of
 WORLDS = {"two types of users": {"types": 2}, "two types, told by prompts": {"types": 2, "domains": True},
           "four types of users": {"types": 4}}
 SEEDS = {"smoke": 1, "quick": 4, "full": 20}
-PASSES, ROUNDS, STARTS = STEPS["epochs"], 5, 5      # STARTS: of the reward heads, as many as our linear start makes
-SHOWN = (0, 1, 2, 3, 5)                             # of a new user's pairs; those behind the fifth are asked
-# The best by held-out log-likelihood on eight other worlds; alpha: by whether prompts tell the type.
+PASSES, ROUNDS, STARTS = STEPS["epochs"], 5, 5      # STARTS: of the reward heads, as in our linear start
+SHOWN = (0, 1, 2, 3, 5)                             # pairs of a new user that are shown; the rest are evaluated
+# Best by held-out log-likelihood on eight other worlds; ALPHA depends on whether prompts reveal the type.
 HEAD_RATE, ROUTER_RATE, ALPHA = 0.03, 0.01, {True: 0.0, False: 0.5}
-MIX = {"start": "linear", "weights": "update"}      # weights are estimated, as EM-DPO's eta are
+MIX = {"start": "linear", "weights": "update"}      # weights are estimated, like eta of EM-DPO
 MOE = {"start": "linear", "gate": "linear", "gate_features": "mean", "gate_lr": 0.05}
-OURS = {  # by whether prompts tell the type; the last is what all are compared with
+OURS = {  # key: whether prompts reveal the type; all methods are compared with the last entry
     False: {"Mix-DPO, random start": MIX | {"latent": "user", "start": "dirichlet"}, "Mix-DPO, no users": MIX,
             "MoE-DPO": {"start": "linear", "latent": "user", "gate": "user", "gate_lr": 0.05},
             "Mix-DPO": MIX | {"latent": "user"}},
@@ -72,9 +72,9 @@ def measure(cell: dict, folder: Path) -> dict:
                                                 **ways[name]) for name in ways}
     methods |= {SOUP: lambda: soup(folder, ours)}
     found = {"truth": says(world, *truth(world))}
-    one_run(folder, "warm", experts=1, epochs=1)                            # a process's first run takes longer
+    one_run(folder, "warm", experts=1, epochs=1)                            # the first run of a process takes longer
     for name, train in methods.items():
-        shutil.rmtree(folder / "cache", ignore_errors=True)                 # each pays for its own reference
+        shutil.rmtree(folder / "cache", ignore_errors=True)                 # each computes its own reference
         began = time.process_time()
         answer = train()
         seconds = time.process_time() - began
@@ -84,7 +84,7 @@ def measure(cell: dict, folder: Path) -> dict:
     return found
 
 
-# ---- the methods. Each trains, and returns what answers for a file: h, log w (P,K); ARIs of the assignments on its way
+# ---- the methods. Each trains, and returns a function: file -> h, log w (P,K), ARIs of its assignments
 
 
 def one_run(folder: Path, name: str, **options):
@@ -93,30 +93,31 @@ def one_run(folder: Path, name: str, **options):
     def answer(file: Path):
         found = look(path, file)
         run, several = found.run, found.run.config.experts > 1
-        ari = [alignment(run.table, run.plan.units, run.plan.pairs)["ari"]] if several else []          # at its end
+        ari = [alignment(run.table, run.plan.units, run.plan.pairs)["ari"]] if several else []          # at the end
         return found.h, found.log_w, ari
     return answer
 
 
 def em_dpo(folder: Path, world: World, name: str, epochs: int):
-    """ROUNDS times: everybody to the likeliest expert, at first to any; K runs of DPO from the reference."""
+    """ROUNDS times: assign every unit to its likeliest expert (at first at random), then K runs of DPO."""
     K, of, lines = world.types, judged(world), (folder / "train.jsonl").read_text().splitlines(keepends=True)
-    unit = torch.arange(len(lines)) if world.domains else torch.from_numpy(of.user)        # (N,) what shares a z
-    kind = torch.from_numpy(of.type[:: 1 if world.domains else world.each])                 # (U,) its true one
+    unit = torch.arange(len(lines)) if world.domains else torch.from_numpy(of.user)        # (N,) unit of each pair
+    kind = torch.from_numpy(of.type[:: 1 if world.domains else world.each])                # (U,) true type of each unit
     z = torch.randint(K, kind.shape, generator=torch.Generator().manual_seed(world.seed))
-    runs, ari, size = [None] * K, [], STEPS["batch"] // K                   # as many steps a pass as one run makes
+    runs, ari, log_eta = [None] * K, [], None
+    size = STEPS["batch"] // K                                              # as many steps in an epoch as one run has
     for n in range(ROUNDS):
-        if n:                                                               # E-phase
+        if log_eta is not None:                                             # E-phase
             h = torch.cat([look(run, folder / "train.jsonl").h for run in runs], 1)        # (N,K)
             z = e_step(log_eta, h, unit)[1].argmax(1)                       # (U,)
-        log_eta = torch.log((z.bincount(minlength=K) + 1) / (len(z) + K))   # + 1: nobody's expert can be taken again
+        log_eta = torch.log((z.bincount(minlength=K) + 1) / (len(z) + K))   # + 1: an expert without units can recover
         ari.append(adjusted_rand_index(z.tolist(), kind.tolist()))
         for k in range(K):                                                  # M-phase
             own, part = [line for line, its in zip(lines, z[unit].tolist()) if its == k], f"{name}-{n}-{k}"
-            if own:                                                         # nobody's expert stays as it was
+            if own:                                                         # an expert without units is unchanged
                 (folder / f"{part}.jsonl").write_text("".join(own))
                 runs[k] = fit(folder, part, experts=1, data=f"{part}.jsonl", epochs=epochs, batch=size, micro=size,
-                              warmup=2 * epochs, seed=world.seed)           # a tenth of the steps, as in a whole run
+                              warmup=2 * epochs, seed=world.seed)           # a tenth of the steps, as in one run
 
     def answer(file: Path):
         h = torch.cat([look(run, file).h for run in runs], 1)
@@ -125,7 +126,7 @@ def em_dpo(folder: Path, world: World, name: str, epochs: int):
 
 
 class RewardHeads(nn.Module):
-    """K linear rewards and a router: x (P,C) chosen less rejected, c (P,C) prompts -> h, log w (P,K)."""
+    """K linear rewards and a router: x (P,C) chosen minus rejected, c (P,C) prompts -> h, log w (P,K)."""
 
     def __init__(self, x: torch.Tensor, c: torch.Tensor, experts: int):
         super().__init__()
@@ -179,25 +180,27 @@ def soup(folder: Path, name: str):
 
 
 def truth(world: World) -> tuple[torch.Tensor, torch.Tensor]:
-    """True margins and weights, which no method passes but by chance."""
+    """True margins and weights, the upper bound of all methods except by chance."""
     of = judged(world, heldout=True)
     h = of.gaps(world.rewards())
-    told = torch.eye(world.types)[torch.from_numpy(of.domain)] > 0          # (P,K)
-    w = torch.where(told, OWN, (1 - OWN) / (world.types - 1)) if world.domains else torch.ones(h.shape) / world.types
+    own_domain = torch.eye(world.types)[torch.from_numpy(of.domain)] > 0          # (P,K)
+    w = torch.ones(h.shape) / world.types
+    if world.domains:
+        w = torch.where(own_domain, OWN, (1 - OWN) / (world.types - 1))
     return h, w.log().to(h)
 
 
-# ---- what a method says of held-out pairs
+# ---- figures on held-out pairs
 
 
 def says(world: World, h: torch.Tensor, log_w: torch.Tensor) -> dict:
-    """Nats a pair: ll (M5), ll_user (M11). Accuracy, and that of the worst type: of what a user gets of whom five pairs
-    are known, `blind` of whom none are; `curve`: the worst by the pairs shown. Users are blocks of world.each."""
+    """Log-likelihoods ll (M5) and ll_user (M11), nats a pair; accuracy and worst type's accuracy after five shown
+    pairs, `blind` after none, `curve` by pairs shown. Users are consecutive blocks of world.each pairs."""
     kind, users = torch.from_numpy(judged(world, heldout=True).type), range(0, len(h), world.each)
 
-    def after(shown: int, asked: range) -> tuple[torch.Tensor, torch.Tensor]:
-        """log p of each user's pairs `asked` when its first `shown` are known; and which pairs these are."""
-        index = [[a + i for i in asked] for a in users]
+    def after(shown: int, evaluated: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """log p of each user's pairs `evaluated` when its first `shown` are known; and which pairs these are."""
+        index = [[a + i for i in evaluated] for a in users]
         w = torch.cat([weights_after(log_w, h, [*range(a, a + shown)], its) for a, its in zip(users, index)])
         return log_marginal(w, h[(every := torch.tensor(index).flatten())]), every
 
@@ -237,52 +240,52 @@ def stands(found: list[dict], name: str, other: str, what: str, it: str) -> str:
     """Where `name` is beside `other`, which the sentence calls `it`."""
     f = less(found, name, other, what)
     if not f["se"] > 0:
-        return f"beside {it} ({f['mean']:+.3f})"                            # one world: nothing to judge it by
+        return f"at a difference from {it} of ({f['mean']:+.3f})"                      # one world has no standard error
     t = f["mean"] / f["se"]
     word = "ahead of" if t > 2 else "behind" if t < -2 else "within two SEs of"
     return f"{word} {it} ({f['mean']:+.3f}, {t:+.1f} SEs)"
 
 
 def tables(found: list[dict], what: dict[str, str], ours: str, K: int) -> list[str]:
-    """What each method reaches, mean over worlds ± SE; and the paired differences to ours."""
-    reached, apart = [], []
+    """Tables of all methods, mean over worlds ± SE, and of paired differences to ours."""
+    reached, differences = [], []
     for name in found[0]:
         of = [f[name] for f in found]
         seconds = NONE if name == "truth" else f"{over(of, 'seconds')['mean']:.1f}"
         reached.append([name, *cost(name, K), seconds, *(pm_of(over(of, figure)) for figure in what)])
         if name != ours:
             gaps = [less(found, name, ours, figure) for figure in what]
-            apart.append([name, *(f"{pm_of(gap, '+')} ({in_ses(gap)})" for gap in gaps)])
+            differences.append([name, *(f"{pm_of(gap, '+')} ({in_ses(gap)})" for gap in gaps)])
     return [table_of(["method", "passes", "policy passes", "read", "seconds", *what.values()], reached),
-            table_of([f"less {ours}'s", *what.values()], apart)]
+            table_of([f"less {ours}'s", *what.values()], differences)]
 
 
-def reading(world: str, found: list[dict], ours: str, ll: str, told: bool) -> str:
-    """Of one kind of world: who is named is chosen by figures, and the words by comparison."""
+def reading(world: str, found: list[dict], ours: str, ll: str, domains: bool) -> str:
+    """The text on one kind of world; names and words follow from the figures."""
     def mean(name: str, what: str) -> float:
         return over([f[name] for f in found], what)["mean"]
 
-    peers = [name for name in found[0] if name not in ("truth", *OURS[told])]
+    peers = [name for name in found[0] if name not in ("truth", *OURS[domains])]
     best, fair = (max(peers, key=lambda name: mean(name, what)) for what in (ll, "worst"))
     ari = {name: mean_se([f[name]["ari"][-1] for f in found])["mean"] for name in (EM, WHOLE, ours)}
     later = mean_se([f[WHOLE]["ari"][-1] - f[EM]["ari"][-1] for f in found])
     text = (
-        f"{world.capitalize()}: {ours} explains {'held-out choices' if told else 'choices of new users'} with "
+        f"{world.capitalize()}: {ours} explains {'held-out choices' if domains else 'choices of new users'} with "
         f"{mean(ours, ll):.3f} nats a pair; the truth would with {mean('truth', ll):.3f}, DPO does with "
         f"{mean('DPO', ll):.3f}. Of the peers {best} explains them best, {stands(found, best, ours, ll, ours)}; for "
         f"the worst annotator {fair} is best, {mean(fair, 'worst'):.3f} against {mean(ours, 'worst'):.3f}, "
         f"{stands(found, fair, ours, 'worst', ours)}. EM-DPO at the same number of passes is "
         f"{stands(found, EM, ours, ll, ours)}, and "
-        f"{stands(found, EM, [*OURS[told]][0], ll, 'ours from a random start')}, which EM-DPO has too. With {ROUNDS} "
-        f"times the passes it is {stands(found, WHOLE, EM, ll, 'where it was')}. The ARI of its last assignment is "
-        f"{ari[EM]:.2f}, with whole fits {ari[WHOLE]:.2f}; {ours}'s is {ari[ours]:.2f}. ")
+        f"{stands(found, EM, [*OURS[domains]][0], ll, 'ours from a random start')}, which EM-DPO has too. With "
+        f"{ROUNDS} times the passes it is {stands(found, WHOLE, EM, ll, 'where it was')}. The ARI of its last "
+        f"assignment is {ari[EM]:.2f}, with whole fits {ari[WHOLE]:.2f}; {ours}'s is {ari[ours]:.2f}. ")
     if later["mean"] < -2 * se_over(later):
         text += "Experts that train longer learn a random assignment by heart, and the E-phase confirms it. "
     if max(ari[EM], ari[WHOLE]) < 0.1:
         text += "Units go to the expert that happened to train on them, not to that of their type. "
     text += f"The reward heads are {stands(found, HEADS, 'DPO', ll, 'DPO')}"
-    if not told:
-        text += f", and {stands(found, HEADS, 'Mix-DPO, no users', ll, 'ours without users')}, which is told no more"
+    if not domains:
+        text += f", and {stands(found, HEADS, 'Mix-DPO, no users', ll, 'ours without users')}, which knows as much"
     return text + (f". The soup, one policy, is {stands(found, SOUP, 'DPO', ll, 'DPO')}, and for the worst annotator "
                    f"{stands(found, SOUP, 'DPO', 'worst', 'it')}.")
 
@@ -291,43 +294,43 @@ NOTES = (
     "Log-likelihood in nats a pair, of held-out pairs (M5) or of all choices of a new user (M11). Accuracy is of "
     f"what a new user gets when {SHOWN[-1]} of its pairs are known "
     f"(`mixdpo/evaluation/adaptation.py`), on its other pairs; the "
-    "worst annotator is the type served worst; one policy answers all alike. Means over worlds ± SE, differences in "
+    "worst annotator is the type with the lowest accuracy. Means over worlds ± SE, differences in "
     "SEs in brackets. Passes are over the pairs, in training; policy passes those of one policy over all pairs, "
     "forward and backward; read, forward alone, for E-phases. The reference's pass is not counted, nor is our "
     f"linear start, {STARTS} starts on frozen features without a policy; both are in the seconds, of one core, much "
-    "of which at this size is the start of a run: EM-DPO starts K in every round. EM-DPO and ours are told which "
-    "pairs are of one user; where prompts tell the type nobody is named, and each pair stands alone.\n\n"
+    "of which at this size is the start of a run: EM-DPO starts K in every round. EM-DPO and ours know which "
+    "pairs belong to one user; where prompts reveal the type there are no users.\n\n"
     "What is simplified. EM-DPO: the published E-step keeps posteriors, by which the M-step weighs pairs; here each "
-    "user goes wholly to its likeliest expert, from a random assignment, and the last stage, one policy of least "
+    "user is assigned to its likeliest expert, from a random assignment, and the last stage, one policy of least "
     "regret, is left out. Reward heads: MiCRo's first stage, linear heads and a router of 128 hidden units with a "
     f"bonus for its entropy (alpha {ALPHA[False]} as published, and {ALPHA[True]} where prompts tell the type, which "
     f"is better there); the best of {STARTS} starts by its loss; on mean states of a tiny model with random weights, "
     "not on a trained reward model. Its second stage, a router refitted on labelled contexts, is left out, as there "
-    "are none: a user's shown pairs weigh heads as they weigh experts. Heads are rewards, not policies: to answer "
-    "anybody, a policy is still to be trained on them, which is in no figure here. Their rates are the best by "
+    "are none: a user's shown pairs weigh heads as they weigh experts. Heads are rewards, not policies: they "
+    "need a policy trained on them, which these figures do not include. Their rates are the best by "
     "held-out log-likelihood on eight other worlds; all policies have those of `data/studies/worlds.py`.")
 
 
 def page(rows):
     parts, readings, shown, rounds = [], [], {}, {}
     for world, found in by(rows, "world").items():
-        told, K = WORLDS[world].get("domains", False), WORLDS[world]["types"]
-        *_, ours = OURS[told]
-        of_users = {} if told else {"ll_user": "of a new user (M11)", "blind": "accuracy, none shown"}
+        domains, K = WORLDS[world].get("domains", False), WORLDS[world]["types"]
+        *_, ours = OURS[domains]
+        of_users = {} if domains else {"ll_user": "of a new user (M11)", "blind": "accuracy, none shown"}
         what = {"ll": "log-likelihood (M5)"} | of_users | {
-            "accuracy": "accuracy" if told else f"accuracy, {SHOWN[-1]} shown", "worst": "worst annotator"}
-        readings.append(reading(world, found, ours, "ll" if told else "ll_user", told))
+            "accuracy": "accuracy" if domains else f"accuracy, {SHOWN[-1]} shown", "worst": "worst annotator"}
+        readings.append(reading(world, found, ours, "ll" if domains else "ll_user", domains))
         parts += [f"**{world.capitalize()}**", *tables(found, what, ours, K)]
         for name in (EM, WHOLE, ours):
             columns = [mean_se(column) for column in zip(*(f[name]["ari"] for f in found))]
             columns = columns * ROUNDS if name == ours else columns         # known at its end
             rounds.setdefault(world, {})[name] = [(n, f["mean"], se_over(f)) for n, f in enumerate(columns, 1)]
-        for name in () if told else ("truth", "DPO", EM, HEADS, SOUP, ours):
+        for name in () if domains else ("truth", "DPO", EM, HEADS, SOUP, ours):
             columns = [mean_se(column) for column in zip(*(f[name]["curve"] for f in found))]
             shown.setdefault(world, {})[name] = [(n, f["mean"], se_over(f)) for n, f in zip(SHOWN, columns)]
     return "\n\n".join([*readings, *parts, NOTES]), {
-        "shown": curves(shown, "pairs shown", "accuracy of the worst annotator"),
-        "rounds": curves(rounds, "round", "ARI of the assignment")}
+        "shown": curves(shown, ("pairs shown", "accuracy of the worst annotator")),
+        "rounds": curves(rounds, ("round", "ARI of the assignment"))}
 
 
 STUDY = Study(

@@ -1,4 +1,4 @@
-"""How experts and users part: responsibilities through training, experts' updates and users in two dimensions."""
+"""How experts and users separate: responsibilities in training, experts' updates and users in two dimensions."""
 
 from unittest.mock import patch
 
@@ -7,18 +7,18 @@ import torch
 from sklearn.manifold import TSNE
 
 import train
-from data.job import by_annotator, read_run
-from data.pictures import curves, dots
+from data.report.job import by_annotator, read_run
+from data.report.pictures import curves, dots
 from data.studies import texts
+from data.studies.aggregate import by, mean_over, table_of
 from data.studies.study import Study
-from data.studies.tell import by, mean_over, table_of
 from data.studies.worlds import ITEMS, World, figures, fit, judged, look, oracle, write
 from mixdpo.evaluation.statistics import matched_accuracy
 
 SEEDS = {"smoke": 1, "quick": 6, "full": 12}
 LATENTS, TYPES = ("user", "pair"), (2, 4)
-EVERY = 5                                   # steps between the updates that are drawn
-ITERATIONS = (1, 2, 3, 5, 8, 13, 21, 34)    # of the linear mixture, of which the same is told
+EVERY = 5                                   # steps between the updates in the picture
+ITERATIONS = (1, 2, 3, 5, 8, 13, 21, 34)    # EM iterations of the linear mixture
 TASTES = ("warm", "terse", "cold", "lavish")
 USERS, EACH = 120, 10
 
@@ -37,7 +37,7 @@ def measure(cell: dict, folder) -> dict:
     write(world, folder)
 
     def watched(run, tensors, state, keep):
-        """What a run saves after every step: its experts' updates W (A_k B_k) without the W that they share."""
+        """Collects, from every checkpoint, the experts' updates A_k B_k without their common factor W."""
         if state["step"] % EVERY == 0 and not state["finished"]:
             updates.append((tensors["experts.A"] @ tensors["experts.B"]).flatten(1))          # (K, width^2)
         real(run, tensors, state, keep)
@@ -46,9 +46,9 @@ def measure(cell: dict, folder) -> dict:
         path = fit(folder, "run", experts=K, latent=cell["latent"], start="dirichlet", seed=cell["seed"],
                    save_minutes=0.0 if cell["seed"] == 0 else 1e9)
     found, middles = look(path, folder / "heldout.jsonl"), by_annotator(read_run(path), 20)
-    told = {kind: (x.tolist(), means) for kind, (x, means) in sorted(middles.items())}
+    curves_of = {kind: (x.tolist(), means) for kind, (x, means) in sorted(middles.items())}
     result = figures(found) | {"bayes_ari": oracle(world)["ari" if cell["latent"] == "user" else "ari_pair"],
-                               "by_type": own_shares(told)}
+                               "by_type": own_shares(curves_of)}
     choices, margins = users_of(look(path, folder / "train.jsonl"), judged(world))
     kinds = judged(world).type[::EACH]
     result |= {"near_choices": near(choices, kinds), "near_margins": near(margins, kinds)}
@@ -66,42 +66,43 @@ def pictured(updates: torch.Tensor, choices: np.ndarray, margins: np.ndarray, ki
 
 
 def near(x: np.ndarray, kinds: np.ndarray) -> float:
-    """Share of users whose nearest other one is of their type."""
+    """Share of users whose nearest other user has the same type."""
     distance = np.square(x[:, None] - x[None]).sum(-1) + np.diag(np.full(len(x), np.inf))
     return float((kinds[distance.argmin(1)] == kinds).mean())
 
 
-def own_shares(told: dict) -> dict[str, list]:
-    """Type -> (step, responsibility of the expert that stands for it in the end): each expert for one type at most."""
-    kinds = list(told)
-    last = np.array([means[-1] for _, means in told.values()])              # (T,K)
+def own_shares(shares: dict) -> dict[str, list]:
+    """Type -> [(step, responsibility of the type's expert)]. Experts are named at the end, one type each."""
+    kinds = list(shares)
+    last = np.array([means[-1] for _, means in shares.values()])              # (T,K)
     units = [(k, kind) for n, kind in enumerate(kinds) for k in range(last.shape[1])
              for _ in range(round(1000 * float(np.nan_to_num(last[n, k]))))]
     naming = matched_accuracy([k for k, _ in units], [kind for _, kind in units], last.shape[1])[1]
     expert = {kind: k for k, kind in naming.items()}
-    return {kind: [(x, float(q[expert[kind]])) for x, q in zip(xs, means)] for kind, (xs, means) in told.items()
+    return {kind: [(x, float(q[expert[kind]])) for x, q in zip(xs, means)] for kind, (xs, means) in shares.items()
             if kind in expert}
 
 
 def users_of(found, of) -> tuple[np.ndarray, np.ndarray]:
-    """Of each user: what it chose less what it left, by item (U,V); the mean reward difference of its pairs under each
-    expert, the margins h (U,K)."""
+    """For each user: chosen minus rejected counts of items (U,V), and mean margins under each expert (U,K)."""
     items = np.eye(len(ITEMS))[of.chosen] - np.eye(len(ITEMS))[of.rejected]
     return items.reshape(USERS, EACH, -1).mean(1), found.h.double().numpy().reshape(USERS, EACH, -1).mean(1)
 
 
 def of_texts(cell: dict, found: texts.Texts) -> dict:
-    """The same of linear rewards on real sentences, by iterations of EM."""
+    """The same with linear rewards on real sentences, by EM iterations."""
     K, tastes = cell["types"], TASTES[: cell["types"]]
-    told, held = (texts.judge(found, tastes, USERS, EACH, cell["seed"], heldout=h) for h in (False, True))
-    users, kinds = (told, told.type[::EACH]) if cell["latent"] == "user" else (texts.alone(told), told.type)
+    judges = texts.Judges(tastes, USERS, EACH, cell["seed"])
+    training, held = texts.judge(found, judges), texts.judge(found, judges, heldout=True)
+    by_user = cell["latent"] == "user"
+    users, kinds = (training, training.type[::EACH]) if by_user else (texts.per_pair(training), training.type)
     fits = [texts.fit(users, K, cell["seed"], iterations=n) for n in ITERATIONS]
     q = [fit.log_q.exp().numpy() for fit in fits]
     shares = {taste: (list(map(float, ITERATIONS)), np.array([of[kinds == n].mean(0) for of in q]))
               for n, taste in enumerate(tastes)}
     result = texts.figures(fits[-1], users, held) | {"by_type": own_shares(shares)}
-    margins = (told.x @ fits[-1].theta.double().T).numpy().reshape(USERS, EACH, -1).mean(1)
-    choices, kinds = told.x.numpy().reshape(USERS, EACH, -1).mean(1), told.type[::EACH]
+    margins = (training.x @ fits[-1].theta.double().T).numpy().reshape(USERS, EACH, -1).mean(1)
+    choices, kinds = training.x.numpy().reshape(USERS, EACH, -1).mean(1), training.type[::EACH]
     result |= {"effective": float(np.exp(-(m := q[-1].mean(0)) @ np.log(m + 1e-12))),
                "near_choices": near(choices, kinds), "near_margins": near(margins, kinds)}
     if cell["seed"] == 0:
@@ -176,7 +177,7 @@ def page(rows):
                         "sentences; mean over worlds. Dots, of one world: the experts' updates from the reference, "
                         "every fifth step; users by what they chose (items, or states of sentences), and by the mean "
                         "reward difference of their pairs under each expert."])
-    return text, {"responsibilities": curves(lines, "step", "own expert's q", columns=4), **pictures}
+    return text, {"responsibilities": curves(lines, ("step", "own expert's q"), columns=4), **pictures}
 
 
 def separation_of(of: list[dict]) -> float:

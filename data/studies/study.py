@@ -1,11 +1,12 @@
-"""A study: a question, cells that are measured apart, and a page made of them.
+"""A study: a question, independent cells that are measured, and a page made from their figures.
 
-    cells(preset)               settings of every cell, each a dict of plain values
-    measure(cell, folder)       its figures, plain values too; `folder` is empty, and is removed afterwards
-    page(rows)                  Markdown between question and command, and pictures by name; rows: (cell, figures)
+    cells(preset)               settings of all cells, each a dict of plain values
+    measure(cell, folder)       figures of a cell, plain values; `folder` is empty at first, and is removed afterwards
+    page(rows)                  Markdown and pictures by name; rows: [(cell, figures)]
 
-Cells run in as many processes as there are cores, a thread each. A cell's figures are kept under a key of its settings,
-so a study that was stopped goes on where it was; they say at which revision they were measured, and so does the page.
+Cells run in one process for each core, with one thread each. The figures of a cell are stored under a key of its
+settings, so that an interrupted study resumes. They record the revision at which they were measured, and the page shows
+it.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from data.stages import key_of, numbers
+from data.experiment.stages import key_of, numbers
 from data.studies import study_of
 from mixdpo.config import InputError, to_json, write_whole
 from mixdpo.files.atomic import alone
@@ -32,24 +33,24 @@ PRESETS = ("smoke", "quick", "full")
 
 @dataclass(frozen=True)
 class Study:
-    """What is a study's own."""
+    """The parts of a study."""
 
     title: str
     question: str               # Markdown
     cells: Callable
     measure: Callable
     page: Callable
-    prepare: Callable | None = None     # (home, preset, data folder): what all cells share, made before them
-    version: int = 1                    # part of every key: raise it when a cell's figures change
+    prepare: Callable | None = None     # (home, preset, data folder): writes what all cells share
+    version: int = 1                    # part of every key; raise it when figures of cells change
 
 
 def measured(name: str, cell: dict, home: Path) -> dict:
-    """One cell, from its file or anew. What its runs print goes to a log beside it."""
+    """Measures one cell, or reads its stored figures. Output of its runs goes to a log file."""
     key = key_of(cell, study_of(name).version)[:20]
     path, folder = home / name / f"{key}.json", home / name / f"{key}.work"
     if path.is_file():
         return facts_of(path)
-    torch.set_num_threads(1)                                                # cells are what runs side by side
+    torch.set_num_threads(1)                                                # cells run in parallel, not threads
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     began = time.monotonic()
@@ -66,13 +67,13 @@ def measured(name: str, cell: dict, home: Path) -> dict:
 
 
 def facts_of(path: Path) -> dict:
-    """A cell's file, the same whether it was written just now or before."""
+    """Reads a cell's file."""
     facts = json.loads(path.read_text())
     return facts | {"figures": numbers(facts["figures"])}
 
 
 def run(name: str, preset: str, home: Path, data_folder: str) -> list[dict]:
-    """All cells of a study, in their order."""
+    """Measures all cells of a study; returns them in order."""
     study = study_of(name)
     (home / name).mkdir(parents=True, exist_ok=True)
     with alone(home / name):
@@ -93,9 +94,9 @@ def run(name: str, preset: str, home: Path, data_folder: str) -> list[dict]:
 
 
 def describe_study(facts: list[dict], name: str, preset: str, seconds: float) -> str:
-    """How the page came about."""
+    """The command, time and revision of a page."""
     revisions = sorted({row["environment"]["revision"] for row in facts})
     where = facts[0]["environment"]
     return (f"`make study NAME={name} PRESET={preset}`: {len(facts)} cells, {sum(r['seconds'] for r in facts):.0f} "
-            f"seconds of one core in all, {seconds / 60:.1f} minutes on {os.cpu_count()} cores; measured at revision "
+            f"core seconds, {seconds / 60:.1f} minutes on {os.cpu_count()} cores; measured at revision "
             f"{', '.join(revisions)}, torch {where['torch']}, Python {where['python']}.")

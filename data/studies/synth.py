@@ -1,15 +1,15 @@
-"""Adult, by budget: DP-TBART beside independent columns and trees of pairs with the same epsilon."""
+"""Adult by privacy budget: DP-TBART compared with independent columns and trees of pairs at the same epsilon."""
 
 import math
 from dataclasses import replace
 
 import numpy as np
 
-from data import adult
-from data.pictures import curves
+from data.report.pictures import curves
+from data.studies.aggregate import by, table_of
 from data.studies.study import Study
-from data.studies.tell import by, table_of
-from data.synth import (
+from data.tables import adult
+from data.tables.synth import (
     HEAD,
     PRESETS,
     READING,
@@ -36,7 +36,7 @@ def cells(preset: str) -> list[dict]:
 
 
 def prepare(home, preset: str, data_folder: str | None) -> None:
-    """Adult's codes, once for all cells."""
+    """Writes the codes of Adult, once for all cells."""
     if not (home / "adult.npz").exists():
         tables = read_tables(SynthConfig(dataset="adult", data_folder=data_folder or ""))
         np.savez(home / "adult.npz", train=tables.train, test=tables.test)
@@ -74,11 +74,11 @@ def page(rows):
             f"with the same budget, and {mine / free:.2f} of that of independent columns with exact marginals; "
             f"MST's is {tree / free:.2f} of the latter.")
     return "\n\n".join([text, table_of(["epsilon", *HEAD], body, 2), READING]), {
-        "distance": curves(shown, "epsilon (delta 1e-5)", "mean total variation", log=10)}
+        "distance": curves(shown, ("epsilon (delta 1e-5)", "mean total variation"), log=10)}
 
 
 def mean(each: list[dict]) -> dict:
-    """Of figures with the same names, seed by seed."""
+    """Mean of each figure over seeds."""
     if not isinstance(each[0], dict):
         return float(np.mean(each))
     return {name: mean([one[name] for one in each]) for name in each[0]}
@@ -86,6 +86,6 @@ def mean(each: list[dict]) -> dict:
 
 STUDY = Study(
     "Private synthetic tables: Adult by budget",
-    "Adult's 32,561 training rows, 15 columns in public bins (`data/adult.py`), delta 1e-5. How near do tables of "
-    "DP-TBART come, at which epsilon, beside simpler generators with the same budget?",
+    "Adult's 32,561 training rows, 15 columns in public bins (`data/tables/adult.py`), delta 1e-5. How near do tables "
+    "of DP-TBART come, at which epsilon, beside simpler generators with the same budget?",
     cells, measure, page, prepare)

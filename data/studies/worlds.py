@@ -1,15 +1,16 @@
-"""Planted worlds: preference files whose truth is known, and a model so small that a whole run takes seconds.
+"""Planted worlds: preference files with known types and rewards, and a model so small that a run takes seconds.
 
-A response is one of ITEMS, a small letter; a prompt is a few capital letters and a mark. K types of judges:
+A response is one of ITEMS, a lower-case letter; a prompt is a few capital letters and a mark. There are K types of
+judges:
 
-    rewards    r_t(item) ~ N(0, sharp^2), independent, or correlated by `agree`
-    a choice   between two items drawn at random, by the reward of whoever judges:  p(a > b) = sigma(r_t(a) - r_t(b))
-    who        a user, who is of one type and judges `each` pairs; or, with `domains`, nobody who is named: a prompt's
-               letters are of one domain's alphabet, and with probability OWN its domain's type judges it
+    rewards    r_t(item) ~ N(0, sharp^2), with correlation `agree` between types
+    choices    between two random items, by the reward of the judge's type:  p(a > b) = sigma(r_t(a) - r_t(b))
+    judges     users of one type who judge `each` pairs. With `domains` there are no users: the letters of a prompt come
+               from the alphabet of one domain, and the domain's type judges the pair with probability OWN
 
-The model is a GPT-2 of width 32 with random weights. Mixtures have low-rank heads on its frozen trunk, so that K items'
-rewards can be learnt and little else; DPO trains the same model. All of it goes through train.py, as any file does.
-Held-out pairs are judged by new users, or on new prompts, without what spoils the training pairs (`flips` and below).
+The model is a GPT-2 of width 32 with random weights. Mixtures have low-rank heads on its frozen trunk, which can learn
+rewards of items and little else; DPO trains the same model. All runs go through train.py. Held-out pairs are judged by
+new users or on new prompts, without the noise of the training pairs (`flips`, `jitter`, `other`).
 """
 
 import json
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 import train
-from data.stages import write_lines
+from data.experiment.stages import write_lines
 from mixdpo.dpo import accuracy, mixture_accuracy
 from mixdpo.evaluation.heldout import alignment, margins_of
 from mixdpo.evaluation.statistics import adjusted_rand_index, mean_se
@@ -37,36 +38,36 @@ from mixdpo.runs.reference import load_references
 from mixdpo.text import bpe
 from mixdpo.text.records import lines
 
-# DPO with the parameters that an expert has, one low-rank head on the frozen trunk: a mixture whose second weight is 0.
+# DPO with the parameters of one expert, a low-rank head on the frozen trunk: a mixture whose second weight is about 0.
 ONE = {"experts": 2, "weights": "1,1e-9", "start": "none"}
 ITEMS = "abcdefghijklmnopqrstuvwx"
-ALPHABETS = "ABCDEF", "GHIJKL", "MNOPQR", "STUVWX"  # of the domains
-FOREIGN = "012345"                                  # of none
-LETTERS, EOS = 4, 256                               # letters in a prompt; a token a byte, and the end
+ALPHABETS = "ABCDEF", "GHIJKL", "MNOPQR", "STUVWX"  # alphabets of the domains
+FOREIGN = "012345"                                  # letters of no domain
+LETTERS, EOS = 4, 256                               # letters in a prompt; the tokens are bytes and EOS
 OWN = 0.9
-# Rates and passes at which held-out log-likelihood was best; more passes over so few pairs learn them by heart.
+# Learning rates and epochs with the best held-out log-likelihood; more epochs memorise the few pairs.
 TRUNK, HEADS = {"lr": 0.003}, {"train_trunk": False, "head_lr": 0.01}
 STEPS = {"epochs": 5, "batch": 50, "micro": 50, "start_steps": 10, "beta": 0.5, "dtype": "float32", "save_minutes": 1e9}
 
 
 @dataclass(frozen=True)
 class World:
-    """Who judges what."""
+    """The settings of a world."""
 
     seed: int = 0
     types: int = 2
     users: int = 100
-    each: int = 10              # pairs a user judges
-    sharp: float = 2.0          # deviation of rewards, in nats
+    each: int = 10              # pairs of each user
+    sharp: float = 2.0          # standard deviation of rewards, in nats
     agree: float = 0.0          # correlation of two types' rewards
-    domains: bool = False       # the prompt tells the type, and no user is named
-    flips: float = 0.0          # of the training pairs: share that is turned round
-    jitter: float = 0.0         # deviation of Gaussian noise on each score before the choice
-    other: float = 0.0          # share that somebody of another type judges
-    heldout: int = 2000         # pairs
+    domains: bool = False       # the prompt's domain decides the type; no users
+    flips: float = 0.0          # share of training pairs with inverted choice
+    jitter: float = 0.0         # deviation of Gaussian noise on scores of training pairs
+    other: float = 0.0          # share of training pairs that another type judges
+    heldout: int = 2000         # held-out pairs
 
     def rewards(self) -> np.ndarray:
-        """(K,V) of each type and item, nats."""
+        """Rewards of each type and item (K,V), nats."""
         rng = np.random.default_rng([self.seed, self.types, 1])
         common, own = rng.normal(size=len(ITEMS)), rng.normal(size=(self.types, len(ITEMS)))
         return self.sharp * (math.sqrt(self.agree) * common + math.sqrt(1 - self.agree) * own)
@@ -83,12 +84,12 @@ class Judged:
     rejected: np.ndarray
 
     def gaps(self, rewards: np.ndarray) -> torch.Tensor:
-        """(N,K) r_t(chosen) - r_t(rejected) of every type: the true margins."""
+        """The true margins r_t(chosen) - r_t(rejected) of every type (N,K)."""
         return torch.from_numpy((rewards[:, self.chosen] - rewards[:, self.rejected]).T.copy())
 
 
 def judged(world: World, heldout: bool = False) -> Judged:
-    """The world's comparisons."""
+    """The training or held-out comparisons of a world."""
     rng, r = np.random.default_rng([world.seed, world.types, 2 + heldout]), world.rewards()
     users = world.heldout // world.each if heldout else world.users
     N = users * world.each
@@ -98,7 +99,7 @@ def judged(world: World, heldout: bool = False) -> Judged:
     if world.domains:
         kind = np.where(rng.random(N) < OWN, domain, (domain + rng.integers(1, world.types, size=N)) % world.types)
     first = rng.integers(len(ITEMS), size=N)
-    second = (first + rng.integers(1, len(ITEMS), size=N)) % len(ITEMS)     # another one
+    second = (first + rng.integers(1, len(ITEMS), size=N)) % len(ITEMS)     # another item
     judge, scores = kind.copy(), np.zeros((2, N))
     if not heldout:
         swapped = rng.random(N) < world.other
@@ -111,7 +112,7 @@ def judged(world: World, heldout: bool = False) -> Judged:
 
 
 def prompt(rng, letters: str, foreign: str = "", share: float = 0.0) -> str:
-    """LETTERS letters and a mark; `share` of them from another alphabet, in places of their own."""
+    """LETTERS letters and a mark; a `share` of the letters, at random positions, comes from another alphabet."""
     text = rng.choice(list(letters), LETTERS)
     places = rng.permutation(LETTERS)[: round(share * LETTERS)]
     text[places] = rng.choice(list(foreign or letters), len(places))
@@ -119,7 +120,7 @@ def prompt(rng, letters: str, foreign: str = "", share: float = 0.0) -> str:
 
 
 def write(world: World, folder: Path) -> None:
-    """model/, train.jsonl and heldout.jsonl."""
+    """Writes model/, train.jsonl and heldout.jsonl into the folder."""
     make_model(folder / "model")
     for name, heldout in (("train", False), ("heldout", True)):
         of, rng = judged(world, heldout), np.random.default_rng([world.seed, 4 + heldout])
@@ -133,8 +134,8 @@ def write(world: World, folder: Path) -> None:
 
 
 def make_model(folder: Path) -> None:
-    """A Hugging Face directory with random weights, five times as large as usual: to so narrow a model all texts would
-    be alike."""
+    """Writes a Hugging Face directory with random weights. They are five times the usual size: otherwise all texts have
+    almost the same states in so narrow a model."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = GPT2(GPT2Config(vocab=EOS + 1, context=16, width=32, layers=2, heads=2, eos=EOS))
@@ -147,23 +148,23 @@ def make_model(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
 
 
-# ---- runs on them
+# ---- runs
 
 
 def fit(folder: Path, name: str, **options) -> Path:
-    """One run of train.py on the world in `folder`; its directory. options: TrainConfig's that are not STEPS'."""
+    """One run of train.py on the world in `folder`; returns its directory. options: of TrainConfig, replacing STEPS."""
     several, own = options.get("experts", 2) > 1, options.get("sharing", "heads") != "heads"
     usual = STEPS | (HEADS if several and not own else TRUNK)
     if not several or options.get("start") == "none":
         usual = {key: value for key, value in usual.items() if key != "start_steps"}
     data = options.pop("data", "train.jsonl")
     config = TrainConfig(str(folder / data), str(folder / "model"), str(folder / name), **usual | options)
-    return train.run(config, Key.public(config.seed))                       # planted worlds hold no secrets
+    return train.run(config, Key.public(config.seed))                       # planted worlds have no secrets
 
 
 @dataclass
 class Found:
-    """A finished run and what it says of a file of preferences."""
+    """A finished run, and its margins and weights on a file of preferences."""
 
     run: Run
     pairs: list[Pair]
@@ -172,19 +173,19 @@ class Found:
 
     @property
     def metrics(self) -> list[dict]:
-        """One a step."""
+        """The metrics of every step."""
         return [json.loads(line) for line in lines(self.run.path / "metrics.jsonl")]
 
 
 def look(path: Path, heldout: Path) -> Found:
-    """A run on a file that it never saw."""
+    """Loads a run and computes its margins on a held-out file."""
     run = load_run(path, "cpu", "")
     models, tokenizer = load_references(run.config, "cpu")
     return Found(*next(margins_of([run], models, tokenizer, heldout, path.parent / "cache")))
 
 
 def figures(found: Found) -> dict:
-    """What every study wants to know of a run: log-likelihoods (nats a pair, with SE), accuracy, who was found."""
+    """Figures of a run for all studies: log-likelihoods (nats a pair, with SE), accuracies and assignment of types."""
     run, h, log_w = found.run, found.h, found.log_w
     log_p, log_q = e_step(log_w, h)
     of_users = run.config.experts > 1 and found.pairs[0].user is not None
@@ -193,7 +194,7 @@ def figures(found: Found) -> dict:
     naming = aligned.get("naming", {})
     expert = {kind: int(k) for k, kind in naming.items() if kind}
     own = torch.tensor([expert.get(pair.annotator, 0) for pair in found.pairs])
-    right = accuracy(h[torch.arange(len(h)), own])                          # of the expert of the judge's type
+    right = accuracy(h[torch.arange(len(h)), own])                          # by the expert of the judge's type
     by_type = {kind: mean_se(right[[p.annotator == kind for p in found.pairs]])["mean"]
                for kind in sorted({p.annotator for p in found.pairs})}
     q = run.table.exp() if run.config.experts > 1 else torch.ones(1, 1)
@@ -202,13 +203,13 @@ def figures(found: Found) -> dict:
         "own": float(right.mean()), "worst": min(by_type.values()),
         "ari": aligned.get("ari", 0.0), "matched": aligned.get("matched", 0.0),
         "effective": effective_experts(run.table) if run.config.experts > 1 else 1.0,
-        "variance": float(q.var(0, correction=0).sum()),                    # of the responsibilities, over units
-        "apart": float((h.std(1) if h.shape[1] > 1 else h[:, 0] * 0).mean()),           # nats between experts' margins
+        "variance": float(q.var(0, correction=0).sum()),                    # variance of responsibilities over units
+        "apart": float((h.std(1) if h.shape[1] > 1 else h[:, 0] * 0).mean()),           # nats
     }
 
 
 def of_new_users(pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor) -> torch.Tensor:
-    """log p of all of a new user's choices (M11) over their number, nats a pair: (U,)."""
+    """log p of all choices of each new user (M11) divided by their number, nats a pair: (U,)."""
     units = groups(pairs, "user")
     group = torch.empty(len(pairs), dtype=torch.int64)
     for u, unit in enumerate(units):
@@ -217,36 +218,36 @@ def of_new_users(pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor) -> tor
 
 
 def oracle(world: World) -> dict:
-    """The same by the true rewards and weights: what no run can pass but by chance."""
+    """The same figures for the true rewards and weights, the upper bound of all runs except by chance."""
     r, of = world.rewards(), judged(world, heldout=True)
     gaps = of.gaps(r)
     even = torch.full_like(gaps, -math.log(world.types))
     if world.domains:
         even = torch.full_like(gaps, math.log((1 - OWN) / max(1, world.types - 1)))
         even[torch.arange(len(gaps)), torch.from_numpy(of.domain)] = math.log(OWN)
-    told = judged(world)
-    log_q = e_step(torch.full((world.types,), -math.log(world.types)).double(), told.gaps(r),
-                   torch.from_numpy(told.user))[1]
-    first = np.arange(0, len(told.user), world.each)
-    alone = e_step(torch.full((world.types,), -math.log(world.types)).double(), told.gaps(r))[1]
-    z = told.type[first].tolist()
+    training = judged(world)
+    log_q = e_step(torch.full((world.types,), -math.log(world.types)).double(), training.gaps(r),
+                   torch.from_numpy(training.user))[1]
+    first = np.arange(0, len(training.user), world.each)
+    single = e_step(torch.full((world.types,), -math.log(world.types)).double(), training.gaps(r))[1]
+    z = training.type[first].tolist()
     own = gaps[torch.arange(len(gaps)), torch.from_numpy(of.type)]
     result = {"ll": mean_se(log_marginal(even, gaps)), "ll_own": mean_se(torch.nn.functional.logsigmoid(own)),
               "own": float(accuracy(own).mean()),
-              "ari_pair": adjusted_rand_index(alone.argmax(1).tolist(), told.type.tolist()),
-              "matched_pair": float((alone.argmax(1).numpy() == told.type).mean())}
+              "ari_pair": adjusted_rand_index(single.argmax(1).tolist(), training.type.tolist()),
+              "matched_pair": float((single.argmax(1).numpy() == training.type).mean())}
     if not world.domains:
         result |= {"ll_user": mean_se(e_step(even, gaps, torch.from_numpy(of.user))[0] / world.each),
                    "ari": adjusted_rand_index(log_q.argmax(1).tolist(), z),
-                   "matched": float((log_q.argmax(1).numpy() == told.type[first]).mean())}
+                   "matched": float((log_q.argmax(1).numpy() == training.type[first]).mean())}
     return result
 
 
-# ---- their policies
+# ---- policies
 
 
 def item_probabilities(model, unembedding: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """pi(item | prompt), among the items: (P,V)."""
+    """pi(item | prompt), normalised over the items: (P,V)."""
     ids = torch.tensor([list(text.encode()) for text in prompts])
     with torch.no_grad():
         logits = model(ids)[:, -1] @ unembedding.T                          # (P,vocabulary)

@@ -2,7 +2,7 @@
 computed once, cached on disk by content.
 
 The log-probs come from the same functions, in the same dtype, as the policy's (experts.pair_logp's steps).
-The features are the mean hidden states over each response, what the linear start (linear.py) looks at, and of each
+The features are the mean hidden states over each response, what the linear start (start.py) looks at, and of each
 prompt the last and the mean hidden state, what a gate may look at (gates.py). And, where they are not too many, the
 states that predict each response token: a trunk that is frozen need not be run again, in training or after it.
 The cache key is a hash of the weights, the data, the tokenizer, the lengths, the dtype and the device:

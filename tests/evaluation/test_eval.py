@@ -14,7 +14,7 @@ import torch
 
 import eval as evaluation
 import train
-from data.job import read_job
+from data.report.job import read_job
 from eval import EvalConfig, evaluate
 from mixdpo.config import InputError
 from mixdpo.evaluation import inputs
@@ -60,7 +60,7 @@ def job(tmp_path_factory):
     for name, options in runs.items():
         train.run(train.TrainConfig(out=str(folder / name), **common | tinyjob.small(**options)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "data.annotators", types.SimpleNamespace(score=score))
+        patch.setitem(sys.modules, "data.annotators.rewards", types.SimpleNamespace(score=score))
         patch.setattr(evaluation, "write_report", lambda home: None)
         results = evaluate(EvalConfig(dir=str(folder), batch=3))
     return folder, results, model
@@ -113,7 +113,7 @@ def test_one_head_on_a_frozen_trunk_is_evaluated_and_exported(job, tmp_path, mon
         (tmp_path / name).write_text((folder / name).read_text())
     options = dict(experts=1, train_trunk=False, head_lr=0.1, beta=0.5, epochs=3)
     out = tinyjob.run(tmp_path, model, None, name="head", data=str(tmp_path / "train.jsonl"), **options)
-    monkeypatch.setitem(sys.modules, "data.annotators", types.SimpleNamespace(score=score))
+    monkeypatch.setitem(sys.modules, "data.annotators.rewards", types.SimpleNamespace(score=score))
     monkeypatch.setattr(evaluation, "write_report", lambda home: None)
     got = evaluate(EvalConfig(dir=str(tmp_path)))["preferences"]["head"]
     h = slow_heldout((tmp_path, None, model), "head")[1][:, 0]
@@ -315,7 +315,7 @@ def test_nothing_depends_on_the_batch_and_one_run_can_be_evaluated_alone(job, mo
     written over those of all."""
     folder, results, _ = job
     monkeypatch.setattr(evaluation, "write_report", lambda home: None)
-    monkeypatch.setitem(sys.modules, "data.annotators", types.SimpleNamespace(score=score))
+    monkeypatch.setitem(sys.modules, "data.annotators.rewards", types.SimpleNamespace(score=score))
     kept = {path: path.read_text() for path in folder.glob("*.json*")}
     alone = evaluate(EvalConfig(dir=str(folder / "mix-user"), batch=64, limit=4))
     assert alone["asked"] == [{}] * 4
@@ -387,7 +387,7 @@ def test_a_gate_gives_each_prompt_its_own_weights(job, tmp_path, monkeypatch):
     out = train.run(train.TrainConfig(out=str(tmp_path / "moe"), data=str(tmp_path / "train.jsonl"), model=str(model),
                                       **tinyjob.small(**options)))
     monkeypatch.setattr(evaluation, "write_report", lambda home: None)
-    monkeypatch.setitem(sys.modules, "data.annotators", types.SimpleNamespace(score=score))
+    monkeypatch.setitem(sys.modules, "data.annotators.rewards", types.SimpleNamespace(score=score))
     got, run = evaluate(EvalConfig(dir=str(tmp_path))), evaluation.load_run(out, "cpu", "")
     reference, tokenizer = load_model(model), load_tokenizer(model)
 
@@ -552,7 +552,7 @@ def test_an_evaluation_that_fails_or_completes_nothing_leaves_the_samples_of_bef
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     monkeypatch.setattr(evaluation, "write_report", lambda home: None)
     monkeypatch.setattr(inputs, "find_runs", lambda home: [folder / "dpo"])
-    monkeypatch.setitem(sys.modules, "data.annotators", types.SimpleNamespace(score=lambda *_: 1 / 0))
+    monkeypatch.setitem(sys.modules, "data.annotators.rewards", types.SimpleNamespace(score=lambda *_: 1 / 0))
     before = (tmp_path / "samples.jsonl").read_bytes()
     with pytest.raises(ZeroDivisionError):
         evaluate(EvalConfig(dir=str(tmp_path)))
@@ -587,6 +587,6 @@ def test_runs_stand_by_name_and_older_ones_are_read(job, tmp_path, capsys):
     assert (run.config.robust, run.config.label_noise, run.config.weights) == (0.0, 0.0, "0.3,0.7")
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith(str(path))]
     assert len(notes) == 2 and "robust" in notes[0] and "label_noise" in notes[0] and "noise_seed_of_old" in notes[1]
-    from data.job import read_run
+    from data.report.job import read_run
 
     assert read_run(tmp_path / "mix-pair").config["label_noise"] == 0.0 and not capsys.readouterr().out

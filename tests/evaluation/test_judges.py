@@ -1,5 +1,5 @@
-"""data/judges.py and data/llm.py: win rates, and a judge behind an endpoint that misbehaves. What each test catches
-stands in its docstring."""
+"""data/annotators/judges.py and data/annotators/llm.py: win rates, and a judge behind an endpoint that misbehaves. What
+each test catches stands in its docstring."""
 
 import http.server
 import json
@@ -11,10 +11,10 @@ import pytest
 from raising import raises_at
 
 import eval as evaluation
-from data import judges, llm
-from data.job import read_job
-from data.judges import by_scores, rate, win_rates
-from data.users import win_rates as win_rates_of
+from data.annotators import judges, llm
+from data.annotators.judges import by_scores, rate, win_rates
+from data.report.job import read_job
+from data.report.users import win_rates as win_rates_of
 from mixdpo.config import InputError
 
 TYPES = {"short": "shorter", "long": "longer"}

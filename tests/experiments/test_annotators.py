@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from raising import raises_at
 
-from data import annotators
-from data.annotators import checks, grammar, informativeness, parser, score
-from data.sentiment import NEEDED, fit_sentiment, piece, read_judge, sentiment, write_judge
+from data.annotators import rewards
+from data.annotators.rewards import checks, grammar, informativeness, parser, score
+from data.annotators.sentiment import NEEDED, fit_sentiment, piece, read_judge, sentiment, write_judge
 
 spacy = pytest.importorskip("spacy", reason="spaCy is not installed (the `data` extra)")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed (the `data` extra)")
-if not any(map(spacy.util.is_package, annotators.SPACY_MODELS)):
+if not any(map(spacy.util.is_package, rewards.SPACY_MODELS)):
     pytest.skip("spaCy's small English model is not installed (the `data` extra)", allow_module_level=True)
 
 
@@ -114,7 +114,7 @@ def test_score_keeps_the_order_of_names_and_of_texts(tmp_path):
 def test_many_texts_score_the_same_over_several_processes():
     """Caught: results of several processes out of order."""
     texts = ["They is here.", "They are here.", "Bogart loved Bergman."] * 50
-    spread = [grammar(doc) for doc in annotators.parsed(texts, processes_from=1)]
+    spread = [grammar(doc) for doc in rewards.parsed(texts, processes_from=1)]
     assert spread == [0.5, 1.0, 1.0] * 50
 
 
@@ -191,7 +191,7 @@ def test_a_judge_is_fitted_once_and_again_if_anything_changed(judge, monkeypatch
     before = (folder / "judge.json").stat().st_mtime_ns
     assert fit_sentiment(same, folder) == report
     assert (folder / "judge.json").stat().st_mtime_ns == before
-    monkeypatch.setattr("data.sentiment.vectors", lambda texts: 1 / 0)
+    monkeypatch.setattr("data.annotators.sentiment.vectors", lambda texts: 1 / 0)
     text, label = same[0]
     for first, seed in ((("x" + text, label), 0), ((text, 1 - label), 0), ((text, label), 1)):
         with pytest.raises(ZeroDivisionError):
@@ -201,7 +201,7 @@ def test_a_judge_is_fitted_once_and_again_if_anything_changed(judge, monkeypatch
 def test_an_interrupted_fit_leaves_no_judge(judge, tmp_path, monkeypatch):
     """Caught: new weights beside an old judge.json, which would vouch for them."""
     fit_sentiment(reviews(800), tmp_path)
-    monkeypatch.setattr("data.sentiment.write_judge", lambda *_: 1 / 0)
+    monkeypatch.setattr("data.annotators.sentiment.write_judge", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fit_sentiment(reviews(800, seed=1), tmp_path)
     assert read_judge(tmp_path) is None
@@ -221,7 +221,7 @@ def test_distilbert_of_a_directory_is_the_probability_of_the_second_class(tmp_pa
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (the `peers` extra)")
     import torch
 
-    from data.sentiment import use_distilbert
+    from data.annotators.sentiment import use_distilbert
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "a", "film"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))

@@ -1,4 +1,4 @@
-"""data/finetune.py on a tiny corpus. Docstrings name the faults that each test was seen to fail on."""
+"""data/experiment/finetune.py on a tiny corpus. Docstrings name the faults that each test was seen to fail on."""
 
 import json
 import math
@@ -10,8 +10,8 @@ import tinyjob
 import torch
 from raising import raises_at
 
-from data import finetune as module
-from data.finetune import FinetuneConfig, finetune, read_blocks
+from data.experiment import finetune as module
+from data.experiment.finetune import FinetuneConfig, finetune, read_blocks
 from mixdpo.config import Stopped
 from mixdpo.models.weights import load_model
 from mixdpo.text.tokenizer import load_tokenizer

@@ -13,14 +13,15 @@ import pytest
 import torch
 from raising import raises_at
 
-from data import experiment, imdb
-from data.estimate import estimate, work
-from data.experiment import prompt_of, response_of, sample
+from data import imdb
+from data.experiment import common, simulated
+from data.experiment.estimate import estimate, work
+from data.experiment.pairs import Rules, judge_pairs, kinds, name_users, pair_facts, pair_line, spreads
+from data.experiment.presets import IMDB, REVIEWS
+from data.experiment.simulated import prompt_of, response_of, sample
+from data.experiment.stages import key_of, read_lines, stage, write_lines
 from data.imdb import divide
-from data.movies import Review, clean, load_reviews, read_archive, read_csv
-from data.pairs import judge_pairs, kinds, name_users, pair_facts, pair_line, spreads
-from data.presets import IMDB, REVIEWS
-from data.stages import key_of, read_lines, stage, write_lines
+from data.texts.movies import Review, clean, load_reviews, read_archive, read_csv
 from mixdpo.config import InputError
 from mixdpo.models.llama import Llama, LlamaConfig
 from mixdpo.models.weights import save_model
@@ -121,7 +122,7 @@ def test_what_is_fetched_where_no_file_is_given(tmp_path, monkeypatch):
             file.write("text,label,source\nfine,1,imdb\n")
         return tmp_path / "a.csv"
 
-    monkeypatch.setattr("data.movies.fetch.asset", asset)
+    monkeypatch.setattr("data.texts.movies.fetch.asset", asset)
     reviews, counts = load_reviews(tmp_path)
     assert [r.text for r in reviews] == ["fine"] and asked == ["imdb", "imdb-train"]
     (tmp_path / "aclImdb_v1.tar.gz").write_bytes(b"damaged")
@@ -196,7 +197,7 @@ def test_only_what_its_text_gives_back_is_kept(tiny):
 def test_interrupted_sampling_goes_on_to_the_same_texts(tiny, tmp_path, monkeypatch):
     """Caught: lines lost or repeated after an interruption, a torn line kept, randomness by place in the part."""
     tokenizer, preset = load_tokenizer(tiny), {"continuations": 3, "max_response": 5}
-    monkeypatch.setattr(experiment, "AT_ONCE", 6)                                 # two prompts a part
+    monkeypatch.setattr(simulated, "AT_ONCE", 6)                                 # two prompts a part
     (tmp_path / "reference").symlink_to(tiny)
     write_lines(tmp_path / "p.jsonl", ({"prompt": f"prompt {n}"} for n in range(7)))
     sample(tmp_path, preset, tokenizer, "p.jsonl", seed=3, key="k" * 64)
@@ -223,14 +224,14 @@ def test_interrupted_annotation_goes_on_to_the_same_file(tmp_path, monkeypatch):
         calls.append(len(texts))
         return {name: [len(text) + n for n, text in enumerate(texts)] for name in names}   # the place in a part counts
 
-    monkeypatch.setattr(experiment, "score", score)
-    experiment.annotate(tmp_path, "p.jsonl", "k" * 64)
+    monkeypatch.setattr(simulated, "score", score)
+    simulated.annotate(tmp_path, "p.jsonl", "k" * 64)
     whole, parts = (tmp_path / "scored-p.jsonl").read_bytes(), list(calls)
     (tmp_path / "scored-p.jsonl").unlink()
     lines = whole.splitlines(keepends=True)
     (tmp_path / "scored-p.jsonl.kkkkkkkkkkkk").write_bytes(b"".join(lines[:700]) + lines[700][:9])
     calls.clear()
-    experiment.annotate(tmp_path, "p.jsonl", "k" * 64)
+    simulated.annotate(tmp_path, "p.jsonl", "k" * 64)
     assert (tmp_path / "scored-p.jsonl").read_bytes() == whole and calls == parts[1:] and len(parts) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sampled-p.jsonl", "scored-p.jsonl"]
 
@@ -268,7 +269,7 @@ def test_every_user_gets_its_pairs_and_both_kinds():
     """Caught: quotas by chance, a prompt twice for a user, a loser chosen, margins ignored, lines in order of user."""
     scores, users = some_scores(), name_users(10, ["a", "b"], seed=0)
     spread = spreads(scores, ["a", "b"])
-    judged = judge_pairs(scores, users, 10, 0.3, 0.5, spread, seed=0)
+    judged = judge_pairs(scores, users, 10, Rules(0.3, 0.5, spread), seed=0)
     assert len(judged) == 100 and [p["user"] for p in judged] != sorted(p["user"] for p in judged)
     for user, kind in users.items():
         own = [p for p in judged if p["user"] == user]
@@ -278,14 +279,14 @@ def test_every_user_gets_its_pairs_and_both_kinds():
         gap = {a: (s[p["chosen"]] - s[p["rejected"]]) / spread[a] for a, s in scores[p["prompt"]].items()}
         other = gap["b" if p["annotator"] == "a" else "a"]
         assert gap[p["annotator"]] >= 0.5 and (other >= 0.5 if p["kind"] == "agree" else other <= -0.5)
-    assert judged == judge_pairs(scores, users, 10, 0.3, 0.5, spread, seed=0)
-    assert judged != judge_pairs(scores, users, 10, 0.3, 0.5, spread, seed=1)
+    assert judged == judge_pairs(scores, users, 10, Rules(0.3, 0.5, spread), seed=0)
+    assert judged != judge_pairs(scores, users, 10, Rules(0.3, 0.5, spread), seed=1)
 
 
 def test_of_a_prompts_pairs_the_clearest_is_seen():
     """Caught: the first pair in order, or the one clearest for the judge alone."""
     scores = [{"a": [0.0, 2.0, 3.0], "b": [0.0, -2.0, -0.6]}]
-    for p in judge_pairs(scores, {"u": "a"}, 1, 0.0, 0.5, {"a": 1.0, "b": 1.0}, seed=0):
+    for p in judge_pairs(scores, {"u": "a"}, 1, Rules(0.0, 0.5, {"a": 1.0, "b": 1.0}), seed=0):
         assert (p["chosen"], p["rejected"]) == (1, 0)           # (2, 0) has the judge's larger gap, and b's 0.6
 
 
@@ -293,7 +294,7 @@ def test_users_see_different_pairs_while_there_are_any():
     """Caught: the clearest pair for everybody; the two orders of a pair held for two; prompts' counts mixed up."""
     scores = [{"a": [0.0, 2.0, 3.0], "b": [0.0, -2.0, -0.6]}] * 2         # clear conflicts: (1, 0), (2, 0); not (2, 1)
     users = {"u": "a", "v": "b", "w": "a"}
-    judged = judge_pairs(scores, users, 2, 0.0, 0.5, {"a": 1.0, "b": 1.0}, seed=0)
+    judged = judge_pairs(scores, users, 2, Rules(0.0, 0.5, {"a": 1.0, "b": 1.0}), seed=0)
     seen = {(p["user"], p["prompt"]): (p["chosen"], p["rejected"]) for p in judged}
     for prompt in (0, 1):
         assert [seen[user, prompt] for user in users] == [(1, 0), (0, 2), (1, 0)]
@@ -302,13 +303,13 @@ def test_users_see_different_pairs_while_there_are_any():
 def test_where_prompts_run_out_pairs_are_filled_in_or_refused():
     """Caught: fewer pairs in silence; a pair that is not clear for its judge."""
     agreeing = [{"a": [0.0, 1.0], "b": [0.0, 1.0]}] * 4
-    judged = judge_pairs(agreeing, {"u": "a"}, 4, 0.25, 0.5, {"a": 1.0, "b": 1.0}, seed=0)
+    judged = judge_pairs(agreeing, {"u": "a"}, 4, Rules(0.25, 0.5, {"a": 1.0, "b": 1.0}), seed=0)
     assert sorted(p["kind"] for p in judged) == ["agree", "filled", "filled", "filled"]
     assert all(p["chosen"] == 1 for p in judged) and len({p["prompt"] for p in judged}) == 4
     with raises_at("u (a)", "4 pairs on 4", 5, option="preset"):
-        judge_pairs(agreeing, {"u": "a"}, 5, 0.25, 0.5, {"a": 1.0, "b": 1.0}, seed=0)
+        judge_pairs(agreeing, {"u": "a"}, 5, Rules(0.25, 0.5, {"a": 1.0, "b": 1.0}), seed=0)
     with raises_at("u (a)", "0 pairs on 4", 1, option="preset"):
-        judge_pairs(agreeing, {"u": "a"}, 1, 0.25, 1.5, {"a": 1.0, "b": 1.0}, seed=0)
+        judge_pairs(agreeing, {"u": "a"}, 1, Rules(0.25, 1.5, {"a": 1.0, "b": 1.0}), seed=0)
 
 
 def test_a_users_name_says_nothing_of_its_type():
@@ -366,16 +367,16 @@ def test_presets_fit_together():
         assert preset["prompts"] >= preset["pairs"] >= 10 and preset["heldout"] >= preset["heldout_pairs"]
         assert preset["evaluate"] <= preset["heldout"] and preset["users"] % len(preset["annotators"]) == 0
         for options in preset["runs"].values():
-            validate(experiment.TrainConfig(data="", model="", out="", **preset["train"] | options))
-        experiment.FinetuneConfig(data="", model="", out="", **preset["finetune"])
+            validate(common.TrainConfig(data="", model="", out="", **preset["train"] | options))
+        simulated.FinetuneConfig(data="", model="", out="", **preset["finetune"])
         assert preset["train"]["batch"] >= preset["pairs"]                  # whole users fit a batch
     for preset in REVIEWS.values():
         assert preset["prompts"] / 2 >= preset["pairs"] and preset["heldout"] / 2 >= preset["heldout_pairs"]
         assert preset["evaluate"] > 4 * preset["apart"]
         assert set(preset["annotators"]) == {a for judges in preset["domains"].values() for a in judges}
         for options in preset["runs"].values():
-            validate(experiment.TrainConfig(data="", model="", out="", **preset["train"] | options))
-        experiment.FinetuneConfig(data="", model="", out="", **preset["finetune"])
+            validate(common.TrainConfig(data="", model="", out="", **preset["train"] | options))
+        simulated.FinetuneConfig(data="", model="", out="", **preset["finetune"])
     assert list(IMDB) == list(REVIEWS) == ["smoke", "quick", "cpu", "paper"]
 
 
@@ -393,10 +394,10 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
     preset = IMDB["smoke"] | sizes | {"finetune": {"steps": 1, "batch": 2, "tokens": 32, "held": 4}}
     monkeypatch.setitem(IMDB, "tiny", preset)
     trained, evaluated = [], []
-    monkeypatch.setattr(experiment, "run", trained.append)
-    monkeypatch.setattr(experiment, "evaluate", evaluated.append)
+    monkeypatch.setattr(common, "run", trained.append)
+    monkeypatch.setattr(common, "evaluate", evaluated.append)
     flags = ["--preset", "tiny", "--model", str(tiny), "--out", str(tmp_path / "job"), "--data-folder", str(data)]
-    experiment.main(imdb.DATASET, flags)
+    simulated.main(imdb.DATASET, flags)
     job, tokenizer = tmp_path / "job", load_tokenizer(tiny)
     pairs = {name: read_preferences(job / f"{name}.jsonl", tokenizer, 16, 24) for name in ("train", "heldout")}
     assert len(pairs["train"]) == 20 and len(pairs["heldout"]) == 8
@@ -424,10 +425,11 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
     assert [c.dir for c in evaluated] == [str(job)]
     capsys.readouterr()
     times = {file: file.stat().st_mtime_ns for file in job.rglob("*") if file.is_file()}
-    experiment.main(imdb.DATASET, flags)
+    simulated.main(imdb.DATASET, flags)
     assert {file: file.stat().st_mtime_ns for file in job.rglob("*") if file.is_file()} == times
-    said = capsys.readouterr().out
-    assert all(f"[{name}] is there" in said for name in ("split", "sample-train", "annotate-heldout", "judge"))
+    printed = capsys.readouterr().out
+    assert not re.search(r'[{}]|":', printed), "a dictionary on the console"
+    assert all(f"[{name}] finished before" in printed for name in ("split", "sample-train", "annotate-heldout", "judge"))
 
 
 def test_the_estimate_counts_what_a_preset_asks_for():
@@ -453,23 +455,23 @@ def test_the_estimate_counts_what_a_preset_asks_for():
 def test_main_refuses_what_it_does_not_know(tmp_path):
     """Caught: an unknown preset or judge taken for the default."""
     with raises_at("'big'", "smoke, quick, cpu, paper", option="preset"):
-        experiment.main(imdb.DATASET, ["--preset", "big"])
+        simulated.main(imdb.DATASET, ["--preset", "big"])
     with raises_at("'me'", option="sentiment"):
-        experiment.main(imdb.DATASET, ["--preset", "smoke", "--model", "smollm2", "--sentiment", "me"])
+        simulated.main(imdb.DATASET, ["--preset", "smoke", "--model", "smollm2", "--sentiment", "me"])
 
 
 def test_the_model_is_gpt2_where_it_can_be_had(tmp_path, monkeypatch):
     """Caught: smollm2 though GPT-2 is there; a damaged file of the user's passed over; no reason given."""
-    config = experiment.ExperimentConfig(data_folder=str(tmp_path))
-    monkeypatch.setattr(experiment.fetch, "asset", lambda name, data: tmp_path)
-    assert experiment.choose_model(config) == ("gpt2", "its weights are at hand")
+    config = simulated.ExperimentConfig(data_folder=str(tmp_path))
+    monkeypatch.setattr(simulated.fetch, "asset", lambda name, data: tmp_path)
+    assert simulated.choose_model(config) == ("gpt2", "its weights are at hand")
 
     def refuse(name, data):
         raise InputError("gpt2: no such host\nmore")
 
-    monkeypatch.setattr(experiment.fetch, "asset", refuse)
-    assert experiment.choose_model(config) == ("smollm2", "GPT-2's weights cannot be had (gpt2: no such host)")
-    assert experiment.choose_model(experiment.ExperimentConfig(model="gpt2"))[0] == "gpt2"
+    monkeypatch.setattr(simulated.fetch, "asset", refuse)
+    assert simulated.choose_model(config) == ("smollm2", "GPT-2's weights cannot be had (gpt2: no such host)")
+    assert simulated.choose_model(simulated.ExperimentConfig(model="gpt2"))[0] == "gpt2"
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError):
-        experiment.choose_model(config)
+        simulated.choose_model(config)

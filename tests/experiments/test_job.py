@@ -1,11 +1,12 @@
-"""data/job.py on a made-up job: NumPy says what the figures should be. Each docstring names what the test catches."""
+"""data/report/job.py on a made-up job: NumPy says what the figures should be. Each docstring names what the test
+catches."""
 
 import json
 
 import numpy as np
 from fakejob import make_job, write
 
-from data.job import by_annotator, last_responsibilities, read_job, smooth
+from data.report.job import by_annotator, last_responsibilities, read_job, smooth
 
 # ---- reading
 
@@ -49,8 +50,8 @@ def test_groups_are_pairs_in_file_order_and_users_by_first_appearance(tmp_path):
 # ---- figures
 
 
-def test_responsibilities_by_annotator_pool_all_groups_of_a_stretch(tmp_path):
-    """Caught: a mean of steps' means; q of the wrong unit; a stretch without groups of an annotator as 0; middles
+def test_responsibilities_by_annotator_pool_all_groups_of_an_interval(tmp_path):
+    """Caught: a mean of steps' means; q of the wrong unit; an interval without groups of an annotator as 0; midpoints
     off by one.
     """
     run = read_job(make_job(tmp_path / "job")).runs[2]
@@ -61,7 +62,7 @@ def test_responsibilities_by_annotator_pool_all_groups_of_a_stretch(tmp_path):
         {"step": 3, "groups": [1], "q": [[1.0, 0.0]]},
         {"step": 4, "groups": [1, 2], "q": [[0.5, 0.5], [0.7, 0.3]]},
     ]
-    found = by_annotator(run, stretches=2)
+    found = by_annotator(run, intervals=2)
     assert list(found) == ["b", "a"]
     np.testing.assert_allclose(found["b"][0], [1.5, 3.5])
     np.testing.assert_allclose(found["b"][1], [[0.5, 0.5], [0.7, 0.3]])
@@ -76,7 +77,7 @@ def test_curves_are_means_of_consecutive_steps():
     treated alike.
     """
     values = [[float(t), 10.0 * t] for t in range(1, 8)]
-    x, y = smooth(values, stretches=3)
+    x, y = smooth(values, intervals=3)
     np.testing.assert_allclose(x, [1.5, 4.0, 6.5])
     np.testing.assert_allclose(y, [[1.5, 15], [4, 40], [6.5, 65]])
-    np.testing.assert_allclose(smooth([1.0, 2.0], stretches=50), [[1, 2], [1, 2]])
+    np.testing.assert_allclose(smooth([1.0, 2.0], intervals=50), [[1, 2], [1, 2]])

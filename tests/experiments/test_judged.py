@@ -1,5 +1,5 @@
-"""data/judged.py and data/hh.py: real answers that several types of users judge. What each test catches stands in its
-docstring."""
+"""data/experiment/judged.py and data/hh.py: real answers that several types of users judge. What each test catches
+stands in its docstring."""
 
 import gzip
 import json
@@ -11,10 +11,11 @@ import pytest
 import tinyjob
 from raising import raises_at
 
-from data import hh, judged
-from data.job import read_job
-from data.judged import Item, deal, divide, fitting, line
-from data.presets import HH
+from data import hh
+from data.experiment import judged
+from data.experiment.judged import Item, deal, divide, fitting, line
+from data.experiment.presets import HH
+from data.report.job import read_job
 from mixdpo.preferences import read_preferences
 from mixdpo.text.tokenizer import load_tokenizer
 
@@ -83,7 +84,7 @@ def test_items_that_do_not_fit_are_counted(chat_model):
              Item(turn, ("", "xyz"), {}), Item(turn, ("same", "same"), {})]
     kept, left_out = fitting(items, load_tokenizer(chat_model), {"max_prompt": 64, "max_response": 8})
     assert kept == items[:1]
-    assert left_out == {"turn too long": 1, "the same answers, or after the cut": 2, "an empty answer": 1}
+    assert left_out == {"turn too long": 1, "equal answers, or equal after truncation": 2, "an empty answer": 1}
 
 
 def test_shares_of_conversations():

@@ -1,5 +1,5 @@
-"""data/planted.py: one latent a user beside one a pair, where the types are planted. What each test catches stands in
-its docstring."""
+"""data/experiment/planted.py: one latent a user beside one a pair, where the types are planted. What each test catches
+stands in its docstring."""
 
 import json
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from raising import raises_at
 
-from data import planted
-from data.planted import PlantedConfig, assigned, world
+from data.experiment import planted
+from data.experiment.planted import PlantedConfig, assigned, world
 
 
 @pytest.mark.parametrize("types", [2, 4])

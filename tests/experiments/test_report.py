@@ -1,4 +1,5 @@
-"""data/report.py on a made-up job: what is drawn, and that a report comes out whole whatever there is to report."""
+"""data/report/page.py on a made-up job: what is drawn, and that a report comes out whole whatever there is to report.
+"""
 
 import json
 import re
@@ -12,10 +13,9 @@ from fakejob import NAMES, make_job
 
 pytest.importorskip("matplotlib", reason="the pictures need the `plots` extra")
 
-from data.job import annotators_of, read_job  # noqa: E402
-from data.pictures import ANNOTATORS, accuracy, histogram, responsibilities, rewards, training  # noqa: E402
-from data.report import page as as_page  # noqa: E402
-from data.report import report
+from data.report.job import annotators_of, read_job  # noqa: E402
+from data.report.page import as_html, report  # noqa: E402
+from data.report.pictures import ANNOTATORS, accuracy, histogram, responsibilities, rewards, training  # noqa: E402
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_training_pictures_share_their_scales(home):
 # ---- the whole
 
 
-def test_report_is_whole(tmp_path):
+def test_report_is_complete(tmp_path):
     """Caught: sections out of order; a link without its picture or a picture of before; a large picture; a file
     half-written.
     """
@@ -111,7 +111,7 @@ def test_report_is_whole(tmp_path):
     text = path.read_text(encoding="utf-8")
     assert path == home / "report.md" and text.startswith("# imdb-quick\n") and not list(home.glob("*.part"))
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == [
-        "What was run",
+        "Result",
         "Rewards of the policies",
         "Differences between the heads",
         "Held-out preferences",
@@ -123,9 +123,10 @@ def test_report_is_whole(tmp_path):
         "Held-out accuracy",
         "Last responsibilities",
         "Sample completions",
+        "What was run",
     ]
     linked = re.findall(r"!\[.*?\]\((.+?)\)", text)
-    assert sorted(linked) == sorted(f"report/{file.name}" for file in (home / "report").iterdir()) and len(linked) == 7
+    assert sorted(linked) == sorted(f"report/{file.name}" for file in (home / "report").iterdir()) and len(linked) == 8
     for link in linked:
         content = (home / link).read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) < 150_000, f"{link}: {len(content)} bytes"
@@ -139,7 +140,7 @@ def test_report_is_whole(tmp_path):
         ("No completions of a run with several experts", {"runs": {"dpo": (1, "pair")}}),
         ("Not measured", {"judges": ("sentiment",)}),
         ("judge unknown", {"named": False}),
-        ("head 0 less head 2", {"runs": {"mix": (3, "user")}}),  # more experts than annotators
+        ("head 0 minus head 2", {"runs": {"mix": (3, "user")}}),  # more experts than annotators
         ("in SEs", {"prompts": 1, "steps": 1}),  # no standard error, no curve
     ],
 )
@@ -158,14 +159,14 @@ def test_a_folder_of_unevaluated_runs(tmp_path, monkeypatch):
     for name in ("results.json", "train.jsonl", "reference/finetune.json"):
         (home / name).unlink()
     text = report(home).read_text(encoding="utf-8")
-    assert "training-mix-user" in text and text.count("Nothing was measured") == 4  # pictures; training is there
+    assert "training-mix-user" in text and text.count("were not measured") == 4  # pictures; training is there
     assert "Sample completions\n\nNo completions" in text
 
 
 def test_tables_need_no_matplotlib_and_pictures_no_pyplot():
     """Caught: drawing packages imported by the tables; pyplot, with a window system behind it, by the pictures."""
-    check = "import sys, data.tables; assert 'matplotlib' not in sys.modules, 'tables'; "
-    check += "import data.report; assert 'matplotlib.pyplot' not in sys.modules, 'pictures'"
+    check = "import sys, data.report.tables; assert 'matplotlib' not in sys.modules, 'tables'; "
+    check += "import data.report.page; assert 'matplotlib.pyplot' not in sys.modules, 'pictures'"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -192,7 +193,7 @@ def test_the_page_shows_markup_as_text(home):
     assert "&lt;script&gt;document.title" in body and "<script" not in body and "<br>" in body
     images = re.findall(r"<img ([^>]*)>", body)
     assert images and all(re.fullmatch(r'src="report/[\w%.-]+" alt="[^"]*" /', image) for image in images)
-    assert "&lt;b&gt;x&lt;/b&gt;" in as_page("t", "<b>x</b>"), "what escape() missed would be text, too"
+    assert "&lt;b&gt;x&lt;/b&gt;" in as_html("t", "<b>x</b>"), "what escape() missed would be text, too"
     known = "body h1 h2 p ul li table thead tbody tr th td img br em code strong"
     assert {*re.findall(r"<([a-z0-9]+)", body)} <= {*known.split()}
 

@@ -1,4 +1,4 @@
-"""data/books.py, data/reviews.py and data/domains.py: what each test catches stands in its docstring."""
+"""data/texts/books.py, data/reviews.py and data/report/domains.py: what each test catches stands in its docstring."""
 
 import gzip
 import io
@@ -11,12 +11,14 @@ import torch
 from raising import raises_at
 from test_imdb import save_tiny, write_reviews
 
-from data import domains, experiment, reviews
-from data.books import load_products
-from data.job import Job, Run
-from data.movies import Review
-from data.presets import REVIEWS
-from data.stages import read_lines
+from data import reviews
+from data.experiment import common, simulated
+from data.experiment.presets import REVIEWS
+from data.experiment.stages import read_lines
+from data.report import domains
+from data.report.job import Job, Run
+from data.texts.books import load_products
+from data.texts.movies import Review
 from mixdpo.preferences import read_preferences
 from mixdpo.text.tokenizer import load_tokenizer
 
@@ -139,11 +141,11 @@ def test_a_whole_tiny_job_of_two_domains(tiny, tmp_path, monkeypatch):
                                  "finetune": {"steps": 1, "batch": 2, "tokens": 32, "held": 4}}
     monkeypatch.setitem(REVIEWS, "tiny", preset)
     trained, evaluated = [], []
-    monkeypatch.setattr(experiment, "run", trained.append)
-    monkeypatch.setattr(experiment, "evaluate", evaluated.append)
+    monkeypatch.setattr(common, "run", trained.append)
+    monkeypatch.setattr(common, "evaluate", evaluated.append)
     job = tmp_path / "job"
     flags = {"--preset": "tiny", "--model": tiny, "--out": job, "--data-folder": data}
-    experiment.main(reviews.DATASET, [str(word) for flag in flags.items() for word in flag])
+    simulated.main(reviews.DATASET, [str(word) for flag in flags.items() for word in flag])
     for name, each in (("train", 5), ("heldout", 3)):
         pairs = read_preferences(job / f"{name}.jsonl", load_tokenizer(tiny), 16, 24)
         assert len(pairs) == 2 * each
@@ -230,7 +232,7 @@ def test_pictures_of_gates_are_drawn(job):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed (the `data` extra)")
     from safetensors.torch import save_file
 
-    from data import pictures
+    from data.report import pictures
 
     figure = pictures.gate_weights(job)["gate"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()][2:4] == ["movie, crossed", "book, crossed"]

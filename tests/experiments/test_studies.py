@@ -13,9 +13,11 @@ import pytest
 import torch
 from raising import raises_at
 
-from data import sentences, studies
+from data import studies
 from data.studies import parity, privacy, study, texts, worlds
+from data.studies.texts import Judges
 from data.studies.worlds import ITEMS, World, fit, item_probabilities, judged, look, oracle, prompt, write
+from data.texts import sentences
 from mixdpo.config import InputError
 from mixdpo.files import fetch
 
@@ -245,7 +247,7 @@ def test_judges_of_sentences_go_by_their_taste():
     """Catches: chosen and rejected swapped, a taste's sign, held-out sentences that were trained on, two domains in
     one pair, users of several tastes, a rating of another sentence."""
     of = some_texts()
-    told, held = (texts.judge(of, ("warm", "cold"), 60, 10, 0, heldout=h) for h in (False, True))
+    told, held = (texts.judge(of, Judges(("warm", "cold"), 60, 10, 0), heldout=h) for h in (False, True))
     own = told.gaps[torch.arange(600), torch.from_numpy(told.type)]
     assert (own > 0).double().mean() > 0.7 and torch.equal(told.gaps[:, 0], -told.gaps[:, 1])
     assert torch.allclose(told.x[:, 0] * 2, told.gaps[:, 0])                # x is chosen minus rejected
@@ -256,9 +258,9 @@ def test_judges_of_sentences_go_by_their_taste():
     values = list(domain)
     apart = {round(abs(a - b), 6) for a, b in itertools.combinations(values, 2) if domain[a] != domain[b]}
     assert len(differences & apart) <= 2                                    # a chance equality of six digits
-    one = texts.judge(of, ("warm", "cold"), 60, 10, 0, one_rating=True)
+    one = texts.judge(of, Judges(("warm", "cold"), 60, 10, 0, one_rating=True))
     assert (one.gaps[torch.arange(600), torch.from_numpy(one.type)] > 0).double().mean() > 0.7
-    turned = texts.judge(of, ("warm", "cold"), 60, 10, 0, flips=1.0)
+    turned = texts.judge(of, Judges(("warm", "cold"), 60, 10, 0, flips=1.0))
     assert torch.equal(turned.x, -told.x)
 
 
@@ -298,7 +300,7 @@ def test_nearest_neighbours_are_counted_by_type():
 def test_a_linear_gate_says_its_weights_anywhere():
     """LinearMixture.weights at the training units is log_w. Catches: the constant left out, rows for columns."""
     of = some_texts()
-    told = texts.judge(of, ("warm", "cold"), 80, 1, 0, domains=True)
+    told = texts.judge(of, Judges(("warm", "cold"), 80, 1, 0, domains=True))
     c = of.c[told.prompt]
     found = texts.fit(told, 2, c=c)
     assert torch.allclose(found.weights(c), found.log_w, atol=1e-9) and found.V.shape == (2, 3)

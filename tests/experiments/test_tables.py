@@ -1,4 +1,5 @@
-"""data/tables.py on a made-up job: cells against what was put in. What each test catches stands in its docstring."""
+"""data/report/tables.py on a made-up job: cells against what was put in. What each test catches stands in its
+docstring."""
 
 import html
 import json
@@ -8,9 +9,9 @@ import numpy as np
 import pytest
 from fakejob import NAMES, make_job, write
 
-from data import domains, tables, users
-from data import job as job_module
-from data.job import read_job
+from data.report import domains, tables, users
+from data.report import job as job_module
+from data.report.job import read_job
 from mixdpo.evaluation.statistics import mean_se
 
 
@@ -67,7 +68,7 @@ def test_note_says_how_the_job_differs_from_the_paper(home):
     job.tuned["settings"]["model"], job.dataset["annotators"] = "gpt2", NAMES[::-1]
     job.results["policies"]["reference"]["trained"]["n"] = 10000
     text = tables.policies(job)
-    assert not any(said in text for said in ("not GPT-2", "judged by", "not 10,000")) and "compare directions" in text
+    assert not any(part in text for part in ("not GPT-2", "judged by", "not 10,000")) and "compare directions" in text
     for row in job.results["policies"].values():  # other rewards than the paper's
         for old, new in zip(NAMES, ("helpful", "harmless", "brief")):
             row[new] = row.pop(old)
@@ -142,16 +143,16 @@ def test_runs_are_compared_by_prompts_and_by_users_where_weights_are_theirs(tmp_
     gap = np.subtract(of["moe"]["by_pair"], of["dpo"]["by_pair"])
     for clusters in ([prompts], [prompts, names]):
         of["moe"]["user_of_pair"] = names if len(clusters) == 2 else None
-        cell = rows_of(domains.likelihoods(job))[1]["less DPO's"]
+        cell = rows_of(domains.likelihoods(job))[1]["minus DPO"]
         assert cell == tables.pm(mean_se(gap, *clusters), 4, sign="+")
     assert mean_se(gap, prompts, names)["se"] > 1.2 * mean_se(gap, prompts)["se"]
 
 
 def test_a_step_without_figures_leaves_no_hole_in_a_curve():
     """Caught: null, or NaN, that takes a whole stretch of steps with it."""
-    x, y = job_module.smooth([[1.0, 2.0], [None, None], [3.0, 4.0], [None, None]], stretches=2)
+    x, y = job_module.smooth([[1.0, 2.0], [None, None], [3.0, 4.0], [None, None]], intervals=2)
     assert x.tolist() == [1.5, 3.5] and y.tolist() == [[1.0, 2.0], [3.0, 4.0]]
-    assert np.isnan(job_module.smooth([None, 1.0], stretches=2)[1]).tolist() == [True, False]
+    assert np.isnan(job_module.smooth([None, 1.0], intervals=2)[1]).tolist() == [True, False]
 
 
 def test_alignment_has_a_row_a_seed_beside_bayes(tmp_path):
@@ -167,7 +168,7 @@ def test_alignment_has_a_row_a_seed_beside_bayes(tmp_path):
         name for name in ("mix-user", "mix-user-seed1", "mix-user-seed2") for _ in range(2)
     ]
     for i, row in enumerate(found):
-        key, what = [("train", "training groups"), ("heldout", "held-out pairs, each alone")][i % 2]
+        key, what = [("train", "training groups"), ("heldout", "single held-out pairs")][i % 2]
         of = job.results["preferences"][row["run"]][f"alignment_{key}"]
         assert row["units"] == what and row["number of units"] == str(of["units"])
         columns = {"ARI": "ari", "ARI, Bayes": "bayes_ari", "matched": "matched", "matched, Bayes": "bayes_matched"}
@@ -210,8 +211,8 @@ def test_heads_differ_by_paired_differences(home):
     rows["mix-user head 0"]["values"], rows["mix-user head 1"]["values"] = base.tolist(), other.tolist()
     found = rows_of(tables.head_differences(job))
     assert [(row["run"], row["heads"]) for row in found] == [
-        ("mix-pair", "head 0 less head 1"),
-        ("mix-user", "head 0 less head 1"),
+        ("mix-pair", "head 0 minus head 1"),
+        ("mix-user", "head 0 minus head 1"),
     ]
     for r, name in enumerate(NAMES):
         difference = base[:, r] - other[:, r]

@@ -11,8 +11,9 @@ import pytest
 import tinyjob
 from raising import raises_at
 
-from data import judged, ultrafeedback
-from data.presets import ULTRAFEEDBACK
+from data import ultrafeedback
+from data.experiment import judged
+from data.experiment.presets import ULTRAFEEDBACK
 from data.sample import make
 from data.ultrafeedback import TYPES, item_of, load
 from mixdpo.config import InputError

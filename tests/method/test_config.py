@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from raising import raises_at
 
-from data.finetune import FinetuneConfig
+from data.experiment.finetune import FinetuneConfig
 from eval import EvalConfig
 from mixdpo import config as configs
 from train import TrainConfig

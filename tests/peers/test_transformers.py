@@ -202,7 +202,7 @@ def test_smollm2_loads_in_seconds_and_in_little_more_than_its_own_memory(smollm2
 def test_a_sequence_classifier_is_a_judge(labels, tmp_path):
     """Win rates by a reward model (one label) or a classifier (the last of two), random weights and a real tokenizer.
     Faults: the first label's logit; the completion without its prompt, or the prompt twice; the lower score wins."""
-    from data.judges import win_rates
+    from data.annotators.judges import win_rates
 
     load_tokenizer("smollm2").save(tmp_path / "judge")
     torch.manual_seed(3)

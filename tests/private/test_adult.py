@@ -1,5 +1,5 @@
-"""data/adult.py: both forms of its files, what is malformed in them, and a schema that needs no look at the data. Each
-docstring names what the test was seen to catch."""
+"""data/tables/adult.py: both forms of its files, what is malformed in them, and a schema that needs no look at the
+data. Each docstring names what the test was seen to catch."""
 
 import gzip
 import json
@@ -7,8 +7,8 @@ import json
 import pytest
 from raising import raises_at
 
-from data import adult
-from data.adult import COLUMNS, SCHEMA, read_uci, table
+from data.tables import adult
+from data.tables.adult import COLUMNS, SCHEMA, read_uci, table
 from mixdpo.files.fetch import ASSETS
 from mixdpo.tabular.columns import columns_of, encode
 

@@ -14,11 +14,13 @@ import tinyjob
 from fakejob import make_job
 from raising import raises_at
 
-from data import experiment, hh, imdb, judged, planted, stages, synth
-from data.presets import HH, IMDB, REVIEWS, ULTRAFEEDBACK
-from data.report import report
+from data import hh, imdb
+from data.experiment import common, judged, planted, simulated, stages
+from data.experiment.presets import HH, IMDB, REVIEWS, ULTRAFEEDBACK
+from data.report.page import report
 from data.studies import __main__ as studies
 from data.studies import study
+from data.tables import synth
 from mixdpo.config import InputError, to_json
 from mixdpo.runs.checkpoint import checkpoints
 from mixdpo.tabular import dp_tbart as tabular
@@ -41,7 +43,7 @@ def rows_of(seed, n=400):
 
 @pytest.fixture
 def own(tmp_path):
-    """A small table, its schema and its test table, as options of data.synth."""
+    """A small table, its schema and its test table, as options of data.tables.synth."""
     write_rows(tmp_path / "table.csv", rows_of(0))
     write_rows(tmp_path / "test.csv", rows_of(1, 60))
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
@@ -249,7 +251,7 @@ def test_a_job_and_its_kin_do_not_begin_among_other_files(tmp_path):
     """Fault: files with fixed names written into a folder with other files."""
     (tmp_path / "report.md").write_text("mine")
     for command in (lambda: planted.main(["--out", str(tmp_path)]),
-                    lambda: experiment.main(imdb.DATASET, ["--preset", "smoke", "--out", str(tmp_path)]),
+                    lambda: simulated.main(imdb.DATASET, ["--preset", "smoke", "--out", str(tmp_path)]),
                     lambda: judged.main(hh.DATASET, ["--preset", "smoke", "--out", str(tmp_path)])):
         with pytest.raises(InputError) as error:
             command()
@@ -264,8 +266,8 @@ def test_a_job_and_its_kin_do_not_begin_among_other_files(tmp_path):
     (planted.main, "types", ["0", "2,-1", ""]), (planted.main, "each", ["0", ""]), (planted.main, "pairs", ["0", "3"]),
     (planted.main, "features", ["0"]), (planted.main, "seeds", ["0"]), (planted.main, "starts", ["-1"]),
     (studies.main, "name", ["none"]), (studies.main, "preset", ["cpu"]),
-    (lambda words: experiment.main(imdb.DATASET, words), "sentiment", ["me"]),
-    (lambda words: experiment.main(imdb.DATASET, words), "preset", ["big"]),
+    (lambda words: simulated.main(imdb.DATASET, words), "sentiment", ["me"]),
+    (lambda words: simulated.main(imdb.DATASET, words), "preset", ["big"]),
 ])
 def test_options_out_of_range_carry_their_name(command, option, values, tmp_path, monkeypatch):
     """Faults: a traceback, or an endless run, for a number that makes no sense; an error that names five options."""
@@ -282,15 +284,15 @@ def test_presets_are_checked_before_anything_is_made():
     for presets in (IMDB, REVIEWS, HH, ULTRAFEEDBACK):
         for preset in presets.values():
             parts = ["finetune"] * ("finetune" in preset)
-            experiment.check_preset(preset, *parts)
+            common.check_preset(preset, *parts)
             for change, option in (({"users": 0}, "users"), ({"seed": -1}, "seed"), ({"pairs": -1}, "pairs"),
                                    ({"heldout": math.nan}, "heldout"), ({"evaluate": -3}, "evaluate"),
                                    ({"finetune": {"steps": 0}}, "steps") if parts else ({"users": -1}, "users")):
                 with pytest.raises(InputError) as error:
-                    experiment.check_preset(preset | change, *parts)
+                    common.check_preset(preset | change, *parts)
                 assert error.value.option == option
             with pytest.raises(InputError):
-                experiment.check_preset(preset | {"runs": {"x": {"experts": 0}}})
+                common.check_preset(preset | {"runs": {"x": {"experts": 0}}})
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -352,12 +354,12 @@ def test_a_report_copes_with_figures_that_are_null(tmp_path):
 
 
 def test_each_make_target_takes_a_data_set_that_it_knows():
-    """Fault: `make synth` without DATASET asks data.synth for imdb."""
+    """Fault: `make synth` without DATASET asks data.tables.synth for imdb."""
     root = Path(__file__).resolve().parents[2]
 
     def asked(*words):
         call = ["make", "--dry-run", *words]
         return subprocess.run(call, cwd=root, capture_output=True, text=True, check=True).stdout
 
-    assert "data.synth --dataset adult " in asked("synth") and "-m data.imdb" in asked("train")
+    assert "data.tables.synth --dataset adult " in asked("synth") and "-m data.imdb" in asked("train")
     assert "--dataset other " in asked("synth", "DATASET=other") and "-m data.hh" in asked("train", "DATASET=hh")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from raising import raises_at
 
-from data import adult
+from data.tables import adult
 from mixdpo.tabular.columns import FINE, columns_of, encode, joined, read_schema, read_table, schema_of, write_table
 
 SCHEMA = [

@@ -8,9 +8,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from data import marginals, mst
-from data.marginals import distances, independent, parity_table, satisfied, scores, total_variation, utility
-from data.mst import closest, counted, estimate, marginal_method, sample, simplex, spanning_tree, zcdp
+from data.tables import marginals, mst
+from data.tables.marginals import distances, independent, parity_table, satisfied, scores, total_variation, utility
+from data.tables.mst import closest, counted, estimate, marginal_method, sample, simplex, spanning_tree, zcdp
 
 ensemble = pytest.importorskip("sklearn.ensemble", reason="scikit-learn is not installed (the `data` extra)")
 optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed (scikit-learn brings it)")
@@ -304,7 +304,7 @@ def test_a_tree_is_recovered_without_noise_and_nearly_with_it():
 
 def test_the_packaged_method_agrees():
     """Caught: the package's own rounding of tables, which ties columns that the model has independent."""
-    pytest.importorskip("snsynth", reason="smartnoise-synth is not installed (data/synth-requirements.txt)")
+    pytest.importorskip("snsynth", reason="smartnoise-synth is not installed (data/tables/requirements.txt)")
     real, sizes = grown(20_000, seed=0), [3] * 5
     made = mst.packaged(real, sizes, 1.0, 1e-6, 20_000)
     by_chance = distances(real, grown(20_000, seed=1), sizes)

@@ -1,4 +1,4 @@
-"""DP-TBART: the model by enumeration, fitting against a slow loop, the first look, and full runs of data/synth.py.
+"""DP-TBART: the model by enumeration, fitting against a slow loop, the first look, and full runs of data/tables/synth.py.
 Docstrings name the faults that each test is there for."""
 
 import csv
@@ -11,8 +11,8 @@ import pytest
 import torch
 from raising import raises_at
 
-from data import synth
-from data.marginals import parity_table, satisfied, total_variation
+from data.tables import synth
+from data.tables.marginals import parity_table, satisfied, total_variation
 from mixdpo.config import InputError
 from mixdpo.fast.optimizer import make_optimizer, set_rate
 from mixdpo.private.accountant import Mechanism, epsilon_of, noise_multiplier
@@ -321,8 +321,8 @@ def test_help_lists_inherited_options(capsys):
     """Fault: only those of the last class have their comments as help."""
     with pytest.raises(SystemExit):
         synth.main(["--help"])
-    printed = capsys.readouterr().out
-    assert "--epsilon" in printed and "privacy budget" in printed and "another table, for train-on" in printed
+    told = capsys.readouterr().out
+    assert "--epsilon" in told and "privacy budget" in told and "held-out table, to test classifiers" in told
 
 
 @pytest.mark.parametrize("change, option", [

@@ -200,7 +200,7 @@ def sources():
 
 
 def test_no_pickle_anywhere_and_backward_only_in_train():
-    """Faults: torch.save of a state in checkpoint.py; a loss that data/finetune.py calls backward on."""
+    """Faults: torch.save of a state in checkpoint.py; a loss that data/experiment/finetune.py calls backward on."""
     unwanted = ("import pickle", "torch.save(", "torch.load(", "joblib", "allow_pickle=True", "import dill")
     assert len(sources()) > 20
     for path in sources():

@@ -1,16 +1,15 @@
-"""A private synthetic table: `python -m data.synth --dataset adult --epsilon 1`, or your own: `--data table.csv
---schema schema.json` (mixdpo/tabular/columns.py), perhaps with `--test held-out.csv --target column`.
+"""A private synthetic table: `python -m data.tables.synth --dataset adult --epsilon 1`, or of your own table: `--data
+table.csv --schema schema.json` (mixdpo/tabular/columns.py), optionally with `--test held-out.csv --target column`.
 
-    OUT/synthetic.csv       as many rows as the table has: what may be published, with model.safetensors and
+    OUT/synthetic.csv       as many rows as the table has; may be published, together with model.safetensors and
     OUT/schema.json         its columns, with the bins that were found under noise
-    OUT/privacy.json        what was spent on which table, and what that does not cover. With it the release is
-                            finished: its secret key goes, and a run with other options is refused
-    OUT/report.md           how near it comes; made of the table without noise, so it stays at home
-    OUT/config.json         the options, and sha256 of table, schema and test table, which stay at home too
+    OUT/privacy.json        the privacy that was spent, on which table, and what it does not cover. It completes the
+                            release: the secret key is deleted, and a run with other options is refused
+    OUT/report.md           distances to the real table; computed without noise, so do not publish it
+    OUT/config.json         the options, and sha256 of table, schema and test table; do not publish it either
 
-The report is made of these files: if it fails or is stopped, the same command makes the report alone. It
-holds DP-TBART, independent columns and trees of pairs (MST) with the same budget, and the real
-table itself.
+If the report fails or is stopped, the same command makes only the report again, from these files. The report compares
+DP-TBART, independent columns and trees of pairs (MST) with the same budget, and the real table.
 """
 
 import hashlib
@@ -25,10 +24,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from data import adult
-from data.marginals import distances, independent, utility
-from data.mst import marginal_method
-from data.studies.tell import table_of
+from data.experiment.stages import numbers
+from data.report.tables import aligned
+from data.studies.aggregate import table_of
+from data.tables import adult
+from data.tables.marginals import distances, independent, utility
+from data.tables.mst import marginal_method
 from mixdpo.config import InputError, check_choices, check_ranges, command, parse, to_json, write_whole
 from mixdpo.fast.memory import steady
 from mixdpo.files.atomic import alone, must_be_own, must_be_writable, noted
@@ -46,22 +47,22 @@ PRESETS = {"smoke": dict(steps=4, batch=256, width=16, layers=1, heads=2), "quic
 
 @dataclass(frozen=True)
 class SynthConfig(TableConfig):
-    """A private synthetic table, and a report of how near it comes to the real one."""
+    """A private synthetic table, and a report of its distance to the real table."""
 
-    dataset: str = ""                           # adult; or your own by --data and --schema
-    data: str = ""                              # table, .csv or .csv.gz
-    schema: str = ""                            # its columns, .json
-    test: str = ""                              # another table, for train-on-synthetic-test-on-real
-    target: str = ""                            # the column to be foretold there
-    rows: int = 0                               # to be written; 0: as many as the table has
+    dataset: str = ""                           # adult; for your own table use --data and --schema
+    data: str = ""                              # the table, .csv or .csv.gz
+    schema: str = ""                            # columns of the table, .json
+    test: str = ""                              # held-out table, to test classifiers fitted to the synthetic table
+    target: str = ""                            # column that the classifiers predict
+    rows: int = 0                               # rows to write; 0: as many as the table has
     preset: str = "quick"                       # smoke, quick (under half an hour on two cores) or full
-    out: str = "runs/synth"                     # folder
-    data_folder: str = ""                       # local files looked into before anything is fetched
+    out: str = "runs/synth"                     # folder for all results
+    data_folder: str = ""                       # folder of local files, used before anything is fetched
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What a report is made of: codes of the table (N,d) and, if there is one, of the test table (M,d)."""
+    """Codes of the table (N,d) and of the test table (M,d), if there is one."""
 
     columns: list[Column]
     train: np.ndarray
@@ -70,11 +71,11 @@ class Tables:
 
 
 def read_tables(config: SynthConfig, columns: list[Column] | None = None) -> Tables:
-    """columns: with bins that were found since, instead of the schema's. Raises: InputError."""
+    """Reads the tables that the options name. columns: use these instead of the schema's. Raises: InputError."""
     if config.dataset:
         for name in ("data", "schema", "test", "target"):
             if getattr(config, name):
-                raise InputError(f"got {getattr(config, name)!r}, and --dataset adult brings its own; leave one out",
+                raise InputError(f"got {getattr(config, name)!r}, but --dataset adult has its own; leave one out",
                                  option=name)
         columns, folder = columns or columns_of(adult.SCHEMA), config.data_folder or None
         train, test = (encode(adult.table(split, folder), columns) for split in ("train", "test"))
@@ -83,7 +84,7 @@ def read_tables(config: SynthConfig, columns: list[Column] | None = None) -> Tab
         raise InputError("wanted --data table.csv and --schema schema.json, or --dataset adult",
                          option="schema" if config.data else "data")
     if bool(config.test) != bool(config.target):
-        raise InputError("wanted both --test, a table to test on, and --target, the column to be foretold, or neither",
+        raise InputError("wanted both --test, a table to test on, and --target, the column to predict, or neither",
                          option="target" if config.test else "test")
     columns = columns or read_schema(config.schema)
     names = [column.name for column in columns]
@@ -101,7 +102,7 @@ def check(config: SynthConfig) -> None:
 
 
 def check_tables(tables: Tables, config: SynthConfig) -> None:
-    """Raises: InputError on what the end would be too late for."""
+    """Checks, before training, what would fail at the end. Raises: InputError."""
     N = config.examples or len(tables.train)
     if config.epsilon < math.inf and config.delta * N >= 1:
         raise InputError(f"got {config.delta:g} for {N} rows; wanted less than {1 / N:.1g}: otherwise releasing one "
@@ -109,26 +110,26 @@ def check_tables(tables: Tables, config: SynthConfig) -> None:
     if tables.test is None:
         return
     if len(tables.columns) < 2:
-        raise InputError(f"{config.target!r} is the only column; wanted others, to foretell it from", option="target")
+        raise InputError(f"{config.target!r} is the only column; wanted others to predict it from", option="target")
     if len(np.unique(tables.test[:, tables.target])) < 2:
         raise InputError(f"column {tables.columns[tables.target].name!r}, the --target, has one value in all rows; "
                          "wanted a test table with two values or more", file=config.test or None, option="test")
 
 
 def identity(config: SynthConfig, tables: Tables) -> dict:
-    """The options that a release depends on, and sha256 of what the files hold instead of their names."""
+    """The options that a release depends on, with the sha256 of files instead of their names."""
     def key(content) -> str:
         return hashlib.sha256(content if isinstance(content, bytes) else repr(content).encode()).hexdigest()
 
-    apart = ("out", "save_minutes", "micro", "data_folder", "data", "schema", "test")
+    not_part = ("out", "save_minutes", "micro", "data_folder", "data", "schema", "test")
     test = None if tables.test is None else tables.test.tobytes()
-    return {k: v for k, v in asdict(config).items() if k not in apart} | {
+    return {k: v for k, v in asdict(config).items() if k not in not_part} | {
         "data_key": key(tables.train.tobytes()), "schema_key": key(tables.columns), "test_key": test and key(test)}
 
 
 def compared(tables: Tables, made: dict[str, np.ndarray]) -> dict[str, dict]:
-    """Figures of each synthetic table: mean total variation by way, and utility if there is a test table, but not that
-    one's own, which would be tested on what it was fitted to."""
+    """Figures of each table in `made`: mean total variation by way, and utility if there is a test table. The test
+    table itself has no utility: it would be tested on the rows that it was fitted to."""
     sizes, kinds = [c.size for c in tables.columns], ["category" if c.values else "number" for c in tables.columns]
     return {name: {"distance": {str(k): v for k, v in distances(tables.train, codes, sizes).items()},
                    "utility": {} if tables.test is None or codes is tables.test else
@@ -137,7 +138,7 @@ def compared(tables: Tables, made: dict[str, np.ndarray]) -> dict[str, dict]:
 
 
 def baselines(tables: Tables, epsilon: float, delta: float, rows: int, key: Key) -> dict[str, np.ndarray]:
-    """The same budget spent in simpler ways."""
+    """Tables of the simpler generators with the same budget."""
     sizes, rng = [c.size for c in tables.columns], key.generator("independent columns")
     sigma = noise_multiplier(epsilon, delta, 1.0, 1) * math.sqrt(len(sizes)) if epsilon < math.inf else 0.0
     return {"independent columns": independent(tables.train, sizes, rows, rng, sigma),
@@ -145,7 +146,7 @@ def baselines(tables: Tables, epsilon: float, delta: float, rows: int, key: Key)
 
 
 def rows_of(figures: dict[str, dict]) -> list[list]:
-    """Lines of a table, after HEAD."""
+    """Rows of the table with heading HEAD."""
     lines = []
     for name, found in figures.items():
         ways = [found["distance"].get(way) for way in "123"]
@@ -158,22 +159,22 @@ def rows_of(figures: dict[str, dict]) -> list[list]:
 
 HEAD = ["table", "1-way", "2-way", "3-way", "accuracy (LR)", "AUROC (LR)", "accuracy (GB)", "AUROC (GB)"]
 READING = (
-    "Mean total variation of all 1-, 2- and 3-way marginals to the real table, of one sample (a second real table is "
-    "not at 0 either); then classifiers of the target column, fitted to each table and tested on real rows: logistic "
-    "regression (LR) and gradient boosting (GB).")
+    "Compare each distance with that of a second real table, which is not 0 either. Distance is the mean total "
+    "variation of all 1-, 2- and 3-way marginals; LR and GB are logistic regression and gradient boosting of the "
+    "target column, fitted to each table and tested on real rows.")
 
 
 def synthesize(tables: Tables, config: TableConfig, rows: int, key: Key, out: Path | None = None,
                same: dict | None = None) -> tuple:
-    """Fits and samples. Returns codes (rows,d) under the columns of the second, the Table that it learnt, and the
-    Fitted."""
+    """Fits and samples. Returns codes (rows,d), the Table whose columns they use, and the Fitted model."""
     table = look(tables.columns, tables.train, config, key)
     fitted = fit(table, config, key, out, same)
     return table.as_given(sample(fitted.model, rows, key.generator("rows"))), table, fitted
 
 
 def run(config: SynthConfig) -> Path:
-    """Raises: InputError; Stopped, and the same command goes on."""
+    """Makes the release and the report; returns the folder. Raises: InputError; Stopped, after which the same command
+    resumes."""
     check(config)
     out, began = Path(config.out), time.monotonic()
     must_be_own(out, [(name, getattr(config, name)) for name in ("data", "schema", "test")], "config.json", {"synth"})
@@ -184,34 +185,44 @@ def run(config: SynthConfig) -> Path:
         same = identity(config, tables)
         if not released(out, same):
             release(tables, config, out, same)
-            print("the table is written; now the report")
-        drop_key(out)                                                       # before all that may fail or take long
-        shutil.rmtree(out / "checkpoint", ignore_errors=True)               # other noise must not go on from there
+            print(f"[table] {time.monotonic() - began:.0f} s: {out / 'synthetic.csv'}")
+        drop_key(out)                                                       # before anything that may fail or take long
+        shutil.rmtree(out / "checkpoint", ignore_errors=True)           # a run with other noise must not resume from it
         if (out / "report.md").exists():
-            print(f"{out}: finished before")
+            print("[report] finished before")
         else:
             report(config, out, began)
-    print(f"table: {out / 'synthetic.csv'}\nreport: {out / 'report.md'}")
+    figures = json.loads((out / "figures.json").read_text())["figures"]
+    print(f"report: {out / 'report.md'}\n\n{aligned(HEAD, rows_of(numbers(figures)))}\n\n{sentence(figures, config)}")
     return out
 
 
+def sentence(figures: dict[str, dict], config: SynthConfig) -> str:
+    """The result in one sentence, from the distances of the largest common order of marginals up to 2."""
+    way = max(way for way in figures["DP-TBART"]["distance"] if way in "12")
+    others = ", ".join(f"{name} {found['distance'][way]:.4f}" for name, found in figures.items()
+                       if name not in ("DP-TBART", "the real table"))
+    return (f"At epsilon {config.epsilon:g} the table of DP-TBART has a mean {way}-way distance of "
+            f"{figures['DP-TBART']['distance'][way]:.4f} to the real table ({others}).")
+
+
 def released(out: Path, same: dict) -> bool:
-    """Whether a release of the same options lies in the folder. Raises: InputError if one of others does."""
+    """Whether the folder has a release of the same options. Raises: InputError if it has a release of other options."""
     if not (out / "privacy.json").exists():
         return False
-    there, now = noted(out / "config.json")["synth"], json.loads(to_json(same))
-    if differ := [name for name in now if there.get(name) != now[name]]:
-        what = "; ".join(f"{name}: there {there.get(name)!r}, now {now[name]!r}" for name in differ)
+    stored, now = noted(out / "config.json")["synth"], json.loads(to_json(same))
+    if differ := [name for name in now if stored.get(name) != now[name]]:
+        what = "; ".join(f"{name}: stored {stored.get(name)!r}, now {now[name]!r}" for name in differ)
         raise InputError(f"{out} holds a finished table of other options ({what}), which may have been published; use "
                          "another folder for this one", option="out")
     return True
 
 
 def release(tables: Tables, config: SynthConfig, out: Path, same: dict) -> None:
-    """Writes all that may be published; privacy.json comes last and says that it is whole."""
+    """Writes all files that may be published. privacy.json is the last: it means that the release is complete."""
     N, resumes = config.examples or len(tables.train), load_checkpoint(out, same) is not None
     write_whole(out / "config.json", to_json({"synth": same}, indent=1) + "\n")
-    (out / "report.md").unlink(missing_ok=True)                             # of a release that was taken away
+    (out / "report.md").unlink(missing_ok=True)                             # a report of an earlier, removed release
     key = kept_key(out, same, resumes)
     codes, table, fitted = synthesize(tables, config, config.rows or N, key, out, same)
     write_table(out / "synthetic.csv", codes, table.columns, key.generator("numbers"))
@@ -221,25 +232,27 @@ def release(tables: Tables, config: SynthConfig, out: Path, same: dict) -> None:
 
 
 def report(config: SynthConfig, out: Path, began: float) -> None:
-    """Writes figures.json and report.md, from the release and the tables. The bins of the release are the columns of
-    all tables now. began: of this command, for the report."""
-    columns, told = read_schema(out / "schema.json"), json.loads((out / "privacy.json").read_text())
+    """Writes figures.json and report.md from the release and the tables. All tables use the bins of the release. began:
+    start time of the command."""
+    columns, spending = read_schema(out / "schema.json"), json.loads((out / "privacy.json").read_text())
     tables, codes = read_tables(config, columns), read_table(out / "synthetic.csv", columns)
     real = {"the real table": tables.train} | ({} if tables.test is None else {"a second real table": tables.test})
     simpler = baselines(tables, config.epsilon, config.delta, len(codes), Key.fresh())
     figures = compared(tables, {"DP-TBART": codes} | simpler | real)
-    spent = (f"Each row of {told['rows']} is hidden with epsilon {told['epsilon']:.4g} at delta {told['delta']:g}. Not "
-             f"covered: {'; '.join(told['not_covered'])}") if told["spent"] else "No privacy: epsilon is inf."
+    spent = "No privacy: epsilon is inf."
+    if spending["spent"]:
+        spent = (f"Each of {spending['rows']} rows is protected with epsilon {spending['epsilon']:.4g} at delta "
+                 f"{spending['delta']:g}. Not covered: {'; '.join(spending['not_covered'])}.")
     where = environment()
     how = (f"{(time.monotonic() - began) / 60:.1f} minutes; revision {where['revision']}, torch {where['torch']}, "
-           f"`python -m data.synth {words(config)}`")
+           f"`python -m data.tables.synth {words(config)}`")
     write_whole(out / "figures.json", to_json({"config": asdict(config), "figures": figures}, indent=1) + "\n")
     write_whole(out / "report.md", "\n\n".join(["# A synthetic table", table_of(HEAD, rows_of(figures)), READING,
-                                                spent + ".", how + "."]) + "\n")
+                                                spent, how + "."]) + "\n")
 
 
 def words(config: SynthConfig) -> str:
-    """The options that are not at their defaults, as they would be given."""
+    """The options that differ from their defaults, as on the command line."""
     given = [(f.name, getattr(config, f.name)) for f in fields(config)]
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given
                     if value != getattr(SynthConfig, name) and name not in PRESETS[config.preset])
@@ -248,7 +261,7 @@ def words(config: SynthConfig) -> str:
 def main(argv: list[str]) -> None:
     steady()
     torch.set_float32_matmul_precision("highest")
-    config = parse(SynthConfig, argv, "python -m data.synth")
+    config = parse(SynthConfig, argv, "python -m data.tables.synth")
     check_choices(config, {"preset": PRESETS})
     given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv}
     run(replace(config, **{name: value for name, value in PRESETS[config.preset].items() if name not in given}))

@@ -1,9 +1,9 @@
-"""How long a preset takes, said before it starts: tokens passed through the model, at this machine's rate.
+"""Estimates the time of a preset before it starts, from token counts and the speed of this computer.
 
-Passing a token forward costs 2 operations a parameter, backward 4 more, or next to none if the trunk is frozen; a pair
-that only the E-step looks at is passed forward. The rate is that of one matrix product in the
-compute dtype, measured here and now, times the share of it that the program reaches (measured with SmolLM2 on two CPU
-cores; on a GPU, where a small model leaves most of it idle, a cautious guess). Downloads are not counted.
+A forward pass costs 2 operations for each parameter and token; a backward pass 4 more, or almost none with a frozen
+trunk. A context pair needs a forward pass only. The speed is that of one matrix product in the compute dtype, measured
+at the start, times the share of it that the program reaches (measured with SmolLM2 on two CPU cores; on a GPU, where a
+small model uses little of it, a cautious guess). Downloads are not included.
 """
 
 import time
@@ -14,26 +14,26 @@ import torch
 from mixdpo.config import compute_dtype
 
 PARAMETERS = {"gpt2": 124e6, "smollm2": 135e6, "llama-3.2-1b": 1236e6}
-REACHED = {"cpu": {"pass": 0.4, "decode": 0.19}, "cuda": {"pass": 0.2, "decode": 0.02}}  # share of the product's rate
-PARSED = 100  # texts a second and processor: spaCy
-JUDGE = 25  # seconds for 12,000 reviews: reading, hashing, fitting
+REACHED = {"cpu": {"pass": 0.4, "decode": 0.19}, "cuda": {"pass": 0.2, "decode": 0.02}}  # share of the product's speed
+PARSED = 100  # texts that spaCy parses in a second on one processor
+JUDGE = 25  # seconds to read 12,000 reviews and fit the judge of sentiment
 
 
 def work(preset: dict, parameters: float, prompt: int) -> dict[str, dict[str, float]]:
-    """Stage -> {"pass" | "decode": operations, "seconds": work of one processor}. prompt: tokens of a prompt."""
+    """Stage -> {"pass" | "decode": operations, "seconds": time of one processor}. prompt: tokens of a prompt."""
     response, forward = preset["max_response"], 2 * parameters
     continuations = (preset["prompts"] + preset["heldout"]) * preset["continuations"]
     pairs, held = preset["users"] * preset["pairs"], preset["users"] * preset["heldout_pairs"]
     held += 2 * preset.get("new_users", 0) * preset.get("new_pairs", 0)
     tuned = {"steps": 100, "batch": 16, "tokens": 128} | preset["finetune"]
     experts = [run["experts"] for run in preset["runs"].values()]
-    seen, passes = 2 * (prompt + response), 1.0                             # tokens of a pair; 1: the reference's pass
-    aside = preset["context"] / preset["pairs"]
+    seen, passes = 2 * (prompt + response), 1.0                         # tokens of a pair; 1: the pass of the reference
+    in_e_step = preset["context"] / preset["pairs"]
     for run in preset["runs"].values():
         in_context, epochs = run.get("estep") == "context", (preset["train"] | run).get("epochs", 1)
         of_step = 3 if run.get("train_trunk", True) else 1.3                # measured
-        passes += epochs * (aside * in_context + (1 - aside) * of_step)
-        passes += 0 if run["experts"] == 1 else aside if in_context else 1 - aside          # the last E-step
+        passes += epochs * (in_e_step * in_context + (1 - in_e_step) * of_step)
+        passes += 0 if run["experts"] == 1 else in_e_step if in_context else 1 - in_e_step          # the last E-step
     completed = preset["evaluate"] * (1 + sum(experts))
     return {
         "annotating": {"seconds": JUDGE * preset["judge_reviews"] / 12000 + continuations / PARSED},
@@ -46,12 +46,12 @@ def work(preset: dict, parameters: float, prompt: int) -> dict[str, dict[str, fl
 
 
 def product_rate(device: str) -> tuple[float, torch.dtype]:
-    """Operations a second of a matrix product of 1,024 rows, and the dtype it was measured in."""
+    """Operations per second of a matrix product with 1,024 rows, and its dtype."""
     dtype = compute_dtype("auto", device)[0]
     rows, matrix = (torch.randn(shape, device=device, dtype=dtype) for shape in ((1024, 768), (768, 3072)))
     wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     for _ in range(3):
-        rows @ matrix                                                       # the first ones set things up
+        rows @ matrix                                                       # warm-up
     wait()
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < 0.3:
@@ -62,7 +62,7 @@ def product_rate(device: str) -> tuple[float, torch.dtype]:
 
 
 def estimate(preset: dict, model: str, prompt: int) -> str:
-    """One line for the user: minutes by stage and in all."""
+    """One line for the user: total minutes, and minutes of each stage."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rate, dtype = product_rate(device)
     parameters = PARAMETERS.get(model) or sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) / 4
@@ -71,4 +71,4 @@ def estimate(preset: dict, model: str, prompt: int) -> str:
                for stage, parts in work(preset, parameters, prompt).items()}
     name = f"{rate / 1e9:,.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}"
     parts = ", ".join(f"{stage} {value:.0f}" for stage, value in minutes.items())
-    return f"about {sum(minutes.values()):.0f} minutes on this machine ({name}): {parts}; what is finished is skipped"
+    return f"about {sum(minutes.values()):.0f} minutes on this machine ({name}): {parts}; finished stages are skipped"

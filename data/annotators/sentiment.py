@@ -1,12 +1,12 @@
 """The judge of sentiment: P(positive) of a text, in [0, 1].
 
-Two judges, told apart by the `judge.json` in the folder they live in:
+There are two judges. `judge.json` in the job's folder says which is in use:
     bag         logistic regression on a text's set of words and word pairs, fitted on labelled reviews: `fit_sentiment`
     distilbert  DistilBERT fine-tuned on SST-2: `use_distilbert`; needs the package transformers and its weights
-What is judged later is short (a prompt and its response, about 50 words), and accuracy on whole reviews of 230 words
-says little about that: a piece of a review need not show the review's opinion. Both are measured, on reviews that the
-fit has not seen. Left out: pickles (they run code when opened). The bag hashes words to places, so its weights are one
-array, and no vocabulary is stored.
+The texts to judge are short (a prompt with its response, about 50 words). Accuracy on full reviews of 230 words says
+little about them, since a part of a review need not show its opinion. So both accuracies are measured, on held-out
+reviews. The bag hashes words to feature indices: its weights are one array, and no vocabulary is stored. No pickles are
+used, since they run code when opened.
 """
 
 import hashlib
@@ -20,28 +20,37 @@ import numpy as np
 from mixdpo.config import InputError, to_json
 
 DISTILBERT = "distilbert/distilbert-base-uncased-finetuned-sst-2-english"
-FEATURES = 2**20  # places of the hashed bag
-SHORT = 50  # words: a prompt of 16 tokens and a response of 48
-NEEDED = 0.88  # a judge that is right on a smaller share of held-out whole reviews is refused
-VERSION = 1  # part of the content key: raise it when the fit changes
+FEATURES = 2**20  # number of hashed features
+SHORT = 50  # words in a short text: a prompt of 16 tokens and a response of 48
+NEEDED = 0.88  # least accuracy on held-out full reviews; a worse judge is refused
+VERSION = 1  # part of the content key; raise it when the fit changes
 
 
 def sentiment(texts: list[str], folder) -> list[float]:
     """P(positive) of each text by the judge in `folder`. Raises: InputError if there is none."""
     judge = read_judge(folder)
     if judge is None:
-        raise InputError("no judge.json in it; let data.sentiment.fit_sentiment or use_distilbert make one",
-                         file=folder)
+        raise InputError("has no judge.json; run a job's data script, or data.annotators.sentiment.fit_sentiment, to "
+                         "make one", file=folder)
     return distilbert(texts, judge["model"]) if judge["kind"] == "distilbert" else bag(texts, Path(folder), judge)
 
 
 def read_judge(folder) -> dict | None:
-    """What judge.json says, or None if there is none."""
+    """The content of judge.json; None if the file does not exist."""
     spec = Path(folder) / "judge.json"
     return json.loads(spec.read_text()) if spec.is_file() else None
 
 
+def describe_judge(judge: dict) -> str:
+    """One clause on the quality of the judge, for the console."""
+    if judge["kind"] == "distilbert":
+        return "the judge of sentiment is DistilBERT"
+    return (f"the judge of sentiment is right on {judge['accuracy_whole']:.3f} of full reviews and "
+            f"{judge['accuracy_short']:.3f} of short texts")
+
+
 def write_judge(folder: Path, report: dict) -> None:
+    """Writes judge.json atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "judge.json.part").write_text(to_json(report, indent=1) + "\n")
     os.replace(folder / "judge.json.part", folder / "judge.json")
@@ -51,7 +60,7 @@ def write_judge(folder: Path, report: dict) -> None:
 
 
 def vectors(texts: list[str]):
-    """Unit vectors over a text's set of words, ! and ?, and pairs of neighbours: (N, FEATURES), sparse."""
+    """Sparse unit vectors (N, FEATURES) over a text's set of words, ! and ?, and of neighbouring pairs."""
     if importlib.util.find_spec("sklearn") is None:
         raise InputError("the judge of sentiment needs scikit-learn, which is not installed: pip install '.[data]'")
     from sklearn.feature_extraction.text import HashingVectorizer
@@ -71,27 +80,29 @@ def bag(texts: list[str], folder: Path, judge: dict) -> list[float]:
 
 
 def piece(text: str, words: int, rng: np.random.Generator) -> str:
-    """`words` words in a row of the text, from a place drawn at random; the whole text if it has no more."""
+    """`words` consecutive words of the text from a random position; the full text if it is not longer."""
     all_words = text.split()
     start = rng.integers(max(len(all_words) - words, 0) + 1)
     return " ".join(all_words[start : start + words])
 
 
 def log_ratio(x, y: np.ndarray) -> np.ndarray:
-    """log of a place's share among the positives' words over that among the negatives', counts plus one: (FEATURES,)"""
+    """log of a feature's share in positive texts divided by its share in negative texts, counts plus one:
+    (FEATURES,)."""
     positive, negative = (1 + np.asarray((x[y == label] > 0).sum(axis=0)).ravel() for label in (1, 0))
     return np.log(positive / positive.sum()) - np.log(negative / negative.sum())
 
 
 def fit_sentiment(reviews: list[tuple[str, int]], folder, seed: int = 0, needed: float = NEEDED) -> dict:
-    """Fits the judge on reviews (text, 1 if positive else 0), writes it to `folder`; if it is there, only reads it.
+    """Fits the judge on reviews (text, 1 if positive else 0) and writes it to `folder`; returns its report. A judge
+    that was fitted to the same reviews is reused.
 
-    An eighth of the reviews, 3,000 at most, is held out. The others count twice: whole, and as a piece of 25, 50 or 75
-    words under the review's label, since short texts are what it will judge. Each word and pair counts with the
-    log-ratio of its shares in positive and negative texts (Wang & Manning 2012; plain ones cost a point of accuracy).
-    Slope and offset of the final sigmoid (Platt) are fitted on pieces of 50 words of a third of the held-out reviews;
-    the figures of the report, which is returned, are those on the other two thirds.
-    Raises: InputError if it judges fewer than `needed` of the held-out whole reviews rightly.
+    An eighth of the reviews, at most 3,000, is held out. Each other review is used twice: in full, and as a piece of
+    25, 50 or 75 words with the review's label, since the judge is used on short texts. Features are weighted by the
+    log-ratio of their shares in positive and negative texts (Wang & Manning 2012; without it accuracy is 0.01 lower).
+    Slope and offset of the final sigmoid (Platt) are fitted to pieces of 50 words of a third of the held-out reviews.
+    The report's figures are measured on the other two thirds. Raises: InputError if accuracy on held-out full reviews
+    is below `needed`.
     """
     folder, key = Path(folder), sentiment_key(reviews, seed)
     if (judge := read_judge(folder)) and judge.get("key") == key:
@@ -113,27 +124,27 @@ def fit_sentiment(reviews: list[tuple[str, int]], folder, seed: int = 0, needed:
         return (vectors(texts) @ weight + model.intercept_)[:, None], np.array([label for _, label in part])
 
     platt = LogisticRegression(C=1e6).fit(*logits(tuning, cut=True))
-    (short, truth), (whole, _) = logits(testing, cut=True), logits(testing, cut=False)
+    (short, truth), (full, _) = logits(testing, cut=True), logits(testing, cut=False)
     of_truth = platt.predict_proba(short)[np.arange(len(truth)), truth]                     # (N,)
     report = {"kind": "bag", "key": key, "intercept": float(model.intercept_[0])}
     report |= {"slope": float(platt.coef_[0, 0]), "offset": float(platt.intercept_[0])}
     report |= {"reviews_fitted": len(fitting), "reviews_held_out": len(testing)}
-    report |= {"accuracy_whole": platt.score(whole, truth), "accuracy_short": platt.score(short, truth)}
+    report |= {"accuracy_whole": platt.score(full, truth), "accuracy_short": platt.score(short, truth)}
     report |= {"nats_short": -float(np.log(of_truth).mean())}
     if report["accuracy_whole"] < needed:
         got = f"the judge of sentiment is right on {report['accuracy_whole']:.3f} of {len(testing)} held-out reviews"
-        remedy = "choose distilbert, give it more reviews, or look at their labels"
+        remedy = "choose distilbert, give more reviews, or check their labels"
         raise InputError(f"{got}, wanted {needed}; it was fitted on {len(fitting)}: {remedy}", option="sentiment")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "judge.json").unlink(missing_ok=True)
     save_file({"weight": weight}, folder / "sentiment.safetensors.part")
     os.replace(folder / "sentiment.safetensors.part", folder / "sentiment.safetensors")
-    write_judge(folder, report)  # last: it vouches for the weights beside it
+    write_judge(folder, report)  # last: judge.json means that the weights are complete
     return report
 
 
 def sentiment_key(reviews: list[tuple[str, int]], seed: int) -> str:
-    """sha256 of what the fit depends on."""
+    """sha256 of the inputs of the fit."""
     key = hashlib.sha256(json.dumps([VERSION, FEATURES, SHORT, seed]).encode())
     for review in reviews:
         key.update(json.dumps(review).encode())
@@ -144,32 +155,33 @@ def sentiment_key(reviews: list[tuple[str, int]], seed: int) -> str:
 
 
 def find_distilbert(data=None) -> tuple[str | None, str]:
-    """(name or directory of DistilBERT, why), or (None, why it cannot be had).
-    data: local folder, looked into first."""
+    """(name or directory of DistilBERT, reason), or (None, reason) if it cannot be loaded. data: local folder, searched
+    first."""
     if importlib.util.find_spec("transformers") is None:
         return None, "DistilBERT needs the package transformers, which is not installed"
     from transformers import AutoModelForSequenceClassification
 
     local = Path(data or ".") / DISTILBERT.split("/")[1]
     if data is not None and (local / "config.json").is_file():
-        return str(local), "DistilBERT lies in the data folder"
+        return str(local), "DistilBERT is in the data folder"
     try:
         AutoModelForSequenceClassification.from_pretrained(DISTILBERT)      # from transformers' cache, or downloaded
     except OSError as error:
-        return None, f"DistilBERT cannot be had ({str(error).splitlines()[0]})"
-    return DISTILBERT, "DistilBERT is at hand"
+        return None, f"DistilBERT cannot be loaded ({str(error).splitlines()[0]})"
+    return DISTILBERT, "DistilBERT is available"
 
 
 def use_distilbert(folder, model: str) -> dict:
-    """Makes DistilBERT the judge in `folder`. model: a directory or a name on the hub, as find_distilbert gives it."""
+    """Makes DistilBERT the judge in `folder`. model: a directory or a name on the hub, as find_distilbert returns
+    it."""
     report = {"kind": "distilbert", "model": str(model)}
-    distilbert(["a film"], report["model"])  # it loads, or says why not, before anything is sampled
+    distilbert(["a film"], report["model"])  # fails here, before sampling, if it cannot be loaded
     write_judge(Path(folder), report)
     return report
 
 
 def distilbert(texts: list[str], model: str, batch: int = 64) -> list[float]:
-    """P(positive) by a sequence classifier of two classes, negative first, as SST-2's are."""
+    """P(positive) by a sequence classifier with two classes, negative first, as in SST-2."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

@@ -1,15 +1,18 @@
-"""An LLM as judge, behind any endpoint that speaks OpenAI's chat completions.
+"""An LLM as judge, behind any endpoint with OpenAI's chat completions.
 
-    OPENAI_BASE_URL     its address, default https://api.openai.com/v1        OPENAI_API_KEY     its key
-    MIXDPO_PRICE        "0.15,0.60": dollars a million tokens in and out, for the bill
+    OPENAI_BASE_URL     address of the endpoint, default https://api.openai.com/v1      OPENAI_API_KEY     its key
+    MIXDPO_PRICE        "0.15,0.60": dollars for a million input and output tokens, to compute the cost
 
-Answers are kept in a file as they come, by what was asked, and never asked for again. A refusal for the moment (429,
-5xx) or a slow or cut-off reply is tried again, ATTEMPTS times in all, after the pause that the endpoint names or a
-growing one; then the command ends, and goes on when it is run again. A reply without a verdict (`verdict`) is tried
-again as often, without a pause; then the comparison is not judged: null, and kept (to ask again, take its line out). So
-is one that the endpoint refuses as such (REFUSED, say a content filter), but that is asked anew in another run; where
-MOST_REFUSED are refused and none is answered, the command ends. A model that takes no temperature is asked without one.
-Left out: sampling (temperature 0), several models, and asking for reasons.
+Each verdict is stored in a file as soon as it arrives, under a key of the question, and is not requested again.
+
+    temporary error     (429, 5xx, or a slow or incomplete reply) is retried, ATTEMPTS times in all, after the pause
+                        that the endpoint names or a growing pause. Then the command stops; the same command resumes
+    no verdict          (`verdict`) is retried as often, without a pause. Then the comparison is not judged, and null is
+                        stored; delete its line to ask again
+    refused question    (REFUSED, for example by a content filter) is not judged, and is asked again in another run. If
+                        MOST_REFUSED are refused and none is answered, the command stops
+
+A model that does not accept temperature 0 is asked without it. Left out: sampling, several models, reasons.
 """
 
 import hashlib
@@ -24,14 +27,14 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data.stages import read_lines, write_lines
+from data.experiment.stages import read_lines, write_lines
 from mixdpo.config import InputError
 from mixdpo.runs.log import Progress
 
 ATTEMPTS, AT_ONCE = 5, 8
-PAUSE, LONGEST = 1.0, 60.0      # seconds: the first pause, twice as long each time; and the longest, or wait, of all
+PAUSE, LONGEST = 1.0, 60.0      # seconds: first pause, which doubles each time; longest pause, and timeout
 WORDS = ("first", "second", "tie")
-REFUSED, MOST_REFUSED = (400, 413, 422), 16     # statuses that one request may have by its own fault
+REFUSED, MOST_REFUSED = (400, 413, 422), 16     # statuses that a single question can cause
 ASK = """Two answers to the same conversation are below. Which is {criterion}?
 
 [Conversation]
@@ -47,13 +50,13 @@ Say one word only: first, second or tie."""
 
 
 class NoVerdict(ValueError):
-    """The model replied, and its reply names no winner."""
+    """The reply has no verdict."""
 
 
 def verdict(reply: str | None, criterion: str) -> str:
-    """One of WORDS, from a reply to ASK: the word alone, "Second answer", "The first answer is better.", "It's a tie",
-    behind a <think> block or not. Anything else could mean the other answer ("the first is worse").
-    Raises: NoVerdict."""
+    """One of WORDS from a reply to ASK: the word itself, "Second answer", "The first answer is better." or "It's a
+    tie", with or without a <think> block. Other replies may mean the opposite ("the first is worse"). Raises:
+    NoVerdict."""
     text = re.sub(r"[\s*_`\"]+", " ", str(reply or "").rpartition("</think>")[2]).strip(" .!:'").lower()
     better = "|".join(["(?:the )?better", "(?:the )?best", "preferable", "preferred", re.escape(criterion.lower())])
     lead = r"(?:(?:my |the )?(?:final )?(?:answer|verdict|choice)(?: is)? ?:? ?)?"
@@ -66,56 +69,57 @@ def verdict(reply: str | None, criterion: str) -> str:
 
 
 class Refusal(Exception):
-    """The endpoint answers with an error status."""
+    """The endpoint returned an error status."""
 
     def __init__(self, error: urllib.error.HTTPError):
         self.status, self.text = error.code, error.read(300).decode(errors="replace")
         named = error.headers.get("Retry-After", "")
-        self.pause = float(named) if named.replace(".", "", 1).isdigit() else None          # seconds, if it names them
+        self.pause = float(named) if named.replace(".", "", 1).isdigit() else None          # seconds, or None
         super().__init__(f"HTTP {error.code} {error.reason}: {self.text}")
 
 
 class Endpoint:
-    """A model behind an address."""
+    """A model at an address, and the file with its verdicts."""
 
-    def __init__(self, model: str, kept: Path):
-        self.model, self.kept, self.lock = model, kept, threading.Lock()
+    def __init__(self, model: str, store: Path):
+        self.model, self.store, self.lock = model, store, threading.Lock()
         self.address = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").rstrip("/")
         self.key = os.environ.get("OPENAI_API_KEY", "")
         if not self.key and "OPENAI_BASE_URL" not in os.environ:
-            raise InputError("llm: wants OPENAI_API_KEY in the environment, and OPENAI_BASE_URL for another endpoint "
-                             "than OpenAI's", option="judge")
-        rows = read_lines(kept, whole=True) if kept.exists() else []
-        write_lines(kept, rows)                                             # without a line that was cut short
+            raise InputError("llm: needs OPENAI_API_KEY in the environment, or OPENAI_BASE_URL for another "
+                             "endpoint", option="judge")
+        rows = read_lines(store, complete=True) if store.exists() else []
+        write_lines(store, rows)                                            # removes an incomplete last line
         self.known = {row["key"]: row["answer"] for row in rows}
         self.calls, self.tokens, self.ended, self.refusals, self.options = 0, [0, 0], False, [], {"temperature": 0}
-        self.asked = set()
+        self.keys = set()                                                   # of all questions of this run
 
-    def answers(self, asked: list[tuple[str, str, str, str]]) -> list[str | None]:
-        """One of WORDS for each (criterion, prompt, first, second), in order; None where the model gives no verdict."""
-        keys = [hashlib.sha256(json.dumps([self.model, *question]).encode()).hexdigest() for question in asked]
-        self.asked.update(keys)
-        open_ones = {key: question for key, question in zip(keys, asked) if key not in self.known}
+    def answers(self, questions: list[tuple[str, str, str, str]]) -> list[str | None]:
+        """One of WORDS for each (criterion, prompt, first, second), in order; None if there is no verdict. Raises:
+        InputError if the endpoint fails."""
+        keys = [hashlib.sha256(json.dumps([self.model, *question]).encode()).hexdigest() for question in questions]
+        self.keys.update(keys)
+        unanswered = {key: question for key, question in zip(keys, questions) if key not in self.known}
         progress = Progress(f"judged by {self.model}")
         with ThreadPoolExecutor(AT_ONCE) as pool:
             try:
-                for n, _ in enumerate(pool.map(self.resolve, open_ones, open_ones.values()), 1):
-                    progress(n, len(open_ones))
+                for n, _ in enumerate(pool.map(self.resolve, unanswered, unanswered.values()), 1):
+                    progress(n, len(unanswered))
             except BaseException:
-                self.ended = True                                           # those under way ask no more
+                self.ended = True                                           # running requests are not retried
                 raise
         if self.refusals:
-            print(f"{len(self.refusals)} questions were refused, and are asked again in another run; the last time: "
-                  f"{self.refusals[-1]}")
+            print(f"warning: {len(self.refusals)} questions were refused and are not judged; run the same command "
+                  f"again to ask them. The last refusal: {self.refusals[-1]}")
         return [self.known[key] for key in keys]
 
     def resolve(self, key: str, question: tuple) -> None:
-        """Asks until there is an answer, or it is clear that there is none, and keeps that."""
+        """Asks until there is a verdict or no attempt is left, and stores the result. Raises: InputError."""
         reasons, failed = [], None
         for attempt in range(0 if self.ended else ATTEMPTS):
             pause = PAUSE * 2**attempt
             try:
-                self.keep(key, self.ask(question))
+                self.save(key, self.ask(question))
                 return
             except Refusal as refusal:
                 failed, pause = refusal, pause if refusal.pause is None else refusal.pause
@@ -131,27 +135,27 @@ class Endpoint:
             reasons.append(f"{type(failed).__name__}: {failed}")
             time.sleep(min(pause, LONGEST))
         if isinstance(failed, NoVerdict):
-            self.keep(key, None)
+            self.save(key, None)
             return
         self.ended = True
-        raise InputError(f"no answer from {self.address} in {ATTEMPTS} attempts ({'; '.join(reasons)}); what was "
-                         f"answered is kept in {self.kept}: run the same command again to go on", option="judge")
+        raise InputError(f"no answer from {self.address} in {ATTEMPTS} attempts ({'; '.join(reasons)}); the "
+                         f"verdicts are stored in {self.store}; run the same command again to resume", option="judge")
 
-    def keep(self, key: str, answer: str | None) -> None:
-        """One answer, for this run and later ones."""
-        with self.lock, self.kept.open("a", encoding="utf-8") as file:
+    def save(self, key: str, answer: str | None) -> None:
+        """Stores one verdict."""
+        with self.lock, self.store.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"key": key, "answer": answer}) + "\n")
             self.known[key] = answer
 
     def refused_alone(self, key: str, refusal: Refusal) -> bool:
-        """Takes the refusal for this question's own fault, unless many are refused and none was answered."""
+        """Records a refusal. Returns whether the question caused it: not if many are refused and none was answered."""
         with self.lock:
             self.refusals.append(refusal)
             self.known[key] = None
-            return len(self.refusals) < MOST_REFUSED or any(self.known.get(asked) for asked in self.asked)
+            return len(self.refusals) < MOST_REFUSED or any(self.known.get(key) for key in self.keys)
 
     def ask(self, question: tuple) -> str:
-        """One question: its verdict. Raises: whatever can go wrong."""
+        """The verdict on one question. Raises: NoVerdict, Refusal, and network errors."""
         content = ASK.format(**dict(zip(("criterion", "prompt", "first", "second"), question)))
         try:
             reply = self.call(content)
@@ -160,13 +164,13 @@ class Endpoint:
                 raise
             with self.lock:
                 if self.options.pop("temperature", None) is not None:
-                    print(f"{self.model} takes no temperature of 0: it is asked without one, so that it may answer "
-                          "otherwise another time")
+                    print(f"warning: {self.model} takes no temperature of 0, so it is asked without; its verdicts may "
+                          "differ in another run, and a larger number of prompts makes the win rate stable")
             reply = self.call(content)
         return verdict(reply["choices"][0]["message"]["content"], question[0])
 
     def call(self, content: str) -> dict:
-        """One request: the reply, whose tokens are counted. Raises: Refusal, and whatever else can go wrong."""
+        """The reply to one request; counts its tokens. Raises: Refusal, and network errors."""
         body = {"model": self.model, **self.options, "messages": [{"role": "user", "content": content}]}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(f"{self.address}/chat/completions", json.dumps(body).encode(), headers)
@@ -184,7 +188,7 @@ class Endpoint:
         return reply
 
     def bill(self) -> str:
-        """Calls and tokens so far, and what they cost if the price is known."""
+        """Calls and tokens so far, and their cost if the price is known."""
         line = f"{self.calls} calls, {self.tokens[0]} tokens in, {self.tokens[1]} out"
         if price := os.environ.get("MIXDPO_PRICE"):
             dollars = sum(float(each) * count for each, count in zip(price.split(","), self.tokens)) / 1e6

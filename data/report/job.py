@@ -1,11 +1,11 @@
-"""A job, read back: what its files say, and the figures that the report makes of them.
+"""Reads the files of a job, and computes the figures that the report adds to those of eval.py.
 
     paired difference   mean over prompts of a(prompt) - b(prompt), with its standard error: same prompts, same seeds
-    by annotator        mean responsibilities of the groups of an annotator, over a stretch of consecutive steps
+    by annotator        mean responsibilities of an annotator's groups over an interval of steps
 
 A job is a folder with results.json and samples.jsonl (eval.py), dataset.json and preference files (the data script),
-reference/, and a directory for each run; or one run in such a folder, with results.json and samples.jsonl of its own.
-Any of them may be missing. Left out: every figure that eval.py computes.
+reference/, and a directory for each run. It may also be one run in such a folder, with its own results.json and
+samples.jsonl. Any of these files may be missing.
 """
 
 import json
@@ -16,54 +16,54 @@ from pathlib import Path
 
 import numpy as np
 
-from data.stages import numbers
+from data.experiment.stages import numbers
 from mixdpo import config as configs
 from mixdpo.evaluation.statistics import mean_se
 from mixdpo.runs.options import TrainConfig
 from mixdpo.text.records import lines
 
-SAMPLES = 6  # prompts whose completions are shown
+SAMPLES = 6  # number of prompts whose completions are shown
 FIGURES = {"mean", "se", "values", "conflicts_by_pair", "effective_experts", "ari", "matched", "bayes_ari",
            "bayes_matched", "perplexity_before", "perplexity_after", "rate", "low", "high"}
 
 
 @dataclass
 class Run:
-    """One run directory."""
+    """The files of one run directory."""
 
     name: str
     config: dict
-    metrics: list[dict]             # one a step
+    metrics: list[dict]             # one for each step
     steps: list[dict]               # {"step", "groups": indices into units, "q": their responsibilities (G,K)}
-    units: list[str]                # annotator of each training group, "all" if unnamed; [] if it cannot be told
-    seconds: float                  # from its (last) start to its last step, by the files' times
+    units: list[str]                # annotator of each training group, "all" if unnamed; [] if unknown
+    seconds: float                  # from the last start to the last step, by modification times
 
 
 @dataclass
 class Job:
-    """Everything the report is made of."""
+    """All inputs of the report."""
 
     home: Path
     results: dict
     dataset: dict
     samples: list[dict]             # the first few
     tuned: dict                     # reference/finetune.json
-    files: dict[str, list[dict]]    # train, heldout, prompts: the records of each, where the file is
+    files: dict[str, list[dict]]    # records of train, heldout and prompts, for each file that exists
     runs: list[Run]
-    win_rates: dict = field(default_factory=dict)                           # winrates.json (data/judges.py)
+    win_rates: dict = field(default_factory=dict)                           # winrates.json (data/annotators/judges.py)
 
 
 # ---- reading
 
 
 def records(path: Path, most: int | None = None) -> list[dict]:
-    """The objects of a .jsonl file, the first `most` of them; none if there is no such file."""
+    """The first `most` objects of a .jsonl file, or all; [] if the file does not exist."""
     return [json.loads(line) for line in islice(lines(path), most) if line.strip()] if path.exists() else []
 
 
 def read_job(folder: Path) -> Job:
-    """The runs are those that results.json names, in its order; all in the folder if it names none."""
-    home = folder.parent if (folder / "metrics.jsonl").exists() else folder  # of a single run's data
+    """Reads a job. Runs are those in results.json, in its order, or all runs in the folder if it names none."""
+    home = folder.parent if (folder / "metrics.jsonl").exists() else folder  # one run: the data lie above it
 
     def read(path: Path) -> dict:
         return json.loads(path.read_text(), object_hook=figure) if path.exists() else {}
@@ -74,31 +74,32 @@ def read_job(folder: Path) -> Job:
     runs = [read_run(home / name) for name in found if not named.keys() & set(found) or name in named]
     runs.sort(key=lambda run: [*named, run.name].index(run.name))
     files = {name: rows for name in ("train", "heldout", "prompts") if (rows := records(home / f"{name}.jsonl"))}
-    shown = SAMPLES if results.get("asked", True) else 0                    # else they are of an evaluation before
+    shown = SAMPLES if results.get("asked", True) else 0                 # else samples.jsonl is older than results.json
     samples = records(folder / "samples.jsonl", shown)
     tuned = read(home / "reference" / "finetune.json")
     return Job(home, results, read(home / "dataset.json"), samples, tuned, files, runs, read(folder / "winrates.json"))
 
 
 def figure(found: dict) -> dict:
-    """An object of a results file: what is null in a figure or a list of them was NaN (mixdpo/config.py, to_json);
-    anything else that is null is not there."""
+    """Turns null back into NaN in the FIGURES of a JSON object (mixdpo/config.py, to_json); other nulls mean
+    "absent"."""
     return found | {name: numbers(found[name]) for name in FIGURES & found.keys()}
 
 
 def run_of(row: str) -> str:
-    """The run that a row of the policies belongs to; "reference" is its own."""
+    """The run that a row of the policies belongs to; "reference" stays as it is."""
     return re.sub(r" (mixture|sparse|head \d+)$", "", row)
 
 
 def read_run(path: Path) -> Run:
+    """Reads a run directory. Raises: InputError if its config.json is not valid."""
     config = vars(configs.load(TrainConfig, path / "config.json", report=lambda line: None))       # eval.py reported
-    beside = path.parent / Path(config["data"]).name
-    data = beside if beside.exists() else Path(config["data"])              # a job's folder may have moved since
+    local = path.parent / Path(config["data"]).name
+    data = local if local.exists() else Path(config["data"])                # the job's folder may have moved
     units = {}
     for n, pair in enumerate(records(data) if not config["drop"] else []):  # dropped lines would shift the numbers
         if pair.get("context") and config["estep"] != "context":
-            continue                                                        # in no group (mixdpo/plan.py)
+            continue                                                        # belongs to no group (mixdpo/plan.py)
         units.setdefault(pair["user"] if config["latent"] == "user" else n, pair.get("annotator") or "all")
     seconds = (path / "metrics.jsonl").stat().st_mtime - (path / "config.json").stat().st_mtime
     return Run(path.name, config, numbers(records(path / "metrics.jsonl")), records(path / "responsibilities.jsonl"),
@@ -106,7 +107,7 @@ def read_run(path: Path) -> Run:
 
 
 def annotators_of(job: Job) -> list[str]:
-    """All annotators in a fixed order: as dataset.json has them, then any others by name."""
+    """All annotators in a fixed order: those of dataset.json in its order, then others by name."""
     seen = {name for run in job.runs for name in run.units}
     seen |= {name for figures in job.results["preferences"].values() for name in figures["accuracy"]}
     first = list(job.dataset.get("annotators", []))
@@ -114,13 +115,13 @@ def annotators_of(job: Job) -> list[str]:
 
 
 def rewards_of(job: Job) -> list[str]:
-    """Names of the rewards in the order of each policy's "values"; none if no completions were evaluated."""
+    """Names of the rewards in the order of each policy's "values"; [] if no completions were evaluated."""
     row = next(iter(job.results["policies"].values()), {})
     return [name for name in row if name not in ("trained", "gain", "kl", "length", "values", "w")]
 
 
 def heads_of(job: Job) -> dict[str, list[str]]:
-    """Run -> the rows of the policies that are its heads, in their order."""
+    """Run -> its head rows among the policies, in order."""
     heads = {}
     for row in job.results["policies"]:
         if re.search(r" head \d+$", row):
@@ -132,14 +133,14 @@ def heads_of(job: Job) -> dict[str, list[str]]:
 
 
 def paired(rows: dict, a: str, b: str) -> list[dict]:
-    """Policy a minus policy b, one figure a reward."""
+    """Policy a minus policy b: one figure for each reward."""
     difference = np.array(rows[a]["values"]) - np.array(rows[b]["values"])                  # (N,R)
     return [mean_se(column) for column in difference.T]
 
 
-def by_annotator(run: Run, stretches: int = 30) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Annotator -> middles of the stretches (S,) in steps, mean responsibilities (S,K) of its groups, or NaN."""
-    edges = np.linspace(0, len(run.steps), min(stretches, len(run.steps)) + 1).round().astype(int)
+def by_annotator(run: Run, intervals: int = 30) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Annotator -> midpoints of the intervals (S,) in steps, and mean responsibilities of its groups (S,K) or NaN."""
+    edges = np.linspace(0, len(run.steps), min(intervals, len(run.steps)) + 1).round().astype(int)
     out = {}
     for name in dict.fromkeys(run.units):
         means = np.full((len(edges) - 1, run.config["experts"]), np.nan)
@@ -147,7 +148,7 @@ def by_annotator(run: Run, stretches: int = 30) -> dict[str, tuple[np.ndarray, n
             pairs = [(g, q) for step in run.steps[first:end] for g, q in zip(step["groups"], step["q"])]
             if rows := [q for g, q in pairs if run.units[g] == name]:
                 means[s] = np.mean(rows, axis=0)
-        out[name] = (edges[:-1] + edges[1:] + 1) / 2, means                 # steps count from 1
+        out[name] = (edges[:-1] + edges[1:] + 1) / 2, means                 # steps start at 1
     return out
 
 
@@ -158,11 +159,10 @@ def last_responsibilities(run: Run) -> dict[str, np.ndarray]:
             for name in dict.fromkeys(run.units)}
 
 
-def smooth(values: list, stretches: int = 50) -> tuple[np.ndarray, np.ndarray]:
-    """Means over at most `stretches` stretches of consecutive steps: middles (S,) and means (S,...). Steps without
-    figures, which nobody took part in, count for nothing."""
+def smooth(values: list, intervals: int = 50) -> tuple[np.ndarray, np.ndarray]:
+    """Means over up to `intervals` intervals of steps: midpoints (S,) and means (S,...). NaN steps are skipped."""
     values = np.array(values, dtype=np.float64)
-    edges = np.linspace(0, len(values), min(stretches, len(values)) + 1).round().astype(int)
+    edges = np.linspace(0, len(values), min(intervals, len(values)) + 1).round().astype(int)
     parts = [values[a:b] for a, b in zip(edges, edges[1:])]
     counts = [np.isfinite(part).sum(0) for part in parts]
     means = [np.nansum(part, 0) / np.where(n > 0, n, np.nan) for part, n in zip(parts, counts)]

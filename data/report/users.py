@@ -1,27 +1,27 @@
-"""What the report says of types of users: what each gets, what new users get, and of planted types.
+"""Tables about users: accuracy by type, accuracy for new users, win rates, and the study of planted types.
 
-    greatest regret     the most that a type loses against the run that serves it best: max over types, per run
-    where types disagree    pairs that two types order differently, under the expert that stands for the pair's judge
+    greatest regret         largest loss of a type against the run that serves the type best: max over types, per run
+    where types disagree    pairs that two types order differently, scored by the expert of the type that judged
 """
 
 import math
 
 import numpy as np
 
-from data.job import Job, annotators_of
-from data.tables import NONE, escape, in_ses, measured, plain, pm, section, table
+from data.report.job import Job, annotators_of
+from data.report.tables import NONE, escape, in_ses, measured, plain, pm, section, table
 from mixdpo.evaluation.statistics import mean_se
 
-WAYS = ("user", "pair, pooled", "pair, majority")  # of assigning users to planted types (data/planted.py)
+WAYS = ("user", "pair, pooled", "pair, majority")  # how users are assigned to types (data/experiment/planted.py)
 
 
 def types(job: Job) -> str:
     title, rows, kinds = "What each type of user gets", job.results["preferences"], annotators_of(job)
     kinds = [kind for kind in kinds if all(kind in figures["types"] for figures in rows.values())]
     if not rows or len(kinds) < 2:
-        return section(title, "Not measured: it takes held-out pairs of several annotators.")
+        return section(title, "Not measured: this needs held-out pairs of several annotators.")
     best = {kind: max(figures["types"][kind]["accuracy"]["mean"] for figures in rows.values()) for kind in kinds}
-    by_accuracy, by_nats, apart = [], [], []
+    by_accuracy, by_nats, by_expert = [], [], []
     dpo = next((figures for figures in rows.values() if figures["experts"] == 1), None)
     for run, figures in rows.items():
         of = figures["types"]
@@ -37,21 +37,18 @@ def types(job: Job) -> str:
                 less = [pm(gap := mean_se(gap, figures["conflicts_prompt"]), sign="+"), in_ses(gap)]
             own = [of[kind]["own_expert"] for kind in kinds]
             shares = [pm(f) for f in (*own, found)]
-            apart.append([escape(run), *shares, *less, str(found["n"])])
+            by_expert.append([escape(run), *shares, *less, str(found["n"])])
     head = ["run", *map(escape, kinds), "worst type"]
     return section(
         title,
-        "Accuracy on held-out pairs of each type, under the user's own weights where they are known: the worst type's "
-        "is what a policy guarantees; the greatest regret is the most that a type loses against the run that serves it "
-        "best.",
+        "Look at the worst type: it is what a run guarantees. Accuracy uses each user's own weights; the greatest "
+        "regret is the largest loss of a type against the run that serves the type best.",
         table([*head, "greatest regret"], by_accuracy),
-        "The same in nats a pair.", table(head, by_nats),
-        apart and "Were every user's type known: its expert's accuracy on all pairs of the type, and on those pairs on "
-        "which types disagree; and how much better than DPO there, pair by pair. SEs count prompts here, since no "
-        "user's own weights are used, and prompts and users in the tables above. An empty cell "
-        "is a type for which no expert stands.",
-        apart and table(["run", *(f"{escape(kind)}, its expert" for kind in kinds), "where types disagree",
-                         "less DPO's", "in SEs", "pairs"], apart))
+        "Log-likelihood of the same pairs (nats a pair).", table(head, by_nats),
+        by_expert and "Accuracy if each user's type were known. Look at the pairs on which types disagree, where DPO "
+        "cannot be right for all. A cell is empty if no expert stands for the type.",
+        by_expert and table(["run", *(f"{escape(kind)}, its expert" for kind in kinds), "where types disagree",
+                         "minus DPO", "in SEs", "pairs"], by_expert))
 
 
 def adaptation(job: Job) -> str:
@@ -66,13 +63,12 @@ def adaptation(job: Job) -> str:
                 body.append([escape(run), what, *(cells.get(n, NONE) for n in shown), *last])
         users = ", ".join(f"{p['users']} at {p['shown']}" for p in next(iter(runs.values())))
         parts += [f"{escape(name)} (users: {users}):",
-                  table(["run", "accuracy", *(f"{n} shown" for n in shown), f"{shown[-1]} less none", "in SEs"], body,
+                  table(["run", "accuracy", *(f"{n} shown" for n in shown), f"rise at {shown[-1]}", "in SEs"], body,
                         left=2)]
     return section(
         title,
-        "Accuracy on the second half of a new user's pairs, when so many of the first half were shown: a posterior "
-        "over the experts, and no weight is touched. SEs count users and prompts; the last two columns compare each "
-        "user with itself.", *parts)
+        "Look at the rise: accuracy on a new user's second half of pairs, given a posterior over experts from pairs of "
+        "the first half. No weight is trained; the last two columns compare each user with no pairs shown.", *parts)
 
 
 def win_rates(job: Job) -> str:
@@ -88,17 +84,17 @@ def win_rates(job: Job) -> str:
         body.append([escape(policy), *map(cell, of), cell(worst), f"{ties:.1f}", f"{unjudged:.1f}"])
     return section(
         "Win rates",
-        f"Against {escape(found['against'])} on {found['prompts']} prompts, judged by {escape(found['judge'])}: the "
-        "share of prompts on which a policy's completion is preferred, ties half, with its 95 % bootstrap interval; "
-        "0.5 is no better. Prompts that the judge did not answer are in no rate.",
+        f"Share of {found['prompts']} prompts on which {escape(found['judge'])} prefers a policy's completion to that "
+        f"of {escape(found['against'])}, with a 95 % bootstrap interval. A tie counts one half; 0.5 is no difference.",
         table(["policy", *map(escape, columns), "worst", "ties", "not judged"], body))
 
 
-# ---- planted types (data/planted.py)
+# ---- planted types (data/experiment/planted.py)
 
 
 def of_bayes(row: dict, way: str) -> dict:
-    """Mean over worlds of the ARI over the Bayes-optimal one's, with its SE, and in how many it is 0.9 or more."""
+    """Mean over worlds of ARI / Bayes-optimal ARI, with its SE; "reach": number of worlds with a ratio of 0.9 or more.
+    """
     ratios = [world[way] / world["bayes"] for world in row["worlds"]]
     return mean_se(ratios) | {"reach": sum(ratio >= 0.9 for ratio in ratios)}
 
@@ -109,10 +105,9 @@ def planted(found: dict) -> str:
         cells = [f"{pm(of_bayes(row, way))}; {of_bayes(row, way)['reach']} of {len(row['worlds'])}" for way in WAYS]
         rows.append([str(row["types"]), str(row["each"]), str(row["users"]), pm(mean_se([w["bayes"] for w in
                                                                                         row["worlds"]])), *cells])
-    said = plain(found["config"])
     return "# One type a pair or one a user\n\n" + "\n\n".join([
-        f"`python -m data.planted` ({said}). Types, users and rewards are planted; data/planted.py says how. A cell is "
-        "the adjusted Rand index of the users' assignment over that of Bayes-optimal assignment with the true rewards, "
-        "mean over worlds ± SE; and in how many worlds it is 0.9 or more.",
+        f"`python -m data.experiment.planted` ({plain(found['config'])}). Look at how fast each way reaches 1. A cell "
+        "is the adjusted Rand index of the users' assignment divided by that of Bayes-optimal assignment with the true "
+        "rewards (mean over worlds ± SE), and the number of worlds in which the ratio is 0.9 or more.",
         "![ARI over the Bayes-optimal ARI by the pairs a user judges](planted.png)",
         table(["types", "pairs a user", "users", "Bayes-optimal ARI", *WAYS], rows)]) + "\n"

@@ -1,8 +1,8 @@
-"""The supervised step: fine-tunes a model on plain texts, since DPO assumes a reference that knows the domain.
+"""Supervised fine-tuning on plain texts, since DPO assumes a reference that knows the domain.
 
-`python -m data.finetune --data reviews.jsonl --model smollm2 --out DIR` writes DIR in Hugging Face's
-layout with its tokenizer, and finetune.json with the perplexity on held-out blocks before and after.
-Texts are joined with an end token behind each and cut into blocks. Interrupted, it goes on at its last checkpoint.
+`python -m data.experiment.finetune --data reviews.jsonl --model smollm2 --out DIR` writes the model and tokenizer to
+DIR in Hugging Face's layout, and finetune.json with the perplexity on held-out blocks before and after. Texts are
+joined, each followed by an end token, and cut into blocks. An interrupted run resumes at its last checkpoint.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from mixdpo import config as configs
-from mixdpo.config import SEEDS, InputError, Stopped, check_ranges, compute_dtype
+from mixdpo.config import SEEDS, InputError, check_ranges, compute_dtype
 from mixdpo.experts import Heads
 from mixdpo.fast.backward import minimise
 from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.files.atomic import must_be_own
 from mixdpo.models.weights import content_key, load_model, save_model
-from mixdpo.runs.checkpoint import Stop, load_checkpoint, load_state, save_checkpoint, trained_state
+from mixdpo.runs.checkpoint import Saver, Stop, load_checkpoint, load_state, trained_state
 from mixdpo.runs.log import Progress
 from mixdpo.text.records import data_key, lines
 from mixdpo.text.tokenizer import load_tokenizer
@@ -34,82 +34,89 @@ class FinetuneConfig:
 
     data: str                       # file of texts, .jsonl or .jsonl.gz
     model: str                      # gpt2, smollm2, llama-3.2-1b or a Hugging Face directory
-    out: str                        # directory of the tuned model, Hugging Face layout with its tokenizer
+    out: str                        # directory for the tuned model and tokenizer, Hugging Face layout
     steps: int = 100                # optimizer steps
-    batch: int = 16                 # blocks a step
-    tokens: int = 128               # tokens a block
-    held: int = 64                  # last blocks, never trained on, for the perplexity before and after
-    lr: float = 5e-5                # AdamW's peak learning rate; warm-up over a tenth of the steps
-    dtype: str = "auto"             # of the products: auto, float32, bfloat16
-    seed: int = 0                   # of the order of blocks
-    save_minutes: float = 10.0      # between checkpoints
-    data_folder: str = ""           # local files looked into before anything is fetched
+    batch: int = 16                 # blocks for each step
+    tokens: int = 128               # tokens in a block
+    held: int = 64                  # held-out blocks at the end of the data, for the perplexity
+    lr: float = 5e-5                # peak learning rate of AdamW; warm-up over a tenth of the steps
+    dtype: str = "auto"             # dtype of matrix products: auto, float32 or bfloat16
+    seed: int = 0                   # seed of the order of blocks
+    save_minutes: float = 10.0      # minutes between checkpoints
+    data_folder: str = ""           # folder of local files, used before anything is fetched
 
 
 def validate(config: FinetuneConfig) -> None:
     """Raises: InputError on values out of range."""
     check_ranges(config, {"steps": "[1, inf)", "batch": "[1, inf)", "held": "[1, inf)", "tokens": "[2, inf)",
                           "lr": "(0, inf)", "seed": SEEDS, "save_minutes": "[0, inf]"})
-    compute_dtype(config.dtype, "cpu")                                      # which refuses what it does not know
+    compute_dtype(config.dtype, "cpu")                                      # raises on an unknown dtype
 
 
 def finetune(config: FinetuneConfig) -> Path:
-    """Tunes and saves; a finished result of the same configuration and data is used again. Returns the directory."""
+    """Fine-tunes and saves; returns the directory. A finished result of the same configuration and data is reused."""
     out, device = Path(config.out), "cuda" if torch.cuda.is_available() else "cpu"
     validate(config)
     report, begun = out / "finetune.json", out / "unfinished.json"
     mark = report if report.exists() else begun
     must_be_own(out, [("data", config.data), ("model", config.model)], mark.name, {"settings"})
     model = load_model(config.model, device=device, data=config.data_folder or None)
-    places = ("out", "data", "data_folder", "save_minutes")                 # what does not change the result
+    places = ("out", "data", "data_folder", "save_minutes")                 # options that do not change the result
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in places}
-    settings |= {"data_key": data_key(config.data), "model_key": content_key(model)}    # contents, not only names
+    settings |= {"data_key": data_key(config.data), "model_key": content_key(model)}    # contents as well as names
     if report.exists() and json.loads(report.read_text())["settings"] == settings:
-        print(f"{out}: tuned before, {report.read_text()}")
+        facts = json.loads(report.read_text())
+        print(f"[finetune] finished before: perplexity {facts['perplexity_before']:.2f} before, "
+              f"{facts['perplexity_after']:.2f} after")
         return out
-    dtype, why = compute_dtype(config.dtype, device)
+    began, (dtype, why) = time.monotonic(), compute_dtype(config.dtype, device)
     tokenizer = load_tokenizer(config.model, config.data_folder or None)
     blocks = read_blocks(config.data, tokenizer, config.tokens)             # (N,T)
     if len(blocks) < config.held + config.batch:
-        raise InputError(f"{len(blocks)} blocks of {config.tokens} tokens, wanted at least "
-                         f"{config.held + config.batch} (--held and one batch)", file=config.data)
+        raise InputError(f"{len(blocks)} blocks of {config.tokens} tokens; wanted at least "
+                         f"{config.held + config.batch} (--held and one batch); get more texts or lower --tokens",
+                         file=config.data)
     blocks, held = blocks[: -config.held], blocks[-config.held :]
-    print(f"fine-tuning on {len(blocks)} blocks of {config.tokens} tokens, "
-          f"products in {str(dtype).removeprefix('torch.')}: {why}")
     policy = Heads(model, 1, dtype=dtype)
     before, unfinished = perplexity(policy, held), out.with_name(f"{out.name}-unfinished")
-    tune(policy, blocks, config, unfinished, settings | {"dtype": str(dtype)})              # auto: what that is here
+    tune(policy, blocks, config, unfinished, settings | {"dtype": str(dtype)})              # what auto resolves to
     after = perplexity(policy, held)
-    print(f"perplexity on {config.held} held-out blocks: {before:.2f} before, {after:.2f} after")
     out.mkdir(parents=True, exist_ok=True)
-    configs.write_whole(begun, configs.to_json({"settings": settings}) + "\n")               # the folder is ours now
-    report.unlink(missing_ok=True)                              # a report vouches for all that lies beside it
+    configs.write_whole(begun, configs.to_json({"settings": settings}) + "\n")               # marks the folder as ours
+    report.unlink(missing_ok=True)                            # written last: a report means that all files are complete
     save_model(policy.trunk, out)
     tokenizer.save(out)
     facts = {"perplexity_before": before, "perplexity_after": after, "settings": settings}
     configs.write_whole(report, configs.to_json(facts) + "\n")
     begun.unlink()
     shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"[finetune] {time.monotonic() - began:.0f} s: perplexity {before:.2f} before, {after:.2f} after; "
+          f"{len(blocks)} blocks of {config.tokens} tokens, dtype {str(dtype).removeprefix('torch.')} ({why})")
     return out
 
 
 def tune(policy, blocks: torch.Tensor, config: FinetuneConfig, unfinished: Path, settings: dict) -> None:
-    """All steps on blocks (N,T), each block once before any a second time. Goes on at the checkpoint in `unfinished`;
-    one of other settings is passed over."""
+    """Trains `policy` in place on blocks (N,T), in passes over all blocks. Resumes from the checkpoint in `unfinished`
+    unless its settings differ."""
     optimizer, names = make_optimizer(policy, config.lr)
     generator, passes = torch.Generator().manual_seed(config.seed), -(-config.steps // (len(blocks) // config.batch))
     orders = [torch.randperm(len(blocks), generator=generator) for _ in range(passes)]
     plan = [ids for order in orders for ids in order.split(config.batch) if len(ids) == config.batch]
-    t, saved = 0, time.monotonic()
+    t = 0
     if found := load_checkpoint(unfinished, {}):
         tensors, state = found
         if state["config"] == settings:
             load_state(policy, tensors, unfinished)
             load_optimizer_state(optimizer, names, tensors)
             t = state["step"]
-            print(f"resumed at step {t} of {config.steps}")
+            print(f"[finetune] resumed at step {t} of {config.steps}")
     progress = Progress("finetune", t)
-    with Stop() as stop:
+
+    def snapshot() -> tuple[dict[str, torch.Tensor], dict]:
+        return trained_state(policy) | optimizer_state(optimizer, names), {"config": settings}
+
+    with Stop(config.out) as stop:
+        saver = Saver(unfinished, stop, config.save_minutes)
         while t < config.steps:
             set_rate(optimizer, t, config.steps, config.steps // 10)
             loss = -block_logps(policy, blocks[plan[t]].to(policy.trunk.unembedding.device)).mean()
@@ -119,42 +126,37 @@ def tune(policy, blocks: torch.Tensor, config: FinetuneConfig, unfinished: Path,
                 raise InputError(f"step {t}: {error}; nothing was saved. Lower --lr", file=config.data) from None
             t += 1
             progress(t, config.steps, f"loss {loss.item():.4f}")
-            if t < config.steps and (stop.asked or time.monotonic() - saved > 60 * config.save_minutes):
-                unfinished.mkdir(parents=True, exist_ok=True)
-                tensors = trained_state(policy) | optimizer_state(optimizer, names)
-                save_checkpoint(unfinished, tensors, {"step": t, "config": settings}, keep=1)
-                saved = time.monotonic()
-                if stop.asked:
-                    raise Stopped(f"{config.out}: stopped and saved after step {t} of {config.steps}")
+            saver.after(t, config.steps, snapshot)
 
 
 def read_blocks(path: str, tokenizer, tokens: int) -> torch.Tensor:
-    """All texts, a start token (where the tokenizer has one) before and an end token behind each,
-    as one run of ids cut into blocks: (N, tokens); the last, shorter one is left out."""
+    """The texts as blocks of ids (N, tokens). Each text has a start token, if the tokenizer has one, and an end token;
+    a last, shorter block is dropped. Raises: InputError naming the line that is not valid."""
     ids, start = [], [] if tokenizer.bos is None else [tokenizer.bos]
     for number, line in enumerate(lines(path), 1):
         try:
             if not isinstance(text := json.loads(line)["text"], str):
                 raise TypeError("text is no string")
             ids += [*start, *tokenizer.encode(text), tokenizer.eos]
-        except (ValueError, KeyError, TypeError) as error:          # no JSON, object, text or token for a character
+        except (ValueError, KeyError, TypeError) as error:          # no JSON, no text, or no token for a character
             raise InputError(f'wanted {{"text": "..."}}, got {line[:80]!r} ({error})', file=path, line=number) from None
     return torch.tensor(ids[: len(ids) // tokens * tokens]).view(-1, tokens)
 
 
 def block_logps(policy, ids: torch.Tensor) -> torch.Tensor:
-    """Log-probs of every token but the first of each block: (N,T) -> (N*(T-1),)."""
+    """Log-probs of all tokens but the first of each block: (N,T) -> (N*(T-1),)."""
     return policy.token_logps(policy.hidden(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), None)[0]
 
 
 @torch.no_grad()
 def perplexity(policy, blocks: torch.Tensor) -> float:
+    """exp of the mean negative log-prob of the tokens of blocks (N,T)."""
     device = policy.trunk.unembedding.device
     return math.exp(-torch.cat([block_logps(policy, part.to(device)) for part in blocks.split(8)]).mean().item())
 
 
 def main(argv: list[str]) -> None:
-    finetune(configs.parse(FinetuneConfig, argv, "python -m data.finetune"))
+    finetune(configs.parse(FinetuneConfig, argv, "python -m data.experiment.finetune"))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,29 @@
 """The pictures of a report: a job -> figures by name. The only file that draws.
 
-One colour, line and hatch for an expert and one colour, line and marker for an annotator, the same in every picture
-and apart without colour. The figures are job.py's and the tables tables.py's. Left out: pyplot and its global state.
+An expert has one colour, line and hatch in all pictures, an annotator one colour, line and marker; they differ
+without colour too. Figures come from job.py. pyplot is not used: it keeps global state.
 """
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from data import domains, users
-from data.job import Job, Run, annotators_of, by_annotator, heads_of, last_responsibilities, rewards_of, run_of, smooth
+from data.report import domains, users
+from data.report.job import (
+    Job,
+    Run,
+    annotators_of,
+    by_annotator,
+    heads_of,
+    last_responsibilities,
+    rewards_of,
+    run_of,
+    smooth,
+)
+from data.report.result import own_rewards
+from mixdpo.evaluation.statistics import mean_se
 
-EXPERTS = ["#0b5394", "#e07b00", "#4f9d69", "#a64d79", "#7f7f7f", "#9c7a00"]  # then from the start, with another line
+EXPERTS = ["#0b5394", "#e07b00", "#4f9d69", "#a64d79", "#7f7f7f", "#9c7a00"]  # reused from the first, with another line
 LINES, HATCHES = ["-", "--", ":", "-."], ["", "///", "...", "xx", "\\\\\\", "++"]
 ANNOTATORS = ["#6a1b4d", "#1b9e9e", "#d4a017", "#555555", "#8c6bb1", "#7a9a01"]
 MARKERS = ["o", "s", "^", "D", "v", "P"]
@@ -23,7 +35,7 @@ STYLE = {
 
 
 def style():
-    """A context in which figures are made and saved."""
+    """The context manager in which figures are drawn and saved."""
     return matplotlib.rc_context(STYLE)
 
 
@@ -53,11 +65,52 @@ def legend(figure: Figure, axes: list, columns: int = 6) -> None:
     figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=min(columns, len(once)))
 
 
-# ---- the pictures: a job -> file name: figure; none where there is nothing to draw
+# ---- the pictures: a job -> {file name: figure}, empty if there is nothing to draw
+
+
+def result(job: Job) -> dict[str, Figure]:
+    """The first picture of the report: held-out accuracy by type, and gain in own reward against KL, for each run.
+    A panel is left out if its figures are missing."""
+    of, own = job.results["preferences"], own_rewards(job)
+    kinds = [kind for kind in annotators_of(job) if all(kind in figures["types"] for figures in of.values())]
+    count = bool(of and kinds) + (len(own) > 1)
+    if not count:
+        return {}
+    figure, axes = panels(count, 2, 4.2, 2.6)
+    runs = list(of)
+    if of and kinds:
+        axis, width = axes[0], 0.8 / max(2, len(runs))
+        for n, run in enumerate(runs):
+            column = [of[run]["types"][kind]["accuracy"] for kind in kinds]
+            x = np.arange(len(kinds)) + (n - (len(runs) - 1) / 2) * width
+            bars(axis, x, column, width, n, run)
+        axis.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
+        axis.set(xlabel="type of user", ylabel="accuracy (share of pairs)", ylim=(0, 1), xlim=(-0.6, len(kinds) - 0.4))
+        axis.set_xticks(range(len(kinds)), kinds)
+        axis.grid(axis="x", visible=False)
+    if len(own) > 1:
+        axis, base = axes[-1], own["reference"]["values"]
+        for run, row in own.items():
+            gain = mean_se(row["values"] - base)
+            look = {"color": "black", "marker": "D"} if run == "reference" else {
+                "color": EXPERTS[runs.index(run) % len(EXPERTS)], "marker": MARKERS[runs.index(run) % len(MARKERS)]}
+            axis.errorbar(row["kl"]["mean"], gain["mean"], yerr=None if run == "reference" else gain["se"], capsize=2,
+                          markersize=4, linestyle="none", label=run, **look)
+        axis.set(xlabel="KL to the reference (nats)", ylabel="gain in own reward")
+    legend(figure, axes)
+    return {"result": figure}
+
+
+def bars(axis, x: np.ndarray, column: list[dict], width: float, n: int, label: str) -> None:
+    """Bars of figures with their standard errors, in the look of expert or run number n."""
+    axis.bar(x, [f["mean"] for f in column], width * 0.94, yerr=[f["se"] for f in column], capsize=2,
+             facecolor=EXPERTS[n % len(EXPERTS)], hatch=HATCHES[n % len(HATCHES)], edgecolor="white", ecolor="black",
+             error_kw={"linewidth": 1}, label=label)
 
 
 def rewards(job: Job) -> dict[str, Figure]:
-    """A panel a reward, a row a policy, error bars of one standard error; a line at the reference."""
+    """One panel for each reward, one row for each policy, error bars of one standard error; a line at the reference.
+    """
     rows, names = job.results["policies"], [*rewards_of(job), "trained"]
     if not rows:
         return {}
@@ -82,7 +135,8 @@ def rewards(job: Job) -> dict[str, Figure]:
 
 
 def training(job: Job) -> dict[str, Figure]:
-    """A picture a run, the same scales in all: loss, log-marginal, accuracy, margins, effective experts by step."""
+    """One picture for each run, with common scales: loss, log-marginal, accuracy, margins, effective experts by step.
+    """
     runs = [run for run in job.runs if run.metrics]
     labels = {"loss": "loss (nats a pair)", "log_marginal": "log-marginal (nats a pair)", "accuracy": "accuracy",
               "margin": "margin h (nats)", "effective_experts": "effective experts"}
@@ -96,8 +150,8 @@ def training(job: Job) -> dict[str, Figure]:
             for k, column in enumerate(y.T if y.ndim == 2 else ()):
                 axis.plot(x, column, **expert_line(k), label=f"expert {k}")
             if y.ndim == 1:
-                whole = "mixture" if run.config["experts"] > 1 else "policy"
-                axis.plot(x, y, color="black", linewidth=1, label=whole)
+                kind = "mixture" if run.config["experts"] > 1 else "policy"
+                axis.plot(x, y, color="black", linewidth=1, label=kind)
             if key == "accuracy" and run.config["experts"] > 1:
                 axis.plot(x, curves[run.name]["accuracy_mbt"][1], color="black", linewidth=1)
             drawn = [key, "accuracy_mbt"] if key == "accuracy" else [key]
@@ -112,7 +166,7 @@ def training(job: Job) -> dict[str, Figure]:
 
 
 def mixtures(job: Job) -> list[tuple[Run, int]]:
-    """The panels of the pictures of responsibilities: a run and an expert; of two experts one, which tells both."""
+    """The (run, expert) panels of the pictures of responsibilities. Two experts need one panel: the other has 1 - q."""
     runs = [run for run in job.runs if run.config["experts"] > 1 and run.units and run.steps]
     return [(run, k) for run in runs for k in range(run.config["experts"] if run.config["experts"] > 2 else 1)]
 
@@ -136,7 +190,7 @@ def responsibilities(job: Job) -> dict[str, Figure]:
 
 
 def accuracy(job: Job) -> dict[str, Figure]:
-    """Held-out accuracy: a panel a run, a group of bars an annotator, a bar an expert."""
+    """Held-out accuracy: one panel for each run, a group of bars for each annotator, a bar for each expert."""
     rows = job.results["preferences"]
     if not rows:
         return {}
@@ -147,9 +201,7 @@ def accuracy(job: Job) -> dict[str, Figure]:
         for k in range(figures["experts"]):
             column = [figures["accuracy"][kind][k] for kind in kinds]
             x = np.arange(len(kinds)) + (k - (figures["experts"] - 1) / 2) * width
-            axis.bar(x, [f["mean"] for f in column], width * 0.94, yerr=[f["se"] for f in column], capsize=2,
-                     facecolor=EXPERTS[k % len(EXPERTS)], hatch=HATCHES[k % len(HATCHES)], edgecolor="white",
-                     ecolor="black", error_kw={"linewidth": 1}, label=f"expert {k}")
+            bars(axis, x, column, width, k, f"expert {k}")
         axis.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
         axis.set(title=run, ylim=(0, 1), xlabel="pairs judged by", xlim=(-0.6, len(kinds) - 0.4))
         axis.set_xticks(range(len(kinds)), kinds)
@@ -160,7 +212,7 @@ def accuracy(job: Job) -> dict[str, Figure]:
 
 
 def adaptation(job: Job) -> dict[str, Figure]:
-    """Accuracy on new users' pairs by the number shown: a panel a file, a line a run."""
+    """Accuracy on new users' pairs by number of pairs shown: one panel for each file, one line for each run."""
     files = job.results["adapt"]
     if not files:
         return {}
@@ -179,7 +231,7 @@ def adaptation(job: Job) -> dict[str, Figure]:
 
 
 def histogram(job: Job) -> dict[str, Figure]:
-    """Last responsibilities of the training groups, a line an annotator."""
+    """Histogram of the last responsibilities of the training groups, one line for each annotator."""
     shown = mixtures(job)
     if not shown:
         return {}
@@ -196,7 +248,9 @@ def histogram(job: Job) -> dict[str, Figure]:
 
 
 def gate_weights(job: Job) -> dict[str, Figure]:
-    """Weight of each evaluation prompt by set and domain: a panel a run whose weights differ, a row a part."""
+    """Gate weight of each evaluation prompt: one panel for each run whose weights vary, one row for each set and
+    domain.
+    """
     shown = {run: w for run, w in domains.weights_of(job).items() if np.ptp(w, axis=0).max() > 0}
     parts = domains.parts_of(job)
     if not shown or len(parts) < 2:
@@ -204,7 +258,7 @@ def gate_weights(job: Job) -> dict[str, Figure]:
     figure, axes = panels(len(shown), 3, 3.0, 0.8 + 0.22 * len(parts), sharey=True)
     for axis, (run, w) in zip(axes, shown.items()):
         for y, part in enumerate(parts.values()):
-            lift = np.random.default_rng(0).uniform(-0.25, 0.25, len(part))  # so that dots do not hide each other
+            lift = np.random.default_rng(0).uniform(-0.25, 0.25, len(part))  # jitter
             axis.plot(w[part, 0], y + lift, ".", markersize=3, color=ANNOTATORS[y % len(ANNOTATORS)])
             axis.plot([w[part, 0].mean()] * 2, [y - 0.4, y + 0.4], color="black", linewidth=1)
         axis.set(title=run, xlim=(-0.03, 1.03), xlabel="weight of expert 0")
@@ -215,12 +269,12 @@ def gate_weights(job: Job) -> dict[str, Figure]:
 
 
 def prompt_features(job: Job) -> dict[str, Figure]:
-    """What the first learnt gate reads, in two dimensions: PCA and t-SNE, coloured by domain and by its weights."""
+    """Inputs of the first learnt gate in two dimensions, PCA and t-SNE, coloured by domain and by gate weight."""
     run = next((r for r in job.runs if r.config["gate"] in ("linear", "mlp", "prompt-user")), None)
     path, parts = job.home / "prompt-states.safetensors", domains.parts_of(job)
     if run is None or not path.exists() or run.name not in (weights := domains.weights_of(job)):
         return {}
-    from safetensors.numpy import load_file  # these two: only this picture needs them
+    from safetensors.numpy import load_file  # imported here: only this picture needs them
     from sklearn.manifold import TSNE
 
     states = load_file(path)["states"][:, ("last", "mean").index(run.config["gate_features"])].astype(float)
@@ -242,7 +296,7 @@ def prompt_features(job: Job) -> dict[str, Figure]:
 
 
 def knowledge(job: Job) -> dict[str, Figure]:
-    """By step, of runs with a learnt gate: entropies of the weights and of the responsibilities, what is known of z."""
+    """Runs with a learnt gate by step: entropies of weights and responsibilities, information, effective experts."""
     runs = [run for run in job.runs if run.metrics and run.config["gate"] in ("linear", "mlp", "user", "prompt-user")]
     labels = {"gate_entropy": "mean entropy of w", "gate_information": "I(z; x)", "q_gain": "KL(q || w)",
               "q_entropy": "mean entropy of q", "effective_experts": "effective experts"}
@@ -257,14 +311,15 @@ def knowledge(job: Job) -> dict[str, Figure]:
     return {"knowledge": figure}
 
 
-# ---- of studies and planted worlds: panels of plain numbers
+# ---- pictures of studies and planted worlds
 
 
-def curves(shown: dict[str, dict[str, list[tuple]]], x: str, y: str, log: int = 0, lines: dict[str, float] = {},
-           columns: int = 3, one_scale: bool = True) -> Figure:
-    """Panel -> line -> (x, mean, SE or 0). log: base of the x axis, 0: linear; lines: name -> level, dotted."""
+def curves(shown: dict[str, dict[str, list[tuple]]], labels: tuple[str, str], log: int = 0,
+           lines: dict[str, float] = {}, columns: int = 3, one_scale: bool = True) -> Figure:
+    """Panel -> line -> (x, mean, SE or 0). labels: of the x and y axes; log: base of the x axis, 0 for a linear axis;
+    lines: name -> level of a dotted line."""
     figure, axes = panels(len(shown), columns, 3.2, 2.4, sharey=one_scale)
-    names = list(dict.fromkeys(name for of in shown.values() for name in of))               # one look in all panels
+    names = list(dict.fromkeys(name for of in shown.values() for name in of))              # the same look in all panels
     for axis, (title, of) in zip(axes, shown.items()):
         for name, points in of.items():
             (at, means, ses), n = zip(*points), names.index(name)
@@ -277,18 +332,18 @@ def curves(shown: dict[str, dict[str, list[tuple]]], x: str, y: str, log: int = 
             axis.set_xscale("log", base=log)
             axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
             axis.minorticks_off()
-        axis.set(title=title, xlabel=x)
-    axes[0].set_ylabel(y)
+        axis.set(title=title, xlabel=labels[0])
+    axes[0].set_ylabel(labels[1])
     legend(figure, axes)
     return figure
 
 
 def maps(shown: dict[str, tuple[list, list, np.ndarray]], x: str, y: str, label: str, columns: int = 4,
-         low: float | None = None, high: float | None = None, marks: dict = {}) -> Figure:
-    """Panel -> (x values, y values, numbers (Y,X)); one scale for all. marks: panel -> [(x index, y index, sign)]."""
+         marks: dict = {}) -> Figure:
+    """Panel -> (x values, y values, numbers (Y,X)), with a common scale. marks: panel -> [(x index, y index, sign)]."""
     figure, axes = panels(len(shown), columns, 2.4, 2.1, sharex=True, sharey=True)
     every = np.concatenate([np.ravel(z) for *_, z in shown.values()])
-    low, high = (np.nanmin(every) if low is None else low), (np.nanmax(every) if high is None else high)
+    low, high = np.nanmin(every), np.nanmax(every)
     for axis, (title, (xs, ys, z)) in zip(axes, shown.items()):
         drawn = axis.imshow(z, origin="lower", aspect="auto", cmap="cividis", vmin=low, vmax=high)
         for i, j, sign in marks.get(title, []):
@@ -304,7 +359,7 @@ def maps(shown: dict[str, tuple[list, list, np.ndarray]], x: str, y: str, label:
 
 
 def dots(shown: dict[str, dict[str, np.ndarray]], columns: int = 4) -> Figure:
-    """Panel -> group -> points (N,2), without scales: what is near is alike."""
+    """Panel -> group -> points (N,2), without scales."""
     figure, axes = panels(len(shown), columns, 2.6, 2.4)
     for axis, (title, of) in zip(axes, shown.items()):
         for n, (name, xy) in enumerate(of.items()):
@@ -315,73 +370,70 @@ def dots(shown: dict[str, dict[str, np.ndarray]], columns: int = 4) -> Figure:
 
 
 def planted(found: dict) -> Figure:
-    """ARI over the Bayes-optimal one's by the pairs a user judges, a panel a number of types (data/planted.py)."""
+    """ARI / Bayes-optimal ARI by number of pairs a user judges, one panel for each number of types (planted.py)."""
     shown = {}
     for row in found["rows"]:
         for way in users.WAYS:
             f = users.of_bayes(row, way)
             points = shown.setdefault(f"{row['types']} types", {}).setdefault(way, [])
             points.append((row["each"], f["mean"], f["se"]))
-    return curves(shown, "pairs a user judges", "ARI / Bayes-optimal ARI", 2, {"Bayes-optimal": 1.0})
+    return curves(shown, ("pairs a user judges", "ARI / Bayes-optimal ARI"), 2, {"Bayes-optimal": 1.0})
 
 
-PICTURES = [  # title, how to read it, drawing
+PICTURES = [  # title, caption, drawing
     (
         "Rewards",
-        "Mean over the evaluation prompts, with one standard error to each side; dotted: the reference. Dots in colour "
-        "are single heads, diamonds and hollow squares (sparse) are whole policies.",
+        "Mean over the evaluation prompts ± one standard error; the dotted line is the reference. Coloured dots are "
+        "single heads, diamonds mixtures, hollow squares sparse mixtures.",
         rewards,
     ),
     (
         "Training",
-        "Means over stretches of steps (at most 50), before each update and on the step's own pairs, all runs on the "
-        "same scales; experts whose margins part have begun to differ.",
+        "Look for margins that separate: then the experts have begun to differ. Values are measured before each update "
+        "and averaged over up to 50 intervals of steps.",
         training,
     ),
     (
         "Responsibilities by annotator",
-        "How much of each annotator's pairs an expert takes, as in the paper's Figure 1: where annotators part, it has "
-        "found its own. Dotted: 1/K; left of the grey line the start's responsibilities are in use; of two "
-        "experts the other takes the rest.",
+        "Where the lines separate, experts have found their annotators (the paper's Figure 1). Dotted: 1/K; left of "
+        "the grey line responsibilities come from the start.",
         responsibilities,
     ),
     (
         "Held-out accuracy",
-        "Share of held-out pairs ± one standard error, by who judged them; dotted: a coin. An expert that learnt one "
-        "annotator is high there and lower elsewhere.",
+        "An expert that learnt one annotator is high there and lower elsewhere. Bars show ± one standard error; "
+        "dotted: chance.",
         accuracy,
     ),
     (
         "Last responsibilities",
-        "Where each training group ended: 0 and 1 are sure, and annotators at opposite ends have been told apart.",
+        "Annotators at opposite ends were separated; 0 and 1 are certain assignments.",
         histogram,
     ),
 ]
 OF_USERS = [
     (
         "New users",
-        "Accuracy on pairs of users whom no expert was trained on, by how many others of theirs were shown: the rise "
-        "is what the posterior over types is worth.",
+        "Look at the rise from left to right: the gain from a posterior over types, for users without training data.",
         adaptation,
     ),
 ]
 OF_GATES = [
     (
-        "What is known of the expert, by step",
-        "A gate learns where I(z; x) rises and KL(q || w), what a pair adds to its prompt, falls; effective experts "
-        "near 1 would be a gate that gives all to one.",
+        "What the gate knows, by step",
+        "A gate learns where I(z; x) rises and KL(q || w) falls. Effective experts near 1 mean that the gate gives all "
+        "to one expert.",
         knowledge,
     ),
     (
         "Gate weights by domain",
-        "A dot is an evaluation prompt, a line the mean of its set: domains at opposite ends are told apart; the sets "
-        "below show what the gate makes of prompts that cross domains or come from others.",
+        "Domains at opposite ends were separated. A dot is an evaluation prompt, a line the mean of its set.",
         gate_weights,
     ),
     (
         "What the gate reads",
-        "The prompts' features in two dimensions, by domain and by what the gate makes of them: where colours on the "
-        "right follow the groups on the left, the gate has found the domains.",
+        "Prompt features in two dimensions: left by domain, right by gate weight. Where the colours match, the gate "
+        "has found the domains.",
         prompt_features,
     ),
 ]

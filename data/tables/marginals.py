@@ -1,16 +1,16 @@
-"""How near a synthetic table comes to a real one, and the simplest generators to hold beside it.
+"""Distance between a synthetic and a real table, and the simplest generator as baseline.
 
-A table is codes (N,d), int64; column j holds 0..sizes[j]-1. Three measures, none of them private:
+A table is codes (N,d), int64; column j holds 0..sizes[j]-1. There are three measures; none of them is private:
 
     distance    total variation of k-way marginals: half the sum of |real share - synthetic share| over the cells of a
-                contingency table, for every set of k columns; their means for k = 1, 2, 3
+                contingency table, for every set of k columns; means for k = 1, 2, 3
     utility     train on synthetic, test on real: a classifier of one column, fitted to the synthetic table
-    parity      the share of rows with an even number of ones, where all real rows have it: every set of d - 1 columns
-                of that table is uniform, so nothing that looks at fewer than d columns at once does better than 1/2
+    parity      share of rows with an even number of ones, if all real rows have one: every set of d - 1 columns of such
+                a table is uniform, so a generator that uses fewer than d columns at once reaches 1/2 only
 
-Samples of one distribution are not at distance 0: with n rows a side it is near sum_c sqrt(p_c (1 - p_c) / (pi n)), so
-a synthetic table's distance is to be read beside that of a second real one. Generators: independent columns, here, and
-a tree of pairs, in mst.py.
+Two samples of one distribution have a distance near sum_c sqrt(p_c (1 - p_c) / (pi n)) for n rows each, not 0. So
+compare the distance of a synthetic table with that of a second real table. The other baseline, a tree of pairs, is in
+mst.py.
 """
 
 from itertools import combinations
@@ -18,11 +18,11 @@ from math import prod
 
 import numpy as np
 
-MOST = 1_000_000    # cells that are counted densely; of more, those that occur
+MOST = 1_000_000    # largest number of cells in a dense count; larger tables count only cells that occur
 
 
 def total_variation(a: np.ndarray, b: np.ndarray, sizes: list[int], way: int) -> np.ndarray:
-    """Distances of the tables a (N,d) and b (M,d), one for each set of `way` columns, in combinations' order."""
+    """Distances between tables a (N,d) and b (M,d), one for each set of `way` columns in the order of combinations."""
     a, b = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)             # (d,N) (d,M)
     found = []
     for columns in map(list, combinations(range(len(sizes)), way)):
@@ -37,7 +37,7 @@ def total_variation(a: np.ndarray, b: np.ndarray, sizes: list[int], way: int) ->
 
 
 def distances(real: np.ndarray, synthetic: np.ndarray, sizes: list[int]) -> dict[int, float]:
-    """Mean total variation of all 1-, 2- and 3-way marginals, as far as there are so many columns."""
+    """Mean total variation of all 1-, 2- and 3-way marginals; k-way only if there are k columns."""
     return {way: float(total_variation(real, synthetic, sizes, way).mean()) for way in (1, 2, 3) if way <= len(sizes)}
 
 
@@ -46,10 +46,10 @@ def distances(real: np.ndarray, synthetic: np.ndarray, sizes: list[int]) -> dict
 
 def utility(train: np.ndarray, test: np.ndarray, sizes: list[int], target: int, kinds: list[str]) -> dict:
     """{"logistic" | "boosting": {"accuracy", "auroc"}} of column `target` of test (M,d), from its other columns, by
-    classifiers fitted to train (N,d). kinds (d): "category" or "number", which boosting makes a difference of.
+    classifiers fitted to train (N,d). kinds (d): "category" or "number"; boosting treats them differently.
 
-    AUROC is the mean over the classes, each against the rest; of two, that is the usual one. A class that train lacks
-    gets probability 0; where train has one class only, nothing is fitted, and AUROC is 1/2.
+    AUROC is the mean over classes, each against the rest. A class that is missing in train gets probability 0. If train
+    has one class only, nothing is fitted and AUROC is 1/2.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.linear_model import LogisticRegression
@@ -57,11 +57,11 @@ def utility(train: np.ndarray, test: np.ndarray, sizes: list[int], target: int, 
     from sklearn.preprocessing import OneHotEncoder
 
     rest = [j for j in range(len(sizes)) if j != target]
-    categories = [kinds[j] == "category" and sizes[j] <= 255 for j in rest]                 # boosting takes no more
+    categories = [kinds[j] == "category" and sizes[j] <= 255 for j in rest]                 # the limit of boosting
     one_hot = OneHotEncoder(categories=[np.arange(sizes[j]) for j in rest])
     models = {
         "logistic": make_pipeline(one_hot, LogisticRegression(max_iter=1000)),
-        # no early stopping: it would hold out rows of each class, and a synthetic table may have a single one of it
+        # no early stopping: it needs held-out rows of each class, and a synthetic table may have a single row of one
         "boosting": HistGradientBoostingClassifier(categorical_features=categories, early_stopping=False,
                                                    random_state=0),
     }
@@ -78,7 +78,7 @@ def utility(train: np.ndarray, test: np.ndarray, sizes: list[int], target: int, 
 
 
 def scores(chance: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """chance (M, classes), truth (M,) -> accuracy, and AUROC over the classes that are in truth, NaN if it is one."""
+    """chance (M, classes), truth (M,) -> accuracy, and AUROC over the classes in truth (NaN if there is one)."""
     from sklearn.metrics import roc_auc_score
 
     classes = np.unique(truth)
@@ -93,9 +93,9 @@ def independent(codes: np.ndarray, sizes: list[int], rows: int, rng: np.random.G
                 sigma: float = 0.0) -> np.ndarray:
     """A table (rows,d) of independent columns with the 1-way marginals of codes (N,d).
 
-    sigma > 0: Gaussian noise of that deviation on each count, and what falls below 0 is 0. One row more or less changes
-    one count in each column by one: all counts together move by sqrt(d), so this is the Gaussian mechanism with noise
-    multiplier sigma / sqrt(d), and rho = d / (2 sigma^2) in zCDP.
+    sigma > 0 adds Gaussian noise of this deviation to each count, and clips negative counts to 0. Adding or removing a
+    row changes one count of each column by one, and all counts by sqrt(d) in L2. So this is the Gaussian mechanism with
+    noise multiplier sigma / sqrt(d), and rho = d / (2 sigma^2) in zCDP.
     """
     sampled = []
     for j, size in enumerate(sizes):
@@ -110,7 +110,7 @@ def independent(codes: np.ndarray, sizes: list[int], rows: int, rng: np.random.G
 
 
 def parity_table(rows: int, d: int, rng: np.random.Generator) -> np.ndarray:
-    """Bits (rows,d) whose sum is even, uniform among all such rows."""
+    """Bits (rows,d) with an even sum, uniform among all such rows."""
     bits = rng.integers(2, size=(rows, d))
     bits[:, -1] = bits[:, :-1].sum(1) % 2
     return bits

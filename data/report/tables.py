@@ -1,8 +1,7 @@
-"""Tables: a job's figures as Markdown, a section a function, each with a sentence on how to read it.
+"""Tables: a job's figures as Markdown. One function writes one section, with a caption that says what to look at.
 
-Every text that a model or a user wrote goes through `escape`: it is shown, never obeyed. A section for which nothing
-was measured says so. "In SEs" is a figure over its standard error; beyond 2 in size it is hardly chance. Left out:
-verdicts.
+Texts by models and users pass through `escape`, so that no markup in them acts. A section without figures says so.
+"In SEs" is a figure divided by its standard error; beyond 2 in size it is hardly chance.
 """
 
 import dataclasses
@@ -12,7 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from data.job import Job, annotators_of, heads_of, paired, rewards_of
+from data.report.job import Job, annotators_of, heads_of, paired, rewards_of
 from mixdpo.runs.options import TrainConfig
 
 PAPER_REWARDS = ("sentiment", "informativeness", "grammar")
@@ -33,7 +32,7 @@ ACTIVE = r"[\\`*\[\]<>&|~$@]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])|:(?=\S)|(?<=www)
 
 
 def escape(text) -> str:
-    """Text as Markdown that shows it letter by letter, in a paragraph or a cell: no markup or line break in it acts."""
+    """Markdown that shows the text literally, in a paragraph or a table cell: no markup or line break in it acts."""
     text = re.sub(r"\r\n?", "\n", str(text))
     text = re.sub(ACTIVE, lambda m: f"&#{ord(m[0])};", text)
     pictures = {c: 0x2400 + c for c in range(32) if c != 10} | {127: 0x2421}               # control characters, visible
@@ -41,22 +40,31 @@ def escape(text) -> str:
 
 
 def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """A Markdown table: the first `left` columns to the left, the others, numbers, to the right. Cells are Markdown."""
+    """A Markdown table. Cells are Markdown; the first `left` columns are left-aligned, the others right-aligned."""
     rule = [":--"] * left + ["--:"] * (len(head) - left)
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
 
 
-def section(title: str, reading: str, *parts: str) -> str:
-    return "\n\n".join([f"## {title}", reading, *filter(None, parts)])
+def aligned(head: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """The same table for the console: columns padded with spaces, the first `left` of them left-aligned."""
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    pads = [str.ljust if n < left else str.rjust for n in range(len(head))]
+    return "\n".join("  ".join(pad(cell, width) for pad, cell, width in zip(pads, row, widths)).rstrip()
+                     for row in (head, *rows))
+
+
+def section(title: str, caption: str, *parts: str) -> str:
+    """A section of Markdown; empty parts are left out."""
+    return "\n\n".join([f"## {title}", caption, *filter(None, parts)])
 
 
 def measured(figure: dict, what: str = "mean") -> bool:
-    """Whether the figure has a number there."""
+    """Whether the figure's entry `what` is a finite number."""
     return math.isfinite(figure[what])
 
 
 def pm(figure: dict, digits: int = 3, sign: str = "") -> str:
-    """mean ± SE; the mean alone where there is no SE, an empty cell where there is no mean."""
+    """mean ± SE; the mean alone if there is no SE; an empty cell if there is no mean."""
     if not measured(figure):
         return NONE
     mean = f"{figure['mean']:{sign}.{digits}f}"
@@ -64,7 +72,7 @@ def pm(figure: dict, digits: int = 3, sign: str = "") -> str:
 
 
 def in_ses(figure: dict) -> str:
-    """The mean over its standard error; an empty cell where there is none, or it is 0."""
+    """The mean divided by its standard error; an empty cell if the error is missing or 0."""
     return f"{figure['mean'] / figure['se']:+.1f}" if measured(figure) and figure["se"] > 0 else NONE
 
 
@@ -82,7 +90,7 @@ def plain(value) -> str:
 
 
 def base_model(job: Job) -> str:
-    """The model that the reference was tuned from; the reference itself if nothing says that it was tuned."""
+    """The model that the reference was fine-tuned from, or the reference itself if no fine-tuning is recorded."""
     model = job.tuned.get("settings", {}).get("model") or (job.runs[0].config["model"] if job.runs else "unknown")
     return Path(model).name
 
@@ -94,8 +102,8 @@ def what_was_run(job: Job) -> str:
         facts["model"] += f", fine-tuned on texts of the domain: perplexity {before:.2f} before, {after:.2f} after"
     facts |= {name: plain(value) for name, value in job.dataset.items()}
     facts |= {f"{name}.jsonl": describe(rows) for name, rows in job.files.items()}
-    told = ("seed", "temperature", "limit", "max_new", "batch")
-    facts["evaluation"] = plain({k: v for k, v in job.results.get("config", {}).items() if k in told})
+    settings = ("seed", "temperature", "limit", "max_new", "batch")
+    facts["evaluation"] = plain({k: v for k, v in job.results.get("config", {}).items() if k in settings})
     facts["environment"] = plain(job.results.get("environment", {}))
     paths = ("data", "model", "out", "data_folder", "save_minutes")
     usual = {field.name: field.default for field in dataclasses.fields(TrainConfig) if field.name not in paths}
@@ -105,13 +113,13 @@ def what_was_run(job: Job) -> str:
             for run in job.runs]
     return section(
         "What was run",
-        "What the numbers below depend on. An option that no run has a column for is at its default in all of them.",
+        "Data, settings and runs behind the figures. Options without a column have their default in all runs.",
         "\n".join(f"- {escape(name)}: {value}" for name, value in facts.items() if value),
         table(["run", *columns, "steps", "time"], rows) if rows else "")
 
 
 def describe(rows: list[dict]) -> str:
-    """How many lines a file has, by how many users, judged by whom."""
+    """Counts of a file's lines, users and annotators."""
     users = len({row["user"] for row in rows if row.get("user")})
     judged = Counter(row["annotator"] for row in rows if row.get("annotator"))
     parts = [f"{len(rows)} lines", f"{users} users" if users else "",
@@ -137,30 +145,29 @@ def policies(job: Job) -> str:
                      pm(row["length"], 1)])
     note, head = "", ["policy", *map(escape, rewards), "mean of trained", "gain over reference", "in SEs", "KL (nats)",
                       "length (tokens)"]
-    if set(rewards) & set(PAPER_REWARDS) and "domains" not in job.dataset:                # it is IMDb, as there
+    if set(rewards) & set(PAPER_REWARDS) and "domains" not in job.dataset:                # IMDb, as in the paper
         for name, figures in PAPER.items():
             of = dict(zip(PAPER_REWARDS, figures))
             body.append([f"*paper: {name}*", *(f"*{of[r]:.3f}*" if r in of else NONE for r in rewards), *[NONE] * 5])
         note = difference_to_paper(job, rows["reference"]["trained"]["n"])
     return section(
         title,
-        "Means over the evaluation prompts ± standard error; mean of trained: of the rewards that the annotators of "
-        "the training pairs follow; the gain in it is paired, prompt by prompt; KL is of the policy as it was sampled, "
-        "temperature included, to the reference.",
+        "Look at the gain over the reference: it is the paired difference in *mean of trained*, the mean of the "
+        "rewards that the training annotators follow. KL is measured at the sampling temperature.",
         table(head, body), note)
 
 
 def difference_to_paper(job: Job, prompts: int) -> str:
-    """What keeps the paper's figures from being the same quantities."""
+    """How the job differs from the paper's, so that figures cannot be compared directly."""
     base, judges = base_model(job), [name for name in annotators_of(job) if name != "all"]
     differ = [] if base == "gpt2" else [f"the model is {escape(base)}, not GPT-2"]
     if sorted(judges) != sorted(PAPER_REWARDS):
         differ.append(f"the pairs are judged by {plain(judges) or 'nobody named'}, not by {plain(list(PAPER_REWARDS))}")
     if prompts != PAPER_PROMPTS:
         differ.append(f"there are {prompts} evaluation prompts, not {PAPER_PROMPTS:,}")
-    differ.append("the reward functions, which set the scale of each column, are those of data/annotators.py")
+    differ.append("the reward functions, which set the scale of each column, are those of data/annotators/rewards.py")
     return (f"The paper's rows are for GPT-2 on IMDb (arXiv 2510.08256). Here {'; '.join(differ)}. "
-            "Its figures are for orientation: compare directions, not levels.")
+            "So compare directions, not levels.")
 
 
 def head_differences(job: Job) -> str:
@@ -170,12 +177,12 @@ def head_differences(job: Job) -> str:
             for b in names[i + 1 :]:
                 figures = paired(job.results["policies"], a, b)
                 cells = [pm(f, sign="+") + (f" ({in_ses(f)} SE)" if in_ses(f) != NONE else "") for f in figures]
-                body.append([escape(run), f"{a.removeprefix(f'{run} ')} less {b.removeprefix(f'{run} ')}", *cells])
+                body.append([escape(run), f"{a.removeprefix(f'{run} ')} minus {b.removeprefix(f'{run} ')}", *cells])
     if not body:
         return section(title, "No completions of a run with several experts were evaluated.")
     return section(
         title,
-        "Paired differences of each reward, prompt by prompt, and in SEs: beyond 2 in size, the heads differ in it.",
+        "Paired differences of each reward over the prompts. Beyond 2 SEs the heads differ in that reward.",
         table(["run", "heads", *map(escape, rewards)], body, left=2))
 
 
@@ -203,33 +210,30 @@ def preferences(job: Job) -> str:
                    "log-likelihood, user's weights (nats)", "ELBO gap (nats)", "effective experts"]
     return section(
         title,
-        "The share of held-out pairs on which an expert prefers the chosen response (0.5 is a coin); an expert that "
-        "learnt its annotator does better on that annotator's pairs (own) than on the others'. Users share prompts and "
-        "even pairs: standard errors count the prompts, not the pairs; those of figures under the user's weights count "
-        "prompts and users. An expert is named after the annotator whose "
-        "training groups it has most of.",
+        "Look at *own - other*: an expert that learnt its annotator is more often right on that annotator's held-out "
+        "pairs than on the others' (0.5 is chance). An expert is named after the annotator with most of its training "
+        "groups. Standard errors are clustered by prompt.",
         table(head, of_expert, left=3),
-        "The mixture of Bradley-Terry, per pair: a log-likelihood above -0.6931 beats a coin; the user's weights are "
-        "its responsibilities from training where the user is known, else w; the ELBO gap is what the pair itself "
-        "adds to them.",
+        "The mixture of Bradley-Terry per pair. A log-likelihood above -0.6931 is better than chance. The user's "
+        "weights are the user's responsibilities after training, or w for an unknown user; their standard errors are "
+        "clustered by prompt and user.",
         table(head_of_run, of_run))
 
 
 def alignment(job: Job) -> str:
     title, body = "Experts and annotators", []
     for run, figures in job.results["preferences"].items():
-        for key, what in (("alignment_train", "training groups"), ("alignment_heldout", "held-out pairs, each alone")):
+        for key, what in (("alignment_train", "training groups"), ("alignment_heldout", "single held-out pairs")):
             if figures["experts"] > 1 and (found := figures[key]):
                 measures = ("ari", "bayes_ari", "matched", "bayes_matched")
                 body.append([escape(run), what, *(f"{found[m]:.3f}" if m in found else NONE for m in measures),
                              str(found["units"])])
     if not body:
-        return section(title, "Not measured: it takes several experts and held-out pairs of several annotators.")
+        return section(title, "Not measured: this needs several experts and held-out pairs of several annotators.")
     return section(
         title,
-        "How well responsibilities tell who judged: the adjusted Rand index (0 by chance, 1 perfect) and the share "
-        "assigned rightly under the best naming, each beside what the annotators' own scores allow (Bayes), which for "
-        "one pair alone is far from 1: annotators often agree.",
+        "Compare ARI with its Bayes column: ARI says how well responsibilities recover who judged (0 chance, 1 "
+        "perfect), Bayes how well the true scores could. *Matched* is the share assigned rightly by the best naming.",
         table(["run", "units", "ARI", "ARI, Bayes", "matched", "matched, Bayes", "number of units"], body, left=2))
 
 
@@ -237,7 +241,7 @@ def alignment(job: Job) -> str:
 
 
 def samples(job: Job) -> str:
-    """Completions of the same prompts, side by side; policies with the same text share a row."""
+    """Completions of the first prompts; policies with the same text share a row."""
     title, rewards, blocks = "Sample completions", rewards_of(job), []
     if not job.samples:
         return section(title, "No completions were evaluated.")
@@ -254,6 +258,6 @@ def samples(job: Job) -> str:
         blocks.append(f"**{n + 1}.** {escape(sample['prompt'])}\n\n{table(head, rows, left=3)}")
     return section(
         title,
-        f"Of the first {len(job.samples)} prompts, not chosen, and with the same random numbers for every policy, so a "
-        "mixture writes what the expert it draws writes" + (f"; rewards: {plain(rewards)}." if rewards else "."),
+        f"Completions of the first {len(job.samples)} prompts. All policies use the same random numbers, so a mixture "
+        "writes what its drawn expert writes." + (f" Rewards: {plain(rewards)}." if rewards else ""),
         *blocks)

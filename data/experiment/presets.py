@@ -1,15 +1,21 @@
-"""Sizes of the experiments. A preset is numbers, nothing else: all run the same program.
+"""Sizes of the experiments. A preset holds numbers and options only; all presets run the same program.
 
-    annotators      the users' types                    users, pairs    users, and pairs each judges for training
-    new_users, new_pairs    the same of users whom training never sees
-    prompts         train prompts                       heldout         held-out prompts; `evaluate`: those completed
-    continuations   sampled for each prompt             heldout_pairs   pairs each user judges on held-out prompts
-    context         of the pairs, for the E-step alone, on prompts that no other pair has (data/pairs.py)
-    agree           share of pairs they agree on        margin          least gap, in spreads (data/pairs.py)
-    reviews         for the supervised step             judge_reviews   most that the judge of sentiment is fitted on
-    finetune        options of FinetuneConfig           train           options of TrainConfig that all runs share
-    runs            name -> options of the run
-    domains         domain -> the types that judge it        apart   evaluation prompts of each set that is not held out
+    annotators              types of users
+    users, pairs            users, and training pairs of each (data/experiment/judged.py: users of each type)
+    new_users, new_pairs    the same for users without training data
+    prompts, heldout        train prompts, and held-out prompts (judged.py: held-out share of the conversations)
+    evaluate                held-out prompts that are completed
+    continuations           sampled for each prompt
+    heldout_pairs           pairs of each user on held-out prompts
+    context                 pairs of each user for the E-step alone, on prompts without training pairs (pairs.py)
+    agree                   share of pairs on which all types agree
+    margin                  smallest gap, in spreads (pairs.py)
+    reviews                 texts for fine-tuning
+    judge_reviews           largest number of reviews to fit the judge of sentiment
+    finetune, train         options of FinetuneConfig; options of TrainConfig for all runs
+    runs                    name -> options of the run
+    domains                 domain -> types that judge it
+    apart                   evaluation prompts in each set that is not held out (data/reviews.py)
 """
 
 TWO, THREE = ["sentiment", "informativeness"], ["sentiment", "informativeness", "grammar"]
@@ -17,8 +23,8 @@ COMMON = {"agree": 0.3, "margin": 1.0, "seed": 0, "judge_reviews": 12000, "conti
 
 
 def runs(experts: int, of_users: dict, of_mixtures: dict = {}, seeds: int = 1, **of_dpo) -> dict:
-    """DPO, and the mixture with one type a pair, as in the paper, and with one type a user, this one once a seed.
-    Heads on a frozen trunk: one that learns follows the type that is easier to learn."""
+    """DPO; the mixture with a latent type for each pair, as in the paper; and with one for each user, once for each
+    seed. Heads have a frozen trunk: a trainable trunk follows the type that is easier to learn."""
     heads = {"experts": experts, "train_trunk": False, "start": "linear"} | of_mixtures
     out = {"dpo": {"experts": 1} | of_dpo, "mix-pair": heads | {"latent": "pair"}}
     for seed in range(seeds):
@@ -58,17 +64,17 @@ PAPER = COMMON | {
 IMDB = {"smoke": SMOKE, "quick": QUICK, "cpu": CPU, "paper": PAPER}
 
 
-def gates(case_2: list[str], steps: int = 2, **of_whole) -> dict:
-    """DPO, Mix-DPO, and MoE-DPO with gates that are frozen (by the domain's label, random) and learnt (linear, mlp). In
-    case 1 the experts are heads, in case 2 whole models, which learn at the rate that DPO's has. For `steps` steps,
-    half of a run, responsibilities are the linear start's; heads see the data twice."""
+def gates(case_2: list[str], steps: int = 2, **of_model) -> dict:
+    """DPO, Mix-DPO, and MoE-DPO with frozen gates (domain label, random) and learnt gates (linear, mlp). Case 1:
+    experts are heads, and see the data twice. Case 2: experts are models, with the learning rate of DPO. For half of a
+    run, `steps` steps of heads, responsibilities come from the linear start."""
     gate = {"mix": {}, "moe-domain": {"gate": "domain"}, "moe-random": {"gate": "random", "gate_features": "mean"},
             "moe-linear": {"gate": "linear", "gate_features": "mean", "gate_lr": 0.05},
             "moe-mlp": {"gate": "mlp", "gate_features": "mean", "gate_lr": 0.02}}
     both = {"experts": 2, "start": "linear"}
     of_heads = {"train_trunk": False, "start_steps": steps, "epochs": 2}
-    of_models = {"sharing": "models", "start_steps": steps // 2, "epochs": 1} | of_whole
-    out = {"dpo": {"experts": 1} | of_whole} | {name: both | of_heads | options for name, options in gate.items()}
+    of_models = {"sharing": "models", "start_steps": steps // 2, "epochs": 1} | of_model
+    out = {"dpo": {"experts": 1} | of_model} | {name: both | of_heads | options for name, options in gate.items()}
     return out | {f"{name}-models": both | of_models | gate[name] for name in case_2}
 
 
@@ -106,15 +112,14 @@ REVIEWS = {
 
 
 def of_users(experts: int, steps: int, epochs: int = 2, **of_dpo) -> dict:
-    """DPO; Mix-DPO with one type a pair, and with one a user; MoE-DPO with weights for every user. Heads see the data
-    several times, most of them, `steps`, with the start's responsibilities."""
+    """DPO; Mix-DPO with a latent type for each pair, and for each user; MoE-DPO with weights for each user. In the
+    first `steps` steps of heads, which are most, responsibilities come from the start."""
     heads = {"experts": experts, "train_trunk": False, "start": "linear", "start_steps": steps, "epochs": epochs}
     return {"dpo": {"experts": 1} | of_dpo, "mix-pair": heads, "moe-user": heads | {"gate": "user", "gate_lr": 0.05},
             "mix-user": heads | {"latent": "user"}}
 
 
-# users, new_users: of each type; pairs, new_pairs: that each judges; heldout: share of the conversations;
-# heldout_pairs: at most, 0: all; evaluate: held-out conversations that are completed
+# Here users and new_users are numbers for each type, heldout is a share, and heldout_pairs = 0 means all.
 HH = {
     "smoke": {
         "seed": 0, "users": 2, "pairs": 8, "new_users": 1, "new_pairs": 4, "heldout": 0.25,

@@ -1,4 +1,4 @@
-"""Stages of a job: files written whole, and written again only if what they were made from has changed."""
+"""Stages of a job: files are written atomically, and again only if their inputs have changed."""
 
 import hashlib
 import json
@@ -10,25 +10,25 @@ from mixdpo.config import to_json
 from mixdpo.files import fetch
 from mixdpo.runs.log import Progress
 
-VERSION = 1     # part of every key: raise it when a stage's result changes
+VERSION = 1     # part of every key; raise it when the result of a stage changes
 
 
 def write_lines(path: Path, rows) -> None:
-    """JSON Lines, whole or not at all."""
+    """Writes JSON Lines atomically."""
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
         file.writelines(to_json(row) + "\n" for row in rows)
     os.replace(part, path)
 
 
-def read_lines(path: Path, whole: bool = False) -> list[dict]:
-    """whole: leaves out a last line that an interruption cut short."""
+def read_lines(path: Path, complete: bool = False) -> list[dict]:
+    """Reads JSON Lines. complete: skip a last line without line break, which an interruption cut short."""
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in (lines[:-1] if whole else lines) if line]
+    return [json.loads(line) for line in (lines[:-1] if complete else lines) if line]
 
 
 def numbers(value):
-    """Undoes to_json within what json.loads gave: null is NaN, and "inf" and "-inf" are infinities."""
+    """Restores the floats that to_json cannot write: null is NaN, and "inf" and "-inf" are infinities."""
     if isinstance(value, dict):
         return {key: numbers(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -37,11 +37,12 @@ def numbers(value):
 
 
 def line_by_line(path: Path, key: str, items: list, size: int, work, name: str) -> None:
-    """Writes a line for each item: work(n, the items from n on, `size` at most) -> objects. Goes on where it was
-    interrupted, in the same parts, so the file is the same to the byte; key: another job's lines are not used."""
+    """Writes one line for each item. work(n, part) -> one object for each item of part, at most `size` items from item
+    n on. An interrupted file is resumed in the same parts, so the bytes do not change. key: lines written under another
+    key are not used."""
     unfinished = path.with_name(f"{path.name}.{key[:12]}")
-    done = read_lines(unfinished, whole=True) if unfinished.is_file() else []
-    done = done[: len(done) // size * size]                                 # whole parts
+    done = read_lines(unfinished, complete=True) if unfinished.is_file() else []
+    done = done[: len(done) // size * size]                                 # complete parts
     write_lines(unfinished, done)
     progress = Progress(name, len(done))
     with unfinished.open("a", encoding="utf-8") as out:
@@ -54,20 +55,21 @@ def line_by_line(path: Path, key: str, items: list, size: int, work, name: str) 
 
 
 def key_of(*inputs) -> str:
-    """sha256 of settings (as JSON) and of files (Paths: their bytes)."""
+    """sha256 of the inputs: settings as JSON, Paths by the bytes of their files."""
     parts = [fetch.sha256_of(i) if isinstance(i, Path) else json.dumps(i, sort_keys=True) for i in (VERSION, *inputs)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def stage(job: Path, name: str, key: str, files: list[str], make) -> None:
-    """make() writes `files` into the job's folder; not called if they are there and were written under the same key."""
+    """Runs make(), which writes `files` into the job's folder and returns a summary or None; prints one line. make() is
+    skipped if the files exist and were written under the same key."""
     mark, began = job / "stages" / name, time.monotonic()
     if mark.is_file() and mark.read_text() == key and all((job / file).is_file() for file in files):
-        print(f"[{name}] is there")
+        print(f"[{name}] finished before")
         return
     mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.unlink(missing_ok=True)        # before its files change: a mark never vouches for another key's files
-    make()
+    mark.unlink(missing_ok=True)        # before its files change: a mark must never stand for files of another key
+    summary = make()
     mark.with_suffix(".part").write_text(key)
     os.replace(mark.with_suffix(".part"), mark)
-    print(f"[{name}] {time.monotonic() - began:.0f} s")
+    print(f"[{name}] {time.monotonic() - began:.0f} s" + (f": {summary}" if summary else ""))

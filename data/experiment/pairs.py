@@ -1,25 +1,27 @@
-"""Pairs: from scored continuations to comparisons judged by simulated people.
+"""Pairs: from scored continuations to comparisons judged by simulated users.
 
-A type of annotator (sentiment, ...) stands for many users. A user judges pairs of continuations of one prompt and
-prefers the one that its type scores higher. There is no noise, and no coin: a margin keeps close calls away.
+An annotator (sentiment, ...) is a type of user; many users have the same type. A user judges pairs of continuations of
+one prompt and prefers the continuation with the higher score of the user's type. Choices have no noise: a margin
+removes close pairs.
 
     gap_a(i, j)      (score_a(i) - score_a(j)) / spread_a
     spread_a         standard deviation of a's scores within a prompt, pooled over the train prompts
     clear for a      |gap_a| >= margin, and not 0
-    agreeing         clear for every annotator, and all of them prefer the same continuation
+    agreeing         clear for every annotator, and all prefer the same continuation
     conflicting      clear for the judge and for another annotator, who prefers the other continuation
 
-A user walks through the prompts in an order of its own and takes at most one pair of each, until it has its agreeing
-and its conflicting ones. Both are needed: conflicts tell types apart, agreement is what makes types identifiable from
-single comparisons (two exactly opposed types leave each comparison at one half). Of several pairs of the wanted kind
-it sees the one that fewest users before it have seen, so that the data hold as many different pairs as they can; of
-these the clearest, whose smallest |gap| among the annotators that make it of its kind is largest. Should the prompts
-run out, any pair that is clear for the judge fills the place, and is counted.
+A user visits the prompts in a random order and takes at most one pair of each, until the wanted numbers of agreeing and
+conflicting pairs are reached. Both kinds are needed: conflicts distinguish types; agreement makes types identifiable
+from single comparisons (with two exactly opposed types each comparison is at one half). If a prompt has several pairs
+of the wanted kind, the user takes the pair that fewest earlier users have seen, so that the data hold many different
+pairs; among equals the clearest (largest minimum of |gap| over the annotators that define the kind). If the prompts run
+out, any pair that is clear for the judge is taken, and counted as "filled".
 """
 
 import itertools
 import math
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,36 +29,46 @@ from mixdpo.config import InputError
 from mixdpo.evaluation.statistics import bayes_posterior
 
 
+@dataclass(frozen=True)
+class Rules:
+    """How pairs are chosen."""
+
+    agree: float                # wanted share of agreeing pairs
+    margin: float               # smallest gap, in spreads
+    spread: dict[str, float]    # annotator -> spread of its scores
+
+
 def name_users(count: int, annotators: list[str], seed: int) -> dict[str, str]:
-    """user-0001 ... -> type. Types are as even as can be, and shuffled: a name says nothing about its type."""
+    """user-0001 ... -> type. Types are as even as possible, and shuffled, so that names do not reveal types."""
     types = [annotators[i % len(annotators)] for i in range(count)]
     order = np.random.default_rng([seed, 10]).permutation(count)
     return {f"user-{n + 1:04d}": types[order[n]] for n in range(count)}
 
 
 def spreads(scores: list[dict[str, list[float]]], annotators: list[str]) -> dict[str, float]:
-    """spread_a of each annotator. scores: one {name: [n]} a prompt."""
+    """spread_a of each annotator. scores: one {name: [n]} for each prompt. Raises: InputError if no prompt has two
+    continuations, or if a spread is 0."""
     several = [s for s in scores if len(s[annotators[0]]) > 1]
     if not several:
-        raise InputError(f"none of {len(scores)} prompts has two continuations to compare; choose a preset that "
-                         "samples more of each", option="preset")
+        raise InputError(f"none of {len(scores)} prompts has two continuations to compare; choose a preset with more "
+                         "continuations", option="preset")
     pooled = {a: math.sqrt(np.mean([np.var(s[a], ddof=1) for s in several])) for a in annotators}
     if flat := [a for a in annotators if pooled[a] == 0]:
         raise InputError(f"annotator {flat[0]} gives all continuations of a prompt the same score, so it prefers none; "
-                         "choose a preset that samples more, or other annotators", option="preset")
+                         "choose a preset with more continuations or other annotators", option="preset")
     return pooled
 
 
 def kinds(scores: dict[str, list[float]], judge: str, spread: dict, margin: float) -> dict[str, list[tuple]]:
-    """A prompt's pairs that are clear for the judge: kind -> [(clearness, chosen, rejected)], the clearest first.
+    """The pairs of a prompt that are clear for the judge: kind -> [(clearness, chosen, rejected)], clearest first.
 
-    Kinds: agree, conflict, other. clearness: the smallest |gap| among the annotators that make it of its kind.
+    Kinds: agree, conflict, other. clearness: the smallest |gap| among the annotators that define the kind.
     """
     found = {"agree": [], "conflict": [], "other": []}
     for i, j in itertools.permutations(range(len(scores[judge])), 2):
         gap = {a: (scores[a][i] - scores[a][j]) / spread[a] for a in spread}
         if gap[judge] <= 0 or gap[judge] < margin:
-            continue                                                        # not clear, or (j, i)'s turn
+            continue                                                        # not clear, or counted as (j, i)
         least = min(gap.values())
         if least > 0 and least >= margin:
             found["agree"].append((least, i, j))
@@ -67,24 +79,23 @@ def kinds(scores: dict[str, list[float]], judge: str, spread: dict, margin: floa
     return {kind: sorted(pairs, reverse=True) for kind, pairs in found.items()}
 
 
-def judge_pairs(scores: list[dict], users: dict[str, str], each: int, agree: float, margin: float, spread: dict,
-                seed: int) -> list[dict]:
+def judge_pairs(scores: list[dict], users: dict[str, str], each: int, rules: Rules, seed: int) -> list[dict]:
     """`each` pairs for every user, in random order: {"user", "annotator", "kind", "prompt", "chosen", "rejected"}.
 
-    The last three are indices. Raises: InputError if the prompts do not hold that many pairs clear for a user.
+    The last three are indices. Raises: InputError if the prompts have too few pairs that are clear for a user.
     """
     out, seen = [], Counter()                                               # (prompt, the two responses) -> users
-    table = {judge: [kinds(s, judge, spread, margin) for s in scores] for judge in set(users.values())}
+    table = {judge: [kinds(s, judge, rules.spread, rules.margin) for s in scores] for judge in set(users.values())}
 
     def fresh(p: int, pairs: list[tuple]) -> tuple[int, int]:
-        """(chosen, rejected) of the least seen of a prompt's pairs, the clearest of several; it is seen once more."""
+        """(chosen, rejected) of the pair that was seen least, the clearest among equals; counts it as seen."""
         _, _, i, j = min((seen[p, frozenset(pair[1:])], -pair[0], *pair[1:]) for pair in pairs)
         seen[p, frozenset((i, j))] += 1
         return i, j
 
     for u, (user, judge) in enumerate(users.items()):
         order = np.random.default_rng([seed, 11, u]).permutation(len(scores)).tolist()
-        wanted = Counter(agree=round(agree * each))
+        wanted = Counter(agree=round(rules.agree * each))
         wanted["conflict"] = each - wanted["agree"]
         taken = {}                                                          # prompt -> (kind, chosen, rejected)
         for p in order:
@@ -92,40 +103,40 @@ def judge_pairs(scores: list[dict], users: dict[str, str], each: int, agree: flo
                 break
             offered = [kind for kind in wanted if wanted[kind] and table[judge][p][kind]]
             if offered:
-                kind = max(offered, key=lambda k: wanted[k])                # the one it lacks most
+                kind = max(offered, key=lambda k: wanted[k])                # the kind that lacks most pairs
                 wanted[kind] -= 1
                 taken[p] = (kind, *fresh(p, table[judge][p][kind]))
-        for p in order if len(taken) < each else ():                        # they ran out
+        for p in order if len(taken) < each else ():                        # no prompts left
             rest = [pair for kind in table[judge][p].values() for pair in kind]
             if rest and p not in taken and len(taken) < each:
                 taken[p] = ("filled", *fresh(p, rest))
         if len(taken) < each:
-            raise InputError(f"{user} ({judge}) finds {len(taken)} pairs on {len(scores)} prompts, wanted {each}; "
-                             f"choose a preset of more prompts or continuations, or with a margin under {margin}",
+            raise InputError(f"{user} ({judge}) finds {len(taken)} pairs on {len(scores)} prompts; wanted {each}; "
+                             f"choose a preset with more prompts or continuations, or a margin below {rules.margin}",
                              option="preset")
         out += [{"user": user, "annotator": judge, "kind": kind, "prompt": p, "chosen": i, "rejected": j}
                 for p, (kind, i, j) in taken.items()]
     return [out[i] for i in np.random.default_rng([seed, 12]).permutation(len(out))]
 
 
-def judge_apart(scores: list[dict], users: dict[str, str], each: int, context: int, agree: float, margin: float,
-                spread: dict, seed: int) -> list[dict]:
-    """judge_pairs, `context` of each user's `each` pairs on prompts of their own: {"context": bool} is added.
+def judge_with_context(scores: list[dict], users: dict[str, str], each: int, context: int, rules: Rules,
+                       seed: int) -> list[dict]:
+    """judge_pairs with {"context": bool} added: `context` of each user's `each` pairs are for the E-step alone.
 
-    Users share texts. Were pairs set aside user by user, most of them would be somebody else's training pairs, and what
-    experts say of these is memory. So the first prompts, their share that of the context pairs, are context for all.
+    Context pairs of all users are on the same first prompts (a share context / each), and no other pair is. Users share
+    texts: if each user had other context prompts, they would be other users' training prompts, which experts memorise.
     """
     if not context:
-        return judge_pairs(scores, users, each, agree, margin, spread, seed)
+        return judge_pairs(scores, users, each, rules, seed)
     cut, out = round(len(scores) * context / each), []
     shares = (scores[:cut], 0, context, seed + 2), (scores[cut:], cut, each - context, seed)
     for part, first, count, own_seed in shares:
-        judged = judge_pairs(part, users, count, agree, margin, spread, own_seed)
+        judged = judge_pairs(part, users, count, rules, own_seed)
         out += [pair | {"prompt": pair["prompt"] + first, "context": first == 0} for pair in judged]
     return out
 
 
-# ---- what is written down
+# ---- lines and counts
 
 
 def pair_line(row: dict, pair: dict) -> dict:
@@ -138,7 +149,8 @@ def pair_line(row: dict, pair: dict) -> dict:
 
 
 def pair_facts(rows: list[dict], judged: list[dict], types: list[str], spread: dict) -> dict:
-    """Counts, mean gaps, how often all types agree (on judged pairs, on all pairs), and Bayes-optimal assignment."""
+    """Counts, mean gaps, share of pairs on which all types agree (judged pairs, all pairs), Bayes-optimal
+    assignment."""
     scores = [pair_line(rows[pair["prompt"]], pair)["scores"] for pair in judged]
     gaps = [{a: (s[a][0] - s[a][1]) / spread[a] for a in types} for s in scores]
     own = {a: [gap[a] for gap, pair in zip(gaps, judged) if pair["annotator"] == a] for a in types}

@@ -1,24 +1,24 @@
 """MST: a private table from noisy marginals on a tree (McKenna, Miklau, Sheldon 2021, arXiv 2108.04978).
 
-    1   all d 1-way marginals, with Gaussian noise
-    2   a spanning tree of the columns, edge by edge: among pairs that do not close a circle, the exponential mechanism
-        prefers those whose true table lies far, in L1, from the product of the noisy 1-way marginals
-    3   the d - 1 2-way marginals of the tree, with Gaussian noise
-    4   the distribution p(root) prod p(child | parent) from all that was measured, and independent rows of it
+    1   measure all d 1-way marginals with Gaussian noise
+    2   choose a spanning tree of the columns, edge by edge: among pairs that do not close a cycle, the exponential
+        mechanism prefers pairs whose true table is far, in L1, from the product of the noisy 1-way marginals
+    3   measure the d - 1 2-way marginals of the tree with Gaussian noise
+    4   estimate the distribution p(root) prod p(child | parent) from all measurements, and sample independent rows
 
-Each of 1-3 has a third of the budget, rho in zCDP. Neighbours differ by one row, there or not: it moves one cell of
-each marginal by one, so m marginals by sqrt(m) in L2, and the score of a pair by 1 at most.
+Each of 1-3 has a third of the budget, rho in zCDP. Neighbouring tables differ by one added or removed row. It changes
+one cell of each marginal by one, so m marginals by sqrt(m) in L2, and the score of a pair by at most 1.
 
     1, 3    m marginals with sigma^2 = m / (2 rho / 3)              Gaussian mechanism: m / (2 sigma^2) = rho / 3
     2       d - 1 times with epsilon_i^2 / 8 = rho / 3 / (d - 1)    exponential mechanism: epsilon_i^2 / 8 each
 
-Estimation (4) only looks at what is noisy. The paper's is the most likely of all tree distributions, by mirror descent;
-ours is least squares in two steps. A column's marginal is the mean of its own measurement and of the sums of its pairs'
-tables, weighted by their precisions, moved to the closest with no negative cell and the right total. Then a pair's
-table becomes the closest one with no negative cell whose sums are its two columns' marginals: all tables agree.
-Left out: the paper's merging of rare values, whose part is played by the threshold of those projections.
+Estimation (4) reads noisy measurements only. The paper maximises the likelihood of tree distributions by mirror
+descent; this file uses least squares in two steps. A column's marginal is the mean of its own measurement and of the
+sums of its pairs' tables, weighted by precision, projected to non-negative cells and the right total. Then each pair's
+table is projected to the closest non-negative table whose sums are the marginals of its two columns, so that all tables
+agree. The paper's merging of rare values is left out; the projections remove small cells instead.
 
-packaged() is the same method from somebody else: smartnoise-synth, with the requirements in synth-requirements.txt.
+packaged() runs smartnoise-synth's implementation for comparison (requirements.txt in this folder).
 """
 
 import math
@@ -28,7 +28,7 @@ import numpy as np
 
 from mixdpo.tabular.dp_tbart import simplex
 
-STEPS = 500         # of the projection of a pair's table
+STEPS = 500         # steps of the projection of a pair's table
 
 
 def marginal_method(codes: np.ndarray, sizes: list[int], epsilon: float, delta: float, rows: int,
@@ -43,11 +43,11 @@ def marginal_method(codes: np.ndarray, sizes: list[int], epsilon: float, delta: 
 
 
 def packaged(codes: np.ndarray, sizes: list[int], epsilon: float, delta: float, rows: int) -> np.ndarray:
-    """The same from smartnoise-synth's MST, to compare with: its noise takes no seed, and its epsilon is finite.
+    """MST of smartnoise-synth, for comparison. Its noise has no seed, and its epsilon must be finite.
 
-    Fitted without its preprocessing, which would take the legal values from the data. Rows are drawn independently:
-    mbi 1.1.0's own rounding of a table gives every child of a column its values in one order, and so ties those that
-    the model has independent (mean 2-way distance on Adult 0.126, drawn rows 0.050, independent columns 0.083).
+    Its preprocessing is not used: it would take the legal values from the data. Rows are sampled independently: the
+    rounding of mbi 1.1.0 gives all children of a column their values in one order, which makes columns dependent that
+    are independent in the model (mean 2-way distance on Adult 0.126, drawn rows 0.050, independent columns 0.083).
     """
     from mbi import Dataset, Domain
     from snsynth.mst import MSTSynthesizer
@@ -66,7 +66,7 @@ def zcdp(epsilon: float, delta: float) -> float:
         return math.inf
 
     def log_delta(rho: float) -> float:
-        most = (epsilon + 1) / (2 * rho) + 2                                # the best alpha is below; its slope rises
+        most = (epsilon + 1) / (2 * rho) + 2                                # upper bound of the best alpha
         a = bisect(lambda a: (2 * a - 1) * rho - epsilon + math.log1p(-1 / a), 1 + 1e-9, most)
         return (a - 1) * (a * rho - epsilon) + a * math.log1p(-1 / a) - math.log(a - 1)
 
@@ -74,7 +74,7 @@ def zcdp(epsilon: float, delta: float) -> float:
 
 
 def bisect(rising, low: float, high: float) -> float:
-    """Where a rising function is about 0, and not above it."""
+    """The root of an increasing function in [low, high], approached from below."""
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if rising(middle) <= 0 else (low, middle)
@@ -82,7 +82,7 @@ def bisect(rising, low: float, high: float) -> float:
 
 
 def counted(codes: np.ndarray, sizes: list[int], columns, rho: float, rng: np.random.Generator) -> np.ndarray:
-    """The contingency table of some columns, a measurement that costs rho: noise of variance 1 / (2 rho) a cell."""
+    """A noisy contingency table of some columns; costs rho: each cell has noise of variance 1 / (2 rho)."""
     shape = [sizes[j] for j in columns]
     cells = np.ravel_multi_index(codes[:, list(columns)].T, shape)
     counts = np.bincount(cells, minlength=math.prod(shape)).reshape(shape)
@@ -95,11 +95,11 @@ def spanning_tree(codes, sizes, ones: list[np.ndarray], rho: float, rng: np.rand
     total = ones[0].sum()
     errors = {(a, b): np.abs(counted(codes, sizes, (a, b), none, rng) - np.outer(ones[a], ones[b]) / total).sum()
               for a, b in combinations(range(d), 2)}
-    tree, part = [], list(range(d))                                         # part: columns that are already connected
+    tree, part = [], list(range(d))                                         # part: the component of each column
     for _ in range(d - 1):
         epsilon = math.sqrt(8 * rho / (d - 1))
         open_edges = [edge for edge in errors if part[edge[0]] != part[edge[1]]]
-        # chance in proportion to exp(epsilon error / 2), by Gumbel noise; without noise the largest error
+        # probability proportional to exp(epsilon error / 2), by Gumbel noise; without noise the largest error
         noisy = [errors[edge] + 2 / epsilon * rng.gumbel() for edge in open_edges]
         a, b = open_edges[int(np.argmax(noisy))]
         tree.append((a, b))
@@ -117,26 +117,26 @@ def closest(x: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     excess = np.zeros_like(x)
     for _ in range(STEPS):
         over, across = (first - x.sum(1))[:, None] / B, (second - x.sum(0)) / A
-        x = x + over + across - across.sum() / B + excess                   # now it has the sums, but for excess
+        x = x + over + across - across.sum() / B + excess                   # has the right sums, except for excess
         x, excess = np.maximum(x, 0), np.minimum(x, 0)
     return x
 
 
 def estimate(ones: list[np.ndarray], pairs: dict, total: float) -> tuple[list[np.ndarray], dict]:
-    """Columns' marginals, and pairs' tables that agree with them, from noisy ones."""
+    """Marginals of columns and consistent tables of pairs, from noisy measurements."""
     d, margins = len(ones), []
     for j, one in enumerate(ones):
-        said, precision = [one], [1 / d]                                    # of a cell: 1 over its variance, up to a
-        for (a, b), table in pairs.items():                                 # factor that all have
+        measured, precision = [one], [1 / d]                                # precision of a cell, up to a common
+        for (a, b), table in pairs.items():                                 # factor
             if j in (a, b):
-                said.append(table.sum(1 if j == a else 0))
+                measured.append(table.sum(1 if j == a else 0))
                 precision.append(1 / ((d - 1) * len(ones[b if j == a else a])))
-        margins.append(simplex(np.average(said, axis=0, weights=precision), total))
+        margins.append(simplex(np.average(measured, axis=0, weights=precision), total))
     return margins, {(a, b): closest(table, margins[a], margins[b]) for (a, b), table in pairs.items()}
 
 
 def sample(margins: list[np.ndarray], pairs: dict, rows: int, rng: np.random.Generator) -> np.ndarray:
-    """Independent rows (rows,d) of the tree's distribution."""
+    """Independent rows (rows,d) from the tree's distribution."""
     out = np.empty((rows, len(margins)), dtype=np.int64)
     out[:, 0] = rng.choice(len(margins[0]), size=rows, p=margins[0] / margins[0].sum())
     known, left = {0}, dict(pairs)
@@ -144,7 +144,7 @@ def sample(margins: list[np.ndarray], pairs: dict, rows: int, rng: np.random.Gen
         a, b = next(edge for edge in left if known & set(edge))
         table = left.pop((a, b))
         parent, child, table = (a, b, table) if a in known else (b, a, table.T)
-        table = np.where(table.sum(1, keepdims=True) > 0, table, margins[child])            # a parent nobody has
+        table = np.where(table.sum(1, keepdims=True) > 0, table, margins[child])           # a parent value without rows
         up_to = (table / table.sum(1, keepdims=True)).cumsum(1)[:, :-1]     # (A, B-1)
         out[:, child] = (rng.random((rows, 1)) >= up_to[out[:, parent]]).sum(1)
         known.add(child)

