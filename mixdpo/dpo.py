@@ -1,4 +1,4 @@
-"""Direct Preference Optimization (Rafailov et al. 2023, arXiv 2305.18290), as far as one expert is concerned.
+"""Direct Preference Optimization (Rafailov et al. 2023, arXiv 2305.18290) for one expert.
 
     h    = beta [ (log pi - log pi_ref)(y+ | x) - (log pi - log pi_ref)(y- | x) ]          (M4, the margin)
     loss = - log sigma(h)                                                                  (M8 with K = 1)
@@ -37,13 +37,12 @@ def dpo_loss(h: torch.Tensor) -> torch.Tensor:
 
 
 def accuracy(h: torch.Tensor) -> torch.Tensor:
-    """Share of pairs ranked rightly, per pair: 1 where h > 0, 0 where h < 0, one half on a tie, NaN where h is NaN.
-    (...) -> (...) float32."""
+    """Accuracy per pair: 1 if h > 0, 0 if h < 0, one half for a tie, NaN if h is NaN. (...) -> (...) float32."""
     return ((1 + torch.sign(h).float()) / 2).masked_fill(h.isnan(), math.nan)           # sign(NaN) is 0
 
 
 def mixture_accuracy(log_p: torch.Tensor) -> torch.Tensor:
-    """The same of a mixture, from log p of each choice (M5): whether p > 1/2. p = 1/2 up to rounding is a tie: log p is
-    a sum of several rounded terms, so experts that are exactly opposed leave it a few units in the last place away."""
+    """Accuracy of a mixture from log p of each choice (M5): 1 if p > 1/2. p = 1/2 up to rounding is a tie: log p is a
+    sum of rounded terms, so exactly opposed experts give 1/2 only up to some units in the last place."""
     above = log_p + math.log(2)
     return accuracy(above.masked_fill(above.abs() <= 16 * torch.finfo(log_p.dtype).eps, 0.0))

@@ -1,15 +1,15 @@
-"""K expert policies and what they share: the one place that knows.
+"""K expert policies, and how they share parameters.
 
     Heads      one trunk, K unembeddings: W_k (rank 0) or W + W A_k B_k (rank R)                (paper: Case 1)
     Adapters   one frozen model, K low-rank adapters in it: W + 2 B_k A_k in place of some projections W         (LoRA)
     Models     K independent models                                                                     (paper: Case 2)
 
-All offer the same things, in the order in which a step uses them: `hidden` (the trunk's pass), `rows` (the states that
-predict response tokens), `heads` (what these are multiplied with) and `token_logps` for all K experts; and, to sample
-from, `policy(k)`: expert k as a model and an unembedding.
-At the start every expert is the reference, exactly: W_k = W, a factor that is 0, or a copy. The reference itself is a
-separate frozen object or a cached number (runs/reference.py), never a view of parameters that are trained.
-Parameters are float32; products run in `dtype`.
+All three have the same methods, in the order in which a step calls them: `hidden` (the pass through the trunk), `rows`
+(the states that predict response tokens), `heads` (the matrices that these are multiplied with) and `token_logps` of
+all K experts. For sampling, `policy(k)` gives expert k as a model and an unembedding.
+At the start every expert equals the reference exactly: W_k = W, a factor that is 0, or a copy. The reference is a
+separate frozen model or a cached number (runs/reference.py), never a view of trained parameters.
+Parameters are float32; matrix products run in `dtype`.
 """
 
 import copy
@@ -30,8 +30,8 @@ class Heads(nn.Module):
         rank 0, K > 1         K full heads (V,C), which start as copies of W
         rank 0, K = 1         W: the experts are the model, with no parameters besides its own
 
-    The factors turn the state, and W turns it into tokens: what is learnt of a word holds for words like it. Factors
-    with a row of their own for every token, (V,R), learn the words of the training pairs by heart instead."""
+    The factors change the state, and W maps it to tokens, so similar words change together. Factors with one row for
+    each token, (V,R), would memorise the words of the training pairs."""
 
     def __init__(
         self, trunk: nn.Module, experts: int, rank: int = 0, dtype: torch.dtype = torch.float32, seed: int = 0
@@ -48,7 +48,7 @@ class Heads(nn.Module):
             W.requires_grad_(trunk.config.tied)                             # untied, nothing reads it: no gradient
 
     def hidden(self, ids: torch.Tensor, window=None) -> torch.Tensor:
-        """(N,T) -> (N,T,C): one pass for all experts. window: who sees whom, where not plainly causal."""
+        """(N,T) -> (N,T,C): one pass for all experts. window: which tokens attend to which, if not plainly causal."""
         with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype.itemsize < 4):
             return self.trunk(ids, window=window).to(self.dtype)
 
@@ -79,8 +79,8 @@ class Heads(nn.Module):
 
 
 class Adapters(nn.Module):
-    """One frozen model and K adapters of rank R on its `targets` (see projections). The base is never written to, so
-    the model given may go on as the reference: here stand new modules around the same numbers."""
+    """One frozen model and K adapters of rank R on its `targets` (see lora.projections). The modules are new but share
+    the base's weights and never change them, so the base can still be the reference."""
 
     def __init__(
         self, base: nn.Module, experts: int, rank: int, targets: str = "", dtype: torch.dtype = torch.float32,
@@ -94,7 +94,7 @@ class Adapters(nn.Module):
             self.trunk.set_submodule(path, LoRALinear(linear, experts, rank, generator))
 
     def hidden(self, ids: torch.Tensor, window=None) -> torch.Tensor:
-        """(N,T) -> (K,N,T,C): one pass over K*N rows, the rows once for each expert."""
+        """(N,T) -> (K,N,T,C): one pass over K*N rows, a copy of the rows for each expert."""
         window = window and window.repeat(self.K)
         with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype.itemsize < 4):
             hidden = self.trunk(ids.repeat(self.K, 1), window=window)       # (K*N,T,C)
@@ -105,7 +105,7 @@ class Adapters(nn.Module):
         return hidden.flatten(1, 2)[:, where]
 
     def heads(self) -> tuple[torch.Tensor, ...]:
-        """The one unembedding."""
+        """The unembedding, which all experts share."""
         return (self.trunk.unembedding,)
 
     def token_logps(self, rows: torch.Tensor, targets: torch.Tensor, tile: int | None, heads=None) -> torch.Tensor:
@@ -114,7 +114,8 @@ class Adapters(nn.Module):
         return torch.stack([token_logps(r, W, targets, tile=tile) for r in rows])
 
     def policy(self, k: int) -> tuple[nn.Module, torch.Tensor]:
-        """Expert k as (model, unembedding (V,C)): a plain model with merged weights, which training does not change."""
+        """Expert k as (model, unembedding (V,C)): a plain model with merged weights; further training does not change
+        it."""
         model = frozen_twin(self.trunk)
         for path in self.targets:
             model.set_submodule(path, self.trunk.get_submodule(path).merged(k))
@@ -131,7 +132,7 @@ class Models(nn.Module):
     def hidden(self, ids: torch.Tensor, window=None) -> torch.Tensor:
         """(N,T) -> (K,N,T,C)."""
         hidden = []
-        for model in self.models:                                           # weights cast for one do not wait for all
+        for model in self.models:                                           # one autocast each: its cast weights are freed
             with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype.itemsize < 4):
                 hidden.append(model(ids, window=window).to(self.dtype))
         return torch.stack(hidden)
@@ -155,7 +156,7 @@ class Models(nn.Module):
 
 
 def trunks(experts: Heads | Adapters | Models) -> list[nn.Module]:
-    """The models that ids pass through."""
+    """The models that the ids pass through."""
     return list(experts.models) if isinstance(experts, Models) else [experts.trunk]
 
 
@@ -177,8 +178,8 @@ def make_experts(models: list[nn.Module], config, dtype: torch.dtype) -> Heads |
 
 
 def predicting_states(experts: Heads | Adapters | Models, batch: Batch, text: Rows) -> torch.Tensor:
-    """The states that predict the response tokens, (M,C), or (K,M,C) where each expert has its own: by a pass through
-    the trunk, or known before where it is frozen."""
+    """The states that predict the response tokens: (M,C), or (K,M,C) if each expert has its own. By a pass through the
+    trunk, or from the batch if they are cached (a frozen trunk)."""
     if batch.states is not None:
         return batch.states.to(text.ids.device)
     return experts.rows(experts.hidden(text.ids, text.window), text.where)

@@ -1,18 +1,18 @@
-"""Gates: the mixture's weights w_k(x), from what is known of a pair before anybody judges it (M9, M10).
+"""Gates: the mixture's weights w_k(x), from what is known of a pair before it is judged (M9, M10).
 
-    fixed         log w                                             the same for all pairs: given, or closed form (M10)
+    fixed         log w                                             equal for all pairs: given, or closed form (M10)
     linear        log w(x)    = log softmax(W f(x) + b)             f(x): the frozen reference's states of the prompt
     mlp           log w(x)    = log softmax(W gelu(V f(x) + c) + b)
-    user          log w(u)    = log softmax(E[u])                   E[0] is the generic user, whom unknown ones are
+    user          log w(u)    = log softmax(E[u])                   E[0] is the generic user, for unknown users
     prompt-user   log w(x,u)  = log softmax(W f(x) + b + E[u])
-    random        linear with random W, never trained
-    domain        all weight on the expert of the pair's domain, by the label in the file; uniform where there is none
+    random        linear with random W, not trained
+    domain        all weight on the expert of the pair's domain, a field of the file; uniform for an unknown domain
 
-A row of weights is of one unit of the latent (a pair, or a user: M11 has one prior a user), of that unit alone: rows
-never mix. Every trained gate starts uniform: W and E are 0, so that the step-0 invariant q = w holds. f is centred and
-scaled by the training units' mean and deviation, which the gate keeps; with `unit_rows` each row is scaled to length 1
-instead, so that it depends on no other row. Softmax is of logits / temperature, 1 but while a run anneals it.
-Left out: gates that read the response. The weights are a prior; what a response says belongs to the posterior (M7).
+Each row of weights belongs to one unit: a pair, or a user, who has one prior (M11). Every trained gate starts uniform:
+W and E are 0, so the step-0 invariant q = w holds. f is centred and scaled by the mean and deviation of the training
+units, which the gate keeps; with `unit_rows` each row is scaled to length 1 instead, so it depends on no other row. The
+softmax is of logits / temperature; the temperature is 1 except while a run anneals it.
+Left out: gates that read the response. The weights are a prior; a response changes the posterior (M7).
 """
 
 import math
@@ -44,10 +44,10 @@ def first_weights(config) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a gate may look at, of N units."""
+    """What a gate reads of N units."""
 
-    features: torch.Tensor          # (N,D) float32: of the prompt; for `domain` one-hot; D = 0 where nothing is read
-    user: torch.Tensor              # (N,) int64: 0 unknown, else the user's place among the training users, from 1
+    features: torch.Tensor          # (N,D) float32: of the prompt; one-hot for `domain`; D = 0 for other gates
+    user: torch.Tensor              # (N,) int64: 0 for unknown, else the number of the training user, from 1
 
     def __getitem__(self, index) -> "Inputs":
         return Inputs(self.features[index], self.user[index])
@@ -57,10 +57,8 @@ class Inputs:
 
 
 class Gate(nn.Module):
-    """gate(inputs) -> log w (N,K) float32, rows normalised (M9; fixed: M10). inputs: of the training units, for sizes
-    and scale.
-
-    Raises: InputError if a domain gate has other than K domains, or a gate of users no users.
+    """gate(inputs) -> log w (N,K) float32, rows normalised (M9; fixed: M10). inputs: those of the training units, for
+    sizes and scale. Raises: InputError if a domain gate has not K domains, or if a user gate has no users.
     """
 
     def __init__(self, kind: str, experts: int, inputs: Inputs, log_w: torch.Tensor, seed: int = 0,
@@ -69,7 +67,7 @@ class Gate(nn.Module):
         assert kind in KINDS, f"got gate {kind!r}, want one of {KINDS}"
         self.kind, self.K, self.temperature = kind, experts, 1.0            # the loop sets the temperature (train.py)
         self.unit_rows = unit_rows
-        D, self.users = inputs.features.shape[1], int(inputs.user.max())    # that have a place, from 1
+        D, self.users = inputs.features.shape[1], int(inputs.user.max())    # known users
         generator = torch.Generator().manual_seed(seed)
         if kind == "fixed":
             self.register_buffer("log_w", log_w.clone())                                    # (K,)
@@ -83,7 +81,7 @@ class Gate(nn.Module):
             self.register_buffer("scale", seen.std(0, correction=0).clamp_min(1e-6) * math.sqrt(D))
             width = HIDDEN if kind == "mlp" else D
             self.W, self.b = nn.Parameter(torch.zeros(experts, width)), nn.Parameter(torch.zeros(experts))
-        if kind == "mlp":                                                   # features have length 1, about: so has V f
+        if kind == "mlp":                                                   # features have length about 1, and so has V f
             self.V = nn.Parameter(torch.randn(HIDDEN, D, generator=generator))              # (H,D)
             self.c = nn.Parameter(torch.zeros(HIDDEN))
         if kind in ("user", "prompt-user"):
@@ -96,7 +94,7 @@ class Gate(nn.Module):
             self.requires_grad_(False)
 
     def logits(self, inputs: Inputs) -> torch.Tensor | float:
-        """The prompt's share of the logits: (N,K), or 0 for a gate that does not read it."""
+        """The part of the logits that depends on the prompt: (N,K), or 0 for a gate that does not read it."""
         if self.kind not in READS_PROMPT:
             return 0.0
         f = F.normalize(inputs.features) * math.sqrt(inputs.features.shape[1]) if self.unit_rows else inputs.features
@@ -116,8 +114,8 @@ class Gate(nn.Module):
         return torch.log_softmax(logits / self.temperature, dim=-1)
 
     def generic(self, inputs: Inputs) -> torch.Tensor:
-        """The same with the generic user for every row, and with gradient for that user's row alone. Trained on
-        everybody's responsibilities, its optimum is their mean: best for a user of whom nothing is known."""
+        """forward with the generic user in every row; gradient flows to that user's row only. It is trained on the
+        responsibilities of all users, so its optimum is their mean: the best weights for an unknown user."""
         logits = self.logits(inputs)
         logits = logits.detach() if torch.is_tensor(logits) else logits
         return torch.log_softmax((logits + self.E[0]).expand(len(inputs.user), -1) / self.temperature, dim=-1)

@@ -1,12 +1,11 @@
-"""The mixture: responsibilities, the bound, the losses. Tensors in, per-pair tensors out;
-no model, no configuration, no device.
+"""The mixture: responsibilities, the bound, and the losses. Tensors in, per-pair tensors out; no model, no configuration.
 
 A latent expert z in 1..K judges each pair (or each user). With weights w (the gate) and margins h_k of dpo.py:
 
     log p(y+ > y- | x) = logsumexp_k [ log w_k + log sigma(h_k) ]             (M5, mixture of Bradley-Terry)
     ELBO(q)            = sum_k q_k [ log w_k + log sigma(h_k) - log q_k ]     (M6, <= log p by KL(q || posterior))
     E-step             : log q_k = log w_k + log sigma(h_k) - log p           (M7, makes the gap zero)
-                         with one expert a user: sum_i log sigma(h_ik) over the user's pairs i      (M11)
+                         with one type per user: sum_i log sigma(h_ik) over the user's pairs i      (M11)
                          (tempered, hard or sampled: variants/e_steps.py      M12)
     expert M-step      : - sum_k q_k log sigma(h_k),  q detached              (M8)
     gate M-step        : KL(q || w),                  q detached              (M9)
@@ -17,8 +16,8 @@ and as a policy, log pi(y|x) = logsumexp_k [ log w_k + log pi_k(y|x) ]        (M
 With q from the E-step and detached, the gradient of M8 + M9 is the gradient of -log p (Fisher's identity):
 EM on minibatches is SGD on the marginal likelihood, and `log_marginal` is the whole method in one line.
 Everything over K is float32 (or float64) log space.
-M5 is not Bradley-Terry on the mixture's log-sum-exp reward (M2), and the K-fold product of tilted references
-maximises the decoupled objective, not the joint one: nothing here assumes either.
+M5 is not Bradley-Terry on the mixture's log-sum-exp reward (M2). K references, each tilted by its own reward, maximise
+the decoupled objective and not the joint one. Nothing here assumes either.
 """
 
 import math
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 
 
 def require_precise(*tensors: torch.Tensor) -> None:
-    """Everything over K wants float32 or float64: bfloat16's spacing at 300 nats is 2 nats."""
+    """Everything over K must be float32 or float64: in bfloat16 the spacing at 300 nats is 2 nats."""
     got = {t.dtype for t in tensors}
     assert got <= {torch.float32, torch.float64}, f"got {got}, want float32 or float64"
 
@@ -57,8 +56,8 @@ def e_step(
     """Exact posterior over experts, without gradient.
 
     log_w: (B,K) or (K,); h: (B,K). Returns log_marginal (B,) and log_q (B,K) in nats (M7).
-    With group (B,) int64 in 0..G-1 one expert judges all pairs of a group, a user's say (M11):
-    the log-likelihoods of the group's pairs add up, its prior (equal on all its pairs) counts once.
+    With group (B,) int64 in 0..G-1 all pairs of a group, for example of a user, share one expert (M11):
+    the log-likelihoods of its pairs are summed, and its prior, equal for all its pairs, counts once.
     Returns log_marginal (G,) and log_q (G,K); the posterior of a pair is log_q[group].
     """
     require_precise(log_w, h)
@@ -94,8 +93,8 @@ def weighted(log_q: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 def elbo(log_q: torch.Tensor, log_w: torch.Tensor, h: torch.Tensor, group: torch.Tensor | None = None) -> torch.Tensor:
     """Evidence lower bound in nats, for any q: (B,K), (B,K) or (K,), (B,K) -> (B,)  (M6).
 
-    With group (B,) int64 in 0..G-1 one expert judges all pairs of a group (M11): log_q (G,K), log_w (G,K) or (K,) are
-    the groups', and so is the bound (G,). It is what EM maximises; at the exact posterior it is the log-marginal.
+    With group (B,) int64 in 0..G-1 all pairs of a group share one expert (M11): log_q is (G,K), log_w (G,K) or (K,),
+    and the bound (G,). EM maximises it; at the exact posterior it is the log-marginal.
     """
     require_precise(log_q)
     if group is None:
@@ -124,8 +123,8 @@ def entropy(log_q: torch.Tensor) -> torch.Tensor:
 
 
 def balance(log_w: torch.Tensor) -> torch.Tensor:
-    """Entropy of the batch's mean weights: (B,K) -> (), ln K where all experts are used alike. Not the mean entropy of
-    the rows: that is highest where no row chooses, this also where each row chooses and choices differ."""
+    """Entropy of the batch's mean weights: (B,K) -> (), ln K if all experts have the same mean weight. The mean entropy
+    of the rows differs: it is largest if every row is uniform. This one can be ln K with sharp rows, too."""
     return entropy(torch.logsumexp(log_w, dim=0) - math.log(max(len(log_w), 1)))
 
 
@@ -134,7 +133,7 @@ def update_weights(log_q: torch.Tensor, prior: float = 1.0) -> torch.Tensor:
     (N,K) -> (K,) log weights.
 
     w_k = (sum_n q_nk + prior - 1) / (N + K (prior - 1)); prior = 1 is the mean of q.
-    Wants prior >= 1 (below, the mode may not exist).
+    prior must be at least 1; below 1 the mode may not exist.
     """
     assert prior >= 1.0, f"Dirichlet prior is {prior}, want at least 1"
     require_precise(log_q)
@@ -157,7 +156,7 @@ def prefix_log_weights(log_w: torch.Tensor, logps: torch.Tensor) -> torch.Tensor
     """Weights of the experts before each token, given the tokens so far: (...,K), (...,T,K) -> (...,T,K)  (M14).
 
     log w_k + sum_{s<t} logps_sk, normalised over k.
-    Only with these does sum_t logsumexp_k(weights_t + logps_t) equal mixture_logp.
+    Only with these weights is sum_t logsumexp_k(weights_t + logps_t) equal to mixture_logp.
     """
     require_precise(log_w, logps)
     before = F.pad(logps[..., :-1, :].cumsum(-2), (0, 0, 1, 0))             # exclusive; cumsum - logps is NaN at -inf
@@ -166,5 +165,5 @@ def prefix_log_weights(log_w: torch.Tensor, logps: torch.Tensor) -> torch.Tensor
 
 def mixture_reward(log_w: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
     """r(x,y) = log sum_k w_k(x) exp r_k(x,y) (M2): (...,K), (...,K) -> (...).
-    Not what the likelihood M5 is built on: see the module's docstring."""
+    The likelihood M5 is not Bradley-Terry on it: see the module's docstring."""
     return mixture_logp(log_w, r)

@@ -1,13 +1,12 @@
-"""Who is trained on when: which pairs share one latent z, which are set aside for the E-step, and the groups of a step.
+"""The plan of a run: which pairs share one latent z, which are context pairs, and which make up each step.
 
-    pairs -> units (a pair alone, or a user's) -> some of each set aside -> visits (a unit, or a slice of one)
-          -> visits shuffled into steps -> micro-batches -> chunks, whose logits are in memory together
+    pairs -> units (one pair, or all pairs of a user) -> context pairs of each unit -> visits (a unit, or a slice of it)
+          -> visits shuffled into steps -> micro-batches -> chunks whose logits are in memory at the same time
 
-A context pair is never trained on, whatever the E-step looks at: where it does not look at context, they are left out.
-A visit is never cut, neither by a step nor by a micro-batch, and it is a whole unit, so that the E-step that pools a
-user's pairs (M11) is exact; but with em = incremental a user's slices are visited apart, and the E-step of one looks up
-what the others said when they were visited last (variants/latent.py). There are as many slices as pairs for the E-step.
-Within a step, whose sum has no order, visits stand by their longest text: micro-batches then hold little padding.
+Context pairs are for the E-step only; they are never trained on. A visit is never divided between steps or
+micro-batches. It is a complete unit, so the E-step that pools a user's pairs (M11) is exact. With em = incremental a
+user is visited in slices instead (variants/incremental.py). Within a step, visits are sorted by their longest text, so
+that micro-batches have little padding; the order does not change the step's sum.
 """
 
 from dataclasses import dataclass, replace
@@ -23,11 +22,11 @@ from mixdpo.preferences import Batch, Pair, collate, groups
 
 @dataclass(frozen=True)
 class Visit:
-    """What a step takes of a unit: all of it, or a slice."""
+    """A unit, or a slice of a unit, in one step."""
 
     unit: int
-    trained: list[int]                  # pairs that the M-step sees
-    context: list[int]                  # and those for the E-step, if it has some of its own
+    trained: list[int]                  # pairs of the M-step, and of the E-step if there are no context pairs
+    context: list[int]                  # context pairs: of the E-step only
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Plan:
     units: list[list[int]]              # the pairs of each unit
     visits: list[Visit]
     steps: list[tuple[int, list[int]]]  # epoch and visits of each step
-    owner: torch.Tensor | None = None   # (V,) the example of each visit, if examples are clipped one by one
+    owner: torch.Tensor | None = None   # (V,) the example of each visit, if gradients are made example by example
 
     @cached_property
     def unit_of(self) -> torch.Tensor:
@@ -63,7 +62,7 @@ class Micro:
     context: Batch | None               # the pairs that only the E-step looks at
     visits: torch.Tensor                # (G,) numbers of the visits
     first: int                          # place of the first in the step
-    ends_example: bool = True           # the last of its example, if examples are clipped one by one
+    ends_example: bool = True           # the last micro-batch of its example
 
     @property
     def places(self) -> slice:
@@ -72,16 +71,16 @@ class Micro:
 
 
 def make_plan(pairs: list[Pair], config, shuffled=None, schedule=None) -> Plan:
-    """All steps of a run (config: train.py's). Raises: InputError naming a user with too few or too many pairs.
+    """All steps of a run; config: a TrainConfig. Raises: InputError naming a user with too few or too many pairs.
 
-    shuffled(pairs, group): the pairs of one user in the order in which they become context; default: by config.seed.
-    schedule(visits, pairs, config): (epoch, visits) of each step; default: passes over shuffled visits.
+    shuffled(pairs, group): the pairs of one user in random order, of which the first become context; default: by
+    config.seed. schedule(visits, pairs, config): (epoch, visits) of each step; default: passes over shuffled visits.
     """
-    apart = config.estep == "context"
-    pairs = mark_context(pairs, config.context, config.seed, shuffled) if apart else pairs
+    reads_context = config.estep == "context"
+    pairs = mark_context(pairs, config.context, config.seed, shuffled) if reads_context else pairs
     units = groups(pairs, config.latent)
     trained = [[i for i in unit if not pairs[i].context] for unit in units]
-    if not apart:
+    if not reads_context:
         units = trained = sorted(filter(None, trained))
     if not units:
         raise InputError(f"all {len(pairs)} pairs are context pairs; wanted others to train on: mark fewer of them",
@@ -92,15 +91,15 @@ def make_plan(pairs: list[Pair], config, shuffled=None, schedule=None) -> Plan:
 
 
 def passes(visits: list[Visit], pairs: list[Pair], config) -> list[tuple[int, list[int]]]:
-    """Every visit once an epoch, in shuffled batches. Within a step, which is a sum, the shortest texts come first."""
+    """Every visit once in each epoch, in shuffled batches; within a batch the shortest texts come first."""
     longest = [max(pairs[i].longest() for i in visit.trained) for visit in visits]
     return [(epoch, sorted(ids, key=longest.__getitem__)) for epoch in range(config.epochs)
             for ids in batches([visit.trained for visit in visits], config.batch, config.seed, epoch, pairs)]
 
 
 def visits_of(u: int, unit: list[int], trained: list[int], sliced: bool) -> list[Visit]:
-    """Unit u as one visit; or as many as it has pairs for the E-step, each with its share of the trained ones (M11,
-    incremental)."""
+    """Unit u as one visit; or sliced: as many visits as it has pairs for the E-step, each with its share of the
+    trained pairs (M11, incremental)."""
     context = sorted(set(unit) - set(trained))
     count = min(len(trained), len(context) or len(trained)) if sliced else 1
     learns, looks = (np.array_split(np.array(part, dtype=int), count) for part in (trained, context))
@@ -108,11 +107,11 @@ def visits_of(u: int, unit: list[int], trained: list[int], sliced: bool) -> list
 
 
 def mark_context(pairs: list[Pair], count: int, seed: int, shuffled=None) -> list[Pair]:
-    """The pairs, with `count` of each user's as context pairs, which the E-step alone looks at: the first of
-    shuffled(pairs, group), or of a permutation by `seed`.
+    """The pairs, of which `count` of each user are marked as context pairs: the first of shuffled(pairs, group), or of
+    a permutation by `seed`.
 
-    A user for whom the file says context, on any line, is left as the file has it. Raises: InputError unless every
-    user then has a context pair, without which its E-step is the prior, and another pair to train on.
+    A user with a `context` field on any line stays as in the file. Raises: InputError unless every user then has a
+    context pair, without which the E-step gives the prior, and a pair to train on.
     """
     generator, marked = np.random.default_rng(seed), list(pairs)
     shuffled = shuffled or (lambda pairs, group: generator.permutation(group).tolist())
@@ -121,19 +120,19 @@ def mark_context(pairs: list[Pair], count: int, seed: int, shuffled=None) -> lis
         if all(pairs[i].context is None for i in group):
             for i in group:
                 marked[i] = replace(pairs[i], context=i in drawn)
-        aside = sum(bool(marked[i].context) for i in group)
-        if not 0 < aside < len(group):
-            remedy = f"set 1 to {len(group) - 1} aside" if len(group) > 1 else "take that user out"
-            raise InputError(f"user {pairs[group[0]].user!r} has {len(group)} pairs, {aside} of them for context; "
-                             f"wanted one or more for --context, and one or more to train on: {remedy}",
+        chosen = sum(bool(marked[i].context) for i in group)
+        if not 0 < chosen < len(group):
+            remedy = f"use --context 1 to {len(group) - 1}" if len(group) > 1 else "remove that user"
+            raise InputError(f"user {pairs[group[0]].user!r} has {len(group)} pairs, {chosen} of them for context; "
+                             f"each user needs at least one context pair and one training pair; {remedy}",
                              line=pairs[group[0]].line, option="context")
     return marked
 
 
 def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: list[Pair] = ()) -> list[list[int]]:
-    """One epoch as lists of indices into `groups`: whole groups, shuffled by (seed, epoch), none left out.
+    """One epoch as lists of indices into `groups`, shuffled by (seed, epoch); every group is in one batch.
 
-    A batch holds at most `size` pairs and ends where the next group would not fit, so batches are ragged.
+    A batch has at most `size` pairs and ends if the next group would not fit, so batches differ in size.
     Raises: InputError if a group is larger than a batch; it names the user if `pairs` is given.
     """
     assert groups and all(groups), f"got {len(groups)} groups, {groups.count([])} of them empty; wanted pairs in each"
@@ -154,7 +153,8 @@ def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: li
 
 
 def micro_batches(plan: Plan, ids: list[int], config) -> list[Micro]:
-    """The visits `ids` in runs with about config.micro trained pairs each. No run holds visits of two examples."""
+    """The visits `ids` in micro-batches of at most config.micro trained pairs; a larger visit has one of its own.
+    No micro-batch has visits of two examples."""
     runs, size, owner = [], 0, [0] * len(plan.visits) if plan.owner is None else plan.owner.tolist()
     for place, v in enumerate(ids):
         count = len(plan.visits[v].trained)
@@ -174,5 +174,5 @@ def micro_batches(plan: Plan, ids: list[int], config) -> list[Micro]:
 
 
 def gathered(pairs: list[Pair], groups: list[list[int]]) -> Batch:
-    """The pairs of these groups, numbered as they stand here."""
+    """The pairs of some groups as one batch; group n gets the number n."""
     return collate(pairs, [i for group in groups for i in group], [g for g, group in enumerate(groups) for _ in group])

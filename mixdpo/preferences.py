@@ -6,11 +6,11 @@ A row holds prompt and response. With start = len(prompt) and length = start + l
     token         prompt        | response              EOS      | padding, 0
     predicted at                | start-1 ... length-3  length-2 |
 
-Prompt and response are tokenised apart and their ids joined, so no token straddles the boundary and log pi(y|x) scores
-the same y after every x. EOS is appended once, as an id; a response cut at max_response ids is unfinished and has none.
-Everything that asks "is this a response token?" asks the lengths, never the ids: 0 pads, and 0 is one vocabulary's EOS
-and another's ordinary token. Prompts may be conversations (chat.py); EOS is then the token that ends a turn. Left out:
-attention masks (a causal model needs none under right padding).
+Prompt and response are tokenised separately and their ids joined. So no token crosses the boundary, and log pi(y|x)
+scores the same y after every x. EOS is appended once, as an id; a response that is truncated at max_response ids has
+none. Which tokens are response tokens follows from the lengths, never from the ids: padding is 0, and 0 is EOS in one
+vocabulary and an ordinary token in another. Prompts may be conversations (text/chat.py); EOS is then the token that
+ends a turn. Left out: attention masks; a causal model needs none under right padding.
 """
 
 from collections import defaultdict
@@ -26,18 +26,18 @@ from mixdpo.text.records import OPTIONAL, TEXTS, Fault, lines, read_record, susp
 
 @dataclass(frozen=True)
 class Pair:
-    """One comparison as ids. A response ends with EOS if and only if it was not cut."""
+    """One comparison as ids. A response ends with EOS if and only if it was not truncated."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     user: str | None = None
-    annotator: str | None = None  # evaluation only, as are the scores: neither reaches a Batch
+    annotator: str | None = None  # for evaluation only, as are the scores; neither reaches a Batch
     scores: dict[str, list[float]] | None = None
-    context: bool | None = None  # True: for the E-step alone. None: the file does not say
-    domain: str | None = None  # what the prompt is about
-    line: int = 0  # in the file, from 1
-    states: torch.Tensor | None = field(default=None, compare=False, repr=False)  # (M, C), where a trunk never changes
+    context: bool | None = None  # True: for the E-step only. None: not given in the file
+    domain: str | None = None  # topic of the prompt
+    line: int = 0  # number in the file, from 1
+    states: torch.Tensor | None = field(default=None, compare=False, repr=False)  # (M, C), cached for a frozen trunk
 
     def longest(self) -> int:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
@@ -53,19 +53,20 @@ class Batch:
     group: torch.Tensor  # (B,) unit of the latent, 0..G-1: the pair itself or its user
     pair: torch.Tensor  # (B,) index into the list of pairs
     context: torch.Tensor  # (B,) bool
-    states: torch.Tensor | None = None  # (M, C) that predict the response tokens, in their order, where they are known
+    states: torch.Tensor | None = None  # (M, C) hidden states that predict the response tokens, if they are cached
 
 
 # ---- text -> ids
 
 
 def read_preferences(path, tokenizer, max_prompt, max_response, drop=False, report=print) -> list[Pair]:
-    """The pairs of a .jsonl or .jsonl.gz file, in its order.
+    """The pairs of a .jsonl or .jsonl.gz file, in file order.
 
-    A prompt keeps its last max_prompt ids, a response its first max_response, EOS counted; `report` gets one line about
-    the number of those cut, and one about each kind of `suspicions`. Raises: Fault with file and line, or InputError.
-    With drop=True a faulty line is left out instead, and `report` gets all such lines under their kind of fault. An
-    unknown field raises even then: the file's format is wrong, not one of its pairs.
+    A prompt keeps its last max_prompt ids; a response keeps its first max_response ids, EOS included. `report` receives
+    one line with the number of truncated pairs and one for each kind of suspicion (text/records.py).
+    Raises: Fault with file and line, or InputError. With drop=True a line with a fault is skipped instead, and `report`
+    receives the numbers of the skipped lines for each kind of fault. An unknown field is an error even then, because
+    the format of the file is wrong.
     """
     for option, value in (("max_prompt", max_prompt), ("max_response", max_response)):
         if value < 1:
@@ -73,12 +74,12 @@ def read_preferences(path, tokenizer, max_prompt, max_response, drop=False, repo
     pairs, dropped, counted = [], defaultdict(list), defaultdict(list)
     for number, raw in enumerate(lines(path), start=1):
         if not raw.strip():
-            continue  # an empty line holds nothing that could be lost
+            continue  # an empty line holds no data
         try:
             pairs.append(read_pair(raw, number, tokenizer, max_prompt, max_response, counted))
         except Fault as fault:
             if fault.kind == "unknown field" or not drop:
-                remedy = "" if fault.kind == "unknown field" else " (or drop such lines: --drop true)"
+                remedy = "" if fault.kind == "unknown field" else " (or skip such lines: --drop true)"
                 raise Fault(fault.kind, fault.got, fault.remedy + remedy, path, number) from None
             dropped[fault.kind].append(number)
     for kind, numbers in dropped.items():
@@ -91,40 +92,39 @@ def read_preferences(path, tokenizer, max_prompt, max_response, drop=False, repo
 
 
 def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response: int, counted: dict) -> Pair:
-    """One line as a Pair; its number is appended to `counted` under each thing that was cut or looks like a mistake.
-    Raises: Fault."""
+    """One line as a Pair. Its number is appended to `counted` for each truncation and each suspicion. Raises: Fault."""
     record = read_record(raw)
     if isinstance(record["prompt"], list):
-        template_of(tokenizer)                                              # a tokenizer without one: no line's fault
+        template_of(tokenizer)                                              # raises for a tokenizer without a template
     try:
-        prompt, all_of_it = encode_prompt(record["prompt"], tokenizer, max_prompt)
-        whole = [encode_response(record[side], tokenizer) for side in ("chosen", "rejected")]  # a cut one has no EOS
+        prompt, complete = encode_prompt(record["prompt"], tokenizer, max_prompt)
+        responses = [encode_response(record[side], tokenizer) for side in ("chosen", "rejected")]
     except Fault:
         raise
     except InputError as error:
         raise Fault("no token for a character", error.message, "replace that character or take the line out") from None
-    if any(response[-1] in response[:-1] for response in whole):
-        raise Fault("EOS in a response", f"its text holds token {whole[0][-1]}", "take it out: EOS is appended")
-    chosen, rejected = (response[:max_response] for response in whole)
-    if whole[0] == whole[1]:
+    if any(response[-1] in response[:-1] for response in responses):
+        raise Fault("EOS in a response", f"its text contains token {responses[0][-1]}", "remove it: EOS is appended")
+    chosen, rejected = (response[:max_response] for response in responses)      # a truncated response has no EOS
+    if responses[0] == responses[1]:
         raise Fault("identical responses", "chosen and rejected have the same ids", "take the line out")
     if chosen == rejected:
         got = f"the first {max_response} ids are the same"
         raise Fault("identical after truncation", got, "raise max_response or take the line out")
-    if not all_of_it:
+    if not complete:
         chat = isinstance(record["prompt"], list)
-        counted[f"conversations without their oldest turns, to fit {max_prompt} ids" if chat else
-            f"prompts cut to their last {max_prompt} ids"].append(number)
-    if max(map(len, whole)) > max_response:
-        counted[f"pairs with a response cut to its first {max_response} ids, without EOS"].append(number)
+        counted[f"conversations whose oldest turns are removed to fit {max_prompt} ids" if chat else
+                f"prompts truncated to their last {max_prompt} ids"].append(number)
+    if max(map(len, responses)) > max_response:
+        counted[f"pairs with a response truncated to its first {max_response} ids, without EOS"].append(number)
     for suspicion in suspicions(record, tokenizer):
         counted[suspicion].append(number)
     return Pair(prompt, chosen, rejected, *(record.get(field) for field in OPTIONAL), line=number)
 
 
 def encode_prompt(text: str | list, tokenizer, max_prompt: int) -> tuple[list[int], bool]:
-    """A prompt's last max_prompt ids, or those of a conversation's last turns, and whether these are all. A start token
-    counts in, and is kept."""
+    """The last max_prompt ids of a prompt, or the ids of the last turns of a conversation; and whether nothing was
+    removed. A start token is counted and kept."""
     if isinstance(text, list):
         ids, turns_left_out = encode_chat(text, tokenizer, max_prompt)
         return ids, not turns_left_out
@@ -134,14 +134,14 @@ def encode_prompt(text: str | list, tokenizer, max_prompt: int) -> tuple[list[in
 
 
 def encode_response(response: str | list, tokenizer) -> list[int]:
-    """A text, or an answer of one turn, and its end token."""
+    """The ids of a text, or of an answer of one turn, with the end token."""
     if isinstance(response, list):
         return encode_answer(response[0]["content"], tokenizer)
     return [*tokenizer.encode(response), tokenizer.eos]
 
 
 def check_lengths(pairs: list[Pair], context: int, path) -> None:
-    """Raises: InputError if a pair, read from `path`, has more tokens than the model has positions."""
+    """Raises: InputError if a pair from the file `path` has more tokens than the model has positions."""
     worst = max(pairs, key=Pair.longest)
     if worst.longest() > context:
         raise InputError(
@@ -154,14 +154,14 @@ def check_lengths(pairs: list[Pair], context: int, path) -> None:
 
 
 def groups(pairs: list[Pair], latent: str) -> list[list[int]]:
-    """Indices of the pairs that share one z, in order of appearance: each pair alone, or those of a user (M11)."""
+    """Indices of the pairs of each unit, in order of appearance: one pair, or all pairs of a user (M11)."""
     if latent == "pair":
         return [[i] for i in range(len(pairs))]
     if latent != "user":
         raise InputError(f"got {latent!r}; wanted pair or user", option="latent")
     if nameless := [pair.line for pair in pairs if pair.user is None]:
-        raise InputError(f"names no user; {len(nameless)} of {len(pairs)} pairs name none. Wanted one on every line: "
-                         "add them. Only --latent pair, and evaluation without new users, need none", line=nameless[0])
+        raise InputError(f"has no user, like {len(nameless)} of {len(pairs)} pairs; wanted a user on every line: add "
+                         "them, or use --latent pair", line=nameless[0])
     of_user = defaultdict(list)
     for i, pair in enumerate(pairs):
         of_user[pair.user].append(i)
@@ -172,7 +172,7 @@ def groups(pairs: list[Pair], latent: str) -> list[list[int]]:
 
 
 def collate(pairs: list[Pair], index: list[int], group: list[int] | None = None) -> Batch:
-    """The pairs at `index`, in that order. group: the unit of each, 0..G-1; left out, each pair is its own."""
+    """The pairs at `index`, in that order. group: the unit of each, 0..G-1; None: each pair is its own unit."""
     taken = [pairs[i] for i in index]
     ids = torch.zeros(len(taken), 2, max(map(Pair.longest, taken)), dtype=torch.int64)  # (B, 2, T)
     length = torch.zeros(len(taken), 2, dtype=torch.int64)
@@ -190,22 +190,21 @@ def collate(pairs: list[Pair], index: list[int], group: list[int] | None = None)
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of ids that pass through a model, and where the log-probs of the M response tokens, EOS among them, are
-    to be had. From the lengths, never from the ids."""
+    """The rows of ids that pass through a model, and the positions of the M response tokens, EOS included."""
 
     ids: torch.Tensor  # (N, T): each response behind its prompt, N = 2B; or both behind one prompt, N = B
-    window: Branches | Packed | None  # who sees whom, where that is not plainly causal
-    token: torch.Tensor  # (M,) of each response token, its place in (N*T)
-    where: torch.Tensor  # (M,) of the hidden state that predicts it
-    targets: torch.Tensor  # (M,) the token
-    sequence: torch.Tensor  # (M,) the response it belongs to, an index into B*2
+    window: Branches | Packed | None  # which tokens attend to which, if not plainly causal
+    token: torch.Tensor  # (M,) position of each response token, in 0..N*T-1
+    where: torch.Tensor  # (M,) position of the hidden state that predicts it
+    targets: torch.Tensor  # (M,) its id
+    sequence: torch.Tensor  # (M,) its response, in 0..2B-1
 
     def to(self, device) -> "Rows":
         return Rows(*(x if x is None else x.to(device) for x in (getattr(self, f.name) for f in fields(self))))
 
 
 def rows_of(batch: Batch) -> Rows:
-    """The batch as rows: each response behind its prompt. (fast/packing.py makes fewer tokens of the same texts.)"""
+    """The batch as rows, one for each response after its prompt. fast/packing.py has layouts with fewer tokens."""
     T = batch.ids.shape[-1]
     position = torch.arange(T, device=batch.ids.device)
     is_response = (position >= batch.start[:, None, None]) & (position < batch.length[..., None])  # (B, 2, T)

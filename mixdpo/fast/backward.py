@@ -1,11 +1,11 @@
 """The backward pass of a micro-batch whose logits do not all fit into memory.
 
     text -> trunk -> states that predict response tokens                                once
-    for each part, some whole pairs:  states, heads -> log-probs -> loss_of -> backward into states and heads
+    for each part, a slice of the pairs:  states, heads -> log-probs -> loss_of -> backward into states and heads
     states -> trunk, factors -> heads                                                   one backward pass for all parts
 
-The loss is the caller's: loss_of(logp, part) gets the log-probs (b,K,2) of the pairs `part`, a slice, and returns their
-loss and whatever the caller wants to see of them. This file knows no loss.
+The caller gives the loss: loss_of(logp, part) takes the log-probs (b,K,2) of the pairs `part`, a slice, and returns
+their loss and anything that the caller wants to keep.
 Left out: losses of a micro-batch that are not a sum over its pairs or groups.
 """
 
@@ -22,22 +22,22 @@ KEPT = 2**30  # bytes of logits that a part keeps for its backward pass
 
 def backward(experts, batch: Batch, loss_of, rows_of=compact_rows, head_rows: int = -1,
              whole_groups: bool = True) -> list:
-    """Adds the gradient of the sum of loss_of over all parts; returns what loss_of showed of each.
+    """Adds the gradient of the sum of loss_of over all parts to .grad; returns loss_of's second value for each part.
 
     Equals `loss, seen = loss_of(pair_logp(experts, batch), slice(0, B)); loss.backward()` without keeping all logits.
     rows_of: the batch's layout. head_rows: response tokens of a part, about; -1: as many as KEPT allows; 0: all at
     once, in vocabulary tiles. whole_groups: no part ends inside a group.
     """
     device = experts.heads()[0].device
-    text = rows_of(batch).to(device)                                        # made on the CPU: nothing waits for a GPU
-    rows, seen = predicting_states(experts, batch, text), []                # (M,C), or (K,M,C): states of their own
+    text = rows_of(batch).to(device)                                        # made on the CPU, without waiting for a GPU
+    rows, seen = predicting_states(experts, batch, text), []                # (M,C), or (K,M,C)
     made = [rows, *experts.heads()]
     head_rows = head_rows if head_rows >= 0 else fitting_rows(rows, made[1], experts.dtype)
     split = head_rows > 0
-    cut = [x.detach().requires_grad_() if split and x.grad_fn else x for x in made]         # what has a history
+    cut = [x.detach().requires_grad_() if split and x.grad_fn else x for x in made]         # those with a history
     states, heads = cut[0], [x.to(experts.dtype) for x in cut[1:]]
     for p, p_end, m, m_end in chunks(batch, head_rows, whole_groups):
-        tile = None if split else 0                                         # few rows: keep their logits
+        tile = None if split else 0                                         # few rows: logits are kept for backward
         logps = experts.token_logps(states[..., m:m_end, :], text.targets[m:m_end], tile, heads)    # (K,m)
         logp = sum_responses(logps, text.sequence[m:m_end] - 2 * p, p_end - p)                      # (b,K,2)
         loss, shown = loss_of(logp, slice(p, p_end))
@@ -51,16 +51,15 @@ def backward(experts, batch: Batch, loss_of, rows_of=compact_rows, head_rows: in
 
 
 def fitting_rows(rows: torch.Tensor, head: torch.Tensor, dtype: torch.dtype) -> int:
-    """How many response tokens' logits fit into KEPT: one row of the vocabulary for each of a token's states, of which
-    experts may have their own, and for each head: (M,C) or (K,M,C), (V,C) or (K,V,C)."""
+    """The number of response tokens whose logits fit into KEPT bytes. rows (M,C) or (K,M,C), head (V,C) or (K,V,C): a
+    token has one row of logits for each of its states and each head."""
     products = rows.shape[:-2].numel() * head.shape[:-2].numel()
     return max(1, KEPT // (products * head.shape[-2] * dtype.itemsize))
 
 
 def chunks(batch: Batch, head_rows: int, whole_groups: bool):
-    """Cuts a micro-batch into parts, whole pairs (groups) of about head_rows response tokens; 0: no cut.
-
-    Yields (first pair, one past the last, first token, one past the last).
+    """Divides a micro-batch into parts of about head_rows response tokens, without dividing a pair (or a group); 0: one
+    part. Yields (first pair, one past the last, first token, one past the last).
     """
     ends = (batch.length.sum(1) - 2 * batch.start).cumsum(0).tolist()       # one past each pair's last token
     group, first, begin = batch.group.tolist(), 0, 0

@@ -2,8 +2,8 @@
 
     m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,  p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-No weight decay: the reference is the regulariser. torch's fused AdamW, a pass over each parameter; or, for less memory,
-moments in bfloat16, rounded at random so that what is below their precision is kept on average (RoundedAdamW).
+No weight decay: the reference is the regulariser. torch's fused AdamW; or, for less memory,
+moments in bfloat16 with stochastic rounding (RoundedAdamW).
 """
 
 import math
@@ -31,11 +31,11 @@ def make_optimizer(module: torch.nn.Module, lr: float, head_lr: float = 0.0,
 
 
 class RoundedAdamW(torch.optim.Optimizer):
-    """AdamW without weight decay whose moments are bfloat16: half the memory. Each is rounded up or down by chance, to
-    itself on average: rounded to the nearest, a moment stands still when its change is below a 256th of it. The noise
-    belongs to (seed, step, place of the parameter): a resumed run draws the same."""
+    """AdamW without weight decay whose moments are bfloat16: half the memory. They are rounded at random and unbiased;
+    rounded to nearest, a moment would not change if its change is below a 256th of it. The noise belongs to (seed,
+    step, number of the parameter), so a resumed run draws the same noise."""
 
-    PIECE = 2**24                       # elements worked on at a time, in float32
+    PIECE = 2**24                       # elements in float32 at a time
 
     def __init__(self, groups, seed: int):
         super().__init__(groups, {})
@@ -54,31 +54,31 @@ class RoundedAdamW(torch.optim.Optimizer):
                     state["step"] = torch.zeros(())
                     state |= {key: torch.zeros_like(p, dtype=torch.bfloat16) for key in ("exp_avg", "exp_avg_sq")}
                 state["step"] += 1
-                t, noise = int(state["step"]), torch.Generator(p.device)
-                noise.manual_seed(mixed(self.seed, t, place))
-                step_of(p, p.grad, state["exp_avg"], state["exp_avg_sq"], group["lr"], t, noise, self.PIECE)
+                noise = torch.Generator(p.device)
+                noise.manual_seed(mixed(self.seed, int(state["step"]), place))
+                self.update(p, state, group["lr"], noise)
+
+    def update(self, p: torch.Tensor, state: dict, lr: float, noise: torch.Generator) -> None:
+        """One parameter's step, PIECE elements at a time; changes p and its moments."""
+        (b1, b2), t = BETAS, int(state["step"])
+        flat = [x.view(-1).split(self.PIECE) for x in (p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])]
+        for x, g, m16, v16 in zip(*flat):
+            m = m16.float().lerp_(g, 1 - b1)
+            v = v16.float().mul_(b2).addcmul_(g, g, value=1 - b2)
+            x.addcdiv_(m, (v / (1 - b2**t)).sqrt_().add_(EPS), value=-lr / (1 - b1**t))
+            m16.copy_(rounded(m, noise))
+            v16.copy_(rounded(v, noise))
 
 
 def mixed(*numbers: int) -> int:
-    """One seed of 32 bits for torch.Generator, made of all the numbers, each 0 or more. A generator on a CPU uses only
-    the low 32 bits of its seed, so numbers that are shifted or multiplied together would be lost."""
+    """One seed of 32 bits for torch.Generator from all the numbers, each 0 or more. A generator on a CPU uses only the
+    low 32 bits of its seed, so shifted or multiplied numbers would be lost."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def step_of(p, g, m16, v16, lr: float, t: int, noise: torch.Generator, piece: int) -> None:
-    """One parameter's step, `piece` elements at a time. All flat views of the same shape."""
-    (b1, b2), flat = BETAS, [x.view(-1).split(piece) for x in (p, g.contiguous(), m16, v16)]
-    for p, g, m16, v16 in zip(*flat):
-        m = m16.float().lerp_(g, 1 - b1)
-        v = v16.float().mul_(b2).addcmul_(g, g, value=1 - b2)
-        p.addcdiv_(m, (v / (1 - b2**t)).sqrt_().add_(EPS), value=-lr / (1 - b1**t))
-        m16.copy_(rounded(m, noise))
-        v16.copy_(rounded(v, noise))
-
-
 def rounded(x: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
-    """float32 -> bfloat16, to one of the two neighbours, each as likely as x is near to it: a random number below a
-    bfloat16's last place is added to the bits, and what is below that place is cut off."""
+    """float32 -> bfloat16 by stochastic rounding: to one of the two neighbours, unbiased. A random number below the last
+    place of bfloat16 is added to the bits, which are then truncated."""
     bits = x.view(torch.int32) + torch.randint(2**16, x.shape, dtype=torch.int32, device=x.device, generator=noise)
     return bits.bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
 

@@ -13,17 +13,17 @@ from torch import nn
 
 from mixdpo.config import InputError
 
-# alpha / rank. Fixed, since Adam makes another one act like another learning rate (Hu et al., section 4.1).
+# alpha / rank. Fixed, because with Adam it acts like the learning rate (Hu et al., section 4.1).
 SCALE = 2.0
 
-# The projections that have adapters if nothing else is asked for: GPT-2's, and Llama's.
+# The projections that have adapters by default: of GPT-2, and of Llama.
 TARGETS = ("c_attn", "q_proj", "v_proj")
 
 
 class LoRALinear(nn.Module):
     """A frozen projection W and K adapters on it: y = W x + b + SCALE B_k A_k x in the rows of expert k.
 
-    A (K,R,in) is uniform in +-1/sqrt(in), as kaiming_uniform with a = sqrt(5) makes it; B (K,out,R) is 0.
+    A (K,R,in) is uniform in +-1/sqrt(in), which is kaiming_uniform with a = sqrt(5); B (K,out,R) is 0.
     """
 
     def __init__(self, linear: nn.Linear, experts: int, rank: int, generator: torch.Generator):
@@ -34,21 +34,22 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(W.new_zeros(experts, W.shape[0], rank))                             # (K,out,R)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(K*N,T,in) -> (K*N,T,out): the first N rows are expert 0's. One product with W for all."""
+        """(K*N,T,in) -> (K*N,T,out): the first N rows belong to expert 0. One product with W serves all experts."""
         low = x.reshape(len(self.A), -1, x.shape[-1]) @ self.A.mT           # (K,N*T,R)
         y = self.linear(x)
         return y + (SCALE * low @ self.B.mT).view(y.shape)
 
     @torch.no_grad()
     def merged(self, k: int) -> nn.Linear:
-        """A plain projection with expert k's weight, W + SCALE B_k A_k, in new memory."""
+        """A plain projection with the weight W + SCALE B_k A_k, in new memory."""
         linear = copy.deepcopy(self.linear)
         linear.weight += SCALE * self.B[k] @ self.A[k]
         return linear
 
 
 def frozen_twin(model: nn.Module) -> nn.Module:
-    """New modules around the same numbers, which need no gradient: to replace a module here changes nothing there."""
+    """New modules with the same weights, which need no gradient. Replacing a module in the twin does not change the
+    model."""
     frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, frozen)                                     # takes these where it meets the parameters
 

@@ -30,33 +30,33 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def save_checkpoint(run: Path, tensors: dict[str, torch.Tensor], state: dict, keep: int) -> None:
-    """Writes the checkpoint of state["step"], whole or not at all; then only the newest `keep` stay."""
+    """Writes the checkpoint of state["step"] atomically; then only the newest `keep` stay."""
     (run / "checkpoint").mkdir(exist_ok=True)
-    for left in [*(run / "checkpoint").glob("*.part"), *(run / "checkpoint").glob(".tmp*")]:        # of a process that
-        left.unlink()                                                       # was killed; .tmp*: safetensors' own
+    for left in [*(run / "checkpoint").glob("*.part"), *(run / "checkpoint").glob(".tmp*")]:        # of a killed process;
+        left.unlink()                                                       # .tmp*: made by safetensors
     write_tensors(run / "checkpoint" / f"{state['step']:08d}.safetensors", tensors, state)
     for old in checkpoints(run)[keep:]:
         old.unlink()
 
 
 def load_checkpoint(run: Path, config: dict) -> tuple[dict[str, torch.Tensor], dict] | None:
-    """The run's newest whole checkpoint, or None; one that is damaged is named and passed over.
-    Raises: InputError if none is whole, or if it was written by another configuration, naming the fields."""
+    """The newest checkpoint that is intact, or None if there is no checkpoint. A damaged one is reported and skipped.
+    Raises: InputError if all are damaged, or if another configuration wrote it, naming the options that differ."""
     for path in checkpoints(run):
         try:
             tensors, state = read_tensors(path)
             break
         except Damaged as damaged:
-            print(f"{damaged}; the checkpoint before it is used")
+            print(f"warning: {damaged}; the checkpoint before it is used")
     else:
         if checkpoints(run):
-            raise InputError(f"no checkpoint in it is whole; remove {run}, and begin again", file=run / "checkpoint")
+            raise InputError(f"all checkpoints in it are damaged; remove {run} and start again", file=run / "checkpoint")
         return None
     differ = [k for k in config if to_json(state["config"].get(k)) != to_json(config[k])]   # a list is like a tuple
     if differ:
         what = "; ".join(f"{k}: there {state['config'].get(k)!r}, now {config[k]!r}" for k in differ)
         raise InputError(f"is the checkpoint of another configuration ({what}); use another --out, or the same options "
-                         "to go on", file=path)
+                         "to resume", file=path)
     return tensors, state
 
 
@@ -64,26 +64,26 @@ def load_checkpoint(run: Path, config: dict) -> tuple[dict[str, torch.Tensor], d
 
 
 class Stop:
-    """Within it, SIGINT and SIGTERM set `asked`, and the loop ends after its step. A second signal stops at once. In
+    """Within it, SIGINT and SIGTERM set `requested`, and the loop ends after its step. A second signal stops at once. In
     another thread than the main one, signals stay as they are. name: of what is stopped."""
 
     def __init__(self, name: str = ""):
         self.name = name
 
     def check(self, message: str | None = None) -> None:
-        """Raises: Stopped if it was asked for."""
-        if self.asked:
+        """Raises: Stopped if a stop was requested."""
+        if self.requested:
             raise Stopped(f"{self.name}: {message or 'stopped before its first step'}")
 
     def __enter__(self):
-        self.asked, main = False, threading.current_thread() is threading.main_thread()
+        self.requested, main = False, threading.current_thread() is threading.main_thread()
         self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM) if main}
         return self
 
     def ask(self, number, frame):
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt("stopped at once")
-        self.asked = True
+        self.requested = True
         print("\nstopping after this step; a second signal stops at once", file=sys.stderr, flush=True)
 
     def __exit__(self, *_):
@@ -111,7 +111,7 @@ class Saver:
 
     def check(self, t: int, total: int, snapshot) -> None:
         """The same between steps, where the state is still that after step t."""
-        if self.stop.asked and t:
+        if self.stop.requested and t:
             self.save(t, *snapshot(), self.keep)
         self.stop.check(f"stopped and saved after step {t} of {total}" if t else None)
 
@@ -126,12 +126,12 @@ class Saver:
 
 
 def trained_state(experts: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that are not the reference's any more, as "experts." and their names, for safetensors."""
+    """The parameters that can differ from the reference, as "experts." and their names, for safetensors."""
     return {f"experts.{name}": p.detach().contiguous() for name, p in own_parameters(experts)}
 
 
 def own_parameters(experts: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Those that learn, and those that would if their expert were not frozen (runs/init_experts.py)."""
+    """Parameters that are trained, and those of experts that --freeze keeps (runs/init_experts.py)."""
     return [(name, p) for name, p in experts.named_parameters() if p.requires_grad or getattr(p, "frozen", False)]
 
 
@@ -140,21 +140,21 @@ def load_state(experts: nn.Module, tensors: dict[str, torch.Tensor], path: Path)
     """Copies a saved state back. Raises: InputError naming every tensor that is missing, extra or of another shape."""
     if isinstance(experts, Models):
         for k, model in enumerate(experts.models):
-            if model.config.tied and f"experts.models.{k}.lm_head.weight" in tensors:      # taken over
+            if model.config.tied and f"experts.models.{k}.lm_head.weight" in tensors:      # from --init-experts
                 untie(experts, k)
     own = {f"experts.{name}": p for name, p in own_parameters(experts)}
     state = {name: value for name, value in tensors.items() if name.startswith("experts.")}
     wrong = sorted(set(own) ^ set(state)) + [n for n in set(own) & set(state) if own[n].shape != state[n].shape]
     if wrong:
-        raise InputError(f"its tensors do not fit this configuration: {', '.join(wrong[:8])}; resume with the "
-                         "configuration it was written by", file=path)
+        raise InputError(f"has tensors that do not fit this configuration: {', '.join(wrong[:8])}; resume with the "
+                         "configuration that wrote it", file=path)
     for name, p in own.items():
         p.copy_(state[name])
 
 
 @torch.no_grad()
 def untie(experts: Models, k: int) -> nn.Module:
-    """Gives model k an unembedding of its own, which starts as its embedding; returns the model."""
+    """Gives model k a separate unembedding that starts as a copy of its embedding; returns the model."""
     old = experts.models[k]
     new = type(old)(dataclasses.replace(old.config, tied=False)).to(old.unembedding.device)
     new.load_state_dict(old.state_dict() | {"lm_head.weight": old.unembedding})

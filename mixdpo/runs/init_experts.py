@@ -1,11 +1,11 @@
-"""Modular deployment: experts taken over from finished runs, fresh ones beside them, and experts that stay as they are.
+"""Modular deployment: experts from finished runs, new experts, and experts that are not trained.
 
-    --init-experts runs/a:0,runs/b:1,fresh     expert 0 begins as run a's expert 0, ..., the third as the reference
-    --freeze 0,1 (or all)                       these keep every bit; what learns is the others, and the gate
+    --init-experts runs/a:0,runs/b:1,fresh     expert 0 starts as expert 0 of run a, ..., the third as the reference
+    --freeze 0,1 (or all)                       these experts stay bit-identical; the others and the gate are trained
 
-An expert is taken over with what it was trained on: heads by heads of the same rank on the same frozen trunk, adapters
-by adapters of the same rank and projections on the same base, whole models (--sharing models) by any run's expert. Its
-reference has to be this run's, since its margins (M3, M4) mean nothing beside another one.
+Heads can start as heads of the same rank on the same frozen trunk, adapters as adapters of the same rank and projections
+on the same base, and models (--sharing models) as an expert of any run. The reference must be the same in both runs,
+because an expert's margins (M3, M4) are relative to its reference.
 """
 
 from pathlib import Path
@@ -18,22 +18,22 @@ from mixdpo.runs.checkpoint import untie
 from mixdpo.runs.load_run import load_experts
 
 
-def adopt(experts: Heads | Adapters | Models, config, keys: list[str]) -> None:
-    """Begins and freezes experts as --init-experts and --freeze say. keys: the content key of each reference.
-    Raises: InputError naming the run that does not fit, and why; nothing has been copied then."""
+def init_experts(experts: Heads | Adapters | Models, config, keys: list[str]) -> None:
+    """Applies --init-experts and --freeze. keys: the content key of each reference. Raises: InputError naming the run
+    that does not fit, and why."""
     begun, sources = config.init_experts.split(",") if config.init_experts else [], {}
     for k, entry in enumerate(begun):
         if entry == "fresh":
             continue
         path, _, number = entry.rpartition(":")
         if not path or not number.isdigit():
-            raise InputError(f"got {entry!r}, wanted RUN:k, a run's directory and its expert's number",
+            raise InputError(f"got {entry!r}, wanted RUN:k, a run directory and the number of an expert",
                              option="init_experts")
         if path not in sources:
             sources[path] = load_experts(Path(path), "cpu", config.data_folder)
         its, source, _, state = sources[path]
         if int(number) >= source.K:
-            raise InputError(f"got {entry!r}, and that run has experts 0 to {source.K - 1}; choose one of these",
+            raise InputError(f"got {entry!r}, but that run has the experts 0 to {source.K - 1}; choose one of these",
                              option="init_experts")
         if state["config"]["model_key"] != keys[k % len(keys)]:
             raise InputError(f"got {entry!r}, which was trained against another reference, {its.model}, than expert "
@@ -46,7 +46,7 @@ def adopt(experts: Heads | Adapters | Models, config, keys: list[str]) -> None:
 
 @torch.no_grad()
 def take_over(experts, k: int, source, j: int, entry: str) -> None:
-    """Expert k becomes the source's expert j."""
+    """Copies the source's expert j into expert k."""
     if isinstance(experts, Models):
         model, head = source.policy(j)
         own = experts.models[k]
@@ -71,21 +71,21 @@ def take_over(experts, k: int, source, j: int, entry: str) -> None:
 
 
 def freeze(experts, frozen: list[int]) -> None:
-    """Keeps these experts as they are, to the bit: Adam without weight decay leaves what never had a gradient."""
-    whole = len(frozen) == experts.K
+    """Keeps these experts bit-identical: Adam without weight decay does not change what never has a gradient."""
+    all_frozen = len(frozen) == experts.K
     for name, p in experts.named_parameters():
         if isinstance(experts, Models):
             kept = int(name.split(".")[1]) in frozen                        # models.K.NAME
         else:
-            kept = whole
+            kept = all_frozen
         if kept and p.requires_grad:
             p.requires_grad_(False)
-            p.frozen = True                                                 # still part of what a checkpoint holds
+            p.frozen = True                                                 # a checkpoint still holds it
         elif p.requires_grad and not isinstance(experts, Models):
             others = torch.ones(experts.K, *[1] * (p.ndim - 1), device=p.device)
             others[frozen] = 0
             p.register_hook(lambda grad, others=others: grad * others)
-            p.learns = others                                               # what is added to gradients later wants it
+            p.learns = others                                               # for what is added to gradients later: DP-SGD's noise
 
 
 def is_factor(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Runs that ended, read back: the experts, the gate, and who was trained on."""
+"""Loads finished runs: their experts, their gates, and their training units."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from mixdpo.text.tokenizer import load_tokenizer
 
 @dataclass
 class Run:
-    """A finished run, loaded."""
+    """A finished run."""
 
     name: str
     config: TrainConfig
@@ -38,13 +38,13 @@ class Run:
 def load_experts(path: Path, device, data_folder: str) -> tuple[TrainConfig, torch.nn.Module, dict, dict]:
     """A finished run's options, experts, and the tensors and the state of its checkpoint."""
     if (found := load_checkpoint(path, {})) is None:
-        raise InputError("no checkpoint in it; wanted a directory that train.py wrote", file=path)
+        raise InputError("has no checkpoint; wanted a directory that train.py wrote", file=path)
     config = dataclasses.replace(configs.load(TrainConfig, path / "config.json"), data_folder=data_folder)
     if noted(path / "config.json").get("label_loss", "flips") != "flips":   # a loss of earlier versions, which took
         config = dataclasses.replace(config, label_noise=0.0)               # the margins as they are
     tensors, state = found
     if not state["finished"]:
-        raise InputError(f"stopped at step {state['step']}; finish it with the options in its config.json", file=path)
+        raise InputError(f"was stopped at step {state['step']}; finish it with the options in its config.json", file=path)
     models, _ = load_references(config, device)
     unchanged(path, "model", state, "+".join(map(content_key, models)), config)
     experts = make_experts(models, config, compute_dtype(config.dtype, str(device))[0]).eval()
@@ -55,26 +55,26 @@ def load_experts(path: Path, device, data_folder: str) -> tuple[TrainConfig, tor
 def unchanged(path: Path, what: str, state: dict, now: str, config) -> None:
     """Raises: InputError if a run's model or data are not what it was trained with."""
     if state["config"][f"{what}_key"] != now:
-        raise InputError(f"was trained with another {what} than lies in {getattr(config, what)} now; put that back, or "
-                         "train again into another --out", file=path)
+        raise InputError(f"was trained with another {what} than the one that is now in {getattr(config, what)}; restore "
+                         "it, or train again with another --out", file=path)
 
 
 def load_run(path: Path, device: str, data_folder: str) -> Run:
-    """A finished run with its units, which are read from its data again. Of a private run with --context, which pairs
-    were context is not known: that was drawn under a key that is gone."""
+    """A finished run with its units, which are read from its data again. For a private run with --context it is not
+    known which pairs were context: they were drawn under a key that no longer exists."""
     config, experts, tensors, state = load_experts(path, device, data_folder)
     unchanged(path, "data", state, data_key(config.data), config)
     pairs = read_preferences(config.data, load_tokenizer(config.models[0], data_folder or None), config.max_prompt,
                              config.max_response, config.drop, report=lambda line: None)
-    plan = make_plan(pairs, config, schedule=lambda *_: [])                 # who shares a latent; the steps are over
+    plan = make_plan(pairs, config, schedule=lambda *_: [])                 # the units; no steps are left
     return Run(path.name, config, experts, saved_gate(config, tensors, known_pairs(plan)), plan, tensors["table"], path)
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The folder itself if it is a run, else the runs in it by name: an order that no later write or copy changes."""
+    """The folder itself if it is a run, else the runs in it, sorted by name."""
     found = [path.parent for path in sorted(folder.glob("*/checkpoint"))]
     if checkpoints(folder):
         return [folder]
     if not found:
-        raise InputError("no run in it; wanted a directory that train.py wrote, or a folder of such", file=folder)
+        raise InputError("has no run; wanted a directory that train.py wrote, or a folder of such directories", file=folder)
     return found

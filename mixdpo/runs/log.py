@@ -33,10 +33,10 @@ def environment() -> dict:
 
 
 class Progress:
-    """One line on stderr: steps, rate, time left. On a terminal it rewrites itself;
-    in a file a line every 20 seconds."""
+    """A progress line on stderr: steps, rate, time left. On a terminal the line is rewritten; in a file there is a line
+    every 20 seconds."""
 
-    def __init__(self, name: str, first: int = 0):                          # first: what was done before, not now
+    def __init__(self, name: str, first: int = 0):                          # first: steps that were done before
         self.name, self.began, self.first, self.last = name, time.monotonic(), first, 0.0
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
@@ -51,7 +51,7 @@ class Progress:
 
 
 def with_nan(value):
-    """Figures as they were before to_json wrote NaN as null."""
+    """Figures with NaN in the place of null, as which to_json writes it."""
     if isinstance(value, dict):
         return {key: with_nan(part) for key, part in value.items()}
     return [with_nan(part) for part in value] if isinstance(value, list) else math.nan if value is None else value
@@ -60,16 +60,16 @@ def with_nan(value):
 class Log:
     """metrics.jsonl and responsibilities.jsonl, a line a step each; the progress line; and each warning once."""
 
-    def __init__(self, run: Path, t: int, total: int, config):              # t: steps done before; later lines go
+    def __init__(self, run: Path, t: int, total: int, config):              # t: steps done before; later lines are removed
         self.metrics, self.q = keep_lines(run / "metrics.jsonl", t), keep_lines(run / "responsibilities.jsonl", t)
         lines = map(with_nan, map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
-        self.history = deque((step for step in lines if step.get("pairs", 1)), maxlen=WINDOW)   # what alarms look at
+        self.history = deque((step for step in lines if step.get("pairs", 1)), maxlen=WINDOW)   # what alarms read
         self.total, self.config, self.progress, self.warned = total, config, Progress(run.name, t), set()
 
     def step(self, figures: dict, groups: list[int], log_q: torch.Tensor) -> None:
         """One step's figures, and the responsibilities (G,K) that it used."""
         t = figures["step"]
-        if figures.get("pairs", 1):                                         # none: a private step that drew no example
+        if figures.get("pairs", 1):                                         # 0: a private step that drew no example
             self.history.append(figures)
         self.write(self.metrics, to_json(figures))
         self.responsibilities(t, groups, log_q)
@@ -85,7 +85,7 @@ class Log:
         self.write(self.q, to_json({"step": t, "groups": groups, "q": q}))
 
     def write(self, file, line: str) -> None:
-        """One line, now. Raises: OSError that names the file, which the system's own does not."""
+        """Writes one line at once. Raises: OSError that names the file."""
         try:
             file.write(line + "\n")
             file.flush()
@@ -93,7 +93,7 @@ class Log:
             raise OSError(error.errno, os.strerror(error.errno), file.name) from None
 
     def sync(self) -> None:
-        """Lines before the checkpoint that counts on them."""
+        """Syncs both files; a checkpoint is written after the lines that it needs."""
         os.fsync(self.metrics.fileno()), os.fsync(self.q.fileno())
 
     def close(self) -> None:
@@ -101,11 +101,11 @@ class Log:
 
 
 def keep_lines(path: Path, steps: int):
-    """A file with one line a step, opened for appending behind its first `steps` lines: a step done again writes anew.
-    Raises: InputError if they are fewer."""
+    """Opens a file with one line per step for appending after its first `steps` lines; a repeated step writes its line
+    again. Raises: InputError if there are fewer lines."""
     kept = path.read_bytes().splitlines(keepends=True)[:steps] if path.exists() and steps else []
     if len(kept) < steps or kept and not kept[-1].endswith(b"\n"):
-        raise InputError(f"has {len(kept)} whole lines, and its checkpoint wants {steps}: it was cut or taken away. "
-                         f"Remove {path.parent}, and begin again", file=path)
+        raise InputError(f"has {len(kept)} complete lines, but its checkpoint needs {steps}; the file was truncated or "
+                         f"deleted. Remove {path.parent} and start again", file=path)
     write_whole(path, b"".join(kept).decode())
     return path.open("a")

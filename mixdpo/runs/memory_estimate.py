@@ -1,15 +1,15 @@
-"""Does it fit? The memory of a training step, before a weight is read.
+"""Estimates the memory of a training step before any weights are read.
 
-    weights       4 bytes a parameter of the experts, frozen ones among them
-    gradients     4 bytes a parameter that learns; with epsilon twice, one example's and their sum
-    moments       AdamW's two, of 4 or 2 bytes a parameter that learns
-    activations   what a micro-batch's forward pass keeps for backward: of one and of two blocks of this width, in
-                  truth, on random weights and on the CPU; the others are like the second
-    logits        one head micro-batch's (backward.KEPT), and their gradient
+    weights       4 bytes for each parameter of the experts, frozen ones included
+    gradients     4 bytes for each trained parameter; twice with epsilon: one example's gradient, and their sum
+    moments       AdamW's two, of 4 or 2 bytes for each trained parameter
+    activations   what the forward pass of a micro-batch keeps for backward: measured on the CPU for one and for two
+                  blocks of this width with random weights; further blocks are like the second
+    logits        those of one head micro-batch (backward.KEPT), and their gradient
 
-Parameters are counted on a model without memory. Left out: the pass that makes the reference's log-probs (one
-micro-batch without gradient, less than a step), the file's own pages while it is read (2 bytes a parameter of a model
-in bfloat16), fragments, and what the libraries take for themselves.
+Parameters are counted on a model on the meta device. Left out: the pass for the reference's log-probs (one micro-batch
+without gradient, less than a step), the pages of the weight file while it is read (2 bytes for each parameter of a
+bfloat16 model), fragmentation, and the memory of libraries.
 """
 
 import copy
@@ -24,9 +24,9 @@ from mixdpo.experts import make_experts
 from mixdpo.fast.backward import KEPT
 from mixdpo.models.weights import MODELS, config_of
 
-TIGHT = 0.9             # of what is free: beyond, fragments and libraries decide
+TIGHT = 0.9             # largest share of the free memory that is safe, because of fragmentation and libraries
 
-# What to change, in the order in which it costs least: what it is called, and the options.
+# Remedies, the cheapest first: their names and options.
 REMEDIES = [
     ("--checkpointing true", {"checkpointing": True}),
     ("--micro 4 --checkpointing true", {"checkpointing": True, "micro": 4}),
@@ -37,7 +37,7 @@ REMEDIES = [
 
 
 def estimate(config, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes by part, as above, for a TrainConfig whose products are in `dtype`."""
+    """Bytes of each part, as above, for a TrainConfig whose products are in `dtype`."""
     shapes = [config_of(name, config.data_folder or None) for name in config.models]
     with torch.device("meta"):                                              # shapes only
         models = [MODELS[type(shape)](shape) for shape in shapes]
@@ -57,13 +57,13 @@ def estimate(config, dtype: torch.dtype) -> dict[str, float]:
 
 
 def activations(shape, config, dtype: torch.dtype, T: int) -> float:
-    """Bytes that the pass of one row of T tokens through the trunks keeps for backward."""
+    """Bytes that the forward pass of one row of T tokens through the trunks keeps for backward."""
     one, two = (kept(dataclasses.replace(shape, layers=layers, vocab=8), config, dtype, T) for layers in (1, 2))
     return one + (two - one) * (shape.layers - 1)
 
 
 def kept(shape, config, dtype: torch.dtype, T: int) -> int:
-    """The same, measured: the storages that autograd holds, but for the parameters'."""
+    """The same, measured: the storages that autograd keeps, without those of parameters."""
     model = MODELS[type(shape)](shape)
     model.checkpointing = config.checkpointing
     experts = make_experts([copy.deepcopy(model) for _ in config.models], config, dtype)
@@ -80,7 +80,7 @@ def kept(shape, config, dtype: torch.dtype, T: int) -> int:
 
 
 def available(device: str) -> float:
-    """Bytes that are free on the device; infinite where the system does not say."""
+    """Free bytes on the device; infinity if the system does not report them."""
     if device == "cuda":
         return float(torch.cuda.mem_get_info()[0])
     info = Path("/proc/meminfo")
@@ -89,35 +89,35 @@ def available(device: str) -> float:
 
 
 def exceeded(error: RuntimeError) -> bool:
-    """Whether it says that memory was too small: CUDA's has a type of its own, the CPU's has words."""
+    """Whether the error means that memory was too small: a type of its own for CUDA, a message for the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def smaller(config, error: RuntimeError) -> str:
-    """What to say when memory was too small after all: the largest micro-batch that would fit, by the estimate."""
+    """The error message when memory ran out: the largest micro-batch that would fit by the estimate."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, free = compute_dtype(config.dtype, device)[0], available(device)
     sizes = {m: sum(estimate(dataclasses.replace(config, micro=m), dtype).values()) for m in range(1, config.micro)}
     found = [m for m, size in sizes.items() if size <= TIGHT * free]
-    would = (f"--micro {found[-1]} would fit, by estimate: {sizes[found[-1]] / 1e9:.1f} GB" if found else
-             "no --micro would fit, by estimate:\n" + "\n".join(remedies(config, dtype)))
+    would = (f"--micro {found[-1]} fits by the estimate: {sizes[found[-1]] / 1e9:.1f} GB" if found else
+             "no --micro fits by the estimate:\n" + "\n".join(remedies(config, dtype)))
     return (f"got {config.micro}, and memory ran out ({str(error).splitlines()[0]}). {free / 1e9:.1f} GB are free; "
-            f"{would}. The same command with that goes on from what was saved")
+            f"{would}. Change that option and run the command again to resume")
 
 
 def remedies(config, dtype: torch.dtype) -> list[str]:
-    """Other ways, and what each would take."""
+    """The remedies, and the memory that each would need."""
     others = {name: dataclasses.replace(config, **options) for name, options in REMEDIES}
     return [f"    {name}: {sum(estimate(other, dtype).values()) / 1e9:.1f} GB" for name, other in others.items()
             if other != config and len(other.models) == len(config.models)]             # own models cannot share one
 
 
 def describe_memory(config, dtype: torch.dtype, free: float) -> list[str]:
-    """The estimate in a line; and, where it is more than is free, what would fit."""
+    """The estimate in one line; if it exceeds the free memory, also a warning with remedies."""
     parts = estimate(config, dtype)
     total = sum(parts.values())
-    lines = ["memory of a step, about: " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-             + f", together {total / 1e9:.1f} GB of {free / 1e9:.1f} that are free"]
+    lines = ["memory of a step (GB, estimate): " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+             + f", in total {total / 1e9:.1f} of {free / 1e9:.1f} that are free"]
     if total <= TIGHT * free:
         return lines
-    return [*lines, "this may not fit. In other ways, about:", *remedies(config, dtype)]
+    return [*lines, "warning: this may not fit; with these options it needs about:", *remedies(config, dtype)]

@@ -26,7 +26,7 @@ from mixdpo.private.keys import Key
 from mixdpo.runs import memory_estimate
 from mixdpo.runs.checkpoint import Stop, gate_state, load_checkpoint, load_gate, load_state, trained_state
 from mixdpo.runs.gate_inputs import make_gate
-from mixdpo.runs.init_experts import adopt
+from mixdpo.runs.init_experts import init_experts
 from mixdpo.runs.log import environment
 from mixdpo.runs.options import TrainConfig, compared, short_run, validate
 from mixdpo.runs.reference import Reference, load_references, reference_of
@@ -151,7 +151,7 @@ def read(job: Job, dtype: torch.dtype, device: str) -> tuple[torch.nn.Module, Pl
     if not config.train_trunk:
         plan = dataclasses.replace(plan, pairs=reference.with_states(plan.pairs))
     keys, experts = [content_key(model) for model in models], make_experts(models, config, dtype)
-    adopt(experts, config, keys)
+    init_experts(experts, config, keys)
     if config.compile:
         for model in trunks(experts):
             model.compile(dynamic=True)

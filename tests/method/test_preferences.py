@@ -44,8 +44,8 @@ def test_prompt_keeps_its_end_and_cuts_are_counted(tmp_path):
     assert Letters().decode(first.prompt) == Letters().decode(second.prompt) == "said"
     path = tmp_path / "prefs.jsonl"
     assert told == [
-        f"{path}: prompts cut to their last 4 ids: 2 (first: line 1)",
-        f"{path}: pairs with a response cut to its first 6 ids, without EOS: 1 (first: line 2)",
+        f"{path}: prompts truncated to their last 4 ids: 2 (first: line 1)",
+        f"{path}: pairs with a response truncated to its first 6 ids, without EOS: 1 (first: line 2)",
     ]
 
 

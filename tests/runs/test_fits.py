@@ -56,9 +56,9 @@ def test_what_does_not_fit_is_told_with_what_would(model_dir):
     """Catches: no word before memory runs out, remedies that are in use already, a total that is not the parts'."""
     config = asked(model_dir)
     line, = fits.describe_memory(config, torch.float32, 1e12)
-    assert "together 0.0 GB of 1000.0 that are free" in line
+    assert "in total 0.0 of 1000.0 that are free" in line
     line, why, *ways = fits.describe_memory(config, torch.float32, 1e3)
-    assert why.startswith("this may not fit") and len(ways) == len(fits.REMEDIES)
+    assert why.startswith("warning: this may not fit") and len(ways) == len(fits.REMEDIES)
     assert len(fits.describe_memory(asked(model_dir, sharing="lora", checkpointing=True), torch.float32, 1e3)) == 2 + 3
     assert fits.available("cpu") > 1e8
 
@@ -71,5 +71,5 @@ def test_a_run_says_it_before_it_loads_a_weight(tmp_path, model_dir, monkeypatch
     monkeypatch.setattr("mixdpo.runs.setup.load_references", stop)
     with pytest.raises(KeyboardInterrupt):
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records())
-    assert "memory of a step, about: weights 0.0, gradients 0.0, moments 0.0, activations" in capsys.readouterr().out
+    assert "memory of a step (GB, estimate): weights 0.0, gradients 0.0, moments 0.0, activations" in capsys.readouterr().out
     assert config_of(model_dir) == load_model(model_dir).config
