@@ -225,3 +225,4 @@ def finish(job: Job, made: Prepared, save: Callable) -> None:
     certify(job.out, made.guarantee)                                        # not before all steps are done
     save()
     drop_key(job.out)
+    print(f"finished: {job.out}. Evaluate it with: python eval.py {job.out} --heldout FILE")

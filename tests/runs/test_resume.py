@@ -250,7 +250,7 @@ def test_a_run_too_short_for_its_options_is_announced(options, warned, tmp_path,
     """18 pairs: three steps of six, or one. Catches: a run on random responsibilities alone, or at a fraction of its
     learning rate, that nothing announces; a warning about a run that is long enough; one that names no remedy."""
     tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), **options)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: the run has")]
     assert len(lines) == len(warned)
     for line, (remedy, number) in zip(lines, warned.items()):
         assert number in line and remedy in line.partition("Choose")[2], line
