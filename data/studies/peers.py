@@ -37,7 +37,7 @@ from mixdpo.mixture import e_step, log_marginal
 from mixdpo.preferences import read_preferences
 from mixdpo.runs.load_run import load_run
 from mixdpo.runs.options import TrainConfig
-from mixdpo.runs.reference import load_references, reference_of
+from mixdpo.runs.reference import Source, load_references, reference_of
 
 WORLDS = {"two types of users": {"types": 2}, "two types, told by prompts": {"types": 2, "domains": True},
           "four types of users": {"types": 4}}
@@ -145,7 +145,7 @@ def reward_heads(folder: Path, world: World):
         config = TrainConfig(str(file), str(folder / "model"), "")
         models, tokenizer = load_references(config, "cpu")
         pairs = read_preferences(file, tokenizer, config.max_prompt, config.max_response)
-        ref = reference_of(file, pairs, models, tokenizer, config, torch.float32, folder / "cache")
+        ref = reference_of(Source(file, pairs, config), models, tokenizer, torch.float32, folder / "cache")
         return ref.features[:, 0] - ref.features[:, 1], ref.prompt[:, 1]
 
     def loss(heads, x, c):

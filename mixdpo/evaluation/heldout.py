@@ -32,7 +32,7 @@ from mixdpo.preferences import Pair, check_lengths, collate, read_preferences
 from mixdpo.runs.gate_inputs import gate_inputs, known_pairs
 from mixdpo.runs.load_run import Run
 from mixdpo.runs.log import Progress
-from mixdpo.runs.reference import reference_of
+from mixdpo.runs.reference import Source, reference_of
 from mixdpo.variants.label_noise import flipped_margins
 
 
@@ -42,7 +42,7 @@ def margins_of(runs: list[Run], references: list, tokenizer, path: Path, cache: 
     config, dtype = runs[0].config, runs[0].experts.dtype
     pairs = read_preferences(path, tokenizer, config.max_prompt, config.max_response, config.drop)
     check_lengths(pairs, min(model.config.context for model in references), path)
-    ref = reference_of(path, pairs, references, tokenizer, config, dtype, cache)
+    ref = reference_of(Source(path, pairs, config), references, tokenizer, dtype, cache)
     for run in runs:
         run_pairs = pairs if run.config.train_trunk else ref.with_states(pairs)
         logp = expert_logp(run.experts, run_pairs, f"{run.name} {Path(path).stem}")         # (P,K,2)

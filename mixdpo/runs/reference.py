@@ -1,12 +1,11 @@
-"""The frozen reference policy's view of the data: log-probs and features of every pair,
-computed once, cached on disk by content.
+"""The frozen reference policy: log-probs and features of every pair, computed once and cached on disk by content.
 
-The log-probs come from the same functions, in the same dtype, as the policy's (experts.pair_logp's steps).
-The features are the mean hidden states over each response, what the linear start (start.py) looks at, and of each
-prompt the last and the mean hidden state, what a gate may look at (gates.py). And, where they are not too many, the
-states that predict each response token: a trunk that is frozen need not be run again, in training or after it.
-The cache key is a hash of the weights, the data, the tokenizer, the lengths, the dtype and the device:
-another model or file can never be answered with these numbers.
+The log-probs come from the same functions as the policy's (experts.pair_logp), in the same dtype. The features are the
+mean hidden state over each response, for the linear start (start.py), and the last and the mean hidden state of each
+prompt, for a gate (gates.py). If they fit into STATES bytes, the states that predict the response tokens are kept too:
+then a frozen trunk need not run again, in training or in evaluation.
+The cache key is a hash of the weights, the data, the tokenizer, the lengths, the dtype and the device, so the numbers
+of another model or file are never used.
 """
 
 import dataclasses
@@ -25,23 +24,25 @@ from mixdpo.logprob import sum_responses
 from mixdpo.models.weights import content_key, load_model
 from mixdpo.preferences import Pair, collate
 from mixdpo.runs.log import Progress
+from mixdpo.runs.options import TrainConfig
 from mixdpo.text.records import data_key
 from mixdpo.text.tokenizer import load_tokenizer
 
-STATES = 2**29  # bytes of states of response tokens that are kept, at most
-VERSION = 4     # part of every key: raise it when what is kept changes
+STATES = 2**29  # largest size in bytes of the kept states of response tokens
+VERSION = 4     # part of every cache key; increase it if the kept values change
 
 
 @dataclass(frozen=True)
 class Reference:
-    logp: torch.Tensor      # (P,1,2) float32 nats, or (P,K,2) where each expert has a reference of its own
-    features: torch.Tensor  # (P,2,C) float32, of the responses
-    prompt: torch.Tensor    # (P,2,C) float32, of the prompt: last state, mean state
-    states: torch.Tensor    # (M,C) in the products' dtype: that predict each response token; (0,C) where too many
+    """Numbers of P pairs under the reference."""
+
+    logp: torch.Tensor      # (P,1,2) float32 nats; (P,K,2) if each expert has its own reference
+    features: torch.Tensor  # (P,2,C) float32: mean state over each response
+    prompt: torch.Tensor    # (P,2,C) float32: last and mean state of the prompt
+    states: torch.Tensor    # (M,C) in the compute dtype: predict the response tokens; (0,C) if they are too large
 
     def with_states(self, pairs: list[Pair]) -> list[Pair]:
-        """The pairs that this is of, each with its states, for experts on the same trunk, frozen. As they are, where
-        states were not kept."""
+        """These pairs with their states, for experts on the same frozen trunk; unchanged if states were not kept."""
         counts = [len(pair.chosen) + len(pair.rejected) for pair in pairs]
         if len(self.states) != sum(counts):
             return pairs
@@ -49,24 +50,24 @@ class Reference:
 
 
 def load_references(config, device) -> tuple[list, object]:
-    """The run's models, one for all experts or one for each, and their tokenizer.
-    Raises: InputError if they do not go together: experts share text, tokens and the width of their states."""
+    """The run's models, one for all experts or one for each, and their tokenizer. Raises: InputError if the models
+    differ in tokenizer, vocabulary or width."""
     folder, models, keys = config.data_folder or None, [], []
     for name in config.models:
         tokenizer = load_tokenizer(name, folder)
         models.append(load_model(name, device=device, data=folder))
         keys.append((tokenizer.key, tuple(models[-1].unembedding.shape)))
         if keys[-1] != keys[0]:
-            raise InputError(f"{name} has another tokenizer, vocabulary or width than {config.models[0]}; experts of "
-                             "one mixture want the same", option="model")
+            raise InputError(f"{name} has another tokenizer, vocabulary or width than {config.models[0]}; choose models "
+                             "with the same", option="model")
     return models, tokenizer
 
 
 @torch.no_grad()
 def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 16, progress=None,
                       most: int | None = None) -> Reference:
-    """One pass over the pairs in file order, `size` pairs a batch, on the model's device; results on the CPU. States of
-    response tokens are kept if all of them take no more than `most` bytes; default: STATES."""
+    """One pass over the pairs in file order, `size` pairs per batch, on the model's device; results on the CPU. States
+    of response tokens are kept if they take at most `most` bytes; default: STATES."""
     policy, device = Heads(model, 1, dtype=dtype), model.unembedding.device
     logps, features, prompts, states = [], [], [], []
     tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
@@ -91,7 +92,7 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
     broken = [pair.line for pair, row in zip(pairs, made.logp) if not row.isfinite().all()]
     if broken:
         raise InputError(f"the model's log-probs of {len(broken)} pairs are NaN or infinite in {dtype}, first in line "
-                         f"{broken[0]}; wanted numbers: its weights are too large or damaged. Choose another model, or "
+                         f"{broken[0]}; its weights are damaged or too large for this dtype. Choose another model, or "
                          "--dtype float32", option="model")
     return made
 
@@ -105,7 +106,7 @@ def states_of_prompts(hidden: torch.Tensor, start: torch.Tensor) -> torch.Tensor
 
 @torch.no_grad()
 def prompt_features(model, prompts: list[list[int]], dtype: torch.dtype, size: int = 64) -> torch.Tensor:
-    """The same of prompts alone, which no response follows: (N,2,C) float32, on the CPU."""
+    """The last and the mean hidden state of prompts without responses: (N,2,C) float32, on the CPU."""
     policy, device, out = Heads(model, 1, dtype=dtype), model.unembedding.device, []
     for first in range(0, len(prompts), size):
         part = prompts[first : first + size]
@@ -118,36 +119,49 @@ def prompt_features(model, prompts: list[list[int]], dtype: torch.dtype, size: i
 
 
 def cached_reference(folder: Path, key: tuple, compute) -> Reference:
-    """The reference for `key` (any tuple of strings and numbers that names its content),
-    from `folder` or from compute()."""
+    """The reference for `key`, a tuple of strings and numbers that identifies its content: from `folder`, or from
+    compute()."""
     name = hashlib.sha256(repr(key).encode()).hexdigest()
     path = Path(folder) / f"{name}.safetensors"
     if path.exists():
         try:
             return Reference(**read_tensors(path)[0])
         except Damaged as damaged:
-            print(f"{damaged}; it is computed again")
+            print(f"warning: {damaged}; it is computed again")
     made = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, dataclasses.asdict(made), {})
     return made
 
 
-def reference_of(path, pairs: list[Pair], models: list, tokenizer, config, dtype: torch.dtype,
-                 folder: Path, between=lambda: None, alone: bool = False) -> Reference:
-    """The reference of the pairs that were read from `path` with config's max_prompt, max_response and drop: one for
-    each of the models. Features are the first's. between: called after each batch. alone: every pair passes by itself
-    and no states are kept, so that a pair's figures do not depend on any other pair, to the bit."""
-    found, bar = [], Progress(f"reference, {Path(path).stem}")
-    size, most = (1, 0) if alone else (16, STATES)
+@dataclass(frozen=True)
+class Source:
+    """Pairs, and what they were read from: the file, and the max_prompt, max_response and drop of a TrainConfig.
+
+    one_by_one: every pair passes through the model alone and no states are kept, so a pair's figures do not depend on
+    any other pair, to the bit (private runs)."""
+
+    path: str | Path
+    pairs: list[Pair]
+    config: TrainConfig
+    one_by_one: bool = False
+
+
+def reference_of(source: Source, models: list, tokenizer, dtype: torch.dtype, cache: Path,
+                 after_batch=lambda: None) -> Reference:
+    """The reference of the source's pairs, with the log-probs of each model and the features of the first; from the
+    folder `cache`, or computed. after_batch(): called after each batch."""
+    found, bar, config = [], Progress(f"reference, {Path(source.path).stem}"), source.config
+    size, most = (1, 0) if source.one_by_one else (16, STATES)
 
     def progress(done: int, total: int) -> None:
         bar(done, total)
-        between()
+        after_batch()
 
     for model in models:
-        key = (VERSION, content_key(model), data_key(path), tokenizer.key, config.max_prompt, config.max_response,
-               config.drop, str(dtype), str(model.unembedding.device)) + (("alone",) if alone else ())
-        made = functools.partial(compute_reference, model, pairs, dtype, size, progress, most)
-        found.append(cached_reference(folder, key, made))
+        key = (VERSION, content_key(model), data_key(source.path), tokenizer.key, config.max_prompt,
+               config.max_response, config.drop, str(dtype), str(model.unembedding.device))
+        key += ("alone",) if source.one_by_one else ()
+        made = functools.partial(compute_reference, model, source.pairs, dtype, size, progress, most)
+        found.append(cached_reference(cache, key, made))
     return dataclasses.replace(found[0], logp=torch.cat([each.logp for each in found], dim=1))

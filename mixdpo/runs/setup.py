@@ -29,7 +29,7 @@ from mixdpo.runs.gate_inputs import make_gate
 from mixdpo.runs.init_experts import init_experts
 from mixdpo.runs.log import environment
 from mixdpo.runs.options import TrainConfig, compared, short_run, validate
-from mixdpo.runs.reference import Reference, load_references, reference_of
+from mixdpo.runs.reference import Reference, Source, load_references, reference_of
 from mixdpo.start import check_start, make_start
 from mixdpo.text.records import data_key, lines
 from mixdpo.variants.choose import Variants
@@ -146,8 +146,8 @@ def read(job: Job, dtype: torch.dtype, device: str) -> tuple[torch.nn.Module, Pl
     with configs.lines_of(config.data):
         plan = make_plan(pairs, config, private and private.shuffled, private and (lambda *_: []))
     cache = Path(config.out).parent / "cache"
-    reference = reference_of(config.data, pairs, models, tokenizer, config, dtype, cache, job.stop.check,
-                             private is not None)
+    source = Source(config.data, pairs, config, one_by_one=private is not None)
+    reference = reference_of(source, models, tokenizer, dtype, cache, job.stop.check)
     if not config.train_trunk:
         plan = dataclasses.replace(plan, pairs=reference.with_states(plan.pairs))
     keys, experts = [content_key(model) for model in models], make_experts(models, config, dtype)
