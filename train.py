@@ -8,9 +8,10 @@ One optimizer step, `step`:
                 KL(q || w(x)) of each unit: the gate                      (M9), or the closed form for fixed weights (M10)
     bound       sum_k q_k (log w_k + log sigma(h_k) - log q_k)            (M6), what EM maximises, logged per unit
 
-The loss is a sum over pairs divided by the step's number of pairs, so a step may be cut into micro-batches anywhere.
-K = 1 is DPO. Responsibilities may be known before a step: from the start (start.py), from a pair's first visit, or from
-context pairs, which the M-step never trains on. What else a run may ask for replaces one of the functions in `EM`.
+The loss is a sum over pairs divided by the number of pairs in the step, so micro-batches do not change it. K = 1 is DPO.
+All experts start equal to the reference, and equal experts stay equal. So the first steps use responsibilities that
+differ between units, from mixdpo/start.py. Responsibilities can also be known from a pair's first visit, or from context
+pairs, which the M-step never trains on. All other options of a run replace functions in `EM`.
 """
 
 from collections.abc import Callable
@@ -39,12 +40,10 @@ from mixdpo.runs.options import TrainConfig
 from mixdpo.runs.setup import Job, finish, nonfinite_message, opened, prepare, resume, snapshot
 from mixdpo.variants.choose import Variants
 
-# --- what a step reads and changes ------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Problem:
-    """What training reads."""
+    """What training reads: P pairs in U units, each of which has one latent type (a pair alone, or a user's pairs)."""
 
     config: TrainConfig
     plan: Plan
@@ -61,53 +60,58 @@ class EMState:
     experts: Heads | Adapters | Models
     gate: Gate
     optimizer: torch.optim.Optimizer
-    log_q: torch.Tensor             # (U,K) responsibilities of each unit as last used, NaN before; on the CPU
+    log_q: torch.Tensor             # (U,K) latest responsibilities of each unit, NaN before the first; on the CPU
     t: int = 0                      # steps done
+
+
+def whole_step(gradient: Callable, micros: list[Micro]) -> list:
+    """The gradient of a step: that of all its pairs at once, divided by their number."""
+    return [gradient(micros, sum(len(micro.train.ids) for micro in micros))]
 
 
 @dataclass(frozen=True)
 class EM:
-    """The functions of one step. The defaults are the method; variants/ and private/ have others. A visit is a unit in
-    the plan (a pair, or a user's pairs), and `visits` are visits' numbers."""
+    """The functions of one step. The defaults are the method; variants/ and private/ have others. `visits` are indices
+    into plan.visits; a visit is a unit in one step."""
 
     margins: Callable = margins                             # logp (b,K,2), ref_logp, beta -> h (b,K)
     prior: Callable = lambda log_w, visits: log_w           # gate (G,K) -> prior of z (G,K)
     vary: Callable = lambda log_q, prior, visits: log_q     # posterior (g,K) -> responsibilities (g,K)  M12
     weigh: Callable = lambda loss, visits: loss             # losses of pairs (b,) -> (b,)
-    collect: Callable = lambda gradient, micros: [gradient(micros, sum(len(m.train.ids) for m in micros))]  # all at once
+    collect: Callable = whole_step                          # gradient, micro-batches -> what gradient returned
     clip: float = 1.0                                       # largest gradient norm
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------
 
 
-def em_loss(micro: Micro, log_w: torch.Tensor, log_q: torch.Tensor | None, problem: Problem, em: EM, pairs: int):
-    """Everything that the method is: log-probs of some whole units -> the loss whose gradient is EM's M-step.
+def em_loss(micro: Micro, log_w: torch.Tensor, known: torch.Tensor | None, problem: Problem, em: EM, count: int):
+    """The method: from the log-probs of complete units to the loss. Its gradient is EM's M-step.
 
-    log_w (G,K): the prior of each visit. log_q (G,K): responsibilities that are known, or None. Returns
-    loss_of(logp (b,K,2), part: a slice of the batch's pairs) -> sum of M8 / pairs, and (log_q, h) of these pairs.
+    log_w (G,K): prior of each unit of the micro-batch. known (G,K): log q, if it is known. Returns a function, which
+    fast/backward.py calls for one part of the batch at a time: loss_of(logp (b,K,2), part: a slice of the pairs, which
+    are sorted by unit) -> the sum of M8 / count, and (log_q (b,K), h (b,K)) of these pairs.
     """
-    batch, ref_logp, device = micro.train, problem.ref_logp, log_w.device
-    pair = batch.pair.to(device)                                            # (B,)
+    pair, device = micro.train.pair.to(log_w.device), log_w.device          # (B,) indices of the pairs
 
     def loss_of(logp: torch.Tensor, part: slice):
-        h = em.margins(logp, ref_logp[pair[part]].to(logp), problem.config.beta)                    # (b,K)  M4
-        group = batch.group[part]                                                                   # (b,)
-        units, own = slice(int(group[0]), int(group[-1]) + 1), (group - group[0]).to(device)
-        if log_q is None:
-            q = e_step(log_w[units][own], h, own)[1]                                                # (g,K)  M7, M11
-            q = em.vary(q, log_w[units], micro.visits[units])                                       # (g,K)  M12
+        h = em.margins(logp, problem.ref_logp[pair[part]].to(logp), problem.config.beta)            # (b,K)  M4
+        unit = micro.train.group[part]                                      # (b,) unit of each pair, ascending
+        units, unit_in_part = slice(int(unit[0]), int(unit[-1]) + 1), (unit - unit[0]).to(device)
+        if known is None:
+            log_q = e_step(log_w[units][unit_in_part], h, unit_in_part)[1]  # (g,K)  M7, M11
+            log_q = em.vary(log_q, log_w[units], micro.visits[units])       # (g,K)  M12
         else:
-            q = log_q[units]
-        loss = em.weigh(expert_loss(q[own], h), micro.visits[group])                                # (b,)   M8
-        return loss.sum() / pairs, (q[own], h.detach())
+            log_q = known[units]                                            # (g,K)
+        loss = em.weigh(expert_loss(log_q[unit_in_part], h), micro.visits[unit])                    # (b,)  M8
+        return loss.sum() / count, (log_q[unit_in_part], h.detach())
 
     return loss_of
 
 
 @torch.no_grad()
 def posterior(experts, batch: Batch, log_w: torch.Tensor, problem: Problem, em: EM) -> torch.Tensor:
-    """The E-step alone: log q (G,K) of the units of a batch, whose prior is log_w (G,K)."""
+    """The E-step without an M-step: log q (G,K) of the units of a batch with the prior log_w (G,K)."""
     pair, group = batch.pair.to(log_w.device), batch.group.to(log_w.device)                         # (B,) each
     logp = pair_logp(experts, batch, problem.rows_of)                                               # (B,K,2)
     h = em.margins(logp, problem.ref_logp[pair].to(log_w), problem.config.beta)                     # (B,K)  M4
@@ -122,47 +126,48 @@ def step(state: EMState, problem: Problem, em: EM) -> tuple[dict, list[int]]:
     micros, visits = micro_batches(plan, ids, config), torch.tensor(ids, dtype=torch.int64)         # (G,)
     units, device = plan.unit_of[visits], problem.ref_logp.device
     inputs, share = problem.inputs[units.to(device)], plan.share[visits].to(device)
-    gate.temperature = config.gate_temperature ** max(0.0, 1 - 2 * state.t / len(plan.steps))       # 1 from half on
+    gate.temperature = config.gate_temperature ** max(0.0, 1 - 2 * state.t / len(plan.steps))       # 1 in the second half
     log_w = gate(inputs).detach()                                                                   # (G,K)
     prior, known = em.prior(log_w, visits), known_responsibilities(state, problem, units)
 
-    def gradient(micros: list[Micro], pairs: int):
-        """Adds the gradient of the sum of M8 and M9 over some micro-batches, / pairs. Returns the place in the step,
-        log_q and h of each of their pairs."""
+    def gradient(micros: list[Micro], count: int):
+        """E-step and M-step of some micro-batches: adds the gradient of the sum of M8 and M9 / count. Returns, for each
+        of their pairs, the place of its visit in the step, log_q and h."""
         seen = []
         for micro in micros:
-            log_q = None if known is None else known[micro.places]
-            if log_q is None and micro.context is not None:
-                log_q = posterior(state.experts, micro.context, prior[micro.places], problem, em)
-                log_q = em.vary(log_q, prior[micro.places], micro.visits)
-            loss_of = em_loss(micro, prior[micro.places], log_q, problem, em, pairs)
-            parts = backward(state.experts, micro.train, loss_of, problem.rows_of, config.head_rows, log_q is None)
-            seen += [(micro.first + micro.train.group.to(device), *map(torch.cat, zip(*parts)))]
-        place, of_pair, h = map(torch.cat, zip(*seen))
+            here, q = micro.places, None if known is None else known[micro.places]
+            if q is None and micro.context is not None:
+                q = posterior(state.experts, micro.context, prior[here], problem, em)
+                q = em.vary(q, prior[here], micro.visits)
+            loss_of = em_loss(micro, prior[here], q, problem, em, count)
+            parts = backward(state.experts, micro.train, loss_of, problem.rows_of, config.head_rows, q is None)
+            log_q, h = (torch.cat(column) for column in zip(*parts))                                # (B,K) each
+            seen.append((micro.first + micro.train.group.to(device), log_q, h))
+        place, log_q, h = (torch.cat(column) for column in zip(*seen))
         if gate.kind in TRAINED:
             rows = slice(micros[0].first, micros[-1].places.stop)
-            log_q = log_w.index_copy(0, place, of_pair)[rows]
-            (gate_objective(gate, inputs[rows], log_q, config, share[rows]) / pairs).backward()     # M9
-        return place, of_pair, h
+            per_visit = log_w.index_copy(0, place, log_q)[rows]             # pairs of a visit have equal rows
+            (gate_objective(gate, inputs[rows], per_visit, config, share[rows]) / count).backward() # M9
+        return place, log_q, h
 
     set_rate(state.optimizer, state.t, len(plan.steps), config.warmup)
-    nothing = units.new_empty(0).to(device), log_w.new_empty(0, config.experts), log_w.new_empty(0, config.experts)
-    place, of_pair, h = map(torch.cat, zip(*em.collect(gradient, micros) or [nothing]))             # E-step and M-step
-    log_q = log_w.index_copy(0, place, of_pair)                                                     # (G,K)
-    bound = elbo(log_q, log_w, h, place)                                                            # (G,)   M6, M11
+    seen = em.collect(gradient, micros)                                     # E-step and M-step
+    place, of_pair, h = (torch.cat(column) for column in zip(*seen))        # (B,), (B,K), (B,K)
+    log_q = log_w.index_copy(0, place, of_pair)                             # (G,K)
+    bound = elbo(log_q, log_w, h, place)                                    # (G,)  M6, M11
     figures = {"step": state.t + 1, "epoch": epoch, "rate": state.optimizer.param_groups[0]["lr"], "pairs": len(h)}
     figures |= step_summary(of_pair, log_w[place], h) | {"bound": bound.mean().item()}
     figures["grad_norm"] = clip_and_step(state.optimizer, figures["loss"] if micros else 0.0, em.clip)
-    last = {unit: n for n, unit in enumerate(units.tolist())}               # if a user has several slices, the last
-    state.log_q[list(last)] = log_q[list(last.values())].cpu()
+    row_of = {unit: n for n, unit in enumerate(units.tolist())}             # if a user has several slices, the last
+    state.log_q[list(row_of)] = log_q[list(row_of.values())].cpu()
     if config.weights == "update":
         gate.log_w.copy_(update_weights(state.log_q[~state.log_q.isnan().any(1)], config.prior))    # M10
     state.t += 1
-    return figures, list(last)
+    return figures, list(row_of)
 
 
 def known_responsibilities(state: EMState, problem: Problem, units: torch.Tensor) -> torch.Tensor | None:
-    """log q (G,K) of some units where the step takes it as it is: from the start, or from their first visit."""
+    """log q (G,K) of some units from the start, or from their first visits; None if any of them is not known yet."""
     config, table = problem.config, None
     if problem.start is not None and state.t < config.start_steps:
         table = problem.start
@@ -175,7 +180,7 @@ def known_responsibilities(state: EMState, problem: Problem, units: torch.Tensor
 
 
 def log_likelihoods(state: EMState, problem: Problem, em: EM, after_each: Callable) -> torch.Tensor:
-    """sum_i log sigma(h_ik) over each visit's pairs for the E-step, up to a constant a row: (V,K), on the CPU."""
+    """sum_i log sigma(h_ik) over the E-step's pairs of each visit, up to a constant per row: (V,K), on the CPU."""
     micros, found = micro_batches(problem.plan, list(range(len(problem.plan.visits))), problem.config), []
     progress = Progress(f"{Path(problem.config.out).name} E-step on all pairs")
     for n, micro in enumerate(micros, 1):
@@ -187,12 +192,11 @@ def log_likelihoods(state: EMState, problem: Problem, em: EM, after_each: Callab
 
 
 def fit(state: EMState, problem: Problem, variants: Variants, log: Log, saver: Saver, now: Callable) -> None:
-    """All steps that are left, and a last E-step on all pairs. now(): what a checkpoint holds.
-    Raises: Stopped, when all is saved."""
+    """All remaining steps, and a last E-step on all pairs. now(): what a checkpoint holds. Raises: Stopped, all saved."""
     config, total = problem.config, len(problem.plan.steps)
 
     def all_pairs() -> torch.Tensor:
-        return log_likelihoods(state, problem, EM(variants.margins), lambda: saver.check(state.t, total, now))
+        return log_likelihoods(state, problem, EM(margins=variants.margins), lambda: saver.check(state.t, total, now))
 
     while state.t < total:
         try:
@@ -210,8 +214,8 @@ def fit(state: EMState, problem: Problem, variants: Variants, log: Log, saver: S
 
 
 def run(config: TrainConfig, key: Key | None = None) -> Path:
-    """Trains, or resumes an interrupted run of the same configuration; returns the run directory. key: of a private run
-    on made data, where nothing is secret.
+    """Trains, or resumes an interrupted run of the same configuration; returns the run directory. key: a fixed noise key
+    for tests of private runs on synthetic data; default: a secret one.
 
     Raises: InputError on bad input, if another process works in the directory, and if memory is too small; Stopped.
     """
@@ -224,19 +228,16 @@ def run(config: TrainConfig, key: Key | None = None) -> Path:
 def learn(job: Job) -> None:
     """One run, from its files to its last checkpoint."""
     config, made = job.config, prepare(job)
-    print(end="".join(f"{line}\n" for line in describe_data(made.plan.pairs, config)))
+    for line in describe_data(made.plan.pairs, config):
+        print(line)
     problem = Problem(config, made.plan, made.ref_logp, made.inputs, made.start, made.rows_of)
     t, log_q = resume(job, made)
     state = EMState(made.experts, made.gate, made.optimizer, log_q, t)
     log = Log(job.out, state.t, len(made.plan.steps), config)
     saver = Saver(job.out, job.stop, config.save_minutes, config.keep)
 
-    def now(finished: bool = False):
-        log.sync()
-        return snapshot(made, state.log_q, finished)
-
-    fit(state, problem, made.variants, log, saver, now)
-    finish(job, made, lambda: saver.save(state.t, *now(finished=True)))
+    fit(state, problem, made.variants, log, saver, lambda: snapshot(made, log, state.log_q))
+    finish(job, made, lambda: saver.save(state.t, *snapshot(made, log, state.log_q, finished=True)))
     log.close()
 
 

@@ -1,12 +1,15 @@
 """Direct Preference Optimization (Rafailov et al. 2023, arXiv 2305.18290) for one expert.
 
     h    = beta [ (log pi - log pi_ref)(y+ | x) - (log pi - log pi_ref)(y- | x) ]          (M4, the margin)
+    log p(y+ > y- | x) = log sigma(h)                                                      (Bradley-Terry)
     loss = - log sigma(h)                                                                  (M8 with K = 1)
 
-The expert's reward is r = beta log(pi / pi_ref) + beta log Z(x) (M3);
-Z depends on the prompt alone, so it cancels in h.
+The expert's reward is r = beta log(pi / pi_ref) + beta log Z(x) (M3). Z depends on the prompt only, so it cancels in h.
+The E-step, the bound and the losses all use `log_likelihood`. To try another likelihood of a choice, change that one
+function: the same p must be in all three, or EM does not maximise the bound.
 
-Left out: IPO, length normalisation. They are other losses on the same margin. Noisy labels: variants/label_noise.py.
+Left out: IPO, which is a loss and not a likelihood, and length normalisation, which is another margin. Noisy labels are
+in variants/label_noise.py.
 """
 
 import math
@@ -20,20 +23,25 @@ def margins(logp: torch.Tensor, ref_logp: torch.Tensor, beta: float) -> torch.Te
 
     logp, ref_logp: (..., 2) summed response log-probs in nats, index 0 chosen, 1 rejected;
     they broadcast against each other, so that one reference (B, 1, 2) serves K experts (B, K, 2). Returns (...).
-    Wants float32 or float64: in bfloat16 the spacing at 300 nats is 2 nats.
+    They must be float32 or float64: in bfloat16 the spacing at 300 nats is 2 nats.
     """
     assert logp.shape[-1] == ref_logp.shape[-1] == 2, \
         f"the last axis is the pair: got {tuple(logp.shape)} and {tuple(ref_logp.shape)}, want (..., 2)"
     assert {logp.dtype, ref_logp.dtype} <= {torch.float32, torch.float64}, \
         f"got {logp.dtype} and {ref_logp.dtype}, want float32 or float64"
-    log_ratio = logp - ref_logp                                             # (..., 2)  M3: reward / beta, less log Z_k
+    log_ratio = logp - ref_logp                                             # (..., 2)  M3: reward / beta - log Z(x)
     return beta * (log_ratio[..., 0] - log_ratio[..., 1])                   # (...)  M4
 
 
-def dpo_loss(h: torch.Tensor) -> torch.Tensor:
-    """Per-pair loss -log sigma(h) in nats: (B,) -> (B,), ln 2 where the policy is the reference."""
+def log_likelihood(h: torch.Tensor) -> torch.Tensor:
+    """log p(y+ > y- | x) under one expert, log sigma(h), in nats: (...) -> (...)."""
     assert h.dtype in (torch.float32, torch.float64), f"margins are {h.dtype}, want float32 or float64"
-    return -F.logsigmoid(h)                                                 # M8, K = 1
+    return F.logsigmoid(h)
+
+
+def dpo_loss(h: torch.Tensor) -> torch.Tensor:
+    """Loss per pair, -log sigma(h), in nats: (B,) -> (B,); ln 2 if the policy equals the reference."""
+    return -log_likelihood(h)                                               # M8, K = 1
 
 
 def accuracy(h: torch.Tensor) -> torch.Tensor:

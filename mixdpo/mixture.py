@@ -1,29 +1,33 @@
 """The mixture: responsibilities, the bound, and the losses. Tensors in, per-pair tensors out; no model, no configuration.
 
-A latent expert z in 1..K judges each pair (or each user). With weights w (the gate) and margins h_k of dpo.py:
+Each pair (or each user) has one latent type z in 1..K, and expert k is the policy of type k. With weights w (the gate)
+and margins h_k (dpo.py):
 
     log p(y+ > y- | x) = logsumexp_k [ log w_k + log sigma(h_k) ]             (M5, mixture of Bradley-Terry)
-    ELBO(q)            = sum_k q_k [ log w_k + log sigma(h_k) - log q_k ]     (M6, <= log p by KL(q || posterior))
-    E-step             : log q_k = log w_k + log sigma(h_k) - log p           (M7, makes the gap zero)
-                         with one type per user: sum_i log sigma(h_ik) over the user's pairs i      (M11)
-                         (tempered, hard or sampled: variants/e_steps.py      M12)
+    ELBO(q)            = sum_k q_k [ log w_k + log sigma(h_k) - log q_k ]     (M6; log p - ELBO = KL(q || posterior))
+    E-step             : log q_k = log w_k + log sigma(h_k) - log p           (M7: q is the posterior, the gap is 0)
+      one type per user: log q_k = log w_k + sum_i log sigma(h_ik) - log p    (M11: i runs over the user's pairs)
+      other E-steps    : tempered, hard, sampled: variants/e_steps.py         (M12)
     expert M-step      : - sum_k q_k log sigma(h_k),  q detached              (M8)
     gate M-step        : KL(q || w),                  q detached              (M9)
     fixed weights      : w_k = mean of q_k, in closed form                    (M10)
 
-and as a policy, log pi(y|x) = logsumexp_k [ log w_k + log pi_k(y|x) ]        (M1, M14).
+and as a policy, pi(y|x) = sum_k w_k pi_k(y|x)                                (M1; in log space M14).
 
 With q from the E-step and detached, the gradient of M8 + M9 is the gradient of -log p (Fisher's identity):
 EM on minibatches is SGD on the marginal likelihood, and `log_marginal` is the whole method in one line.
 Everything over K is float32 (or float64) log space.
-M5 is not Bradley-Terry on the mixture's log-sum-exp reward (M2). K references, each tilted by its own reward, maximise
-the decoupled objective and not the joint one. Nothing here assumes either.
+So why EM? It pools the pairs of a user over micro-batches (M11), it can take responsibilities from other pairs (context
+pairs, an earlier visit, a start), and it shows them.
+M5 is not the Bradley-Terry model of the mixture's log-sum-exp reward (M2).
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
+
+from mixdpo.dpo import log_likelihood
 
 
 def require_precise(*tensors: torch.Tensor) -> None:
@@ -37,7 +41,7 @@ def log_joint(log_w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     require_precise(log_w, h)
     assert h.ndim == 2 and log_w.shape[-1] == h.shape[-1], \
         f"got log_w {tuple(log_w.shape)} and h {tuple(h.shape)}, want (B,K) or (K,), and (B,K)"
-    return log_w.to(h.dtype) + F.logsigmoid(h)
+    return log_w.to(h.dtype) + log_likelihood(h)
 
 
 def log_marginal(log_w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
@@ -64,7 +68,7 @@ def e_step(
     if group is None:
         joint = log_joint(log_w, h)                                         # (B,K)
     else:
-        joint = pool(log_w, F.logsigmoid(h), group)                         # (G,K)
+        joint = pool(log_w, log_likelihood(h), group)                         # (G,K)
     log_p = torch.logsumexp(joint, dim=-1)                                  # (B,) or (G,)  M5
     return log_p, joint - log_p[..., None]                                  # M7, M11
 
@@ -75,7 +79,7 @@ def pool(log_w: torch.Tensor, log_lik: torch.Tensor, group: torch.Tensor) -> tor
     groups = int(group.max()) + 1
     assert len(group.unique()) == groups, f"groups must be numbered 0..G-1 without holes, got {group.unique().tolist()}"
     first = torch.full((groups,), len(group)).scatter_reduce(0, group.cpu(), torch.arange(len(group)), "amin")
-    first = first.to(group.device)                                          # (G,) each group's first pair
+    first = first.to(group.device)                                          # (G,) the first pair of each group
     prior = log_w.to(log_lik.dtype).expand_as(log_lik)                      # (B,K)
     assert torch.equal(prior, prior[first][group]), \
         "log_w differs between the pairs of one group; one group has one latent expert, hence one prior"
@@ -100,14 +104,14 @@ def elbo(log_q: torch.Tensor, log_w: torch.Tensor, h: torch.Tensor, group: torch
     if group is None:
         joint = log_joint(log_w, h)                                         # (B,K)
     else:
-        joint = log_w.to(h.dtype) + torch.zeros_like(log_q).index_add(0, group, F.logsigmoid(h))    # (G,K)  M11
+        joint = log_w.to(h.dtype) + torch.zeros_like(log_q).index_add(0, group, log_likelihood(h))    # (G,K)  M11
     return weighted(log_q, joint - log_q)                                   # M6
 
 
 def expert_loss(log_q: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """- sum_k q_k log sigma(h_k), q a constant: (B,K), (B,K) -> (B,)  (M8). With K = 1 it is dpo_loss."""
     require_precise(log_q, h)
-    return -weighted(log_q.detach(), F.logsigmoid(h))                       # M8
+    return -weighted(log_q.detach(), log_likelihood(h))                       # M8
 
 
 def gate_loss(log_q: torch.Tensor, log_w: torch.Tensor) -> torch.Tensor:
@@ -137,7 +141,7 @@ def update_weights(log_q: torch.Tensor, prior: float = 1.0) -> torch.Tensor:
     """
     assert prior >= 1.0, f"Dirichlet prior is {prior}, want at least 1"
     require_precise(log_q)
-    counts = torch.logsumexp(log_q, dim=0)                                  # (K,) logs: a starved expert keeps a weight
+    counts = torch.logsumexp(log_q, dim=0)                                  # (K,) in log space no weight becomes exactly 0
     if prior > 1.0:
         counts = torch.logaddexp(counts, torch.full_like(counts, math.log(prior - 1.0)))
     return torch.log_softmax(counts, dim=0)                                 # the counts sum to N + K (prior - 1)
@@ -159,7 +163,7 @@ def prefix_log_weights(log_w: torch.Tensor, logps: torch.Tensor) -> torch.Tensor
     Only with these weights is sum_t logsumexp_k(weights_t + logps_t) equal to mixture_logp.
     """
     require_precise(log_w, logps)
-    before = F.pad(logps[..., :-1, :].cumsum(-2), (0, 0, 1, 0))             # exclusive; cumsum - logps is NaN at -inf
+    before = F.pad(logps[..., :-1, :].cumsum(-2), (0, 0, 1, 0))             # sum of the tokens before t; cumsum - logps is NaN at -inf
     return torch.log_softmax(log_w.to(logps.dtype)[..., None, :] + before, dim=-1)
 
 

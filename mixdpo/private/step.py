@@ -6,14 +6,20 @@ the gate's (M9) are clipped together.
 
 import math
 
+import torch
+
 from mixdpo.private.dp_sgd import ClippedSum
 
 
-def clip_examples(clipped: ClippedSum):
-    """collect(gradient, micros) for train.EM: `gradient` makes each example's own sum, `clipped` takes it and ends with
-    the noised mean in .grad, of a step without examples too. Returns what `gradient` returned, example by example."""
+def clip_examples(clipped: ClippedSum, experts: int):
+    """collect(gradient, micros) for train.EM: `gradient` makes the gradient of one example's loss, `clipped` adds it to
+    its sum, and in the end .grad is the noised mean, also for a step without examples. Returns what `gradient` returned
+    for each example, and an empty entry."""
+    device = clipped.parameters[0].device if clipped.parameters else None
+
     def collect(gradient, micros: list) -> list:
-        seen, example = [], []
+        nothing = torch.empty(0, experts, device=device)
+        seen, example = [(torch.empty(0, dtype=torch.int64, device=device), nothing, nothing)], []
         for micro in micros:
             example.append(micro)
             if micro.ends_example:

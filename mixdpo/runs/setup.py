@@ -27,7 +27,7 @@ from mixdpo.runs import memory_estimate
 from mixdpo.runs.checkpoint import Stop, gate_state, load_checkpoint, load_gate, load_state, trained_state
 from mixdpo.runs.gate_inputs import make_gate
 from mixdpo.runs.init_experts import init_experts
-from mixdpo.runs.log import environment
+from mixdpo.runs.log import Log, environment
 from mixdpo.runs.options import TrainConfig, compared, short_run, validate
 from mixdpo.runs.reference import Reference, Source, load_references, reference_of
 from mixdpo.start import check_start, make_start
@@ -212,8 +212,10 @@ def resume(job: Job, made: Prepared) -> tuple[int, torch.Tensor]:
     return (state["step"], tensors["table"]) if found else (0, made.log_q)
 
 
-def snapshot(made: Prepared, log_q: torch.Tensor, finished: bool) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors and facts of a checkpoint."""
+def snapshot(made: Prepared, log: Log, log_q: torch.Tensor, finished: bool = False
+             ) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors and facts of a checkpoint, after the lines of the log that it needs are on disk."""
+    log.sync()
     moments = {} if finished else optimizer_state(made.optimizer, made.names)
     tensors = trained_state(made.experts) | gate_state(made.gate) | moments | made.variants.tensors()
     return tensors | {"table": log_q}, {"finished": finished, "config": made.facts,

@@ -48,7 +48,7 @@ class Variants:
             found["weigh"] = self.robust.weigh
         if self.noise:
             self.clipped = ClippedSum(self.parameters, self.noise, t)
-            found["collect"] = clip_examples(self.clipped)
+            found["collect"] = clip_examples(self.clipped, config.experts)
         return found
 
     def vary(self, t: int, log_q: torch.Tensor, prior: torch.Tensor, visits: torch.Tensor) -> torch.Tensor:
