@@ -10,6 +10,7 @@ what the others said when they were visited last (variants/latent.py). There are
 Within a step, whose sum has no order, visits stand by their longest text: micro-batches then hold little padding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -130,7 +131,7 @@ def mark_context(pairs: list[Pair], count: int, seed: int, shuffled=None) -> lis
     return marked
 
 
-def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: list[Pair] = ()) -> list[list[int]]:
+def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: Sequence[Pair] = ()) -> list[list[int]]:
     """One epoch as lists of indices into `groups`: whole groups, shuffled by (seed, epoch), none left out.
 
     A batch holds at most `size` pairs and ends where the next group would not fit, so batches are ragged.
@@ -140,10 +141,11 @@ def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: li
     largest = max(range(len(groups)), key=lambda g: len(groups[g]))
     if (needed := len(groups[largest])) > size:
         first = pairs[groups[largest][0]] if pairs else None
-        name = f"user {first.user!r}" if pairs else f"group {largest}"
+        name, line = (f"user {first.user!r}", first.line) if first else (f"group {largest}", None)
         raise InputError(f"{name} has {needed} pairs, and a batch holds {size}; choose --batch {needed} or more, or "
-                         "--em incremental, which visits a user in slices", line=first and first.line, option="batch")
-    out, room = [], 0
+                         "--em incremental, which visits a user in slices", line=line, option="batch")
+    out: list[list[int]] = []
+    room = 0
     for g in np.random.default_rng([seed, epoch]).permutation(len(groups)).tolist():
         if len(groups[g]) > room:
             out.append([])
@@ -155,7 +157,8 @@ def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: li
 
 def micro_batches(plan: Plan, ids: list[int], config) -> list[Micro]:
     """The visits `ids` in runs with about config.micro trained pairs each. No run holds visits of two examples."""
-    runs, size, owner = [], 0, [0] * len(plan.visits) if plan.owner is None else plan.owner.tolist()
+    runs: list[list[int]] = []              # places in `ids`
+    size, owner = 0, [0] * len(plan.visits) if plan.owner is None else plan.owner.tolist()
     for place, v in enumerate(ids):
         count = len(plan.visits[v].trained)
         if not runs or size + count > config.micro or owner[v] != owner[ids[runs[-1][-1]]]:

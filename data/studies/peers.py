@@ -105,6 +105,7 @@ def em_dpo(folder: Path, world: World, name: str, epochs: int):
     kind = torch.from_numpy(of.type[:: 1 if world.domains else world.each])                 # (U,) its true one
     z = torch.randint(K, kind.shape, generator=torch.Generator().manual_seed(world.seed))
     runs, ari, size = [None] * K, [], STEPS["batch"] // K                   # as many steps a pass as one run makes
+    log_eta = torch.full((K,), -math.log(K))                                # of the experts, as the next E-phase has it
     for n in range(ROUNDS):
         if n:                                                               # E-phase
             h = torch.cat([look(run, folder / "train.jsonl").h for run in runs], 1)        # (N,K)

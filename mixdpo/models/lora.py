@@ -7,6 +7,7 @@ Left out: dropout, biases that learn, and alpha as an option.
 
 import copy
 import math
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ SCALE = 2.0
 
 # The projections that have adapters if nothing else is asked for: GPT-2's, and Llama's.
 TARGETS = ("c_attn", "q_proj", "v_proj")
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class LoRALinear(nn.Module):
@@ -47,7 +50,7 @@ class LoRALinear(nn.Module):
         return linear
 
 
-def frozen_twin(model: nn.Module) -> nn.Module:
+def frozen_twin(model: Module) -> Module:
     """New modules around the same numbers, which need no gradient: to replace a module here changes nothing there."""
     frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, frozen)                                     # takes these where it meets the parameters

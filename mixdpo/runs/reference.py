@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from mixdpo.config import InputError
-from mixdpo.experts import Heads
+from mixdpo.experts import Heads, Transformer
 from mixdpo.fast.packing import compact_rows
 from mixdpo.files.atomic import Damaged, read_tensors, write_tensors
 from mixdpo.logprob import sum_responses
@@ -26,7 +26,7 @@ from mixdpo.models.weights import content_key, load_model
 from mixdpo.preferences import Pair, collate
 from mixdpo.runs.log import Progress
 from mixdpo.text.records import data_key
-from mixdpo.text.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import Tokenizer, load_tokenizer
 
 STATES = 2**29  # bytes of states of response tokens that are kept, at most
 VERSION = 4     # part of every key: raise it when what is kept changes
@@ -48,7 +48,7 @@ class Reference:
         return [dataclasses.replace(pair, states=own) for pair, own in zip(pairs, self.states.split(counts))]
 
 
-def load_references(config, device) -> tuple[list, object]:
+def load_references(config, device) -> tuple[list[Transformer], Tokenizer]:
     """The run's models, one for all experts or one for each, and their tokenizer.
     Raises: InputError if they do not go together: experts share text, tokens and the width of their states."""
     folder, models, keys = config.data_folder or None, [], []
