@@ -28,6 +28,10 @@ test: .venv/ready         ## what a reader runs: the method, models, text, and a
 test-all: .venv/ready     ## every test, and every two options of train.py together
 	$(PYTEST) tests --ignore=tests/peers --ignore=tests/bench --ignore=tests/chaos --show-capture=no
 
+lint: .venv/lint          ## ruff on all files, mypy on mixdpo/, train.py and eval.py
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
 bench: .venv/peers        ## time and memory of a step, side by side with plain PyTorch and TRL
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m tests.bench.step
 
@@ -60,4 +64,8 @@ peers: .venv/peers        ## the same numbers as transformers, tokenizers, PEFT 
 	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/chaos/requirements.txt
 	touch $@
 
-.PHONY: help train eval show test test-all bench bench-gpu study synth chaos peers
+.venv/lint: .venv/ready tests/lint-requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/lint-requirements.txt
+	touch $@
+
+.PHONY: help train eval show test test-all lint bench bench-gpu study synth chaos peers

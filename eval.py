@@ -104,7 +104,7 @@ def new_users(inputs: EvalInputs, seed: int) -> dict:
     for path in inputs.adapt:
         with configs.lines_of(path):
             found = margins_of(inputs.runs, inputs.references, inputs.tokenizer, path, inputs.home / "cache")
-            curves[path.stem] = {run.name: adaptation_curve(*margins, seed) for run, *margins in found}
+            curves[path.stem] = {run.name: adaptation_curve(pairs, h, log_w, seed) for run, pairs, h, log_w in found}
     return curves
 
 

@@ -73,7 +73,7 @@ class Option(typing.NamedTuple):
     group: str = "options"          # title of the group that the field stands in
 
 
-def options_of(cls) -> dict[str, Option]:
+def options_of(cls: type) -> dict[str, Option]:
     """The options of a dataclass by field name, in the order of its fields, inherited ones included. A comment
     continues over the comment lines below it that are indented further than the fields."""
     found, pattern = {}, r"^    (?:# --- (.+)|(\w+): [^#\n]*#(.+(?:\n {5,}#.*)*))$"
@@ -93,9 +93,12 @@ def as_flag(name: str) -> str:
 
 def default_of(field: dataclasses.Field) -> str:
     """The field's default as the command line writes it, "required" or, for an empty text, "empty"."""
-    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+    if field.default is not dataclasses.MISSING:
+        value = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
         return "required"
-    value = field.default_factory() if field.default is dataclasses.MISSING else field.default
     if isinstance(value, bool):
         return str(value).lower()
     return (",".join(map(str, value)) if isinstance(value, tuple) else str(value)) or "empty"
@@ -213,7 +216,7 @@ def check_ranges(config, ranges: dict[str, str]) -> None:
             raise InputError(f"got no number; give one or more numbers {in_words(interval)}", option=name)
 
 
-def check_choices(config, choices: dict[str, typing.Iterable[str]]) -> None:
+def check_choices(config, choices: typing.Mapping[str, typing.Iterable[str]]) -> None:
     """choices: option -> the words that it takes. Raises: InputError that carries the option."""
     for name, known in choices.items():
         if getattr(config, name) not in known:
@@ -241,10 +244,11 @@ def command(main, *first) -> None:
 
 def system_error(error: OSError) -> str:
     """The message of the operating system, and what to do."""
-    remedies = {errno.ENOSPC: "free space on the disk", errno.EDQUOT: "free space in your quota",
-                errno.EROFS: "choose a directory that can be written to",
-                errno.EACCES: "choose a directory that you may write to",
-                errno.ENOENT: "the file was removed while the program ran; put it back"}
+    remedies: dict[int | None, str] = {
+        errno.ENOSPC: "free space on the disk", errno.EDQUOT: "free space in your quota",
+        errno.EROFS: "choose a directory that can be written to",
+        errno.EACCES: "choose a directory that you may write to",
+        errno.ENOENT: "the file was removed while the program ran; put it back"}
     full = "No space left" in str(error)                                    # safetensors gives no number
     remedy = remedies[errno.ENOSPC] if full else remedies.get(error.errno, "check that file and its disk")
     return f"{error}; {remedy}. Finished work is intact; run the same command again to resume"

@@ -14,13 +14,18 @@ Parameters are float32; matrix products run in `dtype`.
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from mixdpo.logprob import sum_responses, token_logps
+from mixdpo.models.gpt2 import GPT2
+from mixdpo.models.llama import Llama
 from mixdpo.models.lora import LoRALinear, frozen_twin, projections
 from mixdpo.preferences import Batch, Rows, rows_of
+
+Transformer = GPT2 | Llama          # what an expert is made of
 
 
 class Heads(nn.Module):
@@ -34,7 +39,7 @@ class Heads(nn.Module):
     each token, (V,R), would memorise the words of the training pairs."""
 
     def __init__(
-        self, trunk: nn.Module, experts: int, rank: int = 0, dtype: torch.dtype = torch.float32, seed: int = 0
+        self, trunk: Transformer, experts: int, rank: int = 0, dtype: torch.dtype = torch.float32, seed: int = 0
     ):
         super().__init__()
         self.trunk, self.K, self.rank, self.dtype = trunk, experts, rank, dtype
@@ -70,7 +75,7 @@ class Heads(nn.Module):
         return logps if logps.ndim == 2 else logps[None]                    # (M,) where the one head is W
 
     @torch.no_grad()
-    def policy(self, k: int) -> tuple[nn.Module, torch.Tensor]:
+    def policy(self, k: int) -> tuple[Transformer, torch.Tensor]:
         """Expert k as (model, unembedding (V,C))."""
         W = self.trunk.unembedding
         if self.rank > 0:
@@ -83,7 +88,7 @@ class Adapters(nn.Module):
     the base's weights and never change them, so the base can still be the reference."""
 
     def __init__(
-        self, base: nn.Module, experts: int, rank: int, targets: str = "", dtype: torch.dtype = torch.float32,
+        self, base: Transformer, experts: int, rank: int, targets: str = "", dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ):
         super().__init__()
@@ -91,7 +96,14 @@ class Adapters(nn.Module):
         self.targets, generator = projections(base, targets), torch.Generator().manual_seed(seed)
         for path in self.targets:
             linear = self.trunk.get_submodule(path)
+            assert isinstance(linear, nn.Linear), f"got {type(linear).__name__} at {path}, want Linear"
             self.trunk.set_submodule(path, LoRALinear(linear, experts, rank, generator))
+
+    def adapted(self, path: str) -> LoRALinear:
+        """The projection at `path`, one of `targets`, with its adapters."""
+        layer = self.trunk.get_submodule(path)
+        assert isinstance(layer, LoRALinear), f"got {type(layer).__name__} at {path}, want LoRALinear"
+        return layer
 
     def hidden(self, ids: torch.Tensor, window=None) -> torch.Tensor:
         """(N,T) -> (K,N,T,C): one pass over K*N rows, a copy of the rows for each expert."""
@@ -113,19 +125,21 @@ class Adapters(nn.Module):
         (W,) = [x.to(self.dtype) for x in self.heads()] if heads is None else heads
         return torch.stack([token_logps(r, W, targets, tile=tile) for r in rows])
 
-    def policy(self, k: int) -> tuple[nn.Module, torch.Tensor]:
+    def policy(self, k: int) -> tuple[Transformer, torch.Tensor]:
         """Expert k as (model, unembedding (V,C)): a plain model with merged weights; further training does not change
         it."""
         model = frozen_twin(self.trunk)
         for path in self.targets:
-            model.set_submodule(path, self.trunk.get_submodule(path).merged(k))
+            model.set_submodule(path, self.adapted(path).merged(k))
         return model, model.unembedding
 
 
 class Models(nn.Module):
     """K independent models, of the same vocabulary and width."""
 
-    def __init__(self, models: list[nn.Module], dtype: torch.dtype = torch.float32):
+    models: Any                     # nn.ModuleList of K Transformers; for mypy its items would be any Module
+
+    def __init__(self, models: list[Transformer], dtype: torch.dtype = torch.float32):
         super().__init__()
         self.models, self.K, self.dtype = nn.ModuleList(models), len(models), dtype
 
@@ -150,17 +164,17 @@ class Models(nn.Module):
         heads = [x.to(self.dtype) for x in self.heads()] if heads is None else heads
         return torch.stack([token_logps(r, W, targets, tile=tile) for r, W in zip(rows, heads)])
 
-    def policy(self, k: int) -> tuple[nn.Module, torch.Tensor]:
+    def policy(self, k: int) -> tuple[Transformer, torch.Tensor]:
         """Expert k as (model, unembedding (V,C))."""
         return self.models[k], self.models[k].unembedding
 
 
-def trunks(experts: Heads | Adapters | Models) -> list[nn.Module]:
+def trunks(experts: Heads | Adapters | Models) -> list[Transformer]:
     """The models that the ids pass through."""
     return list(experts.models) if isinstance(experts, Models) else [experts.trunk]
 
 
-def make_experts(models: list[nn.Module], config, dtype: torch.dtype) -> Heads | Adapters | Models:
+def make_experts(models: list[Transformer], config, dtype: torch.dtype) -> Heads | Adapters | Models:
     """The experts of `config` (a TrainConfig) on top of `models`: one model for all experts, or one for each. The
     experts own these models from then on. One expert whose trunk learns is the model itself (DPO): --rank then has no
     effect. train_trunk false: the trunk is frozen, and each expert is a head on it, also where K = 1."""

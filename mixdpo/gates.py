@@ -61,6 +61,10 @@ class Gate(nn.Module):
     sizes and scale. Raises: InputError if a domain gate has not K domains, or if a user gate has no users.
     """
 
+    log_w: torch.Tensor             # (K,) of a fixed gate
+    mean: torch.Tensor              # (D,) and scale, (D,): of a gate that reads the prompt
+    scale: torch.Tensor
+
     def __init__(self, kind: str, experts: int, inputs: Inputs, log_w: torch.Tensor, seed: int = 0,
                  unit_rows: bool = False):
         super().__init__()
@@ -93,10 +97,10 @@ class Gate(nn.Module):
             self.W.data = torch.randn(experts, D, generator=generator)                      # logits of deviation 1
             self.requires_grad_(False)
 
-    def logits(self, inputs: Inputs) -> torch.Tensor | float:
-        """The part of the logits that depends on the prompt: (N,K), or 0 for a gate that does not read it."""
+    def logits(self, inputs: Inputs) -> torch.Tensor:
+        """The part of the logits that depends on the prompt: (N,K), or 0, of shape (), if the gate does not read it."""
         if self.kind not in READS_PROMPT:
-            return 0.0
+            return inputs.features.new_zeros(())
         f = F.normalize(inputs.features) * math.sqrt(inputs.features.shape[1]) if self.unit_rows else inputs.features
         f = (f - self.mean) / self.scale                                    # (N,D), of length 1, about
         return (F.gelu(f @ self.V.T + self.c) if self.kind == "mlp" else f) @ self.W.T + self.b
@@ -116,8 +120,7 @@ class Gate(nn.Module):
     def generic(self, inputs: Inputs) -> torch.Tensor:
         """forward with the generic user in every row; gradient flows to that user's row only. It is trained on the
         responsibilities of all users, so its optimum is their mean: the best weights for an unknown user."""
-        logits = self.logits(inputs)
-        logits = logits.detach() if torch.is_tensor(logits) else logits
+        logits = self.logits(inputs).detach()
         return torch.log_softmax((logits + self.E[0]).expand(len(inputs.user), -1) / self.temperature, dim=-1)
 
 

@@ -9,6 +9,7 @@ user is visited in slices instead (variants/incremental.py). Within a step, visi
 that micro-batches have little padding; the order does not change the step's sum.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -129,7 +130,7 @@ def mark_context(pairs: list[Pair], count: int, seed: int, shuffled=None) -> lis
     return marked
 
 
-def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: list[Pair] = ()) -> list[list[int]]:
+def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: Sequence[Pair] = ()) -> list[list[int]]:
     """One epoch as lists of indices into `groups`, shuffled by (seed, epoch); every group is in one batch.
 
     A batch has at most `size` pairs and ends if the next group would not fit, so batches differ in size.
@@ -139,10 +140,11 @@ def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: li
     largest = max(range(len(groups)), key=lambda g: len(groups[g]))
     if (needed := len(groups[largest])) > size:
         first = pairs[groups[largest][0]] if pairs else None
-        name = f"user {first.user!r}" if pairs else f"group {largest}"
+        name, line = (f"user {first.user!r}", first.line) if first else (f"group {largest}", None)
         raise InputError(f"{name} has {needed} pairs, and a batch holds {size}; choose --batch {needed} or more, or "
-                         "--em incremental, which visits a user in slices", line=first and first.line, option="batch")
-    out, room = [], 0
+                         "--em incremental, which visits a user in slices", line=line, option="batch")
+    out: list[list[int]] = []
+    room = 0
     for g in np.random.default_rng([seed, epoch]).permutation(len(groups)).tolist():
         if len(groups[g]) > room:
             out.append([])
@@ -155,7 +157,8 @@ def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: li
 def micro_batches(plan: Plan, ids: list[int], config) -> list[Micro]:
     """The visits `ids` in micro-batches of at most config.micro trained pairs; a larger visit has one of its own.
     No micro-batch has visits of two examples."""
-    runs, size, owner = [], 0, [0] * len(plan.visits) if plan.owner is None else plan.owner.tolist()
+    runs: list[list[int]] = []              # places in `ids`
+    size, owner = 0, [0] * len(plan.visits) if plan.owner is None else plan.owner.tolist()
     for place, v in enumerate(ids):
         count = len(plan.visits[v].trained)
         if not runs or size + count > config.micro or owner[v] != owner[ids[runs[-1][-1]]]:

@@ -14,7 +14,8 @@ ends a turn. Left out: attention masks; a causal model needs none under right pa
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -71,7 +72,8 @@ def read_preferences(path, tokenizer, max_prompt, max_response, drop=False, repo
     for option, value in (("max_prompt", max_prompt), ("max_response", max_response)):
         if value < 1:
             raise InputError(f"got {value}; wanted at least 1", option=option)
-    pairs, dropped, counted = [], defaultdict(list), defaultdict(list)
+    pairs, dropped = [], defaultdict(list)
+    counted: defaultdict[str, list[int]] = defaultdict(list)
     for number, raw in enumerate(lines(path), start=1):
         if not raw.strip():
             continue  # an empty line holds no data
@@ -119,7 +121,7 @@ def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response:
         counted[f"pairs with a response truncated to its first {max_response} ids, without EOS"].append(number)
     for suspicion in suspicions(record, tokenizer):
         counted[suspicion].append(number)
-    return Pair(prompt, chosen, rejected, *(record.get(field) for field in OPTIONAL), line=number)
+    return Pair(prompt, chosen, rejected, **{name: record.get(name) for name in OPTIONAL}, line=number)
 
 
 def encode_prompt(text: str | list, tokenizer, max_prompt: int) -> tuple[list[int], bool]:
@@ -171,7 +173,7 @@ def groups(pairs: list[Pair], latent: str) -> list[list[int]]:
 # ---- ids -> tensors
 
 
-def collate(pairs: list[Pair], index: list[int], group: list[int] | None = None) -> Batch:
+def collate(pairs: Sequence[Pair], index: Sequence[int], group: list[int] | None = None) -> Batch:
     """The pairs at `index`, in that order. group: the unit of each, 0..G-1; None: each pair is its own unit."""
     taken = [pairs[i] for i in index]
     ids = torch.zeros(len(taken), 2, max(map(Pair.longest, taken)), dtype=torch.int64)  # (B, 2, T)
@@ -180,12 +182,12 @@ def collate(pairs: list[Pair], index: list[int], group: list[int] | None = None)
         for side, response in enumerate((pair.chosen, pair.rejected)):
             length[b, side] = len(pair.prompt) + len(response)
             ids[b, side, : length[b, side]] = torch.tensor(pair.prompt + response)
-    group = torch.arange(len(taken)) if group is None else torch.tensor(group)
+    unit = torch.arange(len(taken)) if group is None else torch.tensor(group)
     start = torch.tensor([len(pair.prompt) for pair in taken])
     context = torch.tensor([bool(pair.context) for pair in taken])
-    known = [pair.states for pair in taken]
-    states = torch.cat(known) if all(x is not None for x in known) else None
-    return Batch(ids, start, length, group, torch.tensor(index), context, states)
+    known = [pair.states for pair in taken if pair.states is not None]
+    states = torch.cat(known) if len(known) == len(taken) else None
+    return Batch(ids, start, length, unit, torch.tensor(index), context, states)
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,8 @@ class Rows:
     sequence: torch.Tensor  # (M,) its response, in 0..2B-1
 
     def to(self, device) -> "Rows":
-        return Rows(*(x if x is None else x.to(device) for x in (getattr(self, f.name) for f in fields(self))))
+        indices = (x.to(device) for x in (self.token, self.where, self.targets, self.sequence))
+        return Rows(self.ids.to(device), self.window and self.window.to(device), *indices)
 
 
 def rows_of(batch: Batch) -> Rows:

@@ -70,7 +70,8 @@ def linear_mixture(x: torch.Tensor, group: torch.Tensor, experts: int, options: 
     """
     dtype, x, generator = x.dtype, x.double(), torch.Generator().manual_seed(options.seed)
     c = None if c is None else F.pad(c.double(), (0, 1), value=1.0)         # (G,D+1) with a constant
-    best, bounds, l2 = None, [], options.l2
+    best: LinearMixture | None = None
+    bounds, l2 = [], options.l2
     for _ in range(options.starts):
         log_q = random_responsibilities(int(group.max()) + 1, experts, generator).double()
         theta = torch.zeros(experts, x.shape[1], dtype=x.dtype)             # (K,D)
@@ -91,6 +92,7 @@ def linear_mixture(x: torch.Tensor, group: torch.Tensor, experts: int, options: 
         bounds.append(bound)
         if best is None or bound > best.bound:
             best = LinearMixture(theta.to(dtype), weights.to(dtype), log_q.to(dtype), bound, bounds, V.to(dtype))
+    assert best is not None, f"got {options.starts} starts, want at least 1"
     return best
 
 
@@ -192,7 +194,7 @@ def choose_ridge(x: torch.Tensor, group: torch.Tensor, experts: int, options: Li
                   for ridge in RIDGES}
     print("linear start: one half of each group's pairs predicts the other half with these log-likelihoods a pair, by "
           "ridge: " + ", ".join(f"{ridge:g}: {nats:.4f} nats" for ridge, nats in likelihood.items()))
-    best = max(likelihood, key=likelihood.get)
+    best = max(likelihood, key=likelihood.__getitem__)
     return best if likelihood[best] > -math.log(2) else RIDGES[0]
 
 

@@ -104,8 +104,8 @@ def em_dpo(folder: Path, world: World, name: str, epochs: int):
     unit = torch.arange(len(lines)) if world.domains else torch.from_numpy(of.user)        # (N,) unit of each pair
     kind = torch.from_numpy(of.type[:: 1 if world.domains else world.each])                # (U,) true type of each unit
     z = torch.randint(K, kind.shape, generator=torch.Generator().manual_seed(world.seed))
-    runs, ari, log_eta = [None] * K, [], None
-    size = STEPS["batch"] // K                                              # as many steps in an epoch as one run has
+    runs, ari, size = [None] * K, [], STEPS["batch"] // K                   # as many steps a pass as one run makes
+    log_eta = torch.full((K,), -math.log(K))                                # of the experts, as the next E-phase has it
     for n in range(ROUNDS):
         if log_eta is not None:                                             # E-phase
             h = torch.cat([look(run, folder / "train.jsonl").h for run in runs], 1)        # (N,K)

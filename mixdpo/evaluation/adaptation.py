@@ -36,7 +36,8 @@ def adaptation_curve(pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor, se
     h (P,K): margins; log_w (P,K): weights for unknown users. Standard errors cluster by user and prompt, those of the
     rise by user. Raises: InputError if a pair has no user.
     """
-    order, curve, first_of = np.random.default_rng([seed, 31]), [], {}
+    order, curve = np.random.default_rng([seed, 31]), []
+    first_of: dict[str | None, float] = {}
     halves = [(unit[: len(unit) // 2], unit[len(unit) // 2 :])
               for unit in (order.permutation(unit).tolist() for unit in groups(pairs, "user"))]
     for n in SHOWN:

@@ -24,7 +24,7 @@ from mixdpo.config import write_whole
 from mixdpo.evaluation.generate import Sampling, choose_expert, generate_heads
 from mixdpo.evaluation.heldout import expert_logp, weights
 from mixdpo.evaluation.statistics import mean_se
-from mixdpo.experts import Heads
+from mixdpo.experts import Heads, Transformer
 from mixdpo.gates import READS_PROMPT
 from mixdpo.mixture import mixture_logp
 from mixdpo.preferences import Pair
@@ -37,7 +37,7 @@ from mixdpo.runs.reference import compute_reference, prompt_features
 class CompletionTask:
     """What every policy completes, and the reference that its KL is measured to."""
 
-    reference: torch.nn.Module
+    reference: Transformer
     prompts: list[Pair]             # without responses
     sampling: Sampling              # its batch counts prompts
 
@@ -126,7 +126,8 @@ def reward_table(rows: dict, texts: dict, dataset: dict, score) -> dict:
     """
     unique = sorted({text for column in texts.values() for text in column})
     scores = dict(zip(unique, zip(*score(unique).values())))
-    table, base = {}, None
+    table: dict[str, dict] = {}
+    base = None
     for name, row in rows.items():
         values = torch.tensor([scores[text] for text in texts[name]], dtype=torch.float64)          # (N,R)
         trained = values[:, [dataset["rewards"].index(a) for a in dataset["annotators"]]].mean(1)   # (N,)

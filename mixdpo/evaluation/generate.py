@@ -140,7 +140,8 @@ def in_batches(models, prompts, chooser, sampling: Sampling, rows, progress) -> 
 def decode(models, prompts, choose, sampling: Sampling, uniforms) -> list[list[int]]:
     """One batch. First each different prompt runs once, padded on the right; then all rows advance one token a step.
     Padded slots of the cache lie beyond a row's length and are overwritten."""
-    device, place, eos = models[0].unembedding.device, {}, sampling.eos
+    device, eos = models[0].unembedding.device, sampling.eos
+    place: dict[tuple[int, ...], int] = {}                                  # prompt -> its row
     row = torch.tensor([place.setdefault(tuple(p), len(place)) for p in prompts], device=device)    # (N,) of U prompts
     lengths = torch.tensor([len(p) for p in place], device=device)          # (U,)
     ids = torch.zeros(len(place), max(map(len, place)), dtype=torch.int64, device=device)
@@ -184,6 +185,7 @@ def draw(logits: torch.Tensor, temperature: float, u: torch.Tensor | None) -> to
     summed token by token."""
     if not temperature:
         return logits.argmax(-1)
+    assert u is not None, "got no random numbers u, want (N,) at a temperature above 0"
     p = torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)
     blocks = F.pad(p, (0, -p.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))                 # (N,V/BLOCK,BLOCK)
     total = blocks.sum(-1).cumsum(-1, dtype=torch.float64)                  # (N,V/BLOCK)

@@ -85,16 +85,16 @@ def user_weights(run: Run, pairs: list[Pair], log_w: torch.Tensor) -> torch.Tens
 def alignment(log_q: torch.Tensor, units: list[list[int]], pairs: list[Pair]) -> dict:
     """How well responsibilities (G,K) identify the annotators of the units: ARI and matched accuracy, and, if the pairs
     have all annotators' scores, the same for the Bayes-optimal assignment. {} with fewer than two known annotators."""
-    truth = [pairs[unit[0]].annotator for unit in units]
-    if any(t is None for t in truth) or len(set(truth)) < 2:
+    truth = [name for unit in units if (name := pairs[unit[0]].annotator) is not None]
+    if len(truth) < len(units) or len(set(truth)) < 2:
         return {}
     found = log_q.argmax(1).tolist()
     share, naming = matched_accuracy(found, truth, log_q.shape[1])
-    naming = {str(k): kind for k, kind in naming.items()}
-    result = {"ari": adjusted_rand_index(found, truth), "matched": share, "naming": naming, "units": len(units)}
+    result = {"ari": adjusted_rand_index(found, truth), "matched": share,
+              "naming": {str(k): kind for k, kind in naming.items()}, "units": len(units)}
     kinds = sorted(set(truth))
     if all(p.scores and p.scores.keys() >= set(kinds) for p in pairs):
-        posterior = bayes_posterior([[pairs[i].scores for i in unit] for unit in units], kinds)     # (G,A)
+        posterior = bayes_posterior([[pairs[i].scores or {} for i in unit] for unit in units], kinds)     # (G,A)
         best = posterior.max(1).values
         bayes = [kinds[a] for a in posterior.argmax(1).tolist()]
         result |= {"bayes_matched": best.mean().item(), "bayes_ari": adjusted_rand_index(bayes, truth)}

@@ -55,7 +55,11 @@ class Counts:
 
 def counts_of(pairs: list[Pair]) -> Counts:
     """The counts of these comparisons. Responses are equal if their token ids and those of their prompts are equal."""
-    edges, edge_of, chosen, judged, parent = {}, [], defaultdict(set), defaultdict(list), {}
+    Response = tuple[tuple[int, ...], tuple[int, ...]]                      # ids of prompt and response
+    edges: dict[tuple[Response, ...], int] = {}
+    parent: dict[Response, Response] = {}
+    judged: defaultdict[str | None, list[int]] = defaultdict(list)
+    edge_of, chosen = [], defaultdict(set)
 
     def root(node):
         while parent.setdefault(node, node) != node:

@@ -30,9 +30,9 @@ ONLY = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": Fa
 
 def factors(experts: Adapters, k: int) -> dict[str, torch.Tensor]:
     """PEFT's names -> expert k's A_k (R,in) and B_k (out,R), as views and not copies."""
-    out = {}
+    out: dict[str, torch.Tensor] = {}
     for path in experts.targets:
-        name, layer = f"base_model.model.{PREFIX[type(experts.trunk)]}{path}", experts.trunk.get_submodule(path)
+        name, layer = f"base_model.model.{PREFIX[type(experts.trunk)]}{path}", experts.adapted(path)
         out |= {f"{name}.lora_A.weight": layer.A.detach()[k], f"{name}.lora_B.weight": layer.B.detach()[k]}
     return out
 

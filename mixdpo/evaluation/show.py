@@ -78,8 +78,9 @@ def main(argv: list[str]) -> None:
     facts, job = (json.loads(file.read_text()) if file.exists() else {} for file in files)
     tuned = str(home / "reference") if (home / "reference").is_dir() else job.get("model", "smollm2")
     tokenizer = load_tokenizer(config.model or tuned, config.data_folder or None)
-    lengths = [config.max_prompt or facts.get("max_prompt", 64), config.max_response or facts.get("max_new", 64)]
-    pairs = read_preferences(config.data, tokenizer, *lengths, config.drop)
+    max_prompt = config.max_prompt or facts.get("max_prompt", 64)
+    max_response = config.max_response or facts.get("max_new", 64)
+    pairs = read_preferences(config.data, tokenizer, max_prompt, max_response, config.drop)
     batch = collate(pairs, list(range(min(config.pairs, len(pairs)))))
     print(show(batch, tokenizer, colour=sys.stdout.isatty()))
 

@@ -89,7 +89,9 @@ def best_assignment(value: list[list[int]]) -> list[int]:
     augmenting path in the reduced costs -value - u - v >= 0. Row and column 0 are sentinels.
     """
     R, C = len(value), len(value[0])
-    u, v, row_of, before = [0] * (R + 1), [0] * (C + 1), [0] * (C + 1), [0] * (C + 1)
+    u: list[float] = [0] * (R + 1)          # integers, as the values are; only `slack` starts at infinity
+    v: list[float] = [0] * (C + 1)
+    row_of, before = [0] * (C + 1), [0] * (C + 1)
     for row in range(1, R + 1):
         row_of[0], at, done, slack = row, 0, {0}, [math.inf] * (C + 1)
         while row_of[at]:                                                   # until the path ends at a free column

@@ -18,14 +18,14 @@ def activated(linear, activation, *inputs, keep: bool = False):
     output = activation(*inputs)
     if keep or not torch.is_grad_enabled() or torch.compiler.is_compiling():        # the compiler decides by its rules
         return linear(output)
-    inputs, address, size = [x.detach() for x in inputs], output.data_ptr(), output.numel()
+    fixed, address, size = [x.detach() for x in inputs], output.data_ptr(), output.numel()
 
     def pack(x):
         """Of the tensors that the linear map saves, the activation (perhaps reshaped) is replaced by its shape."""
         return x.shape if x.data_ptr() == address and x.numel() == size else x
 
     def unpack(x):
-        return activation(*inputs).view(x) if isinstance(x, torch.Size) else x
+        return activation(*fixed).view(x) if isinstance(x, torch.Size) else x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return linear(output)

@@ -56,12 +56,13 @@ class RoundedAdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 noise = torch.Generator(p.device)
                 noise.manual_seed(mixed(self.seed, int(state["step"]), place))
-                self.update(p, state, group["lr"], noise)
+                self.update(p, p.grad, state, group["lr"], noise)
 
-    def update(self, p: torch.Tensor, state: dict, lr: float, noise: torch.Generator) -> None:
+    def update(self, p: torch.Tensor, grad: torch.Tensor, state: dict, lr: float,
+               noise: torch.Generator) -> None:
         """One parameter's step, PIECE elements at a time; changes p and its moments."""
         (b1, b2), t = BETAS, int(state["step"])
-        flat = [x.view(-1).split(self.PIECE) for x in (p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])]
+        flat = [x.view(-1).split(self.PIECE) for x in (p, grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])]
         for x, g, m16, v16 in zip(*flat):
             m = m16.float().lerp_(g, 1 - b1)
             v = v16.float().mul_(b2).addcmul_(g, g, value=1 - b2)

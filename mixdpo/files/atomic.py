@@ -71,7 +71,7 @@ def digest(tensors: dict[str, torch.Tensor], facts: str) -> str:
     for name in sorted(tensors):
         x = tensors[name].detach().cpu().contiguous()
         total.update(f"\n{name} {x.dtype} {tuple(x.shape)}\n".encode())
-        total.update(memoryview(x.reshape(-1).view(torch.uint8).numpy()))
+        total.update(x.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -120,7 +120,7 @@ class GPT2(nn.Module):
                 nn.init.zeros_(p)
 
     @property
-    def unembedding(self):
+    def unembedding(self) -> nn.Parameter:
         """The parameter (V, C) that maps hidden states to logits; if config.tied, it is the token embedding."""
         return self.wte.weight if self.config.tied else self.lm_head.weight
 

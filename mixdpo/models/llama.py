@@ -164,7 +164,7 @@ class Llama(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     @property
-    def unembedding(self):
+    def unembedding(self) -> nn.Parameter:
         """The parameter (V, C) that maps hidden states to logits; if config.tied, it is the token embedding."""
         return self.embed_tokens.weight if self.config.tied else self.lm_head.weight
 

@@ -7,6 +7,7 @@ Left out: dropout, biases that learn, and alpha as an option.
 
 import copy
 import math
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ SCALE = 2.0
 
 # The projections that have adapters by default: of GPT-2, and of Llama.
 TARGETS = ("c_attn", "q_proj", "v_proj")
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class LoRALinear(nn.Module):
@@ -47,7 +50,7 @@ class LoRALinear(nn.Module):
         return linear
 
 
-def frozen_twin(model: nn.Module) -> nn.Module:
+def frozen_twin(model: Module) -> Module:
     """New modules with the same weights, which need no gradient. Replacing a module in the twin does not change the
     model."""
     frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}

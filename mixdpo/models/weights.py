@@ -29,7 +29,7 @@ from mixdpo.models.gpt2 import GPT2, GPT2Config
 from mixdpo.models.hfconfig import checked, config_from_json, config_to_json, read_json
 from mixdpo.models.llama import Llama, LlamaConfig
 
-MODELS = {GPT2Config: GPT2, LlamaConfig: Llama}
+MODELS: dict[type, type[GPT2 | Llama]] = {GPT2Config: GPT2, LlamaConfig: Llama}
 
 # GPT-2's checkpoints hold these as (in, out), the layout of its "Conv1D"; nn.Linear is (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")

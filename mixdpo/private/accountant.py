@@ -213,7 +213,7 @@ def compose(losses: list[Losses], counts: list[int]) -> Losses:
     """Losses of all steps together: the product of powers of the Fourier transforms. counts: steps of each."""
     first, last = (farthest(losses, counts, sign) for sign in (-1, 1))
     size = 2 ** math.ceil(math.log2(last - first + 2))
-    transform = 1.0
+    transform: complex | np.ndarray = 1.0
     for l, n in zip(losses, counts):
         place = np.arange(l.first, l.first + len(l.p)) % size
         transform = transform * np.fft.rfft(np.bincount(place, l.p, size)) ** n
@@ -223,7 +223,7 @@ def compose(losses: list[Losses], counts: list[int]) -> Losses:
 
 def both_ways(mechanisms, accuracy: float) -> list[Losses]:
     """Losses of all mechanisms together, for removal and for addition. accuracy: see `grid`."""
-    steps = Counter()                                                       # (sigma, rate) -> steps
+    steps: Counter[tuple[float, float]] = Counter()                         # (sigma, rate) -> steps
     for m in mechanisms:
         steps[m.sigma, m.rate] += m.steps if m.rate else 0
     steps = +steps

@@ -108,7 +108,9 @@ class Private:
 
     def shuffled(self, pairs: list[Pair], group: list[int]) -> list[int]:
         """The pairs of one user in random order. The order depends only on the key and the user."""
-        return self.key.generator("context", pairs[group[0]].user).permutation(group).tolist()
+        user = pairs[group[0]].user
+        assert user is not None, f"got a pair without a user, line {pairs[group[0]].line}; want groups of users"
+        return self.key.generator("context", user).permutation(group).tolist()
 
     def start(self, plan: Plan, experts: int, latent: str) -> torch.Tensor:
         """Random log q (U,K). Each unit's row is drawn from Dirichlet(1) by the key and the unit's identity."""
@@ -127,7 +129,7 @@ class Private:
         if (delta := config.delta + sum(run["delta"] for run in self.sources)) * count >= 1:
             raise InputError(f"together {delta:g} for {count} examples, wanted less than {1 / count:.1g}: otherwise "
                              "releasing one example in full would be allowed; lower it", option="delta")
-        visits = [[] for _ in names]
+        visits: list[list[int]] = [[] for _ in names]
         for v, n in enumerate(owner.tolist()):
             visits[n].append(v)
         drawn = participants(self.key, names, rate, math.ceil(config.epochs / rate - 1e-9))
@@ -151,11 +153,11 @@ def examples_of(plan: Plan, unit: str) -> tuple[np.ndarray, list[str]]:
     Raises: InputError if the unit is the user and a pair has none."""
     pairs, firsts = plan.pairs, [visit.trained[0] for visit in plan.visits]
     if unit == "user":
-        nameless = [pairs[i].line for i in firsts if pairs[i].user is None]
-        if nameless:
+        names = [user for i in firsts if (user := pairs[i].user) is not None]
+        if len(names) < len(firsts):
+            nameless = next(pairs[i].line for i in firsts if pairs[i].user is None)
             raise InputError("no user in this line, wanted one in every line for --privacy-unit user; add it",
-                             line=nameless[0], option="privacy_unit")
-        names = [pairs[i].user for i in firsts]
+                             line=nameless, option="privacy_unit")
     else:
         all_names = pair_names(pairs)
         names = [all_names[i] for i in firsts]

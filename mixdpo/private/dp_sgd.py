@@ -58,7 +58,7 @@ def per_example_gradients(loss, parameters: dict[str, torch.Tensor], *rows: torc
 def clipped_sum(loss, parameters, clip: float, *rows) -> dict[str, torch.Tensor]:
     """sum_i g_i min(1, clip / |g_i|) by name; arguments as for per_example_gradients."""
     each = per_example_gradients(loss, parameters, *rows)
-    norm = sum(g.flatten(1).square().sum(1) for g in each.values()).sqrt()                  # (N,)
+    norm = sum((g.flatten(1).square().sum(1) for g in each.values()), start=torch.zeros(())).sqrt()     # (N,)
     factor = clip_factors(norm, clip)
     return {name: torch.tensordot(factor, g, dims=1) for name, g in each.items()}
 
@@ -95,15 +95,17 @@ def ghost_clipped_sum(module: nn.Module, losses, clip: float) -> tuple[dict[str,
         for hook in hooks:
             hook.remove()
     back = torch.autograd.grad(loss.sum(), [y for _, _, y in records])
-    uses = {}                                                               # parameter -> its uses
+    uses: dict[torch.Tensor, list[Use]] = {}                                # by parameter
     for (child, x, _), g in zip(records, back):
         for p, use in uses_of(child, x, g):
             uses.setdefault(p, []).append(use)
-    norm = sum(a.dot(b) for used in uses.values() for a in used for b in used).clamp(min=0).sqrt()      # (N,)
+    dots = (a.dot(b) for used in uses.values() for a in used for b in used)
+    norm = sum(dots, start=torch.zeros(())).clamp(min=0).sqrt()             # (N,)
     factor = clip_factors(norm, clip)
     name_of = {p: name for name, p in module.named_parameters() if p.requires_grad}
-    return {name: sum(use.total(factor, p) for use in uses[p]) if p in uses else torch.zeros_like(p)
-            for p, name in name_of.items()}, loss.detach()
+    total = {name: sum((use.total(factor, p) for use in uses[p]), start=torch.zeros(())) if p in uses else
+             torch.zeros_like(p) for p, name in name_of.items()}
+    return total, loss.detach()
 
 
 @dataclass
@@ -159,14 +161,19 @@ class Direct:
         return torch.tensordot(factor, self.each, dims=1)
 
 
-def uses_of(module: nn.Module, x: torch.Tensor, back: torch.Tensor) -> list[tuple[nn.Parameter, object]]:
+Use = Outer | Lookup | Direct
+
+
+def uses_of(module: nn.Module, x: torch.Tensor, back: torch.Tensor) -> list[tuple[torch.Tensor, Use]]:
     """The parameters of a layer and their uses. x: the layer's input (N,...); back: the gradient of its output."""
     back = back.reshape(len(back), -1, back.shape[-1])                      # (N,T,out)
+    found: list[tuple[torch.Tensor, Use]]
     if isinstance(module, nn.Embedding):
         found = [(module.weight, Lookup(x.reshape(len(x), -1), back))]
     elif isinstance(module, nn.Linear):
         found = [(module.weight, Outer(back, x.reshape(len(x), -1, x.shape[-1])))]
     else:
+        assert isinstance(module, nn.LayerNorm), f"got {type(module).__name__}, want Linear, Embedding or LayerNorm"
         normal = F.layer_norm(x, module.normalized_shape, eps=module.eps).view_as(back)
         found = [(module.weight, Direct((back * normal).sum(1)))]
     bias = getattr(module, "bias", None)

@@ -45,7 +45,8 @@ class Key:
 def identities(contents: list) -> list[str]:
     """A name for each example, from its content only. Copies of the same content are numbered, so they are drawn
     independently; removing any copy has the same effect as removing the last."""
-    names, copies = [], Counter()
+    names: list[str] = []
+    copies: Counter[str] = Counter()
     for content in contents:
         digest = hashlib.sha256(content if isinstance(content, bytes) else repr(content).encode()).hexdigest()
         names.append(f"{digest}:{copies[digest]}")

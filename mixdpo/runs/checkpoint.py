@@ -107,12 +107,14 @@ class Saver:
         if t < total:
             self.check(t, total, snapshot)
             if time.monotonic() - self.saved > 60 * self.minutes:
-                self.save(t, *snapshot(), self.keep)
+                tensors, facts = snapshot()
+                self.save(t, tensors, facts, self.keep)
 
     def check(self, t: int, total: int, snapshot) -> None:
         """The same between steps, where the state is still that after step t."""
         if self.stop.requested and t:
-            self.save(t, *snapshot(), self.keep)
+            tensors, facts = snapshot()
+            self.save(t, tensors, facts, self.keep)
         self.stop.check(f"stopped and saved after step {t} of {total}" if t else None)
 
     def save(self, t: int, tensors: dict[str, torch.Tensor], facts: dict, keep: int = 1) -> None:

@@ -23,7 +23,8 @@ def make_gate(plan: Plan, reference: Reference, config, device) -> tuple[Gate, I
 def gate_inputs(kind: str, pairs: list[Pair], prompts: torch.Tensor, known: list[Pair]) -> Inputs:
     """The gate's inputs for `pairs`, one a unit. prompts (N,C): features of their prompts; known: the training pairs,
     whose users and domains are the ones that have a place."""
-    users = {user: n for n, user in enumerate(dict.fromkeys(p.user for p in known if p.user is not None), start=1)}
+    named = dict.fromkeys(p.user for p in known if p.user is not None)
+    users: dict[str | None, int] = {user: n for n, user in enumerate(named, start=1)}
     user = torch.tensor([users.get(p.user, 0) for p in pairs], dtype=torch.int64)
     if kind == "domain":
         domains = domains_of(known)

@@ -8,7 +8,7 @@ import torch
 
 from mixdpo import config as configs
 from mixdpo.config import InputError, compute_dtype
-from mixdpo.experts import make_experts
+from mixdpo.experts import Adapters, Heads, Models, make_experts
 from mixdpo.files.atomic import noted
 from mixdpo.gates import Gate
 from mixdpo.models.weights import content_key
@@ -28,14 +28,15 @@ class Run:
 
     name: str
     config: TrainConfig
-    experts: torch.nn.Module
+    experts: Heads | Adapters | Models
     gate: Gate
     plan: Plan                      # of its training pairs
     table: torch.Tensor             # (G,K) log q
     path: Path
 
 
-def load_experts(path: Path, device, data_folder: str) -> tuple[TrainConfig, torch.nn.Module, dict, dict]:
+def load_experts(path: Path, device, data_folder: str
+                 ) -> tuple[TrainConfig, Heads | Adapters | Models, dict[str, torch.Tensor], dict]:
     """A finished run's options, experts, and the tensors and the state of its checkpoint."""
     if (found := load_checkpoint(path, {})) is None:
         raise InputError("has no checkpoint; wanted a directory that train.py wrote", file=path)

@@ -64,7 +64,8 @@ class Log:
         self.metrics, self.q = keep_lines(run / "metrics.jsonl", t), keep_lines(run / "responsibilities.jsonl", t)
         lines = map(with_nan, map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
         self.history = deque((step for step in lines if step.get("pairs", 1)), maxlen=WINDOW)   # what alarms read
-        self.total, self.config, self.progress, self.warned = total, config, Progress(run.name, t), set()
+        self.total, self.config, self.progress = total, config, Progress(run.name, t)
+        self.warned: set[str] = set()
 
     def step(self, figures: dict, groups: list[int], log_q: torch.Tensor) -> None:
         """One step's figures, and the responsibilities (G,K) that it used."""
@@ -90,14 +91,16 @@ class Log:
             file.write(line + "\n")
             file.flush()
         except OSError as error:
-            raise OSError(error.errno, os.strerror(error.errno), file.name) from None
+            raise OSError(error.errno, error.strerror, file.name) from None
 
     def sync(self) -> None:
         """Syncs both files; a checkpoint is written after the lines that it needs."""
-        os.fsync(self.metrics.fileno()), os.fsync(self.q.fileno())
+        os.fsync(self.metrics.fileno())
+        os.fsync(self.q.fileno())
 
     def close(self) -> None:
-        self.metrics.close(), self.q.close()
+        self.metrics.close()
+        self.q.close()
 
 
 def keep_lines(path: Path, steps: int):

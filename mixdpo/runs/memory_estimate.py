@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ from mixdpo.models.weights import MODELS, config_of
 TIGHT = 0.9             # largest share of the free memory that is safe, because of fragmentation and libraries
 
 # Remedies, the cheapest first: their names and options.
-REMEDIES = [
+REMEDIES: list[tuple[str, dict[str, Any]]] = [
     ("--checkpointing true", {"checkpointing": True}),
     ("--micro 4 --checkpointing true", {"checkpointing": True, "micro": 4}),
     ("--moments bfloat16 --checkpointing true", {"checkpointing": True, "moments": "bfloat16"}),

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from mixdpo.config import InputError
-from mixdpo.experts import Heads
+from mixdpo.experts import Heads, Transformer
 from mixdpo.fast.packing import compact_rows
 from mixdpo.files.atomic import Damaged, read_tensors, write_tensors
 from mixdpo.logprob import sum_responses
@@ -26,7 +26,7 @@ from mixdpo.preferences import Pair, collate
 from mixdpo.runs.log import Progress
 from mixdpo.runs.options import TrainConfig
 from mixdpo.text.records import data_key
-from mixdpo.text.tokenizer import load_tokenizer
+from mixdpo.text.tokenizer import Tokenizer, load_tokenizer
 
 STATES = 2**29  # largest size in bytes of the kept states of response tokens
 VERSION = 4     # part of every cache key; increase it if the kept values change
@@ -49,7 +49,7 @@ class Reference:
         return [dataclasses.replace(pair, states=own) for pair, own in zip(pairs, self.states.split(counts))]
 
 
-def load_references(config, device) -> tuple[list, object]:
+def load_references(config, device) -> tuple[list[Transformer], Tokenizer]:
     """The run's models, one for all experts or one for each, and their tokenizer. Raises: InputError if the models
     differ in tokenizer, vocabulary or width."""
     folder, models, keys = config.data_folder or None, [], []
@@ -159,7 +159,7 @@ def reference_of(source: Source, models: list, tokenizer, dtype: torch.dtype, ca
         after_batch()
 
     for model in models:
-        key = (VERSION, content_key(model), data_key(source.path), tokenizer.key, config.max_prompt,
+        key: tuple = (VERSION, content_key(model), data_key(source.path), tokenizer.key, config.max_prompt,
                config.max_response, config.drop, str(dtype), str(model.unembedding.device))
         key += ("alone",) if source.one_by_one else ()
         made = functools.partial(compute_reference, model, source.pairs, dtype, size, progress, most)

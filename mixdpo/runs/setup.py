@@ -124,7 +124,7 @@ def prepare(job: Job) -> Prepared:
                                       config.seed)
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     variants = Variants(config, plan, inputs.user, noise, learning)
-    drawn = private and private.start(plan, config.experts, config.latent)
+    drawn = private.start(plan, config.experts, config.latent) if private else None
     start = make_start(gate, inputs, plan, reference.features, config, drawn)
     never = 0.0 if config.experts == 1 else torch.nan                       # one expert: log q = 0 without any E-step
     log_q = torch.full((len(plan.units), config.experts), never)
@@ -133,7 +133,7 @@ def prepare(job: Job) -> Prepared:
                     variants, job.facts | keys, guarantee)
 
 
-def read(job: Job, dtype: torch.dtype, device: str) -> tuple[torch.nn.Module, Plan, Reference, dict]:
+def read(job: Job, dtype: torch.dtype, device: str) -> tuple[Heads | Adapters | Models, Plan, Reference, dict]:
     """The experts, the plan, the reference, and the keys of what they were read from."""
     config, private = job.config, job.private
     models, tokenizer = load_references(config, device)

@@ -24,7 +24,7 @@ import math
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
@@ -94,13 +94,14 @@ class Column:
             return names[codes].tolist()
         edges, place = np.array(self.edges, np.int64 if self.integer else float), codes.clip(0, self.known - 1)
         low, high = edges[place], edges[place + 1]
+        texts: Iterable[str]
         if self.integer:
             texts = map(str, rng.integers(low, high).tolist())
         else:
             numbers = np.minimum(rng.uniform(low, high), np.nextafter(high, low))   # uniform may round up to high
             digits = min(max(3 - math.floor(math.log10(np.diff(edges).min())), 0), 17)
             texts = (written(*row, digits) for row in zip(numbers.tolist(), low.tolist(), high.tolist()))
-        return [self.missing if code == self.known else text for code, text in zip(codes.tolist(), texts)]
+        return [self.missing or "" if code == self.known else text for code, text in zip(codes.tolist(), texts)]
 
 
 def written(number: float, low: float, high: float, digits: int) -> str:
@@ -165,7 +166,7 @@ def schema_of(columns: list[Column]) -> list[dict]:
     """The schema of these columns, with bins as edges. columns_of(schema_of(columns)) gives the same columns."""
     out = []
     for c in columns:
-        entry = {"name": c.name, "type": "category" if c.values else "number"}
+        entry: dict[str, object] = {"name": c.name, "type": "category" if c.values else "number"}
         edges = [*c.edges[:-1], c.edges[-1] - c.integer] if c.edges else []
         entry |= {"values": list(c.values)} if c.values else {"edges": edges, "integer": c.integer}
         out.append(entry | ({} if c.missing is None else {"missing": c.missing}))

@@ -87,6 +87,8 @@ class TBART(nn.Module):
     j-1. The logits of column j are over its own tokens only, which equals a mask over the tokens of all columns.
     prior: log-probabilities of all tokens (V,), the initial biases of the logits; None: 0."""
 
+    first: torch.Tensor             # (d,) first token of each column
+
     def __init__(self, sizes: list[int], width: int, layers: int, heads: int, prior: torch.Tensor | None = None):
         super().__init__()
         V, d = sum(sizes), len(sizes)
@@ -95,7 +97,8 @@ class TBART(nn.Module):
         self.wte, self.wpe = nn.Embedding(V + 1, width), nn.Embedding(d, width)     # token V starts a row
         self.h = nn.ModuleList(Block(config) for _ in range(layers))
         self.ln_f = nn.LayerNorm(width, eps=config.eps)
-        self.heads = nn.ModuleList(nn.Linear(width, size) for size in sizes)
+        outputs = [nn.Linear(width, size) for size in sizes]
+        self.heads = nn.ModuleList(outputs)
         # Clipping bounds one norm over all parameters, so their gradients should have similar sizes. With GPT-2's small
         # initial embeddings (0.02), the first layer norm makes the gradients of the embeddings by far the largest. With
         # its small initial projections, a position hardly depends on the others at first.
@@ -107,7 +110,7 @@ class TBART(nn.Module):
                 nn.init.normal_(p, std=1.0 if is_embedding else 0.02 if is_head else p.shape[1] ** -0.5)
         nn.init.constant_(self.ln_f.weight, width**-0.5)
         if prior is not None:
-            for head, log_p in zip(self.heads, prior.split(self.sizes)):
+            for head, log_p in zip(outputs, prior.split(self.sizes)):
                 head.bias.data.copy_(log_p)
         self.register_buffer("first", torch.tensor([0, *sizes[:-1]]).cumsum(0))     # (d,) column j's first token
 
@@ -135,8 +138,8 @@ class TBART(nn.Module):
 def row_losses(model: TBART, codes: torch.Tensor) -> torch.Tensor:
     """-log p of each row in nats: codes (N,d) -> (N,)."""
     states = model(codes[:, :-1])                                           # (N,d,C)
-    return sum(F.cross_entropy(model.logits(j, states[:, j]), codes[:, j], reduction="none")
-               for j in range(codes.shape[1]))
+    return sum((F.cross_entropy(model.logits(j, states[:, j]), codes[:, j], reduction="none")
+                for j in range(codes.shape[1])), start=torch.zeros(()))
 
 
 @torch.no_grad()
@@ -226,15 +229,17 @@ def look(columns: list[Column], codes: np.ndarray, config: TableConfig, key: Key
     if private:
         sigma = noise_multiplier(config.first_look * config.epsilon, config.delta / 10, 1.0, 1)
         spent = [Mechanism(sigma)]
-    counts = []
+    counts: list[np.ndarray] = []
     for j, column in enumerate(columns):
         exact = np.bincount(codes[:, j], minlength=column.size).astype(float)
         counts.append(exact + (sigma * math.sqrt(d) * rng.normal(size=column.size) if private else 0.0))
-    columns, fine = [*columns], [None] * d
+    columns = [*columns]
+    fine: list[np.ndarray | None] = [None] * d
     for j, column in enumerate(columns):
         if column.quantiles:
-            columns[j], fine[j] = joined(column, counts[j])
-            counts[j] = np.bincount(fine[j][: column.size], weights=counts[j], minlength=columns[j].size)
+            columns[j], merged = joined(column, counts[j])
+            fine[j] = merged
+            counts[j] = np.bincount(merged[: column.size], weights=counts[j], minlength=columns[j].size)
     counts = [simplex(c, max(c.sum(), 1.0)) + 0.5 for c in counts]          # + 0.5: no value has probability 0
     shares = [c / c.sum() for c in counts]
     if config.order == "entropy":
@@ -268,7 +273,7 @@ def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, sa
     """Trains on table.codes.
 
     key: the secret key for sampling and noise. out: the folder for checkpoints; a stopped run resumes from there. same:
-    the configuration that the checkpoint must have been written with. Raises: Stopped, InputError."""
+    the configuration that the checkpoint must have been written with; None: any. Raises: Stopped, InputError."""
     rows = table.ordered()
     N, private = config.examples or len(rows), config.epsilon < math.inf
     rate = min(1.0, config.batch / N)
@@ -281,7 +286,7 @@ def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, sa
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer, names = make_optimizer(model, config.lr)
     losses, t = [], 0
-    if out and (found := load_checkpoint(out, same)):
+    if out and (found := load_checkpoint(out, same or {})):
         tensors, state = found
         model.load_state_dict({n.removeprefix("model."): x for n, x in tensors.items() if n.startswith("model.")})
         load_optimizer_state(optimizer, names, tensors)
@@ -293,7 +298,7 @@ def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, sa
     def snapshot() -> tuple[dict[str, torch.Tensor], dict]:
         tensors = {f"model.{n}": x.contiguous() for n, x in model.state_dict().items()}
         tensors |= {f"average.{n}": x for n, x in average.items()} | optimizer_state(optimizer, names)
-        return tensors, {"losses": losses, "config": same}
+        return tensors, {"losses": losses, "config": same or {}}
 
     with Stop(str(out)) as stop:
         saver = Saver(out, stop, config.save_minutes) if out else None

@@ -8,6 +8,7 @@
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -26,7 +27,8 @@ class Variants:
     private run, those that learn."""
 
     def __init__(self, config, plan: Plan, user: torch.Tensor, noise: Noise | None, parameters: list):
-        self.config, self.noise, self.parameters, self.clipped = config, noise, parameters, None
+        self.config, self.noise, self.parameters = config, noise, parameters
+        self.clipped: ClippedSum | None = None                              # of the last step
         self.margins = noisy_margins(config.label_noise) if config.label_noise else margins
         self.incremental = Incremental(plan, config.experts) if config.em == "incremental" else None
         of_visit = user[plan.unit_of.to(user.device)]                       # (V,)
@@ -36,7 +38,7 @@ class Variants:
     def functions(self, t: int, log_likelihoods) -> dict:
         """The arguments of train.EM for step t. log_likelihoods() -> those of all visits (V,K), by a pass over them."""
         config = self.config
-        found = {"margins": self.margins, "clip": config.clip if self.noise is None else math.inf}
+        found: dict[str, Any] = {"margins": self.margins, "clip": config.clip if self.noise is None else math.inf}
         if self.incremental:
             first = 0 if config.start == "none" else config.start_steps     # the first step with an E-step
             if t >= first and self.incremental.table.isnan().any():

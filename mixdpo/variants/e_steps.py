@@ -30,6 +30,7 @@ def vary(
     if kind == "hard":
         likeliest = (log_q == log_q.amax(-1, keepdim=True)).to(log_q.dtype)                 # argmax takes the first
         return (likeliest / likeliest.sum(-1, keepdim=True)).log()
+    assert uniform is not None, f"got no uniform noise, want (S,...,K) for E-step variant {kind!r}"
     noisy = log_q.double() - torch.log(-torch.log(uniform.double().clamp(1e-300, 1 - 1e-16)))       # + Gumbel noise
     if kind == "gumbel":
         return torch.log_softmax(noisy[0] / temperature, dim=-1).to(log_q.dtype)

@@ -232,8 +232,8 @@ def test_the_thresholds_of_the_alarms():
         assert ("expert collapse" in alarms(steps_of(q=share), 2, 0)) == rings, f"q {share}"
     half = steps_of(w=0.99, count=WINDOW // 2) + steps_of(w=0.9, count=WINDOW // 2, first=WINDOW // 2 + 1)
     assert "expert collapse" not in alarms(half, 2, 0)                      # 0.945 on average
-    for gain, entropy, rings in ((0.0069, 0.35, True), (0.0070, 0.35, False), (0.0069, 0.34, False)):
-        assert ("posterior collapse" in alarms(steps_of(q_gain=gain, gate_entropy=entropy), 2, 0)) == rings
+    for gain, flat, rings in ((0.0069, 0.35, True), (0.0070, 0.35, False), (0.0069, 0.34, False)):
+        assert ("posterior collapse" in alarms(steps_of(q_gain=gain, gate_entropy=flat), 2, 0)) == rings
 
 
 def test_an_empty_private_step_does_not_silence_the_alarms():

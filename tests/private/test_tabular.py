@@ -232,6 +232,23 @@ def test_a_fit_that_was_stopped_ends_as_another(tmp_path, monkeypatch):
         fit(table, config, KEY, tmp_path / "run", {"a": 2})
 
 
+def test_a_fit_resumes_without_a_named_configuration(tmp_path, monkeypatch):
+    """Fault: `same` left out, the default, ends the resumed fit with a TypeError."""
+    table, config = look(columns(), codes_of(), TableConfig(), KEY), TableConfig(**TINY, save_minutes=0.0)
+    (tmp_path / "run").mkdir()
+    progress = tabular.Progress.__call__
+
+    def stop_at_4(self, done, total, note=""):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tabular.Progress, "__call__", stop_at_4)
+    with pytest.raises(KeyboardInterrupt):
+        fit(table, config, KEY, tmp_path / "run")
+    monkeypatch.setattr(tabular.Progress, "__call__", progress)
+    assert len(fit(table, config, KEY, tmp_path / "run").losses) == config.steps
+
+
 @pytest.mark.parametrize("option, values", [
     ("order", ["size", ""]), ("epsilon", [0.0, -1.0, math.nan, -math.inf]), ("clip", [0.0, -1.0, math.nan, math.inf]),
     ("delta", [0.0, 1.0, -1e-5, 1e-13, math.nan, math.inf]), ("first_look", [1.0, -0.1, math.nan, math.inf]),
