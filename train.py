@@ -5,13 +5,13 @@ One optimizer step, `step`:
     log-probs of K experts -> margins h                                   (M4)
     E-step      q = posterior over experts, detached                      (M7, M11)
     M-step      sum_k q_k (-log sigma(h_k)) of each pair                  (M8); one forward pass serves both steps
-                KL(q || w(x)) of each unit: the gate                      (M9), or the closed form for fixed weights (M10)
+                KL(q || w(x)) of each unit: the gate                      (M9); fixed weights: the closed form (M10)
     bound       sum_k q_k (log w_k + log sigma(h_k) - log q_k)            (M6), what EM maximises, logged per unit
 
-The loss is a sum over pairs divided by the number of pairs in the step, so micro-batches do not change it. K = 1 is DPO.
-All experts start equal to the reference, and equal experts stay equal. So the first steps use responsibilities that
-differ between units, from mixdpo/start.py. Responsibilities can also be known from a pair's first visit, or from context
-pairs, which the M-step never trains on. All other options of a run replace functions in `EM`.
+The loss is a sum over pairs divided by the number of pairs in the step, so micro-batches do not change it. K = 1 is
+DPO. All experts start equal to the reference, and equal experts stay equal. So the first steps use responsibilities
+that differ between units, from mixdpo/start.py. Responsibilities can also be known from a pair's first visit, or from
+context pairs, which the M-step never trains on. All other options of a run replace functions in `EM`.
 """
 
 from collections.abc import Callable
@@ -126,7 +126,7 @@ def step(state: EMState, problem: Problem, em: EM) -> tuple[dict, list[int]]:
     micros, visits = micro_batches(plan, ids, config), torch.tensor(ids, dtype=torch.int64)         # (G,)
     units, device = plan.unit_of[visits], problem.ref_logp.device
     inputs, share = problem.inputs[units.to(device)], plan.share[visits].to(device)
-    gate.temperature = config.gate_temperature ** max(0.0, 1 - 2 * state.t / len(plan.steps))       # 1 in the second half
+    gate.temperature = config.gate_temperature ** max(0.0, 1 - 2 * state.t / len(plan.steps))     # 1 in the second half
     log_w = gate(inputs).detach()                                                                   # (G,K)
     prior, known = em.prior(log_w, visits), known_responsibilities(state, problem, units)
 
@@ -192,7 +192,7 @@ def log_likelihoods(state: EMState, problem: Problem, em: EM, after_each: Callab
 
 
 def fit(state: EMState, problem: Problem, variants: Variants, log: Log, saver: Saver, now: Callable) -> None:
-    """All remaining steps, and a last E-step on all pairs. now(): what a checkpoint holds. Raises: Stopped, all saved."""
+    """All remaining steps, and a last E-step on all pairs. now(): what a checkpoint holds. Raises: Stopped."""
     config, total = problem.config, len(problem.plan.steps)
 
     def all_pairs() -> torch.Tensor:
@@ -202,7 +202,8 @@ def fit(state: EMState, problem: Problem, variants: Variants, log: Log, saver: S
         try:
             figures, units = step(state, problem, EM(**variants.functions(state.t, all_pairs)))
         except FloatingPointError as error:
-            raise InputError(nonfinite_message(error, problem.plan, state.t, config), config.data, option="lr") from None
+            message = nonfinite_message(error, problem.plan, state.t, config)
+            raise InputError(message, config.data, option="lr") from None
         log.step(figures | variants.end_step(), units, state.log_q[units])
         saver.after(state.t, total, now)
     state.gate.temperature = 1.0
@@ -214,11 +215,9 @@ def fit(state: EMState, problem: Problem, variants: Variants, log: Log, saver: S
 
 
 def run(config: TrainConfig, key: Key | None = None) -> Path:
-    """Trains, or resumes an interrupted run of the same configuration; returns the run directory. key: a fixed noise key
-    for tests of private runs on synthetic data; default: a secret one.
-
-    Raises: InputError on bad input, if another process works in the directory, and if memory is too small; Stopped.
-    """
+    """Trains, or resumes an interrupted run of the same configuration; returns the run directory. key: a fixed noise
+    key for tests of private runs on synthetic data; default: a secret one. Raises: InputError on bad input, if another
+    process works in the directory, and if memory is too small; Stopped."""
     with opened(config, key) as job:                                        # None: finished before
         if job is not None:
             learn(job)

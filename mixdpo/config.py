@@ -312,7 +312,8 @@ def load(cls, path: Path, report=print):
 
 
 def compute_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
-    """The dtype of a run's products, and the reason. "auto" is bfloat16 if the device has units for it, else float32."""
+    """The dtype of a run's products, and the reason. "auto" is bfloat16 if the device has units for it, else
+    float32."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if name in known:
         return known[name], "as asked"

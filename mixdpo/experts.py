@@ -5,11 +5,10 @@
     Models     K independent models                                                                     (paper: Case 2)
 
 All three have the same methods, in the order in which a step calls them: `hidden` (the pass through the trunk), `rows`
-(the states that predict response tokens), `heads` (the matrices that these are multiplied with) and `token_logps` of
-all K experts. For sampling, `policy(k)` gives expert k as a model and an unembedding.
-At the start every expert equals the reference exactly: W_k = W, a factor that is 0, or a copy. The reference is a
-separate frozen model or a cached number (runs/reference.py), never a view of trained parameters.
-Parameters are float32; matrix products run in `dtype`.
+(the states that predict response tokens), `heads` (the unembeddings) and `token_logps` of all K experts. For sampling,
+`policy(k)` gives expert k as a model and an unembedding. At the start every expert equals the reference exactly: W_k =
+W, a low-rank factor that is 0, or a copy. The reference is a separate frozen model or cached log-probs
+(runs/reference.py), never a view of trained parameters. Parameters are float32; matrix products run in `dtype`.
 """
 
 import copy
@@ -31,7 +30,7 @@ Transformer = GPT2 | Llama          # what an expert is made of
 class Heads(nn.Module):
     """One trunk and K heads on it, W the trunk's unembedding (V,C):
 
-        rank R > 0            W (1 + A_k B_k), with A_k = 0 (C,R) and B_k random (R,C); also for K = 1
+        rank R > 0            W (I + A_k B_k), with A_k = 0 (C,R) and B_k random (R,C); also for K = 1
         rank 0, K > 1         K full heads (V,C), which start as copies of W
         rank 0, K = 1         W: the experts are the model, with no parameters besides its own
 
@@ -50,7 +49,7 @@ class Heads(nn.Module):
             self.B = nn.Parameter(noise.to(W) / math.sqrt(W.shape[1]))                                # (K,R,C)
         elif experts > 1:
             self.W_k = nn.Parameter(W.detach().expand(experts, -1, -1).clone())                       # (K,V,C)
-            W.requires_grad_(trunk.config.tied)                             # untied, nothing reads it: no gradient
+            W.requires_grad_(trunk.config.tied)                             # if untied, W is not used: no gradient
 
     def hidden(self, ids: torch.Tensor, window=None) -> torch.Tensor:
         """(N,T) -> (N,T,C): one pass for all experts. window: which tokens attend to which, if not plainly causal."""
@@ -146,7 +145,7 @@ class Models(nn.Module):
     def hidden(self, ids: torch.Tensor, window=None) -> torch.Tensor:
         """(N,T) -> (K,N,T,C)."""
         hidden = []
-        for model in self.models:                                           # one autocast each: its cast weights are freed
+        for model in self.models:                                        # one autocast each: its cast weights are freed
             with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype.itemsize < 4):
                 hidden.append(model(ids, window=window).to(self.dtype))
         return torch.stack(hidden)
@@ -176,8 +175,8 @@ def trunks(experts: Heads | Adapters | Models) -> list[Transformer]:
 
 def make_experts(models: list[Transformer], config, dtype: torch.dtype) -> Heads | Adapters | Models:
     """The experts of `config` (a TrainConfig) on top of `models`: one model for all experts, or one for each. The
-    experts own these models from then on. One expert whose trunk learns is the model itself (DPO): --rank then has no
-    effect. train_trunk false: the trunk is frozen, and each expert is a head on it, also where K = 1."""
+    experts own these models from then on. One expert whose trunk learns is the model itself (DPO), and --rank is
+    ignored. train_trunk false: the trunk is frozen, and each expert is a head on it, for K = 1 too."""
     model = models[0]
     if config.sharing == "lora":
         return Adapters(model, config.experts, config.rank, config.targets, dtype, config.seed)
@@ -201,9 +200,9 @@ def predicting_states(experts: Heads | Adapters | Models, batch: Batch, text: Ro
 
 def pair_logp(experts: Heads | Adapters | Models, batch: Batch, rows_of=rows_of, tile: int | None = 0,
               temperature: float = 1.0) -> torch.Tensor:
-    """Summed response log-probs of every expert, with gradient: (B,K,2) float32 nats. Text to log-probs in three lines.
-    rows_of: the batch's layout; fast/packing.py has others. temperature: of the policies, whose logits are linear in
-    the states."""
+    """Summed response log-probs of every expert, with gradient: (B,K,2) float32 nats. rows_of: the batch's layout;
+    fast/packing.py has others. temperature: of the policies; it divides the states, because logits are linear in
+    them."""
     text = rows_of(batch).to(experts.heads()[0].device)
     rows = predicting_states(experts, batch, text)                          # (M,C), or (K,M,C)
     logps = experts.token_logps(rows if temperature == 1 else rows / temperature, text.targets, tile)       # (K,M)

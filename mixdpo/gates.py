@@ -8,10 +8,11 @@
     random        linear with random W, not trained
     domain        all weight on the expert of the pair's domain, a field of the file; uniform for an unknown domain
 
-Each row of weights belongs to one unit: a pair, or a user, who has one prior (M11). Every trained gate starts uniform:
-W and E are 0, so the step-0 invariant q = w holds. f is centred and scaled by the mean and deviation of the training
-units, which the gate keeps; with `unit_rows` each row is scaled to length 1 instead, so it depends on no other row. The
-softmax is of logits / temperature; the temperature is 1 except while a run anneals it.
+Each row of weights belongs to one unit: a pair, or a user, who has one prior (M11). Every trained gate starts uniform,
+because W and E are 0. f is centred and scaled by the mean and deviation of the training
+units, which the gate stores; with `unit_rows` each row is scaled to length 1 instead, so it depends on no other row.
+The softmax is of logits / temperature; the temperature is 1 except while a run anneals it. To add a kind: name it in
+KINDS and its groups below, make its parameters in __init__, and add its logits in `logits` or `forward`.
 Left out: gates that read the response. The weights are a prior; a response changes the posterior (M7).
 """
 
@@ -28,6 +29,7 @@ from mixdpo.mixture import balance, entropy, gate_loss
 TRAINED = ("linear", "mlp", "user", "prompt-user")
 KINDS = ("fixed", *TRAINED, "random", "domain")
 READS_PROMPT = ("linear", "mlp", "prompt-user", "random")
+READS_USER = ("user", "prompt-user")
 HIDDEN = 64                         # width inside the mlp
 
 
@@ -85,10 +87,10 @@ class Gate(nn.Module):
             self.register_buffer("scale", seen.std(0, correction=0).clamp_min(1e-6) * math.sqrt(D))
             width = HIDDEN if kind == "mlp" else D
             self.W, self.b = nn.Parameter(torch.zeros(experts, width)), nn.Parameter(torch.zeros(experts))
-        if kind == "mlp":                                                   # features have length about 1, and so has V f
+        if kind == "mlp":                                            # f has length about 1: entries of V f, deviation 1
             self.V = nn.Parameter(torch.randn(HIDDEN, D, generator=generator))              # (H,D)
             self.c = nn.Parameter(torch.zeros(HIDDEN))
-        if kind in ("user", "prompt-user"):
+        if kind in READS_USER:
             if not self.users:
                 raise InputError(f"got {kind}, and no line of the training pairs names a user; add users, or choose "
                                  "another gate", option="gate")
@@ -113,7 +115,7 @@ class Gate(nn.Module):
             known = inputs.features.any(1, keepdim=True)                    # (N,1)
             return torch.where(known, inputs.features.log(), -math.log(self.K))
         logits = self.logits(inputs)
-        if self.kind in ("user", "prompt-user"):
+        if self.kind in READS_USER:
             logits = logits + self.E[inputs.user]                           # (N,K)
         return torch.log_softmax(logits / self.temperature, dim=-1)
 
@@ -125,14 +127,15 @@ class Gate(nn.Module):
 
 
 def gate_objective(gate: Gate, inputs: Inputs, log_q: torch.Tensor, config, share: torch.Tensor) -> torch.Tensor:
-    """The gate's loss, summed over G visits: M9, less the entropy bonuses. share (G,): what each visit is of its unit.
+    """The gate's loss, summed over G visits: M9 minus the entropy bonuses. share (G,): the fraction of its unit that
+    each visit is.
 
     gate_entropy rewards flat weights w(x) of each unit. gate_balance rewards weights that use all experts on average,
     however sharp each w(x) is.
     """
     log_w = gate(inputs)                                                    # (G,K), with gradient
     loss = gate_loss(log_q, log_w)                                          # (G,)  M9
-    if gate.kind in ("user", "prompt-user"):
+    if gate.kind in READS_USER:
         loss = loss + gate_loss(log_q, gate.generic(inputs))
     loss = (share * (loss - config.gate_entropy * entropy(log_w))).sum()
     return loss - config.gate_balance * share.sum() * balance(log_w)

@@ -6,8 +6,8 @@
 
 `token_logps_reference` is the plain form. `token_logps` equals it without allocating the logits: on a CPU by tiles of
 the vocabulary (fast/tiled.py), on a GPU with Triton and 16-bit inputs by a kernel (fast/kernels.py). Its gradient flows
-to every input, so any loss can follow it; it knows no beta, no gate and no loss. Products run in the dtype of `hidden`
-and `weight`, everything after them in float32.
+to every input, so any loss can follow it; it does not depend on beta, gate or loss. Products run in the dtype of
+`hidden` and `weight`, everything after them in float32.
 """
 
 import functools
@@ -30,15 +30,13 @@ def token_logps_reference(hidden: torch.Tensor, weight: torch.Tensor, targets: t
 def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
                 low_rank: tuple[torch.Tensor, torch.Tensor] | None = None, tile: int | None = 0,
                 skip: float = 0.0) -> torch.Tensor:
-    """Equals token_logps_reference without allocating (..., V): one to three (..., tile) of logits live at any time,
-    4 MiB each (HELD) unless `tile` is given.
+    """Equals token_logps_reference without allocating (..., V): at most three tiles of logits exist at any time.
 
-    hidden (..., C); weight (V, C) or (K, V, C); targets (...) int64 in 0..V-1, and what lies outside gives nan;
-    low_rank A (K, V, R) and B (K, R, C), which go with a (V, C) weight. Returns float32 (float64 for float64 inputs)
-    nats: (...) for one head, (K, ...) for K. tile=None keeps the products of all rows with the weight, (..., V) in the
-    inputs' dtype, from forward to backward instead of computing them twice: 6 N V C FLOPs instead of 8, for callers
-    that pass few rows at a time. skip: in backward, a tile of the kernels may be left out whose probabilities are all
-    below it (kernels.FusedLogps has the bound of the error); here all are computed.
+    hidden (..., C); weight (V, C) or (K, V, C); targets (...) int64 in 0..V-1, other ids give nan; low_rank: A (K, V,
+    R) and B (K, R, C), with a (V, C) weight. Returns nats, float32 (float64 for float64 inputs): (...) for one head,
+    (K, ...) for K. tile: tokens of the vocabulary per tile; 0: as many as 4 MiB hold; None: no tiles, for few rows: the
+    logits are kept for backward, 6 N V C FLOPs instead of 8. skip: the kernels may ignore a tile in backward if all its
+    probabilities are below it (kernels.FusedLogps bounds the error); the CPU ignores none.
     """
     assert hidden.dtype == weight.dtype, f"hidden is {hidden.dtype}, weight is {weight.dtype}: one compute dtype"
     got = f"got hidden {tuple(hidden.shape)} and targets {tuple(targets.shape)}"
@@ -71,7 +69,7 @@ def kernels():
 
 
 def sum_responses(logps: torch.Tensor, sequence: torch.Tensor, pairs: int) -> torch.Tensor:
-    """Sums token log-probs over each response, in their dtype: (K,M), and each token's response (M,) in 0..2*pairs-1,
-    -> (pairs,K,2) nats."""
+    """Sums token log-probs over each response: logps (K,M), sequence (M,), the response of each token in
+    0..2*pairs-1, -> (pairs,K,2) nats, in the dtype of logps."""
     logp = torch.zeros(len(logps), 2 * pairs, dtype=logps.dtype, device=logps.device).index_add(1, sequence, logps)
     return logp.view(len(logps), pairs, 2).transpose(0, 1)                  # (pairs,K,2)

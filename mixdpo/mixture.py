@@ -1,4 +1,5 @@
-"""The mixture: responsibilities, the bound, and the losses. Tensors in, per-pair tensors out; no model, no configuration.
+"""The mixture: responsibilities, the bound, and the losses. Tensors in, per-pair tensors out; no model, no
+configuration.
 
 Each pair (or each user) has one latent type z in 1..K, and expert k is the policy of type k. With weights w (the gate)
 and margins h_k (dpo.py):
@@ -141,7 +142,7 @@ def update_weights(log_q: torch.Tensor, prior: float = 1.0) -> torch.Tensor:
     """
     assert prior >= 1.0, f"Dirichlet prior is {prior}, want at least 1"
     require_precise(log_q)
-    counts = torch.logsumexp(log_q, dim=0)                                  # (K,) in log space no weight becomes exactly 0
+    counts = torch.logsumexp(log_q, dim=0)                               # (K,) in log space no weight becomes exactly 0
     if prior > 1.0:
         counts = torch.logaddexp(counts, torch.full_like(counts, math.log(prior - 1.0)))
     return torch.log_softmax(counts, dim=0)                                 # the counts sum to N + K (prior - 1)
@@ -163,7 +164,7 @@ def prefix_log_weights(log_w: torch.Tensor, logps: torch.Tensor) -> torch.Tensor
     Only with these weights is sum_t logsumexp_k(weights_t + logps_t) equal to mixture_logp.
     """
     require_precise(log_w, logps)
-    before = F.pad(logps[..., :-1, :].cumsum(-2), (0, 0, 1, 0))             # sum of the tokens before t; cumsum - logps is NaN at -inf
+    before = F.pad(logps[..., :-1, :].cumsum(-2), (0, 0, 1, 0))             # before t; cumsum - logps: NaN at -inf
     return torch.log_softmax(log_w.to(logps.dtype)[..., None, :] + before, dim=-1)
 
 

@@ -4,9 +4,9 @@
           -> visits shuffled into steps -> micro-batches -> chunks whose logits are in memory at the same time
 
 Context pairs are for the E-step only; they are never trained on. A visit is never divided between steps or
-micro-batches. It is a complete unit, so the E-step that pools a user's pairs (M11) is exact. With em = incremental a
-user is visited in slices instead (variants/incremental.py). Within a step, visits are sorted by their longest text, so
-that micro-batches have little padding; the order does not change the step's sum.
+micro-batches. It is a complete unit, so the E-step that pools a user's pairs (M11) is exact. Exception: with em =
+incremental a visit is a slice of a user (variants/incremental.py). Within a step, visits are sorted by their longest
+text, so that micro-batches have little padding; the order does not change the step's sum.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class Plan:
 
     @cached_property
     def share(self) -> torch.Tensor:
-        """(V,) what a visit is of its unit: 1, or one over the number of slices."""
+        """(V,) the fraction of its unit that a visit is: 1, or one over the number of slices."""
         return 1 / self.unit_of.bincount()[self.unit_of]
 
     def pooled(self, loglik: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ class Micro:
     train: Batch                        # the pairs that are trained on
     context: Batch | None               # the pairs that only the E-step looks at
     visits: torch.Tensor                # (G,) numbers of the visits
-    first: int                          # place of the first in the step
+    first: int                          # place in the step of the first visit
     ends_example: bool = True           # the last micro-batch of its example
 
     @property
@@ -82,7 +82,7 @@ def make_plan(pairs: list[Pair], config, shuffled=None, schedule=None) -> Plan:
     units = groups(pairs, config.latent)
     trained = [[i for i in unit if not pairs[i].context] for unit in units]
     if not reads_context:
-        units = trained = sorted(filter(None, trained))
+        units = trained = sorted(filter(None, trained))                     # context pairs and empty units are dropped
     if not units:
         raise InputError(f"all {len(pairs)} pairs are context pairs; wanted others to train on: mark fewer of them",
                          file=config.data)
@@ -103,16 +103,16 @@ def visits_of(u: int, unit: list[int], trained: list[int], sliced: bool) -> list
     trained pairs (M11, incremental)."""
     context = sorted(set(unit) - set(trained))
     count = min(len(trained), len(context) or len(trained)) if sliced else 1
-    learns, looks = (np.array_split(np.array(part, dtype=int), count) for part in (trained, context))
-    return [Visit(u, some.tolist(), others.tolist()) for some, others in zip(learns, looks)]
+    slices = (np.array_split(np.array(part, dtype=int), count) for part in (trained, context))
+    return [Visit(u, some.tolist(), others.tolist()) for some, others in zip(*slices)]
 
 
 def mark_context(pairs: list[Pair], count: int, seed: int, shuffled=None) -> list[Pair]:
     """The pairs, of which `count` of each user are marked as context pairs: the first of shuffled(pairs, group), or of
     a permutation by `seed`.
 
-    A user with a `context` field on any line stays as in the file. Raises: InputError unless every user then has a
-    context pair, without which the E-step gives the prior, and a pair to train on.
+    If any line of a user has the field `context`, the lines of this user are not changed. Raises: InputError unless
+    every user then has a context pair, without which the E-step gives the prior, and a pair to train on.
     """
     generator, marked = np.random.default_rng(seed), list(pairs)
     shuffled = shuffled or (lambda pairs, group: generator.permutation(group).tolist())
@@ -121,11 +121,12 @@ def mark_context(pairs: list[Pair], count: int, seed: int, shuffled=None) -> lis
         if all(pairs[i].context is None for i in group):
             for i in group:
                 marked[i] = replace(pairs[i], context=i in drawn)
-        chosen = sum(bool(marked[i].context) for i in group)
-        if not 0 < chosen < len(group):
+        count_context = sum(bool(marked[i].context) for i in group)
+        if not 0 < count_context < len(group):
             remedy = f"use --context 1 to {len(group) - 1}" if len(group) > 1 else "remove that user"
-            raise InputError(f"user {pairs[group[0]].user!r} has {len(group)} pairs, {chosen} of them for context; "
-                             f"each user needs at least one context pair and one training pair; {remedy}",
+            user = pairs[group[0]].user
+            raise InputError(f"user {user!r} has {len(group)} pairs, {count_context} for context; each user needs "
+                             f"at least one context pair and one training pair; {remedy}",
                              line=pairs[group[0]].line, option="context")
     return marked
 

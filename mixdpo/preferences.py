@@ -1,15 +1,15 @@
 """Preferences: text -> ids. A file of judged pairs becomes lists of token ids, and those become right-padded batches.
 
-A row holds prompt and response. With start = len(prompt) and length = start + len(response):
+A row of ids is a prompt followed by a response. With start = len(prompt) and length = start + len(response):
 
     position      0 ... start-1 | start ... length-2    length-1 | length ... T-1
     token         prompt        | response              EOS      | padding, 0
     predicted at                | start-1 ... length-3  length-2 |
 
-Prompt and response are tokenised separately and their ids joined. So no token crosses the boundary, and log pi(y|x)
-scores the same y after every x. EOS is appended once, as an id; a response that is truncated at max_response ids has
-none. Which tokens are response tokens follows from the lengths, never from the ids: padding is 0, and 0 is EOS in one
-vocabulary and an ordinary token in another. Prompts may be conversations (text/chat.py); EOS is then the token that
+Prompt and response are tokenised separately and their ids joined. So no token crosses the boundary, and a response
+has the same ids after every prompt. EOS is appended once, as an id; a response that is truncated at max_response ids
+has none. Which tokens are response tokens follows from the lengths, never from the ids: padding is 0, and 0 is EOS in
+one vocabulary and an ordinary token in another. Prompts may be conversations (text/chat.py); EOS is then the token that
 ends a turn. Left out: attention masks; a causal model needs none under right padding.
 """
 
@@ -35,10 +35,11 @@ class Pair:
     user: str | None = None
     annotator: str | None = None  # for evaluation only, as are the scores; neither reaches a Batch
     scores: dict[str, list[float]] | None = None
-    context: bool | None = None  # True: for the E-step only. None: not given in the file
+    context: bool | None = None  # True: for the E-step only (plan.py). None: not given in the file
     domain: str | None = None  # topic of the prompt
     line: int = 0  # number in the file, from 1
-    states: torch.Tensor | None = field(default=None, compare=False, repr=False)  # (M, C), cached for a frozen trunk
+    states: torch.Tensor | None = field(default=None, compare=False, repr=False)  # (M, C) of its M response tokens,
+    # cached if the trunk (the model without its unembedding) is frozen
 
     def longest(self) -> int:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
@@ -46,12 +47,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Batch:
-    """B pairs, right-padded with 0. A pair is an axis: index 0 chosen, 1 rejected."""
+    """B pairs, right-padded with 0. Axis 1 is the pair: 0 chosen, 1 rejected."""
 
     ids: torch.Tensor  # (B, 2, T) int64
     start: torch.Tensor  # (B,) prompt lengths
     length: torch.Tensor  # (B, 2) prompt + response
-    group: torch.Tensor  # (B,) unit of the latent, 0..G-1: the pair itself or its user
+    group: torch.Tensor  # (B,) unit that shares one latent type, 0..G-1: the pair, or its user
     pair: torch.Tensor  # (B,) index into the list of pairs
     context: torch.Tensor  # (B,) bool
     states: torch.Tensor | None = None  # (M, C) hidden states that predict the response tokens, if they are cached
@@ -130,7 +131,7 @@ def encode_prompt(text: str | list, tokenizer, max_prompt: int) -> tuple[list[in
     if isinstance(text, list):
         ids, turns_left_out = encode_chat(text, tokenizer, max_prompt)
         return ids, not turns_left_out
-    start, ids = [tokenizer.bos] * (tokenizer.bos is not None), tokenizer.encode(text)
+    start, ids = [] if tokenizer.bos is None else [tokenizer.bos], tokenizer.encode(text)
     extra = max(0, len(start) + len(ids) - max_prompt)
     return start + ids[extra:], extra == 0
 
@@ -152,7 +153,7 @@ def check_lengths(pairs: list[Pair], context: int, path) -> None:
             file=path, line=worst.line)
 
 
-# ---- units of the latent
+# ---- units that share one latent type
 
 
 def groups(pairs: list[Pair], latent: str) -> list[list[int]]:
@@ -161,13 +162,13 @@ def groups(pairs: list[Pair], latent: str) -> list[list[int]]:
         return [[i] for i in range(len(pairs))]
     if latent != "user":
         raise InputError(f"got {latent!r}; wanted pair or user", option="latent")
-    if nameless := [pair.line for pair in pairs if pair.user is None]:
-        raise InputError(f"has no user, like {len(nameless)} of {len(pairs)} pairs; wanted a user on every line: add "
-                         "them, or use --latent pair", line=nameless[0])
-    of_user = defaultdict(list)
+    if without_user := [pair.line for pair in pairs if pair.user is None]:
+        raise InputError(f"has no user, like {len(without_user)} of {len(pairs)} pairs; wanted a user on every line: "
+                         "add them, or use --latent pair", line=without_user[0])
+    by_user = defaultdict(list)
     for i, pair in enumerate(pairs):
-        of_user[pair.user].append(i)
-    return list(of_user.values())
+        by_user[pair.user].append(i)
+    return list(by_user.values())
 
 
 # ---- ids -> tensors
@@ -213,4 +214,4 @@ def rows_of(batch: Batch) -> Rows:
     is_response = (position >= batch.start[:, None, None]) & (position < batch.length[..., None])  # (B, 2, T)
     token = is_response.flatten().nonzero().squeeze(1)  # (M,) into B*2*T
     targets, sequence = batch.ids.flatten()[token], token // T
-    return Rows(batch.ids.flatten(0, 1), None, token, token - 1, targets, sequence)  # - 1: no prompt is empty
+    return Rows(batch.ids.flatten(0, 1), None, token, token - 1, targets, sequence)  # a prompt has a token

@@ -27,7 +27,7 @@ def export_experts(experts: Heads | Adapters | Models, out, models: list[str], d
     Raises: InputError if `out` is not empty, because files of two exports could be mixed."""
     out, model = Path(out), models[0]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError("is not an empty folder; wanted a new or an empty one: choose another for the export", file=out)
+        raise InputError("is not an empty folder; choose a new or an empty folder for the export", file=out)
     places = [out / f"expert-{k}" for k in range(experts.K)]
     sources = [locate(name, data) for name in models]
     if isinstance(experts, Adapters) and not sources[0].is_dir():

@@ -200,7 +200,8 @@ def evidence(difference: dict) -> str:
 
 
 def win_rate_tables(found: dict) -> str:
-    """A table for each criterion of a judge, and the result in a sentence for each; found: data/annotators/judges.py's."""
+    """A table for each criterion of a judge, and the result in a sentence for each; found:
+    data/annotators/judges.py's."""
     tables, sentences = [], []
     for criterion, policies in found["columns"].items():
         rows = [[name, f"{f['rate']:.3f}" if math.isfinite(f["rate"]) else NONE,

@@ -78,8 +78,8 @@ def mixed(*numbers: int) -> int:
 
 
 def rounded(x: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
-    """float32 -> bfloat16 by stochastic rounding: to one of the two neighbours, unbiased. A random number below the last
-    place of bfloat16 is added to the bits, which are then truncated."""
+    """float32 -> bfloat16 by stochastic rounding: to one of the two neighbours, unbiased. A random number below the
+    last place of bfloat16 is added to the bits, which are then truncated."""
     bits = x.view(torch.int32) + torch.randint(2**16, x.shape, dtype=torch.int32, device=x.device, generator=noise)
     return bits.bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
 

@@ -32,7 +32,7 @@ def checkpoints(run: Path) -> list[Path]:
 def save_checkpoint(run: Path, tensors: dict[str, torch.Tensor], state: dict, keep: int) -> None:
     """Writes the checkpoint of state["step"] atomically; then only the newest `keep` stay."""
     (run / "checkpoint").mkdir(exist_ok=True)
-    for left in [*(run / "checkpoint").glob("*.part"), *(run / "checkpoint").glob(".tmp*")]:        # of a killed process;
+    for left in [*(run / "checkpoint").glob("*.part"), *(run / "checkpoint").glob(".tmp*")]:      # of a killed process;
         left.unlink()                                                       # .tmp*: made by safetensors
     write_tensors(run / "checkpoint" / f"{state['step']:08d}.safetensors", tensors, state)
     for old in checkpoints(run)[keep:]:
@@ -50,7 +50,7 @@ def load_checkpoint(run: Path, config: dict) -> tuple[dict[str, torch.Tensor], d
             print(f"warning: {damaged}; the checkpoint before it is used")
     else:
         if checkpoints(run):
-            raise InputError(f"all checkpoints in it are damaged; remove {run} and start again", file=run / "checkpoint")
+            raise InputError(f"has damaged checkpoints only; remove {run} and start again", file=run / "checkpoint")
         return None
     differ = [k for k in config if to_json(state["config"].get(k)) != to_json(config[k])]   # a list is like a tuple
     if differ:
@@ -64,8 +64,8 @@ def load_checkpoint(run: Path, config: dict) -> tuple[dict[str, torch.Tensor], d
 
 
 class Stop:
-    """Within it, SIGINT and SIGTERM set `requested`, and the loop ends after its step. A second signal stops at once. In
-    another thread than the main one, signals stay as they are. name: of what is stopped."""
+    """Within it, SIGINT and SIGTERM set `requested`, and the loop ends after its step. A second signal stops at once.
+    In another thread than the main one, signals stay as they are. name: of what is stopped."""
 
     def __init__(self, name: str = ""):
         self.name = name

@@ -3,9 +3,9 @@
     --init-experts runs/a:0,runs/b:1,fresh     expert 0 starts as expert 0 of run a, ..., the third as the reference
     --freeze 0,1 (or all)                       these experts stay bit-identical; the others and the gate are trained
 
-Heads can start as heads of the same rank on the same frozen trunk, adapters as adapters of the same rank and projections
-on the same base, and models (--sharing models) as an expert of any run. The reference must be the same in both runs,
-because an expert's margins (M3, M4) are relative to its reference.
+Heads can start as heads of the same rank on the same frozen trunk, adapters as adapters of the same rank and
+projections on the same base, and models (--sharing models) as an expert of any run. The reference must be the same in
+both runs, because an expert's margins (M3, M4) are relative to its reference.
 """
 
 from pathlib import Path
@@ -85,7 +85,7 @@ def freeze(experts, frozen: list[int]) -> None:
             others = torch.ones(experts.K, *[1] * (p.ndim - 1), device=p.device)
             others[frozen] = 0
             p.register_hook(lambda grad, others=others: grad * others)
-            p.learns = others                                               # for what is added to gradients later: DP-SGD's noise
+            p.learns = others                                     # for what is added to gradients later: DP-SGD's noise
 
 
 def is_factor(name: str) -> bool:

@@ -45,7 +45,8 @@ def load_experts(path: Path, device, data_folder: str
         config = dataclasses.replace(config, label_noise=0.0)               # the margins as they are
     tensors, state = found
     if not state["finished"]:
-        raise InputError(f"was stopped at step {state['step']}; finish it with the options in its config.json", file=path)
+        raise InputError(f"was stopped at step {state['step']}; finish it with the options in its config.json",
+                         file=path)
     models, _ = load_references(config, device)
     unchanged(path, "model", state, "+".join(map(content_key, models)), config)
     experts = make_experts(models, config, compute_dtype(config.dtype, str(device))[0]).eval()
@@ -56,8 +57,8 @@ def load_experts(path: Path, device, data_folder: str
 def unchanged(path: Path, what: str, state: dict, now: str, config) -> None:
     """Raises: InputError if a run's model or data are not what it was trained with."""
     if state["config"][f"{what}_key"] != now:
-        raise InputError(f"was trained with another {what} than the one that is now in {getattr(config, what)}; restore "
-                         "it, or train again with another --out", file=path)
+        raise InputError(f"was trained with another {what} than the one that is now in {getattr(config, what)}; "
+                         "restore it, or train again with another --out", file=path)
 
 
 def load_run(path: Path, device: str, data_folder: str) -> Run:
@@ -77,5 +78,6 @@ def find_runs(folder: Path) -> list[Path]:
     if checkpoints(folder):
         return [folder]
     if not found:
-        raise InputError("has no run; wanted a directory that train.py wrote, or a folder of such directories", file=folder)
+        raise InputError("has no run; wanted a directory that train.py wrote, or a folder of such directories",
+                         file=folder)
     return found

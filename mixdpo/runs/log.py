@@ -60,7 +60,7 @@ def with_nan(value):
 class Log:
     """metrics.jsonl and responsibilities.jsonl, a line a step each; the progress line; and each warning once."""
 
-    def __init__(self, run: Path, t: int, total: int, config):              # t: steps done before; later lines are removed
+    def __init__(self, run: Path, t: int, total: int, config):           # t: steps done before; later lines are removed
         self.metrics, self.q = keep_lines(run / "metrics.jsonl", t), keep_lines(run / "responsibilities.jsonl", t)
         lines = map(with_nan, map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
         self.history = deque((step for step in lines if step.get("pairs", 1)), maxlen=WINDOW)   # what alarms read

@@ -45,7 +45,7 @@ def estimate(config, dtype: torch.dtype) -> dict[str, float]:
     experts = make_experts(models, config, dtype)
     learns = [p for p in experts.parameters() if p.requires_grad]
     trained = sum(p.numel() for p in learns)
-    gradients = trained * (1 if config.epsilon == math.inf else 2)          # of the example, and the sum of clipped ones
+    gradients = trained * (1 if config.epsilon == math.inf else 2)         # of the example, and the sum of clipped ones
     rows, T = 2 * config.micro, config.max_prompt + config.max_response
     frozen_trunk = config.sharing == "heads" and not config.train_trunk
     V, heads = shapes[0].vocab, 1 if config.sharing == "lora" else config.experts

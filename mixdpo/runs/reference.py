@@ -58,8 +58,8 @@ def load_references(config, device) -> tuple[list[Transformer], Tokenizer]:
         models.append(load_model(name, device=device, data=folder))
         keys.append((tokenizer.key, tuple(models[-1].unembedding.shape)))
         if keys[-1] != keys[0]:
-            raise InputError(f"{name} has another tokenizer, vocabulary or width than {config.models[0]}; choose models "
-                             "with the same", option="model")
+            raise InputError(f"{name} has another tokenizer, vocabulary or width than {config.models[0]}; choose "
+                             "models with the same", option="model")
     return models, tokenizer
 
 

@@ -140,7 +140,7 @@ def read(job: Job, dtype: torch.dtype, device: str) -> tuple[Heads | Adapters | 
     for model in models:
         model.checkpointing = config.checkpointing
     if config.sharing == "lora":
-        projections(models[0], config.targets)                              # an unknown name: an error before long passes
+        projections(models[0], config.targets)                            # an unknown name: an error before long passes
     pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
     check_lengths(pairs, min(model.config.context for model in models), config.data)
     with configs.lines_of(config.data):

@@ -71,7 +71,7 @@ def one_step(options: str, home: Path, out: str, config: LlamaStepConfig) -> dic
     if status:
         raise InputError(f"{' '.join(words)} ended with {status}: {output[-2000:]}")
     began, ended = ((home / out / name).stat().st_mtime for name in ("config.json", "metrics.jsonl"))
-    return {"estimate": float(re.search(r"together ([0-9.]+) GB", output)[1]), "peak": usage.ru_maxrss * 1024 / 1e9,
+    return {"estimate": float(re.search(r"in total ([0-9.]+) of", output)[1]), "peak": usage.ru_maxrss * 1024 / 1e9,
             "seconds": ended - began, "loss": json.loads((home / out / "metrics.jsonl").read_text())["loss"]}
 
 

@@ -429,7 +429,8 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
     assert {file: file.stat().st_mtime_ns for file in job.rglob("*") if file.is_file()} == times
     printed = capsys.readouterr().out
     assert not re.search(r'[{}]|":', printed), "a dictionary on the console"
-    assert all(f"[{name}] finished before" in printed for name in ("split", "sample-train", "annotate-heldout", "judge"))
+    stages = ("split", "sample-train", "annotate-heldout", "judge")
+    assert all(f"[{name}] finished before" in printed for name in stages)
 
 
 def test_the_estimate_counts_what_a_preset_asks_for():

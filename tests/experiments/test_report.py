@@ -173,7 +173,8 @@ def test_tables_need_no_matplotlib_and_pictures_no_pyplot():
 
 # ---- as a page
 
-OWNED = '<script>document.title = "owned"</script><img src=x onerror=\'document.title="owned"\'> <br> [a](javascript:1)\nline'
+OWNED = ('<script>document.title = "owned"</script><img src=x onerror=\'document.title="owned"\'> <br> '
+         '[a](javascript:1)\nline')
 
 
 def hostile_page(home):

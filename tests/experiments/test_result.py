@@ -31,7 +31,8 @@ def test_own_reward_is_that_of_the_expert_that_serves_the_type(job):
     np.testing.assert_allclose(found["mix-pair"]["values"], straight)
     np.testing.assert_allclose(found["dpo"]["values"], values["dpo"][:, :2].mean(1))
     kl = (rows["mix-user head 0"]["kl"]["mean"] + rows["mix-user head 1"]["kl"]["mean"]) / 2
-    assert found["mix-user"]["kl"]["mean"] == pytest.approx(kl) and list(found) == ["reference", "dpo", "mix-pair", "mix-user"]
+    assert found["mix-user"]["kl"]["mean"] == pytest.approx(kl)
+    assert list(found) == ["reference", "dpo", "mix-pair", "mix-user"]
     job.results["preferences"]["mix-user"]["own"] = ["sentiment", None]     # nobody serves informativeness
     assert "mix-user" not in own_rewards(job)
     job.dataset["domains"] = {"movie": ["sentiment"]}

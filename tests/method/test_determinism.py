@@ -22,7 +22,8 @@ CASES = {
     "own models, users' slices, tempered": {"sharing": "models", "latent": "user", "em": "incremental",
                                             "variant": "tempered", "variant_temperature": 0.5},
     "one expert": {"experts": 1},
-    "adapters, context": {"sharing": "lora", "lr": 2e-5, "latent": "user", "estep": "context", "context": 1, "batch": 6},
+    "adapters, context": {"sharing": "lora", "lr": 2e-5, "latent": "user", "estep": "context", "context": 1,
+                          "batch": 6},
     "frozen trunk, robust, noisy labels": {"train_trunk": False, "latent": "user", "robust": 0.1, "label_noise": 0.1},
 }
 TEN_STEPS = {"batch": 8, "micro": 8, "epochs": 2, "lr": 2e-5, "head_lr": 3e-4, "beta": 0.5, "head_rows": 0}

@@ -322,8 +322,10 @@ def test_sampled_responsibilities_are_drawn_by_seed_and_step(variant):
     others = [noise(seed, t) for seed, t in ((0, 1), (1, 0), (2**31, 0), (2**32 - 1, 0))]
     assert not any((a == b).any() for n, a in enumerate([first, *others]) for b in others[n:])
     plan, log_q = make_plan(small.pairs(5), small.config()), torch.full((5, 2), math.log(0.5))
-    given = [Variants(small.config(experts=2, variant=variant, seed=seed), plan, torch.zeros(5, dtype=torch.int64), None,
-                      []).functions(t, None)["vary"](log_q, log_q, torch.arange(5)) for seed, t in ((0, 0), (0, 1), (1, 0))]
+    given, user = [], torch.zeros(5, dtype=torch.int64)
+    for seed, t in ((0, 0), (0, 1), (1, 0)):
+        variants = Variants(small.config(experts=2, variant=variant, seed=seed), plan, user, None, [])
+        given.append(variants.functions(t, None)["vary"](log_q, log_q, torch.arange(5)))
     assert not any(torch.equal(a, b) for n, a in enumerate(given) for b in given[:n])
 
 
@@ -366,7 +368,7 @@ def test_reweigh_is_exponentiated_ascent():
     robust = RobustWeights(torch.tensor([1, 2, 2, 3]), 2.0, "")             # visits of users 1 to 3; none is of user 0
     assert robust.log_v.exp().tolist() == [0, 1, 1, 1]
     robust.loss = torch.tensor([0.7, 5.0, 5.0, 0.3])                        # as last seen
-    weighed = robust.weigh(torch.tensor([0.1, 0.3, 0.8, 1.0]), torch.tensor([0, 0, 1, 2]))          # pairs of visits 0 to 2
+    weighed = robust.weigh(torch.tensor([0.1, 0.3, 0.8, 1.0]), torch.tensor([0, 0, 1, 2]))      # pairs of visits 0 to 2
     assert weighed.tolist() == pytest.approx([0.1, 0.3, 0.8, 1.0])          # all weights are 1 so far
     robust.end_step()
     wanted = torch.tensor([0.0, math.exp(0.4), math.exp(1.8), math.exp(0.6)])
@@ -375,7 +377,8 @@ def test_reweigh_is_exponentiated_ascent():
     again = RobustWeights(torch.tensor([1, 2, 2, 3]), 2.0, "")
     again.load(robust.tensors())
     assert torch.equal(again.log_v, robust.log_v) and torch.equal(again.loss, robust.loss)
-    assert again.weigh(torch.ones(1), torch.tensor([3])).tolist() == pytest.approx([3 * math.exp(0.6) / float(wanted.sum())])
+    weight = 3 * math.exp(0.6) / float(wanted.sum())
+    assert again.weigh(torch.ones(1), torch.tensor([3])).tolist() == pytest.approx([weight])
 
 
 def test_robust_weights_go_by_losses_and_not_by_appearances():

@@ -13,7 +13,8 @@ COUNT = 7
 
 def steps(optimizer_options, count=3, first=0, sharing="models", experts=None, state=None):
     """Parameters, optimizer and names after some steps of train.step on the same pairs."""
-    config = small.config(experts=2, sharing=sharing, rank=0, clip=float("inf"), micro=32, warmup=0, **optimizer_options)
+    config = small.config(experts=2, sharing=sharing, rank=0, clip=float("inf"), micro=32, warmup=0,
+                          **optimizer_options)
     experts = experts or small.experts(experts=2, sharing=sharing, rank=0)
     optimizer, names = make_optimizer(experts, 1e-2, moments=config.moments, seed=3)
     if state:

@@ -1,4 +1,5 @@
-"""README and docs: names exist, equations are cited where docs say, results were measured, the code is the program's."""
+"""README and docs: names exist, equations are cited where docs say, results were measured, the code is the
+program's."""
 
 import importlib
 import inspect

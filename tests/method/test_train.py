@@ -241,8 +241,8 @@ def test_the_loop_equals_its_slow_twin(case, tmp_path, model_dir, untied_dir):
     of `first` not kept; loss divided by the micro-batch; no clipping; weights updated with another prior, or never;
     the start used for too long; head_lr for the trunk; a frozen trunk trained; the run's last responsibilities those of
     before its last step, or of the start, or of the trained pairs where there are context pairs; the gate's temperature
-    not annealed; entropy and balance exchanged; the generic user not trained; a slice's log-likelihoods counted twice or
-    never renewed; a variant at the last E-step."""
+    not annealed; entropy and balance exchanged; the generic user not trained; a slice's log-likelihoods counted twice
+    or never renewed; a variant at the last E-step."""
     options = dict(CASES[case])
     model = untied_dir if options.pop("model", None) else model_dir
     rates = {"lr": 3e-4, "head_lr": 3e-3}

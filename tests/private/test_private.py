@@ -313,7 +313,8 @@ def test_a_public_key_is_the_documented_one():
 @pytest.mark.parametrize("options, name", [
     (dict(clip=math.inf), "clip"), (dict(start="linear"), "start"), (dict(gate="user"), "gate"),
     (dict(gate="domain"), "gate"), (dict(weights="update"), "weights"), (dict(robust=0.1), "robust"),
-    (dict(em="incremental", latent="user", privacy_unit="user"), "em"), (dict(variant="gumbel"), "variant"), (dict(delta=2.0), "delta"),
+    (dict(em="incremental", latent="user", privacy_unit="user"), "em"),
+    (dict(variant="gumbel"), "variant"), (dict(delta=2.0), "delta"),
     (dict(gate="linear", gate_balance=0.1), "gate-balance"), (dict(latent="user"), "privacy-unit"),
     (dict(estep="first", start="none"), "estep"), (dict(epsilon=0.0), "epsilon"),
 ])

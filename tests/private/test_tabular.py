@@ -1,5 +1,5 @@
-"""DP-TBART: the model by enumeration, fitting against a slow loop, the first look, and full runs of data/tables/synth.py.
-Docstrings name the faults that each test is there for."""
+"""DP-TBART: the model by enumeration, fitting against a slow loop, the first look, and full runs of
+data/tables/synth.py. Docstrings name the faults that each test is there for."""
 
 import csv
 import itertools

@@ -71,5 +71,6 @@ def test_a_run_says_it_before_it_loads_a_weight(tmp_path, model_dir, monkeypatch
     monkeypatch.setattr("mixdpo.runs.setup.load_references", stop)
     with pytest.raises(KeyboardInterrupt):
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records())
-    assert "memory of a step (GB, estimate): weights 0.0, gradients 0.0, moments 0.0, activations" in capsys.readouterr().out
+    said = "memory of a step (GB, estimate): weights 0.0, gradients 0.0, moments 0.0, activations"
+    assert said in capsys.readouterr().out
     assert config_of(model_dir) == load_model(model_dir).config

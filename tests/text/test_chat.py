@@ -216,5 +216,5 @@ def test_a_file_of_conversations(tmp_path, smollm2):
     assert pairs[0].prompt == prompt and pairs[0].chosen == [*smollm2.encode("28,251 feet."), 2] and not reports
     assert pairs[1].prompt == encode_chat(USER, smollm2, 1000)[0] and pairs[0].rejected[-1] == 2
     pairs = read_preferences(path, smollm2, len(prompt) - 1, 16, report=reports.append)
-    wanted = f"{path}: conversations without their oldest turns, to fit {len(prompt) - 1} ids: 1 (first: line 1)"
+    wanted = f"{path}: conversations whose oldest turns are removed to fit {len(prompt) - 1} ids: 1 (first: line 1)"
     assert reports == [wanted]
