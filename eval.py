@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixdpo import config as configs
-from mixdpo.config import InputError, to_json, write_whole
+from mixdpo.config import InputError, to_json, write_text
 from mixdpo.evaluation.adaptation import adaptation_curve
 from mixdpo.evaluation.completions import (
     CompletionTask,
@@ -33,7 +33,7 @@ from mixdpo.evaluation.generate import Sampling
 from mixdpo.evaluation.heldout import margins_of, preference_figures
 from mixdpo.evaluation.inputs import EvalInputs, read_inputs
 from mixdpo.evaluation.tables import all_tables, conclusions, win_rate_tables
-from mixdpo.fast.memory import steady
+from mixdpo.fast.memory import tune_process
 from mixdpo.runs.load_run import load_run
 from mixdpo.runs.log import environment
 
@@ -83,7 +83,7 @@ def evaluate(config: EvalConfig) -> dict:
         "trained_rewards": inputs.dataset.get("annotators", []),
         "asked": inputs.prompts.labels if inputs.prompts else [],
     }
-    write_whole(inputs.folder / "results.json", to_json(results) + "\n")
+    write_text(inputs.folder / "results.json", to_json(results) + "\n")
     print(all_tables(results))
     write_report(inputs.folder)
     print(conclusions(results))
@@ -175,7 +175,7 @@ def refuse_unused(config: EvalConfig, why: str, used: tuple) -> None:
 
 def main(argv: list[str]) -> None:
     """The command: DIR may stand first, without --dir."""
-    steady()
+    tune_process()
     flags = argv if argv and argv[0].startswith("-") else ["--dir", *argv]
     config = configs.parse(EvalConfig, flags, "python eval.py DIR")
     if config.judge or config.against:

@@ -26,7 +26,7 @@ from mixdpo.dpo import margins
 from mixdpo.evaluation.identifiability import describe_data
 from mixdpo.experts import Adapters, Heads, Models, pair_logp
 from mixdpo.fast.backward import backward
-from mixdpo.fast.memory import steady
+from mixdpo.fast.memory import tune_process
 from mixdpo.fast.optimizer import clip_and_step, set_rate
 from mixdpo.gates import TRAINED, Gate, Inputs, gate_objective
 from mixdpo.metrics import step_summary
@@ -241,7 +241,7 @@ def learn(job: Job) -> None:
 
 
 def main(argv: list[str]) -> None:
-    steady()
+    tune_process()
     run(configs.parse(TrainConfig, argv, "python train.py"))
 
 

@@ -13,7 +13,7 @@ from data.experiment.presets import IMDB
 from data.experiment.simulated import FILES, DataSet, main, prompt_of
 from data.experiment.stages import write_lines
 from data.texts.movies import ARCHIVE, OWN, Review, load_reviews
-from mixdpo.config import command, to_json
+from mixdpo.config import command, to_json, write_text
 
 JUDGE_LEAST = 5000  # labelled reviews that the judge of sentiment needs to reach its accuracy
 
@@ -62,7 +62,7 @@ def split(job: Path, preset: dict, tokenizer, distilbert: str | None, data: str 
     judge = use_distilbert(job, distilbert) if distilbert else fit_sentiment(fitted, job, preset["seed"])
     facts = {"texts": counts, "taken": {name: len(rows) for name, rows in taken.items()}, "scale_of_shares": scale}
     facts |= {"judge_of_sentiment": judge, "judge_reviews_disjoint_from_prompts": disjoint or bool(distilbert)}
-    (job / "split.json").write_text(to_json(facts, indent=1) + "\n")
+    write_text(job / "split.json", to_json(facts, indent=1) + "\n")
     sizes = {name: len(rows) for name, rows in taken.items()}
     return (f"{sizes['train']} train and {sizes['heldout']} held-out prompts, {sizes['reviews']} texts for fine-tuning"
             f"; {describe_judge(judge)}")

@@ -24,7 +24,7 @@ from data.experiment.stages import write_lines
 from data.texts.books import OWN as OWN_BOOKS
 from data.texts.books import load_products
 from data.texts.movies import ARCHIVE, OWN, Review, load_reviews
-from mixdpo.config import InputError, command, to_json
+from mixdpo.config import InputError, command, to_json, write_text
 
 FILM = "film films movie movies cinema screen screenplay hollywood actor actors actress oscar".split()
 BOOK = "book books novel novels author authors chapter chapters paperback pages".split()
@@ -98,7 +98,7 @@ def split(job: Path, preset: dict, tokenizer, distilbert: str | None, data: str 
     if missing:
         print(f"warning: {counts_of_products['source']} has no reviews of {' and '.join(missing)}, so the evaluation "
               f"leaves these domains out; put {OWN_BOOKS[0]} into the data folder")
-    (job / "split.json").write_text(to_json(facts, indent=1) + "\n")
+    write_text(job / "split.json", to_json(facts, indent=1) + "\n")
     return (f"{preset['prompts']} train, {preset['heldout']} held-out and {len(prompts)} evaluation prompts, "
             f"{len(texts)} reviews for fine-tuning; {describe_judge(judge)}")
 

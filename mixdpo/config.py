@@ -24,6 +24,7 @@ import os
 import re
 import sys
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -254,17 +255,35 @@ def system_error(error: OSError) -> str:
     return f"{error}; {remedy}. Finished work is intact; run the same command again to resume"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file completely or not at all."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields the path of a temporary file for the caller to write; then that file becomes `path`.
+
+    If the caller or the disk fails, `path` keeps its old content and the temporary file is removed. Raises: OSError.
+    """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield part
+        sync(part)
         os.replace(part, path)
+        sync(path.parent)                                                   # the new name survives a power cut
     finally:
         part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's file names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically. Raises: OSError."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def to_json(value, **options) -> str:
@@ -282,7 +301,7 @@ def to_json(value, **options) -> str:
 
 def save(config, path: Path) -> None:
     """Writes the resolved configuration as JSON."""
-    write_whole(path, to_json(dataclasses.asdict(config), indent=1) + "\n")
+    write_text(path, to_json(dataclasses.asdict(config), indent=1) + "\n")
 
 
 def load(cls, path: Path, report=print):

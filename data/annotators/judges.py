@@ -24,7 +24,7 @@ import numpy as np
 from data.annotators.llm import Endpoint
 from data.annotators.rewards import score
 from data.experiment.stages import read_lines
-from mixdpo.config import InputError, reading, to_json, write_whole
+from mixdpo.config import InputError, reading, to_json, write_text
 
 GENERAL = {"better": "the better answer: helpful, right, harmless and clear"}
 
@@ -52,7 +52,7 @@ def win_rates(folder: Path, judge: str, against: str, seed: int = 0) -> dict:
         for column, wins in preferred(rows).items():
             columns.setdefault(column, {})[policy] = rate(wins, seed)
     found = {"judge": judge, "against": against, "prompts": len(samples), "columns": columns}
-    write_whole(folder / "winrates.json", to_json(found, indent=1) + "\n")
+    write_text(folder / "winrates.json", to_json(found, indent=1) + "\n")
     return found
 
 

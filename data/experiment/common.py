@@ -12,7 +12,7 @@ from data.report.job import read_job
 from data.report.result import headline, sentence
 from data.report.tables import aligned
 from eval import EvalConfig, evaluate
-from mixdpo.config import SEEDS, InputError, check_ranges, to_json, write_whole
+from mixdpo.config import SEEDS, InputError, check_ranges, to_json, write_text
 from mixdpo.runs.options import validate
 from train import TrainConfig, run
 
@@ -53,7 +53,7 @@ def begin(job: Path, facts: dict) -> None:
                          "it began with. Remove the folder, or choose another with --out", file=job)
     job.mkdir(parents=True, exist_ok=True)
     if not recorded:
-        write_whole(job / "job.json", to_json(facts, indent=1) + "\n")
+        write_text(job / "job.json", to_json(facts, indent=1) + "\n")
 
 
 def train_and_evaluate(job: Path, preset: dict, shared: dict, **options) -> None:

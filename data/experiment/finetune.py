@@ -82,12 +82,12 @@ def finetune(config: FinetuneConfig) -> Path:
     tune(policy, blocks, config, unfinished, settings | {"dtype": str(dtype)})              # what auto resolves to
     after = perplexity(policy, held)
     out.mkdir(parents=True, exist_ok=True)
-    configs.write_whole(begun, configs.to_json({"settings": settings}) + "\n")               # marks the folder as ours
+    configs.write_text(begun, configs.to_json({"settings": settings}) + "\n")               # marks the folder as ours
     report.unlink(missing_ok=True)                            # written last: a report means that all files are complete
     save_model(policy.trunk, out)
     tokenizer.save(out)
     facts = {"perplexity_before": before, "perplexity_after": after, "settings": settings}
-    configs.write_whole(report, configs.to_json(facts) + "\n")
+    configs.write_text(report, configs.to_json(facts) + "\n")
     begun.unlink()
     shutil.rmtree(unfinished, ignore_errors=True)
     print(f"[finetune] {time.monotonic() - began:.0f} s: perplexity {before:.2f} before, {after:.2f} after; "

@@ -26,10 +26,10 @@ import numpy as np
 from data.experiment.common import begin, check_preset, choose_preset, train_and_evaluate
 from data.experiment.pairs import name_users
 from data.experiment.stages import key_of, stage, write_lines
-from mixdpo.config import InputError, check_ranges, parse, to_json
-from mixdpo.fast.memory import steady
+from mixdpo.config import InputError, check_ranges, parse, to_json, write_text
+from mixdpo.fast.memory import tune_process
 from mixdpo.files import fetch
-from mixdpo.files.atomic import alone, must_be_own
+from mixdpo.files.atomic import lock_folder, must_be_own
 from mixdpo.preferences import encode_prompt, encode_response
 from mixdpo.text.tokenizer import load_tokenizer
 
@@ -175,7 +175,7 @@ def judge(job: Path, dataset: Judged, preset: dict, tokenizer, data: str | None)
               "train": {"pairs": pairs}, "heldout": {"pairs": heldout_pairs, "conflicts": conflicts},
               "max_prompt": preset["max_prompt"], "max_new": preset["max_response"],
               "settings": {name: preset[name] for name in names}}
-    (job / "dataset.json").write_text(to_json(facts, indent=1) + "\n")
+    write_text(job / "dataset.json", to_json(facts, indent=1) + "\n")
     return (f"{pairs} train and {heldout_pairs} held-out pairs ({conflicts} on which types disagree); "
             f"{sum(dropped.values())} items dropped")
 
@@ -197,14 +197,14 @@ def preset_with(config: JudgedConfig, preset: dict) -> dict:
 
 def main(dataset: Judged, argv: list[str]) -> None:
     """The command of a data set."""
-    steady()
+    tune_process()
     config = parse(JudgedConfig, argv, f"python -m data.{dataset.name}")
     check_ranges(config, {"users": "[0, inf)", "pairs": "[0, inf)", "seed": "[-1, 4294967295]"})
     name, preset, job = choose_preset(dataset, config)
     preset = preset_with(config, preset)
     check_preset(preset)
     must_be_own(job, [], "job.json", {"preset"})
-    with alone(job):
+    with lock_folder(job):
         model = config.model or "smollm2"
         begin(job, {"preset": name, "model": model, "settings": json.loads(to_json(preset))})
         print(f"job: {job}, preset {name}\nmodel: {model}")

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mixdpo.config import InputError, check_ranges, command, parse, to_json, write_whole
+from mixdpo.config import InputError, check_ranges, command, parse, to_json, write_text
 from mixdpo.evaluation.statistics import adjusted_rand_index
 from mixdpo.files.atomic import must_be_own
 from mixdpo.mixture import e_step
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> list[dict]:
             progress(len(rows) * config.seeds + seed + 1, len(kinds) * config.seeds)
         rows.append({"types": K, "each": m, "users": config.pairs // m, "worlds": worlds})
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "planted.json", to_json({"config": asdict(config), "rows": rows}, indent=1) + "\n")
+    write_text(folder / "planted.json", to_json({"config": asdict(config), "rows": rows}, indent=1) + "\n")
     if importlib.util.find_spec("matplotlib"):
         from data.report.page import planted_report
 

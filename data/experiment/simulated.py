@@ -28,11 +28,11 @@ from data.experiment.estimate import estimate
 from data.experiment.finetune import FinetuneConfig, finetune
 from data.experiment.pairs import Rules, judge_with_context, name_users, pair_facts, pair_line, spreads
 from data.experiment.stages import key_of, line_by_line, read_lines, stage, write_lines
-from mixdpo.config import InputError, check_choices, compute_dtype, parse, to_json
+from mixdpo.config import InputError, check_choices, compute_dtype, parse, to_json, write_text
 from mixdpo.evaluation.generate import Sampling, generate
-from mixdpo.fast.memory import steady
+from mixdpo.fast.memory import tune_process
 from mixdpo.files import fetch
-from mixdpo.files.atomic import alone, must_be_own
+from mixdpo.files.atomic import lock_folder, must_be_own
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import encode_prompt
 from mixdpo.text.tokenizer import load_tokenizer
@@ -188,7 +188,7 @@ def judge(job: Path, preset: dict, max_prompt: int) -> str:
         facts[file.name] = {"prompts": len(rows), "continuations_lost": lost}
         facts[file.name] |= pair_facts(rows, judged, types, rules.spread)
     facts["reviews"] = json.loads((job / "split.json").read_text())
-    (job / "dataset.json").write_text(to_json(facts, indent=1) + "\n")
+    write_text(job / "dataset.json", to_json(facts, indent=1) + "\n")
     train, heldout = facts["train"], facts["heldout"]
     return (f"{train['pairs']} train and {heldout['pairs']} held-out pairs of {train['users']} users; all types agree "
             f"on {train['agreement']:.2f} of the train pairs")
@@ -245,13 +245,13 @@ def prepare(job: Path, dataset: DataSet, preset: dict, model: str, distilbert: s
 
 def main(dataset: DataSet, argv: list[str]) -> None:
     """The command of a data set."""
-    steady()
+    tune_process()
     config = parse(ExperimentConfig, argv, f"python -m data.{dataset.name}")
     check_choices(config, {"sentiment": ("", "bag", "distilbert")})
     name, preset, job = choose_preset(dataset, config)
     check_preset(preset, "finetune")
     must_be_own(job, [], "job.json", {"preset"})
-    with alone(job):
+    with lock_folder(job):
         run_job(dataset, config, name, preset, job)
 
 

@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from data.report import domains, pictures, tables, users
 from data.report.job import read_job
 from data.report.result import result
-from mixdpo.config import write_whole
+from mixdpo.config import write_text
 
 BREAK = "\ue000"  # replaces <br> while Markdown is rendered
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -45,8 +45,8 @@ def report(home: Path) -> Path:
     parts = [f"# {tables.escape(title)}", opening, *(write(job) for write in sections), *drawings, tables.samples(job),
              tables.what_was_run(job)]
     text = "\n\n".join(parts) + "\n"
-    write_whole(home / "report.md", text)
-    write_whole(home / "report.html", as_html(title, text))
+    write_text(home / "report.md", text)
+    write_text(home / "report.html", as_html(title, text))
     return home / "report.md"
 
 
@@ -70,5 +70,5 @@ def planted_report(folder: Path) -> Path:
     found = json.loads((folder / "planted.json").read_text())
     with pictures.style():
         pictures.planted(found).savefig(folder / "planted.png")
-    write_whole(folder / "report.md", users.planted(found))
+    write_text(folder / "report.md", users.planted(found))
     return folder / "report.md"

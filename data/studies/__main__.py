@@ -7,7 +7,7 @@ from pathlib import Path
 from data.report import pictures
 from data.studies import NAMES, study_of
 from data.studies.study import PRESETS, describe_study, run
-from mixdpo.config import check_choices, command, parse, write_whole
+from mixdpo.config import check_choices, command, parse, write_text
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     facts = run(config.name, config.preset, Path(config.home), config.data_folder)
     spent = Path(config.home) / config.name / f"{config.preset}.seconds"    # seconds of all calls
     seconds = time.monotonic() - began + (float(spent.read_text()) if spent.exists() else 0.0)
-    write_whole(spent, f"{seconds:.1f}")
+    write_text(spent, f"{seconds:.1f}")
     out.mkdir(parents=True, exist_ok=True)
     with pictures.style():
         text, figures = study.page([(row["cell"], row["figures"]) for row in facts])
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     links = "\n\n".join(f"![{what}]({config.name}-{what}.png)" for what in figures)
     provenance = describe_study(facts, config.name, config.preset, seconds)
     parts = [f"# {study.title}", study.question, text, links, provenance]
-    write_whole(out / f"{config.name}.md", "\n\n".join(parts) + "\n")
+    write_text(out / f"{config.name}.md", "\n\n".join(parts) + "\n")
     print(f"The page of the study is {out / config.name}.md: {len(facts)} cells, {seconds / 60:.1f} minutes.")
 
 

@@ -24,8 +24,8 @@ import torch
 
 from data.experiment.stages import key_of, numbers
 from data.studies import study_of
-from mixdpo.config import InputError, to_json, write_whole
-from mixdpo.files.atomic import alone
+from mixdpo.config import InputError, to_json, write_text
+from mixdpo.files.atomic import lock_folder
 from mixdpo.runs.log import Progress, environment
 
 PRESETS = ("smoke", "quick", "full")
@@ -61,7 +61,7 @@ def measured(name: str, cell: dict, home: Path) -> dict:
             message = f"{error.message} (study {name}, {cell})"
             raise InputError(message, error.file, error.line, error.option) from None
     facts = {"cell": cell, "figures": found, "seconds": time.monotonic() - began, "environment": environment()}
-    write_whole(path, to_json(facts) + "\n")
+    write_text(path, to_json(facts) + "\n")
     shutil.rmtree(folder)
     return facts_of(path)
 
@@ -76,7 +76,7 @@ def run(name: str, preset: str, home: Path, data_folder: str) -> list[dict]:
     """Measures all cells of a study; returns them in order."""
     study = study_of(name)
     (home / name).mkdir(parents=True, exist_ok=True)
-    with alone(home / name):
+    with lock_folder(home / name):
         if study.prepare:
             study.prepare(home, preset, data_folder or None)
         cells, progress, done = study.cells(preset), Progress(f"study {name}"), {}

@@ -30,11 +30,11 @@ from data.studies.aggregate import table_of
 from data.tables import adult
 from data.tables.marginals import distances, independent, utility
 from data.tables.mst import marginal_method
-from mixdpo.config import InputError, check_choices, check_ranges, command, parse, to_json, write_whole
-from mixdpo.fast.memory import steady
-from mixdpo.files.atomic import alone, must_be_own, must_be_writable, noted
+from mixdpo.config import InputError, check_choices, check_ranges, command, parse, to_json, write_text
+from mixdpo.fast.memory import tune_process
+from mixdpo.files.atomic import lock_folder, must_be_own, must_be_writable, read_json_or_empty
 from mixdpo.private.accountant import noise_multiplier
-from mixdpo.private.budget import drop_key, kept_key
+from mixdpo.private.budget import delete_key, load_or_create_key
 from mixdpo.private.keys import Key
 from mixdpo.runs.checkpoint import load_checkpoint
 from mixdpo.runs.log import environment
@@ -180,13 +180,13 @@ def run(config: SynthConfig) -> Path:
     must_be_own(out, [(name, getattr(config, name)) for name in ("data", "schema", "test")], "config.json", {"synth"})
     tables = read_tables(config)
     check_tables(tables, config)
-    with alone(out):
+    with lock_folder(out):
         must_be_writable(out)
         same = identity(config, tables)
         if not released(out, same):
             release(tables, config, out, same)
             print(f"[table] {time.monotonic() - began:.0f} s: {out / 'synthetic.csv'}")
-        drop_key(out)                                                       # before anything that may fail or take long
+        delete_key(out)                                                     # before anything that may fail or take long
         shutil.rmtree(out / "checkpoint", ignore_errors=True)           # a run with other noise must not resume from it
         if (out / "report.md").exists():
             print("[report] finished before")
@@ -210,7 +210,7 @@ def released(out: Path, same: dict) -> bool:
     """Whether the folder has a release of the same options. Raises: InputError if it has a release of other options."""
     if not (out / "privacy.json").exists():
         return False
-    stored, now = noted(out / "config.json")["synth"], json.loads(to_json(same))
+    stored, now = read_json_or_empty(out / "config.json")["synth"], json.loads(to_json(same))
     if differ := [name for name in now if stored.get(name) != now[name]]:
         what = "; ".join(f"{name}: stored {stored.get(name)!r}, now {now[name]!r}" for name in differ)
         raise InputError(f"{out} holds a finished table of other options ({what}), which may have been published; use "
@@ -221,14 +221,14 @@ def released(out: Path, same: dict) -> bool:
 def release(tables: Tables, config: SynthConfig, out: Path, same: dict) -> None:
     """Writes all files that may be published. privacy.json is the last: it means that the release is complete."""
     N, resumes = config.examples or len(tables.train), load_checkpoint(out, same) is not None
-    write_whole(out / "config.json", to_json({"synth": same}, indent=1) + "\n")
+    write_text(out / "config.json", to_json({"synth": same}, indent=1) + "\n")
     (out / "report.md").unlink(missing_ok=True)                             # a report of an earlier, removed release
-    key = kept_key(out, same, resumes)
+    key = load_or_create_key(out, same, resumes)
     codes, table, fitted = synthesize(tables, config, config.rows or N, key, out, same)
     write_table(out / "synthetic.csv", codes, table.columns, key.generator("numbers"))
-    write_whole(out / "schema.json", to_json(schema_of(table.columns), indent=1) + "\n")
+    write_text(out / "schema.json", to_json(schema_of(table.columns), indent=1) + "\n")
     save_file({n: x.contiguous() for n, x in fitted.model.state_dict().items()}, out / "model.safetensors")
-    write_whole(out / "privacy.json", to_json(account(fitted, config, N), indent=1) + "\n")
+    write_text(out / "privacy.json", to_json(account(fitted, config, N), indent=1) + "\n")
 
 
 def report(config: SynthConfig, out: Path, began: float) -> None:
@@ -246,8 +246,8 @@ def report(config: SynthConfig, out: Path, began: float) -> None:
     where = environment()
     how = (f"{(time.monotonic() - began) / 60:.1f} minutes; revision {where['revision']}, torch {where['torch']}, "
            f"`python -m data.tables.synth {words(config)}`")
-    write_whole(out / "figures.json", to_json({"config": asdict(config), "figures": figures}, indent=1) + "\n")
-    write_whole(out / "report.md", "\n\n".join(["# A synthetic table", table_of(HEAD, rows_of(figures)), READING,
+    write_text(out / "figures.json", to_json({"config": asdict(config), "figures": figures}, indent=1) + "\n")
+    write_text(out / "report.md", "\n\n".join(["# A synthetic table", table_of(HEAD, rows_of(figures)), READING,
                                                 spent, how + "."]) + "\n")
 
 
@@ -259,7 +259,7 @@ def words(config: SynthConfig) -> str:
 
 
 def main(argv: list[str]) -> None:
-    steady()
+    tune_process()
     torch.set_float32_matmul_precision("highest")
     config = parse(SynthConfig, argv, "python -m data.tables.synth")
     check_choices(config, {"preset": PRESETS})

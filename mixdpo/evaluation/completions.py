@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mixdpo.config import write_whole
+from mixdpo.config import write_text
 from mixdpo.evaluation.generate import Sampling, choose_expert, generate_heads
 from mixdpo.evaluation.heldout import expert_logp, weights
 from mixdpo.evaluation.statistics import mean_se
@@ -143,7 +143,7 @@ def write_samples(folder: Path, prompts: list[str], texts: dict) -> None:
     """samples.jsonl: {"prompt", "texts": {policy: prompt and completion}} a line."""
     samples = [{"prompt": prompt, "texts": {name: column[n] for name, column in texts.items()}}
                for n, prompt in enumerate(prompts)]
-    write_whole(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+    write_text(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
 
 
 def write_prompt_states(folder: Path, runs: list[Run], task: CompletionTask) -> None:

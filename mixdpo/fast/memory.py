@@ -31,7 +31,7 @@ def activated(linear, activation, *inputs, keep: bool = False):
         return linear(output)
 
 
-def steady() -> None:
+def tune_process() -> None:
     """Sets what the process keeps between steps. Call it before the first matrix product.
 
     Pages: the C library keeps freed memory. Returning it to the system, which clears it, costs up to a sixth of a step

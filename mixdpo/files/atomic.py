@@ -1,11 +1,10 @@
 """Atomic writes: a reader finds the old file or the new one, never a part of one.
 
-    replacing      a temporary file in the same folder is written, synced to the disk and renamed; the folder is synced
     write_tensors  tensors and a JSON of facts in one safetensors file, with the sha256 of both
     read_tensors   the same back; a changed bit is an error
-    alone          a lock: one process at a time works in a folder
+    lock_folder    a lock: one process at a time works in a folder
 
-Text files are written by `write_whole` in config.py, which must not import this module.
+All go through config.replacing, as text files do by config.write_text.
 """
 
 import contextlib
@@ -21,36 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mixdpo.config import InputError, to_json
+from mixdpo.config import InputError, replacing, to_json
 
 
 class Damaged(InputError):
     """A file whose content differs from what was written."""
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields the path of a temporary file for the caller to write; then that file becomes `path`.
-
-    If the caller or the disk fails, `path` keeps its old content and the temporary file is removed. Raises: OSError.
-    """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        sync(part)
-        os.replace(part, path)
-        sync(path.parent)                                                   # the new name survives a power cut
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's file names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
@@ -110,7 +84,7 @@ def must_be_writable(folder: Path) -> None:
         raise OSError(number, os.strerror(number), str(folder))
 
 
-def noted(path: Path) -> dict:
+def read_json_or_empty(path: Path) -> dict:
     """The object in a JSON file; {} if the file is missing, unreadable or holds no object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -136,13 +110,13 @@ def must_be_own(out: Path, inputs: list[tuple[str, str]], mark: str, fields: set
     if out.exists() and not out.is_dir():
         raise InputError(f"got {out}, which is a file; wanted a folder", option="out")
     names = {path.name for path in (out.iterdir() if out.exists() else ()) if path.suffix != ".part"}
-    if not fields <= noted(out / mark).keys() and names - early:
+    if not fields <= read_json_or_empty(out / mark).keys() and names - early:
         raise InputError(f"{out} holds files that no run of this program wrote ({', '.join(sorted(names)[:3])}); "
                          "choose a folder that is new or empty", option="out")
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Creates the folder and locks it for this process; at the end an empty new folder is removed again.
 
     The system drops the lock when the process ends, however it ends. Raises: InputError if another process has it.

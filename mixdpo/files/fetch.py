@@ -22,7 +22,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixdpo.config import InputError, write_whole
+from mixdpo.config import InputError, write_text
 from mixdpo.files.download import CHUNK, Progress, Unavailable, download, head, sha256_of, size_of
 
 
@@ -155,7 +155,7 @@ def hub(repository, name, revision="main"):
             raise InputError(f"the hub does not state the file's size and sha256 ({error!r}).\n"
                              f"  By hand: download the file, put it into a folder as {name}, and give DATA=FOLDER",
                              file=url) from None
-        write_whole(stated, entry.sha256)
+        write_text(stated, entry.sha256)
         return _from_sources(name, entry, None, target)
 
 

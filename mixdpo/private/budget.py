@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mixdpo.config import InputError, lines_of, reading, to_json, write_whole
+from mixdpo.config import InputError, lines_of, reading, to_json, write_text
 from mixdpo.files.atomic import replacing
 from mixdpo.plan import Plan
 from mixdpo.preferences import Pair
@@ -36,7 +36,7 @@ NOT_RELEASED = ("metrics.jsonl, responsibilities.jsonl, step-*.jsonl, the respon
 # --- the secret -------------------------------------------------------------------------------------------------------
 
 
-def kept_key(folder: Path, options: dict, resumes: bool) -> Key:
+def load_or_create_key(folder: Path, options: dict, resumes: bool) -> Key:
     """The key of an unfinished run: drawn when the run starts, read again when it resumes.
 
     The key is stored with a fingerprint of the run's options. With other options a new key is drawn, because two
@@ -58,23 +58,23 @@ def kept_key(folder: Path, options: dict, resumes: bool) -> Key:
     return key
 
 
-def drop_key(folder: Path) -> None:
+def delete_key(folder: Path) -> None:
     """Deletes the secret when the run is released: it is no longer needed, and no other release may use it."""
     (folder / SECRET).unlink(missing_ok=True)
 
 
-def certify(folder: Path, facts: dict | None) -> None:
+def write_guarantee(folder: Path, facts: dict | None) -> None:
     """Writes privacy.json, the guarantee of a finished private run. None removes a file of an earlier run."""
     if facts is None:
         (folder / "privacy.json").unlink(missing_ok=True)
     else:
-        write_whole(folder / "privacy.json", to_json(facts, indent=1) + "\n")
+        write_text(folder / "privacy.json", to_json(facts, indent=1) + "\n")
 
 
 # --- experts of other runs --------------------------------------------------------------------------------------------
 
 
-def spent_before(config) -> list[dict]:
+def budgets_of_sources(config) -> list[dict]:
     """The budgets of the runs in --init-experts: {"run", "epsilon", "delta"} of each; each run counts once.
 
     Raises: InputError if a run has no privacy.json, or another privacy unit: then its experts are not covered.
@@ -104,7 +104,7 @@ class Private:
     """The random draws and the noise of a run with --epsilon."""
 
     key: Key
-    sources: list[dict]             # from spent_before
+    sources: list[dict]             # from budgets_of_sources
 
     def shuffled(self, pairs: list[Pair], group: list[int]) -> list[int]:
         """The pairs of one user in random order. The order depends only on the key and the user."""
@@ -168,7 +168,7 @@ def examples_of(plan: Plan, unit: str) -> tuple[np.ndarray, list[str]]:
 def statement(config, sources: list[dict], mechanism: Mechanism, count: int) -> dict:
     """The content of privacy.json. Budgets of several runs on the same data add up (basic composition).
 
-    sources: from spent_before; count: the number of examples."""
+    sources: from budgets_of_sources; count: the number of examples."""
     own = epsilon_of([mechanism], config.delta)
     return {"epsilon": own + sum(run["epsilon"] for run in sources),
             "delta": config.delta + sum(run["delta"] for run in sources),

@@ -9,7 +9,7 @@ import torch
 from mixdpo import config as configs
 from mixdpo.config import InputError, compute_dtype
 from mixdpo.experts import Adapters, Heads, Models, make_experts
-from mixdpo.files.atomic import noted
+from mixdpo.files.atomic import read_json_or_empty
 from mixdpo.gates import Gate
 from mixdpo.models.weights import content_key
 from mixdpo.plan import Plan, make_plan
@@ -41,8 +41,8 @@ def load_experts(path: Path, device, data_folder: str
     if (found := load_checkpoint(path, {})) is None:
         raise InputError("has no checkpoint; wanted a directory that train.py wrote", file=path)
     config = dataclasses.replace(configs.load(TrainConfig, path / "config.json"), data_folder=data_folder)
-    if noted(path / "config.json").get("label_loss", "flips") != "flips":   # a loss of earlier versions, which took
-        config = dataclasses.replace(config, label_noise=0.0)               # the margins as they are
+    if read_json_or_empty(path / "config.json").get("label_loss", "flips") != "flips":
+        config = dataclasses.replace(config, label_noise=0.0)               # an old loss that used the plain margins
     tensors, state = found
     if not state["finished"]:
         raise InputError(f"was stopped at step {state['step']}; finish it with the options in its config.json",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mixdpo.config import InputError, to_json, write_whole
+from mixdpo.config import InputError, to_json, write_text
 from mixdpo.metrics import WINDOW, alarms
 
 
@@ -110,5 +110,5 @@ def keep_lines(path: Path, steps: int):
     if len(kept) < steps or kept and not kept[-1].endswith(b"\n"):
         raise InputError(f"has {len(kept)} complete lines, but its checkpoint needs {steps}; the file was truncated or "
                          f"deleted. Remove {path.parent} and start again", file=path)
-    write_whole(path, b"".join(kept).decode())
+    write_text(path, b"".join(kept).decode())
     return path.open("a")

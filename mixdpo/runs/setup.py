@@ -15,13 +15,13 @@ from mixdpo.config import InputError, compute_dtype
 from mixdpo.experts import Adapters, Heads, Models, make_experts, trunks
 from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state
 from mixdpo.fast.packing import compact_rows
-from mixdpo.files.atomic import alone, must_be_own, must_be_writable
+from mixdpo.files.atomic import lock_folder, must_be_own, must_be_writable
 from mixdpo.gates import Gate, Inputs
 from mixdpo.models.lora import projections
 from mixdpo.models.weights import content_key
 from mixdpo.plan import Plan, make_plan, micro_batches
 from mixdpo.preferences import check_lengths, read_preferences
-from mixdpo.private.budget import Private, certify, drop_key, kept_key, spent_before
+from mixdpo.private.budget import Private, budgets_of_sources, delete_key, load_or_create_key, write_guarantee
 from mixdpo.private.keys import Key
 from mixdpo.runs import memory_estimate
 from mixdpo.runs.checkpoint import Stop, gate_state, load_checkpoint, load_gate, load_state, trained_state
@@ -57,18 +57,18 @@ def opened(config: TrainConfig, key: Key | None) -> Iterator[Job | None]:
     must_be_run(config)
     facts, out = compared(config) | {"data_key": data_key(config.data)}, Path(config.out)
     try:
-        with alone(out), Stop(config.out) as stop:
+        with lock_folder(out), Stop(config.out) as stop:
             found = load_checkpoint(out, facts)
             if found and found[1]["finished"]:
                 print(f"{config.out}: finished before")
-                drop_key(out)                                               # if it was killed before it could
+                delete_key(out)                                               # if it was killed before it could
                 yield None
                 return
             must_be_writable(out)                                           # before long passes, not after
             private = None
             if config.epsilon < math.inf:
-                sources = spent_before(config)
-                private = Private(key or kept_key(out, facts, found is not None), sources)
+                sources = budgets_of_sources(config)
+                private = Private(key or load_or_create_key(out, facts, found is not None), sources)
             yield Job(config, facts, stop, private)
     except RuntimeError as error:                                           # CUDA's out-of-memory is one, too
         if not memory_estimate.exceeded(error):
@@ -224,7 +224,7 @@ def snapshot(made: Prepared, log: Log, log_q: torch.Tensor, finished: bool = Fal
 
 def finish(job: Job, made: Prepared, save: Callable) -> None:
     """Ends a run: privacy.json, the last checkpoint by save(), and the secret key is deleted."""
-    certify(job.out, made.guarantee)                                        # not before all steps are done
+    write_guarantee(job.out, made.guarantee)                                        # not before all steps are done
     save()
-    drop_key(job.out)
+    delete_key(job.out)
     print(f"finished: {job.out}. Evaluate it with: python eval.py {job.out} --heldout FILE")

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mixdpo.config import InputError, reading, write_whole
+from mixdpo.config import InputError, reading, write_text
 
 FINE = 256              # bins of equal width from which quantiles are computed
 EXACT = 2**53           # a float represents every integer up to this
@@ -325,4 +325,4 @@ def write_table(path: Path, codes: np.ndarray, columns: list[Column], rng: np.ra
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if lost else csv.QUOTE_MINIMAL)
     writer.writerow([column.name for column in columns])
     writer.writerows(zip(*(column.decode(codes[:, j], rng) for j, column in enumerate(columns))))
-    write_whole(path, text.getvalue())
+    write_text(path, text.getvalue())

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tiktoken
 
-from mixdpo.config import InputError, reading, write_whole
+from mixdpo.config import InputError, reading, write_text
 from mixdpo.files.fetch import asset
 from mixdpo.models.gguf import read_gguf
 from mixdpo.text.bpe import (
@@ -141,7 +141,7 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in (("tokenizer.json", self.doc), ("tokenizer_config.json", self.config)):
-            write_whole(directory / name, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+            write_text(directory / name, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def _refuse_flags(added, nfc, place):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mixdpo.config import InputError, command, parse, write_whole
+from mixdpo.config import InputError, command, parse, write_text
 from mixdpo.runs.log import environment
 from tests.bench import (
     memory,
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> dict:
         found["minutes"] = (time.monotonic() - began) / 60
         for path, text in ((config.figures, json.dumps(found, indent=1) + "\n"), (config.out, report(found))):
             Path(path).parent.mkdir(parents=True, exist_ok=True)            # after each part, in case a later one fails
-            write_whole(Path(path), text)
+            write_text(Path(path), text)
     print(report(found))
     return found
 

@@ -25,7 +25,7 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 
-from mixdpo.config import InputError, command, parse, write_whole  # noqa: E402
+from mixdpo.config import InputError, command, parse, write_text  # noqa: E402
 from mixdpo.runs.log import environment  # noqa: E402
 from tests.bench import memory  # noqa: E402
 from tests.bench.parts import ROWS  # noqa: E402
@@ -225,7 +225,7 @@ def main(argv: list[str]) -> dict:
               "skipped": skipped,
               "environment": environment() | {"cpu": processor(), "versions": versions()}}
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(Path(config.out), json.dumps(result, indent=1) + "\n")
+    write_text(Path(config.out), json.dumps(result, indent=1) + "\n")
     return result
 
 

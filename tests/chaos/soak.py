@@ -13,7 +13,7 @@ from pathlib import Path
 
 import train
 from mixdpo.config import InputError, Stopped, command, parse
-from mixdpo.fast.memory import steady
+from mixdpo.fast.memory import tune_process
 from mixdpo.runs.log import Log
 from tests.bench.memory import resident
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     Log.step = step
-    steady()                                                          # as train.py's own command
+    tune_process()                                                          # as train.py's own command
     try:
         train.run(train.TrainConfig(config.data, config.model, config.out, batch=config.batch, micro=config.batch,
                                     max_prompt=config.lengths, max_response=config.lengths, epochs=10000,

@@ -53,11 +53,11 @@ def mixture_law(policies, w, prompt, temperature=1.0):
 
 def drive(monkeypatch, policies, log_w, prompts, temperature):
     """The sampler's log-prob of each of TEXTS after each prompt (sorted by length): (prompts, TEXTS) float64 nats."""
-    texts, noted = [list(ids) + [EOS] * (LONGEST - len(ids)) for ids in TEXTS] * len(prompts), []
+    texts, read_json_or_empty = [list(ids) + [EOS] * (LONGEST - len(ids)) for ids in TEXTS] * len(prompts), []
 
     def note(logits, temperature, u):
-        noted.append(torch.log_softmax(logits.double() / temperature, -1))  # (N,V)
-        return torch.tensor(texts)[:, len(noted) - 1]
+        read_json_or_empty.append(torch.log_softmax(logits.double() / temperature, -1))  # (N,V)
+        return torch.tensor(texts)[:, len(read_json_or_empty) - 1]
 
     rows = [prompt for prompt in prompts for _ in TEXTS]
     with monkeypatch.context() as patch:
@@ -65,7 +65,7 @@ def drive(monkeypatch, policies, log_w, prompts, temperature):
         log_w = log_w if log_w.ndim == 1 else log_w.repeat_interleave(len(TEXTS), 0)
         got = generate_tokenwise(policies, log_w, rows, Sampling(LONGEST, EOS, temperature, batch=len(rows)))
     assert got == [list(ids) for ids in TEXTS] * len(prompts)
-    logps = [sum(noted[t][n, v].item() for t, v in enumerate(ids)) for n, ids in enumerate(got)]
+    logps = [sum(read_json_or_empty[t][n, v].item() for t, v in enumerate(ids)) for n, ids in enumerate(got)]
     return torch.tensor(logps, dtype=torch.float64).view(len(prompts), -1)
 
 

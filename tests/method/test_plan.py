@@ -30,7 +30,7 @@ def test_user_without_both_kinds_of_pair_is_named(count, user, line, fits):
     with raises_at(f"user {user!r}", fits, line=line, option="context"):
         mark_context(PEOPLE, count, seed=0)
     for said in (True, False):
-        with raises_at("user 'd'", f"{2 * said} of them", line=20, option="context"):
+        with raises_at("user 'd'", f"{2 * said} for context", line=20, option="context"):
             mark_context([pair([1], [2], [3], user="d", context=said, line=20)] * 2 + PEOPLE, 1, seed=0)
     with raises_at("user 'a'", line=2, option="context"):
         mark_context(PEOPLE[:3], 1, seed=0)

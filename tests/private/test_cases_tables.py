@@ -140,7 +140,7 @@ def test_a_release_is_finished_before_its_report(own, monkeypatch, dies, capsys)
 def test_a_command_that_died_before_it_could_drop_the_secret(own, monkeypatch):
     """Faults: the next command of other options takes the secret; that of the same options makes a second release."""
     with monkeypatch.context() as within:
-        within.setattr(synth, "drop_key", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        within.setattr(synth, "delete_key", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             call(own)
     made = bytes_of(own["out"])

@@ -294,7 +294,7 @@ def test_a_key_that_outlived_its_run_is_dropped(tmp_path, model_dir, monkeypatch
     def kill(folder):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(setup, "drop_key", kill)
+    monkeypatch.setattr(setup, "delete_key", kill)
     with pytest.raises(KeyboardInterrupt):
         job(tmp_path, model_dir, key=None)
     assert (tmp_path / "run" / "noise-key").exists()

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from mixdpo.config import compute_dtype
 from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
-from mixdpo.files.atomic import alone
+from mixdpo.files.atomic import lock_folder
 from mixdpo.runs import checkpoint
 from mixdpo.runs import log as log_module
 from mixdpo.runs.checkpoint import load_checkpoint, save_checkpoint
@@ -83,16 +83,16 @@ def test_any_bit_that_turned_is_found(tmp_path, capsys):
 
 def test_one_process_owns_a_folder(tmp_path):
     """Faults: two at once; a folder left behind that nothing was put into; one that was there before taken away."""
-    with alone(tmp_path / "a" / "b"):
-        child = [sys.executable, "-c", "import sys; from pathlib import Path; from mixdpo.files.atomic import alone\n"
-                 "with alone(Path(sys.argv[1])): pass", str(tmp_path / "a" / "b")]
+    with lock_folder(tmp_path / "a" / "b"):
+        child = [sys.executable, "-c", "import sys; from pathlib import Path\n"
+                 "from mixdpo.files.atomic import lock_folder\nwith lock_folder(Path(sys.argv[1])): pass", str(tmp_path / "a" / "b")]
         held = subprocess.run(child, cwd=ROOT, capture_output=True, text=True)
         assert held.returncode and "another process is using this folder" in held.stderr
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "c").mkdir()
-    with alone(tmp_path / "c" / "d"):
+    with lock_folder(tmp_path / "c" / "d"):
         (tmp_path / "c" / "d" / "x").write_text("")
-    with alone(tmp_path / "c"):
+    with lock_folder(tmp_path / "c"):
         pass
     assert (tmp_path / "c" / "d" / "x").exists()
 

@@ -314,10 +314,10 @@ def test_weights_that_turned_are_not_gone_on_with(tmp_path, monkeypatch):
 
 def test_two_runs_in_one_directory(tmp_path, model_dir):
     """Catches: two that write into the same files."""
-    from mixdpo.files.atomic import alone
+    from mixdpo.files.atomic import lock_folder
 
-    child = "import sys, time; from pathlib import Path; from mixdpo.files.atomic import alone\n" \
-            "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    child = "import sys, time; from pathlib import Path; from mixdpo.files.atomic import lock_folder\n" \
+            "with lock_folder(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     process = start(["-c", child, str(tmp_path / "run")])
     try:
         assert process.stdout.readline() == "held\n"
@@ -326,7 +326,7 @@ def test_two_runs_in_one_directory(tmp_path, model_dir):
     finally:
         process.kill()
         process.communicate()
-    with alone(tmp_path / "run"):                                           # a killed one holds nothing
+    with lock_folder(tmp_path / "run"):                                           # a killed one holds nothing
         pass
     tinyjob.run(tmp_path, model_dir, None)
 

@@ -58,12 +58,12 @@ def test_pages_are_kept():
     Catches: a parameter of mallopt that is refused, large blocks that go to the system even so."""
     code = """
 import ctypes, resource, sys
-from mixdpo.fast.memory import steady
+from mixdpo.fast.memory import tune_process
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 if sys.argv[1] == "kept":
-    steady()
+    tune_process()
 faults = []
 for _ in range(4):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
