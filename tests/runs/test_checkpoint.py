@@ -85,7 +85,8 @@ def test_one_process_owns_a_folder(tmp_path):
     """Faults: two at once; a folder left behind that nothing was put into; one that was there before taken away."""
     with lock_folder(tmp_path / "a" / "b"):
         child = [sys.executable, "-c", "import sys; from pathlib import Path\n"
-                 "from mixdpo.files.atomic import lock_folder\nwith lock_folder(Path(sys.argv[1])): pass", str(tmp_path / "a" / "b")]
+                 "from mixdpo.files.atomic import lock_folder\nwith lock_folder(Path(sys.argv[1])): pass",
+                 str(tmp_path / "a" / "b")]
         held = subprocess.run(child, cwd=ROOT, capture_output=True, text=True)
         assert held.returncode and "another process is using this folder" in held.stderr
     assert list(tmp_path.iterdir()) == []
