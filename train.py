@@ -11,7 +11,7 @@ One optimizer step, `step`:
 The loss is a sum over pairs divided by the number of pairs in the step, so micro-batches do not change it. K = 1 is
 DPO. All experts start equal to the reference, and equal experts stay equal. So the first steps use responsibilities
 that differ between units, from mixdpo/start.py. Responsibilities can also be known from a pair's first visit, or from
-context pairs, which the M-step never trains on. All other options of a run replace functions in `EM`.
+context pairs, which the M-step never trains on. Variants of the method replace functions in `EM`.
 """
 
 from collections.abc import Callable
@@ -64,21 +64,21 @@ class EMState:
     t: int = 0                      # steps done
 
 
-def whole_step(gradient: Callable, micros: list[Micro]) -> list:
-    """The gradient of a step: that of all its pairs at once, divided by their number."""
+def accumulate(gradient: Callable, micros: list[Micro]) -> list:
+    """Calls gradient(micros, count) once, for the mean over all pairs of a step; returns a list of its results."""
     return [gradient(micros, sum(len(micro.train.ids) for micro in micros))]
 
 
 @dataclass(frozen=True)
 class EM:
     """The functions of one step. The defaults are the method; variants/ and private/ have others. `visits` are indices
-    into plan.visits; a visit is a unit in one step."""
+    into plan.visits: units, or slices of units (plan.py)."""
 
     margins: Callable = margins                             # logp (b,K,2), ref_logp, beta -> h (b,K)
     prior: Callable = lambda log_w, visits: log_w           # gate (G,K) -> prior of z (G,K)
     vary: Callable = lambda log_q, prior, visits: log_q     # posterior (g,K) -> responsibilities (g,K)  M12
     weigh: Callable = lambda loss, visits: loss             # losses of pairs (b,) -> (b,)
-    collect: Callable = whole_step                          # gradient, micro-batches -> what gradient returned
+    accumulate: Callable = accumulate                       # adds the gradient of all micro-batches to .grad
     clip: float = 1.0                                       # largest gradient norm
 
 
@@ -86,25 +86,25 @@ class EM:
 
 
 def em_loss(micro: Micro, log_w: torch.Tensor, known: torch.Tensor | None, problem: Problem, em: EM, count: int):
-    """The method: from the log-probs of complete units to the loss. Its gradient is EM's M-step.
+    """The method: from log-probs to the loss of EM's M-step.
 
-    log_w (G,K): prior of each unit of the micro-batch. known (G,K): log q, if it is known. Returns a function, which
-    fast/backward.py calls for one part of the batch at a time: loss_of(logp (b,K,2), part: a slice of the pairs, which
-    are sorted by unit) -> the sum of M8 / count, and (log_q (b,K), h (b,K)) of these pairs.
+    log_w (G,K): prior of the G units of the micro-batch. known (G,K): log q, if it is known. Returns a function that
+    fast/backward.py calls for b pairs at a time, sorted by unit: loss_of(logp (b,K,2), part: their slice) -> the sum of
+    M8 / count, and their log_q and h (b,K). Unless log q is known, they are all pairs of g complete units.
     """
     pair, device = micro.train.pair.to(log_w.device), log_w.device          # (B,) indices of the pairs
 
     def loss_of(logp: torch.Tensor, part: slice):
         h = em.margins(logp, problem.ref_logp[pair[part]].to(logp), problem.config.beta)            # (b,K)  M4
-        unit = micro.train.group[part]                                      # (b,) unit of each pair, ascending
-        units, unit_in_part = slice(int(unit[0]), int(unit[-1]) + 1), (unit - unit[0]).to(device)
+        unit = micro.train.group[part]                                      # (b,) of each pair, ascending, in 0..G-1
+        rows, row = slice(int(unit[0]), int(unit[-1]) + 1), (unit - unit[0]).to(device)
         if known is None:
-            log_q = e_step(log_w[units][unit_in_part], h, unit_in_part)[1]  # (g,K)  M7, M11
-            log_q = em.vary(log_q, log_w[units], micro.visits[units])       # (g,K)  M12
+            log_q = e_step(log_w[rows][row], h, row)[1]                     # (g,K)  M7, M11; the prior per pair
+            log_q = em.vary(log_q, log_w[rows], micro.visits[rows])         # (g,K)  M12
         else:
-            log_q = known[units]                                            # (g,K)
-        loss = em.weigh(expert_loss(log_q[unit_in_part], h), micro.visits[unit])                    # (b,)  M8
-        return loss.sum() / count, (log_q[unit_in_part], h.detach())
+            log_q = known[rows]                                             # (g,K)
+        loss = em.weigh(expert_loss(log_q[row], h), micro.visits[unit])                             # (b,)  M8
+        return loss.sum() / count, (log_q[row], h.detach())
 
     return loss_of
 
@@ -131,34 +131,35 @@ def step(state: EMState, problem: Problem, em: EM) -> tuple[dict, list[int]]:
     prior, known = em.prior(log_w, visits), known_responsibilities(state, problem, units)
 
     def gradient(micros: list[Micro], count: int):
-        """E-step and M-step of some micro-batches: adds the gradient of the sum of M8 and M9 / count. Returns, for each
-        of their pairs, the place of its visit in the step, log_q and h."""
+        """E-step and M-step of some micro-batches: adds the gradient of sum (M8 + M9) / count to .grad. Returns, for
+        each of their pairs, the place of its visit in the step, log_q and h."""
         seen = []
         for micro in micros:
-            here, q = micro.places, None if known is None else known[micro.places]
-            if q is None and micro.context is not None:
-                q = posterior(state.experts, micro.context, prior[here], problem, em)
-                q = em.vary(q, prior[here], micro.visits)
-            loss_of = em_loss(micro, prior[here], q, problem, em, count)
-            parts = backward(state.experts, micro.train, loss_of, problem.rows_of, config.head_rows, q is None)
+            here, given = micro.places, None if known is None else known[micro.places]              # (G,K)
+            if given is None and micro.context is not None:
+                given = posterior(state.experts, micro.context, prior[here], problem, em)
+                given = em.vary(given, prior[here], micro.visits)
+            loss_of = em_loss(micro, prior[here], given, problem, em, count)
+            parts = backward(state.experts, micro.train, loss_of, problem.rows_of, config.head_rows,
+                             whole_groups=given is None)
             log_q, h = (torch.cat(column) for column in zip(*parts))                                # (B,K) each
             seen.append((micro.first + micro.train.group.to(device), log_q, h))
         place, log_q, h = (torch.cat(column) for column in zip(*seen))
         if gate.kind in TRAINED:
             rows = slice(micros[0].first, micros[-1].places.stop)
-            per_visit = log_w.index_copy(0, place, log_q)[rows]             # pairs of a visit have equal rows
+            per_visit = log_w.index_copy(0, place, log_q)[rows]             # one row a visit; its pairs write the same
             (gate_objective(gate, inputs[rows], per_visit, config, share[rows]) / count).backward() # M9
         return place, log_q, h
 
     set_rate(state.optimizer, state.t, len(plan.steps), config.warmup)
-    seen = em.collect(gradient, micros)                                     # E-step and M-step
+    seen = em.accumulate(gradient, micros)                                     # E-step and M-step
     place, of_pair, h = (torch.cat(column) for column in zip(*seen))        # (B,), (B,K), (B,K)
     log_q = log_w.index_copy(0, place, of_pair)                             # (G,K)
-    bound = elbo(log_q, log_w, h, place)                                    # (G,)  M6, M11
+    bound = elbo(log_q, log_w, h, place)                                    # (G,)  M6, M11, under the gate's weights
     figures = {"step": state.t + 1, "epoch": epoch, "rate": state.optimizer.param_groups[0]["lr"], "pairs": len(h)}
     figures |= step_summary(of_pair, log_w[place], h) | {"bound": bound.mean().item()}
     figures["grad_norm"] = clip_and_step(state.optimizer, figures["loss"] if micros else 0.0, em.clip)
-    row_of = {unit: n for n, unit in enumerate(units.tolist())}             # if a user has several slices, the last
+    row_of = {unit: n for n, unit in enumerate(units.tolist())}             # of a user's slices in one step: the last
     state.log_q[list(row_of)] = log_q[list(row_of.values())].cpu()
     if config.weights == "update":
         gate.log_w.copy_(update_weights(state.log_q[~state.log_q.isnan().any(1)], config.prior))    # M10
@@ -179,13 +180,13 @@ def known_responsibilities(state: EMState, problem: Problem, units: torch.Tensor
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def log_likelihoods(state: EMState, problem: Problem, em: EM, after_each: Callable) -> torch.Tensor:
+def visit_log_likelihoods(state: EMState, problem: Problem, em: EM, after_each: Callable) -> torch.Tensor:
     """sum_i log sigma(h_ik) over the E-step's pairs of each visit, up to a constant per row: (V,K), on the CPU."""
     micros, found = micro_batches(problem.plan, list(range(len(problem.plan.visits))), problem.config), []
     progress = Progress(f"{Path(problem.config.out).name} E-step on all pairs")
     for n, micro in enumerate(micros, 1):
-        flat = problem.ref_logp.new_zeros(len(micro.visits), problem.config.experts)
-        found.append(posterior(state.experts, micro.context or micro.train, flat, problem, em).cpu())
+        zero = problem.ref_logp.new_zeros(len(micro.visits), problem.config.experts)                # the prior
+        found.append(posterior(state.experts, micro.context or micro.train, zero, problem, em).cpu())
         progress(n, len(micros))
         after_each()
     return torch.cat(found)
@@ -196,7 +197,8 @@ def fit(state: EMState, problem: Problem, variants: Variants, log: Log, saver: S
     config, total = problem.config, len(problem.plan.steps)
 
     def all_pairs() -> torch.Tensor:
-        return log_likelihoods(state, problem, EM(margins=variants.margins), lambda: saver.check(state.t, total, now))
+        em = EM(margins=variants.margins)
+        return visit_log_likelihoods(state, problem, em, lambda: saver.check(state.t, total, now))
 
     while state.t < total:
         try:
@@ -227,8 +229,7 @@ def run(config: TrainConfig, key: Key | None = None) -> Path:
 def learn(job: Job) -> None:
     """One run, from its files to its last checkpoint."""
     config, made = job.config, prepare(job)
-    for line in describe_data(made.plan.pairs, config):
-        print(line)
+    print("\n".join(describe_data(made.plan.pairs, config)))
     problem = Problem(config, made.plan, made.ref_logp, made.inputs, made.start, made.rows_of)
     t, log_q = resume(job, made)
     state = EMState(made.experts, made.gate, made.optimizer, log_q, t)

@@ -8,8 +8,8 @@ The expert's reward is r = beta log(pi / pi_ref) + beta log Z(x) (M3). Z depends
 The E-step, the bound and the losses all use `log_likelihood`. To try another likelihood of a choice, change that one
 function: the same p must be in all three, or EM does not maximise the bound.
 
-Left out: IPO, which is a loss and not a likelihood, and length normalisation, which is another margin. Noisy labels are
-in variants/label_noise.py.
+Noisy labels (variants/label_noise.py) are written as other margins, so this function stays. Left out: IPO, which is a
+loss and not a likelihood, and length normalisation, which is another margin.
 """
 
 import math

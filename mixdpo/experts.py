@@ -8,7 +8,8 @@ All three have the same methods, in the order in which a step calls them: `hidde
 (the states that predict response tokens), `heads` (the unembeddings) and `token_logps` of all K experts. For sampling,
 `policy(k)` gives expert k as a model and an unembedding. At the start every expert equals the reference exactly: W_k =
 W, a low-rank factor that is 0, or a copy. The reference is a separate frozen model or cached log-probs
-(runs/reference.py), never a view of trained parameters. Parameters are float32; matrix products run in `dtype`.
+(runs/reference.py), never a view of trained parameters. The 2 is LoRA's scale.
+Parameters are float32; matrix products run in `dtype`.
 """
 
 import copy
@@ -68,7 +69,7 @@ class Heads(nn.Module):
         return (self.W_k if self.K > 1 else W,)
 
     def token_logps(self, rows: torch.Tensor, targets: torch.Tensor, tile: int | None, heads=None) -> torch.Tensor:
-        """(M,C), (M,) -> (K,M) float32 nats. heads: those of self.heads() in `dtype`, for callers that come often."""
+        """(M,C), (M,) -> (K,M) float32 nats. heads: those of self.heads() in `dtype`, to avoid a cast at each call."""
         W, *low_rank = [x.to(self.dtype) for x in self.heads()] if heads is None else heads
         logps = token_logps(rows, W, targets, tuple(low_rank) or None, tile)
         return logps if logps.ndim == 2 else logps[None]                    # (M,) where the one head is W
@@ -145,7 +146,7 @@ class Models(nn.Module):
     def hidden(self, ids: torch.Tensor, window=None) -> torch.Tensor:
         """(N,T) -> (K,N,T,C)."""
         hidden = []
-        for model in self.models:                                        # one autocast each: its cast weights are freed
+        for model in self.models:                                        # leaving autocast frees the cast weights
             with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype.itemsize < 4):
                 hidden.append(model(ids, window=window).to(self.dtype))
         return torch.stack(hidden)
@@ -176,7 +177,7 @@ def trunks(experts: Heads | Adapters | Models) -> list[Transformer]:
 def make_experts(models: list[Transformer], config, dtype: torch.dtype) -> Heads | Adapters | Models:
     """The experts of `config` (a TrainConfig) on top of `models`: one model for all experts, or one for each. The
     experts own these models from then on. One expert whose trunk learns is the model itself (DPO), and --rank is
-    ignored. train_trunk false: the trunk is frozen, and each expert is a head on it, for K = 1 too."""
+    ignored. train_trunk false (heads only): the trunk is frozen, and each expert is a head on it, for K = 1 too."""
     model = models[0]
     if config.sharing == "lora":
         return Adapters(model, config.experts, config.rank, config.targets, dtype, config.seed)
@@ -203,7 +204,7 @@ def pair_logp(experts: Heads | Adapters | Models, batch: Batch, rows_of=rows_of,
     """Summed response log-probs of every expert, with gradient: (B,K,2) float32 nats. rows_of: the batch's layout;
     fast/packing.py has others. temperature: of the policies; it divides the states, because logits are linear in
     them."""
-    text = rows_of(batch).to(experts.heads()[0].device)
+    text = rows_of(batch).to(next(experts.parameters()).device)
     rows = predicting_states(experts, batch, text)                          # (M,C), or (K,M,C)
     logps = experts.token_logps(rows if temperature == 1 else rows / temperature, text.targets, tile)       # (K,M)
     return sum_responses(logps, text.sequence, len(batch.ids))              # (B,K,2)

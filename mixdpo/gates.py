@@ -9,10 +9,11 @@
     domain        all weight on the expert of the pair's domain, a field of the file; uniform for an unknown domain
 
 Each row of weights belongs to one unit: a pair, or a user, who has one prior (M11). Every trained gate starts uniform,
-because W and E are 0. f is centred and scaled by the mean and deviation of the training
-units, which the gate stores; with `unit_rows` each row is scaled to length 1 instead, so it depends on no other row.
-The softmax is of logits / temperature; the temperature is 1 except while a run anneals it. To add a kind: name it in
-KINDS and its groups below, make its parameters in __init__, and add its logits in `logits` or `forward`.
+because W and E are 0. f is centred and scaled by the mean and deviation of the training units, which the gate stores;
+with `unit_rows` each row is scaled to length 1 instead, so it depends on no other row. The softmax is of logits /
+temperature; the temperature is 1 except while a run anneals it.
+To add a kind: name it in the tuples below that apply, make its parameters in __init__, and add its logits in `logits`
+or `forward`. What gates read is made in runs/gate_inputs.py.
 Left out: gates that read the response. The weights are a prior; a response changes the posterior (M7).
 """
 
@@ -48,7 +49,7 @@ def first_weights(config) -> torch.Tensor:
 class Inputs:
     """What a gate reads of N units."""
 
-    features: torch.Tensor          # (N,D) float32: of the prompt; one-hot for `domain`; D = 0 for other gates
+    features: torch.Tensor          # (N,D) float32: of the prompt; one-hot for `domain`; else D = 0 (gate_inputs.py)
     user: torch.Tensor              # (N,) int64: 0 for unknown, else the number of the training user, from 1
 
     def __getitem__(self, index) -> "Inputs":
@@ -82,12 +83,13 @@ class Gate(nn.Module):
                              'one domain an expert: {"domain": ...} on each line, and --experts of that number',
                              option="gate")
         if kind in READS_PROMPT:
+            # with unit_rows: mean 0 and deviation 1, so nothing is taken from the data
             seen = inputs.features.new_tensor([[-1.0], [1.0]]).expand(2, D) if unit_rows else inputs.features
             self.register_buffer("mean", seen.mean(0))                                      # (D,)
             self.register_buffer("scale", seen.std(0, correction=0).clamp_min(1e-6) * math.sqrt(D))
             width = HIDDEN if kind == "mlp" else D
             self.W, self.b = nn.Parameter(torch.zeros(experts, width)), nn.Parameter(torch.zeros(experts))
-        if kind == "mlp":                                            # f has length about 1: entries of V f, deviation 1
+        if kind == "mlp":                                            # f has length about 1, so V f has deviation 1
             self.V = nn.Parameter(torch.randn(HIDDEN, D, generator=generator))              # (H,D)
             self.c = nn.Parameter(torch.zeros(HIDDEN))
         if kind in READS_USER:
@@ -127,8 +129,8 @@ class Gate(nn.Module):
 
 
 def gate_objective(gate: Gate, inputs: Inputs, log_q: torch.Tensor, config, share: torch.Tensor) -> torch.Tensor:
-    """The gate's loss, summed over G visits: M9 minus the entropy bonuses. share (G,): the fraction of its unit that
-    each visit is.
+    """The gate's loss, summed over G visits: M9 (a user gate: also for the generic user), minus the entropy bonuses.
+    share (G,): each visit's fraction of its unit.
 
     gate_entropy rewards flat weights w(x) of each unit. gate_balance rewards weights that use all experts on average,
     however sharp each w(x) is.

@@ -6,7 +6,7 @@
 
 `token_logps_reference` is the plain form. `token_logps` equals it without allocating the logits: on a CPU by tiles of
 the vocabulary (fast/tiled.py), on a GPU with Triton and 16-bit inputs by a kernel (fast/kernels.py). Its gradient flows
-to every input, so any loss can follow it; it does not depend on beta, gate or loss. Products run in the dtype of
+to every input, so any loss can follow it. Products run in the dtype of
 `hidden` and `weight`, everything after them in float32.
 """
 
@@ -30,7 +30,7 @@ def token_logps_reference(hidden: torch.Tensor, weight: torch.Tensor, targets: t
 def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
                 low_rank: tuple[torch.Tensor, torch.Tensor] | None = None, tile: int | None = 0,
                 skip: float = 0.0) -> torch.Tensor:
-    """Equals token_logps_reference without allocating (..., V): at most three tiles of logits exist at any time.
+    """Equals token_logps_reference without allocating (..., V), if tile is not None: at most three tiles of logits.
 
     hidden (..., C); weight (V, C) or (K, V, C); targets (...) int64 in 0..V-1, other ids give nan; low_rank: A (K, V,
     R) and B (K, R, C), with a (V, C) weight. Returns nats, float32 (float64 for float64 inputs): (...) for one head,

@@ -18,9 +18,10 @@ and as a policy, pi(y|x) = sum_k w_k pi_k(y|x)                                (M
 With q from the E-step and detached, the gradient of M8 + M9 is the gradient of -log p (Fisher's identity):
 EM on minibatches is SGD on the marginal likelihood, and `log_marginal` is the whole method in one line.
 Everything over K is float32 (or float64) log space.
-So why EM? It pools the pairs of a user over micro-batches (M11), it can take responsibilities from other pairs (context
-pairs, an earlier visit, a start), and it shows them.
-M5 is not the Bradley-Terry model of the mixture's log-sum-exp reward (M2).
+Why EM then? Its responsibilities can be inspected, and they can come from elsewhere: from context pairs, from the start
+(start.py), or, for a user with many pairs, from the user's pairs in earlier steps (variants/incremental.py).
+M5 is not the Bradley-Terry model of the mixture's log-sum-exp reward (M2), because sigma is applied before the sum over
+k and not after it.
 """
 
 import math
@@ -61,8 +62,8 @@ def e_step(
     """Exact posterior over experts, without gradient.
 
     log_w: (B,K) or (K,); h: (B,K). Returns log_marginal (B,) and log_q (B,K) in nats (M7).
-    With group (B,) int64 in 0..G-1 all pairs of a group, for example of a user, share one expert (M11):
-    the log-likelihoods of its pairs are summed, and its prior, equal for all its pairs, counts once.
+    With group (B,) int64 in 0..G-1 all pairs of a group, for example of a user, share one expert (M11): the
+    log-likelihoods of its pairs are summed. log_w is per pair; it is equal within a group and counts once.
     Returns log_marginal (G,) and log_q (G,K); the posterior of a pair is log_q[group].
     """
     require_precise(log_w, h)
@@ -142,7 +143,7 @@ def update_weights(log_q: torch.Tensor, prior: float = 1.0) -> torch.Tensor:
     """
     assert prior >= 1.0, f"Dirichlet prior is {prior}, want at least 1"
     require_precise(log_q)
-    counts = torch.logsumexp(log_q, dim=0)                               # (K,) in log space no weight becomes exactly 0
+    counts = torch.logsumexp(log_q, dim=0)                               # (K,) log space: no small weight becomes 0
     if prior > 1.0:
         counts = torch.logaddexp(counts, torch.full_like(counts, math.log(prior - 1.0)))
     return torch.log_softmax(counts, dim=0)                                 # the counts sum to N + K (prior - 1)
@@ -164,7 +165,7 @@ def prefix_log_weights(log_w: torch.Tensor, logps: torch.Tensor) -> torch.Tensor
     Only with these weights is sum_t logsumexp_k(weights_t + logps_t) equal to mixture_logp.
     """
     require_precise(log_w, logps)
-    before = F.pad(logps[..., :-1, :].cumsum(-2), (0, 0, 1, 0))             # before t; cumsum - logps: NaN at -inf
+    before = F.pad(logps[..., :-1, :].cumsum(-2), (0, 0, 1, 0))             # sum over s < t
     return torch.log_softmax(log_w.to(logps.dtype)[..., None, :] + before, dim=-1)
 
 

@@ -3,7 +3,8 @@
     pairs -> units (one pair, or all pairs of a user) -> context pairs of each unit -> visits (a unit, or a slice of it)
           -> visits shuffled into steps -> micro-batches -> chunks whose logits are in memory at the same time
 
-Context pairs are for the E-step only; they are never trained on. A visit is never divided between steps or
+Context pairs are for the E-step only: language models memorise their training pairs, on which responsibilities then say
+nothing. Without --estep context they are not used. A visit is never divided between steps or
 micro-batches. It is a complete unit, so the E-step that pools a user's pairs (M11) is exact. Exception: with em =
 incremental a visit is a slice of a user (variants/incremental.py). Within a step, visits are sorted by their longest
 text, so that micro-batches have little padding; the order does not change the step's sum.
@@ -38,7 +39,7 @@ class Plan:
     units: list[list[int]]              # the pairs of each unit
     visits: list[Visit]
     steps: list[tuple[int, list[int]]]  # epoch and visits of each step
-    owner: torch.Tensor | None = None   # (V,) the example of each visit, if gradients are made example by example
+    owner: torch.Tensor | None = None   # (V,) the example (DP-SGD) of each visit
 
     @cached_property
     def unit_of(self) -> torch.Tensor:
@@ -47,12 +48,13 @@ class Plan:
 
     @cached_property
     def share(self) -> torch.Tensor:
-        """(V,) the fraction of its unit that a visit is: 1, or one over the number of slices."""
+        """(V,) each visit's fraction of its unit: 1, or one over the number of slices."""
         return 1 / self.unit_of.bincount()[self.unit_of]
 
     def pooled(self, loglik: torch.Tensor) -> torch.Tensor:
-        """Log-likelihoods summed over each unit's visits, NaN counted as 0: (V,K) -> (U,K)  (M11)."""
-        return loglik.new_zeros(len(self.units), loglik.shape[1]).index_add(0, self.unit_of, loglik.nan_to_num(0.0))
+        """Log-likelihoods summed over each unit's visits; NaN (not visited yet) counts as 0: (V,K) -> (U,K)  (M11)."""
+        known = loglik.masked_fill(loglik.isnan(), 0.0)
+        return loglik.new_zeros(len(self.units), loglik.shape[1]).index_add(0, self.unit_of, known)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Micro:
     context: Batch | None               # the pairs that only the E-step looks at
     visits: torch.Tensor                # (G,) numbers of the visits
     first: int                          # place in the step of the first visit
-    ends_example: bool = True           # the last micro-batch of its example
+    ends_example: bool = True           # the last micro-batch of its example (DP-SGD)
 
     @property
     def places(self) -> slice:
@@ -82,7 +84,7 @@ def make_plan(pairs: list[Pair], config, shuffled=None, schedule=None) -> Plan:
     units = groups(pairs, config.latent)
     trained = [[i for i in unit if not pairs[i].context] for unit in units]
     if not reads_context:
-        units = trained = sorted(filter(None, trained))                     # context pairs and empty units are dropped
+        units = trained = sorted(filter(None, trained))                     # context pairs are not used; by first pair
     if not units:
         raise InputError(f"all {len(pairs)} pairs are context pairs; wanted others to train on: mark fewer of them",
                          file=config.data)
@@ -99,8 +101,8 @@ def passes(visits: list[Visit], pairs: list[Pair], config) -> list[tuple[int, li
 
 
 def visits_of(u: int, unit: list[int], trained: list[int], sliced: bool) -> list[Visit]:
-    """Unit u as one visit; or sliced: as many visits as it has pairs for the E-step, each with its share of the
-    trained pairs (M11, incremental)."""
+    """Unit u as one visit; or sliced: as many visits as it has training pairs, or context pairs if they are fewer, each
+    with its share of both (M11, incremental)."""
     context = sorted(set(unit) - set(trained))
     count = min(len(trained), len(context) or len(trained)) if sliced else 1
     slices = (np.array_split(np.array(part, dtype=int), count) for part in (trained, context))
@@ -112,7 +114,7 @@ def mark_context(pairs: list[Pair], count: int, seed: int, shuffled=None) -> lis
     a permutation by `seed`.
 
     If any line of a user has the field `context`, the lines of this user are not changed. Raises: InputError unless
-    every user then has a context pair, without which the E-step gives the prior, and a pair to train on.
+    every user then has a context pair (without one, the E-step gives the prior) and a training pair.
     """
     generator, marked = np.random.default_rng(seed), list(pairs)
     shuffled = shuffled or (lambda pairs, group: generator.permutation(group).tolist())

@@ -52,7 +52,7 @@ class Batch:
     ids: torch.Tensor  # (B, 2, T) int64
     start: torch.Tensor  # (B,) prompt lengths
     length: torch.Tensor  # (B, 2) prompt + response
-    group: torch.Tensor  # (B,) unit that shares one latent type, 0..G-1: the pair, or its user
+    group: torch.Tensor  # (B,) number of each pair's unit, 0..G-1 (a pair, or a user)
     pair: torch.Tensor  # (B,) index into the list of pairs
     context: torch.Tensor  # (B,) bool
     states: torch.Tensor | None = None  # (M, C) hidden states that predict the response tokens, if they are cached
@@ -214,4 +214,4 @@ def rows_of(batch: Batch) -> Rows:
     is_response = (position >= batch.start[:, None, None]) & (position < batch.length[..., None])  # (B, 2, T)
     token = is_response.flatten().nonzero().squeeze(1)  # (M,) into B*2*T
     targets, sequence = batch.ids.flatten()[token], token // T
-    return Rows(batch.ids.flatten(0, 1), None, token, token - 1, targets, sequence)  # a prompt has a token
+    return Rows(batch.ids.flatten(0, 1), None, token, token - 1, targets, sequence)  # no prompt is empty

@@ -28,7 +28,7 @@ def backward(experts, batch: Batch, loss_of, rows_of=compact_rows, head_rows: in
     rows_of: the batch's layout. head_rows: response tokens of a part, about; -1: as many as KEPT allows; 0: all at
     once, in vocabulary tiles. whole_groups: no part ends inside a group.
     """
-    device = experts.heads()[0].device
+    device = next(experts.parameters()).device
     text = rows_of(batch).to(device)                                        # made on the CPU, without waiting for a GPU
     rows, seen = predicting_states(experts, batch, text), []                # (M,C), or (K,M,C)
     made = [rows, *experts.heads()]

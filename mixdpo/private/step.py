@@ -12,12 +12,12 @@ from mixdpo.private.dp_sgd import ClippedSum
 
 
 def clip_examples(clipped: ClippedSum, experts: int):
-    """collect(gradient, micros) for train.EM: `gradient` makes the gradient of one example's loss, `clipped` adds it to
-    its sum, and in the end .grad is the noised mean, also for a step without examples. Returns what `gradient` returned
-    for each example, and an empty entry."""
+    """accumulate(gradient, micros) for train.EM: `gradient` makes the gradient of one example's loss, `clipped` adds it
+    to its sum, and in the end .grad is the noised mean, also for a step without examples. Returns what `gradient`
+    returned for each example, and an empty entry."""
     device = clipped.parameters[0].device if clipped.parameters else None
 
-    def collect(gradient, micros: list) -> list:
+    def accumulate(gradient, micros: list) -> list:
         nothing = torch.empty(0, experts, device=device)
         seen, example = [(torch.empty(0, dtype=torch.int64, device=device), nothing, nothing)], []
         for micro in micros:
@@ -29,7 +29,7 @@ def clip_examples(clipped: ClippedSum, experts: int):
         clipped.release()
         return seen
 
-    return collect
+    return accumulate
 
 
 def clipped_share(clipped: ClippedSum) -> float:

@@ -258,6 +258,9 @@ def unfit_e_step(config: TrainConfig) -> list[tuple[str, bool, str]]:
         ("em", config.em != "minibatch" and config.estep == "first",
          f"got {config.em}, which updates responsibilities, but --estep first keeps them; choose --em minibatch, or "
          "another --estep"),
+        ("weights", config.weights == "update" and config.prior == 1 and config.variant in ("hard", "monte-carlo"),
+         f"got update with --variant {config.variant}: an expert without any unit would keep the weight 0 for ever; "
+         "add --prior 2"),
         ("gate", config.latent == "user" and config.gate not in ("fixed", "user"),
          f"got {config.gate}, which has weights for each pair, but --latent user needs weights for each user; choose "
          "--gate user or fixed, or --latent pair"),

@@ -4,7 +4,7 @@
     incremental EM   prior        incremental.py
     E-step variants  vary         e_steps.py
     robust weights   weigh        robust.py
-    privacy          collect      ../private/step.py
+    privacy          accumulate   ../private/step.py
 """
 
 import math
@@ -50,7 +50,7 @@ class Variants:
             found["weigh"] = self.robust.weigh
         if self.noise:
             self.clipped = ClippedSum(self.parameters, self.noise, t)
-            found["collect"] = clip_examples(self.clipped, config.experts)
+            found["accumulate"] = clip_examples(self.clipped, config.experts)
         return found
 
     def vary(self, t: int, log_q: torch.Tensor, prior: torch.Tensor, visits: torch.Tensor) -> torch.Tensor:

@@ -168,7 +168,8 @@ def test_a_run_with_each_gate(options, tmp_path, model_dir):
     (dict(gate="linear", latent="user"), "gate --latent"), (dict(gate="linear", weights="update"), "weights gate"),
     (dict(gate_lr=0.1), "gate_lr gate"), (dict(gate_features="mean"), "gate_features gate"),
     (dict(gate="random", gate_entropy=0.1), "gate_entropy gate"), (dict(experts=1, gate="linear"), "gate --experts"),
-    (dict(draws=2), "draws --variant"), (dict(em="incremental"), "em --latent"),
+    (dict(draws=2), "draws --variant"),
+    (dict(weights="update", variant="hard"), "weights --variant --prior"), (dict(em="incremental"), "em --latent"),
     (dict(em="incremental", latent="user", estep="first", start="none"), "em --estep"),
     (dict(gate="domain"), "gate domain 0 --experts"),
 ])

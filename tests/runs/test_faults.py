@@ -226,7 +226,7 @@ def test_a_disk_that_is_read_only(begun, tmp_path, model_dir, disk, monkeypatch)
     data = tinyjob.write(folder / "d.jsonl", tinyjob.make_records())
     if begun:
         with monkeypatch.context() as patch, pytest.raises(Stopped):
-            patch.setattr(train, "log_likelihoods", stop)                       # the last E-step; three steps are done
+            patch.setattr(train, "visit_log_likelihoods", stop)  # the last E-step; three steps are done
             tinyjob.run(folder, model_dir, None, data=data, save_minutes=0.0)
     remount("ro")
     before = contents(tmp_path, folder)
@@ -270,7 +270,7 @@ def test_lines_that_a_checkpoint_counts_on(what, tmp_path, model_dir, monkeypatc
 
     monkeypatch.setattr(train.Log, "sync", lambda log: None)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(train, "log_likelihoods", stop)                           # the last E-step; three steps are done
+        patch.setattr(train, "visit_log_likelihoods", stop)  # the last E-step; three steps are done
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), save_minutes=0.0)
     path = tmp_path / "run" / "metrics.jsonl"
     text = path.read_text()
