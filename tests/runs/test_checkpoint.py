@@ -42,7 +42,7 @@ def test_checkpoints_come_back_with_nan_and_the_newest_stay(tmp_path):
     assert len(list((tmp_path / "checkpoint").iterdir())) == 3
 
 
-@pytest.mark.parametrize("dies", ["save_file", "sync", "os.replace"])
+@pytest.mark.parametrize("dies", ["files.atomic.save_file", "config.sync", "config.os.replace"])
 def test_an_interrupted_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, dies):
     """Faults: the file written under its own name; the old one removed before the new one stands."""
     save(tmp_path, 1.0, keep=1)
@@ -50,7 +50,7 @@ def test_an_interrupted_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, di
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"mixdpo.files.atomic.{dies}", stop)
+    monkeypatch.setattr(f"mixdpo.{dies}", stop)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 2.0, keep=1)
     assert load_checkpoint(tmp_path, {})[1]["step"] == 1
