@@ -79,7 +79,10 @@ def read_preferences(path, tokenizer, max_prompt, max_response, drop=False, repo
         if not raw.strip():
             continue  # an empty line holds no data
         try:
-            pairs.append(read_pair(raw, number, tokenizer, max_prompt, max_response, counted))
+            pair, remarks = read_pair(raw, number, tokenizer, max_prompt, max_response)
+            pairs.append(pair)
+            for remark in remarks:
+                counted[remark].append(number)
         except Fault as fault:
             if fault.kind == "unknown field" or not drop:
                 remedy = "" if fault.kind == "unknown field" else " (or skip such lines: --drop true)"
@@ -94,8 +97,8 @@ def read_preferences(path, tokenizer, max_prompt, max_response, drop=False, repo
     return pairs
 
 
-def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response: int, counted: dict) -> Pair:
-    """One line as a Pair. Its number is appended to `counted` for each truncation and each suspicion. Raises: Fault."""
+def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response: int) -> tuple[Pair, list[str]]:
+    """One line as a Pair, with a remark for each truncation and each suspicion. Raises: Fault."""
     record = read_record(raw)
     if isinstance(record["prompt"], list):
         template_of(tokenizer)                                              # raises for a tokenizer without a template
@@ -114,15 +117,14 @@ def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response:
     if chosen == rejected:
         got = f"the first {max_response} ids are the same"
         raise Fault("identical after truncation", got, "raise max_response or take the line out")
-    if not complete:
-        chat = isinstance(record["prompt"], list)
-        counted[f"conversations whose oldest turns are removed to fit {max_prompt} ids" if chat else
-                f"prompts truncated to their last {max_prompt} ids"].append(number)
+    remarks = suspicions(record, tokenizer)
+    if not complete and isinstance(record["prompt"], list):
+        remarks.append(f"conversations whose oldest turns are removed to fit {max_prompt} ids")
+    elif not complete:
+        remarks.append(f"prompts truncated to their last {max_prompt} ids")
     if max(map(len, responses)) > max_response:
-        counted[f"pairs with a response truncated to its first {max_response} ids, without EOS"].append(number)
-    for suspicion in suspicions(record, tokenizer):
-        counted[suspicion].append(number)
-    return Pair(prompt, chosen, rejected, **{name: record.get(name) for name in OPTIONAL}, line=number)
+        remarks.append(f"pairs with a response truncated to its first {max_response} ids, without EOS")
+    return Pair(prompt, chosen, rejected, **{name: record.get(name) for name in OPTIONAL}, line=number), remarks
 
 
 def encode_prompt(text: str | list, tokenizer, max_prompt: int) -> tuple[list[int], bool]:
