@@ -32,8 +32,8 @@ CASES = {
     "shared trunk": USER | {"epochs": 4},
     "shared trunk, incremental": USER | {"em": "incremental", "epochs": 2, "batch": 5},
     "own models": {"sharing": "models", "epochs": 4, "beta": 0.5},
-    "own models, incremental": {"sharing": "models", "em": "incremental", "epochs": 4,
-                                "variant": "monte-carlo", "draws": 2, "beta": 0.5},
+    "own models, incremental": USER | {"sharing": "models", "em": "incremental", "epochs": 4,
+                                       "variant": "monte-carlo", "draws": 2},
 }
 POINTS = [("save_file", "before"), ("save_file", "inside"), ("save_file", "after"), ("replace", "before"),
           ("replace", "after"), ("fsync", "before"), ("fsync", "after"), ("line", "before"), ("line", "inside"),
