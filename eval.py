@@ -34,6 +34,7 @@ from mixdpo.evaluation.heldout import margins_of, preference_figures
 from mixdpo.evaluation.inputs import EvalInputs, read_inputs
 from mixdpo.evaluation.tables import all_tables, conclusions, win_rate_tables
 from mixdpo.fast.memory import tune_process
+from mixdpo.files.atomic import read_json_or_empty
 from mixdpo.runs.load_run import load_run
 from mixdpo.runs.log import environment
 
@@ -83,6 +84,11 @@ def evaluate(config: EvalConfig) -> dict:
         "trained_rewards": inputs.dataset.get("annotators", []),
         "asked": inputs.prompts.labels if inputs.prompts else [],
     }
+    lost = [what for what in ("preferences", "adapt", "policies")
+            if read_json_or_empty(inputs.folder / "results.json").get(what) and not results[what]]
+    if lost:
+        print(f"warning: this replaces the earlier evaluation in {inputs.folder}, which had {', '.join(lost)} too; to "
+              "have all of them, give --heldout, --adapt and --prompts together")
     write_text(inputs.folder / "results.json", to_json(results) + "\n")
     print(all_tables(results))
     write_report(inputs.folder)

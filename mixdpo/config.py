@@ -249,7 +249,7 @@ def system_error(error: OSError) -> str:
         errno.ENOSPC: "free space on the disk", errno.EDQUOT: "free space in your quota",
         errno.EROFS: "choose a directory that can be written to",
         errno.EACCES: "choose a directory that you may write to",
-        errno.ENOENT: "the file was removed while the program ran; put it back"}
+        errno.ENOENT: "check that path"}
     full = "No space left" in str(error)                                    # safetensors gives no number
     remedy = remedies[errno.ENOSPC] if full else remedies.get(error.errno, "check that file and its disk")
     return f"{error}; {remedy}. Finished work is intact; run the same command again to resume"

@@ -119,7 +119,10 @@ class Gate(nn.Module):
         logits = self.logits(inputs)
         if self.kind in READS_USER:
             logits = logits + self.E[inputs.user]                           # (N,K)
-        return torch.log_softmax(logits / self.temperature, dim=-1)
+        log_w = torch.log_softmax(logits / self.temperature, dim=-1)
+        if log_w.isnan().any():
+            raise FloatingPointError("weights of the gate that are NaN")
+        return log_w
 
     def generic(self, inputs: Inputs) -> torch.Tensor:
         """forward with the generic user in every row; gradient flows to that user's row only. It is trained on the

@@ -72,9 +72,9 @@ def alarms(metrics, experts: int, start_steps: int, window: int = WINDOW) -> dic
     found = {}
     if share(lambda step: step["q_gain"]) < 0.01 and share(lambda step: step["gate_entropy"]) > 0.5:
         found["posterior collapse"] = (
-            f"for {window} steps the responsibilities have equalled the mixture weights, so the experts do not differ. "
-            "If the margins are small, raise --beta or the learning rates; start with --start linear; and check that "
-            "the annotators in the data differ (--latent user shows differences better than --latent pair)")
+            f"for {window} steps the responsibilities have equalled the mixture weights: the pairs say nothing about "
+            "their types. The experts may be equal, or the margins too small. If not used already, --start linear and "
+            "--latent user help; so do a larger --beta and larger learning rates")
     if max(sum(step[what][k] for step in recent) / window for what in ("w", "q") for k in range(experts)) > 0.95:
         found["expert collapse"] = (
             f"for {window} steps one expert has had over 0.95 of the weight, so the other experts learn nothing. Raise "

@@ -126,6 +126,8 @@ def mark_context(pairs: list[Pair], count: int, seed: int, shuffled=None) -> lis
         count_context = sum(bool(marked[i].context) for i in group)
         if not 0 < count_context < len(group):
             remedy = f"use --context 1 to {len(group) - 1}" if len(group) > 1 else "remove that user"
+            if any(pairs[i].context is not None for i in group):
+                remedy = "its lines have the field `context`, which replaces --context: change some of them"
             user = pairs[group[0]].user
             raise InputError(f"user {user!r} has {len(group)} pairs, {count_context} for context; each user needs "
                              f"at least one context pair and one training pair; {remedy}",

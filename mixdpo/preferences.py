@@ -85,7 +85,7 @@ def read_preferences(path, tokenizer, max_prompt, max_response, drop=False, repo
                 counted[remark].append(number)
         except Fault as fault:
             if fault.kind == "unknown field" or not drop:
-                remedy = "" if fault.kind == "unknown field" else " (or skip such lines: --drop true)"
+                remedy = "" if fault.kind == "unknown field" else " (train.py --drop true skips such lines)"
                 raise Fault(fault.kind, fault.got, fault.remedy + remedy, path, number) from None
             dropped[fault.kind].append(number)
     for kind, numbers in dropped.items():
@@ -108,15 +108,15 @@ def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response:
     except Fault:
         raise
     except InputError as error:
-        raise Fault("no token for a character", error.message, "replace that character or take the line out") from None
+        raise Fault("no token for a character", error.message, "replace that character or remove the line") from None
     if any(response[-1] in response[:-1] for response in responses):
         raise Fault("EOS in a response", f"its text contains token {responses[0][-1]}", "remove it: EOS is appended")
     chosen, rejected = (response[:max_response] for response in responses)      # a truncated response has no EOS
     if responses[0] == responses[1]:
-        raise Fault("identical responses", "chosen and rejected have the same ids", "take the line out")
+        raise Fault("identical responses", "chosen and rejected have the same ids", "remove the line")
     if chosen == rejected:
         got = f"the first {max_response} ids are the same"
-        raise Fault("identical after truncation", got, "raise max_response or take the line out")
+        raise Fault("identical after truncation", got, "raise --max-response or remove the line")
     remarks = suspicions(record, tokenizer)
     if not complete and isinstance(record["prompt"], list):
         remarks.append(f"conversations whose oldest turns are removed to fit {max_prompt} ids")
@@ -151,7 +151,7 @@ def check_lengths(pairs: list[Pair], context: int, path) -> None:
     if worst.longest() > context:
         raise InputError(
             f"prompt ({len(worst.prompt)} ids) and response ({worst.longest() - len(worst.prompt)}) are longer than "
-            f"the model's context of {context}; choose max_prompt + max_response <= {context}",
+            f"the model's context of {context}; choose --max-prompt and --max-response with a sum of at most {context}",
             file=path, line=worst.line)
 
 

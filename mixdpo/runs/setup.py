@@ -165,8 +165,8 @@ def read(job: Job, dtype: torch.dtype, device: str) -> tuple[Heads | Adapters | 
 def changed(config: TrainConfig) -> str:
     """The options that are not at their defaults, as the command line has them."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items()
-                    if value != getattr(TrainConfig, name, None))
+    return " ".join(f"--{name.replace('_', '-')} {str(value).lower() if isinstance(value, bool) else value}"
+                    for name, value in values.items() if value != getattr(TrainConfig, name, None))
 
 
 def describe_plan(plan: Plan, config) -> None:
@@ -175,15 +175,19 @@ def describe_plan(plan: Plan, config) -> None:
     slices = f", in {len(plan.visits)} slices" if len(plan.visits) > len(plan.units) else ""
     print(f"{len(plan.pairs)} pairs: {trained} to train on, {len(plan.pairs) - trained} for context; "
           f"{len(plan.units)} units ({config.latent}){slices}")
+    if trained < len(plan.pairs) and config.estep != "context":
+        print(f"warning: the file marks {len(plan.pairs) - trained} pairs as context, and these are not used; add "
+              "--estep context --latent user, by which the E-step reads them, or remove the field `context`")
 
 
 def nonfinite_message(error: FloatingPointError, plan: Plan, t: int, config) -> str:
     """What to say of a step whose loss or gradient is not finite. Its lines are copied beside the run."""
     numbers = {plan.pairs[i].line for v in plan.steps[t][1] for i in plan.visits[v].trained}
-    path = Path(config.out) / f"step-{t}.jsonl"
+    path = Path(config.out) / f"step-{t + 1}.jsonl"
     path.write_bytes(b"".join(raw for n, raw in enumerate(lines(config.data), 1) if n in numbers))
-    return (f"step {t}: {error}; nothing was updated. Lines of this batch: {sorted(numbers)}; they are in {path}. "
-            "Lower --lr, or look at these lines")
+    shown = ", ".join(map(str, sorted(numbers)[:8])) + ", ..." * (len(numbers) > 8)
+    return (f"step {t + 1}: {error}; this step was not made. Lower the learning rate that is used (--lr, --head-lr, "
+            f"--gate-lr) or --beta, or check the {len(numbers)} lines of this step ({shown}), which are in {path}")
 
 
 # --- before the first step, and after the last ------------------------------------------------------------------------

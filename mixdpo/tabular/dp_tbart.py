@@ -316,6 +316,8 @@ def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, sa
             progress(t, config.steps, f"loss {losses[-1]:.3f}")
             if saver:
                 saver.after(t, config.steps, snapshot)
+    if not all(x.isfinite().all() for x in average.values()):
+        raise InputError(f"got {config.lr}, after which the parameters are not finite; choose a lower one", option="lr")
     model.load_state_dict(average, strict=False)
     if table.prior is not None:
         calibrate(model, table.prior, config.seed)

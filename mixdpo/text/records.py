@@ -44,6 +44,8 @@ def lines(path):
     Raises: InputError if the file does not exist, if a .gz file is damaged, or if a line is longer than LONGEST (a
     compressed file may expand to any size).
     """
+    if Path(path).is_dir():
+        raise InputError("is a folder; wanted a file, .jsonl or .jsonl.gz", file=path)
     if not Path(path).is_file():
         raise InputError("no such file; wanted preferences as .jsonl or .jsonl.gz", file=path)
     with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
@@ -56,8 +58,8 @@ def lines(path):
                                      "split the line", file=path, line=number)
                 yield raw
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(f"is not a complete gzip file ({error}); fetch or compress it again",
-                             file=path) from None
+            raise InputError(f"is not a complete gzip file ({error}); compress it again, or remove .gz from the name "
+                             "of a plain file", file=path) from None
 
 
 def read_record(raw: bytes) -> dict:

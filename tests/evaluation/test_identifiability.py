@@ -77,13 +77,13 @@ def test_the_verdict_in_words():
     """Catches: a verdict for the other latent, no word of what would help, more types than users."""
     alone = describe_counts(counts_of([pair(2, 3, prompt=p) for p in range(1, 30)]), 2, "pair")
     assert alone[0].startswith("29 comparisons of 29 different pairs of responses to 29 prompts; 0 responses")
-    assert "no pair was judged both ways" in alone[1] and alone[2].startswith("0 of 29 comparisons carry information")
-    assert "with one type per pair these data support K = 1" in alone[3] and "add users to the data" in alone[4]
+    assert alone[1].endswith("judged both ways: 0") and alone[2].startswith("0 of 29 comparisons carry information")
+    assert "with one type per pair, at most K = 1 types" in alone[3] and "add users to the data" in alone[4]
     assert alone[4].startswith("warning: --experts 2 is more than these data support")
     of_users = counts_of([pair(2, 3, f"u{p % 4}", prompt=p) for p in range(1, 41)])
     got = describe_counts(of_users, 2, "user")
     assert got[1].startswith("4 users with 10 to 10 comparisons each, median 10; 0 users have only one")
-    assert "with one type per user K = 4 (180 more frequencies" in got[-1] and "at most one type per user" in got[-1]
+    assert "with one type per user at most K = 4 (180 more frequencies" in got[-1] and "at most one type per user" in got[-1]
     assert "warning" not in got[-1] and "or --latent user" in describe_counts(of_users, 2, "pair")[-1]
     assert "--experts 5 is more than" in describe_counts(of_users, 5, "user")[-1]
 
@@ -95,7 +95,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr("mixdpo.text.tokenizer.load_tokenizer", lambda name, data: Letters())
     identifiability.main([str(path), "--experts", "3"])
-    assert "with one type per user K = 2" in (out := capsys.readouterr().out) and "--experts 3 is more than" in out
+    assert "with one type per user at most K = 2" in (out := capsys.readouterr().out) and "--experts 3 is more than" in out
 
 
 @pytest.mark.parametrize("option, value", [("experts", "0"), ("experts", "-2"), ("latent", "foo"), ("max_prompt", "0"),

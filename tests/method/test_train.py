@@ -362,7 +362,7 @@ def test_the_linear_start_finds_planted_users(tmp_path, model_dir, capsys):
     q = start_module.first_responsibilities(config, units, reference.features).exp()
     found, truth = q.argmax(1).tolist(), [int(pairs[unit[0]].user[1:]) % 2 for unit in units]
     assert brute.best_matching(found, truth, 2) == 1.0 and q.max(1).values.min() > 0.8
-    assert re.search(r"linear start: bounds( -[0-9.]+,?){5} nats", capsys.readouterr().out)
+    assert re.search(r"best bound of 5 fits -[0-9.]+ nats \(all:( -[0-9.]+,?){5}\)", capsys.readouterr().out)
     out = tinyjob.run(tmp_path, model_dir, records, name="d", latent="user", start="linear", start_steps=1000, batch=30)
     for line in tinyjob.lines(out / "responsibilities.jsonl")[:-1]:        # and these are what the M-step used
         assert torch.allclose(torch.tensor(line["q"]), q[line["groups"]], atol=1e-4)

@@ -155,7 +155,7 @@ def test_how_a_program_ends(monkeypatch, capsys):
                         (OSError("x: I/O error: No space left on device (os error 28)"), "free space on the disk"),
                         (PermissionError(13, "Permission denied", "/etc/x"), "a directory that you may write to"),
                         (OSError(30, "Read-only file system", "/r"), "choose a directory that can be written to"),
-                        (FileNotFoundError(2, "No such file", "m"), "the file was removed while the program ran")):
+                        (FileNotFoundError(2, "No such file", "m"), "check that path")):
         assert says in ended(monkeypatch, error)
 
 
@@ -366,10 +366,10 @@ def test_out_of_memory_names_what_would_fit(tmp_path, model_dir, monkeypatch):
 
 def test_the_lines_of_a_step_without_a_number_are_kept(tmp_path, model_dir):
     """Catches: other lines, none, or a step on NaN."""
-    with raises_at(tmp_path / "run" / "step-1.jsonl", file=tmp_path / "run.jsonl", option="lr"):
+    with raises_at(tmp_path / "run" / "step-2.jsonl", file=tmp_path / "run.jsonl", option="lr"):
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), lr=1e30, warmup=0)
     rows = (tmp_path / "run.jsonl").read_text().splitlines()
-    kept = (tmp_path / "run" / "step-1.jsonl").read_text().splitlines()
+    kept = (tmp_path / "run" / "step-2.jsonl").read_text().splitlines()
     assert len(kept) == 8 and set(kept) < set(rows) and json.loads(kept[0])["prompt"]
 
 
