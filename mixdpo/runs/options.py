@@ -19,10 +19,11 @@ class TrainConfig:
     model: str                      # * reference model: gpt2, smollm2, llama-3.2-1b, a directory or a .gguf file; with
                                     # --sharing models also K of them: a,b
     out: str                        # * directory of the run; an unfinished run in it is resumed
-    max_prompt: int = 256           # longest prompt in tokens; a longer prompt loses its first tokens
+    max_prompt: int = 256           # longest prompt in tokens; a longer prompt loses its first tokens, a conversation
+                                    # its oldest turns
     max_response: int = 256         # longest response in tokens, end token included; a longer response loses its last
                                     # tokens
-    drop: bool = False              # true: skip and report lines that cannot be used; false: stop with an error
+    drop: bool = False              # true: skip and report lines with a fault; false: stop at the first one
     data_folder: str = ""           # folder that is searched for model and data files before a download; empty: none
 
     # --- mixture
@@ -36,7 +37,7 @@ class TrainConfig:
                                     # (GPT-2), or q_proj,v_proj (Llama)
     train_trunk: bool = True        # * false: freeze the trunk and train the heads alone; also for one head (--experts
                                     # 1)
-    latent: str = "pair"            # * unit that has one latent type: pair, or user (with all of the user's pairs)
+    latent: str = "pair"            # * what has one latent type: each pair, or each user with all of the user's pairs
     init_experts: str = ""          # start of each expert, K entries, comma-separated: RUN:k (expert k of a finished
                                     # run) or fresh (the reference); empty: all fresh
     freeze: str = ""                # experts that are not trained: their numbers from 0, as in 0,2, or all; empty: none
@@ -46,8 +47,8 @@ class TrainConfig:
                                     # user, prompt-user, domain, random (prompt, but not trained)
     gate_features: str = "last"     # what a gate reads of the prompt: last or mean hidden state of the reference
     gate_lr: float = 1e-2           # peak learning rate of the gate (AdamW)
-    gate_temperature: float = 1.0   # softmax temperature of the gate at the first step; falls geometrically to 1 at
-                                    # half of the run
+    gate_temperature: float = 1.0   # softmax temperature of the gate at the first step; it falls to 1 by the middle of
+                                    # the run
     gate_entropy: float = 0.0       # bonus per nat of the entropy of each unit's weights; 0: none
     gate_balance: float = 0.0       # bonus per nat of the entropy of a step's mean weights; 0: none
     weights: str = "uniform"        # weights of a fixed gate: uniform, update (closed form after each step), or K
@@ -55,12 +56,12 @@ class TrainConfig:
     prior: float = 1.0              # Dirichlet parameter of --weights update, at least 1; 1: maximum likelihood
 
     # --- E-step
-    start: str = "dirichlet"        # * first responsibilities: dirichlet (random), linear (fit of linear rewards), none
-                                    # (E-step)
+    start: str = "dirichlet"        # * first responsibilities: dirichlet (random), linear (fit of linear rewards) or
+                                    # none (the E-step runs from the first step)
     start_steps: int = 10           # optimizer steps that use the first responsibilities; after them the E-step runs
     restarts: int = 5               # number of fits of --start linear; the fit with the best bound is used
-    estep: str = "all"              # * pairs that the E-step reads: all, context (never trained on) or first (first
-                                    # visit only)
+    estep: str = "all"              # * pairs that the E-step reads: all, context (never trained on) or first (once,
+                                    # at the first visit; then kept)
     context: int = 0                # * context pairs per user for --estep context; 0: those that the file marks
     em: str = "minibatch"           # log-likelihoods that the E-step uses: minibatch (of this step), incremental (of
                                     # earlier steps too, so that a user's pairs may lie in several batches)
@@ -70,26 +71,27 @@ class TrainConfig:
     draws: int = 1                  # samples of the latent type per unit, with --variant monte-carlo
 
     # --- training
-    beta: float = 0.1               # * strength of the pull to the reference: reward per nat of log-ratio
+    beta: float = 0.1               # * DPO's beta, reward per nat of log-ratio; larger values stay closer to the
+                                    # reference
     epochs: int = 1                 # * passes over the data
-    batch: int = 32                 # * largest number of pairs per optimizer step, users whole; with --epsilon the mean
-                                    # number of examples
+    batch: int = 32                 # * largest number of pairs per optimizer step, in which a user's pairs stay
+                                    # together; with --epsilon the mean number of examples
     lr: float = 2e-5                # * peak learning rate of trunk, models and full heads (AdamW)
     head_lr: float = 3e-4           # * peak learning rate of low-rank heads and adapters (AdamW)
     warmup: int = 10                # optimizer steps of linear warm-up; a linear decay to a tenth of the peak follows
-    clip: float = 1.0               # largest gradient norm; inf: no clipping. With --epsilon: norm of each example's
-                                    # gradient
+    clip: float = 1.0               # largest gradient norm; inf: no clipping. With --epsilon: the largest norm of each
+                                    # example's gradient
     moments: str = "float32"        # AdamW's moments: float32, or bfloat16 (half of their memory, stochastic rounding)
     label_noise: float = 0.0        # assumed share of flipped labels, at least 0 and less than 0.5
-    robust: float = 0.0             # group-DRO step size over users; 0 turns it off
+    robust: float = 0.0             # group-DRO step size: users with a larger loss count more; 0: all count the same
     seed: int = 0                   # seed of all random numbers, 0 to 4294967295
 
     # --- privacy (DP-SGD)
     epsilon: float = math.inf       # privacy budget epsilon; inf: no privacy
     delta: float = 1e-5             # privacy parameter delta; below 1 / number of examples
     privacy_unit: str = "pair"      # what one example is: pair, or user (all pairs of a user)
-    examples: int = 0               # number of examples, if it is public; 0: the file's number, which the run then
-                                    # discloses
+    examples: int = 0               # number of examples; give it if it is public. 0: that of the file, which the run
+                                    # then discloses
 
     # --- memory and speed
     micro: int = 16                 # largest number of pairs per forward pass; with --latent user a user's pairs stay
