@@ -1,5 +1,5 @@
 # make help lists the targets. Each one that runs Python makes .venv from the pinned requirements first.
-# Variables: DATASET=imdb|reviews|hh|ultrafeedback  PRESET=smoke|quick|cpu|paper  MODEL=gpt2|smollm2|llama-3.2-1b|DIRECTORY  DATA=FOLDER of local files, looked into first
+# Variables: DATASET=imdb|reviews|hh|ultrafeedback  PRESET=smoke|quick|cpu|paper  MODEL=gpt2|smollm2|llama-3.2-1b|DIRECTORY  DATA=FOLDER of local files, searched first
 
 train: DATASET ?= imdb
 synth: DATASET ?= adult
@@ -41,10 +41,10 @@ bench-gpu: .venv/ready    ## what only a GPU can show: the kernels' tests, time 
 study: .venv/ready        ## one study, its page in docs/studies: make study NAME=fixed|separation|gate|collapse|ood|noise|experts|data|peers|synth|parity|privacy|audit
 	$(PY) -m data.studies --name $(NAME) $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data-folder $(DATA))
 
-synth: .venv/ready        ## a private synthetic table, what it cost and how near it comes: make synth DATASET=adult EPSILON=1
+synth: .venv/ready        ## a private synthetic table, what it cost and how close it is to the real table: make synth DATASET=adult EPSILON=1
 	$(PY) -m data.tables.synth --dataset $(DATASET) --epsilon $(EPSILON) --out runs/$(DATASET)-epsilon-$(EPSILON) $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data-folder $(DATA))
 
-chaos: .venv/chaos        ## runs that are killed, disks that fail, files that are damaged: a table of what was survived
+chaos: .venv/chaos        ## runs that are killed, disks that fail, files that are damaged: a table of what survived
 	$(PY) -m tests.chaos
 
 peers: .venv/peers        ## the same numbers as transformers, tokenizers, PEFT and TRL give
