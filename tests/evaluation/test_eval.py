@@ -591,3 +591,35 @@ def test_runs_stand_by_name_and_older_ones_are_read(job, tmp_path, capsys):
     from data.report.job import read_run
 
     assert read_run(tmp_path / "mix-pair").config["label_noise"] == 0.0 and not capsys.readouterr().out
+
+
+def test_what_an_evaluation_leaves_out_is_said(tmp_path, model_dir, monkeypatch, capsys):
+    """Faults: one unfinished run that stops the evaluation of a folder, or is skipped without a word; an evaluation
+    that replaces another silently; context pairs that nothing uses, silently; a traceback for a bad dataset.json."""
+    import train
+    from mixdpo.config import Stopped
+
+    records = [record | {"context": n == 0} for n, record in enumerate(tinyjob.make_records())]
+    tinyjob.run(tmp_path, model_dir, records, name="done")
+    assert "marks 1 pairs as context, and these are not used" in capsys.readouterr().out
+    real = train.step
+
+    def stops(state, *rest):
+        if state.t == 2:
+            raise Stopped
+        return real(state, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train, "step", stops)
+        tinyjob.run(tmp_path, model_dir, records, name="half", save_minutes=0.0)
+    names, rows = ("heldout.jsonl", "new.jsonl"), tinyjob.make_records(seed=3)
+    heldout, new = (tinyjob.write(tmp_path / name, rows) for name in names)
+    evaluate(EvalConfig(dir=str(tmp_path), heldout=heldout, adapt=new))
+    printed = capsys.readouterr().out
+    assert "half: is unfinished (step 2)" in printed and "It is skipped" in printed and "this replaces" not in printed
+    evaluate(EvalConfig(dir=str(tmp_path), heldout=heldout))
+    assert "this replaces the earlier evaluation" in capsys.readouterr().out
+    (tmp_path / "dataset.json").write_text("{")
+    with pytest.raises(InputError) as error:
+        evaluate(EvalConfig(dir=str(tmp_path), heldout=heldout))
+    assert error.value.file == tmp_path / "dataset.json"

@@ -10,6 +10,7 @@ from raising import raises_at
 from data.annotators import rewards
 from data.annotators.rewards import checks, grammar, informativeness, parser, score
 from data.annotators.sentiment import NEEDED, fit_sentiment, piece, read_judge, sentiment, write_judge
+from mixdpo.config import InputError
 
 spacy = pytest.importorskip("spacy", reason="spaCy is not installed (the `data` extra)")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed (the `data` extra)")
@@ -238,3 +239,9 @@ def test_distilbert_of_a_directory_is_the_probability_of_the_second_class(tmp_pa
         want = [model(**tokenizer(t, return_tensors="pt")).logits.softmax(-1)[0, 1].item() for t in texts]
     assert sentiment(texts, tmp_path) == pytest.approx(want, abs=1e-5)
     assert max(want) - min(want) > 0.01
+
+
+def test_a_judge_wants_reviews_to_fit_and_to_test(tmp_path):
+    """Fault: a traceback for a file of twenty reviews."""
+    with pytest.raises(InputError, match="too few"):
+        fit_sentiment([(f"review {n}", n % 2) for n in range(20)], tmp_path)

@@ -208,3 +208,12 @@ def test_a_domain_gate_starts_where_it_has_weight(tmp_path):
     first = tinyjob.lines(out / "responsibilities.jsonl")[0]
     assert {tuple(q) for q in first["q"]} == {(1.0, 0.0), (0.0, 1.0)}
     assert all(isinstance(line["elbo"], float) for line in tinyjob.lines(out / "metrics.jsonl"))
+
+
+def test_a_gate_that_is_nan_is_an_error_and_no_weights():
+    """Fault: NaN passed on, which fails later as priors that differ within a unit."""
+    inputs = Inputs(torch.ones(2, 3), torch.zeros(2, dtype=torch.int64))
+    gate = Gate("linear", 2, inputs, torch.zeros(2))
+    gate.W.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="NaN"):
+        gate(inputs)

@@ -354,3 +354,10 @@ def test_an_impossible_command_is_an_error(own, change, option):
         call(own | change)
     assert error.value.option == option and not (own["out"] / "checkpoint").exists()
     assert not (own["out"] / "synthetic.csv").exists()
+
+
+def test_a_learning_rate_that_leaves_no_numbers_is_named(own):
+    """Fault: sampling from NaN, with a traceback."""
+    with pytest.raises(InputError) as error:
+        call(own | {"lr": 1e30})
+    assert error.value.option == "lr" and not (own["out"] / "synthetic.csv").exists()
