@@ -2,7 +2,8 @@
 
     held-out preferences    heldout.jsonl: accuracy and log-likelihood (M5) of choices that no run was trained on
     new users               adapt-*.jsonl: the same, when a few pairs of an unknown user are known
-    completions             prompts.jsonl: rewards of what every policy writes, and its KL to the reference
+    completions             prompts.jsonl: rewards of what every policy writes, and its KL to the reference; and own
+                            reward, what each user gets from the policy that this user is served
 
 These files are looked for in the folder of the runs. results.json, samples.jsonl and, if matplotlib is installed,
 report.md with its pictures are written into DIR. No run is changed.
@@ -19,12 +20,13 @@ from pathlib import Path
 
 from mixdpo import config as configs
 from mixdpo.config import InputError, to_json, write_text
-from mixdpo.evaluation.adaptation import adaptation_curve
+from mixdpo.evaluation.adaptation import adaptation_curve, posteriors_after
 from mixdpo.evaluation.completions import (
     CompletionTask,
     plain_text,
     policy_rows,
     reward_table,
+    with_utilities,
     write_prompt_states,
     write_samples,
 )
@@ -32,6 +34,7 @@ from mixdpo.evaluation.export import export_experts
 from mixdpo.evaluation.generate import Sampling
 from mixdpo.evaluation.heldout import margins_of, preference_figures
 from mixdpo.evaluation.inputs import EvalInputs, read_inputs
+from mixdpo.evaluation.served import own_reward_rows
 from mixdpo.evaluation.tables import all_tables, conclusions, win_rate_tables
 from mixdpo.fast.memory import tune_process
 from mixdpo.files.atomic import read_json_or_empty
@@ -53,6 +56,8 @@ class EvalConfig:
                                     # reference at temperature 1
     batch: int = 128                # prompts sampled together
     seed: int = 1                   # of sampling; the same for every policy
+    strengths: tuple[float, ...] = ()  # also evaluate policies between the reference (0) and each expert (1), as in
+                                    # 0.25,0.5: own reward by KL. Empty: none
     data_folder: str = ""           # folder of local files that is searched before anything is downloaded
     judge: str = ""                 # only compare the completions of an earlier evaluation, by annotator:NAME,
                                     # classifier:PATH or llm:MODEL (data/annotators/judges.py)
@@ -66,6 +71,9 @@ def validate(config: EvalConfig) -> None:
         value = getattr(config, name)
         if not least <= value < math.inf:                                   # also refuses NaN
             raise InputError(f"got {value}, wanted a number of at least {least}", option=name)
+    if not all(0 < strength < 1 for strength in config.strengths):
+        raise InputError(f"got {config.strengths}, wanted numbers between 0 (the reference) and 1 (the expert), which "
+                         "are evaluated anyway", option="strengths")
 
 
 def evaluate(config: EvalConfig) -> dict:
@@ -75,12 +83,13 @@ def evaluate(config: EvalConfig) -> dict:
     validate(config)
     inputs = read_inputs(config)
     dtype = str(inputs.runs[0].experts.dtype).removeprefix("torch.")
+    known: dict[str, dict] = {}                                             # run -> posteriors of new users
     results = {
         "environment": environment() | {"dtype": dtype},
         "config": dataclasses.asdict(config),
         "preferences": heldout_preferences(inputs),
-        "adapt": new_users(inputs, config.seed),
-        "policies": completions(inputs, config),
+        "adapt": new_users(inputs, config.seed, known),
+        **dict(zip(("policies", "own_reward"), completions(inputs, config, known))),
         "trained_rewards": inputs.dataset.get("annotators", []),
         "asked": inputs.prompts.labels if inputs.prompts else [],
     }
@@ -104,34 +113,42 @@ def heldout_preferences(inputs: EvalInputs) -> dict:
     return {run.name: preference_figures(run, *margins) for run, *margins in found}
 
 
-def new_users(inputs: EvalInputs, seed: int) -> dict:
-    """File of new users -> run -> accuracy by the number of a user's pairs that are known."""
+def new_users(inputs: EvalInputs, seed: int, known: dict) -> dict:
+    """File of new users -> run -> accuracy by the number of a user's pairs that are known. Fills known: run -> those
+    users' posteriors, of the last file (adaptation.posteriors_after)."""
     curves = {}
     for path in inputs.adapt:
         with configs.lines_of(path):
-            found = margins_of(inputs.runs, inputs.references, inputs.tokenizer, path, inputs.home / "cache")
+            found = list(margins_of(inputs.runs, inputs.references, inputs.tokenizer, path, inputs.home / "cache"))
             curves[path.stem] = {run.name: adaptation_curve(pairs, h, log_w, seed) for run, pairs, h, log_w in found}
+            known |= {run.name: posteriors_after(pairs, h, log_w, seed) for run, pairs, h, log_w in found}
     return curves
 
 
-def completions(inputs: EvalInputs, config: EvalConfig) -> dict:
-    """Policy -> its rewards, KL and length, {} if dataset.json names no rewards. Writes samples.jsonl."""
+def completions(inputs: EvalInputs, config: EvalConfig, known: dict) -> tuple[dict, list[dict]]:
+    """Policy -> its rewards, KL and length; and the rows of own reward (served.py). Nothing if dataset.json names no
+    rewards. Writes samples.jsonl. known: posteriors of new users."""
     if inputs.prompts is None:
-        return {}
+        return {}, []
     end, tokenizer, dataset = inputs.prompts.end, inputs.tokenizer, inputs.dataset
     sampling = Sampling(inputs.prompts.max_new, end, config.temperature, config.seed, config.batch)
     task = CompletionTask(inputs.references[0], inputs.prompts.pairs, sampling)
-    rows = policy_rows(inputs.runs, task)
+    done: dict[str, tuple] = {}
+    rows = policy_rows(inputs.runs, task, done)
     texts = {name: [plain_text(pair.prompt, ids, tokenizer, end) for pair, ids in zip(task.prompts, row["ids"])]
              for name, row in rows.items()}
-    rewards = {}
+    rewards, served = {}, []
     if "rewards" in dataset:
         from data.annotators.rewards import score  # here, because only this needs its packages
 
-        rewards = reward_table(rows, texts, dataset, lambda unique: score(unique, dataset["rewards"], inputs.home))
+        def scores(texts: list[str]) -> dict[str, list[float]]:
+            return with_utilities(score(texts, dataset["rewards"], inputs.home), dataset.get("utilities", {}))
+
+        rewards = reward_table(rows, texts, dataset, scores)
+        served = own_reward_rows(inputs, task, done, config.strengths, known, scores)
     write_prompt_states(inputs.folder, inputs.runs, task)
     write_samples(inputs.folder, [plain_text(pair.prompt, [], tokenizer, end) for pair in task.prompts], texts)
-    return rewards
+    return rewards, served
 
 
 def write_report(folder: Path) -> None:

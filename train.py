@@ -49,7 +49,8 @@ class Problem:
     plan: Plan
     ref_logp: torch.Tensor          # (P,1,2) of all pairs, nats; (P,K,2) if each expert has its own reference
     inputs: Inputs                  # (U,...) what the gate reads of each unit
-    start: torch.Tensor | None      # (U,K) log q for the first config.start_steps steps
+    start: torch.Tensor | None      # (U,K) log q for the first config.known_steps steps
+    evidence: torch.Tensor          # (U,K) log-likelihood of pairs that the E-step does not read, from start.py, or 0
     rows_of: Callable               # a batch's layout: preferences.rows_of, or fast/packing.py's
 
 
@@ -128,7 +129,8 @@ def step(state: EMState, problem: Problem, em: EM) -> tuple[dict, list[int]]:
     inputs, share = problem.inputs[units.to(device)], plan.share[visits].to(device)
     gate.temperature = config.gate_temperature ** max(0.0, 1 - 2 * state.t / len(plan.steps))     # 1 in the second half
     log_w = gate(inputs).detach()                                                                   # (G,K)
-    prior, known = em.prior(log_w, visits), known_responsibilities(state, problem, units)
+    known = known_responsibilities(state, problem, units)                                           # (G,K) or None
+    prior = log_w if known is not None else em.prior(log_w + problem.evidence[units].to(log_w), visits)
 
     def gradient(micros: list[Micro], count: int):
         """E-step and M-step of some micro-batches: adds the gradient of sum (M8 + M9) / count to .grad. Returns, for
@@ -170,9 +172,9 @@ def step(state: EMState, problem: Problem, em: EM) -> tuple[dict, list[int]]:
 def known_responsibilities(state: EMState, problem: Problem, units: torch.Tensor) -> torch.Tensor | None:
     """log q (G,K) of some units from the start, or from their first visits; None if any of them is not known yet."""
     config, table = problem.config, None
-    if problem.start is not None and state.t < config.start_steps:
+    if problem.start is not None and state.t < config.known_steps:
         table = problem.start
-    elif config.estep == "first":
+    elif config.estep == "first" or state.t >= problem.plan.last_part:
         table = state.log_q
     return None if table is None or table[units].isnan().any() else table[units].to(problem.ref_logp.device)
 
@@ -181,8 +183,8 @@ def known_responsibilities(state: EMState, problem: Problem, units: torch.Tensor
 
 
 def visit_log_likelihoods(state: EMState, problem: Problem, em: EM, after_each: Callable) -> torch.Tensor:
-    """sum_i log sigma(h_ik) over the E-step's pairs of each visit, up to a constant per row: (V,K), on the CPU."""
-    micros, found = micro_batches(problem.plan, list(range(len(problem.plan.visits))), problem.config), []
+    """sum_i log sigma(h_ik) over the E-step's pairs of each visit, up to a constant per row: (E,K), on the CPU."""
+    micros, found = micro_batches(problem.plan, list(range(problem.plan.inferred)), problem.config), []
     progress = Progress(f"{Path(problem.config.out).name} E-step on all pairs")
     for n, micro in enumerate(micros, 1):
         zero = problem.ref_logp.new_zeros(len(micro.visits), problem.config.experts)                # the prior
@@ -193,14 +195,23 @@ def visit_log_likelihoods(state: EMState, problem: Problem, em: EM, after_each: 
 
 
 def fit(state: EMState, problem: Problem, variants: Variants, log: Log, saver: Saver, now: Callable) -> None:
-    """All remaining steps, and a last E-step on all pairs. now(): what a checkpoint holds. Raises: Stopped."""
+    """All remaining steps. After the last step with an E-step there is an E-step on all units; its responsibilities are
+    final. now(): what a checkpoint holds. Raises: Stopped."""
     config, total = problem.config, len(problem.plan.steps)
+    infers = config.experts > 1 and config.estep != "first"
 
     def all_pairs() -> torch.Tensor:
         em = EM(margins=variants.margins)
         return visit_log_likelihoods(state, problem, em, lambda: saver.check(state.t, total, now))
 
-    while state.t < total:
+    while True:
+        if state.t == problem.plan.last_part and infers:
+            state.gate.temperature = 1.0
+            with torch.no_grad():
+                log_w = state.gate(problem.inputs).cpu() + problem.evidence                         # (U,K)
+            state.log_q = torch.log_softmax(log_w + problem.plan.pooled(all_pairs()), dim=-1)       # M7, M11
+        if state.t == total:
+            return log.responsibilities(total, list(range(len(state.log_q))), state.log_q) if infers else None
         try:
             figures, units = step(state, problem, EM(**variants.functions(state.t, all_pairs)))
         except FloatingPointError as error:
@@ -208,12 +219,6 @@ def fit(state: EMState, problem: Problem, variants: Variants, log: Log, saver: S
             raise InputError(message, config.data, option="lr") from None
         log.step(figures | variants.end_step(), units, state.log_q[units])
         saver.after(state.t, total, now)
-    state.gate.temperature = 1.0
-    if config.experts > 1 and config.estep != "first":
-        with torch.no_grad():
-            log_w = state.gate(problem.inputs).cpu()                                                # (U,K)
-        state.log_q = torch.log_softmax(log_w + problem.plan.pooled(all_pairs()), dim=-1)           # M7, M11
-        log.responsibilities(state.t, list(range(len(log_w))), state.log_q)
 
 
 def run(config: TrainConfig, key: Key | None = None) -> Path:
@@ -230,7 +235,7 @@ def learn(job: Job) -> None:
     """One run, from its files to its last checkpoint."""
     config, made = job.config, prepare(job)
     print("\n".join(describe_data(made.plan.pairs, config)))
-    problem = Problem(config, made.plan, made.ref_logp, made.inputs, made.start, made.rows_of)
+    problem = Problem(config, made.plan, made.ref_logp, made.inputs, made.start, made.evidence, made.rows_of)
     t, log_q = resume(job, made)
     state = EMState(made.experts, made.gate, made.optimizer, log_q, t)
     log = Log(job.out, state.t, len(made.plan.steps), config)

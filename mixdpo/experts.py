@@ -1,7 +1,8 @@
 """K expert policies, and how they share parameters.
 
     Heads      one trunk, K unembeddings: W_k (rank 0) or W + W A_k B_k (rank R)                (paper: Case 1)
-    Adapters   one frozen model, K low-rank adapters in it: W + 2 B_k A_k in place of some projections W         (LoRA)
+    Adapters   one frozen model, K low-rank adapters in it: W + 2 B_k A_k in place of some projections W         (LoRA);
+               with a shared adapter, W + 2 (B_k A_k + B_0 A_0)                                 (paper: Case 1)
     Models     K independent models                                                                     (paper: Case 2)
 
 All three have the same methods, in the order in which a step calls them: `hidden` (the pass through the trunk), `rows`
@@ -84,20 +85,21 @@ class Heads(nn.Module):
 
 
 class Adapters(nn.Module):
-    """One frozen model and K adapters of rank R on its `targets` (see lora.projections). The modules are new but share
-    the base's weights and never change them, so the base can still be the reference."""
+    """One frozen model and K adapters of rank R on its `targets` (see lora.projections), and one of rank `shared` for
+    all experts together, if it is not 0. The modules are new but share the base's weights and never change them, so the
+    base can still be the reference."""
 
     def __init__(
         self, base: Transformer, experts: int, rank: int, targets: str = "", dtype: torch.dtype = torch.float32,
-        seed: int = 0,
+        seed: int = 0, shared: int = 0,
     ):
         super().__init__()
-        self.trunk, self.K, self.rank, self.dtype = frozen_twin(base), experts, rank, dtype
+        self.trunk, self.K, self.rank, self.dtype, self.shared = frozen_twin(base), experts, rank, dtype, shared
         self.targets, generator = projections(base, targets), torch.Generator().manual_seed(seed)
         for path in self.targets:
             linear = self.trunk.get_submodule(path)
             assert isinstance(linear, nn.Linear), f"got {type(linear).__name__} at {path}, want Linear"
-            self.trunk.set_submodule(path, LoRALinear(linear, experts, rank, generator))
+            self.trunk.set_submodule(path, LoRALinear(linear, experts, rank, generator, shared))
 
     def adapted(self, path: str) -> LoRALinear:
         """The projection at `path`, one of `targets`, with its adapters."""
@@ -180,7 +182,7 @@ def make_experts(models: list[Transformer], config, dtype: torch.dtype) -> Heads
     ignored. train_trunk false (heads only): the trunk is frozen, and each expert is a head on it, for K = 1 too."""
     model = models[0]
     if config.sharing == "lora":
-        return Adapters(model, config.experts, config.rank, config.targets, dtype, config.seed)
+        return Adapters(model, config.experts, config.rank, config.targets, dtype, config.seed, config.shared_rank)
     if config.sharing == "models" and config.experts > 1:
         copies = [copy.deepcopy(model) for _ in range(config.experts - 1)] if len(models) == 1 else []
         return Models(models + copies, dtype)

@@ -3,8 +3,10 @@
     pairs -> units (one pair, or all pairs of a user) -> context pairs of each unit -> visits (a unit, or a slice of it)
           -> visits shuffled into steps -> micro-batches -> chunks whose logits are in memory at the same time
 
-Context pairs are for the E-step only: language models memorise their training pairs, on which responsibilities then say
-nothing. Without --estep context they are not used. A visit is never divided between steps or
+Context pairs are for the E-step: language models memorise the pairs that they are trained on, and responsibilities of
+these pairs then say nothing. Once all passes over the other pairs are done, the responsibilities are final, and a last
+part of the run trains on the context pairs with them, as often as on the others. So a mixture learns from as many pairs
+as DPO does. Without --estep context they are pairs like all others. A visit is never divided between steps or
 micro-batches. It is a complete unit, so the E-step that pools a user's pairs (M11) is exact. Exception: with em =
 incremental a visit is a slice of a user (variants/incremental.py). Within a step, visits are sorted by their longest
 text, so that micro-batches have little padding; the order does not change the step's sum.
@@ -33,13 +35,15 @@ class Visit:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's pairs, the units that share one latent z, and the visits of every optimizer step."""
+    """A run's pairs, the units that share one latent z, and the visits of every optimizer step. Visits from number
+    len(visits) - closing on are those of the last part of the run, which trains on the context pairs."""
 
     pairs: list[Pair]
     units: list[list[int]]              # the pairs of each unit
     visits: list[Visit]
     steps: list[tuple[int, list[int]]]  # epoch and visits of each step
     owner: torch.Tensor | None = None   # (V,) the example (DP-SGD) of each visit
+    closing: int = 0                    # number of visits whose responsibilities are final: of context pairs
 
     @cached_property
     def unit_of(self) -> torch.Tensor:
@@ -51,10 +55,20 @@ class Plan:
         """(V,) each visit's fraction of its unit: 1, or one over the number of slices."""
         return 1 / self.unit_of.bincount()[self.unit_of]
 
+    @property
+    def inferred(self) -> int:
+        """E: the number of visits with an E-step, which come first in `visits`."""
+        return len(self.visits) - self.closing
+
+    @cached_property
+    def last_part(self) -> int:
+        """The number of steps before the last part, which trains on context pairs."""
+        return next((t for t, (_, ids) in enumerate(self.steps) if ids and ids[0] >= self.inferred), len(self.steps))
+
     def pooled(self, loglik: torch.Tensor) -> torch.Tensor:
-        """Log-likelihoods summed over each unit's visits; NaN (not visited yet) counts as 0: (V,K) -> (U,K)  (M11)."""
+        """Log-likelihoods summed over each unit's visits; NaN (not visited yet) counts as 0: (E,K) -> (U,K)  (M11)."""
         known = loglik.masked_fill(loglik.isnan(), 0.0)
-        return loglik.new_zeros(len(self.units), loglik.shape[1]).index_add(0, self.unit_of, known)
+        return loglik.new_zeros(len(self.units), loglik.shape[1]).index_add(0, self.unit_of[: len(loglik)], known)
 
 
 @dataclass(frozen=True)
@@ -82,21 +96,23 @@ def make_plan(pairs: list[Pair], config, shuffled=None, schedule=None) -> Plan:
     reads_context = config.estep == "context"
     pairs = mark_context(pairs, config.context, config.seed, shuffled) if reads_context else pairs
     units = groups(pairs, config.latent)
-    trained = [[i for i in unit if not pairs[i].context] for unit in units]
-    if not reads_context:
-        units = trained = sorted(filter(None, trained))                     # context pairs are not used; by first pair
-    if not units:
-        raise InputError(f"all {len(pairs)} pairs are context pairs; wanted others to train on: mark fewer of them",
-                         file=config.data)
+    trained = [[i for i in unit if not (reads_context and pairs[i].context)] for unit in units]
     visits = [visit for u, (unit, learns) in enumerate(zip(units, trained))
               for visit in visits_of(u, unit, learns, config.em == "incremental")]
-    return Plan(pairs, units, visits, (schedule or passes)(visits, pairs, config))
+    if schedule is not None:
+        return Plan(pairs, units, visits, schedule(visits, pairs, config))
+    closing = [Visit(visit.unit, visit.context, []) for visit in visits if visit.context]
+    steps = passes(visits, pairs, config)
+    if closing:
+        steps += passes(closing, pairs, config, first=len(visits))
+    return Plan(pairs, units, visits + closing, steps, closing=len(closing))
 
 
-def passes(visits: list[Visit], pairs: list[Pair], config) -> list[tuple[int, list[int]]]:
-    """Every visit once in each epoch, in shuffled batches; within a batch the shortest texts come first."""
+def passes(visits: list[Visit], pairs: list[Pair], config, first: int = 0) -> list[tuple[int, list[int]]]:
+    """Every visit once in each epoch, in shuffled batches; within a batch the shortest texts come first. first: the
+    number of the first of these visits in the plan."""
     longest = [max(pairs[i].longest() for i in visit.trained) for visit in visits]
-    return [(epoch, sorted(ids, key=longest.__getitem__)) for epoch in range(config.epochs)
+    return [(epoch, [first + v for v in sorted(ids, key=longest.__getitem__)]) for epoch in range(config.epochs)
             for ids in batches([visit.trained for visit in visits], config.batch, config.seed, epoch, pairs)]
 
 

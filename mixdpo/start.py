@@ -26,6 +26,7 @@ from mixdpo.gates import TRAINED, Gate, Inputs
 from mixdpo.mixture import e_step, elbo, log_marginal, update_weights
 
 RIDGES = (0.01, 0.1, 1.0)           # candidates for l2 per pair in the linear start
+FOLDS, NEWTON_STEPS = 5, 4          # of fold_log_likelihoods
 
 
 # --- the mixture with linear rewards ----------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def gate_step(c: torch.Tensor, q: torch.Tensor, V: torch.Tensor, ridge: float) -
 def first_responsibilities(config, units: list[list[int]], features: torch.Tensor, log_w: torch.Tensor | None = None,
                            gate_features: torch.Tensor | None = None, random_q: torch.Tensor | None = None
                            ) -> torch.Tensor | None:
-    """log q (G,K) of all groups for the first config.start_steps steps; None if the run starts at the saddle.
+    """log q (G,K) of all groups for the first steps; None if the run starts at the saddle.
 
     units: the pairs of each group; features: (P,2,C), the reference's mean hidden state over each response;
     log_w: (K,) or (G,K) mixture weights that training keeps fixed, else None; gate_features: (G,D), what a trained gate
@@ -163,28 +164,63 @@ def first_responsibilities(config, units: list[list[int]], features: torch.Tenso
         random_q = random_responsibilities(len(units), K, torch.Generator().manual_seed(config.seed))
     if config.start == "dirichlet":
         return random_q
+    fit = fit_linear(config, *pair_features(units, features), log_w, gate_features)[0]
+    return fit.log_q if differ(fit) else random_q
+
+
+def pair_features(units: list[list[int]], features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of the chosen response minus those of the rejected one, of mean square 1 (B,C), and the group (B,) of
+    each pair; the pairs in the order of `units`."""
     index = [i for unit in units for i in unit]
+    x = features[index, 0] - features[index, 1]
     group = torch.tensor([g for g, unit in enumerate(units) for _ in unit])
-    x = features[index, 0] - features[index, 1]                             # (P,C) chosen minus rejected
-    x = x / x.square().mean(0).sqrt().clamp_min(1e-6)
-    options = LinearOptions(RIDGES[0] * len(x), config.restarts, seed=config.seed)
+    return x / x.square().mean(0).sqrt().clamp_min(1e-6), group
+
+
+def fit_linear(config, x: torch.Tensor, group: torch.Tensor, log_w: torch.Tensor | None,
+               gate_features: torch.Tensor | None = None) -> tuple[LinearMixture, float]:
+    """The linear start's mixture, and its penalty l2; arguments as for first_responsibilities and pair_features."""
+    K, options = config.experts, LinearOptions(RIDGES[0] * len(x), config.restarts, seed=config.seed)
     if gate_features is not None:       # a weak penalty lets the experts explain each pair, and the gate learns nothing
         c = (gate_features - gate_features.mean(0)) / gate_features.std(0, correction=0).clamp_min(1e-6)
         gate_features = c * math.sqrt(x.shape[1] / c.shape[1])
         options = replace(options, l2=x.shape[1])       # margins and gate logits then have prior standard deviation 1
-    elif len(units) < len(x):           # some group has several pairs: choose the penalty by prediction within groups
+    elif int(group.max()) + 1 < len(x):  # some group has several pairs: choose the penalty by prediction within groups
         options = replace(options, l2=choose_ridge(x, group, K, options, log_w) * len(x))
     fit = linear_mixture(x, group, K, options, log_w, gate_features)
     shares = ", ".join(f"{q:.2f}" for q in fit.log_q.exp().mean(0))
     bounds = ", ".join(f"{bound:.1f}" for bound in fit.bounds)
     print(f"linear start: best bound of {len(fit.bounds)} fits {fit.bound:.1f} nats (all: {bounds}); mean "
           f"responsibilities {shares}")
-    difference = (fit.theta - fit.theta.mean(0)).square().sum() / fit.theta.square().sum()
-    if difference < 1e-2:
+    if not differ(fit):
         print("warning: the linear start found equal experts, so the reference's features show no types. Training uses "
               "random responsibilities instead; check that the users in the data have different tastes")
-        return random_q
-    return fit.log_q
+    return fit, options.l2
+
+
+def differ(fit: LinearMixture) -> bool:
+    """Whether the K linear rewards are different."""
+    return bool((fit.theta - fit.theta.mean(0)).square().sum() >= 1e-2 * fit.theta.square().sum())
+
+
+@torch.no_grad()
+def start_evidence(config, plan, features: torch.Tensor, log_w: torch.Tensor | None) -> torch.Tensor | None:
+    """What linear rewards say of the type of each unit: the log-likelihood of its training pairs (U,K), nats; None if
+    the fit found equal experts. Each pair is scored by rewards that were fitted without it (fold_log_likelihoods).
+
+    The experts cannot judge the pairs that they are trained on, but linear rewards can. So the E-step's likelihood of a
+    unit has two factors: linear rewards explain its training pairs, and the experts explain its context pairs,
+
+        log q_uk = log w_k + sum over training pairs i of log sigma(theta_k . x_i)          this function
+                           + sum over context pairs i of log sigma(h_ik)                    M11
+    """
+    x, group = pair_features(plan.units, features)
+    fit, l2 = fit_linear(config, x, group, log_w)
+    if not differ(fit):
+        return None
+    scores = fold_log_likelihoods(x, group, fit, l2).float()                # (B,K)
+    context = torch.tensor([bool(plan.pairs[i].context) for unit in plan.units for i in unit])
+    return torch.zeros_like(fit.log_q).index_add(0, group[~context], scores[~context])
 
 
 def choose_ridge(x: torch.Tensor, group: torch.Tensor, experts: int, options: LinearOptions,
@@ -201,16 +237,43 @@ def choose_ridge(x: torch.Tensor, group: torch.Tensor, experts: int, options: Li
 
 @torch.no_grad()
 def make_start(gate, inputs, plan, features: torch.Tensor, config, random_q: torch.Tensor | None = None
-               ) -> torch.Tensor | None:
-    """first_responsibilities of a plan's groups: log q (G,K) or None. They use the gate's weights if training keeps
-    these fixed, and what the gate looks at if it is trained."""
+               ) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """How the responsibilities of a plan's units begin: log q (U,K) of the first config.known_steps steps, or None; and
+    the start's evidence (U,K), or zeros. They use the gate's weights if training keeps these fixed, and what the gate
+    looks at if it is trained."""
     fixed = gate.kind not in TRAINED and config.weights != "update"
+    log_w = gate(inputs).cpu()                                              # (U,K)
+    none = torch.zeros_like(log_w)
+    if config.experts > 1 and config.start == "linear" and config.estep == "context":
+        evidence = start_evidence(config, plan, features, log_w if fixed else None)
+        if evidence is not None:
+            return None, evidence
     reads = gate_features(gate, inputs).cpu() if gate.kind in TRAINED and config.latent == "pair" else None
-    log_w = gate(inputs).cpu()                                              # (G,K)
     log_q = first_responsibilities(config, plan.units, features, log_w if fixed else None, reads, random_q)
     if log_q is None or not log_w.isinf().any():
-        return log_q
-    return torch.log_softmax(log_q.masked_fill(log_w.isinf(), -torch.inf), dim=-1)     # w_k = 0 allows only q_k = 0
+        return log_q, none
+    return torch.log_softmax(log_q.masked_fill(log_w.isinf(), -torch.inf), dim=-1), none    # w_k = 0: only q_k = 0
+
+
+@torch.no_grad()
+def fold_log_likelihoods(x: torch.Tensor, group: torch.Tensor, fit: LinearMixture, l2: float) -> torch.Tensor:
+    """log sigma(theta_k . x) of each pair under rewards that were fitted without it: (B,K) float64, nats.
+
+    The pairs of every group are divided into FOLDS folds. For each fold the K rewards are fitted again to all other
+    folds, with the responsibilities of `fit` (the M-step, to convergence), and the fold is scored by them. A linear
+    reward explains the pairs that it was fitted to better than others, so scores of its own pairs would be too sure.
+    """
+    x, q, order = x.double(), fit.log_q.double().exp()[group], torch.argsort(group, stable=True)      # q (B,K)
+    nth = torch.empty_like(group)
+    nth[order] = torch.arange(len(group)) - torch.searchsorted(group[order], group[order])  # place within its group
+    scores = x.new_empty(len(x), len(fit.theta))
+    for fold in range(FOLDS):
+        out = nth % FOLDS == fold
+        for k, theta in enumerate(fit.theta.double()):
+            for _ in range(NEWTON_STEPS):
+                theta = newton_step(x[~out], q[~out, k], theta, l2 * (1 - 1 / FOLDS))
+            scores[out, k] = F.logsigmoid(x[out] @ theta)
+    return scores
 
 
 @torch.no_grad()

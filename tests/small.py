@@ -78,7 +78,8 @@ def nothing(units):
 def problem(config, pairs, ref_logp, start=None, rows_of=compact_rows):
     """What a step reads, of a gate that reads nothing."""
     plan = make_plan(pairs, config)
-    return Problem(config, plan, ref_logp, nothing(len(plan.units)), start, rows_of)
+    none = torch.zeros(len(plan.units), config.experts)
+    return Problem(config, plan, ref_logp, nothing(len(plan.units)), start, none, rows_of)
 
 
 def state(experts, problem, log_w=None, optimizer=None):
@@ -91,7 +92,7 @@ def state(experts, problem, log_w=None, optimizer=None):
 def accumulate(experts, problem, log_w, em=None, log_q=None, pairs=None):
     """Adds the gradient of M8 over all visits of a problem's plan, in one micro-batch; returns what em_loss shows of
     each part: log_q and h of its pairs. log_w (K,) of all units."""
-    ids, config = list(range(len(problem.plan.visits))), problem.config
+    ids, config = list(range(problem.plan.inferred)), problem.config
     micro, = micro_batches(problem.plan, ids, dataclasses.replace(config, micro=10_000))
     log_w = log_w.expand(len(ids), -1)
     loss_of = em_loss(micro, log_w, log_q, problem, em or EM(), pairs or len(micro.train.ids))

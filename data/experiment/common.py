@@ -35,7 +35,7 @@ def check_preset(preset: dict, *parts: str) -> None:
     ranges |= {"seed": SEEDS, "heldout": "(0, inf)", "continuations": "[2, inf)", "agree": "[0, 1]"}
     check_ranges(SimpleNamespace(**preset), {name: ranges[name] for name in ranges if name in preset})
     for options in preset["runs"].values():
-        validate(TrainConfig(data="", model="", out="", **preset["train"] | options))
+        validate(TrainConfig(model="", out="", **{"data": ""} | preset["train"] | options))
     if "finetune" in parts:
         validate_finetune(FinetuneConfig(data="", model="", out="", **preset["finetune"]))
 
@@ -60,7 +60,8 @@ def train_and_evaluate(job: Path, preset: dict, shared: dict, **options) -> None
     """Trains the preset's runs on the job's train.jsonl, evaluates them, and prints the result. shared: options of
     TrainConfig for all runs; options: of EvalConfig."""
     for name, own in preset["runs"].items():
-        run(TrainConfig(out=str(job / name), data=str(job / "train.jsonl"), **shared | preset["train"] | own))
+        options = {"data": "train.jsonl"} | shared | preset["train"] | own
+        run(TrainConfig(out=str(job / name), **options | {"data": str(job / options["data"])}))
     evaluate(EvalConfig(dir=str(job), data_folder=shared["data_folder"], **options))
     found = read_job(job)
     head, rows = headline(found)

@@ -11,11 +11,12 @@ removes close pairs.
     conflicting      clear for the judge and for another annotator, who prefers the other continuation
 
 A user visits the prompts in a random order and takes at most one pair of each, until the wanted numbers of agreeing and
-conflicting pairs are reached. Both kinds are needed: conflicts distinguish types; agreement makes types identifiable
-from single comparisons (with two exactly opposed types each comparison is at one half). If a prompt has several pairs
-of the wanted kind, the user takes the pair that fewest earlier users have seen, so that the data hold many different
-pairs; among equals the clearest (largest minimum of |gap| over the annotators that define the kind). If the prompts run
-out, any pair that is clear for the judge is taken, and counted as "filled".
+conflicting pairs are reached; without a wanted share of agreeing pairs, a pair of any kind will do. Both kinds are
+needed: conflicts distinguish types; agreement makes types identifiable from single comparisons (with two exactly
+opposed types each comparison is at one half). If a prompt has several pairs of the wanted kind, the user takes the pair
+that fewest earlier users have seen, so that the data hold many different pairs; among equals the clearest (largest
+minimum of |gap| over the annotators that define the kind). If the prompts run out, any pair that is clear for the judge
+is taken, and counted as "filled".
 """
 
 import itertools
@@ -33,7 +34,7 @@ from mixdpo.evaluation.statistics import bayes_posterior
 class Rules:
     """How pairs are chosen."""
 
-    agree: float                # wanted share of agreeing pairs
+    agree: float | None         # wanted share of agreeing pairs; None: pairs of any kind
     margin: float               # smallest gap, in spreads
     spread: dict[str, float]    # annotator -> spread of its scores
 
@@ -95,8 +96,8 @@ def judge_pairs(scores: list[dict], users: dict[str, str], each: int, rules: Rul
 
     for u, (user, judge) in enumerate(users.items()):
         order = np.random.default_rng([seed, 11, u]).permutation(len(scores)).tolist()
-        wanted = Counter(agree=round(rules.agree * each))
-        wanted["conflict"] = each - wanted["agree"]
+        agree = 0 if rules.agree is None else round(rules.agree * each)
+        wanted = Counter() if rules.agree is None else Counter(agree=agree, conflict=each - agree)
         taken = {}                                                          # prompt -> (kind, chosen, rejected)
         for p in order:
             if len(taken) == each:
@@ -106,10 +107,10 @@ def judge_pairs(scores: list[dict], users: dict[str, str], each: int, rules: Rul
                 kind = max(offered, key=lambda k: wanted[k])                # the kind that lacks most pairs
                 wanted[kind] -= 1
                 taken[p] = (kind, *fresh(p, table[judge][p][kind]))
-        for p in order if len(taken) < each else ():                        # no prompts left
+        for p in order if len(taken) < each else ():                        # no prompts left, or any kind will do
             rest = [pair for kind in table[judge][p].values() for pair in kind]
             if rest and p not in taken and len(taken) < each:
-                taken[p] = ("filled", *fresh(p, rest))
+                taken[p] = ("filled" if wanted else "any", *fresh(p, rest))
         if len(taken) < each:
             raise InputError(f"{user} ({judge}) finds {len(taken)} pairs on {len(scores)} prompts; wanted {each}; "
                              f"choose a preset with more prompts or continuations, or a margin below {rules.margin}",

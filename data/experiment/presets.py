@@ -22,13 +22,25 @@ TWO, THREE = ["sentiment", "informativeness"], ["sentiment", "informativeness", 
 COMMON = {"agree": 0.3, "margin": 1.0, "seed": 0, "judge_reviews": 12000, "continuations": 4, "max_response": 48}
 
 
-def runs(experts: int, of_users: dict, of_mixtures: dict = {}, seeds: int = 1, **of_dpo) -> dict:
-    """DPO; the mixture with a latent type for each pair, as in the paper; and with one for each user, once for each
-    seed. Heads have a frozen trunk: a trainable trunk follows the type that is easier to learn."""
-    heads = {"experts": experts, "train_trunk": False, "start": "linear"} | of_mixtures
-    out = {"dpo": {"experts": 1} | of_dpo, "mix-pair": heads | {"latent": "pair"}}
+ADAPTERS = {"sharing": "lora", "targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "rank": 16}
+LONG = 1000000      # more steps than any run has
+
+
+def runs(types: list[str], seeds: int = 1, betas: tuple = ()) -> dict:
+    """One policy for all (DPO); the mixture with one latent type for each user; one policy for each known type, which
+    is the ceiling; and experts trained on the assignment of the linear start, without EM. All are adapters of the same
+    rank on the same projections, and are trained on the same pairs. Each run once for each seed; betas: further ones of
+    DPO and of the mixture."""
+    mixture = ADAPTERS | {"experts": len(types), "start": "linear", "latent": "user"}
+    out = {}
     for seed in range(seeds):
-        out["mix-user" + f"-seed{seed}" * (seed > 0)] = heads | {"latent": "user", "seed": seed} | of_users
+        end, own = f"-seed{seed}" * (seed > 0), {"seed": seed}
+        out["dpo" + end] = ADAPTERS | {"experts": 1} | own
+        out["mixture" + end] = mixture | {"estep": "context", "shared_rank": 16} | own
+        out |= {f"dpo-{kind}{end}": ADAPTERS | {"experts": 1, "data": f"train-{kind}.jsonl"} | own for kind in types}
+        out["start" + end] = mixture | {"estep": "first", "start_steps": LONG} | own
+        for beta in betas:
+            out |= {f"{name}-beta{beta}{end}": out[name + end] | {"beta": beta} for name in ("dpo", "mixture")}
     return out
 
 
@@ -36,22 +48,21 @@ SMOKE = COMMON | {
     "annotators": TWO, "prompts": 24, "heldout": 12, "evaluate": 8, "max_response": 16, "margin": 0.1,
     "users": 4, "pairs": 10, "context": 3, "heldout_pairs": 4, "new_users": 2, "new_pairs": 6, "reviews": 60,
     "finetune": {"steps": 2, "batch": 4, "tokens": 64, "held": 8},
-    "train": {"epochs": 1, "batch": 20, "micro": 10}, "runs": runs(2, {"start_steps": 1, "estep": "context"}),
+    "train": {"epochs": 1, "batch": 20, "micro": 10}, "runs": runs(TWO),
 }
 QUICK = COMMON | {
     "annotators": TWO, "prompts": 200, "heldout": 150, "evaluate": 150, "continuations": 5, "max_response": 32,
     "users": 40, "pairs": 16, "context": 6, "heldout_pairs": 8, "new_users": 24, "new_pairs": 32, "agree": 0.5,
     "reviews": 1500,
     "finetune": {"steps": 40, "batch": 8, "tokens": 128, "lr": 1e-4},
-    "train": {"batch": 16, "micro": 16},
-    "runs": runs(2, {"start_steps": 25, "estep": "context"}, {"epochs": 2}, lr=5e-5),
+    "train": {"batch": 16, "micro": 16}, "runs": runs(TWO),
 }
 CPU = COMMON | {
     "annotators": TWO, "prompts": 800, "heldout": 600, "evaluate": 200, "continuations": 6, "max_response": 32,
     "users": 120, "pairs": 20, "context": 8, "heldout_pairs": 8, "new_users": 40, "new_pairs": 32, "reviews": 3000,
     "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4},
     "train": {"epochs": 1, "batch": 24, "micro": 24},
-    "runs": runs(2, {"start_steps": 40, "estep": "context"}, seeds=3, lr=5e-5),
+    "runs": runs(TWO, seeds=3),
 }
 PAPER = COMMON | {
     "annotators": THREE, "prompts": 25000, "heldout": 10000, "evaluate": 10000,
@@ -59,7 +70,7 @@ PAPER = COMMON | {
     "reviews": 20000, "judge_reviews": 22000,
     "finetune": {"steps": 2000, "batch": 64, "tokens": 128, "held": 256},
     "train": {"epochs": 2, "batch": 80, "micro": 80},
-    "runs": runs(3, {"start_steps": 300, "estep": "context"}),
+    "runs": runs(THREE),
 }
 IMDB = {"smoke": SMOKE, "quick": QUICK, "cpu": CPU, "paper": PAPER}
 

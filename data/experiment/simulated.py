@@ -29,6 +29,7 @@ from data.experiment.finetune import FinetuneConfig, finetune
 from data.experiment.pairs import Rules, judge_with_context, name_users, pair_facts, pair_line, spreads
 from data.experiment.stages import key_of, line_by_line, read_lines, stage, write_lines
 from mixdpo.config import InputError, check_choices, compute_dtype, parse, to_json, write_text
+from mixdpo.evaluation.completions import with_utilities
 from mixdpo.evaluation.generate import Sampling, generate
 from mixdpo.fast.memory import tune_process
 from mixdpo.files import fetch
@@ -174,16 +175,28 @@ def judge(job: Path, preset: dict, max_prompt: int) -> str:
     """Writes the preference files and dataset.json, which records how they were made. Returns a summary."""
     types = preset["annotators"]
     scored = {name: read_lines(job / f"scored-{file}") for name, file in FILES.items()}
-    rules = Rules(preset["agree"], preset["margin"], spreads([row["scores"] for row in scored["train"]], types))
     facts = {"rewards": list(NAMES), "annotators": types, "max_new": preset["max_response"], "max_prompt": max_prompt}
+    of_train = [row["scores"] for row in scored["train"]]
+    if tastes := preset.get("tastes"):                                      # utilities of rewards in spreads
+        spread = spreads(of_train, sorted({reward for of in tastes.values() for reward in of}))
+        facts["utilities"] = {kind: {reward: weight / spread[reward] for reward, weight in of.items()}
+                              for kind, of in tastes.items()}
+        scored = {name: [row | {"scores": with_utilities(row["scores"], facts["utilities"])} for row in rows]
+                  for name, rows in scored.items()}
+    spread = dict.fromkeys(types, 1.0) if tastes else spreads(of_train, types)
+    rules = Rules(preset["agree"], preset["margin"], spread)
     names = ("seed", "users", "pairs", "context", "heldout_pairs", "new_users", "new_pairs", "continuations", "agree",
              "domains", "margin")
     facts |= {name: preset[name] for name in names if name in preset}
-    facts |= {"spread": rules.spread, "ties": "none: a pair within the margin is not shown"}
+    facts |= {"spread": spread, "ties": "none: a pair within the margin is not shown"}
     for file in preference_files(preset):
         rows = scored[file.split]
         judged = judged_pairs(rows, file, preset, rules)
-        write_lines(job / f"{file.name}.jsonl", (pair_line(rows[pair["prompt"]], pair) for pair in judged))
+        lines = [pair_line(rows[pair["prompt"]], pair) for pair in judged]
+        write_lines(job / f"{file.name}.jsonl", lines)
+        if file.name == "train":                                            # of each type, for one policy a known type
+            for kind in types:
+                write_lines(job / f"train-{kind}.jsonl", (line for line in lines if line["annotator"] == kind))
         lost = sum(row["lost"] for row in read_lines(job / f"sampled-{FILES[file.split]}"))
         facts[file.name] = {"prompts": len(rows), "continuations_lost": lost}
         facts[file.name] |= pair_facts(rows, judged, types, rules.spread)
@@ -234,7 +247,7 @@ def prepare(job: Path, dataset: DataSet, preset: dict, model: str, distilbert: s
         stage(job, f"sample-{name}", key, [f"sampled-{file}"], lambda: sample(job, preset, tokenizer, file, seed, key))
         key = key_of(job / f"sampled-{file}", job / "judge.json")
         stage(job, f"annotate-{name}", key, [f"scored-{file}"], lambda: annotate(job, file, key))
-    names = ("annotators", "domains", "seed", "margin", "agree", "users", "pairs", "context", "heldout_pairs",
+    names = ("annotators", "tastes", "domains", "seed", "margin", "agree", "users", "pairs", "context", "heldout_pairs",
              "new_users", "new_pairs")
     longest, scored = longest_prompt(tokenizer), [job / f"scored-{file}" for file in FILES.values()]
     key = key_of({name: preset.get(name) for name in names}, longest, *scored)

@@ -98,8 +98,6 @@ def read_run(path: Path) -> Run:
     data = local if local.exists() else Path(config["data"])                # the job's folder may have moved
     units = {}
     for n, pair in enumerate(records(data) if not config["drop"] else []):  # dropped lines would shift the numbers
-        if pair.get("context") and config["estep"] != "context":
-            continue                                                        # belongs to no group (mixdpo/plan.py)
         units.setdefault(pair["user"] if config["latent"] == "user" else n, pair.get("annotator") or "all")
     seconds = (path / "metrics.jsonl").stat().st_mtime - (path / "config.json").stat().st_mtime
     return Run(path.name, config, numbers(records(path / "metrics.jsonl")), records(path / "responsibilities.jsonl"),

@@ -27,6 +27,25 @@ def weights_after(log_w: torch.Tensor, h: torch.Tensor, known: list[int], predic
     return torch.log_softmax(log_w[predicted] + evidence, dim=-1)           # M11
 
 
+def halves(pairs: list[Pair], seed: int) -> list[tuple[list[int], list[int]]]:
+    """The pairs of each user, shuffled and divided: of the first half some are known, the second half is predicted."""
+    order = np.random.default_rng([seed, 31])
+    return [(unit[: len(unit) // 2], unit[len(unit) // 2 :])
+            for unit in (order.permutation(unit).tolist() for unit in groups(pairs, "user"))]
+
+
+def posteriors_after(pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor, seed: int = 0
+                     ) -> dict[int, tuple[torch.Tensor, list[str | None]]]:
+    """Number of known pairs -> log w_u of all users (U,K) given these, and the annotator of each user; only numbers
+    that all users have. Arguments as for adaptation_curve."""
+    units, found = halves(pairs, seed), {}
+    for n in SHOWN:
+        if all(len(first) >= n for first, _ in units):
+            log_q = torch.cat([weights_after(log_w, h, first[:n], second[:1]) for first, second in units])
+            found[n] = log_q, [pairs[second[0]].annotator for _, second in units]
+    return found
+
+
 @torch.no_grad()
 def adaptation_curve(pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor, seed: int = 0) -> list[dict]:
     """A point for each number of known pairs: {"shown": that number, "users": how many users have so many pairs,
@@ -36,12 +55,10 @@ def adaptation_curve(pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor, se
     h (P,K): margins; log_w (P,K): weights for unknown users. Standard errors cluster by user and prompt, those of the
     rise by user. Raises: InputError if a pair has no user.
     """
-    order, curve = np.random.default_rng([seed, 31]), []
+    curve, divided = [], halves(pairs, seed)
     first_of: dict[str | None, float] = {}
-    halves = [(unit[: len(unit) // 2], unit[len(unit) // 2 :])
-              for unit in (order.permutation(unit).tolist() for unit in groups(pairs, "user"))]
     for n in SHOWN:
-        units = [(first[:n], second) for first, second in halves if len(first) >= n]
+        units = [(first[:n], second) for first, second in divided if len(first) >= n]
         if not units:
             break
         index = torch.tensor([i for _, second in units for i in second])

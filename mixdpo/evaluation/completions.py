@@ -42,32 +42,48 @@ class CompletionTask:
     sampling: Sampling              # its batch counts prompts
 
 
-def policy_rows(runs: list[Run], task: CompletionTask) -> dict:
-    """Completions by the reference and by every policy of the runs. Policy -> {"ids": the completion of each prompt,
-    "kl": (N,) log pi - log pi_ref of each in nats, "z": the expert of each, None for the reference, and for a mixture
-    "w": (N,K)}."""
-    reference, dtype = task.reference, runs[0].experts.dtype
-    states = prompt_features(reference, [p.prompt for p in task.prompts], dtype)            # (N,2,C)
+def policy_rows(runs: list[Run], task: CompletionTask, done: dict | None = None) -> dict:
+    """Completions by the reference and by every policy of the runs: policy -> a row (run_rows). Fills done: run -> what
+    `complete` returns, and "reference" -> its completions."""
+    dtype, done = runs[0].experts.dtype, {} if done is None else done
+    states = prompt_features(task.reference, [p.prompt for p in task.prompts], dtype)       # (N,2,C)
+    rows = {"reference": reference_row(task, dtype)}
+    done["reference"] = rows["reference"]["ids"]
+    for run in runs:
+        done[run.name] = complete(run, task, done["reference"], run.name)
+        rows |= run_rows(run, task, states, *done[run.name])
+    return rows
+
+
+def reference_row(task: CompletionTask, dtype: torch.dtype) -> dict:
+    """Completions by the reference, as a row of `run_rows`."""
+    reference = task.reference
     plain, = sample([(reference, reference.unembedding)], task, dtype, "reference")
     kl = torch.zeros(len(plain))                                            # exactly, at temperature 1
     if task.sampling.temperature != 1:
         kl = log_ratios(task, Heads(reference, 1, dtype=dtype), True, [plain], plain, "reference")[0, :, 0]
-    rows = {"reference": {"ids": plain, "kl": kl, "z": None}}
-    for run in runs:
-        rows |= run_rows(run, task, states, plain)
-    return rows
+    return {"ids": plain, "kl": kl, "z": None}
 
 
-def run_rows(run: Run, task: CompletionTask, states: torch.Tensor, plain: list[list[int]]) -> dict:
-    """The rows of one run. states (N,2,C): of the prompts; plain: the reference's completions."""
-    K, ids, seed = run.config.experts, [], task.sampling.seed
+def complete(run: Run, task: CompletionTask, plain: list[list[int]], name: str
+             ) -> tuple[list[list[list[int]]], torch.Tensor]:
+    """Completions by each expert of a run, K lists of N, and log pi_j - log pi_ref of each under every expert j,
+    (K,N,K) nats. plain: the reference's completions."""
+    K, ids = run.config.experts, []
     for experts in [range(K)] if run.config.sharing == "heads" else [[k] for k in range(K)]:
-        name = f"{run.name} expert {'+'.join(map(str, experts))}"
-        ids += sample([run.experts.policy(k) for k in experts], task, run.experts.dtype, name)
-    kl = log_ratios(task, run.experts, not run.config.train_trunk, ids, plain, run.name)    # (K,N,K)
-    log_w, n, rows = weights(run, task.prompts, states), torch.arange(len(plain)), {}
+        ids += sample([run.experts.policy(k) for k in experts], task, run.experts.dtype,
+                      f"{name} expert {'+'.join(map(str, experts))}")
+    return ids, log_ratios(task, run.experts, not run.config.train_trunk, ids, plain, name)
+
+
+def run_rows(run: Run, task: CompletionTask, states: torch.Tensor, ids: list, kl: torch.Tensor) -> dict:
+    """The policies of one run, from what `complete` returns: policy -> {"ids": the completion of each prompt, "kl":
+    (N,) log pi - log pi_ref of each in nats, "z": the expert of each, and for a mixture "w": (N,K)}. states (N,2,C): of
+    the prompts."""
+    K, seed = run.config.experts, task.sampling.seed
+    log_w, n, rows = weights(run, task.prompts, states), torch.arange(len(task.prompts)), {}
     for mode in ("mixture", "sparse", *range(K)) if K > 1 else (0,):
-        z = choose_expert(log_w, len(plain), str(mode), seed)               # (N,)  M13
+        z = choose_expert(log_w, len(n), str(mode), seed)                   # (N,)  M13
         chosen = kl[z, n]                                                   # (N,K)
         log_ratio = mixture_logp(log_w, chosen) if mode == "mixture" else chosen[n, z]      # M14
         name = run.name if K == 1 else f"{run.name} {mode if mode in ('mixture', 'sparse') else f'head {mode}'}"
@@ -119,24 +135,32 @@ def plain_text(prompt: list[int], completion: list[int], tokenizer, end: int) ->
 def reward_table(rows: dict, texts: dict, dataset: dict, score) -> dict:
     """Rewards, KL and length of every policy, each a mean with its standard error over prompts.
 
-    texts: policy -> its texts; dataset: dataset.json, which names the rewards and the annotators; score: texts ->
-    {reward: the score of each}. "trained" is the mean of the rewards that the annotators of the training pairs follow,
+    texts: policy -> its texts; dataset: dataset.json, which names the annotators; score: texts -> {reward: the score of
+    each}. "trained" is the mean of the rewards that the annotators of the training pairs follow,
     "gain" is "trained" minus the reference's on the same prompts, and "values" holds all rewards by prompt (N,R), for
     paired comparisons.
     """
     unique = sorted({text for column in texts.values() for text in column})
-    scores = dict(zip(unique, zip(*score(unique).values())))
+    found = score(unique)
+    rewards, scores = list(found), dict(zip(unique, zip(*found.values())))
     table: dict[str, dict] = {}
     base = None
     for name, row in rows.items():
         values = torch.tensor([scores[text] for text in texts[name]], dtype=torch.float64)          # (N,R)
-        trained = values[:, [dataset["rewards"].index(a) for a in dataset["annotators"]]].mean(1)   # (N,)
+        trained = values[:, [rewards.index(a) for a in dataset["annotators"]]].mean(1)   # (N,)
         base = trained if base is None else base
-        table[name] = {reward: mean_se(values[:, r]) for r, reward in enumerate(dataset["rewards"])}
+        table[name] = {reward: mean_se(values[:, r]) for r, reward in enumerate(rewards)}
         table[name] |= {"trained": mean_se(trained), "gain": mean_se(trained - base), "kl": mean_se(row["kl"])}
         table[name] |= {"length": mean_se(torch.tensor([len(y) for y in row["ids"]])), "values": values.tolist()}
         table[name] |= {"w": row["w"].tolist()} if "w" in row else {}
     return table
+
+
+def with_utilities(scores: dict[str, list[float]], types: dict[str, dict[str, float]]) -> dict[str, list[float]]:
+    """The scores {reward: [n]} with the utility of each type added: {type: [n]}, the sum of weight times reward.
+    types: type -> {reward: weight}."""
+    terms = {kind: [[w * s for s in scores[reward]] for reward, w in of.items()] for kind, of in types.items()}
+    return scores | {kind: list(map(sum, zip(*of))) for kind, of in terms.items()}
 
 
 def write_samples(folder: Path, prompts: list[str], texts: dict) -> None:

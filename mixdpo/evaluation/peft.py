@@ -29,20 +29,22 @@ ONLY = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": Fa
 
 
 def factors(experts: Adapters, k: int) -> dict[str, torch.Tensor]:
-    """PEFT's names -> expert k's A_k (R,in) and B_k (out,R), as views and not copies."""
+    """PEFT's names -> expert k's A (R,in) and B (out,R): views of its factors, or, if there is a shared adapter, copies
+    that hold both parts (R+S)."""
     out: dict[str, torch.Tensor] = {}
     for path in experts.targets:
-        name, layer = f"base_model.model.{PREFIX[type(experts.trunk)]}{path}", experts.adapted(path)
-        out |= {f"{name}.lora_A.weight": layer.A.detach()[k], f"{name}.lora_B.weight": layer.B.detach()[k]}
+        name, (A, B) = f"base_model.model.{PREFIX[type(experts.trunk)]}{path}", experts.adapted(path).of_expert(k)
+        out |= {f"{name}.lora_A.weight": A.detach(), f"{name}.lora_B.weight": B.detach()}
     return out
 
 
 def save_adapter(experts: Adapters, k: int, directory, base: str) -> None:
     """Writes expert k as a PEFT adapter; an interruption leaves no partial file. base: the base model, a directory or a
     name on the hub, as transformers' from_pretrained takes it."""
+    rank = experts.rank + experts.shared
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-        "r": experts.rank, "lora_alpha": int(SCALE * experts.rank), "lora_dropout": 0.0, "bias": "none",
+        "r": rank, "lora_alpha": int(SCALE * rank), "lora_dropout": 0.0, "bias": "none",
         "target_modules": sorted({path.rpartition(".")[2] for path in experts.targets}),
         "fan_in_fan_out": isinstance(experts.trunk, GPT2),
     }
@@ -52,7 +54,9 @@ def save_adapter(experts: Adapters, k: int, directory, base: str) -> None:
 @torch.no_grad()
 def load_adapter(experts: Adapters, k: int, directory) -> None:
     """Copies a PEFT adapter into expert k: the inverse of save_adapter, exact to the bit. If its alpha is not SCALE R,
-    B is scaled to compensate. Raises: InputError naming the file and what does not fit; nothing is copied then."""
+    B is scaled to compensate. Raises: InputError naming the file and what does not fit; nothing is copied then.
+    The experts must have no shared adapter: an adapter's file does not say which part of it is shared."""
+    assert not experts.shared, f"got experts with a shared adapter of rank {experts.shared}, want none"
     settings, weights = Path(directory) / SETTINGS, Path(directory) / WEIGHTS
     for path in (settings, weights):
         if not path.is_file():

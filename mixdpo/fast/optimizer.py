@@ -16,10 +16,10 @@ BETAS, EPS = (0.9, 0.99), 1e-8
 
 def make_optimizer(module: torch.nn.Module, lr: float, head_lr: float = 0.0,
                    gate: tuple[torch.nn.Module, float] | None = None, moments: str = "float32", seed: int = 0):
-    """AdamW, and the names of its parameters in its order. Low-rank factors, which are the parameters named A and B,
-    learn at head_lr, the others at lr. gate: a module and its learning rate."""
+    """AdamW, and the names of its parameters in its order. Low-rank factors, which are the parameters named A, B, A_0
+    and B_0, learn at head_lr, the others at lr. gate: a module and its learning rate."""
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    factors = {n for n, _ in named if n.rpartition(".")[2] in ("A", "B")}
+    factors = {n for n, _ in named if n.rpartition(".")[2] in ("A", "B", "A_0", "B_0")}
     low, rest = [(n, p) for n, p in named if n in factors], [(n, p) for n, p in named if n not in factors]
     of_gate = [(f"gate.{n}", p) for n, p in gate[0].named_parameters() if p.requires_grad] if gate else []
     sets = [(rest, lr), (low, head_lr), (of_gate, gate[1] if gate else 0.0)]

@@ -1,8 +1,10 @@
 """Low-rank adapters in a frozen model (LoRA: Hu et al. 2021, arXiv 2106.09685), K of them side by side.
 
-    y = W x + b + SCALE B_k A_k x      in the rows of expert k
+    y = W x + b + SCALE (B_k A_k + B_0 A_0) x      in the rows of expert k
 
-Left out: dropout, biases that learn, and alpha as an option.
+B_0 A_0 is an adapter that all experts share (optional). All experts' pairs train it, so what people have in common is
+learnt once, from all pairs, and the other adapters learn the differences (the paper's Case 1: a shared encoder with
+parts of each expert). Left out: dropout, biases that learn, and alpha as an option.
 """
 
 import copy
@@ -24,30 +26,49 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class LoRALinear(nn.Module):
-    """A frozen projection W and K adapters on it: y = W x + b + SCALE B_k A_k x in the rows of expert k.
+    """A frozen projection W with K adapters, and one that all K experts share if `shared` is not 0:
+    y = W x + b + SCALE (B_k A_k + B_0 A_0) x in the rows of expert k.
 
-    A (K,R,in) is uniform in +-1/sqrt(in), which is kaiming_uniform with a = sqrt(5); B (K,out,R) is 0.
+    The adapters have rank R, the shared one has rank S. A (K,R,in) and A_0 (S,in) are uniform in +-1/sqrt(in), which is
+    kaiming_uniform with a = sqrt(5); B (K,out,R) and B_0 (out,S) are 0.
     """
 
-    def __init__(self, linear: nn.Linear, experts: int, rank: int, generator: torch.Generator):
+    def __init__(self, linear: nn.Linear, experts: int, rank: int, generator: torch.Generator, shared: int = 0):
         super().__init__()
         self.linear, W = linear, linear.weight                              # (out,in)
-        noise = torch.rand(experts, rank, W.shape[1], generator=generator) * 2 - 1
-        self.A = nn.Parameter(noise.to(W) / math.sqrt(W.shape[1]))                                # (K,R,in)
-        self.B = nn.Parameter(W.new_zeros(experts, W.shape[0], rank))                             # (K,out,R)
+        self.A, self.B = factors(W, (experts, rank), generator)                        # (K,R,in), (K,out,R)
+        self.A_0: nn.Parameter | None = None                                           # (S,in)
+        self.B_0: nn.Parameter | None = None                                           # (out,S)
+        if shared:
+            self.A_0, self.B_0 = factors(W, (shared,), generator)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(K*N,T,in) -> (K*N,T,out): the first N rows belong to expert 0. One product with W serves all experts."""
         low = x.reshape(len(self.A), -1, x.shape[-1]) @ self.A.mT           # (K,N*T,R)
         y = self.linear(x)
-        return y + (SCALE * low @ self.B.mT).view(y.shape)
+        y = y + (SCALE * low @ self.B.mT).view(y.shape)
+        return y if self.A_0 is None or self.B_0 is None else y + SCALE * (x @ self.A_0.mT) @ self.B_0.mT
+
+    def of_expert(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Expert k's part and the shared part as one adapter: A (R+S,in), B (out,R+S). The product B A is their sum."""
+        if self.A_0 is None or self.B_0 is None:
+            return self.A[k], self.B[k]
+        return torch.cat([self.A[k], self.A_0]), torch.cat([self.B[k], self.B_0], dim=1)
 
     @torch.no_grad()
     def merged(self, k: int) -> nn.Linear:
-        """A plain projection with the weight W + SCALE B_k A_k, in new memory."""
-        linear = copy.deepcopy(self.linear)
-        linear.weight += SCALE * self.B[k] @ self.A[k]
+        """A plain projection with the weight of expert k, W + SCALE (B_k A_k + B_0 A_0), in new memory."""
+        linear, (A, B) = copy.deepcopy(self.linear), self.of_expert(k)
+        linear.weight += SCALE * B @ A
         return linear
+
+
+def factors(W: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> tuple[nn.Parameter, nn.Parameter]:
+    """The factors of adapters on W (out,in): A (*shape,in), random, and B, the same with its last two axes exchanged
+    and `out` in the place of `in`, which is 0."""
+    noise = torch.rand(*shape, W.shape[1], generator=generator) * 2 - 1
+    A = nn.Parameter(noise.to(W) / math.sqrt(W.shape[1]))
+    return A, nn.Parameter(W.new_zeros(*shape[:-1], W.shape[0], shape[-1]))
 
 
 def frozen_twin(model: Module) -> Module:

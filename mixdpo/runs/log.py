@@ -76,7 +76,7 @@ class Log:
         self.responsibilities(t, groups, log_q)
         accuracy = " ".join(f"{a:.2f}" for a in figures["accuracy"])
         self.progress(t, self.total, f"loss {figures['loss']:.4f}  bound {figures['bound']:.4f}  accuracy {accuracy}")
-        for name, what in alarms(self.history, self.config.experts, self.config.start_steps).items():
+        for name, what in alarms(self.history, self.config.experts, self.config.known_steps).items():
             if name not in self.warned:
                 print(f"warning: step {t}: {name}: {what}")
                 self.warned.add(name)

@@ -33,6 +33,7 @@ class TrainConfig:
     rank: int = 16                  # rank of low-rank heads or adapters; 0: full heads. With --experts 1 it needs
                                     # --train-trunk false or --sharing lora; without either, all parameters of the model
                                     # are trained (DPO)
+    shared_rank: int = 0            # with --sharing lora: rank of one more adapter, which all experts share; 0: none
     targets: str = ""               # with --sharing lora: the projections with adapters, comma-separated; empty: c_attn
                                     # (GPT-2), or q_proj,v_proj (Llama)
     train_trunk: bool = True        # * false: freeze the trunk and train the heads alone; also for one head (--experts
@@ -58,7 +59,8 @@ class TrainConfig:
     # --- E-step
     start: str = "dirichlet"        # * first responsibilities: dirichlet (random), linear (fit of linear rewards) or
                                     # none (the E-step runs from the first step)
-    start_steps: int = 10           # optimizer steps that use the first responsibilities; after them the E-step runs
+    start_steps: int = 10           # optimizer steps that use the first responsibilities; after them the E-step runs.
+                                    # Not with --start linear --estep context, where each E-step combines both
     restarts: int = 5               # number of fits of --start linear; the fit with the best bound is used
     estep: str = "all"              # * pairs that the E-step reads: all, context (never trained on) or first (once,
                                     # at the first visit; then kept)
@@ -110,6 +112,13 @@ class TrainConfig:
     keep: int = 2                   # number of newest checkpoints that an unfinished run keeps
 
     @property
+    def known_steps(self) -> int:
+        """The number of first steps whose responsibilities are those of the start. With --start linear and context
+        pairs it is 0: the E-step runs from the first step, and the start's evidence is part of it (start.py)."""
+        combined = self.start == "linear" and self.estep == "context"
+        return 0 if self.experts == 1 or self.start == "none" or combined else self.start_steps
+
+    @property
     def models(self) -> list[str]:
         """The reference of all experts, or one reference for each."""
         return self.model.split(",") if self.sharing == "models" else [self.model]
@@ -148,8 +157,8 @@ CHOICES = {
 RANGES = {
     **dict.fromkeys(("experts", "epochs", "batch", "micro", "restarts", "draws", "keep", "max_prompt", "max_response",
                      "prior"), "[1, inf)"),
-    **dict.fromkeys(("rank", "context", "start_steps", "warmup", "examples", "gate_entropy", "gate_balance", "robust"),
-                    "[0, inf)"),
+    **dict.fromkeys(("rank", "shared_rank", "context", "start_steps", "warmup", "examples", "gate_entropy",
+                     "gate_balance", "robust"), "[0, inf)"),
     **dict.fromkeys(("beta", "lr", "head_lr", "gate_lr", "gate_temperature", "variant_temperature", "delta"),
                     "(0, inf)"),
     "clip": "(0, inf]", "epsilon": "(0, inf]", "save_minutes": "[0, inf]",
@@ -178,7 +187,7 @@ def short_run(config: TrainConfig, steps: int) -> list[str]:
     """Warnings about a run of so few optimizer steps that the E-step or the peak learning rate is never reached."""
     remedy = "more --epochs or a smaller --batch" + f", or --{{}} {max(1, steps // 4)}" * (steps > 1)
     found = []
-    if config.experts > 1 and config.start != "none" and steps <= config.start_steps:
+    if 0 < config.known_steps and steps <= config.known_steps:
         random = ", and random responsibilities do not depend on the data" * (config.start == "dirichlet")
         found.append(f"warning: the run has {steps} optimizer steps, and all of them use the responsibilities of "
                      f"--start {config.start} (--start-steps {config.start_steps}): the E-step never runs{random}. "
@@ -201,7 +210,7 @@ def without_effect(config: TrainConfig) -> list[tuple[str, bool, str]]:
         "em": (several and config.latent == "user", "--experts 2 or more and --latent user"),
         "sharing": (several or lora, "--experts 2 or more"),
         "rank": (lora or heads, "--experts 2 or more heads, --train-trunk false or --sharing lora"),
-        "targets": (lora, "--sharing lora"),
+        **dict.fromkeys(("targets", "shared_rank"), (lora, "--sharing lora")),
         "head_lr": (lora or heads and config.rank > 0, "low-rank heads or adapters"),
         "lr": (not lora and (config.train_trunk or config.rank == 0),
                "a trained trunk or full heads (the learning rate of low-rank heads and adapters is --head-lr)"),
@@ -209,7 +218,9 @@ def without_effect(config: TrainConfig) -> list[tuple[str, bool, str]]:
         "prior": (config.weights == "update", "--weights update"),
         **dict.fromkeys(("gate_lr", "gate_temperature", "gate_entropy", "gate_balance"), of_gate),
         "gate_features": (config.gate in READS_PROMPT, "a --gate that reads prompts"),
-        "start_steps": (several and config.start != "none", "--experts 2 or more and a --start"),
+        "start_steps": (several and config.start != "none" and (config.start, config.estep) != ("linear", "context"),
+                        "--experts 2 or more and a --start (with --start linear and --estep context, the E-step uses "
+                        "both from the first step)"),
         "restarts": (config.start == "linear", "--start linear"),
         "context": (config.estep == "context", "--estep context"),
         "draws": (config.variant == "monte-carlo", "--variant monte-carlo"),
@@ -242,6 +253,8 @@ def unfit_experts(config: TrainConfig) -> list[tuple[str, bool, str]]:
          f"got {len(begun)} entries for {K} experts; give RUN:k or fresh for each expert"),
         ("freeze", any(k < 0 or k >= K for k in frozen) or len(set(frozen)) < len(frozen),
          f"got {config.freeze!r}; choose different numbers from 0 to {K - 1}, or all"),
+        (given, bool(begun or frozen) and config.shared_rank > 0,
+         "cannot be used with --shared-rank, because every expert has the shared adapter; leave one of them out"),
         (given, bool(begun or frozen) and K == 1,
          "is for a mixture, but --experts is 1; use --experts 2 or more, or leave this option out"),
         (given, bool(begun or frozen) and sharing == "heads" and config.train_trunk,

@@ -95,6 +95,7 @@ class Prepared:
     ref_logp: torch.Tensor          # (P,1,2) or (P,K,2)
     inputs: Inputs                  # (U,...)
     start: torch.Tensor | None      # (U,K)
+    evidence: torch.Tensor          # (U,K)
     log_q: torch.Tensor             # (U,K) before the first step
     rows_of: Callable
     variants: Variants
@@ -125,12 +126,12 @@ def prepare(job: Job) -> Prepared:
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     variants = Variants(config, plan, inputs.user, noise, learning)
     drawn = private.start(plan, config.experts, config.latent) if private else None
-    start = make_start(gate, inputs, plan, reference.features, config, drawn)
+    start, evidence = make_start(gate, inputs, plan, reference.features, config, drawn)
     never = 0.0 if config.experts == 1 else torch.nan                       # one expert: log q = 0 without any E-step
     log_q = torch.full((len(plan.units), config.experts), never)
     rows_of = functools.partial(compact_rows, packed=config.packing)
-    return Prepared(experts, gate, optimizer, names, plan, reference.logp.to(device), inputs, start, log_q, rows_of,
-                    variants, job.facts | keys, guarantee)
+    return Prepared(experts, gate, optimizer, names, plan, reference.logp.to(device), inputs, start, evidence, log_q,
+                    rows_of, variants, job.facts | keys, guarantee)
 
 
 def read(job: Job, dtype: torch.dtype, device: str) -> tuple[Heads | Adapters | Models, Plan, Reference, dict]:
@@ -171,13 +172,11 @@ def changed(config: TrainConfig) -> str:
 
 def describe_plan(plan: Plan, config) -> None:
     """Prints how many pairs and units there are."""
-    trained = sum(len(visit.trained) for visit in plan.visits)
-    slices = f", in {len(plan.visits)} slices" if len(plan.visits) > len(plan.units) else ""
-    print(f"{len(plan.pairs)} pairs: {trained} to train on, {len(plan.pairs) - trained} for context; "
+    trained = sum(len(visit.trained) for visit in plan.visits[: plan.inferred])
+    slices = f", in {plan.inferred} slices" if plan.inferred > len(plan.units) else ""
+    later = ", and to train on in the last part" * bool(plan.closing)
+    print(f"{len(plan.pairs)} pairs: {trained} to train on, {len(plan.pairs) - trained} for context{later}; "
           f"{len(plan.units)} units ({config.latent}){slices}")
-    if trained < len(plan.pairs) and config.estep != "context":
-        print(f"warning: the file marks {len(plan.pairs) - trained} pairs as context, and these are not used; add "
-              "--estep context --latent user, by which the E-step reads them, or remove the field `context`")
 
 
 def nonfinite_message(error: FloatingPointError, plan: Plan, t: int, config) -> str:

@@ -40,8 +40,7 @@ class Variants:
         config = self.config
         found: dict[str, Any] = {"margins": self.margins, "clip": config.clip if self.noise is None else math.inf}
         if self.incremental:
-            first = 0 if config.start == "none" else config.start_steps     # the first step with an E-step
-            if t >= first and self.incremental.table.isnan().any():
+            if t >= config.known_steps and self.incremental.table.isnan().any():
                 self.incremental.table = log_likelihoods()
             found["prior"] = self.incremental.prior
         if self.incremental or config.variant != "exact":

@@ -14,10 +14,10 @@ from mixdpo.plan import Plan
 
 
 class Incremental:
-    """The table of log-likelihoods (V,K), one row a visit, NaN before the first."""
+    """The table of log-likelihoods (E,K), one row a visit with an E-step, NaN before the first."""
 
     def __init__(self, plan: Plan, experts: int):
-        self.plan, self.table = plan, torch.full((len(plan.visits), experts), torch.nan)
+        self.plan, self.table = plan, torch.full((plan.inferred, experts), torch.nan)
 
     def prior(self, log_w: torch.Tensor, visits: torch.Tensor) -> torch.Tensor:
         """log w (G,K) of some visits (G,) -> the prior of each slice (G,K)  (M11, incremental)."""

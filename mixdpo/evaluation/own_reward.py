@@ -1,0 +1,124 @@
+"""Own reward: what each user gets from the policy that this user is served.
+
+A mixture serves different policies to different users, so the mean reward of one policy does not describe it. For a
+user u of type a with weights q_u over the experts,
+
+    own reward      sum_k q_uk r_a(y_k)                      y_k: expert k's completion of the prompt         (M13)
+    KL              sum_k q_uk log sum_j q_uj pi_j(y_k) / pi_ref(y_k)                                         (M1, M14)
+
+each a mean over users and prompts. One policy for all (DPO) is the case K = 1. Standard errors cluster by prompt, and
+by user too where weights differ between users of a type.
+
+Methods are compared at equal KL, because more KL buys more reward with any method. A method's frontier is the upper
+concave hull of its points (KL, gain in own reward) and of the reference (0, 0): a point between two policies is served
+by choosing one of them at random for each completion, whose KL is at most the mean of the two (KL is convex).
+The standard error of a difference between frontiers is a bootstrap over prompts: all points are computed again on each
+resample, since their completions share prompts and random numbers.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mixdpo.evaluation.statistics import clustered_se, mean_se
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Served:
+    """Policies as they are served to some users, on N prompts. Means over users of each type, with equal weight of all
+    types."""
+
+    reward: torch.Tensor        # (T,N) of each type's users, on each prompt
+    kl: torch.Tensor            # (N,) nats, mean over users
+    se: float                   # of the mean reward
+    by_type: list[dict]         # T figures: mean and standard error of each type's own reward
+
+    @property
+    def figure(self) -> dict:
+        """Own reward: mean, standard error, number of prompts."""
+        return {"mean": float(self.reward.mean()), "se": self.se, "n": self.reward.shape[1]}
+
+
+def serve(values: torch.Tensor, log_ratio: torch.Tensor, log_q: torch.Tensor, kind: torch.Tensor,
+          base: torch.Tensor | None = None) -> Served:
+    """Serves every user the mixture under the user's weights.
+
+    values (K,N,T): reward of expert k's completion of prompt n for type t; log_ratio (K,N,K): log pi_j - log pi_ref of
+    expert k's completion under expert j, nats; log_q (U,K): weights of each user, or (U,N,K) if they depend on the
+    prompt; kind (U,): the user's type; base (N,T): rewards that are subtracted, for a gain.
+    """
+    values = values.double() if base is None else values.double() - base.double()
+    N, T = values.shape[1:]
+    log_q = (log_q[:, None] if log_q.ndim == 2 else log_q).double().expand(-1, N, -1)       # (U,N,K)
+    q, users = log_q.exp(), kind.bincount(minlength=T)
+    assert users.all(), f"got types without users: {users.tolist()}"
+    own = torch.einsum("unk,knu->un", q, values[..., kind])                 # (U,N)
+    mixed = torch.logsumexp(log_q[:, None] + log_ratio.double(), dim=-1)    # (U,K,N) of y_k  M14
+    kl = torch.einsum("unk,ukn->un", q, mixed.masked_fill(q.mT == 0, 0.0))  # (U,N)
+    weight = 1 / (T * users.double()[kind])                                 # (U,) sums to 1
+    reward = torch.stack([own[kind == t].mean(0) for t in range(T)])        # (T,N)
+    return Served(reward, weight @ kl, two_way_se(own - reward.mean(1)[kind, None], weight),
+                  [mean_se(row) for row in reward])
+
+
+def two_way_se(residual: torch.Tensor, weight: torch.Tensor) -> float:
+    """Standard error of the weighted mean over users and prompts, clustered by both: residuals (U,N) from the mean of
+    the user's type, weights of users (U,)."""
+    U, N = residual.shape
+    users, prompts = torch.arange(U).repeat_interleave(N).tolist(), list(range(N)) * U
+    return clustered_se((weight[:, None] / N * residual).flatten(), prompts, users)
+
+
+# --- comparisons at equal KL ------------------------------------------------------------------------------------------
+
+
+def hull(kl: np.ndarray, gain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The upper concave hull of points (P,) and (0, 0), from KL 0 on: its corners' KL and gain, both ascending."""
+    order = np.lexsort((-gain, kl))
+    points = [(0.0, 0.0)]
+    for x, y in zip(kl[order], gain[order]):
+        if y <= points[-1][1] or x < 0:
+            continue                                                        # more KL for no more reward
+        while len(points) > 1 and cross(points[-2], points[-1], (x, y)) >= 0:
+            points.pop()
+        if x <= points[-1][0]:
+            points[-1] = (points[-1][0], y)
+        else:
+            points.append((x, y))
+    corners = np.array(points)
+    return corners[:, 0], corners[:, 1]
+
+
+def cross(a: tuple, b: tuple, c: tuple) -> float:
+    """Positive if b lies below the line from a to c."""
+    return (c[1] - a[1]) * (b[0] - a[0]) - (b[1] - a[1]) * (c[0] - a[0])
+
+
+def gain_at(points: tuple[np.ndarray, np.ndarray], kl: float) -> float:
+    """The gain of a frontier at this KL; beyond its last corner it stays level."""
+    return float(np.interp(kl, *hull(*points)))
+
+
+def kl_for(points: tuple[np.ndarray, np.ndarray], gain: float) -> float:
+    """The KL at which a frontier reaches this gain; NaN if it does not."""
+    kl, gains = hull(*points)
+    return float(np.interp(gain, gains, kl)) if gain <= gains[-1] else float("nan")
+
+
+def compare_frontiers(ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray], kl: float,
+                      seed: int = 0) -> dict:
+    """Our frontier minus theirs at this KL, with its standard error, and the ratio of the KL at which each reaches
+    their gain. ours, theirs: KL and gain by point and prompt, (P,N) each, on the same prompts in the same order."""
+    def figures(index) -> tuple[float, float, float]:
+        a, b = ((k[:, index].mean(1), g[:, index].mean(1)) for k, g in (ours, theirs))
+        mine, others = gain_at(a, kl), gain_at(b, kl)
+        return mine, others, kl_for(a, others) / kl
+
+    N, rng = ours[0].shape[1], np.random.default_rng([seed, 17])
+    mine, others, ratio = figures(np.arange(N))
+    drawn = np.array([figures(rng.integers(N, size=N)) for _ in range(RESAMPLES)])          # (S,3)
+    return {"kl": kl, "ours": mine, "theirs": others, "ratio": ratio,
+            "difference": {"mean": mine - others, "se": float((drawn[:, 0] - drawn[:, 1]).std(ddof=1)), "n": N}}

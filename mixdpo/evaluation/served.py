@@ -1,0 +1,118 @@
+"""What each kind of user is served by each run, and what it is worth to them: the rows of the own-reward table.
+
+    single          K = 1: one policy for all users. If its training pairs are all of one type, it serves that type only
+    known users     a mixture under each training user's responsibilities (M11)
+    sparse          the same, all weight on the user's most likely expert
+    new users       under the posterior after n of the user's pairs are known (adaptation.py)
+    unknown users   under the gate's weights
+
+A run of one type is part of the ceiling: one model per type is what a mixture could reach if types were known.
+Rows at a strength below 1 (strength.py) give the frontier of a run.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from mixdpo.evaluation.completions import CompletionTask, complete, plain_text
+from mixdpo.evaluation.heldout import weights
+from mixdpo.evaluation.inputs import EvalInputs
+from mixdpo.evaluation.own_reward import Served, serve
+from mixdpo.evaluation.strength import at_strength
+from mixdpo.preferences import Pair
+from mixdpo.runs.load_run import Run
+from mixdpo.runs.reference import prompt_features
+
+
+@dataclass(frozen=True)
+class Users:
+    """Whom the policies serve."""
+
+    types: list[str]                # annotators of the training pairs
+    prompts: list[Pair]
+    states: torch.Tensor            # (N,2,C) of the prompts, which gates may read
+    new: dict                       # run -> {number of known pairs: (log q (U,K), type of each user)}
+    base: torch.Tensor              # (N,T) rewards of the reference's completions
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A run's completions at one strength."""
+
+    values: torch.Tensor            # (K,N,T) reward of each expert's completion for each type
+    log_ratio: torch.Tensor         # (K,N,K) nats
+    length: torch.Tensor            # (K,N) tokens
+
+
+def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, strengths: tuple[float, ...], known: dict,
+                    scores: Callable) -> list[dict]:
+    """All rows: {"run", "users", "strength"} and the figures of `row`; [] unless there is a reward for each type.
+    done: run -> what `complete` returned at strength 1, and "reference" -> its completions; known: posteriors of new
+    users; scores(texts) -> {reward: the score of each}."""
+    types, end, tokenizer = inputs.dataset.get("annotators", []), task.sampling.eos, inputs.tokenizer
+    plain = done["reference"]
+
+    def values(ids: list[list[int]]) -> torch.Tensor:
+        found = scores([plain_text(pair.prompt, y, tokenizer, end) for pair, y in zip(task.prompts, ids)])
+        columns = [found[kind] for kind in types] if "domains" not in inputs.dataset else [
+            own_scores(found, [pair.domain or "" for pair in task.prompts], inputs.dataset["domains"])]
+        return torch.tensor(columns, dtype=torch.float64).T                 # (N,T)
+
+    if not types or not {*types} <= {*inputs.dataset["rewards"], *inputs.dataset.get("utilities", {})}:
+        return []
+    states = prompt_features(task.reference, [p.prompt for p in task.prompts], inputs.runs[0].experts.dtype)
+    served = types if "domains" not in inputs.dataset else ["everybody"]
+    users, rows = Users(served, task.prompts, states, known, values(plain)), []
+    for run in inputs.runs:
+        for strength in (1.0, *strengths):
+            with at_strength(run.experts, inputs.references, strength):
+                ids, log_ratio = done[run.name] if strength == 1 else complete(
+                    run, task, plain, f"{run.name} at {strength:g}")
+            length = torch.tensor([[len(y) for y in texts] for texts in ids])
+            completed = Completed(torch.stack([values(texts) for texts in ids]), log_ratio, length)
+            rows += [{"run": run.name, "users": kind, "strength": strength} | figures
+                     for kind, figures in served_rows(run, completed, users).items()]
+    return rows
+
+
+def own_scores(found: dict[str, list[float]], domain: list[str], judges: dict[str, list[str]]) -> list[float]:
+    """The score of each text by the types that judge its prompt's domain, their mean."""
+    return [sum(found[kind][n] for kind in judges[name]) / len(judges[name]) for n, name in enumerate(domain)]
+
+
+def served_rows(run: Run, completed: Completed, users: Users) -> dict[str, dict]:
+    """Kind of user -> the row of the table."""
+    types, K, rows = users.types, run.config.experts, {}
+    owners = [run.plan.pairs[unit[0]].annotator or "" for unit in run.plan.units]
+    everybody = torch.arange(len(types))
+
+    def add(name: str, log_q: torch.Tensor, kind: torch.Tensor, part: Completed = completed, base=users.base) -> None:
+        served = serve(part.values, part.log_ratio, log_q, kind, base)
+        rows[name] = row(served, part, log_q.double().exp().flatten(0, -2).mean(0))
+
+    if K == 1 and len(set(owners)) == 1 < len(types) and owners[0] in types:
+        t = types.index(owners[0])
+        only = replace(completed, values=completed.values[..., t : t + 1])
+        add(f"type {types[t]}", torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), only, users.base[:, t : t + 1])
+    elif K == 1:
+        add("all users", torch.zeros(len(types), 1), everybody)
+    else:
+        log_w = weights(run, users.prompts, users.states)                   # (N,K)
+        add("unknown users", log_w.expand(len(types), -1, -1), everybody)
+        known = [n for n, name in enumerate(owners) if name in types and not run.table[n].isnan().any()]
+        kind = torch.tensor([types.index(owners[n]) for n in known], dtype=torch.int64)
+        if run.config.latent == "user" and len(kind.unique()) == len(types):
+            best = torch.nn.functional.one_hot(run.table[known].argmax(1), K).float().log()
+            add("known users", run.table[known], kind)
+            add("known users, sparse", best, kind)
+            for n, (log_q, names) in users.new.get(run.name, {}).items():
+                add(f"new users, {n} pairs known", log_q, torch.tensor([types.index(name) for name in names]))
+    return rows
+
+
+def row(served: Served, completed: Completed, q: torch.Tensor) -> dict:
+    """A row of the table, for results.json. q (K,): mean weights of the experts."""
+    return {"gain": served.figure, "kl": float(served.kl.mean()), "types": served.by_type,
+            "length": float(q @ completed.length.double().mean(1)),
+            "gain_by_prompt": served.reward.mean(0).tolist(), "kl_by_prompt": served.kl.tolist()}
