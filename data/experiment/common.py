@@ -8,9 +8,6 @@ import torch
 
 from data.experiment.finetune import FinetuneConfig
 from data.experiment.finetune import validate as validate_finetune
-from data.report.job import read_job
-from data.report.result import headline, sentence
-from data.report.tables import aligned
 from eval import EvalConfig, evaluate
 from mixdpo.config import SEEDS, InputError, check_ranges, to_json, write_text
 from mixdpo.runs.options import validate
@@ -33,7 +30,7 @@ def check_preset(preset: dict, *parts: str) -> None:
     ranges |= dict.fromkeys(("pairs", "heldout_pairs", "context", "new_users", "new_pairs", "apart", "margin",
                              "evaluate"), "[0, inf)")
     ranges |= {"seed": SEEDS, "heldout": "(0, inf)", "continuations": "[2, inf)", "agree": "[0, 1]"}
-    check_ranges(SimpleNamespace(**preset), {name: ranges[name] for name in ranges if name in preset})
+    check_ranges(SimpleNamespace(**preset), {name: ranges[name] for name in ranges if preset.get(name) is not None})
     for options in preset["runs"].values():
         validate(TrainConfig(model="", out="", **{"data": ""} | preset["train"] | options))
     if "finetune" in parts:
@@ -57,12 +54,9 @@ def begin(job: Path, facts: dict) -> None:
 
 
 def train_and_evaluate(job: Path, preset: dict, shared: dict, **options) -> None:
-    """Trains the preset's runs on the job's train.jsonl, evaluates them, and prints the result. shared: options of
-    TrainConfig for all runs; options: of EvalConfig."""
+    """Trains the preset's runs on the job's train.jsonl, or on the file that a run names, and evaluates them. shared:
+    options of TrainConfig for all runs; options: of EvalConfig."""
     for name, own in preset["runs"].items():
         options = {"data": "train.jsonl"} | shared | preset["train"] | own
         run(TrainConfig(out=str(job / name), **options | {"data": str(job / options["data"])}))
     evaluate(EvalConfig(dir=str(job), data_folder=shared["data_folder"], **options))
-    found = read_job(job)
-    head, rows = headline(found)
-    print("\n" + (aligned(head, rows) + "\n\n" if rows else "") + sentence(found))

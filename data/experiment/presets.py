@@ -1,6 +1,7 @@
 """Sizes of the experiments. A preset holds numbers and options only; all presets run the same program.
 
     annotators              types of users
+    tastes                  type -> weight of each reward in its utility, per spread; without it, a type is a reward
     users, pairs            users, and training pairs of each (data/experiment/judged.py: users of each type)
     new_users, new_pairs    the same for users without training data
     prompts, heldout        train prompts, and held-out prompts (judged.py: held-out share of the conversations)
@@ -8,7 +9,7 @@
     continuations           sampled for each prompt
     heldout_pairs           pairs of each user on held-out prompts
     context                 pairs of each user for the E-step alone, on prompts without training pairs (pairs.py)
-    agree                   share of pairs on which all types agree
+    agree                   share of pairs on which all types agree; None: as they come
     margin                  smallest gap, in spreads (pairs.py)
     reviews                 texts for fine-tuning
     judge_reviews           largest number of reviews to fit the judge of sentiment
@@ -22,22 +23,29 @@ TWO, THREE = ["sentiment", "informativeness"], ["sentiment", "informativeness", 
 COMMON = {"agree": 0.3, "margin": 1.0, "seed": 0, "judge_reviews": 12000, "continuations": 4, "max_response": 48}
 
 
+def tastes(conflict: float, quality: str = "informativeness", taste: str = "sentiment") -> dict:
+    """Two types of users who agree about quality and differ in taste: utility = quality +- conflict * taste."""
+    return {"annotators": ["praise", "criticism"], "tastes": {
+        "praise": {quality: 1.0, taste: conflict}, "criticism": {quality: 1.0, taste: -conflict}}}
+
+
 ADAPTERS = {"sharing": "lora", "targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "rank": 16}
 LONG = 1000000      # more steps than any run has
 
 
-def runs(types: list[str], seeds: int = 1, betas: tuple = ()) -> dict:
+def runs(types: list[str], seeds: int = 1, betas: tuple = (), **shared) -> dict:
     """One policy for all (DPO); the mixture with one latent type for each user; one policy for each known type, which
     is the ceiling; and experts trained on the assignment of the linear start, without EM. All are adapters of the same
     rank on the same projections, and are trained on the same pairs. Each run once for each seed; betas: further ones of
-    DPO and of the mixture."""
-    mixture = ADAPTERS | {"experts": len(types), "start": "linear", "latent": "user"}
+    DPO and of the mixture; shared: options of all runs."""
+    single = ADAPTERS | {"experts": 1} | shared
+    mixture = ADAPTERS | {"experts": len(types), "start": "linear", "latent": "user"} | shared
     out = {}
     for seed in range(seeds):
         end, own = f"-seed{seed}" * (seed > 0), {"seed": seed}
-        out["dpo" + end] = ADAPTERS | {"experts": 1} | own
+        out["dpo" + end] = single | own
         out["mixture" + end] = mixture | {"estep": "context", "shared_rank": 16} | own
-        out |= {f"dpo-{kind}{end}": ADAPTERS | {"experts": 1, "data": f"train-{kind}.jsonl"} | own for kind in types}
+        out |= {f"dpo-{kind}{end}": single | {"data": f"train-{kind}.jsonl"} | own for kind in types}
         out["start" + end] = mixture | {"estep": "first", "start_steps": LONG} | own
         for beta in betas:
             out |= {f"{name}-beta{beta}{end}": out[name + end] | {"beta": beta} for name in ("dpo", "mixture")}

@@ -232,11 +232,12 @@ def choose_judge(config: ExperimentConfig) -> tuple[str | None, str]:
     return found, why
 
 
-def prepare(job: Path, dataset: DataSet, preset: dict, model: str, distilbert: str | None, data: str) -> None:
-    """Runs all stages up to the preference files."""
+def data_of_prompts(job: Path, dataset: DataSet, preset: dict, model: str, distilbert: str | None, data: str) -> None:
+    """Runs the stages up to the scored continuations of all prompts."""
     tokenizer, own = load_tokenizer(model, data or None), [Path(data) / name for name in dataset.sources]
     source = [fetch.sha256_of(file) for file in own if data and file.is_file()] or "fetched"
     sizes = {name: preset[name] for name in dataset.sizes}
+    job.mkdir(parents=True, exist_ok=True)
     files = ["reviews.jsonl", *FILES.values(), "split.json", "judge.json"]
     stage(job, "split", key_of(sizes, source, tokenizer.key, distilbert), files,
           lambda: dataset.split(job, preset, tokenizer, distilbert, data or None))
@@ -247,11 +248,17 @@ def prepare(job: Path, dataset: DataSet, preset: dict, model: str, distilbert: s
         stage(job, f"sample-{name}", key, [f"sampled-{file}"], lambda: sample(job, preset, tokenizer, file, seed, key))
         key = key_of(job / f"sampled-{file}", job / "judge.json")
         stage(job, f"annotate-{name}", key, [f"scored-{file}"], lambda: annotate(job, file, key))
+
+
+def prepare(job: Path, dataset: DataSet, preset: dict, model: str, distilbert: str | None, data: str) -> None:
+    """Runs all stages up to the preference files."""
+    data_of_prompts(job, dataset, preset, model, distilbert, data)
     names = ("annotators", "tastes", "domains", "seed", "margin", "agree", "users", "pairs", "context", "heldout_pairs",
              "new_users", "new_pairs")
-    longest, scored = longest_prompt(tokenizer), [job / f"scored-{file}" for file in FILES.values()]
+    longest = longest_prompt(load_tokenizer(model, data or None))
+    scored = [job / f"scored-{file}" for file in FILES.values()]
     key = key_of({name: preset.get(name) for name in names}, longest, *scored)
-    files = ["train.jsonl", "heldout.jsonl", "dataset.json"]
+    files = ["train.jsonl", "heldout.jsonl", "dataset.json", *(f"train-{kind}.jsonl" for kind in preset["annotators"])]
     files += ["adapt-new-user.jsonl", "adapt-new-user-new-prompt.jsonl"] if preset.get("new_users") else []
     stage(job, "judge", key, files, lambda: judge(job, preset, longest))
 

@@ -20,7 +20,7 @@ from data.report.job import (
     run_of,
     smooth,
 )
-from data.report.result import own_rewards
+from mixdpo.evaluation import frontier
 from mixdpo.evaluation.statistics import mean_se
 
 EXPERTS = ["#0b5394", "#e07b00", "#4f9d69", "#a64d79", "#7f7f7f", "#9c7a00"]  # reused from the first, with another line
@@ -69,17 +69,18 @@ def legend(figure: Figure, axes: list, columns: int = 6) -> None:
 
 
 def result(job: Job) -> dict[str, Figure]:
-    """The first picture of the report: held-out accuracy by type, and gain in own reward against KL, for each run.
-    A panel is left out if its figures are missing."""
-    of, own = job.results["preferences"], own_rewards(job)
+    """The first picture of the report: own reward against KL of each method, and held-out accuracy by type of each
+    run. A panel is left out if its figures are missing."""
+    of, found = job.results["preferences"], frontier.methods(job.results)
     kinds = [kind for kind in annotators_of(job) if all(kind in figures["types"] for figures in of.values())]
-    count = bool(of and kinds) + (len(own) > 1)
+    count = bool(of and kinds) + bool(found)
     if not count:
         return {}
-    figure, axes = panels(count, 2, 4.2, 2.6)
-    runs = list(of)
+    figure, axes = panels(count, 2, 4.2, 2.8)
+    if found:
+        frontiers(axes[0], found)
     if of and kinds:
-        axis, width = axes[0], 0.8 / max(2, len(runs))
+        axis, width, runs = axes[-1], 0.8 / max(2, len(of)), list(of)
         for n, run in enumerate(runs):
             column = [of[run]["types"][kind]["accuracy"] for kind in kinds]
             x = np.arange(len(kinds)) + (n - (len(runs) - 1) / 2) * width
@@ -88,17 +89,20 @@ def result(job: Job) -> dict[str, Figure]:
         axis.set(xlabel="type of user", ylabel="accuracy (share of pairs)", ylim=(0, 1), xlim=(-0.6, len(kinds) - 0.4))
         axis.set_xticks(range(len(kinds)), kinds)
         axis.grid(axis="x", visible=False)
-    if len(own) > 1:
-        axis, base = axes[-1], own["reference"]["values"]
-        for run, row in own.items():
-            gain = mean_se(row["values"] - base)
-            look = {"color": "black", "marker": "D"} if run == "reference" else {
-                "color": EXPERTS[runs.index(run) % len(EXPERTS)], "marker": MARKERS[runs.index(run) % len(MARKERS)]}
-            axis.errorbar(row["kl"]["mean"], gain["mean"], yerr=None if run == "reference" else gain["se"], capsize=2,
-                          markersize=4, linestyle="none", label=run, **look)
-        axis.set(xlabel="KL to the reference (nats)", ylabel="gain in own reward")
-    legend(figure, axes)
+    legend(figure, axes, columns=3)
     return {"result": figure}
+
+
+def frontiers(axis, found: list[frontier.Method]) -> None:
+    """Own reward against KL: a method's points, with standard errors over prompts, and its frontier as a line."""
+    for n, method in enumerate(found):
+        look = {"color": EXPERTS[n % len(EXPERTS)]}
+        axis.plot(*method.line(), linestyle=LINES[n % len(LINES)], label=method.name, **look)
+        for point in method.points:
+            gain = mean_se(point.gain.mean(0))
+            axis.errorbar(point.kl.mean(), gain["mean"], yerr=gain["se"], capsize=2, markersize=4, linestyle="none",
+                          marker=MARKERS[n % len(MARKERS)], **look)
+    axis.set(xlabel="KL to the reference (nats)", ylabel="gain in own reward")
 
 
 def bars(axis, x: np.ndarray, column: list[dict], width: float, n: int, label: str) -> None:

@@ -12,8 +12,8 @@ by user too where weights differ between users of a type.
 Methods are compared at equal KL, because more KL buys more reward with any method. A method's frontier is the upper
 concave hull of its points (KL, gain in own reward) and of the reference (0, 0): a point between two policies is served
 by choosing one of them at random for each completion, whose KL is at most the mean of the two (KL is convex).
-The standard error of a difference between frontiers is a bootstrap over prompts: all points are computed again on each
-resample, since their completions share prompts and random numbers.
+The standard error of a difference between frontiers is a bootstrap over prompts and seeds: all points are computed
+again on each resample, since their completions share prompts and random numbers.
 """
 
 from dataclasses import dataclass
@@ -111,14 +111,16 @@ def kl_for(points: tuple[np.ndarray, np.ndarray], gain: float) -> float:
 def compare_frontiers(ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray], kl: float,
                       seed: int = 0) -> dict:
     """Our frontier minus theirs at this KL, with its standard error, and the ratio of the KL at which each reaches
-    their gain. ours, theirs: KL and gain by point and prompt, (P,N) each, on the same prompts in the same order."""
-    def figures(index) -> tuple[float, float, float]:
-        a, b = ((k[:, index].mean(1), g[:, index].mean(1)) for k, g in (ours, theirs))
+    their gain. ours, theirs: KL and gain by point, seed and prompt, (P,S,N) each, on the same prompts in the same
+    order. A resample draws prompts, the same for both, and seeds."""
+    def figures(index, *seeds) -> tuple[float, float, float]:
+        a, b = (tuple(x[:, own][:, :, index].mean((1, 2)) for x in side) for side, own in zip((ours, theirs), seeds))
         mine, others = gain_at(a, kl), gain_at(b, kl)
-        return mine, others, kl_for(a, others) / kl
+        return mine, others, kl_for(a, others) / kl if kl > 0 else float("nan")
 
-    N, rng = ours[0].shape[1], np.random.default_rng([seed, 17])
-    mine, others, ratio = figures(np.arange(N))
-    drawn = np.array([figures(rng.integers(N, size=N)) for _ in range(RESAMPLES)])          # (S,3)
+    (S, N), T, rng = ours[0].shape[1:], theirs[0].shape[1], np.random.default_rng([seed, 17])
+    mine, others, ratio = figures(np.arange(N), np.arange(S), np.arange(T))
+    drawn = np.array([figures(rng.integers(N, size=N), rng.integers(S, size=S), rng.integers(T, size=T))
+                      for _ in range(RESAMPLES)])                           # (RESAMPLES,3)
     return {"kl": kl, "ours": mine, "theirs": others, "ratio": ratio,
             "difference": {"mean": mine - others, "se": float((drawn[:, 0] - drawn[:, 1]).std(ddof=1)), "n": N}}

@@ -11,7 +11,7 @@ Rows at a strength below 1 (strength.py) give the frontier of a run.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -87,14 +87,13 @@ def served_rows(run: Run, completed: Completed, users: Users) -> dict[str, dict]
     owners = [run.plan.pairs[unit[0]].annotator or "" for unit in run.plan.units]
     everybody = torch.arange(len(types))
 
-    def add(name: str, log_q: torch.Tensor, kind: torch.Tensor, part: Completed = completed, base=users.base) -> None:
-        served = serve(part.values, part.log_ratio, log_q, kind, base)
-        rows[name] = row(served, part, log_q.double().exp().flatten(0, -2).mean(0))
+    def add(name: str, log_q: torch.Tensor, kind: torch.Tensor, kinds: list[str] = types) -> None:
+        columns = [types.index(name) for name in kinds]
+        served = serve(completed.values[..., columns], completed.log_ratio, log_q, kind, users.base[:, columns])
+        rows[name] = row(served, completed, log_q.double().exp().flatten(0, -2).mean(0), kinds)
 
     if K == 1 and len(set(owners)) == 1 < len(types) and owners[0] in types:
-        t = types.index(owners[0])
-        only = replace(completed, values=completed.values[..., t : t + 1])
-        add(f"type {types[t]}", torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), only, users.base[:, t : t + 1])
+        add(f"type {owners[0]}", torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), owners[:1])
     elif K == 1:
         add("all users", torch.zeros(len(types), 1), everybody)
     else:
@@ -111,8 +110,8 @@ def served_rows(run: Run, completed: Completed, users: Users) -> dict[str, dict]
     return rows
 
 
-def row(served: Served, completed: Completed, q: torch.Tensor) -> dict:
-    """A row of the table, for results.json. q (K,): mean weights of the experts."""
-    return {"gain": served.figure, "kl": float(served.kl.mean()), "types": served.by_type,
+def row(served: Served, completed: Completed, q: torch.Tensor, kinds: list[str]) -> dict:
+    """A row of the table, for results.json. q (K,): mean weights of the experts; kinds: the types that are served."""
+    return {"gain": served.figure, "kl": float(served.kl.mean()), "types": dict(zip(kinds, served.by_type)),
             "length": float(q @ completed.length.double().mean(1)),
             "gain_by_prompt": served.reward.mean(0).tolist(), "kl_by_prompt": served.kl.tolist()}

@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 
+from mixdpo.evaluation.frontier import own_reward_sentence, own_reward_table
 from mixdpo.evaluation.statistics import mean_se
 
 NONE = "–"                                                                  # a cell without a number
@@ -38,7 +39,7 @@ def pm(figure: dict, digits: int = 3, sign: str = "") -> str:
 
 def all_tables(results: dict) -> str:
     """Every table for which there are results."""
-    tables = [preference_table, expert_table, alignment_table, new_user_tables, completion_table]
+    tables = [preference_table, expert_table, alignment_table, new_user_tables, completion_table, served_table]
     return "\n".join(filter(None, (table(results) for table in tables)))
 
 
@@ -129,14 +130,26 @@ def completion_table(results: dict) -> str:
                  "pairs were judged by.", head, rows)
 
 
+def served_table(results: dict) -> str:
+    """Own reward of each method, and at equal KL."""
+    head, rows = own_reward_table(results)
+    return table("Own reward: what each user gets from the policy that this user is served, minus the reference's. The "
+                 "baseline is\nthe frontier of all methods with one policy for all users.", head, rows) if rows else ""
+
+
 # --- the result in sentences ------------------------------------------------------------------------------------------
 
 
 def conclusions(results: dict) -> str:
-    """What a reader should take away, a sentence a line: which run predicts held-out choices best, and which policy has
-    the highest reward, each with its difference to a baseline."""
-    sentences = [best_prediction(results), highest_reward(results)]
-    return "\n" + "\n".join(f"Result: {sentence}" for sentence in sentences if sentence)
+    """What a reader should take away, a sentence a line."""
+    return "\n" + "\n".join(f"Result: {sentence}" for sentence in sentences(results))
+
+
+def sentences(results: dict) -> list[str]:
+    """The results in plain sentences: what each user gets at equal KL, or, without own rewards, which policy has the
+    highest reward; and which run predicts held-out choices best. Each has its difference to a baseline."""
+    found = [own_reward_sentence(results) or highest_reward(results), best_prediction(results)]
+    return [sentence[0].upper() + sentence[1:] for sentence in found if sentence]
 
 
 def best_prediction(results: dict) -> str:

@@ -1,0 +1,167 @@
+"""Own reward of methods at equal KL: from the rows of own reward (served.py) to a table and a sentence.
+
+A method is a set of runs that differ in seed and beta only. Its points are its runs at each beta and strength, means
+over seeds. Methods serve users in one of three ways:
+
+    one policy     K = 1: everybody gets the same policy                        (users: "all users")
+    mixture        every user is served under the user's weights                ("known users"; without users "unknown")
+    known types    one policy for each type, told which user is of which type   ("type X"): the ceiling
+
+The baseline is one policy: the frontier of all such methods together. The comparison is made at the largest KL that the
+mixture and the baseline both reach.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from mixdpo.evaluation.own_reward import compare_frontiers, hull
+from mixdpo.evaluation.statistics import mean_se
+
+FREE = ("seed", "beta", "out", "data", "data_folder", "micro", "save_minutes", "keep")      # not part of a method
+
+
+@dataclass(frozen=True)
+class Point:
+    """One policy of a method, or one for each type: by prompt, means over seeds and types."""
+
+    beta: float
+    strength: float
+    kl: np.ndarray              # (S,N) nats, of each seed
+    gain: np.ndarray            # (S,N) own reward minus the reference's
+    types: dict                 # type -> mean gain
+    length: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and its points."""
+
+    name: str
+    serves: str                 # "one policy", "mixture" or "known types"
+    points: list[Point]
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """KL and gain of all points by seed and prompt: (P,S,N) each; seeds that a point lacks are left out of all."""
+        seeds = min(len(p.kl) for p in self.points)
+        return np.stack([p.kl[:seeds] for p in self.points]), np.stack([p.gain[:seeds] for p in self.points])
+
+    def line(self) -> tuple[np.ndarray, np.ndarray]:
+        """The corners of the frontier: KL and gain."""
+        kl, gain = (array.mean((1, 2)) for array in self.arrays())
+        return hull(kl, gain)
+
+    @property
+    def full(self) -> Point:
+        """The method as it was trained: strength 1, and the beta of the first run."""
+        return next(p for p in self.points if p.strength == 1)
+
+
+def methods(results: dict) -> list[Method]:
+    """The methods of an evaluation, in the order of the runs; [] without own rewards."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in results.get("own_reward", []):
+        config = results["runs"][row["run"]]
+        serves = {"all users": "one policy", "known users": "mixture"}.get(row["users"], "")
+        serves = "known types" if row["users"].startswith("type ") else serves
+        if row["users"] == "unknown users" and config["latent"] == "pair":
+            serves = "mixture"                                              # has no weights of users
+        if serves:
+            options = tuple((name, str(value)) for name, value in sorted(config.items()) if name not in FREE)
+            groups.setdefault((serves, options), []).append(row)
+    return [Method(name_of(rows, serves), serves, points_of(rows, results["runs"]))
+            for (serves, _), rows in groups.items()]
+
+
+def name_of(rows: list[dict], serves: str) -> str:
+    """The name of the method's first run, without seed and beta."""
+    name = re.sub(r"-(seed|beta)[0-9.e-]+", "", rows[0]["run"])
+    return name if serves != "known types" else "one policy per known type"
+
+
+def points_of(rows: list[dict], configs: dict) -> list[Point]:
+    """A point for each beta and strength. Several types of one seed, each from its own run, are averaged."""
+    found: dict[tuple, dict[int, list[dict]]] = {}
+    for row in rows:
+        config = configs[row["run"]]
+        found.setdefault((config["beta"], row["strength"]), {}).setdefault(config["seed"], []).append(row)
+    points = []
+    for (beta, strength), of in found.items():
+        kl, gain = (np.array([np.mean([row[what] for row in rows], axis=0) for rows in of.values()])
+                    for what in ("kl_by_prompt", "gain_by_prompt"))
+        each = [row for rows in of.values() for row in rows]
+        types = {kind: float(np.mean([row["types"][kind]["mean"] for row in each if kind in row["types"]]))
+                 for kind in dict.fromkeys(kind for row in each for kind in row["types"])}
+        points.append(Point(beta, strength, kl, gain, types, float(np.mean([row["length"] for row in each]))))
+    return points
+
+
+def main_methods(found: list[Method]) -> tuple[Method | None, Method | None, Method | None]:
+    """The mixture that the result is about, the baseline, and the ceiling; None where there is none. The mixture is
+    the first one in the order of the runs; the baseline has the points of all methods of one policy."""
+    def first(serves: str) -> Method | None:
+        return next((m for m in found if m.serves == serves), None)
+
+    single = [m for m in found if m.serves == "one policy"]
+    baseline = Method(single[0].name, "one policy", [p for m in single for p in m.points]) if single else None
+    return first("mixture"), baseline, first("known types")
+
+
+def compare(ours: Method, theirs: Method, kl: float | None = None) -> dict:
+    """compare_frontiers of two methods, at the largest KL that both reach or at a given one."""
+    a, b = ours.arrays(), theirs.arrays()
+    if kl is None:
+        kl = min(a[0].mean((1, 2)).max(), b[0].mean((1, 2)).max())
+    return compare_frontiers(a, b, float(kl))
+
+
+def own_reward_sentence(results: dict) -> str:
+    """The result in one sentence; "" unless there is a mixture and a baseline."""
+    mixture, baseline, ceiling = main_methods(methods(results))
+    if mixture is None or baseline is None:
+        return ""
+    found = compare(mixture, baseline)
+    gap = found["difference"]
+    text = (f"each user's own reward rises by {found['ours']:.3f} with the mixture and by {found['theirs']:.3f} with "
+            f"one policy for all ({baseline.name}) at the same KL of {found['kl']:.1f} nats: the difference is "
+            f"{gap['mean']:+.3f} ± {gap['se']:.3f}, {in_errors(gap)}")
+    if math.isfinite(found["ratio"]) and gap["mean"] > 2 * gap["se"]:
+        text += f". The mixture reaches {baseline.name}'s gain at {found['ratio']:.2f} of its KL"
+    if ceiling is not None:
+        best = compare(mixture, ceiling, found["kl"])["theirs"]
+        text += f". One policy per known type gains {best:.3f}"
+        text += f"; the mixture has {found['ours'] / best:.0%} of that" if best > 0 else ""
+    return text + "."
+
+
+def in_errors(gap: dict) -> str:
+    """A difference in standard errors."""
+    if not gap["se"] > 0:
+        return "without a standard error"
+    ratio = abs(gap["mean"]) / gap["se"]
+    return f"{ratio:.1f} standard errors" + ("" if ratio >= 2 else ", which may be chance")
+
+
+def own_reward_table(results: dict) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows: each method as it was trained, and its difference to the baseline at equal KL."""
+    found = methods(results)
+    mixture, baseline, _ = main_methods(found)
+    if not found:
+        return [], []
+    kinds = list(dict.fromkeys(kind for m in found for kind in m.full.types))
+    head = ["method", "own reward,\ngain", *(f"gain of\n{kind}" for kind in kinds), "KL\n(nats)", "length\n(tokens)",
+            "at equal KL,\nminus baseline", "at KL\n(nats)"]
+    rows = []
+    for m in found:
+        p, cells = m.full, ["–", "–"]
+        if baseline is not None and m.serves != "one policy":
+            c = compare(m, baseline)
+            gap = c["difference"]
+            cells = [f"{gap['mean']:+.3f} ± {gap['se']:.3f}", f"{c['kl']:.1f}"]
+        gain = mean_se(p.gain.mean(0))
+        rows.append([m.name, f"{gain['mean']:+.3f} ± {gain['se']:.3f}",
+                     *(f"{p.types[kind]:+.3f}" if kind in p.types else "–" for kind in kinds),
+                     f"{p.kl.mean():.1f}", f"{p.length:.1f}", *cells])
+    return head, rows
