@@ -2,8 +2,7 @@
 
     held-out preferences    heldout.jsonl: accuracy and log-likelihood (M5) of choices that no run was trained on
     new users               adapt-*.jsonl: the same, when a few pairs of an unknown user are known
-    completions             prompts.jsonl: rewards of what every policy writes, and its KL to the reference; and own
-                            reward, what each user gets from the policy that this user is served
+    completions             prompts.jsonl: rewards and KL of every policy, and own reward: what each user gets
 
 These files are looked for in the folder of the runs. results.json, samples.jsonl and, if matplotlib is installed,
 report.md with its pictures are written into DIR. No run is changed.
@@ -23,14 +22,14 @@ from mixdpo.config import InputError, to_json, write_text
 from mixdpo.evaluation.adaptation import adaptation_curve, posteriors_after
 from mixdpo.evaluation.completions import (
     CompletionTask,
-    plain_text,
+    all_scores,
+    plain_texts,
     policy_rows,
     reward_table,
-    with_utilities,
     write_prompt_states,
     write_samples,
 )
-from mixdpo.evaluation.export import export_experts
+from mixdpo.evaluation.export import export_run
 from mixdpo.evaluation.generate import Sampling
 from mixdpo.evaluation.heldout import margins_of, preference_figures
 from mixdpo.evaluation.inputs import EvalInputs, read_inputs
@@ -38,7 +37,6 @@ from mixdpo.evaluation.served import own_reward_rows
 from mixdpo.evaluation.tables import all_tables, conclusions, win_rate_tables
 from mixdpo.fast.memory import tune_process
 from mixdpo.files.atomic import read_json_or_empty
-from mixdpo.runs.load_run import load_run
 from mixdpo.runs.log import environment
 
 
@@ -115,8 +113,7 @@ def heldout_preferences(inputs: EvalInputs) -> dict:
 
 
 def new_users(inputs: EvalInputs, seed: int, known: dict) -> dict:
-    """File of new users -> run -> accuracy by the number of a user's pairs that are known. Fills known: run -> those
-    users' posteriors, of the last file (adaptation.posteriors_after)."""
+    """File of new users -> run -> accuracy by the number of known pairs. Fills known: run -> their posteriors."""
     curves = {}
     for path in inputs.adapt:
         with configs.lines_of(path):
@@ -131,33 +128,28 @@ def completions(inputs: EvalInputs, config: EvalConfig, known: dict) -> tuple[di
     rewards. Writes samples.jsonl. known: posteriors of new users."""
     if inputs.prompts is None:
         return {}, []
-    end, tokenizer, dataset = inputs.prompts.end, inputs.tokenizer, inputs.dataset
-    sampling = Sampling(inputs.prompts.max_new, end, config.temperature, config.seed, config.batch)
+    tokenizer, dataset = inputs.tokenizer, inputs.dataset
+    sampling = Sampling(inputs.prompts.max_new, inputs.prompts.end, config.temperature, config.seed, config.batch)
     task = CompletionTask(inputs.references[0], inputs.prompts.pairs, sampling)
     done: dict[str, tuple] = {}
     rows = policy_rows(inputs.runs, task, done)
-    texts = {name: [plain_text(pair.prompt, ids, tokenizer, end) for pair, ids in zip(task.prompts, row["ids"])]
-             for name, row in rows.items()}
+    texts = {name: plain_texts(task, row["ids"], tokenizer) for name, row in rows.items()}
     rewards, served = {}, []
     if "rewards" in dataset:
         from data.annotators.rewards import score  # here, because only this needs its packages
 
-        def scores(texts: list[str]) -> dict[str, list[float]]:
-            return with_utilities(score(texts, dataset["rewards"], inputs.home), dataset.get("utilities", {}))
-
+        scores = all_scores(score, dataset, inputs.home)
         rewards = reward_table(rows, texts, dataset, scores)
         served = own_reward_rows(inputs, task, done, config.strengths, known, scores)
     write_prompt_states(inputs.folder, inputs.runs, task)
-    write_samples(inputs.folder, [plain_text(pair.prompt, [], tokenizer, end) for pair in task.prompts], texts)
+    write_samples(inputs.folder, plain_texts(task, [[]] * len(task.prompts), tokenizer), texts)
     return rewards, served
 
 
 def write_report(folder: Path) -> None:
     """Writes report.md and its pictures, if the packages for them are installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        print("\nwarning: no report is written, because matplotlib is not installed; install the extra `plots`: pip "
-              "install -e .[plots]")
-        return
+        return print("\nwarning: no report is written: matplotlib is not installed; pip install -e .[plots]")
     from data.report.page import report
 
     print(f"\nReport: {report(folder)}")
@@ -165,15 +157,8 @@ def write_report(folder: Path) -> None:
 
 def export(config: EvalConfig) -> list[Path]:
     """Writes the experts of the run config.dir to config.export; returns their directories."""
-    path = Path(config.dir).resolve()
     refuse_unused(config, "--export evaluates nothing", ("dir", "export", "data_folder"))
-    if not (path / "checkpoint").exists():
-        raise InputError("is not a run; --export takes one run, a directory that train.py wrote", file=path)
-    run = load_run(path, "cpu", config.data_folder)
-    places = export_experts(run.experts, config.export, run.config.models, config.data_folder or None)
-    for k, place in enumerate(places):
-        print(f"{place}" + (f": mixture weight {run.gate.log_w[k].exp():.4f}" if run.config.gate == "fixed" else ""))
-    return places
+    return export_run(Path(config.dir).resolve(), config.export, config.data_folder)
 
 
 def compare(config: EvalConfig) -> dict:

@@ -9,9 +9,9 @@ One optimizer step, `step`:
     bound       sum_k q_k (log w_k + log sigma(h_k) - log q_k)            (M6), what EM maximises, logged per unit
 
 The loss is a sum over pairs divided by the number of pairs in the step, so micro-batches do not change it. K = 1 is
-DPO. All experts start equal to the reference, and equal experts stay equal. So the first steps use responsibilities
-that differ between units, from mixdpo/start.py. Responsibilities can also be known from a pair's first visit, or from
-context pairs, which the M-step never trains on. Variants of the method replace functions in `EM`.
+DPO. All experts start equal to the reference, and equal experts stay equal. So a run starts with responsibilities that
+differ between units, or with evidence for them, from mixdpo/start.py. The E-step can read context pairs, which the
+M-step trains on only at the end, when responsibilities are final. Variants replace functions in `EM`.
 """
 
 from collections.abc import Callable
@@ -170,22 +170,20 @@ def step(state: EMState, problem: Problem, em: EM) -> tuple[dict, list[int]]:
 
 
 def known_responsibilities(state: EMState, problem: Problem, units: torch.Tensor) -> torch.Tensor | None:
-    """log q (G,K) of some units from the start, or from their first visits; None if any of them is not known yet."""
-    config, table = problem.config, None
-    if problem.start is not None and state.t < config.known_steps:
-        table = problem.start
-    elif config.estep == "first" or state.t >= problem.plan.last_part:
-        table = state.log_q
+    """log q (G,K) of some units if the start, their first visits or the last E-step have fixed them; else None."""
+    first = problem.start is not None and state.t < problem.config.known_steps
+    final = problem.config.estep == "first" or state.t >= problem.plan.last_part
+    table = problem.start if first else state.log_q if final else None
     return None if table is None or table[units].isnan().any() else table[units].to(problem.ref_logp.device)
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def visit_log_likelihoods(state: EMState, problem: Problem, em: EM, after_each: Callable) -> torch.Tensor:
+def visit_log_likelihoods(state: EMState, problem: Problem, margins: Callable, after_each: Callable) -> torch.Tensor:
     """sum_i log sigma(h_ik) over the E-step's pairs of each visit, up to a constant per row: (E,K), on the CPU."""
     micros, found = micro_batches(problem.plan, list(range(problem.plan.inferred)), problem.config), []
-    progress = Progress(f"{Path(problem.config.out).name} E-step on all pairs")
+    em, progress = EM(margins=margins), Progress(f"{Path(problem.config.out).name} E-step on all pairs")
     for n, micro in enumerate(micros, 1):
         zero = problem.ref_logp.new_zeros(len(micro.visits), problem.config.experts)                # the prior
         found.append(posterior(state.experts, micro.context or micro.train, zero, problem, em).cpu())
@@ -195,14 +193,12 @@ def visit_log_likelihoods(state: EMState, problem: Problem, em: EM, after_each: 
 
 
 def fit(state: EMState, problem: Problem, variants: Variants, log: Log, saver: Saver, now: Callable) -> None:
-    """All remaining steps. After the last step with an E-step there is an E-step on all units; its responsibilities are
-    final. now(): what a checkpoint holds. Raises: Stopped."""
+    """All remaining steps, and the last E-step, on all units. now(): what a checkpoint holds. Raises: Stopped."""
     config, total = problem.config, len(problem.plan.steps)
     infers = config.experts > 1 and config.estep != "first"
 
     def all_pairs() -> torch.Tensor:
-        em = EM(margins=variants.margins)
-        return visit_log_likelihoods(state, problem, em, lambda: saver.check(state.t, total, now))
+        return visit_log_likelihoods(state, problem, variants.margins, lambda: saver.check(state.t, total, now))
 
     while True:
         if state.t == problem.plan.last_part and infers:
@@ -222,9 +218,8 @@ def fit(state: EMState, problem: Problem, variants: Variants, log: Log, saver: S
 
 
 def run(config: TrainConfig, key: Key | None = None) -> Path:
-    """Trains, or resumes an interrupted run of the same configuration; returns the run directory. key: a fixed noise
-    key for tests of private runs on synthetic data; default: a secret one. Raises: InputError on bad input, if another
-    process works in the directory, and if memory is too small; Stopped."""
+    """Trains, or resumes an interrupted run of the same configuration; returns its directory. key: a noise key for
+    tests of private runs; default: a secret one. Raises: InputError on bad input or too little memory; Stopped."""
     with opened(config, key) as job:                                        # None: finished before
         if job is not None:
             learn(job)

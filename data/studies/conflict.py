@@ -19,7 +19,7 @@ from data.experiment.presets import TWO, runs, tastes
 from data.experiment.simulated import FILES, data_of_prompts, judge, longest_prompt
 from data.imdb import DATASET
 from data.report.pictures import curves
-from data.studies.aggregate import by, mean_over, table_of
+from data.studies.aggregate import by, mean_over, pm_of, table_of
 from data.studies.study import Study
 from eval import EvalConfig, evaluate
 from mixdpo.evaluation import frontier
@@ -101,8 +101,9 @@ def page(rows):
         best, start = (frontier.compare(mixture, other, gap["kl"]) for other in (ceiling, methods["start"]))
         d, e = gap["difference"], start["difference"]
         gains = gap["ours"], gap["theirs"], best["theirs"], start["theirs"]
-        body.append([world, f"{gap['kl']:.1f}", *(f"{gain:+.3f}" for gain in gains), f"{d['mean']:+.3f} ± {d['se']:.3f}", f"{d['mean'] / d['se']:+.1f}",
-                     f"{e['mean']:+.3f} ± {e['se']:.3f}", mean_over(found, "users_start"), mean_over(found, "users")])
+        body.append([world, f"{gap['kl']:.1f}", *(f"{gain:+.3f}" for gain in gains),
+                     pm_of(d, "+"), f"{d['mean'] / d['se']:+.1f}", pm_of(e, "+"), mean_over(found, "users_start"),
+                     mean_over(found, "users")])
         reading.append((world, d))
         for m in methods.values():
             if m.name in ("dpo", "mixture") or m is ceiling:

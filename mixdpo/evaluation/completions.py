@@ -14,6 +14,7 @@ prompt is that of the expert drawn for it, and the rows mixture and sparse need 
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -127,9 +128,11 @@ def log_ratios(task: CompletionTask, experts, frozen: bool, texts: list[list], s
     return logp - torch.cat(base)[:K]
 
 
-def plain_text(prompt: list[int], completion: list[int], tokenizer, end: int) -> str:
-    """Prompt and completion as one text, without the start token and the token that ends a completion."""
-    return tokenizer.decode([t for t in prompt if t != tokenizer.bos] + [t for t in completion if t != end])
+def plain_texts(task: CompletionTask, completions: list[list[int]], tokenizer) -> list[str]:
+    """Each prompt and its completion as one text, without the start token and the token that ends a completion."""
+    end = task.sampling.eos
+    return [tokenizer.decode([t for t in pair.prompt if t != tokenizer.bos] + [t for t in ids if t != end])
+            for pair, ids in zip(task.prompts, completions)]
 
 
 def reward_table(rows: dict, texts: dict, dataset: dict, score) -> dict:
@@ -154,6 +157,15 @@ def reward_table(rows: dict, texts: dict, dataset: dict, score) -> dict:
         table[name] |= {"length": mean_se(torch.tensor([len(y) for y in row["ids"]])), "values": values.tolist()}
         table[name] |= {"w": row["w"].tolist()} if "w" in row else {}
     return table
+
+
+def all_scores(score: Callable, dataset: dict, folder: Path) -> Callable:
+    """texts -> {reward: the score of each}: the rewards that dataset.json names, and the utilities of types that it
+    defines as sums of weight times reward. score(texts, rewards, folder): data/annotators/rewards.py's."""
+    def scores(texts: list[str]) -> dict[str, list[float]]:
+        return with_utilities(score(texts, dataset["rewards"], folder), dataset.get("utilities", {}))
+
+    return scores
 
 
 def with_utilities(scores: dict[str, list[float]], types: dict[str, dict[str, float]]) -> dict[str, list[float]]:

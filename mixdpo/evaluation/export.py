@@ -15,10 +15,23 @@ from mixdpo.config import InputError
 from mixdpo.evaluation.peft import save_adapter
 from mixdpo.experts import Adapters, Heads, Models
 from mixdpo.models.weights import load_model, locate, save_model
+from mixdpo.runs.load_run import load_run
 from mixdpo.text.tokenizer import load_tokenizer
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
              "merges.txt", "chat_template.jinja", "generation_config.json")
+
+
+def export_run(path: Path, out: str, data_folder: str) -> list[Path]:
+    """Writes the experts of the run in `path` to `out`, prints their directories and fixed weights, and returns the
+    directories. Raises: InputError if it is not a run."""
+    if not (path / "checkpoint").exists():
+        raise InputError("is not a run; --export takes one run, a directory that train.py wrote", file=path)
+    run = load_run(path, "cpu", data_folder)
+    places = export_experts(run.experts, out, run.config.models, data_folder or None)
+    for k, place in enumerate(places):
+        print(f"{place}" + (f": mixture weight {run.gate.log_w[k].exp():.4f}" if run.config.gate == "fixed" else ""))
+    return places
 
 
 def export_experts(experts: Heads | Adapters | Models, out, models: list[str], data=None) -> list[Path]:

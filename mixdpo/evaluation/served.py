@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mixdpo.evaluation.completions import CompletionTask, complete, plain_text
+from mixdpo.evaluation.completions import CompletionTask, complete, plain_texts
 from mixdpo.evaluation.heldout import weights
 from mixdpo.evaluation.inputs import EvalInputs
 from mixdpo.evaluation.own_reward import Served, serve
@@ -50,11 +50,10 @@ def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, streng
     """All rows: {"run", "users", "strength"} and the figures of `row`; [] unless there is a reward for each type.
     done: run -> what `complete` returned at strength 1, and "reference" -> its completions; known: posteriors of new
     users; scores(texts) -> {reward: the score of each}."""
-    types, end, tokenizer = inputs.dataset.get("annotators", []), task.sampling.eos, inputs.tokenizer
-    plain = done["reference"]
+    types, plain = inputs.dataset.get("annotators", []), done["reference"]
 
     def values(ids: list[list[int]]) -> torch.Tensor:
-        found = scores([plain_text(pair.prompt, y, tokenizer, end) for pair, y in zip(task.prompts, ids)])
+        found = scores(plain_texts(task, ids, inputs.tokenizer))
         columns = [found[kind] for kind in types] if "domains" not in inputs.dataset else [
             own_scores(found, [pair.domain or "" for pair in task.prompts], inputs.dataset["domains"])]
         return torch.tensor(columns, dtype=torch.float64).T                 # (N,T)
