@@ -89,7 +89,6 @@ def evaluate(config: EvalConfig) -> dict:
         "adapt": new_users(inputs, config.seed, known),
         **dict(zip(("policies", "own_reward"), completions(inputs, config, known))),
         "trained_rewards": inputs.dataset.get("annotators", []),
-        "runs": {run.name: dataclasses.asdict(run.config) for run in inputs.runs},
         "asked": inputs.prompts.labels if inputs.prompts else [],
     }
     lost = [what for what in ("preferences", "adapt", "policies")

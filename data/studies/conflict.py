@@ -76,7 +76,7 @@ def measure(cell: dict, folder: Path) -> dict:
                         **options | {"data": str(folder / options["data"])}))
     results = evaluate(EvalConfig(str(folder), limit=preset["evaluate"], strengths=STRENGTHS))
     users = {name: results["preferences"][name]["alignment_train"].get("matched", 1.0) for name in ("mixture", "start")}
-    return {"own_reward": results["own_reward"], "runs": results["runs"], "users": users["mixture"],
+    return {"own_reward": results["own_reward"], "users": users["mixture"],
             "users_start": users["start"], "accuracy": {name: results["preferences"][name]["accuracy_own"]["mean"]
                                                         for name in ("dpo", "mixture", "start")}}
 
@@ -86,10 +86,7 @@ def measure(cell: dict, folder: Path) -> dict:
 
 def pooled(found: list[dict]) -> list[frontier.Method]:
     """The methods of a world, with all its seeds."""
-    rows = [row | {"run": f"{row['run']}-seed{n}"} for n, f in enumerate(found) for row in f["own_reward"]]
-    configs = {f"{name}-seed{n}": config | {"seed": n}
-               for n, f in enumerate(found) for name, config in f["runs"].items()}
-    return frontier.methods({"own_reward": rows, "runs": configs})
+    return frontier.methods({"own_reward": [row for f in found for row in f["own_reward"]]})
 
 
 def page(rows):

@@ -63,7 +63,7 @@ def methods(results: dict) -> list[Method]:
     """The methods of an evaluation, in the order of the runs; [] without own rewards."""
     groups: dict[tuple, list[dict]] = {}
     for row in results.get("own_reward", []):
-        config = results["runs"][row["run"]]
+        config = row["config"]
         serves = {"all users": "one policy", "known users": "mixture"}.get(row["users"], "")
         serves = "known types" if row["users"].startswith("type ") else serves
         if row["users"] == "unknown users" and config["latent"] == "pair":
@@ -71,8 +71,7 @@ def methods(results: dict) -> list[Method]:
         if serves:
             options = tuple((name, str(value)) for name, value in sorted(config.items()) if name not in FREE)
             groups.setdefault((serves, options), []).append(row)
-    return [Method(name_of(rows, serves), serves, points_of(rows, results["runs"]))
-            for (serves, _), rows in groups.items()]
+    return [Method(name_of(rows, serves), serves, points_of(rows)) for (serves, _), rows in groups.items()]
 
 
 def name_of(rows: list[dict], serves: str) -> str:
@@ -81,11 +80,11 @@ def name_of(rows: list[dict], serves: str) -> str:
     return name if serves != "known types" else "one policy per known type"
 
 
-def points_of(rows: list[dict], configs: dict) -> list[Point]:
+def points_of(rows: list[dict]) -> list[Point]:
     """A point for each beta and strength. Several types of one seed, each from its own run, are averaged."""
     found: dict[tuple, dict[int, list[dict]]] = {}
     for row in rows:
-        config = configs[row["run"]]
+        config = row["config"]
         found.setdefault((config["beta"], row["strength"]), {}).setdefault(config["seed"], []).append(row)
     points = []
     for (beta, strength), of in found.items():

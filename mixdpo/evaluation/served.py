@@ -10,8 +10,9 @@ A run of one type is part of the ceiling: one model per type is what a mixture c
 Rows at a strength below 1 (strength.py) give the frontier of a run.
 """
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -20,6 +21,7 @@ from mixdpo.evaluation.heldout import weights
 from mixdpo.evaluation.inputs import EvalInputs
 from mixdpo.evaluation.own_reward import Served, serve
 from mixdpo.evaluation.strength import at_strength
+from mixdpo.experts import Adapters, Heads, Models
 from mixdpo.preferences import Pair
 from mixdpo.runs.load_run import Run
 from mixdpo.runs.reference import prompt_features
@@ -47,7 +49,7 @@ class Completed:
 
 def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, strengths: tuple[float, ...], known: dict,
                     scores: Callable) -> list[dict]:
-    """All rows: {"run", "users", "strength"} and the figures of `row`; [] unless there is a reward for each type.
+    """All rows: {"run", "users", "strength", "config"} and the figures of `row`; [] unless each type has a reward.
     done: run -> what `complete` returned at strength 1, and "reference" -> its completions; known: posteriors of new
     users; scores(texts) -> {reward: the score of each}."""
     types, plain = inputs.dataset.get("annotators", []), done["reference"]
@@ -63,16 +65,32 @@ def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, streng
     states = prompt_features(task.reference, [p.prompt for p in task.prompts], inputs.runs[0].experts.dtype)
     served = types if "domains" not in inputs.dataset else ["everybody"]
     users, rows = Users(served, task.prompts, states, known, values(plain)), []
-    for run in inputs.runs:
+    for run in [*inputs.runs, *soups(inputs.runs)]:
         for strength in (1.0, *strengths):
             with at_strength(run.experts, inputs.references, strength):
-                ids, log_ratio = done[run.name] if strength == 1 else complete(
+                ids, log_ratio = done[run.name] if strength == 1 and run.name in done else complete(
                     run, task, plain, f"{run.name} at {strength:g}")
             length = torch.tensor([[len(y) for y in texts] for texts in ids])
             completed = Completed(torch.stack([values(texts) for texts in ids]), log_ratio, length)
-            rows += [{"run": run.name, "users": kind, "strength": strength} | figures
+            rows += [{"run": run.name, "users": kind, "strength": strength, "config": asdict(run.config)} | figures
                      for kind, figures in served_rows(run, completed, users).items()]
     return rows
+
+
+def soups(runs: list[Run]) -> list[Run]:
+    """One policy from each mixture of adapters or models: the mean of its experts' parameters, as a run with K = 1."""
+    return [replace(run, name=f"{run.name}-soup", config=replace(run.config, experts=1), experts=soup(run.experts))
+            for run in runs if run.config.experts > 1 and not isinstance(run.experts, Heads)]
+
+
+@torch.no_grad()
+def soup(experts: Adapters | Models) -> Heads:
+    """The mean of the experts' parameters."""
+    first, *others = [experts.policy(k)[0] for k in range(experts.K)]
+    mean = copy.deepcopy(first)
+    for p, *own in zip(mean.parameters(), *(model.parameters() for model in others)):
+        p.copy_(torch.stack([p, *own]).mean(0))
+    return Heads(mean.requires_grad_(True), 1, dtype=experts.dtype)         # its own parameters, as of a trained model
 
 
 def own_scores(found: dict[str, list[float]], domain: list[str], judges: dict[str, list[str]]) -> list[float]:
