@@ -1,11 +1,12 @@
 """Own reward of methods at equal KL: from the rows of own reward (served.py) to a table and a sentence.
 
 A method is a set of runs that differ in seed and beta only. Its points are its runs at each beta and strength, means
-over seeds. Methods serve users in one of three ways:
+over seeds. Methods serve users in one of these ways:
 
     one policy     K = 1: everybody gets the same policy                        (users: "all users")
     mixture        every user is served under the user's weights                ("known users"; without users "unknown")
     known types    one policy for each type, told which user is of which type   ("type X"): the ceiling
+    in context     the reference, with a few of the user's choices in the prompt
 
 The baseline is one policy: the frontier of all such methods together. The comparison is made at the largest KL that the
 mixture and the baseline both reach.
@@ -40,7 +41,7 @@ class Method:
     """A method and its points."""
 
     name: str
-    serves: str                 # "one policy", "mixture" or "known types"
+    serves: str                 # "one policy", "mixture", "known types" or "in context"
     points: list[Point]
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -64,7 +65,7 @@ def methods(results: dict) -> list[Method]:
     groups: dict[tuple, list[dict]] = {}
     for row in results.get("own_reward", []):
         config = row["config"]
-        serves = {"all users": "one policy", "known users": "mixture"}.get(row["users"], "")
+        serves = {"all users": "one policy", "known users": "mixture", "in context": "in context"}.get(row["users"], "")
         serves = "known types" if row["users"].startswith("type ") else serves
         if row["users"] == "unknown users" and config["latent"] == "pair":
             serves = "mixture"                                              # has no weights of users

@@ -18,6 +18,7 @@ import torch
 
 from mixdpo.evaluation.completions import CompletionTask, complete, plain_texts
 from mixdpo.evaluation.heldout import weights
+from mixdpo.evaluation.in_context import served_in_context
 from mixdpo.evaluation.inputs import EvalInputs
 from mixdpo.evaluation.own_reward import Served, serve
 from mixdpo.evaluation.strength import at_strength
@@ -74,6 +75,12 @@ def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, streng
             completed = Completed(torch.stack([values(texts) for texts in ids]), log_ratio, length)
             rows += [{"run": run.name, "users": kind, "strength": strength, "config": asdict(run.config)} | figures
                      for kind, figures in served_rows(run, completed, users).items()]
+    first = inputs.runs[0]
+    in_context = served_in_context(first.plan.pairs, served, task, inputs.tokenizer, values, users.base,
+                                   first.experts.dtype)
+    if in_context:
+        rows.append({"run": "in-context", "users": "in context", "strength": 1.0, "config": asdict(first.config)}
+                    | row(*in_context, served))
     return rows
 
 
@@ -107,7 +114,8 @@ def served_rows(run: Run, completed: Completed, users: Users) -> dict[str, dict]
     def add(name: str, log_q: torch.Tensor, kind: torch.Tensor, kinds: list[str] = types) -> None:
         columns = [types.index(name) for name in kinds]
         served = serve(completed.values[..., columns], completed.log_ratio, log_q, kind, users.base[:, columns])
-        rows[name] = row(served, completed, log_q.double().exp().flatten(0, -2).mean(0), kinds)
+        q = log_q.double().exp().flatten(0, -2).mean(0)                     # (K,) mean weights
+        rows[name] = row(served, float(q @ completed.length.double().mean(1)), kinds)
 
     if K == 1 and len(set(owners)) == 1 < len(types) and owners[0] in types:
         add(f"type {owners[0]}", torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), owners[:1])
@@ -127,8 +135,8 @@ def served_rows(run: Run, completed: Completed, users: Users) -> dict[str, dict]
     return rows
 
 
-def row(served: Served, completed: Completed, q: torch.Tensor, kinds: list[str]) -> dict:
-    """A row of the table, for results.json. q (K,): mean weights of the experts; kinds: the types that are served."""
+def row(served: Served, length: float, kinds: list[str]) -> dict:
+    """A row of the table, for results.json. length: mean tokens of a completion; kinds: the types that are served."""
     return {"gain": served.figure, "kl": float(served.kl.mean()), "types": dict(zip(kinds, served.by_type)),
-            "length": float(q @ completed.length.double().mean(1)),
-            "gain_by_prompt": served.reward.mean(0).tolist(), "kl_by_prompt": served.kl.tolist()}
+            "length": length, "gain_by_prompt": served.reward.mean(0).tolist(),
+            "kl_by_prompt": served.kl.tolist()}
