@@ -26,22 +26,22 @@ def work(preset: dict, parameters: float, prompt: int) -> dict[str, dict[str, fl
     pairs, held = preset["users"] * preset["pairs"], preset["users"] * preset["heldout_pairs"]
     held += 2 * preset.get("new_users", 0) * preset.get("new_pairs", 0)
     tuned = {"steps": 100, "batch": 16, "tokens": 128} | preset["finetune"]
-    experts = [run["experts"] for run in preset["runs"].values()]
-    seen, passes = 2 * (prompt + response), 1.0                         # tokens of a pair; 1: the pass of the reference
-    in_e_step = preset["context"] / preset["pairs"]
-    for run in preset["runs"].values():
-        in_context, epochs = run.get("estep") == "context", (preset["train"] | run).get("epochs", 1)
-        of_step = 3 if run.get("train_trunk", True) else 1.3                # measured
-        passes += epochs * (in_e_step * in_context + (1 - in_e_step) * of_step)
-        passes += 0 if run["experts"] == 1 else in_e_step if in_context else 1 - in_e_step          # the last E-step
-    completed = preset["evaluate"] * (1 + sum(experts))
+    runs = [preset["train"] | run for run in preset["runs"].values()]
+    copies = [1 if run.get("sharing", "heads") == "heads" else run["experts"] for run in runs]      # trunks that run
+    seen, passes = prompt + 2 * response, 0.0                           # tokens of a pair; passes over all pairs
+    for run, copy in zip(runs, copies):
+        share = 1 / len(preset["annotators"]) if "data" in run else 1.0     # of the pairs: those of one type
+        in_e_step = preset["context"] / preset["pairs"] if run.get("estep") == "context" else 0.0
+        of_step = (3 if run.get("sharing") != "lora" else 2) if run.get("train_trunk", True) else 0.3
+        passes += share * (1 + copy * (run.get("epochs", 1) * (of_step + in_e_step) + in_e_step))   # 1: the reference
+    completed = preset["evaluate"] * (1 + (1 + len(preset.get("strengths", ()))) * sum(run["experts"] for run in runs))
     return {
         "annotating": {"seconds": JUDGE * preset["judge_reviews"] / 12000 + continuations / PARSED},
         "fine-tuning": {"pass": 3 * forward * tuned["steps"] * tuned["batch"] * tuned["tokens"]},
         "sampling": {"decode": forward * continuations * response},
         "training": {"pass": forward * pairs * seen * passes},
         "evaluation": {"decode": forward * completed * response, "seconds": completed / PARSED,
-                       "pass": forward * ((1 + len(experts)) * held * seen + completed * seen)},
+                       "pass": forward * ((1 + sum(copies)) * held * seen + 2 * completed * seen)},
     }
 
 

@@ -293,4 +293,5 @@ def run_job(dataset: DataSet, config, name: str, preset: dict, job: Path) -> Non
     max_prompt = longest_prompt(load_tokenizer(model, config.data_folder or None))
     shared = {"model": str(job / "reference"), "data_folder": config.data_folder, "max_prompt": max_prompt,
               "max_response": preset["max_response"]}
-    train_and_evaluate(job, preset, shared, prompts=str(job / dataset.evaluate), limit=preset["evaluate"])
+    train_and_evaluate(job, preset, shared, prompts=str(job / dataset.evaluate), limit=preset["evaluate"],
+                       strengths=preset.get("strengths", ()))
