@@ -2,7 +2,7 @@
 
     Heads      one trunk, K unembeddings: W_k (rank 0) or W + W A_k B_k (rank R)                (paper: Case 1)
     Adapters   one frozen model, K low-rank adapters in it: W + 2 B_k A_k in place of some projections W         (LoRA);
-               with a shared adapter, W + 2 (B_k A_k + B_0 A_0)                                 (paper: Case 1)
+               with a shared one, W + 2 (B_0 A_0 + B_k A_k - mean_j B_j A_j)                    (paper: Case 1)
     Models     K independent models                                                                     (paper: Case 2)
 
 All three have the same methods, in the order in which a step calls them: `hidden` (the pass through the trunk), `rows`

@@ -30,7 +30,7 @@ ONLY = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": Fa
 
 def factors(experts: Adapters, k: int) -> dict[str, torch.Tensor]:
     """PEFT's names -> expert k's A (R,in) and B (out,R): views of its factors, or, if there is a shared adapter, copies
-    that hold both parts (R+S)."""
+    that hold all of them (S+K*R ranks)."""
     out: dict[str, torch.Tensor] = {}
     for path in experts.targets:
         name, (A, B) = f"base_model.model.{PREFIX[type(experts.trunk)]}{path}", experts.adapted(path).of_expert(k)
@@ -41,7 +41,7 @@ def factors(experts: Adapters, k: int) -> dict[str, torch.Tensor]:
 def save_adapter(experts: Adapters, k: int, directory, base: str) -> None:
     """Writes expert k as a PEFT adapter; an interruption leaves no partial file. base: the base model, a directory or a
     name on the hub, as transformers' from_pretrained takes it."""
-    rank = experts.rank + experts.shared
+    rank = experts.shared + experts.rank * experts.K if experts.shared else experts.rank
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": rank, "lora_alpha": int(SCALE * rank), "lora_dropout": 0.0, "bias": "none",

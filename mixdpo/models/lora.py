@@ -1,10 +1,13 @@
 """Low-rank adapters in a frozen model (LoRA: Hu et al. 2021, arXiv 2106.09685), K of them side by side.
 
-    y = W x + b + SCALE (B_k A_k + B_0 A_0) x      in the rows of expert k
+    y = W x + b + SCALE B_k A_k x                                              in the rows of expert k
+    y = W x + b + SCALE (B_0 A_0 + B_k A_k - mean_j B_j A_j) x                 with a shared adapter, B_0 A_0
 
-B_0 A_0 is an adapter that all experts share (optional). All experts' pairs train it, so what people have in common is
-learnt once, from all pairs, and the other adapters learn the differences (the paper's Case 1: a shared encoder with
-parts of each expert). Left out: dropout, biases that learn, and alpha as an option.
+The shared adapter is what the experts have in common (the paper's Case 1: a shared encoder, and parts of each expert),
+and the others are deviations from it. Its gradient is the sum over the experts, as in DPO on all pairs, so what people
+agree on is learnt once, from all pairs. The gradient of the deviations is the difference between experts, so they learn
+only what people disagree on.
+Left out: dropout, biases that learn, and alpha as an option.
 """
 
 import copy
@@ -26,38 +29,47 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class LoRALinear(nn.Module):
-    """A frozen projection W with K adapters, and one that all K experts share if `shared` is not 0:
-    y = W x + b + SCALE (B_k A_k + B_0 A_0) x in the rows of expert k.
+    """A frozen projection W with K adapters of rank R, and a shared one of rank S if `shared` is not 0: the module's
+    docstring has what they compute.
 
-    The adapters have rank R, the shared one has rank S. A (K,R,in) and A_0 (S,in) are uniform in +-1/sqrt(in), which is
-    kaiming_uniform with a = sqrt(5); B (K,out,R) and B_0 (out,S) are 0.
+    A (K,R,in) and A_0 (S,in) are uniform in +-1/sqrt(in), which is kaiming_uniform with a = sqrt(5); B (K,out,R) and
+    B_0 (out,S) are 0.
     """
 
     def __init__(self, linear: nn.Linear, experts: int, rank: int, generator: torch.Generator, shared: int = 0):
         super().__init__()
         self.linear, W = linear, linear.weight                              # (out,in)
-        self.A, self.B = factors(W, (experts, rank), generator)                        # (K,R,in), (K,out,R)
-        self.A_0: nn.Parameter | None = None                                           # (S,in)
-        self.B_0: nn.Parameter | None = None                                           # (out,S)
+        self.A, self.B = factors(W, (experts, rank), generator)             # (K,R,in), (K,out,R)
         if shared:
-            self.A_0, self.B_0 = factors(W, (shared,), generator)
+            self.A_0, self.B_0 = factors(W, (shared,), generator)           # (S,in), (out,S)
+        self.shared = shared
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(K*N,T,in) -> (K*N,T,out): the first N rows belong to expert 0. One product with W serves all experts."""
-        low = x.reshape(len(self.A), -1, x.shape[-1]) @ self.A.mT           # (K,N*T,R)
-        y = self.linear(x)
-        y = y + (SCALE * low @ self.B.mT).view(y.shape)
-        return y if self.A_0 is None or self.B_0 is None else y + SCALE * (x @ self.A_0.mT) @ self.B_0.mT
+        y, rows = self.linear(x), x.reshape(len(self.A), -1, x.shape[-1])   # (K,N*T,in)
+        if not self.shared:
+            return y + (SCALE * (rows @ self.A.mT) @ self.B.mT).view(y.shape)
+        A, B, weight = self.joined()
+        return y + (SCALE * (rows @ A.T * weight[:, None]) @ B.T).view(y.shape)
+
+    def joined(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All adapters as one, A (S+K*R,in) and B (out,S+K*R), and the weight of each of its ranks in expert k,
+        (K,S+K*R): 1 in the shared one, 1 - 1/K in its own, -1/K in the others."""
+        K, R = self.A.shape[:2]
+        A, B = torch.cat([self.A_0, self.A.flatten(0, 1)]), torch.cat([self.B_0, *self.B], dim=1)
+        deviation = (torch.eye(K) - 1 / K).repeat_interleave(R, dim=1)      # (K,K*R)
+        return A, B, torch.cat([torch.ones(K, self.shared), deviation], dim=1).to(A)
 
     def of_expert(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Expert k's part and the shared part as one adapter: A (R+S,in), B (out,R+S). The product B A is their sum."""
-        if self.A_0 is None or self.B_0 is None:
+        """Expert k's change of W as one adapter: A (R',in), B (out,R'), with R' = R, or S + K*R if one is shared."""
+        if not self.shared:
             return self.A[k], self.B[k]
-        return torch.cat([self.A[k], self.A_0]), torch.cat([self.B[k], self.B_0], dim=1)
+        A, B, weight = self.joined()
+        return A, B * weight[k]
 
     @torch.no_grad()
     def merged(self, k: int) -> nn.Linear:
-        """A plain projection with the weight of expert k, W + SCALE (B_k A_k + B_0 A_0), in new memory."""
+        """A plain projection with the weight of expert k, in new memory."""
         linear, (A, B) = copy.deepcopy(self.linear), self.of_expert(k)
         linear.weight += SCALE * B @ A
         return linear
