@@ -60,6 +60,8 @@ def make_job(
         "config": {"seed": 1, "temperature": 1.0, "batch": 64},
         "preferences": {},
         "policies": {},
+        "own_reward": [],
+        "trained_rewards": list(judges),
     }
     for name, (K, latent) in runs.items():
         make_run(home / name, K, latent, pairs, users, steps, rng)
@@ -69,6 +71,8 @@ def make_job(
         write(home / "heldout.jsonl", pairs)
     if completions:
         make_completions(home, results, runs, prompts, judges, rng)
+        if set(judges) <= set(NAMES):
+            results["own_reward"] = own_rewards(home, runs, prompts, judges, rng)
     (home / "results.json").write_text(json.dumps(results))
     (home / "reference").mkdir(exist_ok=True)
     (home / "reference/config.json").write_text(json.dumps({"model_type": "llama"}))
@@ -135,9 +139,31 @@ def held_out(K, kinds, rng, n=40):
         "accuracy_all": [figure(rng.random(50) < 0.6) for _ in range(K)],
         **{name: figure(rng.normal(level, 0.1, 50)) for name, level in (near | {"elbo_gap": 0.02}).items()},
         "effective_experts": 1 + 0.9 * (K - 1),
+        "by_pair_own": rng.normal(-0.66, 0.1, 50).tolist(),
+        "prompt_of_pair": [n // 2 for n in range(50)],
+        "user_of_pair_own": [n % 10 for n in range(50)],
+        "prompts": 25,
         "alignment_train": aligned[0],
         "alignment_heldout": aligned[1],
     }
+
+
+def own_rewards(home, runs, prompts, judges, rng, strengths=(1.0, 0.5)) -> list[dict]:
+    """The rows of served.py: a gain that grows with strength, KL with its square."""
+    rows = []
+    for i, (name, (K, latent)) in enumerate(runs.items()):
+        config = json.loads((home / name / "config.json").read_text())
+        kinds = ["all users"] if K == 1 else ["unknown users"] + ["known users"] * (latent == "user")
+        for users in kinds:
+            noise = rng.normal(0, 0.02, prompts)
+            for strength in strengths:
+                gain = strength * (0.1 + 0.05 * i) + noise
+                kl = strength**2 * (5.0 + i) + rng.normal(0, 0.1, prompts)
+                rows.append({
+                    "run": name, "users": users, "strength": strength, "config": config, "gain": figure(gain),
+                    "kl": float(kl.mean()), "types": {judge: figure(gain + 0.01 * t) for t, judge in enumerate(judges)},
+                    "length": 20.0, "gain_by_prompt": gain.tolist(), "kl_by_prompt": kl.tolist()})
+    return rows
 
 
 def make_completions(home, results, runs, prompts, judges, rng):

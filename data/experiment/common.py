@@ -57,6 +57,6 @@ def train_and_evaluate(job: Path, preset: dict, shared: dict, **options) -> None
     """Trains the preset's runs on the job's train.jsonl, or on the file that a run names, and evaluates them. shared:
     options of TrainConfig for all runs; options: of EvalConfig."""
     for name, own in preset["runs"].items():
-        options = {"data": "train.jsonl"} | shared | preset["train"] | own
-        run(TrainConfig(out=str(job / name), **options | {"data": str(job / options["data"])}))
+        chosen = {"data": "train.jsonl"} | shared | preset["train"] | own
+        run(TrainConfig(out=str(job / name), **chosen | {"data": str(job / chosen["data"])}))
     evaluate(EvalConfig(dir=str(job), data_folder=shared["data_folder"], **options))

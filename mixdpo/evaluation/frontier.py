@@ -126,7 +126,7 @@ def own_reward_sentence(results: dict) -> str:
     gap = found["difference"]
     text = (f"each user's own reward rises by {found['ours']:.3f} with the mixture and by {found['theirs']:.3f} with "
             f"one policy for all ({baseline.name}) at the same KL of {found['kl']:.1f} nats: the difference is "
-            f"{gap['mean']:+.3f} ± {gap['se']:.3f}, {in_errors(gap)}")
+            f"{with_error(gap)}, {in_errors(gap)}")
     if math.isfinite(found["ratio"]) and gap["mean"] > 2 * gap["se"]:
         text += f". The mixture reaches {baseline.name}'s gain at {found['ratio']:.2f} of its KL"
     if ceiling is not None:
@@ -144,6 +144,12 @@ def in_errors(gap: dict) -> str:
     return f"{ratio:.1f} standard errors" + ("" if ratio >= 2 else ", which may be chance")
 
 
+def with_error(figure: dict) -> str:
+    """mean ± standard error, or the mean alone."""
+    mean = f"{figure['mean']:+.3f}"
+    return f"{mean} ± {figure['se']:.3f}" if math.isfinite(figure["se"]) else mean
+
+
 def own_reward_table(results: dict) -> tuple[list[str], list[list[str]]]:
     """Heading and rows: each method as it was trained, and its difference to the baseline at equal KL."""
     found = methods(results)
@@ -158,10 +164,8 @@ def own_reward_table(results: dict) -> tuple[list[str], list[list[str]]]:
         p, cells = m.full, ["–", "–"]
         if baseline is not None and m.serves != "one policy":
             c = compare(m, baseline)
-            gap = c["difference"]
-            cells = [f"{gap['mean']:+.3f} ± {gap['se']:.3f}", f"{c['kl']:.1f}"]
-        gain = mean_se(p.gain.mean(0))
-        rows.append([m.name, f"{gain['mean']:+.3f} ± {gain['se']:.3f}",
+            cells = [with_error(c["difference"]), f"{c['kl']:.1f}"]
+        rows.append([m.name, with_error(mean_se(p.gain.mean(0))),
                      *(f"{p.types[kind]:+.3f}" if kind in p.types else "–" for kind in kinds),
                      f"{p.kl.mean():.1f}", f"{p.length:.1f}", *cells])
     return head, rows

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -367,7 +368,7 @@ def test_presets_fit_together():
         assert preset["prompts"] >= preset["pairs"] >= 10 and preset["heldout"] >= preset["heldout_pairs"]
         assert preset["evaluate"] <= preset["heldout"] and preset["users"] % len(preset["annotators"]) == 0
         for options in preset["runs"].values():
-            validate(common.TrainConfig(data="", model="", out="", **preset["train"] | options))
+            validate(common.TrainConfig(model="", out="", **{"data": ""} | preset["train"] | options))
         simulated.FinetuneConfig(data="", model="", out="", **preset["finetune"])
         assert preset["train"]["batch"] >= preset["pairs"]                  # whole users fit a batch
     for preset in REVIEWS.values():
@@ -401,27 +402,42 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
     job, tokenizer = tmp_path / "job", load_tokenizer(tiny)
     pairs = {name: read_preferences(job / f"{name}.jsonl", tokenizer, 16, 24) for name in ("train", "heldout")}
     assert len(pairs["train"]) == 20 and len(pairs["heldout"]) == 8
+    kinds = ["praise", "criticism"]
+    of_types = {kind: read_preferences(job / f"train-{kind}.jsonl", tokenizer, 16, 24) for kind in kinds}
+    assert all({p.annotator for p in of} == {kind} for kind, of in of_types.items())
+    assert sum(map(len, of_types.values())) == 20
     assert not {tuple(p.prompt) for p in pairs["train"]} & {tuple(p.prompt) for p in pairs["heldout"]}
     assert {p.user for p in pairs["train"]} == {p.user for p in pairs["heldout"]} == {"user-0001", "user-0002"}
     prompts = [tokenizer.encode(row["prompt"]) for row in read_lines(job / "prompts.jsonl")]
     assert all(p.prompt in prompts for p in pairs["heldout"])
     for p in pairs["train"]:
-        assert p.scores.keys() == {"sentiment", "informativeness", "grammar"} and p.context is not None
+        assert p.scores.keys() == {"sentiment", "informativeness", "grammar", *kinds} and p.context is not None
         assert p.scores[p.annotator][0] > p.scores[p.annotator][1]
     apart = [{tuple(p.prompt) for p in pairs["train"] if p.context == context} for context in (True, False)]
-    assert not apart[0] & apart[1] and sum(p.context for p in pairs["train"]) == 2 * 3
+    assert not apart[0] & apart[1] and sum(p.context for p in pairs["train"]) == 2 * 4
     for name, part in (("adapt-new-user", "train"), ("adapt-new-user-new-prompt", "heldout")):
         new = read_preferences(job / f"{name}.jsonl", tokenizer, 16, 24)
         assert {p.user for p in new} == {"new-user-0001", "new-user-0002"} and len(new) == 12
-        assert {p.annotator for p in new} == {"sentiment", "informativeness"}
+        assert {p.annotator for p in new} == {*kinds}
         file = "prompts.jsonl" if part == "heldout" else "prompts-train.jsonl"
         assert {tuple(p.prompt) for p in new} <= {tuple(tokenizer.encode(r["prompt"])) for r in read_lines(job / file)}
     facts = json.loads((job / "dataset.json").read_text())
-    assert facts["annotators"] == ["sentiment", "informativeness"]
+    assert facts["annotators"] == kinds
+    for pair in pairs["train"]:
+        for side in (0, 1):
+            for kind, weights in facts["utilities"].items():
+                want = sum(weight * pair.scores[reward][side] for reward, weight in weights.items())
+                assert pair.scores[kind][side] == pytest.approx(want)
+    spread = facts["spread"]
+    assert facts["utilities"]["criticism"] == pytest.approx(
+        {"informativeness": 1 / spread["informativeness"], "sentiment": -2 / spread["sentiment"]})
     assert facts["max_new"] == 24 and facts["train"]["pairs"] == 20
     assert facts["reviews"]["taken"] == {"heldout": 10, "train": 20, "reviews": 60}
     assert facts["reviews"]["judge_of_sentiment"]["accuracy_whole"] >= 0.88
-    assert [c.out for c in trained] == [str(job / name) for name in ("dpo", "mix-pair", "mix-user")]
+    assert [c.out for c in trained] == [
+        str(job / name) for name in ("dpo", "mixture", "dpo-praise", "dpo-criticism", "start")]
+    assert [Path(c.data).name for c in trained] == [
+        "train.jsonl", "train.jsonl", "train-praise.jsonl", "train-criticism.jsonl", "train.jsonl"]
     assert [c.dir for c in evaluated] == [str(job)]
     capsys.readouterr()
     times = {file: file.stat().st_mtime_ns for file in job.rglob("*") if file.is_file()}
@@ -438,17 +454,20 @@ def test_the_estimate_counts_what_a_preset_asks_for():
     taken for nothing."""
     base = IMDB["quick"] | {"new_users": 0}
     first, of_new = work(base, 1e8, 16), work(IMDB["quick"], 1e8, 16)
-    assert of_new["evaluation"]["pass"] - first["evaluation"]["pass"] == 2e8 * 4 * 2 * 24 * 32 * 96
-    assert first["sampling"]["decode"] == 2e8 * 350 * 5 * 32
+    trunks = 1 + 1 + 2 + 1 + 1 + 2                                          # the reference and every expert's
+    assert of_new["evaluation"]["pass"] - first["evaluation"]["pass"] == 2e8 * trunks * 2 * 12 * 16 * 80
+    assert first["sampling"]["decode"] == 2e8 * 280 * 5 * 32
     for name, stage_name in (("users", "training"), ("prompts", "sampling"), ("evaluate", "evaluation")):
         more = work(base | {name: 2 * base[name]}, 1e8, 16)
         assert sum(more[stage_name].values()) > 1.3 * sum(first[stage_name].values())
     tuned = work(base | {"finetune": {"steps": 10, "batch": 2, "tokens": 64}}, 1e8, 16)["fine-tuning"]
     assert tuned == {"pass": 6e8 * 10 * 2 * 64}
-    two = {"dpo": {"experts": 1}, "mix": {"experts": 2, "estep": "context", "train_trunk": False}}
-    trained = work(base | {"runs": two, "pairs": 16, "context": 4, "train": {"epochs": 2}}, 1e8, 16)["training"]["pass"]
-    passes = 1 + 2 * 0.75 * 3 + 2 * (0.25 + 0.75 * 1.3) + 0.25              # the reference, dpo, mix, its last E-step
-    assert trained == pytest.approx(2e8 * 40 * 16 * 96 * passes)
+    lora = {"sharing": "lora", "experts": 2}
+    one_type = lora | {"experts": 1, "data": "train-x.jsonl"}
+    some = {"dpo": {"experts": 1}, "mix": lora | {"estep": "context"}, "one type": one_type}
+    trained = work(base | {"runs": some, "pairs": 16, "context": 4, "train": {"epochs": 2}}, 1e8, 16)["training"]["pass"]
+    passes = (1 + 2 * 3) + (1 + 2 * (2 * (2 + 0.25) + 0.25)) + (1 + 2 * 2) / 2      # each: its reference, its passes
+    assert trained == pytest.approx(2e8 * 32 * 16 * 80 * passes)
     assert re.fullmatch(r"about \d+ minutes on this machine \(.+ GFLOP/s in \w+\): annotating \d+, .*",
                         estimate(base, "smollm2", 16))
 

@@ -1,6 +1,7 @@
-"""data/report/result.py on a made-up job: the sentence and the table that open a report. What each test catches stands
-in its docstring."""
+"""data/report/result.py and mixdpo/evaluation/frontier.py on a made-up job: what opens a report. What each test catches
+stands in its docstring."""
 
+import copy
 import json
 
 import numpy as np
@@ -8,76 +9,95 @@ import pytest
 from fakejob import make_job
 
 from data.report.job import read_job
-from data.report.result import compared_runs, headline, own_rewards, result, sentence
-from data.report.tables import aligned
+from data.report.result import accuracy_table, result
+from mixdpo.evaluation import frontier
+from mixdpo.evaluation.tables import sentences
 
 TYPES = ["sentiment", "informativeness"]
 
 
 @pytest.fixture
 def job(tmp_path):
-    return read_job(make_job(tmp_path / "job"))
+    return read_job(make_job(tmp_path / "job", prompts=40))
 
 
-def test_own_reward_is_that_of_the_expert_that_serves_the_type(job):
-    """Caught: a type's reward on another type's completions; the mixture's row for its experts'; experts in the order
-    of the types when they are named otherwise; KL of one expert."""
-    job.results["preferences"]["mix-user"]["own"] = TYPES[::-1]
-    found, rows = own_rewards(job), job.results["policies"]
-    values = {name: np.array(row["values"]) for name, row in rows.items()}  # columns: sentiment, informativeness, ...
-    swapped = (values["mix-user head 1"][:, 0] + values["mix-user head 0"][:, 1]) / 2
-    np.testing.assert_allclose(found["mix-user"]["values"], swapped)
-    straight = (values["mix-pair head 0"][:, 0] + values["mix-pair head 1"][:, 1]) / 2
-    np.testing.assert_allclose(found["mix-pair"]["values"], straight)
-    np.testing.assert_allclose(found["dpo"]["values"], values["dpo"][:, :2].mean(1))
-    kl = (rows["mix-user head 0"]["kl"]["mean"] + rows["mix-user head 1"]["kl"]["mean"]) / 2
-    assert found["mix-user"]["kl"]["mean"] == pytest.approx(kl)
-    assert list(found) == ["reference", "dpo", "mix-pair", "mix-user"]
-    job.results["preferences"]["mix-user"]["own"] = ["sentiment", None]     # nobody serves informativeness
-    assert "mix-user" not in own_rewards(job)
-    job.dataset["domains"] = {"movie": ["sentiment"]}
-    assert own_rewards(job) == {}
+def test_a_method_is_its_runs_of_any_seed_and_beta(job):
+    """Caught: seeds as methods of their own; two betas at one point; a mixture without users served by its weights for
+    strangers when it knows its users; strengths of another run."""
+    rows = job.results["own_reward"]
+    again = [copy.deepcopy(row) for row in rows if row["run"] == "dpo"]
+    for row in again:
+        row["run"], row["config"]["seed"] = "dpo-seed1", 1
+        row["gain_by_prompt"] = [value + 1 for value in row["gain_by_prompt"]]
+    low = [copy.deepcopy(row) for row in rows if row["run"] == "dpo" and row["strength"] == 1]
+    low[0]["run"], low[0]["config"]["beta"] = "dpo-beta0.01", 0.01
+    found = {m.name: m for m in frontier.methods({"own_reward": [*rows, *again, *low]})}
+    assert list(found) == ["dpo", "mix-pair", "mix-user"]
+    assert [(p.beta, p.strength) for p in found["dpo"].points] == [(0.1, 1.0), (0.1, 0.5), (0.01, 1.0)]
+    assert found["dpo"].full.gain.shape == (2, 40) and found["dpo"].arrays()[0].shape == (3, 1, 40)
+    assert found["dpo"].full.gain.mean() == pytest.approx(np.mean(rows[0]["gain_by_prompt"]) + 0.5)
+    assert [m.serves for m in found.values()] == ["one policy", "mixture", "mixture"]
+    known = next(row for row in rows if row["run"] == "mix-user" and row["users"] == "known users")
+    assert found["mix-user"].full.gain[0].tolist() == known["gain_by_prompt"]
 
 
-def test_the_table_pairs_differences_with_dpo(job):
-    """Caught: unpaired differences; a difference of DPO from itself; a type's accuracy in another type's column."""
-    head, rows = headline(job)
+def test_one_policy_per_known_type_is_one_method(job):
+    """Caught: the ceiling as two methods; the KL or the gain of one type for the mean of both."""
+    rows = [copy.deepcopy(row) for row in job.results["own_reward"] if row["run"] == "dpo"]
+    parts = []
+    for n, kind in enumerate(TYPES):
+        for row in copy.deepcopy(rows):
+            row |= {"run": f"dpo-{kind}", "users": f"type {kind}", "types": {kind: row["types"][kind]}}
+            row["config"]["data"] = f"train-{kind}.jsonl"
+            row["kl_by_prompt"] = [n + 1.0] * 40
+            parts.append(row)
+    job.results["own_reward"] += parts
+    ceiling = frontier.main_methods(frontier.methods(job.results))[2]
+    assert ceiling.name == "one policy per known type" and len(ceiling.points) == 2
+    assert ceiling.full.kl.mean() == 1.5 and list(ceiling.full.types) == TYPES
+
+
+def test_the_sentence_compares_at_equal_kl(job):
+    """Caught: gains at different KL; the ratio upside down; the sign; a difference within chance called one; the best
+    mixture picked instead of the first."""
+    mixture, baseline, _ = frontier.main_methods(frontier.methods(job.results))
+    assert (mixture.name, baseline.name) == ("mix-pair", "dpo")
+    found = frontier.compare(mixture, baseline)
+    most = min(m.full.kl.mean() for m in (mixture, baseline))
+    assert found["kl"] == pytest.approx(most) and found["theirs"] == pytest.approx(baseline.full.gain.mean())
+    kl, gain = mixture.line()
+    assert found["ours"] == pytest.approx(np.interp(most, kl, gain)) and found["ratio"] < 1
+    text = sentences(job.results)[0]
+    assert f"{found['ours']:.3f} with the mixture" in text and f"KL of {most:.1f} nats" in text
+    assert f"{found['difference']['mean']:+.3f}" in text and "may be chance" not in text
+    for n, row in enumerate(job.results["own_reward"]):
+        row["gain_by_prompt"] = (0.1 + np.random.default_rng(n).normal(0, 1, 40)).tolist()
+    assert "may be chance" in sentences(job.results)[0]
+
+
+def test_report_and_console_state_the_same_result(job):
+    """Caught: two rules for one result; a type's accuracy in another type's column; a cell that is nan."""
+    text = result(job)
+    for sentence in sentences(job.results):
+        assert sentence.split("±")[0] in text.replace("&#58;", ":")
+    head, rows = accuracy_table(job)
     found = {row[0]: dict(zip(head, row)) for row in rows}
-    own = own_rewards(job)
-    gap = own["mix-user"]["values"] - own["dpo"]["values"]
-    se = gap.std(ddof=1) / len(gap) ** 0.5
-    assert found["mix-user"]["minus dpo"] == f"{gap.mean():+.3f} ± {se:.3f}"
-    assert found["mix-user"]["in SEs"] == f"{gap.mean() / se:+.1f}" and found["dpo"]["minus dpo"] == "–"
     for kind in TYPES:
         a = job.results["preferences"]["mix-user"]["types"][kind]["accuracy"]
         assert found["mix-user"][f"accuracy, {kind}"] == f"{a['mean']:.3f} ± {a['se']:.3f}"
-    lines = aligned(head, rows).splitlines()
-    assert len(lines) == len(rows) + 1 and len({line.index("accuracy") for line in lines[:1]}) == 1
-    assert len({len(line) for line in lines}) == 1, "the last column is right-aligned, so all lines end together"
-
-
-@pytest.mark.parametrize("ours, theirs, wanted", [(0.7, 0.6, "is better than"), (0.5, 0.6, "is worse than"),
-                                                  (0.61, 0.6, "does not differ clearly from")])
-def test_the_sentence_says_which_is_better(job, ours, theirs, wanted):
-    """Caught: the sign; two standard errors of one run taken for those of the difference; best results picked."""
-    of = job.results["preferences"]
-    of["mix-user"]["accuracy_own"], of["dpo"]["accuracy_own"] = ({"mean": m, "se": 0.02} for m in (ours, theirs))
-    of["mix-pair"]["accuracy_own"] = {"mean": 0.9, "se": 0.02}              # better, and not what the options choose
-    assert compared_runs(job) == ("mix-user", "dpo")
-    text = sentence(job)
-    assert f"mix-user {wanted} dpo" in text and f"{ours:.3f} ± 0.020" in text and text.endswith(".")
-    assert text in result(job)
+    head, rows = frontier.own_reward_table(job.results)
+    assert [row[0] for row in rows] == ["dpo", "mix-pair", "mix-user"] and rows[0][-2:] == ["–", "–"]
+    assert "nan" not in text
 
 
 def test_missing_figures_leave_a_sentence(tmp_path):
-    """Caught: a job without a mixture, without DPO, without completions, without an evaluation; nan in a cell."""
+    """Caught: a job without a mixture, without DPO, without completions, without an evaluation."""
     def text(**options):
-        return sentence(read_job(make_job(tmp_path / json.dumps(options)[:40].replace("/", ""), **options)))
+        home = make_job(tmp_path / json.dumps(options)[:40].replace("/", ""), **options)
+        return " ".join(sentences(read_job(home).results))
 
-    assert "no mixture to compare it with" in text(runs={"dpo": (1, "pair")})
-    assert "no DPO run to compare it with" in text(runs={"mix": (2, "user")})
+    assert "Dpo predicts held-out choices" in text(runs={"dpo": (1, "pair")})
+    assert "Mix predicts held-out choices" in text(runs={"mix": (2, "user")})
     assert "own reward" not in text(completions=False)
-    assert text(heldout=False) == "No held-out choices were evaluated."
-    job = read_job(make_job(tmp_path / "one", prompts=1))
-    job.results["policies"]["dpo"]["kl"]["mean"] = float("nan")
-    assert "nan" not in result(job)
+    assert "held-out" not in text(heldout=False)
+    assert result(read_job(make_job(tmp_path / "none", heldout=False, completions=False))).count("Nothing") == 1
