@@ -12,6 +12,11 @@ rewards on the reference's frozen features, which can already see differences be
              sum_g q_g . log w(c_g) - l2/2 |V|^2 (M9)
 
 This M-step is a convex problem, and the fit takes seconds.
+
+The penalty is a prior: with D features of unit mean square and theta ~ N(0, I / l2), a margin theta . x has the
+standard deviation s = sqrt(D / l2) nats, so a value of s means the same for models of any width and files of any
+length. The data choose s, by Laplace's approximation of the log evidence (log_evidence; Bishop 2006, section 4.4). The
+start keeps w uniform: with few pairs a user and a strong penalty, weights in closed form let components vanish.
 """
 
 import math
@@ -25,7 +30,7 @@ from mixdpo.experts import pair_logp
 from mixdpo.gates import TRAINED, Gate, Inputs
 from mixdpo.mixture import e_step, elbo, log_marginal, update_weights
 
-RIDGES = (0.01, 0.1, 1.0)           # candidates for l2 per pair in the linear start
+DEVIATIONS = (2.8, 1.4, 0.7)        # candidates for a margin's prior standard deviation, nats
 FOLDS, NEWTON_STEPS = 5, 4          # of fold_log_likelihoods
 
 
@@ -53,6 +58,7 @@ class LinearMixture:
     bound: float            # nats, summed over groups, at exactly this theta and log_w
     bounds: list[float]
     V: torch.Tensor         # (K,D+1) weights of a linear gate, the constant last; without a gate (K,0)
+    l2: float               # weight of the penalty
 
     def weights(self, c: torch.Tensor) -> torch.Tensor:
         """The gate's log w (N,K) at its features c (N,D)."""
@@ -92,27 +98,30 @@ def linear_mixture(x: torch.Tensor, group: torch.Tensor, experts: int, options: 
             last = bound
         bounds.append(bound)
         if best is None or bound > best.bound:
-            best = LinearMixture(theta.to(dtype), weights.to(dtype), log_q.to(dtype), bound, bounds, V.to(dtype))
+            best = LinearMixture(theta.to(dtype), weights.to(dtype), log_q.to(dtype), bound, bounds, V.to(dtype), l2)
     assert best is not None, f"got {options.starts} starts, want at least 1"
     return best
 
 
-@torch.no_grad()
-def half_split_likelihood(x: torch.Tensor, group: torch.Tensor, experts: int, options: LinearOptions,
-                          log_w: torch.Tensor | None = None) -> float:
-    """How well half of each group's pairs predicts the other half: log-likelihood in nats a pair.
+def log_evidence(fit: LinearMixture, x: torch.Tensor, group: torch.Tensor, l2: float) -> float:
+    """Laplace's approximation of log p(choices | l2) without a gate, nats, summed over groups:
 
-    linear_mixture is fitted to every second pair of each group. The remaining pairs i of a group are scored by
-    log sum_k q_k prod_i sigma(h_ik), where q are the group's responsibilities from the fit. A group of one pair is only
-    fitted. options.l2 is for all pairs; the fit has half of them and uses half of it.
+        bound - 1/2 sum_k log det(H_k / l2),  H_k = sum_i q_ik sigma(h_ik) sigma(-h_ik) x_i x_i^T + l2 I
+
+    A weak penalty fits better and loses more volume of the prior. The responsibilities count as known.
     """
-    order = torch.argsort(group, stable=True)
-    nth = torch.arange(len(group)) - torch.searchsorted(group[order], group[order])         # place within its group
-    fitted, scored = order[nth % 2 == 0], order[nth % 2 == 1]
-    fit = linear_mixture(x[fitted], group[fitted], experts, replace(options, l2=options.l2 / 2), log_w)
-    units, number = group[scored].unique(return_inverse=True)
-    log_q = fit.log_q[units].double()[number]                                               # (B',K)
-    return float(e_step(log_q, x[scored].double() @ fit.theta.double().T, number)[0].sum()) / len(scored)
+    x, evidence = x.double(), fit.bound
+    for k, theta in enumerate(fit.theta.double()):
+        evidence -= 0.5 * float(torch.logdet(curvature(x, fit.log_q[group, k].double().exp(), theta, l2) / l2))
+    return evidence
+
+
+def curvature(x: torch.Tensor, q: torch.Tensor, theta: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The negative Hessian (D,D) of newton_step's objective."""
+    miss = torch.sigmoid(-(x @ theta))                                      # (B,)  1 - sigma(h)
+    hessian = (x.T * (q * miss * (1 - miss))) @ x                           # (D,D)
+    hessian.diagonal().add_(ridge)
+    return hessian
 
 
 def newton_step(x: torch.Tensor, q: torch.Tensor, theta: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -123,9 +132,7 @@ def newton_step(x: torch.Tensor, q: torch.Tensor, theta: torch.Tensor, ridge: fl
 
     miss = torch.sigmoid(-(x @ theta))                                      # (B,)  1 - sigma(h)
     gradient = x.T @ (q * miss) - ridge * theta                             # (D,)
-    hessian = (x.T * (q * miss * (1 - miss))) @ x                           # (D,D)
-    hessian.diagonal().add_(ridge)
-    step, before = torch.linalg.solve(hessian, gradient), objective(theta)
+    step, before = torch.linalg.solve(curvature(x, q, theta, ridge), gradient), objective(theta)
     for halving in range(30):
         new = theta + step * 0.5**halving
         if objective(new) >= before:
@@ -164,7 +171,7 @@ def first_responsibilities(config, units: list[list[int]], features: torch.Tenso
         random_q = random_responsibilities(len(units), K, torch.Generator().manual_seed(config.seed))
     if config.start == "dirichlet":
         return random_q
-    fit = fit_linear(config, *pair_features(units, features), log_w, gate_features)[0]
+    fit = fit_linear(config, *pair_features(units, features), log_w, gate_features)
     return fit.log_q if differ(fit) else random_q
 
 
@@ -178,16 +185,15 @@ def pair_features(units: list[list[int]], features: torch.Tensor) -> tuple[torch
 
 
 def fit_linear(config, x: torch.Tensor, group: torch.Tensor, log_w: torch.Tensor | None,
-               gate_features: torch.Tensor | None = None) -> tuple[LinearMixture, float]:
-    """The linear start's mixture, and its penalty l2; arguments as for first_responsibilities and pair_features."""
-    K, options = config.experts, LinearOptions(RIDGES[0] * len(x), config.restarts, seed=config.seed)
+               gate_features: torch.Tensor | None = None) -> LinearMixture:
+    """The linear start's mixture; arguments as for first_responsibilities and pair_features."""
+    K, options = config.experts, LinearOptions(x.shape[1], config.restarts, seed=config.seed)
     if gate_features is not None:       # a weak penalty lets the experts explain each pair, and the gate learns nothing
         c = (gate_features - gate_features.mean(0)) / gate_features.std(0, correction=0).clamp_min(1e-6)
-        gate_features = c * math.sqrt(x.shape[1] / c.shape[1])
-        options = replace(options, l2=x.shape[1])       # margins and gate logits then have prior standard deviation 1
-    elif int(group.max()) + 1 < len(x):  # some group has several pairs: choose the penalty by prediction within groups
-        options = replace(options, l2=choose_ridge(x, group, K, options, log_w) * len(x))
-    fit = linear_mixture(x, group, K, options, log_w, gate_features)
+        c = c * math.sqrt(x.shape[1] / c.shape[1])      # margins and gate logits then have prior standard deviation 1
+        fit = linear_mixture(x, group, K, options, log_w, c)
+    else:                               # uniform weights, even if training updates them
+        fit = fit_by_evidence(x, group, K, options, torch.full((K,), -math.log(K)) if log_w is None else log_w)
     shares = ", ".join(f"{q:.2f}" for q in fit.log_q.exp().mean(0))
     bounds = ", ".join(f"{bound:.1f}" for bound in fit.bounds)
     print(f"linear start: best bound of {len(fit.bounds)} fits {fit.bound:.1f} nats (all: {bounds}); mean "
@@ -195,7 +201,7 @@ def fit_linear(config, x: torch.Tensor, group: torch.Tensor, log_w: torch.Tensor
     if not differ(fit):
         print("warning: the linear start found equal experts, so the reference's features show no types. Training uses "
               "random responsibilities instead; check that the users in the data have different tastes")
-    return fit, options.l2
+    return fit
 
 
 def differ(fit: LinearMixture) -> bool:
@@ -215,24 +221,26 @@ def start_evidence(config, plan, features: torch.Tensor, log_w: torch.Tensor | N
                            + sum over context pairs i of log sigma(h_ik)                    M11
     """
     x, group = pair_features(plan.units, features)
-    fit, l2 = fit_linear(config, x, group, log_w)
+    fit = fit_linear(config, x, group, log_w)
     if not differ(fit):
         return None
-    scores = fold_log_likelihoods(x, group, fit, l2).float()                # (B,K)
+    scores = fold_log_likelihoods(x, group, fit).float()                    # (B,K)
     context = torch.tensor([bool(plan.pairs[i].context) for unit in plan.units for i in unit])
     return torch.zeros_like(fit.log_q).index_add(0, group[~context], scores[~context])
 
 
-def choose_ridge(x: torch.Tensor, group: torch.Tensor, experts: int, options: LinearOptions,
-                 log_w: torch.Tensor | None = None) -> float:
-    """The ridge a pair, of RIDGES, under which half of a group's pairs best predicts the other half. The smallest
-    one if none predicts better than a coin (-ln 2): half of the pairs are then too few to choose by."""
-    likelihood = {ridge: half_split_likelihood(x, group, experts, replace(options, l2=ridge * len(x)), log_w)
-                  for ridge in RIDGES}
-    print("linear start: log-likelihood of half of each unit's pairs from the other half, nats per pair, by ridge "
-          "penalty: " + ", ".join(f"{ridge:g}: {nats:.4f}" for ridge, nats in likelihood.items()))
-    best = max(likelihood, key=likelihood.__getitem__)
-    return best if likelihood[best] > -math.log(2) else RIDGES[0]
+@torch.no_grad()
+def fit_by_evidence(x: torch.Tensor, group: torch.Tensor, experts: int, options: LinearOptions, log_w: torch.Tensor
+                    ) -> LinearMixture:
+    """The linear mixture with the prior standard deviation of DEVIATIONS that has the largest evidence."""
+    fits, evidence = {}, {}
+    for s in DEVIATIONS:
+        l2 = x.shape[1] / s**2
+        fits[s] = linear_mixture(x, group, experts, replace(options, l2=l2), log_w)
+        evidence[s] = log_evidence(fits[s], x, group, l2)
+    print("linear start: log evidence, nats, by prior standard deviation of a margin: "
+          + ", ".join(f"{s:g}: {nats:.1f}" for s, nats in evidence.items()))
+    return fits[max(evidence, key=evidence.__getitem__)]
 
 
 @torch.no_grad()
@@ -256,7 +264,7 @@ def make_start(gate, inputs, plan, features: torch.Tensor, config, random_q: tor
 
 
 @torch.no_grad()
-def fold_log_likelihoods(x: torch.Tensor, group: torch.Tensor, fit: LinearMixture, l2: float) -> torch.Tensor:
+def fold_log_likelihoods(x: torch.Tensor, group: torch.Tensor, fit: LinearMixture) -> torch.Tensor:
     """log sigma(theta_k . x) of each pair under rewards that were fitted without it: (B,K) float64, nats.
 
     The pairs of every group are divided into FOLDS folds. For each fold the K rewards are fitted again to all other
@@ -271,7 +279,7 @@ def fold_log_likelihoods(x: torch.Tensor, group: torch.Tensor, fit: LinearMixtur
         out = nth % FOLDS == fold
         for k, theta in enumerate(fit.theta.double()):
             for _ in range(NEWTON_STEPS):
-                theta = newton_step(x[~out], q[~out, k], theta, l2 * (1 - 1 / FOLDS))
+                theta = newton_step(x[~out], q[~out, k], theta, fit.l2)
             scores[out, k] = F.logsigmoid(x[out] @ theta)
     return scores
 

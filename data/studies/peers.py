@@ -107,7 +107,7 @@ def em_dpo(folder: Path, world: World, name: str, epochs: int):
     runs, ari, size = [None] * K, [], STEPS["batch"] // K                   # as many steps a pass as one run makes
     log_eta = torch.full((K,), -math.log(K))                                # of the experts, as the next E-phase has it
     for n in range(ROUNDS):
-        if log_eta is not None:                                             # E-phase
+        if n > 0:                                                           # E-phase
             h = torch.cat([look(run, folder / "train.jsonl").h for run in runs], 1)        # (N,K)
             z = e_step(log_eta, h, unit)[1].argmax(1)                       # (U,)
         log_eta = torch.log((z.bincount(minlength=K) + 1) / (len(z) + K))   # + 1: an expert without units can recover

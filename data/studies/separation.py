@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from sklearn.manifold import TSNE
 
-import train
 from data.report.job import by_annotator, read_run
 from data.report.pictures import curves, dots
 from data.studies import texts
@@ -14,6 +13,7 @@ from data.studies.aggregate import by, mean_over, table_of
 from data.studies.study import Study
 from data.studies.worlds import ITEMS, World, figures, fit, judged, look, oracle, write
 from mixdpo.evaluation.statistics import matched_accuracy
+from mixdpo.runs import checkpoint
 
 SEEDS = {"smoke": 1, "quick": 6, "full": 12}
 LATENTS, TYPES = ("user", "pair"), (2, 4)
@@ -32,7 +32,7 @@ def cells(preset: str) -> list[dict]:
 def measure(cell: dict, folder) -> dict:
     if cell["world"] == "texts":
         return of_texts(cell, texts.load(folder.parent.parent, cell["preset"]))
-    K, updates, real = cell["types"], [], train.save_checkpoint
+    K, updates, real = cell["types"], [], checkpoint.save_checkpoint
     world = World(seed=cell["seed"], types=K, users=USERS, each=EACH)
     write(world, folder)
 
@@ -42,7 +42,7 @@ def measure(cell: dict, folder) -> dict:
             updates.append((tensors["experts.A"] @ tensors["experts.B"]).flatten(1))          # (K, width^2)
         real(run, tensors, state, keep)
 
-    with patch.object(train, "save_checkpoint", watched):
+    with patch.object(checkpoint, "save_checkpoint", watched):
         path = fit(folder, "run", experts=K, latent=cell["latent"], start="dirichlet", seed=cell["seed"],
                    save_minutes=0.0 if cell["seed"] == 0 else 1e9)
     found, middles = look(path, folder / "heldout.jsonl"), by_annotator(read_run(path), 20)

@@ -206,9 +206,11 @@ def per_pair(training: Judged) -> Judged:
     return replace(training, group=torch.arange(len(training.x)))
 
 
-def fit(training: Judged, experts: int, seed: int = 0, starts: int = 3, **options) -> LinearMixture:
+def fit(training: Judged, experts: int, seed: int = 0, starts: int = 3, iterations: int = LinearOptions.iterations,
+        **options) -> LinearMixture:
     """A mixture of linear rewards. options: arguments of linear_mixture."""
-    return linear_mixture(training.x, training.group, experts, LinearOptions(PRIOR, starts, seed=seed), **options)
+    fitted = LinearOptions(PRIOR, starts, iterations, seed)
+    return linear_mixture(training.x, training.group, experts, fitted, **options)
 
 
 def figures(found: LinearMixture, training: Judged, held: Judged, log_w: torch.Tensor | None = None) -> dict:

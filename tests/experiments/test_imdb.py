@@ -465,7 +465,8 @@ def test_the_estimate_counts_what_a_preset_asks_for():
     lora = {"sharing": "lora", "experts": 2}
     one_type = lora | {"experts": 1, "data": "train-x.jsonl"}
     some = {"dpo": {"experts": 1}, "mix": lora | {"estep": "context"}, "one type": one_type}
-    trained = work(base | {"runs": some, "pairs": 16, "context": 4, "train": {"epochs": 2}}, 1e8, 16)["training"]["pass"]
+    changed = base | {"runs": some, "pairs": 16, "context": 4, "train": {"epochs": 2}}
+    trained = work(changed, 1e8, 16)["training"]["pass"]
     passes = (1 + 2 * 3) + (1 + 2 * (2 * (2 + 0.25) + 0.25)) + (1 + 2 * 2) / 2      # each: its reference, its passes
     assert trained == pytest.approx(2e8 * 32 * 16 * 80 * passes)
     assert re.fullmatch(r"about \d+ minutes on this machine \(.+ GFLOP/s in \w+\): annotating \d+, .*",

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mixdpo.start import LinearOptions, half_split_likelihood, linear_mixture
+from data.studies.starts import half_split_likelihood
+from mixdpo.start import LinearOptions, linear_mixture
 
 D = 8
 

@@ -1,11 +1,16 @@
 """data/studies: planted worlds are what they say, studies go on where they stopped, and pages hold what was measured.
 Docstrings name the faults that each test is there for."""
 
+import ast
+import importlib
+import inspect
 import io
 import itertools
 import json
 import math
 import tarfile
+from dataclasses import replace
+from pathlib import Path
 
 import brute
 import numpy as np
@@ -156,6 +161,44 @@ def test_every_study_has_cells_and_a_page_to_come(name):
     quick, smoke = of.cells("quick"), of.cells("smoke")
     keys = [json.dumps(cell, sort_keys=True) for cell in quick]
     assert 0 < len(smoke) < len(quick) and len(set(keys)) == len(keys) and of.question.endswith(("?", "."))
+
+
+def test_what_studies_take_from_modules_exists():
+    """A study that patches or calls what has moved fails only when it is run. Catches: train.save_checkpoint, which is
+    in mixdpo/runs/checkpoint.py."""
+    missing = []
+    for path in sorted(Path(studies.__file__).parent.glob("[a-z]*.py")):
+        names, tree = vars(importlib.import_module(f"data.studies.{path.stem}")), ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                of, name = node.value.id, node.attr
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "patch.object" and len(node.args) > 1 and \
+                    isinstance(node.args[0], ast.Name) and isinstance(node.args[1], ast.Constant):
+                of, name = node.args[0].id, node.args[1].value
+            else:
+                continue
+            if inspect.ismodule(names.get(of)) and not hasattr(names[of], name):
+                missing.append(f"{path.name}:{node.lineno}: {of}.{name}")
+    assert not missing, missing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in studies.NAMES if name != "synth"])   # synth needs a download
+def test_cells_of_every_study_can_be_measured(name, tmp_path, monkeypatch):
+    """The last cell on planted worlds and the last on sentences, which are made up here. Catches: a study that calls
+    what has changed."""
+    shares = [{"domain": d, "part": part, "share": share} for d in texts.DOMAINS for part in ("crossed", "foreign")
+              for share in texts.SHARES for _ in range(4)]
+    made = some_texts()
+    prompts = made.prompts + shares
+    made = replace(made, c=torch.randn(len(prompts), 2).double(), prompts=prompts,
+                   rewards=made.rewards | {"lavish": -made.rewards["terse"]})
+    monkeypatch.setattr(texts, "load", lambda home, preset: made)
+    of = studies.study_of(name)
+    for n, cell in enumerate({cell.get("world") == "texts": cell for cell in of.cells("smoke")}.values()):
+        folder = tmp_path / "studies" / name / str(n)
+        folder.mkdir(parents=True)
+        assert of.measure(cell, folder)
 
 
 def test_membership_is_told_by_ranks():
