@@ -44,13 +44,13 @@ from mixdpo.variants.choose import Variants
 @dataclass(frozen=True)
 class Problem:
     """What training reads: P pairs in U units, each of which has one latent type (a pair alone, or a user's pairs)."""
-
     config: TrainConfig
     plan: Plan
     ref_logp: torch.Tensor          # (P,1,2) of all pairs, nats; (P,K,2) if each expert has its own reference
     inputs: Inputs                  # (U,...) what the gate reads of each unit
     start: torch.Tensor | None      # (U,K) log q for the first config.known_steps steps
-    evidence: torch.Tensor          # (U,K) log-likelihood of pairs that the E-step does not read, from start.py, or 0
+    evidence: torch.Tensor          # (U,K) the start's log-likelihood of pairs that the E-step does not read, or 0
+    linear: torch.Tensor            # (P,K) the start's margins of context pairs, or 0; both: start.start_evidence
     rows_of: Callable               # a batch's layout: preferences.rows_of, or fast/packing.py's
 
 
@@ -115,7 +115,7 @@ def posterior(experts, batch: Batch, log_w: torch.Tensor, problem: Problem, em: 
     """The E-step without an M-step: log q (G,K) of the units of a batch with the prior log_w (G,K)."""
     pair, group = batch.pair.to(log_w.device), batch.group.to(log_w.device)                         # (B,) each
     logp = pair_logp(experts, batch, problem.rows_of)                                               # (B,K,2)
-    h = em.margins(logp, problem.ref_logp[pair].to(log_w), problem.config.beta)                     # (B,K)  M4
+    h = em.margins(logp, problem.ref_logp[pair].to(log_w), problem.config.beta) + problem.linear[pair]  # (B,K)  M4
     return e_step(log_w[group], h, group)[1]                                                        # M7, M11
 
 
@@ -230,7 +230,7 @@ def learn(job: Job) -> None:
     """One run, from its files to its last checkpoint."""
     config, made = job.config, prepare(job)
     print("\n".join(describe_data(made.plan.pairs, config)))
-    problem = Problem(config, made.plan, made.ref_logp, made.inputs, made.start, made.evidence, made.rows_of)
+    problem = Problem(config, made.plan, made.ref_logp, made.inputs, *made.start, made.rows_of)
     t, log_q = resume(job, made)
     state = EMState(made.experts, made.gate, made.optimizer, log_q, t)
     log = Log(job.out, state.t, len(made.plan.steps), config)

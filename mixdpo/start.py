@@ -31,7 +31,7 @@ from mixdpo.gates import TRAINED, Gate, Inputs
 from mixdpo.mixture import e_step, elbo, log_marginal, update_weights
 
 DEVIATIONS = (2.8, 1.4, 0.7)        # candidates for a margin's prior standard deviation, nats
-FOLDS, NEWTON_STEPS = 5, 4          # of fold_log_likelihoods
+FOLDS, NEWTON_STEPS = 5, 4          # of fold_margins
 
 
 # --- the mixture with linear rewards ----------------------------------------------------------------------------------
@@ -210,23 +210,28 @@ def differ(fit: LinearMixture) -> bool:
 
 
 @torch.no_grad()
-def start_evidence(config, plan, features: torch.Tensor, log_w: torch.Tensor | None) -> torch.Tensor | None:
-    """What linear rewards say of the type of each unit: the log-likelihood of its training pairs (U,K), nats; None if
-    the fit found equal experts. Each pair is scored by rewards that were fitted without it (fold_log_likelihoods).
+def start_evidence(config, plan, features: torch.Tensor, log_w: torch.Tensor | None
+                   ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What linear rewards say of types: the log-likelihood of each unit's training pairs (U,K), nats, and the margins
+    of all context pairs (P,K), 0 for other pairs; None if the fit found equal experts. Each pair is scored by rewards
+    that were fitted without it (fold_margins).
 
-    The experts cannot judge the pairs that they are trained on, but linear rewards can. So the E-step's likelihood of a
-    unit has two factors: linear rewards explain its training pairs, and the experts explain its context pairs,
+    The experts cannot judge the pairs that they are trained on, but linear rewards can. Of context pairs the reward is
+    the sum of both. So the E-step has one likelihood, with the linear rewards in it from the first step on, and the
+    experts take over as far as their margins grow:
 
-        log q_uk = log w_k + sum over training pairs i of log sigma(theta_k . x_i)          this function
-                           + sum over context pairs i of log sigma(h_ik)                    M11
+        log q_uk = log w_k + sum over training pairs i of log sigma(theta_k . x_i)
+                           + sum over context pairs i of log sigma(h_ik + theta_k . x_i)               M11
     """
     x, group = pair_features(plan.units, features)
     fit = fit_linear(config, x, group, log_w)
     if not differ(fit):
         return None
-    scores = fold_log_likelihoods(x, group, fit).float()                    # (B,K)
-    context = torch.tensor([bool(plan.pairs[i].context) for unit in plan.units for i in unit])
-    return torch.zeros_like(fit.log_q).index_add(0, group[~context], scores[~context])
+    index = torch.tensor([i for unit in plan.units for i in unit])
+    context = torch.tensor([bool(plan.pairs[i].context) for i in index.tolist()])
+    h = fold_margins(x, group, fit).float()                                 # (B,K)
+    evidence = torch.zeros_like(fit.log_q).index_add(0, group[~context], F.logsigmoid(h[~context]))
+    return evidence, h.new_zeros(len(plan.pairs), h.shape[1]).index_copy(0, index[context], h[context])
 
 
 @torch.no_grad()
@@ -245,43 +250,43 @@ def fit_by_evidence(x: torch.Tensor, group: torch.Tensor, experts: int, options:
 
 @torch.no_grad()
 def make_start(gate, inputs, plan, features: torch.Tensor, config, random_q: torch.Tensor | None = None
-               ) -> tuple[torch.Tensor | None, torch.Tensor]:
+               ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """How the responsibilities of a plan's units begin: log q (U,K) of the first config.known_steps steps, or None; and
-    the start's evidence (U,K), or zeros. They use the gate's weights if training keeps these fixed, and what the gate
-    looks at if it is trained."""
+    the start's evidence (U,K) and margins (P,K), or zeros. They use the gate's weights if training keeps these fixed,
+    and what the gate looks at if it is trained."""
     fixed = gate.kind not in TRAINED and config.weights != "update"
     log_w = gate(inputs).cpu()                                              # (U,K)
-    none = torch.zeros_like(log_w)
+    none = torch.zeros_like(log_w), log_w.new_zeros(len(plan.pairs), config.experts)
     if config.experts > 1 and config.start == "linear" and config.estep == "context":
-        evidence = start_evidence(config, plan, features, log_w if fixed else None)
-        if evidence is not None:
-            return None, evidence
+        found = start_evidence(config, plan, features, log_w if fixed else None)
+        if found is not None:
+            return None, *found
     reads = gate_features(gate, inputs).cpu() if gate.kind in TRAINED and config.latent == "pair" else None
     log_q = first_responsibilities(config, plan.units, features, log_w if fixed else None, reads, random_q)
     if log_q is None or not log_w.isinf().any():
-        return log_q, none
-    return torch.log_softmax(log_q.masked_fill(log_w.isinf(), -torch.inf), dim=-1), none    # w_k = 0: only q_k = 0
+        return log_q, *none
+    return torch.log_softmax(log_q.masked_fill(log_w.isinf(), -torch.inf), dim=-1), *none   # w_k = 0: only q_k = 0
 
 
 @torch.no_grad()
-def fold_log_likelihoods(x: torch.Tensor, group: torch.Tensor, fit: LinearMixture) -> torch.Tensor:
-    """log sigma(theta_k . x) of each pair under rewards that were fitted without it: (B,K) float64, nats.
+def fold_margins(x: torch.Tensor, group: torch.Tensor, fit: LinearMixture) -> torch.Tensor:
+    """Margins theta_k . x of each pair under rewards that were fitted without it: (B,K) float64, nats.
 
     The pairs of every group are divided into FOLDS folds. For each fold the K rewards are fitted again to all other
     folds, with the responsibilities of `fit` (the M-step, to convergence), and the fold is scored by them. A linear
-    reward explains the pairs that it was fitted to better than others, so scores of its own pairs would be too sure.
+    reward explains the pairs that it was fitted to better than others, so their margins would be too large.
     """
     x, q, order = x.double(), fit.log_q.double().exp()[group], torch.argsort(group, stable=True)      # q (B,K)
     nth = torch.empty_like(group)
     nth[order] = torch.arange(len(group)) - torch.searchsorted(group[order], group[order])  # place within its group
-    scores = x.new_empty(len(x), len(fit.theta))
+    h = x.new_empty(len(x), len(fit.theta))
     for fold in range(FOLDS):
         out = nth % FOLDS == fold
         for k, theta in enumerate(fit.theta.double()):
             for _ in range(NEWTON_STEPS):
                 theta = newton_step(x[~out], q[~out, k], theta, fit.l2)
-            scores[out, k] = F.logsigmoid(x[out] @ theta)
-    return scores
+            h[out, k] = x[out] @ theta
+    return h
 
 
 @torch.no_grad()

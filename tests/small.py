@@ -78,8 +78,8 @@ def nothing(units):
 def problem(config, pairs, ref_logp, start=None, rows_of=compact_rows):
     """What a step reads, of a gate that reads nothing."""
     plan = make_plan(pairs, config)
-    none = torch.zeros(len(plan.units), config.experts)
-    return Problem(config, plan, ref_logp, nothing(len(plan.units)), start, none, rows_of)
+    evidence, linear = torch.zeros(len(plan.units), config.experts), torch.zeros(len(pairs), config.experts)
+    return Problem(config, plan, ref_logp, nothing(len(plan.units)), start, evidence, linear, rows_of)
 
 
 def state(experts, problem, log_w=None, optimizer=None):

@@ -94,8 +94,7 @@ class Prepared:
     plan: Plan
     ref_logp: torch.Tensor          # (P,1,2) or (P,K,2)
     inputs: Inputs                  # (U,...)
-    start: torch.Tensor | None      # (U,K)
-    evidence: torch.Tensor          # (U,K)
+    start: tuple                    # what make_start returns: (U,K) or None, (U,K), (P,K)
     log_q: torch.Tensor             # (U,K) before the first step
     rows_of: Callable
     variants: Variants
@@ -126,12 +125,12 @@ def prepare(job: Job) -> Prepared:
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     variants = Variants(config, plan, inputs.user, noise, learning)
     drawn = private.start(plan, config.experts, config.latent) if private else None
-    start, evidence = make_start(gate, inputs, plan, reference.features, config, drawn)
+    start, evidence, linear = make_start(gate, inputs, plan, reference.features, config, drawn)
     never = 0.0 if config.experts == 1 else torch.nan                       # one expert: log q = 0 without any E-step
     log_q = torch.full((len(plan.units), config.experts), never)
     rows_of = functools.partial(compact_rows, packed=config.packing)
-    return Prepared(experts, gate, optimizer, names, plan, reference.logp.to(device), inputs, start, evidence, log_q,
-                    rows_of, variants, job.facts | keys, guarantee)
+    return Prepared(experts, gate, optimizer, names, plan, reference.logp.to(device), inputs,
+                    (start, evidence, linear.to(device)), log_q, rows_of, variants, job.facts | keys, guarantee)
 
 
 def read(job: Job, dtype: torch.dtype, device: str) -> tuple[Heads | Adapters | Models, Plan, Reference, dict]:

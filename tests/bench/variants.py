@@ -126,7 +126,7 @@ def ours(setting: Setting, experts: int, rank: int = 0, dtype: torch.dtype | Non
     inputs = Inputs(torch.zeros(G, 0), torch.zeros(G, dtype=torch.int64)).to(setting.device)
     gate = Gate("fixed", experts, inputs, first_weights(config)).to(setting.device)
     rows_of = partial(compact_rows, packed=config.packing)
-    problem = train.Problem(config, plan, ref_logp, inputs, None, torch.zeros(G, experts), rows_of)
+    problem = train.Problem(config, plan, ref_logp, inputs, None, *torch.zeros(2, G, experts), rows_of)
     state = train.EMState(policies, gate, optimizer, torch.zeros(G, experts))
     em = train.EM(clip=config.clip)
 
