@@ -94,7 +94,7 @@ class Prepared:
     plan: Plan
     ref_logp: torch.Tensor          # (P,1,2) or (P,K,2)
     inputs: Inputs                  # (U,...)
-    start: tuple                    # what make_start returns: (U,K) or None, (U,K), (P,K)
+    start: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]           # (U,K), (U,K), (P,K): start.make_start
     log_q: torch.Tensor             # (U,K) before the first step
     rows_of: Callable
     variants: Variants
