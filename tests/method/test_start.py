@@ -13,7 +13,7 @@ from small import config as config_of
 from mixdpo import start
 from mixdpo.gates import Gate, Inputs
 from mixdpo.preferences import Pair
-from mixdpo.start import fold_log_likelihoods, linear_mixture, make_start, start_evidence
+from mixdpo.start import LinearOptions, fold_log_likelihoods, linear_mixture, make_start, start_evidence
 
 SEED = 3
 
@@ -65,8 +65,9 @@ def test_scores_are_those_of_rewards_fitted_to_the_other_folds():
     leave some users out; the penalty of all pairs; the responsibilities of another group; a fit that is not finished
     and still knows the pairs that it began from; pairs in another order."""
     x, group = world()
-    fit = dataclasses.replace(linear_mixture(x, group, 2))
-    got, q, l2 = fold_log_likelihoods(x, group, fit, 2.0), fit.log_q.exp()[group], 2.0
+    l2 = 2.0
+    fit = linear_mixture(x, group, 2, LinearOptions(l2))
+    got, q = fold_log_likelihoods(x, group, fit, l2), fit.log_q.exp()[group]
     place = [sum(int(group[j]) == int(group[i]) for j in range(i)) for i in range(len(x))]
     fold = torch.tensor(place) % start.FOLDS
     for n in range(start.FOLDS):
