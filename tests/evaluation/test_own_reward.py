@@ -15,9 +15,11 @@ from mixdpo.evaluation.statistics import mean_se
 
 
 def made(K=3, N=5, T=2, users=7, by_prompt=False, seed=0):
-    """Rewards (K,N,T), log-ratios (K,N,K), log q (U,K) or (U,N,K), types (U,) and the reference's rewards (N,T)."""
+    """Rewards (K,N,T), log-ratios (K,N,K), log q (U,K) or (U,N,K), types (U,), the reference's rewards (N,T). Experts
+    differ on all prompts, so users do; types differ too."""
     generator = torch.Generator().manual_seed(seed)
     values, ratio, base = (torch.randn(*shape, generator=generator) for shape in ((K, N, T), (K, N, K), (N, T)))
+    values += 2.0 * torch.arange(K)[:, None, None] + torch.tensor([0.0, 5.0])[:T]
     log_q = torch.log_softmax(2 * torch.randn(users, *[N] * by_prompt, K, generator=generator), -1)
     return values, ratio, log_q, torch.arange(users) % 3 % T, base
 
@@ -139,7 +141,7 @@ def test_the_frontier_is_the_best_of_all_mixtures_of_two_points(seed):
     than the reference; KL below 0, which sampling may give; equal KL twice."""
     rng = np.random.default_rng(seed)
     count = seed % 8
-    kl, gain = rng.uniform(-0.3 * (seed % 3 == 0), 4, count), rng.normal(0.3, 1, count)
+    kl, gain = rng.uniform(-2 * (seed % 3 == 0), 4, count), rng.normal(0.3, 1, count)
     if seed % 4 == 1 and count > 2:
         kl[1] = kl[0]
     corners, gains = hull(kl, gain)
