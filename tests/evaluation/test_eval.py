@@ -593,6 +593,18 @@ def test_runs_stand_by_name_and_older_ones_are_read(job, tmp_path, capsys):
     assert read_run(tmp_path / "mix-pair").config["label_noise"] == 0.0 and not capsys.readouterr().out
 
 
+@pytest.mark.parametrize("latent", ["pair", "user"])
+def test_the_report_counts_marked_pairs_among_the_units(latent, tmp_path, model_dir):
+    """Units by type, in the order of the run's responsibilities. Caught: pairs that the file marks as context left out,
+    where they are pairs like all others, so that types stand beside other units' responsibilities."""
+    from data.report.job import read_run
+
+    records = [r | {"context": n in (0, 6, 12, 4)} for n, r in enumerate(tinyjob.make_records())]   # all of u0
+    run = read_run(tinyjob.run(tmp_path, model_dir, records, latent=latent, epochs=1))
+    assert run.units == [r["annotator"] for r in (records if latent == "pair" else records[:6])]
+    assert len(run.units) == len(tinyjob.tensors(tmp_path / "run")["table"])
+
+
 def test_what_an_evaluation_leaves_out_is_said(tmp_path, model_dir, monkeypatch, capsys):
     """Faults: one unfinished run that stops the evaluation of a folder, or is skipped without a word; an evaluation
     that replaces another silently; context pairs that are counted as such where they are pairs like all others; a

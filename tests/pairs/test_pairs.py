@@ -42,6 +42,7 @@ from mixdpo.runs.options import TrainConfig, validate
 SETTINGS = {
     "one expert": {"experts": 1},
     "lora": {"sharing": "lora"},
+    "shared adapter": {"sharing": "lora", "shared_rank": 2},
     "models": {"sharing": "models"},
     "reference models": {"model": "two"},
     "full heads": {"rank": 0},
@@ -132,7 +133,8 @@ class Job:
         heads = lora or sharing == "heads" and (several or not chosen.get("train_trunk", True))
         used = {"rank": heads, "head_lr": heads and not full, "gate_lr": several and chosen.get("gate") in TRAINED,
                 "lr": not lora and (full or chosen.get("train_trunk", True)),
-                "start_steps": several and chosen.get("start") != "none"}
+                "start_steps": several and chosen.get("start") != "none"
+                and (chosen.get("start"), chosen.get("estep")) != ("linear", "context")}
         chosen = {name: value for name, value in BASE.items() if used.get(name, True)} | chosen
         kind = "full" if full and sharing == "heads" else sharing
         if "init_experts" in chosen:
@@ -297,7 +299,7 @@ def frozen_parts(experts, config) -> dict[str, torch.Tensor]:
     """Copies of all that must never change."""
     parts = {}
     if isinstance(experts, Adapters):
-        parts = {n: p for n, p in experts.named_parameters() if n.rpartition(".")[2] not in ("A", "B")}
+        parts = {n: p for n, p in experts.named_parameters() if n.rpartition(".")[2] not in ("A", "B", "A_0", "B_0")}
     elif not config.train_trunk:
         parts = {f"trunk.{n}": p for n, p in experts.trunk.named_parameters()}
     for k in config.frozen:
@@ -393,13 +395,11 @@ def numbers_of(value, path: str):
 
 def finds_the_responsibilities_again(run, pairs, h, log_w) -> None:
     """M11 by evaluation's functions, on the training pairs, which stand first."""
-    if run.config.experts == 1 or run.config.estep == "first":              # a first visit is kept
-        return
-    if run.config.context and run.config.epsilon < math.inf:                # drawn under a key that is forgotten
-        return
+    if run.config.experts == 1 or run.config.estep in ("first", "context"):  # a first visit is kept; experts are trained
+        return                                                              # on context pairs after the last E-step
     visits = {}
     for visit in run.plan.visits:
-        visits.setdefault(visit.unit, []).extend(visit.context or visit.trained)
+        visits.setdefault(visit.unit, []).extend(visit.trained)
     slack = 1e-5 if run.config.dtype == "float32" else 5e-3
     line = {pair.line: n for n, pair in enumerate(pairs)}
     for u, shown in visits.items():
