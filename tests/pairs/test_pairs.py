@@ -16,7 +16,6 @@ import functools
 import io
 import itertools
 import json
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -395,8 +394,10 @@ def numbers_of(value, path: str):
 
 def finds_the_responsibilities_again(run, pairs, h, log_w) -> None:
     """M11 by evaluation's functions, on the training pairs, which stand first."""
-    if run.config.experts == 1 or run.config.estep in ("first", "context"):  # a first visit is kept; experts are trained
-        return                                                              # on context pairs after the last E-step
+    if run.config.experts == 1 or run.config.estep == "first":              # a first visit is kept
+        return
+    if run.config.estep == "context":                                       # trained on after the last E-step
+        return
     visits = {}
     for visit in run.plan.visits:
         visits.setdefault(visit.unit, []).extend(visit.trained)
