@@ -104,15 +104,14 @@ class Twin:
         names, examples = identities(pairs), defaultdict(list)
         groups = by_user.values() if config.latent == "user" else [[i] for i in range(len(pairs))]
         for group in groups:
-            trained = [pairs[i] for i in group if not pairs[i].context]
+            reads = config.estep == "context"                               # else they are pairs like all others
+            trained = [pairs[i] for i in group if not (reads and pairs[i].context)]
             context = [pairs[i] for i in group if pairs[i].context]
-            if not trained:                                                 # a context pair alone is no example
-                continue
             first = group[0]
             about = pairs[first].user if config.latent == "user" else names[first]
             q = self.generator("start", config.latent, about).dirichlet(np.ones(config.experts))
             log_q = torch.from_numpy(np.log(q)).float().double()
-            evidence = context if config.estep == "context" else trained
+            evidence = context if reads else trained
             examples[pairs[first].user if config.privacy_unit == "user" else names[first]].append(
                 Unit(trained, evidence, log_q))
         return examples

@@ -63,7 +63,8 @@ def small(**options):
     heads = lora or options.get("sharing", "heads") == "heads" and (several or not options.get("train_trunk", True))
     used = {"rank": heads, "head_lr": heads and options.get("rank", 2) > 0,
             "lr": not lora and (options.get("train_trunk", True) or options.get("rank", 2) == 0),
-            "start_steps": several and options.get("start") != "none"}
+            "start_steps": several and options.get("start") != "none"
+            and (options.get("start"), options.get("estep")) != ("linear", "context")}
     return {name: value for name, value in SMALL.items() if used.get(name, True)} | options
 
 

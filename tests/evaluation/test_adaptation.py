@@ -9,7 +9,7 @@ import pytest
 import torch
 from raising import raises_at
 
-from mixdpo.evaluation.adaptation import adaptation_curve
+from mixdpo.evaluation.adaptation import adaptation_curve, posteriors_after
 from mixdpo.evaluation.statistics import mean_se
 from mixdpo.preferences import Pair
 
@@ -89,3 +89,21 @@ def test_standard_errors_count_users_and_prompts():
     want = mean_se(right, [i % 12 for i in asked], [i // 12 for i in asked])
     assert point["accuracy"] == pytest.approx(want)
     assert want["se"] != pytest.approx(mean_se(right, [i % 12 for i in asked])["se"], rel=1e-3)
+
+
+def test_posteriors_after_some_pairs_by_hand():
+    """Only numbers of pairs that every user has; users in the order of the file, with their types. Caught: pairs of the
+    half that is predicted; evidence without the weights; another order of pairs than the curve's; a number that one
+    user does not have; types of other users."""
+    pairs, h = planted(users=3, each=9)
+    keep = [i for i, pair in enumerate(pairs) if pair.user != "u1" or i < 18]               # u1 has six pairs, not nine
+    pairs, h = [pairs[i] for i in keep], h[keep]
+    log_w = torch.tensor([0.3, 0.7], dtype=torch.float64).log().expand(len(keep), 2)
+    found, order = posteriors_after(pairs, h, log_w, seed=2), np.random.default_rng([2, 31])
+    assert list(found) == [0, 1, 2]                                         # half of six is three: not four
+    seen = [order.permutation([i for i, pair in enumerate(pairs) if pair.user == f"u{u}"]).tolist() for u in range(3)]
+    for n, (log_q, kinds) in found.items():
+        assert kinds == ["a", "b", "a"] and log_q.shape == (3, 2)
+        for u, own in enumerate(seen):
+            like = [w * math.prod(brute.sigma(float(h[i, k])) for i in own[:n]) for k, w in enumerate((0.3, 0.7))]
+            assert log_q[u].exp().tolist() == pytest.approx([x / sum(like) for x in like], abs=1e-12)

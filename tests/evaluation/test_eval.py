@@ -470,9 +470,9 @@ def test_evaluation_and_adaptation_take_choices_as_noisy_as_training_did(tmp_pat
 
 @pytest.mark.parametrize("gate", ["user", "prompt-user"])
 @pytest.mark.parametrize("place", [0, -1], ids=["first in the file", "last in the file"])
-def test_a_user_of_context_pairs_alone_is_the_generic_one(gate, place, tmp_path, model_dir):
-    """Without --estep context such pairs are left out, and the user is not known. Catches: a row of the gate that was
-    never trained, or IndexError, for such a user; the rows of the others moved by one."""
+def test_a_user_of_context_pairs_alone_is_a_user_like_all_others(gate, place, tmp_path, model_dir):
+    """Without --estep context such pairs are trained on. Catches: no row of the gate, or one that was never trained,
+    for such a user; the rows of the others moved by one."""
     records = tinyjob.make_records(users=4, each=3)
     context_only = [r | {"user": "context", "context": True} for r in tinyjob.make_records(users=1, each=2, seed=3)]
     records = context_only + records if place == 0 else records + context_only
@@ -481,9 +481,9 @@ def test_a_user_of_context_pairs_alone_is_the_generic_one(gate, place, tmp_path,
     run, reference, tokenizer = evaluation.load_run(out, "cpu", ""), load_model(model_dir), load_tokenizer(model_dir)
     (_, pairs, _, log_w), = evaluation.margins_of([run], [reference], tokenizer, tmp_path / "heldout.jsonl",
                                                   tmp_path / "cache")
-    assert run.gate.E.shape[0] == 1 + 4 and all(run.gate.E.abs().sum(1) > 0), "every row learns"
+    assert run.gate.E.shape[0] == 1 + 5 and all(run.gate.E.abs().sum(1) > 0), "every row learns"
     if gate == "user":
-        for user, row in (("context", 0), ("u0", 1), ("u3", 4)):
+        for user, row in (("context", 1 if place == 0 else 5), ("u0", 2 + place), ("u3", 5 + place)):
             own = torch.stack([log_w[n] for n, p in enumerate(pairs) if p.user == user])
             assert torch.allclose(own, torch.log_softmax(run.gate.E[row], -1).expand_as(own), atol=1e-6), user
 
@@ -593,15 +593,28 @@ def test_runs_stand_by_name_and_older_ones_are_read(job, tmp_path, capsys):
     assert read_run(tmp_path / "mix-pair").config["label_noise"] == 0.0 and not capsys.readouterr().out
 
 
+@pytest.mark.parametrize("latent", ["pair", "user"])
+def test_the_report_counts_marked_pairs_among_the_units(latent, tmp_path, model_dir):
+    """Units by type, in the order of the run's responsibilities. Caught: pairs that the file marks as context left out,
+    where they are pairs like all others, so that types stand beside other units' responsibilities."""
+    from data.report.job import read_run
+
+    records = [r | {"context": n in (0, 6, 12, 4)} for n, r in enumerate(tinyjob.make_records())]   # all of u0
+    run = read_run(tinyjob.run(tmp_path, model_dir, records, latent=latent, epochs=1))
+    assert run.units == [r["annotator"] for r in (records if latent == "pair" else records[:6])]
+    assert len(run.units) == len(tinyjob.tensors(tmp_path / "run")["table"])
+
+
 def test_what_an_evaluation_leaves_out_is_said(tmp_path, model_dir, monkeypatch, capsys):
     """Faults: one unfinished run that stops the evaluation of a folder, or is skipped without a word; an evaluation
-    that replaces another silently; context pairs that nothing uses, silently; a traceback for a bad dataset.json."""
+    that replaces another silently; context pairs that are counted as such where they are pairs like all others; a
+    traceback for a bad dataset.json."""
     import train
     from mixdpo.config import Stopped
 
     records = [record | {"context": n == 0} for n, record in enumerate(tinyjob.make_records())]
     tinyjob.run(tmp_path, model_dir, records, name="done")
-    assert "marks 1 pairs as context, and these are not used" in capsys.readouterr().out
+    assert "18 pairs: 18 to train on, 0 for context; " in capsys.readouterr().out
     real = train.step
 
     def stops(state, *rest):

@@ -313,6 +313,28 @@ def test_where_prompts_run_out_pairs_are_filled_in_or_refused():
         judge_pairs(agreeing, {"u": "a"}, 1, Rules(0.25, 1.5, {"a": 1.0, "b": 1.0}), seed=0)
 
 
+def test_without_a_wanted_share_pairs_of_any_kind_are_taken():
+    """Each user's first prompts that have a clear pair. Caught: quotas of kinds; prompts that are passed over for their
+    kind; pairs counted as filled; a pair that is not clear, or that many have seen."""
+    scores, users = some_scores(), name_users(10, ["a", "b"], seed=0)
+    spread = spreads(scores, ["a", "b"])
+    judged = judge_pairs(scores, users, 10, Rules(None, 0.5, spread), seed=0)
+    assert len(judged) == 100 and {p["kind"] for p in judged} == {"any"}
+    signs = set()
+    for u, (user, judge) in enumerate(users.items()):
+        order = np.random.default_rng([0, 11, u]).permutation(len(scores)).tolist()
+        clear = [p for p in order if any(kinds(scores[p], judge, spread, 0.5).values())]
+        assert sorted(p["prompt"] for p in judged if p["user"] == user) == sorted(clear[:10])
+    for p in judged:
+        gap = {a: (s[p["chosen"]] - s[p["rejected"]]) / spread[a] for a, s in scores[p["prompt"]].items()}
+        assert gap[p["annotator"]] >= 0.5
+        signs.add(gap["b" if p["annotator"] == "a" else "a"] > 0)
+    assert signs == {True, False}
+    one = [{"a": [0.0, 2.0, 3.0], "b": [0.0, -2.0, -0.6]}]
+    rules = Rules(None, 0.5, {"a": 1.0, "b": 1.0})
+    assert len({(p["chosen"], p["rejected"]) for p in judge_pairs(one, {"u": "a", "v": "a"}, 1, rules, seed=0)}) == 2
+
+
 def test_a_users_name_says_nothing_of_its_type():
     """Caught: types by turns or in blocks, sizes uneven, a seed without effect."""
     users = name_users(60, ["a", "b", "c"], seed=0)

@@ -39,7 +39,8 @@ def parse(*words, cls=Example):
 def other(f):
     """A value of a field that is not its default, as a word."""
     default = None if f.default is dataclasses.MISSING else f.default
-    return {bool: str(not default).lower(), int: "17", float: "0.375", str: "some words"}[f.type]
+    return {bool: str(not default).lower(), int: "17", float: "0.375", str: "some words",
+            tuple[float, ...]: "0.25,0.5"}[f.type]
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, FinetuneConfig, EvalConfig])
@@ -53,6 +54,9 @@ def test_every_option_of_every_script_is_read_as_its_type(cls, joined):
     config = parse(*words, cls=cls)
     for f in dataclasses.fields(cls):
         value = getattr(config, f.name)
+        if f.type == tuple[float, ...]:
+            assert value == (0.25, 0.5), f"{f.name} is {value!r}"
+            continue
         assert type(value) is f.type, f"{f.name} is {value!r}, want {f.type.__name__}"
         assert (str(value).lower() if f.type is bool else str(value)) == want[f.name]
 
@@ -134,7 +138,7 @@ def test_every_option_is_explained_in_the_help(cls, capsys):
         assert help and len(line) == 1 and help in line[0] and line[0].endswith("]"), f.name
         if f.default is dataclasses.MISSING:
             assert line[0].endswith("[required]")
-        elif f.default != "":
+        elif f.default not in ("", ()):
             word = line[0].rpartition("[")[2].removesuffix("]")
             assert configs.convert(word, f.type, f.name) == f.default, f.name
 

@@ -1,6 +1,6 @@
 """The same seed gives the same bits, whatever else draws random numbers; a step cut otherwise differs in rounding only;
-and a trajectory that is committed says when numbers move at all. `python -m tests.test_determinism` writes it anew:
-a change of it belongs into a commit that says why."""
+and a trajectory that is committed says when numbers move at all. `python -m tests.method.test_determinism` writes it
+anew: a change of it belongs into a commit that says why."""
 
 import json
 import random
@@ -30,12 +30,12 @@ TEN_STEPS = {"batch": 8, "micro": 8, "epochs": 2, "lr": 2e-5, "head_lr": 3e-4, "
 
 
 def ten_steps(folder, model, name, **options):
-    """A run of ten steps of eight pairs."""
+    """A run of ten steps of eight pairs; and of four more if context pairs are trained on in the end."""
     records = tinyjob.make_records(users=10, each=4)
     known = tinyjob.small(**options)                                        # what has an effect beside the options
     used = {key: value for key, value in TEN_STEPS.items() if key in known or key not in tinyjob.SMALL}
     out = tinyjob.run(folder, model, records, name=name, **used | options)
-    assert len(tinyjob.lines(out / "metrics.jsonl")) == 10
+    assert len(tinyjob.lines(out / "metrics.jsonl")) == (14 if options.get("estep") == "context" else 10)
     return out
 
 
@@ -60,7 +60,7 @@ def test_the_same_bits_whatever_else_is_random(case, tmp_path, model_dir):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_in_parts_is_the_same_step(case, tmp_path, model_dir):
-    """Micro-batches of 8, 4, 2 and 1, and activation checkpointing, after ten steps in float32. AdamW's steps are as
+    """Micro-batches of 8, 4, 2 and 1, and activation checkpointing, after all steps in float32. AdamW's steps are as
     long where the gradient is rounding alone, so the difference grows with the rate: the gate's is a tenth of the
     default. Catches: a mean over the micro-batch, a gate that steps twice, noise that belongs to the part."""
     whole = ten_steps(tmp_path, model_dir, "whole", **CASES[case])

@@ -66,15 +66,22 @@ def test_group_larger_than_a_batch_is_named():
 
 
 @pytest.mark.parametrize("estep, aside", [("context", 1), ("all", 0)])
-def test_a_plan_leaves_context_pairs_to_the_e_step(estep, aside):
-    """Caught: context pairs trained on, or lost; pairs set aside where the E-step looks at all; an epoch left out; a
-    group cut by a micro-batch, a micro-batch for each group, or context pairs counted as trained ones."""
+def test_a_plan_leaves_context_pairs_to_the_e_step_and_to_the_last_part(estep, aside):
+    """Caught: context pairs trained on before the last part, in none, or in fewer passes; the last part among the first
+    steps; pairs set aside where the E-step looks at all; an epoch left out; a group cut by a micro-batch, a micro-batch
+    for each group, or context pairs counted as trained ones."""
     config = small.config(latent="user", estep=estep, context=aside, epochs=3, batch=10, micro=3)
     plan = make_plan(PEOPLE, config)
     assert plan.units == groups(PEOPLE, "user")
-    assert [visit.unit for visit in plan.visits] == [0, 1, 2] and plan.unit_of.tolist() == [0, 1, 2]
-    assert [len(visit.trained) for visit in plan.visits] == [len(unit) - aside for unit in plan.units]
-    assert [sorted(g for epoch, ids in plan.steps if epoch == e for g in ids) for e in range(3)] == [[0, 1, 2]] * 3
+    first, last = plan.visits[: plan.inferred], plan.visits[plan.inferred :]
+    assert [visit.unit for visit in first] == [0, 1, 2] and plan.unit_of.tolist() == [0, 1, 2] * (1 + aside)
+    assert [len(visit.trained) for visit in first] == [len(unit) - aside for unit in plan.units]
+    assert [(visit.unit, visit.trained, visit.context) for visit in last] == [
+        (visit.unit, visit.context, []) for visit in first if aside]
+    parts = plan.steps[: plan.last_part], plan.steps[plan.last_part :]
+    for steps, ids in zip(parts, ([0, 1, 2], [3, 4, 5])[: 1 + aside]):
+        assert [sorted(g for epoch, visits in steps if epoch == e for g in visits) for e in range(3)] == [ids] * 3
+    assert plan.closing == len(last) == 3 * aside and bool(parts[1]) == bool(aside)
     seen = []
     for micro in micro_batches(plan, [0, 1, 2], config):
         trained, held = micro.train.pair.tolist(), micro.context.pair.tolist() if micro.context else []
@@ -85,15 +92,59 @@ def test_a_plan_leaves_context_pairs_to_the_e_step(estep, aside):
     assert seen == ([[0], [1, 2]] if aside else [[0], [1], [2]])             # 1 + 2 trained pairs fit, 2 + 3 do not
 
 
+@pytest.mark.parametrize("em", ["minibatch", "incremental"])
+@pytest.mark.parametrize("estep", ["all", "first"])
 @pytest.mark.parametrize("latent", ["pair", "user"])
-def test_what_the_file_sets_aside_is_never_trained_on(latent):
-    """Caught: context pairs trained on, or a group of nothing made of them, if no E-step looks at them."""
+def test_without_estep_context_what_the_file_marks_is_a_pair_like_all_others(latent, estep, em):
+    """Caught: marked pairs left out, or trained on in a last part, or in the E-step alone; a file of marked pairs
+    refused."""
     marked = [pair([1], [2], [3], user=u, context=c) for u, c in zip("aabbcc", (True, True, False, True, None, False))]
-    plan = make_plan(marked, small.config(latent=latent, batch=10))
-    assert [visit.trained for visit in plan.visits] == plan.units
-    assert plan.units == ([[2], [4], [5]] if latent == "pair" else [[2], [4, 5]])
-    with raises_at("all 2 pairs", file=""):
-        make_plan(marked[:2], small.config(latent=latent))
+    for some in (marked, marked[:2]):
+        plan = make_plan(some, small.config(latent=latent, estep=estep, em=em, batch=10))
+        assert sorted(i for visit in plan.visits for i in visit.trained) == list(range(len(some)))
+        assert not any(visit.context for visit in plan.visits)
+        assert plan.units == groups(some, latent) and plan.closing == 0 and plan.last_part == len(plan.steps)
+
+
+def test_the_last_part_begins_after_all_passes_over_the_others():
+    """One step of four visits, then two of context pairs, in each of two epochs. A private schedule has no last part.
+    Caught: a pass over context pairs in each epoch; shapes of the first part used for the last; texts of the last part
+    in any order; a schedule whose visits are counted as context pairs."""
+    people = [pair([1], [2] * (1 + (7 * n) % 5), [3], user="abcd"[n % 4], context=n >= 8) for n in range(32)]
+    config = small.config(latent="user", estep="context", batch=12, epochs=2)
+    plan = make_plan(people, config)
+    of_step = [[(visit.unit, len(visit.trained)) for visit in map(plan.visits.__getitem__, ids)]
+               for _, ids in plan.steps]
+    assert [epoch for epoch, _ in plan.steps] == [0, 1, 0, 0, 1, 1] and plan.last_part == 2 and plan.inferred == 4
+    assert [sorted(step) for step in of_step[:2]] == [[(u, 2) for u in range(4)]] * 2
+    assert [sorted(of_step[t] + of_step[t + 1]) for t in (2, 4)] == [[(u, 6) for u in range(4)]] * 2
+    for _, ids in plan.steps:
+        longest = [max(people[i].longest() for i in plan.visits[v].trained) for v in ids]
+        assert longest == sorted(longest)
+    private = make_plan(people, config, schedule=lambda visits, *_: [(0, []), (0, [len(visits) - 1])])
+    assert (private.closing, private.inferred, private.last_part, len(private.visits)) == (0, 4, 2, 4)
+    assert all(visit.context and visit.trained for visit in private.visits)
+
+
+@pytest.mark.parametrize("em", ["minibatch", "incremental"])
+def test_visits_share_out_their_unit_in_each_part(em):
+    """Caught: visits of the last part counted among the slices of the others, so that a gate's loss is halved."""
+    people = [pair([1], [2], [3], user="ab"[n % 3 == 0]) for n in range(30)]
+    plan = make_plan(people, small.config(latent="user", estep="context", context=4, em=em, batch=30))
+    for part in (slice(0, plan.inferred), slice(plan.inferred, None)):
+        for u in (0, 1):
+            of_unit = plan.share[part][plan.unit_of[part] == u]
+            assert len(of_unit) == (4 if em == "incremental" else 1) and of_unit.tolist() == [1 / len(of_unit)] * len(
+                of_unit)
+
+
+def test_log_likelihoods_are_pooled_over_the_visits_of_a_unit():
+    """Caught: rows of the last part asked for; NaN that spreads; another unit's rows."""
+    people = [pair([1], [2], [3], user="ab"[n % 3 == 0]) for n in range(30)]
+    plan = make_plan(people, small.config(latent="user", estep="context", context=2, em="incremental", batch=30))
+    assert plan.unit_of.tolist() == [0, 0, 1, 1] * 2 and plan.inferred == 4
+    loglik = torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0], [torch.nan, torch.nan]])
+    assert plan.pooled(loglik).tolist() == [[5.0, 10.0], [16.0, 32.0]]
 
 
 def test_users_in_slices_that_share_out_their_context():
@@ -102,17 +153,21 @@ def test_users_in_slices_that_share_out_their_context():
     people = [pair([1], [2], [3 + n], user="ab"[n % 3 == 0]) for n in range(30)]            # 20 of a, 10 of b
     for estep, aside, parts in (("all", 0, [20, 10]), ("context", 4, [4, 4]), ("context", 8, [8, 2])):
         plan = make_plan(people, small.config(latent="user", em="incremental", estep=estep, context=aside, batch=5))
-        of = {u: [visit for visit in plan.visits if visit.unit == u] for u in (0, 1)}
+        first, last = plan.visits[: plan.inferred], plan.visits[plan.inferred :]
+        assert [(v.unit, v.trained, v.context) for v in last] == [(v.unit, v.context, []) for v in first if aside]
+        of = {u: [visit for visit in first if visit.unit == u] for u in (0, 1)}
         units = sorted(plan.units, key=len, reverse=True)
         for u, unit in enumerate(plan.units):
             assert sorted(i for v in of[u] for i in v.trained + v.context) == sorted(unit)
             assert all(people[i].user == people[unit[0]].user for v in of[u] for i in v.trained)
             assert len(of[u]) == parts[units.index(unit)]
             assert all(bool(v.context) == bool(aside) and all(plan.pairs[i].context for i in v.context) for v in of[u])
-        for micro in micro_batches(plan, list(range(len(plan.visits))), small.config(micro=4)):
+        for micro in micro_batches(plan, list(range(plan.inferred)), small.config(micro=4)):
             assert micro.train.group.unique().tolist() == list(range(len(micro.visits)))
             assert len(micro.train.ids) <= 5
             assert not aside or micro.context.group.unique().tolist() == list(range(len(micro.visits)))
+        for micro in micro_batches(plan, list(range(plan.inferred, len(plan.visits))), small.config(micro=4)):
+            assert micro.context is None and bool(micro.train.context.all()) and len(micro.train.ids) <= 5
     with raises_at("user 'a'", "--em incremental", line=people[1].line, option="batch"):
         make_plan(people, small.config(latent="user", batch=5))
 

@@ -1,9 +1,11 @@
 """K adapters in one frozen base: where they start, what they compute, what learns, and the files that they become.
 
-The oracle is K plain models whose weights W + 2 B_k A_k are put together by hand, and the chain rule through them.
+The oracle is K plain models whose weights W + 2 (B_k A_k + B_0 A_0) are put together by hand, and the chain rule
+through them. B_0 A_0 is the adapter that all experts share, if there is one.
 """
 
 import json
+import math
 import re
 
 import pytest
@@ -36,6 +38,8 @@ COUNT = 8       # 16 rows: no remainder behind the vector units' lanes, where si
 ALL = {"gpt2": "c_attn,c_proj,c_fc", "llama": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"}
 ALL["untied"] = ALL["llama"]
 TINY = dict(sharing="lora", lr=train.TrainConfig.lr)                        # --lr is refused: nothing learns at it
+FACTORS = ("A", "B", "A_0", "B_0")
+with_and_without = pytest.mark.parametrize("shared", [0, 2], ids=["no shared part", "shared part"])
 
 
 def lora(family="gpt2", **options):
@@ -54,6 +58,8 @@ def by_hand(experts, k, family):
         for path in experts.targets:
             merged[path] = made.get_submodule(path).weight
             merged[path] += 2.0 * named[f"trunk.{path}.B"][k] @ named[f"trunk.{path}.A"][k]
+            if f"trunk.{path}.A_0" in named:
+                merged[path] += 2.0 * named[f"trunk.{path}.B_0"] @ named[f"trunk.{path}.A_0"]
     return made, merged
 
 
@@ -62,11 +68,12 @@ def by_hand(experts, k, family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", small.FAMILIES)
-@pytest.mark.parametrize("options", [dict(), dict(experts=1), dict(targets="all")], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(experts=1), dict(targets="all"), dict(shared_rank=2)], ids=str)
 def test_every_expert_starts_as_the_base(options, family, dtype):
     """Hidden states and log-probs, against a model that the adapters have never touched, to the rounding of products
     over K times as many rows, which depends on how many threads share them.
-    Faults: B_k random too; products of the adapters in float32, to which the base's are raised (bf16)."""
+    To the bit where the base sees as many rows. Faults: B_k or B_0 random too; products of the adapters in float32, to
+    which the base's are raised (bf16)."""
     options = options | (dict(targets=ALL[family]) if "targets" in options else {})
     experts, reference = lora(family, moved=False, dtype=dtype, **options), Heads(small.model(family), 1, dtype=dtype)
     one = batch()
@@ -76,6 +83,7 @@ def test_every_expert_starts_as_the_base(options, family, dtype):
         assert hidden.shape == (experts.K, *want.shape) and hidden.dtype == dtype
         near = dict(rtol=0, atol=2e-6 if dtype == torch.float32 else 0.02)
         assert all(torch.allclose(h, want, **near) for h in hidden)
+        assert torch.equal(hidden.flatten(0, 1), reference.hidden(ids.repeat(experts.K, 1)))
         logp = pair_logp(experts, one)
         assert logp.shape == (COUNT, experts.K, 2) and torch.allclose(
             logp, pair_logp(reference, one).expand_as(logp), rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)
@@ -115,6 +123,22 @@ def test_factors_are_random_where_lora_has_them_so():
         assert torch.equal(other.trunk.get_submodule(other.targets[1]).A, A[1]) == (seed == 0)
 
 
+@with_and_without
+def test_random_numbers_by_hand(shared):
+    """One generator, projection by projection: A of all experts, then A_0. Without a shared part there is no number
+    more and no parameter more. Faults: A_0 drawn first, or drawn and thrown away if there is none; A_0 not random."""
+    experts, generator = Adapters(small.model(), 3, 3, seed=4, shared=shared), torch.Generator().manual_seed(4)
+    for path in experts.targets:
+        layer = experts.adapted(path)
+        want = torch.rand(3, 3, 12, generator=generator) * 2 - 1
+        assert torch.equal(layer.A, want / math.sqrt(12)) and layer.B.shape == (3, 36, 3) and not layer.B.any()
+        if shared:
+            want = torch.rand(2, 12, generator=generator) * 2 - 1
+            assert torch.equal(layer.A_0, want / math.sqrt(12)) and layer.B_0.shape == (36, 2) and not layer.B_0.any()
+    names = {name.rpartition(".")[2] for name in trained_state(experts)}
+    assert names == set(FACTORS if shared else FACTORS[:2])
+
+
 def test_projections_by_name():
     """Faults: the unembedding taken for a projection; one of GPT-2's two c_proj; an unknown name ignored."""
     gpt2, llama = small.model("gpt2"), small.model("untied")
@@ -138,11 +162,13 @@ def test_projections_by_name():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("family", small.FAMILIES)
 @pytest.mark.parametrize("targets", ["default", "all"])
-def test_hidden_states_are_those_of_the_merged_models(targets, family, dtype):
+@with_and_without
+def test_hidden_states_are_those_of_the_merged_models(shared, targets, family, dtype):
     """Expert k's, and policy(k)'s, against weights merged by hand.
     Faults: rows ordered by text and not by expert; the scale left out, or 1 in the merged weights; expert j's B with
-    expert k's A; policy(k) always expert 0."""
-    experts = lora(family, dtype=dtype, targets=ALL[family] if targets == "all" else "")
+    expert k's A; policy(k) always expert 0; the shared part without its scale, in expert 0 alone, or in merged weights
+    alone."""
+    experts = lora(family, dtype=dtype, targets=ALL[family] if targets == "all" else "", shared_rank=shared)
     slack, ids = 1e-12 if dtype == torch.float64 else 1e-5, batch().ids.flatten(0, 1)
     with torch.no_grad():
         hidden = experts.hidden(ids)
@@ -156,24 +182,34 @@ def test_hidden_states_are_those_of_the_merged_models(targets, family, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("family", small.FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_those_of_the_merged_models(checkpointing, family, dtype):
-    """dA = 2 B^T dW and dB = 2 dW A^T, with dW from each merged model on its own.
-    Faults: the low-rank product of a detached x; of a detached A x; a base product without gradient to x."""
-    experts, one = lora(family, dtype=dtype, targets=ALL[family]), batch()
+@with_and_without
+def test_gradients_are_those_of_the_merged_models(shared, checkpointing, family, dtype):
+    """dA = 2 B^T dW and dB = 2 dW A^T, with dW from each merged model on its own; for A_0 and B_0 the sum over all
+    experts. Faults: the low-rank product of a detached x; of a detached A x; a base product without gradient to x; the
+    shared product of a detached x, or its gradient that of one expert, or the mean."""
+    experts, one = lora(family, dtype=dtype, targets=ALL[family], shared_rank=shared), batch()
     experts.trunk.checkpointing = checkpointing
     weight = torch.linspace(-1, 1, COUNT * 3 * 2, dtype=dtype).view(COUNT, 3, 2) / 20
     (pair_logp(experts, one) * weight).sum().backward()
     named, slack, largest = dict(experts.named_parameters()), 1e-12 if dtype == torch.float64 else 1e-6, 0.0
+    all_experts = {}                                                        # path -> the sum of dW over experts
     for k in range(3):
         model, merged = by_hand(experts, k, family)
         (pair_logp(Heads(model, 1, dtype=dtype), one)[:, 0] * weight[:, k]).sum().backward()
         for path, W in merged.items():
+            all_experts[path] = all_experts.get(path, 0.0) + W.grad
             A, B = named[f"trunk.{path}.A"], named[f"trunk.{path}.B"]
             with torch.no_grad():
                 for got, want in ((A.grad[k], 2.0 * B[k].T @ W.grad), (B.grad[k], 2.0 * W.grad @ A[k].T)):
                     assert (got - want).abs().max() <= slack * max(1.0, float(want.abs().max())), (path, k)
                     largest = max(largest, float(want.abs().max()))
     assert largest > 0.1, "a gradient of nothing tests nothing"
+    for path, dW in all_experts.items() if shared else ():
+        A, B = named[f"trunk.{path}.A_0"], named[f"trunk.{path}.B_0"]
+        with torch.no_grad():
+            for got, want in ((A.grad, 2.0 * B.T @ dW), (B.grad, 2.0 * dW @ A.T)):
+                assert (got - want).abs().max() <= 3 * slack * max(1.0, float(want.abs().max())), path
+                assert want.abs().max() > 1e-3, path
 
 
 # --- what learns ------------------------------------------------------------------------------------------------------
@@ -191,21 +227,22 @@ def moves(experts, steps=3):
 
 
 @pytest.mark.parametrize("family", small.FAMILIES)
-def test_the_base_is_frozen_and_only_adapters_are_saved(family):
+@with_and_without
+def test_the_base_is_frozen_and_only_adapters_are_saved(shared, family):
     """Bit-identical after optimizer steps; the adapters have all moved, at head_lr; a policy taken before has not.
-    Faults: the base's gradients asked for; adapters at lr; policy(k) merged into the base's own memory, or the live
-    modules themselves; the base among what is saved."""
-    experts, ids = lora(family), batch().ids.flatten(0, 1)
+    Faults: the base's gradients asked for; adapters, or the shared one, at lr; policy(k) merged into the base's own
+    memory, or the live modules themselves; the base among what is saved, or the shared part not."""
+    experts, ids = lora(family, shared_rank=shared), batch().ids.flatten(0, 1)
     before = {n: p.detach().clone() for n, p in experts.named_parameters()}
     policy = experts.policy(1)[0]
     with torch.no_grad():
         first = policy(ids)
     moves(experts)
     for name, p in experts.named_parameters():
-        factor = name[-2:] in (".A", ".B")
+        factor = name.rpartition(".")[2] in FACTORS
         assert p.requires_grad == factor and torch.equal(p, before[name]) != factor, name
         assert not factor or 0 < (p - before[name]).abs().max() < 0.05, name    # Adam's steps are as long as its rate
-    assert set(trained_state(experts)) == {f"experts.{n}" for n in before if n[-2:] in (".A", ".B")}
+    assert set(trained_state(experts)) == {f"experts.{n}" for n in before if n.rpartition(".")[2] in FACTORS}
     with torch.no_grad():
         assert torch.equal(policy(ids), first) and not torch.equal(experts.policy(1)[0](ids), first)
 
@@ -264,6 +301,32 @@ def test_an_adapter_there_and_back(family, tmp_path):
     load_adapter(fresh, 2, tmp_path)
     for (name, got), want in zip(trained_state(fresh).items(), trained_state(moved).values()):
         assert torch.equal(got[2], want[1]) and torch.equal(got[:2], before[name][:2]), name
+
+
+@pytest.mark.parametrize("family", small.FAMILIES)
+def test_an_adapter_with_the_shared_part_is_one_of_a_larger_rank(family, tmp_path):
+    """Expert 1 as a PEFT adapter of rank R + S, loaded into plain adapters of that rank: the same weights, which are
+    W + 2 (B_1 A_1 + B_0 A_0). Faults: the shared part left out; rank R in the settings; alpha 2 R; A_0 beside B_k;
+    an adapter loaded into experts with a shared part, which would add it twice."""
+    moved, ids = lora(family, targets=ALL[family], shared_rank=2), batch().ids.flatten(0, 1)
+    save_adapter(moved, 1, tmp_path, "some/base")
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (5, 10)
+    plain = Adapters(small.model(family), 2, 5, ALL[family])
+    load_adapter(plain, 1, tmp_path)
+    made, merged = by_hand(moved, 1, family)
+    with torch.no_grad():
+        for path, W in merged.items():
+            assert torch.equal(plain.adapted(path).merged(1).weight, moved.adapted(path).merged(1).weight), path
+            assert torch.allclose(moved.adapted(path).merged(1).weight, W, rtol=0, atol=1e-6), path
+        assert (plain.policy(1)[0](ids) - made(ids)).abs().max() <= 1e-5
+        A, B = moved.adapted(moved.targets[0]).of_expert(2)
+        layer = moved.adapted(moved.targets[0])
+        assert torch.allclose(B @ A, layer.B[2] @ layer.A[2] + layer.B_0 @ layer.A_0, rtol=0, atol=1e-6)
+    before = {name: t.clone() for name, t in trained_state(moved).items()}
+    with pytest.raises(AssertionError, match="shared adapter"):
+        load_adapter(moved, 0, tmp_path)
+    assert all(torch.equal(t, before[name]) for name, t in trained_state(moved).items())
 
 
 def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_copied(tmp_path):

@@ -16,7 +16,6 @@ import functools
 import io
 import itertools
 import json
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +41,7 @@ from mixdpo.runs.options import TrainConfig, validate
 SETTINGS = {
     "one expert": {"experts": 1},
     "lora": {"sharing": "lora"},
+    "shared adapter": {"sharing": "lora", "shared_rank": 2},
     "models": {"sharing": "models"},
     "reference models": {"model": "two"},
     "full heads": {"rank": 0},
@@ -132,7 +132,8 @@ class Job:
         heads = lora or sharing == "heads" and (several or not chosen.get("train_trunk", True))
         used = {"rank": heads, "head_lr": heads and not full, "gate_lr": several and chosen.get("gate") in TRAINED,
                 "lr": not lora and (full or chosen.get("train_trunk", True)),
-                "start_steps": several and chosen.get("start") != "none"}
+                "start_steps": several and chosen.get("start") != "none"
+                and (chosen.get("start"), chosen.get("estep")) != ("linear", "context")}
         chosen = {name: value for name, value in BASE.items() if used.get(name, True)} | chosen
         kind = "full" if full and sharing == "heads" else sharing
         if "init_experts" in chosen:
@@ -297,7 +298,7 @@ def frozen_parts(experts, config) -> dict[str, torch.Tensor]:
     """Copies of all that must never change."""
     parts = {}
     if isinstance(experts, Adapters):
-        parts = {n: p for n, p in experts.named_parameters() if n.rpartition(".")[2] not in ("A", "B")}
+        parts = {n: p for n, p in experts.named_parameters() if n.rpartition(".")[2] not in ("A", "B", "A_0", "B_0")}
     elif not config.train_trunk:
         parts = {f"trunk.{n}": p for n, p in experts.trunk.named_parameters()}
     for k in config.frozen:
@@ -395,11 +396,11 @@ def finds_the_responsibilities_again(run, pairs, h, log_w) -> None:
     """M11 by evaluation's functions, on the training pairs, which stand first."""
     if run.config.experts == 1 or run.config.estep == "first":              # a first visit is kept
         return
-    if run.config.context and run.config.epsilon < math.inf:                # drawn under a key that is forgotten
+    if run.config.estep == "context":                                       # trained on after the last E-step
         return
     visits = {}
     for visit in run.plan.visits:
-        visits.setdefault(visit.unit, []).extend(visit.context or visit.trained)
+        visits.setdefault(visit.unit, []).extend(visit.trained)
     slack = 1e-5 if run.config.dtype == "float32" else 5e-3
     line = {pair.line: n for n, pair in enumerate(pairs)}
     for u, shown in visits.items():

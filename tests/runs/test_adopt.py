@@ -137,6 +137,7 @@ def test_a_gate_alone_learns_on_frozen_experts(kind, sources, tmp_path, model_di
     (dict(init_experts="RUN:0,fresh", sharing="lora", train_trunk=True), "init_experts", "--sharing"),
     (dict(init_experts="RUN:0,fresh", start="linear"), "init_experts", "--start none"),
     (dict(init_experts="RUN:0,fresh", train_trunk=True), "init_experts", "--train-trunk false"),
+    (dict(init_experts="SHARED:0,fresh", sharing="lora", train_trunk=True), "init_experts", "shared"),
     (dict(init_experts="OTHER:0,fresh"), "init_experts", "--model"), (dict(init_experts="NONE:0,fresh"), None, ""),
     (dict(freeze="2"), "freeze", "0 to 1"), (dict(freeze="0,0"), "freeze", "0 to 1"),
     (dict(freeze="all"), "freeze", "--gate"), (dict(freeze="x"), "freeze", "'x'"),
@@ -144,12 +145,14 @@ def test_a_gate_alone_learns_on_frozen_experts(kind, sources, tmp_path, model_di
     (dict(model="MODEL,MODEL,MODEL", sharing="models", train_trunk=True), "model", "2 experts"),
 ])
 def test_what_does_not_fit_is_refused(options, option, named, sources, tmp_path, model_dir):
-    """And nothing is written."""
+    """And nothing is written. Caught too: an adapter taken over without the part that its run's experts share."""
     other = tinyjob.make_model(tmp_path / "other", seed=1)
     if "OTHER" in options.get("init_experts", ""):
         tinyjob.run(tmp_path, other, tinyjob.make_records(), name="elsewhere", **KINDS["low-rank heads"])
-    places = {"RUN": sources["low-rank heads"], "OTHER": tmp_path / "elsewhere", "NONE": tmp_path / "none",
-              "MODEL": model_dir}
+    if "SHARED" in options.get("init_experts", ""):
+        tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name="together", sharing="lora", shared_rank=2)
+    places = {"RUN": sources["low-rank heads"], "SHARED": tmp_path / "together", "OTHER": tmp_path / "elsewhere",
+              "NONE": tmp_path / "none", "MODEL": model_dir}
     for word, place in places.items():
         options = {name: str(value).replace(word, str(place)) if word in str(value) else value
                    for name, value in options.items()}

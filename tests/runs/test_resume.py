@@ -24,7 +24,8 @@ CASES = {
     "pairs": dict(epochs=2),
     "users, updated weights": dict(latent="user", weights="update", epochs=3),
     "first visit": dict(estep="first", start="none", epochs=3, beta=0.5),
-    "context, linear": dict(latent="user", estep="context", context=1, start="linear", start_steps=3, epochs=3),
+    "context": dict(latent="user", estep="context", context=1, start_steps=3, epochs=3),
+    "context, linear": dict(latent="user", estep="context", context=1, start="linear", epochs=3),
     "models": dict(sharing="models", epochs=2),
     "gate, sampled": dict(gate="mlp", variant="monte-carlo", draws=3, epochs=3),
     "users in slices": dict(latent="user", em="incremental", start_steps=2, epochs=3, batch=5),
@@ -33,6 +34,13 @@ CASES = {
     "untied": dict(rank=0, epochs=2),
     "robust": dict(robust=2.0, clip=math.inf, epochs=3),
     "lora": dict(sharing="lora", lr=train.TrainConfig.lr, epochs=2),
+    "lora, shared part": dict(sharing="lora", shared_rank=2, lr=train.TrainConfig.lr, epochs=2),
+}
+LAST_PART = {
+    "users": dict(beta=0.5),
+    "linear, updated weights": dict(start="linear", weights="update"),
+    "users in slices": dict(em="incremental", batch=5, variant="tempered", variant_temperature=0.7),
+    "lora, shared part": dict(sharing="lora", shared_rank=2, lr=train.TrainConfig.lr),
 }
 
 
@@ -81,6 +89,44 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(case, tmp_path, mod
     parts = tinyjob.run(tmp_path, model, records, name="parts", **options)
     assert tinyjob.equal(whole, parts)
     same_files(whole, parts)
+
+
+@pytest.mark.parametrize("case", LAST_PART)
+def test_a_run_stopped_around_its_last_part_equals_an_uninterrupted_one_to_the_bit(case, tmp_path, model_dir,
+                                                                                   monkeypatch):
+    """Stopped in the last step before the E-step on all units, in that E-step, in the first step of the last part, in
+    its second and in the last of all. Caught: responsibilities of the last part computed again from experts that it has
+    trained, or those of a step before; a last part that begins anew; the shared adapter, or its moments, lost."""
+    options = dict(latent="user", estep="context", context=2, epochs=2) | LAST_PART[case]
+    records, plans = tinyjob.make_records(each=4), []
+    options["data"] = tinyjob.write(tmp_path / "d.jsonl", records)
+    with monkeypatch.context() as patch:
+        real = train.fit
+        patch.setattr(train, "fit", lambda state, problem, *rest: (plans.append(problem.plan),
+                                                                   real(state, problem, *rest))[1])
+        whole = tinyjob.run(tmp_path, model_dir, records, name="whole", **options)
+    first, total = plans[0].last_part, len(plans[0].steps)
+    assert 1 < first < total - 1
+    done, calls = 0, train.visit_log_likelihoods
+    for stop in (first, "E-step", first + 1, first + 2, total):             # the step that is not done
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            if stop == "E-step":
+                patch.setattr(train, "visit_log_likelihoods", lambda state, problem, *rest: (
+                    raised() if state.t == problem.plan.last_part else calls(state, problem, *rest)))
+            else:
+                stop_at(patch, "step", stop - done)
+                done = stop - 1
+            tinyjob.run(tmp_path, model_dir, records, name="parts", save_minutes=0.0, **options)
+            pytest.fail(f"it was not stopped at {stop}")
+        if stop == "E-step":
+            done = first
+    parts = tinyjob.run(tmp_path, model_dir, records, name="parts", **options)
+    assert tinyjob.equal(whole, parts)
+    same_files(whole, parts)
+
+
+def raised():
+    raise Stopped
 
 
 def test_without_a_checkpoint_a_stopped_run_begins_again(tmp_path, model_dir, monkeypatch):

@@ -1,0 +1,300 @@
+"""mixdpo/evaluation/served.py: the rows of own reward on a tiny job, their figures done again by hand.
+What each test catches stands in its docstring."""
+
+import copy
+import json
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+import tinyjob
+import torch
+from test_eval import slow_ratios
+
+import eval as evaluation
+import train
+from eval import EvalConfig, evaluate
+from mixdpo.config import InputError
+from mixdpo.evaluation import served
+from mixdpo.evaluation.completions import CompletionTask, plain_text, with_utilities
+from mixdpo.evaluation.generate import Sampling, generate
+from mixdpo.evaluation.heldout import margins_of
+from mixdpo.evaluation.statistics import mean_se
+from mixdpo.models.weights import load_model
+from mixdpo.preferences import Pair
+from mixdpo.text.tokenizer import load_tokenizer
+
+MAX_NEW, PROMPTS = 6, ["mn", "o", "pmno", "nn", "po"]
+UTILITIES = {"first": {"letters": 1.0}, "second": {"letters": -0.5, "length": 2.0}}
+TYPES = ["first", "second"]
+
+
+def score(texts, names, folder):
+    of = {"letters": lambda t: sum(c in "abcdefghijklm" for c in t) / len(t), "length": lambda t: len(t) / 100}
+    return {name: [of[name](text) for text in texts] for name in names}
+
+
+def utility(kind, text):
+    """Of one text for a type, by hand."""
+    letters, length = (score([text], [name], None)[name][0] for name in ("letters", "length"))
+    return letters if kind == "first" else 2.0 * length - 0.5 * letters
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A job of two types: DPO on all pairs and on those of one type, a mixture of users, a gate on prompts; evaluated
+    at strength 1 and at 0.5."""
+    folder = tmp_path_factory.mktemp("served")
+    model, records = tinyjob.make_model(folder / "reference"), tinyjob.make_records(users=6, each=4)
+    tinyjob.write(folder / "train.jsonl", records)
+    tinyjob.write(folder / "train-first.jsonl", [r for r in records if r["annotator"] == "first"])
+    new = tinyjob.make_records(users=4, each=6, seed=7)
+    tinyjob.write(folder / "adapt-new.jsonl", [r | {"user": f"new-{r['user']}"} for r in new])
+    tinyjob.write(folder / "heldout.jsonl", records[:4])
+    tinyjob.write(folder / "prompts.jsonl", [{"prompt": p} for p in PROMPTS])
+    dataset = {"rewards": ["letters", "length"], "annotators": TYPES, "utilities": UTILITIES, "max_new": MAX_NEW}
+    (folder / "dataset.json").write_text(json.dumps(dataset))
+    runs = {
+        "dpo": dict(experts=1),
+        "dpo-first": dict(experts=1, data="train-first.jsonl", epochs=9, lr=3e-3),
+        "mixture": dict(latent="user", rank=0, weights="0.3,0.7", start="linear", estep="context", context=2),
+        "moe": dict(gate="linear", gate_lr=0.5),
+    }
+    for name, own in runs.items():
+        options = dict(model=str(model), beta=0.5, epochs=3, out=str(folder / name)) | tinyjob.small(**own)
+        options["data"] = str(folder / own.get("data", "train.jsonl"))
+        train.run(train.TrainConfig(**options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "data.annotators.rewards", types.SimpleNamespace(score=score))
+        patch.setattr(evaluation, "write_report", lambda home: None)
+        results = evaluate(EvalConfig(dir=str(folder), batch=3, strengths=(0.5,)))
+    return folder, results, model
+
+
+def half_way(experts, reference):
+    """Full heads and trunk, or one model: half-way from the reference to the experts."""
+    experts, base = copy.deepcopy(experts), dict(reference.named_parameters())
+    with torch.no_grad():
+        for name, p in experts.named_parameters():
+            if name == "W_k":
+                p.copy_((p + reference.unembedding) / 2)
+            else:
+                p.copy_((p + base[name.removeprefix("trunk.")]) / 2)
+    return experts
+
+
+def by_hand(job, name, strength):
+    """Of a run: its completions' utilities (K,N,T) over the reference's, log-ratios (K,N,K), lengths (K,N)."""
+    folder, _, model = job
+    run, reference, tokenizer = evaluation.load_run(folder / name, "cpu", ""), load_model(model), load_tokenizer(model)
+    if strength == 0.5:
+        run.experts = half_way(run.experts, reference)
+    prompts, sampling = [tokenizer.encode(p) for p in PROMPTS], Sampling(MAX_NEW, tokenizer.eos, seed=1)
+
+    def utilities(ids):
+        texts = [plain_text(prompt, y, tokenizer, tokenizer.eos) for prompt, y in zip(prompts, ids)]
+        return np.array([[utility(kind, text) for kind in TYPES] for text in texts])
+
+    base = utilities(generate(reference, prompts, sampling, reference.unembedding))
+    gain, ratio, length = [], [], []
+    for k in range(run.experts.K):
+        ids = generate(run.experts.policy(k)[0], prompts, sampling, run.experts.policy(k)[1])
+        gain.append(utilities(ids) - base)
+        ratio.append([slow_ratios(run, reference, prompt, y) for prompt, y in zip(prompts, ids)])
+        length.append([len(y) for y in ids])
+    return run, np.array(gain), np.array(ratio), np.array(length)
+
+
+def figures(gain, ratio, length, q, kinds):
+    """Mean over types of the mean over their users; q (U,K) or (U,N,K) probabilities. gain and KL by prompt, length."""
+    K, N, _ = gain.shape
+    by_type = {kind: [] for kind in kinds}
+    for of_user, kind in zip(q, kinds):
+        rows = of_user if np.ndim(of_user) == 2 else [of_user] * N
+        own = [sum(rows[n][k] * gain[k, n, TYPES.index(kind)] for k in range(K)) for n in range(N)]
+        kl = [sum(rows[n][k] * math.log(sum(rows[n][j] * math.exp(ratio[k, n, j]) for j in range(K)))
+                  for k in range(K) if rows[n][k] > 0) for n in range(N)]
+        by_type[kind].append((own, kl, [sum(rows[n][k] * length[k, n] for k in range(K)) for n in range(N)]))
+    own, kl, long = ([np.mean([row[part] for row in rows], axis=0) for rows in by_type.values()] for part in range(3))
+    return np.mean(own, axis=0), np.mean(kl, axis=0), np.mean(long), dict(zip(by_type, own))
+
+
+def row_of(job, run, users, strength):
+    found = [r for r in job[1]["own_reward"] if (r["run"], r["users"], r["strength"]) == (run, users, strength)]
+    assert len(found) == 1, (run, users, strength, len(found))
+    return found[0]
+
+
+def compare(row, want, kinds):
+    gain, kl, length, by_type = want
+    assert row["gain_by_prompt"] == pytest.approx(gain.tolist(), abs=1e-5)
+    assert row["gain"]["mean"] == pytest.approx(gain.mean(), abs=1e-5) and row["gain"]["n"] == len(PROMPTS)
+    assert row["kl_by_prompt"] == pytest.approx(kl.tolist(), abs=2e-4)
+    assert row["kl"] == pytest.approx(kl.mean(), abs=2e-4)
+    assert row["length"] == pytest.approx(length, abs=1e-6)
+    for found, kind in zip(row["types"], kinds, strict=True):
+        assert found == pytest.approx(mean_se(by_type[kind]), abs=1e-5)
+
+
+def test_who_is_served_what(job):
+    """Caught: a row too many or too few; a run of one type served to all; unknown users of DPO; the rows of a strength
+    left out; results without them."""
+    folder, results, _ = job
+    rows = {(row["run"], row["users"]) for row in results["own_reward"]}
+    known = {"known users", "known users, sparse", *(f"new users, {n} pairs known" for n in (0, 1, 2))}
+    assert rows == {("dpo", "all users"), ("dpo-first", "type first"), ("moe", "unknown users"),
+                    ("mixture", "unknown users"), *(("mixture", kind) for kind in known)}
+    assert len(results["own_reward"]) == 2 * len(rows)
+    assert {row["strength"] for row in results["own_reward"]} == {0.5, 1.0}
+    assert json.loads((folder / "results.json").read_text())["own_reward"] is not None
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_one_policy_by_hand(job, strength):
+    """DPO on all pairs serves both types; on the pairs of one type that type only. Caught: utilities without their
+    weights, or of the other type; a gain over nothing; completions of the whole strength at half of it, or sampled with
+    other random numbers than the reference's; a type served by DPO of another; no standard error for one type."""
+    _, gain, ratio, length = by_hand(job, "dpo", strength)
+    row = row_of(job, "dpo", "all users", strength)
+    compare(row, figures(gain, ratio, length, [[1.0]] * 2, TYPES), TYPES)
+    assert row["gain"]["se"] == pytest.approx(mean_se(gain[0].mean(1))["se"], abs=1e-6)
+    assert abs(gain).max() > 0.01 and abs(ratio).max() > 0.01
+    _, gain, ratio, length = by_hand(job, "dpo-first", strength)
+    row = row_of(job, "dpo-first", "type first", strength)
+    compare(row, figures(gain, ratio, length, [[1.0]], ["first"]), ["first"])
+    assert abs(gain[..., 0]).max() > 0.01
+    assert row["gain"]["se"] == pytest.approx(mean_se(gain[0, :, 0])["se"], abs=1e-6)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_known_and_unknown_users_by_hand(job, strength):
+    """Caught: another user's responsibilities; sparse weights of the least likely expert; the gate's weights counted
+    once a user; all users of one type; types weighted by their number of users."""
+    run, gain, ratio, length = by_hand(job, "mixture", strength)
+    q, kinds = run.table.exp().numpy(), [run.plan.pairs[unit[0]].annotator for unit in run.plan.units]
+    assert sorted(kinds) == ["first"] * 3 + ["second"] * 3 and np.ptp(q[:, 0]) > 0.2
+    compare(row_of(job, "mixture", "known users", strength), figures(gain, ratio, length, q, kinds), TYPES)
+    best = np.eye(2)[q.argmax(1)]
+    compare(row_of(job, "mixture", "known users, sparse", strength), figures(gain, ratio, length, best, kinds), TYPES)
+    unknown = figures(gain, ratio, length, [[0.3, 0.7]] * 2, TYPES)
+    compare(row_of(job, "mixture", "unknown users", strength), unknown, TYPES)
+    compare(row_of(job, "mixture", "new users, 0 pairs known", strength), unknown, TYPES)
+
+
+def test_weights_of_each_prompt_by_hand(job):
+    """A gate on prompts. Caught: the mean weights for all prompts; weights of another prompt."""
+    run, gain, ratio, length = by_hand(job, "moe", 1.0)
+    reference, tokenizer = load_model(job[2]), load_tokenizer(job[2])
+    w = []
+    for text in PROMPTS:
+        with torch.no_grad():
+            f = (reference(torch.tensor([tokenizer.encode(text)]))[0][-1] - run.gate.mean) / run.gate.scale
+            w.append(torch.softmax(run.gate.W @ f + run.gate.b, 0).tolist())
+    assert np.std(w, axis=0).min() > 0.01
+    compare(row_of(job, "moe", "unknown users", 1.0), figures(gain, ratio, length, [w] * 2, TYPES), TYPES)
+
+
+def test_new_users_by_hand(job):
+    """After n known pairs each new user is served under its posterior; a user's pairs in the order of the adaptation
+    curve. Caught: other pairs than the curve's; the posterior of another user; evidence without the weights."""
+    folder, _, model = job
+    run, gain, ratio, length = by_hand(job, "mixture", 1.0)
+    (_, pairs, h, _), = margins_of([run], [load_model(model)], load_tokenizer(model), folder / "adapt-new.jsonl",
+                                   folder / "cache")
+    order, users = np.random.default_rng([1, 31]), sorted({pair.user for pair in pairs})
+    seen = [order.permutation([i for i, pair in enumerate(pairs) if pair.user == user]).tolist() for user in users]
+    for n in (1, 2):
+        q = []
+        for own in seen:
+            like = [w * math.prod(1 / (1 + math.exp(-float(h[i, k]))) for i in own[:n])
+                    for k, w in enumerate((0.3, 0.7))]
+            q.append([x / sum(like) for x in like])
+        kinds = [pairs[own[0]].annotator for own in seen]
+        row = row_of(job, "mixture", f"new users, {n} pairs known", 1.0)
+        compare(row, figures(gain, ratio, length, q, kinds), TYPES)
+        assert np.ptp(q, axis=0).max() > 1e-3
+
+
+def test_evaluation_puts_every_parameter_back(job):
+    """Caught: experts left at a strength, so that what is computed after it is of another policy."""
+    folder, results, _ = job
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "data.annotators.rewards", types.SimpleNamespace(score=score))
+        patch.setattr(evaluation, "write_report", lambda home: None)
+        alone = evaluate(EvalConfig(dir=str(folder / "mixture"), batch=64, limit=3))
+    whole = [row["gain_by_prompt"][:3] for row in results["own_reward"]
+             if (row["run"], row["strength"]) == ("mixture", 1.0)]
+    assert [row["gain_by_prompt"] for row in alone["own_reward"]] == [pytest.approx(row) for row in whole]
+    for name, row in alone["policies"].items():
+        assert row["values"] == results["policies"][name]["values"][:3]
+
+
+@pytest.mark.parametrize("strengths", [(0.0,), (1.0,), (0.5, 1.5), (-0.1,), (math.nan,)])
+def test_strengths_are_between_the_reference_and_the_expert(job, strengths):
+    """Caught: a strength beyond the expert; the reference, or the expert again, as a row of its own."""
+    with pytest.raises(InputError) as error:
+        evaluate(EvalConfig(dir=str(job[0]), strengths=strengths))
+    assert error.value.option == "strengths"
+
+
+def test_no_rows_without_a_reward_for_each_type(job):
+    """Caught: KeyError where dataset.json names types that no reward or utility is of; rows for some types only."""
+    inputs = types.SimpleNamespace(dataset={"annotators": ["first", "other"], "rewards": ["first"]}, tokenizer=None,
+                                   runs=[])
+    task = CompletionTask(None, [], Sampling(1, 0))
+    assert served.own_reward_rows(inputs, task, {"reference": []}, (), {}, None) == []
+    inputs.dataset = {"rewards": ["first"]}
+    assert served.own_reward_rows(inputs, task, {"reference": []}, (), {}, None) == []
+
+
+def test_the_judges_of_a_domain_score_its_prompts():
+    """Caught: the judges of another domain; their sum for their mean."""
+    found = {"a": [1.0, 2.0, 3.0], "b": [10.0, 20.0, 30.0], "c": [100.0, 200.0, 300.0]}
+    judges = {"x": ["a", "b"], "y": ["c"]}
+    assert served.own_scores(found, ["x", "y", "x"], judges) == [5.5, 200.0, 16.5]
+
+
+def test_utilities_are_weighted_sums():
+    """Caught: weights left out; a reward lost; types that see each other's weights."""
+    scores = {"a": [1.0, 2.0], "b": [10.0, 20.0]}
+    got = with_utilities(scores, {"u": {"a": 2.0, "b": -1.0}, "v": {"b": 0.5}})
+    assert got == scores | {"u": [-8.0, -16.0], "v": [5.0, 10.0]}
+    assert with_utilities(scores, {}) == scores and scores == {"a": [1.0, 2.0], "b": [10.0, 20.0]}
+
+
+def stub(table=((0.9, 0.1), (0.2, 0.8)), kinds=("first", "second"), new={}):
+    """A run of two experts with the users of `table`, what it completes, and whom it serves: three prompts."""
+    pairs = [Pair([1], [2], [3], user=f"u{n}", annotator=kind) for n, kind in enumerate(kinds)]
+    run = types.SimpleNamespace(name="run", config=types.SimpleNamespace(experts=2, latent="user"),
+                                plan=types.SimpleNamespace(units=[[n] for n in range(len(kinds))], pairs=pairs),
+                                table=torch.tensor(table).log())
+    generator = torch.Generator().manual_seed(0)
+    values, ratio = (torch.randn(2, 3, 2, generator=generator) for _ in range(2))
+    completed = served.Completed(values, ratio, torch.tensor([[4.0, 9.0, 2.0], [7.0, 1.0, 8.0]]))
+    return run, completed, served.Users(TYPES, [], torch.zeros(0), new, torch.zeros(3, 2))
+
+
+def test_lengths_are_those_of_the_texts_that_are_served(monkeypatch):
+    """Each prompt has weights of its own, and one type has more users. Caught: the mean weights times the mean lengths;
+    a type that counts by its number of users, unlike in the gain; the length of one expert."""
+    w = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
+    monkeypatch.setattr(served, "weights", lambda *_: w.log())
+    table = ((1.0, 0.0), (0.2, 0.8), (0.4, 0.6))
+    run, completed, users = stub(table, ("first", "second", "second"))
+    rows, length = served.served_rows(run, completed, users), completed.length
+    assert rows["unknown users"]["length"] == pytest.approx(float((w.T * length).sum(0).mean()))
+    each = [sum(q * float(long.mean()) for q, long in zip(row, length)) for row in table]
+    assert rows["known users"]["length"] == pytest.approx((each[0] + (each[1] + each[2]) / 2) / 2)
+    assert rows["known users, sparse"]["length"] == pytest.approx(float(length.mean()))
+
+
+@pytest.mark.parametrize("names", [["first", "first"], [None, None], ["first", "stranger"]], ids=str)
+def test_new_users_of_some_types_only_have_no_row(names):
+    """Caught: an evaluation that ends with a traceback, once everything is computed, because the file of new users has
+    no user of some type, or does not say the types."""
+    run, completed, users = stub(new={"run": {1: (torch.zeros(2, 2) - math.log(2), names)}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served, "weights", lambda *_: torch.zeros(3, 2) - math.log(2))
+        assert set(served.served_rows(run, completed, users)) == {"unknown users", "known users", "known users, sparse"}
