@@ -116,7 +116,8 @@ def compare_frontiers(ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndar
     def figures(index, *seeds) -> tuple[float, float, float]:
         a, b = (tuple(x[:, own][:, :, index].mean((1, 2)) for x in side) for side, own in zip((ours, theirs), seeds))
         mine, others = gain_at(a, kl), gain_at(b, kl)
-        return mine, others, kl_for(a, others) / kl if kl > 0 else float("nan")
+        needed = kl_for(b, others)
+        return mine, others, kl_for(a, others) / needed if needed > 0 else float("nan")
 
     (S, N), T, rng = ours[0].shape[1:], theirs[0].shape[1], np.random.default_rng([seed, 17])
     mine, others, ratio = figures(np.arange(N), np.arange(S), np.arange(T))
