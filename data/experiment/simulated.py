@@ -176,15 +176,15 @@ def judge(job: Path, preset: dict, max_prompt: int) -> str:
     types = preset["annotators"]
     scored = {name: read_lines(job / f"scored-{file}") for name, file in FILES.items()}
     facts = {"rewards": list(NAMES), "annotators": types, "max_new": preset["max_response"], "max_prompt": max_prompt}
-    of_train = [row["scores"] for row in scored["train"]]
-    if tastes := preset.get("tastes"):                                      # utilities of rewards in spreads
-        spread = spreads(of_train, sorted({reward for of in tastes.values() for reward in of}))
+    tastes = preset.get("tastes", {})                                       # utilities of rewards in spreads
+    spread = spreads([row["scores"] for row in scored["train"]],
+                     sorted({reward for of in tastes.values() for reward in of}) or types)
+    if tastes:
         facts["utilities"] = {kind: {reward: weight / spread[reward] for reward, weight in of.items()}
                               for kind, of in tastes.items()}
         scored = {name: [row | {"scores": with_utilities(row["scores"], facts["utilities"])} for row in rows]
                   for name, rows in scored.items()}
-    spread = dict.fromkeys(types, 1.0) if tastes else spreads(of_train, types)
-    rules = Rules(preset["agree"], preset["margin"], spread)
+    rules = Rules(preset["agree"], preset["margin"], dict.fromkeys(types, 1.0) if tastes else spread)
     names = ("seed", "users", "pairs", "context", "heldout_pairs", "new_users", "new_pairs", "continuations", "agree",
              "domains", "margin")
     facts |= {name: preset[name] for name in names if name in preset}
