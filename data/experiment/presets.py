@@ -53,6 +53,15 @@ def runs(types: list[str], seeds: int = 1, betas: tuple = (), **shared) -> dict:
     return out
 
 
+def of_pairs(steps: int) -> dict:
+    """The paper's own setting: one latent type for each pair, adapters (Case 1) and models (Case 2), for two and three
+    experts. steps: with responsibilities from the linear start."""
+    both = {"start": "linear", "start_steps": steps, "latent": "pair"}
+    case_1, case_2 = both | ADAPTERS | {"shared_rank": 16}, both | {"sharing": "models"}
+    return {f"pairs-{name}-K{K}": options | {"experts": K} for name, options in (("case-1", case_1), ("case-2", case_2))
+            for K in (2, 3)}
+
+
 SMOKE = COMMON | tastes(2.0) | {
     "prompts": 24, "heldout": 12, "evaluate": 8, "max_response": 16, "margin": 0.1, "agree": None,
     "users": 4, "pairs": 10, "context": 4, "heldout_pairs": 4, "new_users": 2, "new_pairs": 6, "reviews": 60,
@@ -76,7 +85,7 @@ PAPER = COMMON | {
     "users": 2520, "pairs": 20, "context": 8, "heldout_pairs": 4, "new_users": 120, "new_pairs": 32,
     "reviews": 20000, "judge_reviews": 22000,
     "finetune": {"steps": 2000, "batch": 64, "tokens": 128, "held": 256}, "strengths": (0.25, 0.5, 0.75),
-    "train": {"epochs": 2, "batch": 80, "micro": 80}, "runs": runs(THREE, seeds=3, betas=(0.03, 0.3)),
+    "train": {"epochs": 2, "batch": 80, "micro": 80}, "runs": runs(THREE, seeds=3, betas=(0.03, 0.3)) | of_pairs(300),
 }
 IMDB = {"smoke": SMOKE, "quick": QUICK, "cpu": CPU, "paper": PAPER}
 
