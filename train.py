@@ -37,7 +37,7 @@ from mixdpo.private.keys import Key
 from mixdpo.runs.checkpoint import Saver
 from mixdpo.runs.log import Log, Progress
 from mixdpo.runs.options import TrainConfig
-from mixdpo.runs.setup import Job, finish, nonfinite_message, opened, prepare, resume, snapshot
+from mixdpo.runs.setup import Job, finish, nonfinite_message, opened, prepare, resume, saver_of, snapshot
 from mixdpo.variants.choose import Variants
 
 
@@ -234,7 +234,7 @@ def learn(job: Job) -> None:
     t, log_q = resume(job, made)
     state = EMState(made.experts, made.gate, made.optimizer, log_q, t)
     log = Log(job.out, state.t, len(made.plan.steps), config)
-    saver = Saver(job.out, job.stop, config.save_minutes, config.keep)
+    saver = saver_of(job, made, t)
 
     fit(state, problem, made.variants, log, saver, lambda: snapshot(made, log, state.log_q))
     finish(job, made, lambda: saver.save(state.t, *snapshot(made, log, state.log_q, finished=True)))

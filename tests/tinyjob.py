@@ -80,7 +80,8 @@ def run(folder, model, records, name="run", key=None, **options):
 def read(config):
     """The experts, the plan, the reference and the keys of a run that is not begun."""
     with Stop(config.out) as stop:
-        return setup.read(setup.Job(config, {}, stop, None), compute_dtype(config.dtype, "cpu")[0], "cpu")
+        found = setup.read(setup.Job(config, {}, stop, None), compute_dtype(config.dtype, "cpu")[0], "cpu")
+    return *found[:3], found[-1]
 
 
 def lines(path):

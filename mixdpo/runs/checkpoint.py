@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,11 +101,13 @@ class Saver:
     stop: Stop
     minutes: float                  # between checkpoints
     keep: int = 1                   # newest checkpoints that stay
+    before: Callable = lambda t: None                   # called after each step t, before its checkpoint
     saved: float = field(default_factory=time.monotonic)
 
     def after(self, t: int, total: int, snapshot) -> None:
         """To be called after step t of `total`. snapshot(): the tensors and facts that a checkpoint holds.
         Raises: Stopped if the user asked for it; the state is saved then."""
+        self.before(t)
         if t < total:
             self.check(t, total, snapshot)
             if time.monotonic() - self.saved > 60 * self.minutes:

@@ -84,6 +84,9 @@ class TrainConfig:
     clip: float = 1.0               # largest gradient norm; inf: no clipping. With --epsilon: the largest norm of each
                                     # example's gradient
     moments: str = "float32"        # AdamW's moments: float32, or bfloat16 (half of their memory, stochastic rounding)
+    validation: str = ""            # held-out preferences for early stopping: the parameters that predict them best are
+                                    # kept; empty: none
+    evaluate_every: int = 20        # optimizer steps between two evaluations on the --validation file
     label_noise: float = 0.0        # assumed share of flipped labels, at least 0 and less than 0.5
     robust: float = 0.0             # group-DRO step size: users with a larger loss count more; 0: all count the same
     seed: int = 0                   # seed of all random numbers, 0 to 4294967295
@@ -156,7 +159,7 @@ CHOICES = {
     "moments": ("float32", "bfloat16"), "privacy_unit": ("pair", "user")}
 RANGES = {
     **dict.fromkeys(("experts", "epochs", "batch", "micro", "restarts", "draws", "keep", "max_prompt", "max_response",
-                     "prior"), "[1, inf)"),
+                     "prior", "evaluate_every"), "[1, inf)"),
     **dict.fromkeys(("rank", "shared_rank", "context", "start_steps", "warmup", "examples", "gate_entropy",
                      "gate_balance", "robust"), "[0, inf)"),
     **dict.fromkeys(("beta", "lr", "head_lr", "gate_lr", "gate_temperature", "variant_temperature", "delta"),
@@ -223,6 +226,7 @@ def without_effect(config: TrainConfig) -> list[tuple[str, bool, str]]:
                         "both from the first step)"),
         "restarts": (config.start == "linear", "--start linear"),
         "context": (config.estep == "context", "--estep context"),
+        "evaluate_every": (bool(config.validation), "--validation"),
         "draws": (config.variant == "monte-carlo", "--variant monte-carlo"),
         "variant_temperature": (config.variant in ("tempered", "gumbel"), "--variant tempered or gumbel"),
         **dict.fromkeys(("delta", "privacy_unit", "examples"), (private, "--epsilon"))}
@@ -297,6 +301,7 @@ def unfit_privacy(config: TrainConfig) -> list[tuple[str, bool, str]]:
         "gate_balance": (config.gate_balance == 0, "0: the bonus depends on all examples of a step together"),
         "weights": (config.weights != "update",
                     "uniform, numbers, or --gate linear: the closed form sums responsibilities without noise"),
+        "validation": (not config.validation, "none: the guarantee does not cover the choice of the best parameters"),
         "robust": (config.robust == 0, "0: weights of users depend on losses without noise"),
         "em": (config.em == "minibatch", "minibatch: responsibilities may depend on the current parameters only"),
         "estep": (config.estep != "first",

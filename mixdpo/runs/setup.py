@@ -24,15 +24,17 @@ from mixdpo.preferences import check_lengths, read_preferences
 from mixdpo.private.budget import Private, budgets_of_sources, delete_key, load_or_create_key, write_guarantee
 from mixdpo.private.keys import Key
 from mixdpo.runs import memory_estimate
-from mixdpo.runs.checkpoint import Stop, gate_state, load_checkpoint, load_gate, load_state, trained_state
-from mixdpo.runs.gate_inputs import make_gate
+from mixdpo.runs.checkpoint import Saver, Stop, gate_state, load_checkpoint, load_gate, load_state, trained_state
+from mixdpo.runs.gate_inputs import gate_inputs, known_pairs, make_gate
 from mixdpo.runs.init_experts import init_experts
 from mixdpo.runs.log import Log, environment
 from mixdpo.runs.options import TrainConfig, compared, short_run, validate
 from mixdpo.runs.reference import Reference, Source, load_references, reference_of
+from mixdpo.runs.validation import Validation
 from mixdpo.start import check_start, make_start
 from mixdpo.text.records import data_key, lines
 from mixdpo.variants.choose import Variants
+from mixdpo.variants.label_noise import noisy_margins
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def opened(config: TrainConfig, key: Key | None) -> Iterator[Job | None]:
     validate(config)
     must_be_run(config)
     facts, out = compared(config) | {"data_key": data_key(config.data)}, Path(config.out)
+    facts |= {"validation_key": data_key(config.validation)} if config.validation else {}
     try:
         with lock_folder(out), Stop(config.out) as stop:
             found = load_checkpoint(out, facts)
@@ -98,6 +101,7 @@ class Prepared:
     log_q: torch.Tensor             # (U,K) before the first step
     rows_of: Callable
     variants: Variants
+    validation: Validation | None
     facts: dict                     # of the job, and the keys of model, tokenizer and dtype
     guarantee: dict | None          # what privacy.json says in the end
 
@@ -112,7 +116,7 @@ def prepare(job: Job) -> Prepared:
     print(f"options: {changed(config)}; all are in {job.out / 'config.json'}")
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
     print(*memory_estimate.describe_memory(config, dtype, memory_estimate.available(device)), sep="\n")
-    experts, plan, reference, keys = read(job, dtype, device)
+    experts, plan, reference, validation, keys = read(job, dtype, device)
     describe_plan(plan, config)
     print(f"products in {keys['dtype']}: {why}")
     noise = guarantee = None
@@ -130,11 +134,13 @@ def prepare(job: Job) -> Prepared:
     log_q = torch.full((len(plan.units), config.experts), never)
     rows_of = functools.partial(compact_rows, packed=config.packing)
     return Prepared(experts, gate, optimizer, names, plan, reference.logp.to(device), inputs,
-                    (start, evidence, linear.to(device)), log_q, rows_of, variants, job.facts | keys, guarantee)
+                    (start, evidence, linear.to(device)), log_q, rows_of, variants, validation, job.facts | keys,
+                    guarantee)
 
 
-def read(job: Job, dtype: torch.dtype, device: str) -> tuple[Heads | Adapters | Models, Plan, Reference, dict]:
-    """The experts, the plan, the reference, and the keys of what they were read from."""
+def read(job: Job, dtype: torch.dtype, device: str
+         ) -> tuple[Heads | Adapters | Models, Plan, Reference, Validation | None, dict]:
+    """The experts, the plan, the reference, the validation file, and the keys of what they were read from."""
     config, private = job.config, job.private
     models, tokenizer = load_references(config, device)
     for model in models:
@@ -150,13 +156,15 @@ def read(job: Job, dtype: torch.dtype, device: str) -> tuple[Heads | Adapters | 
     reference = reference_of(source, models, tokenizer, dtype, cache, job.stop.check)
     if not config.train_trunk:
         plan = dataclasses.replace(plan, pairs=reference.with_states(plan.pairs))
+    validation = validation_of(job, models, tokenizer, plan, dtype)
     keys, experts = [content_key(model) for model in models], make_experts(models, config, dtype)
     init_experts(experts, config, keys)
     if config.compile:
         for model in trunks(experts):
             model.compile(dynamic=True)
     name = str(dtype).removeprefix("torch.")
-    return experts, plan, reference, {"model_key": "+".join(keys), "tokenizer_key": tokenizer.key, "dtype": name}
+    read_from = {"model_key": "+".join(keys), "tokenizer_key": tokenizer.key, "dtype": name}
+    return experts, plan, reference, validation, read_from
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------
@@ -212,6 +220,32 @@ def resume(job: Job, made: Prepared) -> tuple[int, torch.Tensor]:
         log_w = made.gate(made.inputs[units]).detach()[first.train.group.to(made.ref_logp.device)]
         check_start(made.experts, first.train, made.ref_logp, log_w, config.beta)
     return (state["step"], tensors["table"]) if found else (0, made.log_q)
+
+
+def saver_of(job: Job, made: Prepared, t: int) -> Saver:
+    """The checkpoints of a run that has made t steps; with --validation also its evaluations (validation.py)."""
+    config, found = job.config, made.validation
+    before = (lambda t: None) if found is None else (lambda t: found.after(t, made.experts, made.gate, made.plan))
+    if found is not None:
+        found.load(t)
+    return Saver(job.out, job.stop, config.save_minutes, config.keep, before)
+
+
+def validation_of(job: Job, models: list, tokenizer, plan: Plan, dtype: torch.dtype) -> Validation | None:
+    """The run's held-out preferences, or None. Raises: InputError if the file cannot be used."""
+    config = job.config
+    if not config.validation:
+        return None
+    pairs = read_preferences(config.validation, tokenizer, config.max_prompt, config.max_response, config.drop)
+    check_lengths(pairs, min(model.config.context for model in models), config.validation)
+    source = Source(config.validation, pairs, config)
+    found = reference_of(source, models, tokenizer, dtype, Path(config.out).parent / "cache", job.stop.check)
+    prompts = found.prompt[:, ("last", "mean").index(config.gate_features)]
+    inputs = gate_inputs(config.gate, pairs, prompts, known_pairs(plan)).to(models[0].unembedding.device)
+    pairs = pairs if config.train_trunk else found.with_states(pairs)
+    margins = noisy_margins(config.label_noise)
+    return Validation(job.out, config.evaluate_every, pairs, found.logp, inputs, config.latent,
+                      lambda logp, ref_logp: margins(logp, ref_logp, config.beta))
 
 
 def snapshot(made: Prepared, log: Log, log_q: torch.Tensor, finished: bool = False

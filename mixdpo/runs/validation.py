@@ -1,0 +1,94 @@
+"""Early stopping: held-out choices are predicted every few steps, and the parameters that predict them best are kept.
+
+    --validation FILE       held-out preferences; users may be those of the training file or others
+    --evaluate-every N      steps between two evaluations
+
+The figure is the log-likelihood of the file's choices, nats per pair, when nothing is known of the user who made them:
+log sum_k w_k prod_i sigma(h_ik), i over the user's pairs (M11; M5 without --latent user). validation.jsonl has a line
+for each evaluation. The best parameters so far are in best.safetensors. They are put back when the run ends, and before
+the last E-step, so that the responsibilities belong to them. The file is used to choose the number of steps, so it is
+no longer held out for anything else.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mixdpo.config import to_json, write_text
+from mixdpo.experts import pair_logp
+from mixdpo.fast.packing import compact_rows
+from mixdpo.files.atomic import read_tensors, write_tensors
+from mixdpo.gates import Gate, Inputs
+from mixdpo.mixture import e_step
+from mixdpo.plan import Plan
+from mixdpo.preferences import Pair, collate, groups
+from mixdpo.runs.checkpoint import gate_state, load_gate, load_state, trained_state
+from mixdpo.runs.log import Progress
+
+ROWS = 16       # pairs in one pass
+
+
+@dataclass
+class Validation:
+    """The held-out pairs of a run, and its evaluations so far."""
+
+    out: Path                       # the run's directory
+    every: int                      # steps
+    pairs: list[Pair]
+    ref_logp: torch.Tensor          # (P,1,2) or (P,K,2)
+    inputs: Inputs                  # (P,...) what the gate reads
+    latent: str
+    margins: Callable               # (logp, ref_logp) -> h, as the run has them
+    history: list[dict] = field(default_factory=list)
+
+    def after(self, t: int, experts, gate: Gate, plan: Plan) -> None:
+        """To be called after step t: evaluates if it is due, and puts the best parameters back where a part ends."""
+        ends = t in (plan.last_part, len(plan.steps))
+        if t % self.every == 0 or ends:
+            self.evaluate(t, experts, gate)
+        if ends and (best := self.best()) and best["step"] != t:
+            tensors, _ = read_tensors(self.out / "best.safetensors")
+            load_state(experts, tensors, self.out)
+            load_gate(gate, tensors)
+            now = self.history[-1]["log_likelihood"]
+            print(f"early stopping: the parameters of step {best['step']} predict the validation file best "
+                  f"({best['log_likelihood']:.4f} nats per pair; after step {t} {now:.4f}), and are put back")
+
+    @torch.no_grad()
+    def evaluate(self, t: int, experts, gate: Gate) -> None:
+        """Predicts the file's choices, notes the figure, and keeps the parameters if they are the best so far."""
+        self.history = [row for row in self.history if row["step"] < t]     # a resumed run repeats steps
+        best = self.best()
+        units = groups(self.pairs, self.latent)
+        order = torch.tensor([i for unit in units for i in unit])
+        group = torch.tensor([g for g, unit in enumerate(units) for _ in unit])
+        h = self.margins(self.log_probs(experts), self.ref_logp)[order]     # (P,K)  M4
+        log_w = gate(self.inputs).cpu()[order]
+        first = log_w[torch.searchsorted(group, group)]                     # one prior for each unit
+        figure = float(e_step(first, h, group)[0].sum()) / len(order)       # M5, M11
+        self.history.append({"step": t, "log_likelihood": figure})
+        if best is None or figure > best["log_likelihood"]:
+            write_tensors(self.out / "best.safetensors", trained_state(experts) | gate_state(gate), {"step": t})
+        write_text(self.out / "validation.jsonl", "".join(to_json(row) + "\n" for row in self.history))
+
+    def log_probs(self, experts) -> torch.Tensor:
+        """Summed response log-probs of all pairs under every expert: (P,K,2) float32 nats, on the CPU."""
+        found, progress = [], Progress(f"{self.out.name} validation")
+        for start in range(0, len(self.pairs), ROWS):
+            index = list(range(start, min(start + ROWS, len(self.pairs))))
+            found.append(pair_logp(experts, collate(self.pairs, index), compact_rows).cpu())
+            progress(index[-1] + 1, len(self.pairs))
+        return torch.cat(found)
+
+    def best(self) -> dict | None:
+        """The best evaluation so far; the first of equal ones."""
+        return max(self.history, key=lambda row: row["log_likelihood"], default=None)
+
+    def load(self, t: int) -> None:
+        """Reads the evaluations of the first t steps of a run that is resumed."""
+        path = self.out / "validation.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.history = [row for row in rows if row["step"] <= t]
