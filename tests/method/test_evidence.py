@@ -46,7 +46,8 @@ def fitted(x, q, l2):
 
 def test_no_pair_is_scored_by_rewards_that_saw_it():
     """A pair with its choice inverted is scored by the same rewards, so its margin changes its sign; pairs of other
-    folds are scored by others. Caught: scores of the fit on all pairs; folds that overlap; a pair's own fold in its fit."""
+    folds are scored by others. Caught: scores of the fit on all pairs; folds that overlap; a pair's own fold in its
+    fit."""
     x, group = world()
     fit = linear_mixture(x, group, 2)
     before = fold_margins(x, group, fit)
@@ -93,8 +94,8 @@ def linear(**options):
 
 
 def test_evidence_sums_a_units_training_pairs(monkeypatch):
-    """Each pair's log-likelihood is a power of 2, so a sum tells its terms. Caught: context pairs counted twice, here and
-    in the E-step; pairs in the order of the file for those of the units; another unit's; margins of other pairs."""
+    """Each pair's log-likelihood is a power of 2, so a sum tells its terms. Caught: context pairs counted twice, here
+    and in the E-step; pairs in the order of the file for those of the units; another unit's; margins of other pairs."""
     monkeypatch.setattr(start, "fold_margins", lambda x, group, fit: torch.stack(
         [2.0 ** torch.arange(len(x)), -(2.0 ** torch.arange(len(x)))], 1).double())
     monkeypatch.setattr(start.F, "logsigmoid", lambda h: h)
