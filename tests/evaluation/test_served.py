@@ -201,7 +201,8 @@ def test_a_soup_by_hand(job, strength):
     policy = types.SimpleNamespace(K=1, policy=lambda k: (reference, reference.unembedding))
     run = types.SimpleNamespace(config=types.SimpleNamespace(experts=1), experts=policy)
     gain, ratio, length = completed_by_hand(job, run)
-    compare(row_of(job, "adapters-soup", "all users", strength), figures(gain, ratio, length, [[1.0]] * 2, TYPES), TYPES)
+    row = row_of(job, "adapters-soup", "all users", strength)
+    compare(row, figures(gain, ratio, length, [[1.0]] * 2, TYPES), TYPES)
     assert abs(ratio).max() > 0.01
     alone = [row_of(job, "adapters", f"{kind} users", strength)["kl"] for kind in ("known", "unknown")]
     assert min(abs(kl - ratio.mean()) for kl in alone) > 1e-3, "a soup that is like the mixture tests nothing"
