@@ -170,11 +170,13 @@ def sampled(rng, N, seeds=(1, 1), slope=(1.0, 0.6), noise=0.6, spread=0.0):
     return out
 
 
-@pytest.mark.parametrize("seeds, spread", [((1, 1), 0.0), ((12, 9), 0.0), ((12, 9), 0.5)], ids=str)
+@pytest.mark.parametrize("seeds, spread", [((1, 1), 0.0), ((30, 25), 0.5), ((12, 9), 0.0)], ids=str)
 def test_the_error_of_a_difference_is_the_spread_over_new_prompts_and_seeds(seeds, spread, monkeypatch):
     """400 data sets of 60 prompts. Caught: prompts drawn separately for both methods, whose common part then counts
     (twice the error); one point resampled and not all; the error of one method; another number of prompts drawn; seeds
-    that are not drawn, or prompts drawn as seeds; as many seeds of theirs as of ours."""
+    that are not drawn, or prompts drawn as seeds; as many seeds of theirs as of ours.
+    With several seeds that do not differ, only the noise of single completions is left, and a bootstrap over prompts
+    and seeds counts it up to three times (Owen 2007): the error is too large, by a factor of 3^0.5 at most."""
     monkeypatch.setattr(own_reward, "RESAMPLES", 150)
     rng, found, errors = np.random.default_rng(0), [], []
     for n in range(400):
@@ -185,7 +187,8 @@ def test_the_error_of_a_difference_is_the_spread_over_new_prompts_and_seeds(seed
             got = compare_frontiers(ours, theirs, 2.0, seed=n)
             assert got["difference"]["mean"] == pytest.approx(found[-1]) == pytest.approx(got["ours"] - got["theirs"])
             errors.append(got["difference"]["se"])
-    assert np.mean(errors) == pytest.approx(np.std(found), rel=0.12)
+    error, most = math.sqrt(np.mean(np.square(errors))), 1.0 if spread or seeds == (1, 1) else math.sqrt(3)
+    assert 0.88 * np.std(found) < error < 1.12 * most * np.std(found)
     assert got["difference"]["n"] == 60 and got["kl"] == 2.0
 
 

@@ -17,6 +17,7 @@ from test_eval import slow_logp, slow_ratios
 import eval as evaluation
 import train
 from eval import EvalConfig, evaluate
+from mixdpo import config as configs
 from mixdpo.config import InputError
 from mixdpo.evaluation import in_context as in_context_module
 from mixdpo.evaluation import served
@@ -165,7 +166,7 @@ def test_who_is_served_what(job):
     assert {row["strength"] for row in results["own_reward"]} == {0.5, 1.0}
     for row in results["own_reward"]:
         of = {"adapters-soup": "adapters", "in-context": "adapters"}.get(row["run"], row["run"])
-        saved = json.loads((folder / of / "config.json").read_text())
+        saved = dataclasses.asdict(configs.load(train.TrainConfig, folder / of / "config.json"))
         assert row["config"] == saved | ({"experts": 1} if row["run"] == "adapters-soup" else {}), row["run"]
     assert json.loads((folder / "results.json").read_text())["own_reward"] is not None
 
@@ -259,15 +260,22 @@ def in_context(pairs, context=64):
 
 
 def test_in_context_needs_users_of_each_type_and_room():
-    """Caught: users of fewer pairs, pairs without a user, or a type without users, which would end with a traceback;
-    a prompt longer than the context; the start token once an example."""
+    """Caught: users of fewer pairs, or a type without users, which would end with a traceback; a prompt longer than the
+    context; the start token once an example."""
     pairs = [Pair([7, 2], [3 + n % 2, 0], [5, 0], user=f"u{n % 2}", annotator=TYPES[n % 2]) for n in range(8)]
     shown = [7, *[2, 3, 8] * 4, 9], [7, *[2, 4, 8] * 4, 9]
     assert in_context(pairs) == [*shown] == in_context(pairs, context=len(shown[0]) + 3)
     assert in_context(pairs, context=len(shown[0]) + 2) is None
     assert in_context(pairs[:7]) is None                                    # u1 has three
     assert in_context([pair for pair in pairs if pair.annotator == "first"]) is None
-    assert in_context([dataclasses.replace(pair, user=None) for pair in pairs]) is None
+
+
+def test_pairs_without_users_have_no_row_in_context():
+    """Caught: an evaluation that ends with an error, once everything is computed, because some pairs name no user."""
+    pairs = [Pair([7, 2], [3, 0], [5, 0], annotator=TYPES[n % 2]) for n in range(8)]
+    assert in_context(pairs) is None
+    named = [dataclasses.replace(pair, user=f"u{n % 2}") for n, pair in enumerate(pairs)]
+    assert in_context([*named, *pairs]) == in_context(named) is not None
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
