@@ -275,7 +275,7 @@ def test_the_log_passes_over_steps_without_figures(stop, tmp_path, capsys):
 
     from mixdpo.runs.log import Log
 
-    config, q = SimpleNamespace(experts=2, start_steps=0), torch.zeros(0, 2)
+    config, q = SimpleNamespace(experts=2, known_steps=0), torch.zeros(0, 2)
     some = [step | {"loss": 0.5, "bound": -0.7, "accuracy": [0.5, 0.5]} for step in steps_of(w=0.99)]
     some.insert(9, {"pairs": 0, "loss": math.nan, "bound": math.nan, "accuracy": [math.nan] * 2})
     for first, last in ((0, stop), (stop, len(some))):

@@ -24,6 +24,7 @@ from mixdpo.files.atomic import read_tensors, write_tensors
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import Pair
 from mixdpo.runs.checkpoint import checkpoints
+from mixdpo.runs.load_run import load_run
 from mixdpo.text.tokenizer import load_tokenizer
 
 MAX_NEW, PROMPTS = 6, ["mn", "o", "pmno", "nn", "po", "mmm", "opn"]
@@ -95,7 +96,7 @@ def slow_se(values, prompts, users=None):
 def slow_heldout(job, name):
     """Everything about a run's held-out pairs in plain numbers: records, h (P,K), w (K,), table of q (G,K)."""
     folder, _, model = job
-    run, reference, tokenizer = evaluation.load_run(folder / name, "cpu", ""), load_model(model), load_tokenizer(model)
+    run, reference, tokenizer = load_run(folder / name, "cpu", ""), load_model(model), load_tokenizer(model)
     records, h = tinyjob.lines(folder / "heldout.jsonl"), []
     for r in records:
         prompt = tokenizer.encode(r["prompt"])
@@ -119,7 +120,7 @@ def test_one_head_on_a_frozen_trunk_is_evaluated_and_exported(job, tmp_path, mon
     h = slow_heldout((tmp_path, None, model), "head")[1][:, 0]
     assert abs(h).max() > 0.1
     assert got["by_pair"] == pytest.approx((-np.log1p(np.exp(-h))).tolist(), abs=1e-5)
-    run, base, tokenizer = evaluation.load_run(out, "cpu", ""), load_model(model), load_tokenizer(model)
+    run, base, tokenizer = load_run(out, "cpu", ""), load_model(model), load_tokenizer(model)
     prompts = [Pair(tokenizer.encode(p), [], []) for p in PROMPTS]
     task = CompletionTask(base, prompts, Sampling(MAX_NEW, tokenizer.eos, seed=1, batch=128))
     row = policy_rows([run], task)["head"]
@@ -226,7 +227,7 @@ def test_kl_of_every_row_by_hand(job):
     folder, results, model = job
     assert results["policies"]["reference"]["kl"] == {"mean": 0.0, "se": 0.0, "n": len(PROMPTS)}
     assert results["policies"]["reference"]["gain"]["mean"] == 0.0
-    run = evaluation.load_run(folder / "mix-pair", "cpu", "")
+    run = load_run(folder / "mix-pair", "cpu", "")
     reference, tokenizer = load_model(model), load_tokenizer(model)
     prompts = [Pair(tokenizer.encode(p), [], []) for p in PROMPTS]
     rows = policy_rows([run], CompletionTask(reference, prompts, Sampling(MAX_NEW, tokenizer.eos, seed=1, batch=128)))
@@ -246,7 +247,7 @@ def test_kl_is_of_the_policy_that_was_sampled(job, temperature):
     experts that say the same weigh together. Faults: the untempered log-ratio of tempered samples; a tempered reference
     to compare with; the reference's own row at 0; an expert of a mixture that cannot have written it counted."""
     folder, _, model = job
-    run, reference = evaluation.load_run(folder / "mix-pair", "cpu", ""), load_model(model)
+    run, reference = load_run(folder / "mix-pair", "cpu", ""), load_model(model)
     tokenizer = load_tokenizer(model)
     prompts = [Pair(tokenizer.encode(p), [], []) for p in PROMPTS]
     if not temperature:
@@ -278,7 +279,7 @@ def test_kl_is_of_the_policy_that_was_sampled(job, temperature):
 def test_kl_is_on_average_the_kl_of_the_two_policies(job, temperature):
     """One new token, 1,500 samples, against the sum over the vocabulary. Faults: as above."""
     folder, _, model = job
-    run, reference, tokenizer = evaluation.load_run(folder / "dpo", "cpu", ""), load_model(model), load_tokenizer(model)
+    run, reference, tokenizer = load_run(folder / "dpo", "cpu", ""), load_model(model), load_tokenizer(model)
     prompt = tokenizer.encode("mn")
     sampling = Sampling(1, tokenizer.eos, temperature, seed=1, batch=1500)
     rows = policy_rows([run], CompletionTask(reference, [Pair(prompt, [], [])] * 1500, sampling))
@@ -389,7 +390,7 @@ def test_a_gate_gives_each_prompt_its_own_weights(job, tmp_path, monkeypatch):
                                       **tinyjob.small(**options)))
     monkeypatch.setattr(evaluation, "write_report", lambda home: None)
     monkeypatch.setitem(sys.modules, "data.annotators.rewards", types.SimpleNamespace(score=score))
-    got, run = evaluate(EvalConfig(dir=str(tmp_path))), evaluation.load_run(out, "cpu", "")
+    got, run = evaluate(EvalConfig(dir=str(tmp_path))), load_run(out, "cpu", "")
     reference, tokenizer = load_model(model), load_tokenizer(model)
 
     def w(text):
@@ -458,7 +459,7 @@ def test_evaluation_and_adaptation_take_choices_as_noisy_as_training_did(tmp_pat
 
     out = tinyjob.run(tmp_path, model_dir, tinyjob.make_records(each=4), latent="user", label_noise=0.3, beta=2.0,
                       weights="0.4,0.6", epochs=3, head_lr=5e-2)
-    run, reference, tokenizer = evaluation.load_run(out, "cpu", ""), load_model(model_dir), load_tokenizer(model_dir)
+    run, reference, tokenizer = load_run(out, "cpu", ""), load_model(model_dir), load_tokenizer(model_dir)
     (_, pairs, h, log_w), = margins_of([run], [reference], tokenizer, tmp_path / "run.jsonl", tmp_path / "cache")
     assert h.abs().max() <= math.log(0.7 / 0.3) + 1e-5 and h.abs().max() > 0.3
     units = groups(pairs, "user")
@@ -478,7 +479,7 @@ def test_a_user_of_context_pairs_alone_is_a_user_like_all_others(gate, place, tm
     records = context_only + records if place == 0 else records + context_only
     out = tinyjob.run(tmp_path, model_dir, records, gate=gate, gate_lr=0.5, epochs=3)
     tinyjob.write(tmp_path / "heldout.jsonl", records)
-    run, reference, tokenizer = evaluation.load_run(out, "cpu", ""), load_model(model_dir), load_tokenizer(model_dir)
+    run, reference, tokenizer = load_run(out, "cpu", ""), load_model(model_dir), load_tokenizer(model_dir)
     (_, pairs, _, log_w), = evaluation.margins_of([run], [reference], tokenizer, tmp_path / "heldout.jsonl",
                                                   tmp_path / "cache")
     assert run.gate.E.shape[0] == 1 + 5 and all(run.gate.E.abs().sum(1) > 0), "every row learns"
@@ -584,7 +585,7 @@ def test_runs_stand_by_name_and_older_ones_are_read(job, tmp_path, capsys):
     del options["robust"], options["label_noise"]
     path.write_text(json.dumps(options | {"noise_seed_of_old": 3}))
     capsys.readouterr()
-    run = evaluation.load_run(tmp_path / "mix-pair", "cpu", "")
+    run = load_run(tmp_path / "mix-pair", "cpu", "")
     assert (run.config.robust, run.config.label_noise, run.config.weights) == (0.0, 0.0, "0.3,0.7")
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith(str(path))]
     assert len(notes) == 2 and "robust" in notes[0] and "label_noise" in notes[0] and "noise_seed_of_old" in notes[1]

@@ -2,6 +2,7 @@
 What each test catches stands in its docstring."""
 
 import copy
+import dataclasses
 import json
 import math
 import sys
@@ -11,19 +12,22 @@ import numpy as np
 import pytest
 import tinyjob
 import torch
-from test_eval import slow_ratios
+from test_eval import slow_logp, slow_ratios
 
 import eval as evaluation
 import train
 from eval import EvalConfig, evaluate
+from mixdpo import config as configs
 from mixdpo.config import InputError
+from mixdpo.evaluation import in_context as in_context_module
 from mixdpo.evaluation import served
-from mixdpo.evaluation.completions import CompletionTask, plain_text, with_utilities
+from mixdpo.evaluation.completions import CompletionTask, with_utilities
 from mixdpo.evaluation.generate import Sampling, generate
 from mixdpo.evaluation.heldout import margins_of
 from mixdpo.evaluation.statistics import mean_se
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import Pair
+from mixdpo.runs.load_run import load_run
 from mixdpo.text.tokenizer import load_tokenizer
 
 MAX_NEW, PROMPTS = 6, ["mn", "o", "pmno", "nn", "po"]
@@ -44,8 +48,8 @@ def utility(kind, text):
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """A job of two types: DPO on all pairs and on those of one type, a mixture of users, a gate on prompts; evaluated
-    at strength 1 and at 0.5."""
+    """A job of two types: DPO on all pairs and on those of one type, a mixture of users, one of adapters, a gate on
+    prompts; evaluated at strength 1 and at 0.5."""
     folder = tmp_path_factory.mktemp("served")
     model, records = tinyjob.make_model(folder / "reference"), tinyjob.make_records(users=6, each=4)
     tinyjob.write(folder / "train.jsonl", records)
@@ -60,6 +64,7 @@ def job(tmp_path_factory):
         "dpo": dict(experts=1),
         "dpo-first": dict(experts=1, data="train-first.jsonl", epochs=9, lr=3e-3),
         "mixture": dict(latent="user", rank=0, weights="0.3,0.7", start="linear", estep="context", context=2),
+        "adapters": dict(latent="user", sharing="lora", lr=train.TrainConfig.lr, shared_rank=1, head_lr=3e-2, epochs=6),
         "moe": dict(gate="linear", gate_lr=0.5),
     }
     for name, own in runs.items():
@@ -86,25 +91,33 @@ def half_way(experts, reference):
 
 
 def by_hand(job, name, strength):
-    """Of a run: its completions' utilities (K,N,T) over the reference's, log-ratios (K,N,K), lengths (K,N)."""
+    """Of a run: the run, and its completions' utilities (K,N,T) over the reference's, log-ratios (K,N,K), lengths
+    (K,N)."""
     folder, _, model = job
-    run, reference, tokenizer = evaluation.load_run(folder / name, "cpu", ""), load_model(model), load_tokenizer(model)
+    run = load_run(folder / name, "cpu", "")
     if strength == 0.5:
-        run.experts = half_way(run.experts, reference)
+        run.experts = half_way(run.experts, load_model(model))
+    return run, *completed_by_hand(job, run)
+
+
+def utilities(prompts, ids, tokenizer):
+    """Of each prompt and its completion, for each type: (N,T)."""
+    assert not any(t in (tokenizer.bos, tokenizer.eos) for prompt in prompts for t in prompt)
+    texts = [tokenizer.decode(prompt + [t for t in y if t != tokenizer.eos]) for prompt, y in zip(prompts, ids)]
+    return np.array([[utility(kind, text) for kind in TYPES] for text in texts])
+
+
+def completed_by_hand(job, run):
+    reference, tokenizer = load_model(job[2]), load_tokenizer(job[2])
     prompts, sampling = [tokenizer.encode(p) for p in PROMPTS], Sampling(MAX_NEW, tokenizer.eos, seed=1)
-
-    def utilities(ids):
-        texts = [plain_text(prompt, y, tokenizer, tokenizer.eos) for prompt, y in zip(prompts, ids)]
-        return np.array([[utility(kind, text) for kind in TYPES] for text in texts])
-
-    base = utilities(generate(reference, prompts, sampling, reference.unembedding))
+    base = utilities(prompts, generate(reference, prompts, sampling, reference.unembedding), tokenizer)
     gain, ratio, length = [], [], []
     for k in range(run.experts.K):
         ids = generate(run.experts.policy(k)[0], prompts, sampling, run.experts.policy(k)[1])
-        gain.append(utilities(ids) - base)
+        gain.append(utilities(prompts, ids, tokenizer) - base)
         ratio.append([slow_ratios(run, reference, prompt, y) for prompt, y in zip(prompts, ids)])
         length.append([len(y) for y in ids])
-    return run, np.array(gain), np.array(ratio), np.array(length)
+    return np.array(gain), np.array(ratio), np.array(length)
 
 
 def figures(gain, ratio, length, q, kinds):
@@ -134,20 +147,27 @@ def compare(row, want, kinds):
     assert row["kl_by_prompt"] == pytest.approx(kl.tolist(), abs=2e-4)
     assert row["kl"] == pytest.approx(kl.mean(), abs=2e-4)
     assert row["length"] == pytest.approx(length, abs=1e-6)
-    for found, kind in zip(row["types"], kinds, strict=True):
-        assert found == pytest.approx(mean_se(by_type[kind]), abs=1e-5)
+    assert list(row["types"]) == kinds
+    for kind in kinds:
+        assert row["types"][kind] == pytest.approx(mean_se(by_type[kind]), abs=1e-5)
 
 
 def test_who_is_served_what(job):
     """Caught: a row too many or too few; a run of one type served to all; unknown users of DPO; the rows of a strength
-    left out; results without them."""
+    left out; results without them; a soup of heads, or of one expert; a row without its run's options; the options of
+    the mixture for its soup, which has one expert."""
     folder, results, _ = job
     rows = {(row["run"], row["users"]) for row in results["own_reward"]}
     known = {"known users", "known users, sparse", *(f"new users, {n} pairs known" for n in (0, 1, 2))}
     assert rows == {("dpo", "all users"), ("dpo-first", "type first"), ("moe", "unknown users"),
-                    ("mixture", "unknown users"), *(("mixture", kind) for kind in known)}
-    assert len(results["own_reward"]) == 2 * len(rows)
+                    *((run, kind) for run in ("mixture", "adapters") for kind in ("unknown users", *known)),
+                    ("adapters-soup", "all users"), ("in-context", "in context")}
+    assert len(results["own_reward"]) == 2 * len(rows) - 1                  # examples have one strength
     assert {row["strength"] for row in results["own_reward"]} == {0.5, 1.0}
+    for row in results["own_reward"]:
+        of = {"adapters-soup": "adapters", "in-context": "adapters"}.get(row["run"], row["run"])
+        saved = dataclasses.asdict(configs.load(train.TrainConfig, folder / of / "config.json"))
+        assert row["config"] == saved | ({"experts": 1} if row["run"] == "adapters-soup" else {}), row["run"]
     assert json.loads((folder / "results.json").read_text())["own_reward"] is not None
 
 
@@ -166,6 +186,96 @@ def test_one_policy_by_hand(job, strength):
     compare(row, figures(gain, ratio, length, [[1.0]], ["first"]), ["first"])
     assert abs(gain[..., 0]).max() > 0.01
     assert row["gain"]["se"] == pytest.approx(mean_se(gain[0, :, 0])["se"], abs=1e-6)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_soup_by_hand(job, strength):
+    """One policy for all, whose parameters are the mean of the experts'. Caught: one of the experts; the mean of their
+    log-probs; factors averaged, and not their products; a soup at the whole strength, or of the experts at half of it
+    and then at half of that; the mixture's completions, which have its name's beginning."""
+    reference = load_model(job[2])
+    models = [load_run(job[0] / "adapters", "cpu", "").experts.policy(k)[0] for k in range(2)]
+    with torch.no_grad():
+        for p, base, *own in zip(reference.parameters(), load_model(job[2]).parameters(),
+                                 *(model.parameters() for model in models), strict=True):
+            p.copy_(base + strength * ((own[0] + own[1]) / 2 - base))
+    policy = types.SimpleNamespace(K=1, policy=lambda k: (reference, reference.unembedding))
+    run = types.SimpleNamespace(config=types.SimpleNamespace(experts=1), experts=policy)
+    gain, ratio, length = completed_by_hand(job, run)
+    row = row_of(job, "adapters-soup", "all users", strength)
+    compare(row, figures(gain, ratio, length, [[1.0]] * 2, TYPES), TYPES)
+    assert abs(ratio).max() > 0.01
+    alone = [row_of(job, "adapters", f"{kind} users", strength)["kl"] for kind in ("known", "unknown")]
+    assert min(abs(kl - ratio.mean()) for kl in alone) > 1e-3, "a soup that is like the mixture tests nothing"
+
+
+def test_users_served_in_context_by_hand(job):
+    """For each type and prompt four choices of one of its users, drawn from all of the user's, each prompt and chosen
+    response, with an empty line behind. Caught: the rejected response; the token that ends a response left in; the user
+    of another type; a type's gain for all types; the reference's KL to itself under one prompt; texts with the examples
+    in them scored; prompts that share their draws."""
+    row, reference, tokenizer = row_of(job, "in-context", "in context", 1.0), load_model(job[2]), load_tokenizer(job[2])
+    records = tinyjob.lines(job[0] / "train.jsonl")
+    prompts, sampling = [tokenizer.encode(p) for p in PROMPTS], Sampling(MAX_NEW, tokenizer.eos, seed=1)
+    base = utilities(prompts, generate(reference, prompts, sampling, reference.unembedding), tokenizer)
+    gain, kl, lengths = [], [], []
+    for t, kind in enumerate(TYPES):
+        users, longer = list(dict.fromkeys(r["user"] for r in records if r["annotator"] == kind)), []
+        for n, text in enumerate(PROMPTS):
+            rng = np.random.default_rng([1, 41, t, n])
+            user = users[rng.integers(len(users))]
+            own = [r for r in records if r["user"] == user]
+            shown = [own[i] for i in rng.permutation(len(own))[:4]]
+            longer.append(tokenizer.encode("".join(r["prompt"] + r["chosen"] + "\n\n" for r in shown) + text))
+        ids = generate(reference, longer, sampling, reference.unembedding)
+        gain.append(utilities(prompts, ids, tokenizer)[:, t] - base[:, t])
+        kl.append([slow_logp(reference, reference.unembedding, long, y)
+                   - slow_logp(reference, reference.unembedding, prompt, y)
+                   for long, prompt, y in zip(longer, prompts, ids)])
+        lengths += map(len, ids)
+    want = np.mean(gain, axis=0), np.mean(kl, axis=0), np.mean(lengths), dict(zip(TYPES, gain))
+    compare(row, want, TYPES)
+    assert row["gain"]["se"] == pytest.approx(mean_se(want[0])["se"], abs=1e-6) and abs(np.array(kl)).max() > 0.1
+
+
+def in_context(pairs, context=64):
+    """What served_in_context gives on the pairs, at the first prompt that a policy would see: None, or the prompts."""
+    config = types.SimpleNamespace(context=context)
+    task = CompletionTask(types.SimpleNamespace(config=config, unembedding=None), [Pair([9], [], [])], Sampling(3, 0))
+    tokenizer, seen = types.SimpleNamespace(bos=7, eos=0, encode=lambda text: [8]), []
+
+    def sample(policies, task, *rest):
+        seen.extend(pair.prompt for pair in task.prompts)
+        return [[[1, 0]] * len(task.prompts)]
+
+    def logp(model, pairs, dtype):
+        return types.SimpleNamespace(logp=torch.zeros(len(list(pairs)), 1, 2))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_context_module, "sample", sample)
+        patch.setattr(in_context_module, "compute_reference", logp)
+        found = in_context_module.served_in_context(pairs, TYPES, task, tokenizer, lambda ids: torch.zeros(1, 2),
+                                                    torch.zeros(1, 2), torch.float32)
+    return found and seen
+
+
+def test_in_context_needs_users_of_each_type_and_room():
+    """Caught: users of fewer pairs, or a type without users, which would end with a traceback; a prompt longer than the
+    context; the start token once an example."""
+    pairs = [Pair([7, 2], [3 + n % 2, 0], [5, 0], user=f"u{n % 2}", annotator=TYPES[n % 2]) for n in range(8)]
+    shown = [7, *[2, 3, 8] * 4, 9], [7, *[2, 4, 8] * 4, 9]
+    assert in_context(pairs) == [*shown] == in_context(pairs, context=len(shown[0]) + 3)
+    assert in_context(pairs, context=len(shown[0]) + 2) is None
+    assert in_context(pairs[:7]) is None                                    # u1 has three
+    assert in_context([pair for pair in pairs if pair.annotator == "first"]) is None
+
+
+def test_pairs_without_users_have_no_row_in_context():
+    """Caught: an evaluation that ends with an error, once everything is computed, because some pairs name no user."""
+    pairs = [Pair([7, 2], [3, 0], [5, 0], annotator=TYPES[n % 2]) for n in range(8)]
+    assert in_context(pairs) is None
+    named = [dataclasses.replace(pair, user=f"u{n % 2}") for n, pair in enumerate(pairs)]
+    assert in_context([*named, *pairs]) == in_context(named) is not None
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
@@ -225,7 +335,8 @@ def test_evaluation_puts_every_parameter_back(job):
         patch.setattr(evaluation, "write_report", lambda home: None)
         alone = evaluate(EvalConfig(dir=str(folder / "mixture"), batch=64, limit=3))
     whole = [row["gain_by_prompt"][:3] for row in results["own_reward"]
-             if (row["run"], row["strength"]) == ("mixture", 1.0)]
+             if row["run"] in ("mixture", "in-context") and row["strength"] == 1]
+    assert len(whole) == 7
     assert [row["gain_by_prompt"] for row in alone["own_reward"]] == [pytest.approx(row) for row in whole]
     for name, row in alone["policies"].items():
         assert row["values"] == results["policies"][name]["values"][:3]

@@ -91,11 +91,15 @@ def slow_logp(hidden, head, prompt, response):
 
 
 def merged(experts, reference, k):
-    """Expert k of adapters as a function of ids: the reference with W + 2 (B_k A_k + B_0 A_0) in the place of W, with
-    gradient."""
+    """Expert k of adapters as a function of ids, with gradient: the reference with W + 2 B_k A_k in the place of W;
+    with a shared adapter W + 2 (B_0 A_0 + B_k A_k - mean_j B_j A_j)."""
+    def change(f):
+        if not experts.shared:
+            return f.B[k] @ f.A[k]
+        return f.B_0 @ f.A_0 + f.B[k] @ f.A[k] - sum(B @ A for A, B in zip(f.A, f.B)) / experts.K
+
     factors = {path: experts.trunk.get_submodule(path) for path in experts.targets}
-    changed = {f"{path}.weight": reference.get_submodule(path).weight + 2 * f.B[k] @ f.A[k]
-               + (2 * f.B_0 @ f.A_0 if experts.shared else 0) for path, f in factors.items()}
+    changed = {f"{path}.weight": reference.get_submodule(path).weight + 2 * change(f) for path, f in factors.items()}
     return lambda ids: torch.func.functional_call(reference, changed, (ids,))
 
 
@@ -157,9 +161,9 @@ class SlowGate:
 
 
 def slow_evidence(config, pairs, units, model, w):
-    """The linear start's evidence of each unit, (G,K); zeros without it."""
+    """The linear start's evidence of each unit, (G,K), and its margins of all pairs, (P,K); zeros without it."""
     if (config.start, config.estep) != ("linear", "context"):
-        return [[0.0] * config.experts for _ in units]
+        return [[0.0] * config.experts for _ in units], torch.zeros(len(pairs), config.experts)
     features = torch.zeros(len(pairs), 2, model.unembedding.shape[1])
     for i, pair in enumerate(pairs):
         for side, response in enumerate((pair.chosen, pair.rejected)):
@@ -167,7 +171,9 @@ def slow_evidence(config, pairs, units, model, w):
                 features[i, side] = model(torch.tensor([pair.prompt + response]))[0, len(pair.prompt) :].mean(0)
     plan, fixed = types.SimpleNamespace(pairs=pairs, units=units), config.gate == "fixed" and config.weights != "update"
     log_w = torch.tensor(w).log().expand(len(units), -1) if fixed else None
-    return start_module.start_evidence(config, plan, features, log_w).tolist()
+    evidence, linear = start_module.start_evidence(config, plan, features, log_w)
+    assert linear.abs().max() > 0.1 and evidence.abs().max() > 0.1, "a start that says nothing tests nothing"
+    return evidence.tolist(), linear
 
 
 def slow_run(config):
@@ -205,13 +211,13 @@ def slow_run(config):
     last_part = len(plan)                                                   # after it, context pairs are trained on
     if config.estep == "context":
         plan += passes([(v, context, g) for v, (g, _, context) in enumerate(visits)])
-    table, said, evidence = {}, {}, slow_evidence(config, pairs, units, reference, w)
+    table, said, (evidence, linear) = {}, {}, slow_evidence(config, pairs, units, reference, w)
 
     def slow_h(g):
         return {i: slow_margins(experts, reference, pairs[i], config.beta) for i in units[g]}
 
     def says(v, h):
-        return sum(F.logsigmoid(h[i].detach().double()) for i in visits[v][2])              # (K,)
+        return sum(F.logsigmoid((h[i].detach() + linear[i]).double()) for i in visits[v][2])                # (K,)
 
     def exact(g, h, other=0.0, variant=config.variant):
         """q of unit g by its pairs' margins; or, where they are not asked for, by what all its visits said."""
@@ -220,7 +226,8 @@ def slow_run(config):
         if h is None:
             q = torch.softmax(torch.tensor(prior).double().log() + other, 0).tolist()
         else:
-            q = brute.user_posterior(prior, [h[i].tolist() for i in looked[g]], [0] * len(looked[g]))[1][0]
+            judged = [(h[i] + linear[i]).tolist() for i in looked[g]]
+            q = brute.user_posterior(prior, judged, [0] * len(judged))[1][0]
         if variant == "tempered":
             q = [x ** (1 / config.variant_temperature) for x in q]
             return [x / sum(q) for x in q]
@@ -280,8 +287,9 @@ def test_the_loop_equals_its_slow_twin(case, tmp_path, model_dir, untied_dir):
     before its last step, or of the start, or of the trained pairs where there are context pairs; the gate's temperature
     not annealed; entropy and balance exchanged; the generic user not trained; a slice's log-likelihoods counted twice
     or never renewed; a variant at the last E-step. Of the last part: context pairs never trained on; with new
-    responsibilities, or those of the start; the table computed again after it. The start's evidence left out of the
-    E-step of a step, or of the last one; counted once a slice; head_lr not for the shared adapter."""
+    responsibilities, or those of the start; the table computed again after it. The start's evidence, or its
+    margins of context pairs, left out of the E-step of a step, or of the last one; evidence counted once a slice;
+    the start's margins in the M-step; head_lr not for the shared adapter."""
     options = dict(CASES[case])
     model = untied_dir if options.pop("model", None) else model_dir
     rates = {"lr": 3e-4, "head_lr": 3e-3}
@@ -440,23 +448,26 @@ def test_the_linear_start_finds_planted_users(tmp_path, model_dir, capsys):
         assert torch.allclose(torch.tensor(line["q"]), q[line["groups"]], atol=1e-4)
 
 
-folds = start_module.fold_log_likelihoods
-
-
 def test_the_linear_start_is_part_of_every_e_step_on_context_pairs(tmp_path, model_dir, monkeypatch):
-    """Margins are 0 at the first step, so its responsibilities are softmax(log w + evidence), and planted users are
-    found at once. Caught: evidence ignored at the first step; the prior left out; steps on the start's responsibilities
-    as with other E-steps."""
+    """The experts' margins are 0 at the first step, so its responsibilities are those of the linear rewards on all
+    pairs, softmax(log w + evidence of training pairs + log sigma of context pairs' margins), and planted users are
+    found at once. Caught: evidence, or the margins, ignored at the first step; the prior left out; steps on the start's
+    responsibilities as with other E-steps."""
     records, w = tinyjob.make_records(users=10, each=6, letters=("aaab", "zzzy")), torch.tensor([0.3, 0.7])
-    monkeypatch.setattr(start_module, "fold_log_likelihoods", lambda *arguments: 0.1 * folds(*arguments))   # less sure
+    folds = start_module.fold_margins
+    monkeypatch.setattr(start_module, "fold_margins", lambda *arguments: 0.1 * folds(*arguments))   # less sure
     paths = dict(data=tinyjob.write(tmp_path / "d.jsonl", records), model=str(model_dir), out=str(tmp_path / "r"))
     options = CONTEXT | dict(start="linear", weights="0.3,0.7", batch=40)
     config = train.TrainConfig(**tinyjob.small(**options) | paths)
     _, plan, reference, _ = tinyjob.read(config)
-    evidence = start_module.start_evidence(config, plan, reference.features, w.log().expand(10, 2))
-    q, truth = torch.softmax(w.log() + evidence, 1), [int(plan.pairs[u[0]].user[1:]) % 2 for u in plan.units]
+    evidence, linear = start_module.start_evidence(config, plan, reference.features, w.log().expand(10, 2))
+    context = [[i for i in unit if plan.pairs[i].context] for unit in plan.units]
+    assert {len(unit) for unit in context} == {2} and not linear[[not pair.context for pair in plan.pairs]].any()
+    said = torch.stack([F.logsigmoid(linear[unit]).sum(0) for unit in context])                     # (U,K)
+    q, truth = torch.softmax(w.log() + evidence + said, 1), [int(plan.pairs[u[0]].user[1:]) % 2 for u in plan.units]
     assert brute.best_matching(q.argmax(1).tolist(), truth, 2) == 1.0
-    assert (torch.softmax(evidence, 1) - q).abs().max() > 1e-3, "the prior makes a difference"
+    for part in (evidence + said, w.log() + evidence, w.log() + said):
+        assert (torch.softmax(part, 1) - q).abs().max() > 1e-3, "each part makes a difference"
     out = tinyjob.run(tmp_path, model_dir, records, name="d", **options)
     line = tinyjob.lines(out / "responsibilities.jsonl")[0]
     assert sorted(line["groups"]) == list(range(10))

@@ -1,7 +1,7 @@
 """K adapters in one frozen base: where they start, what they compute, what learns, and the files that they become.
 
-The oracle is K plain models whose weights W + 2 (B_k A_k + B_0 A_0) are put together by hand, and the chain rule
-through them. B_0 A_0 is the adapter that all experts share, if there is one.
+The oracle is K plain models whose weights are put together by hand, and the chain rule through them:
+W + 2 B_k A_k, or with an adapter that all experts share W + 2 (B_0 A_0 + B_k A_k - mean_j B_j A_j).
 """
 
 import json
@@ -32,6 +32,7 @@ from mixdpo.models.lora import LoRALinear, projections
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import Pair, collate
 from mixdpo.runs.checkpoint import load_state, trained_state
+from mixdpo.runs.load_run import load_run
 from mixdpo.text.tokenizer import load_tokenizer
 
 COUNT = 8       # 16 rows: no remainder behind the vector units' lanes, where silu rounds otherwise
@@ -50,6 +51,12 @@ def batch():
     return collate(small.pairs(COUNT), list(range(COUNT)))
 
 
+def parts(k, K, shared):
+    """How much of each own adapter B_j A_j is in expert k: its own alone; beside a shared one the deviation from the
+    mean of all K."""
+    return [(j == k) - (1 / K if shared else 0) for j in range(K)]
+
+
 def by_hand(experts, k, family):
     """Expert k as a model made anew, and its merged weights by path, which ask for gradients."""
     named, made = dict(experts.named_parameters()), small.model(family).to(experts.trunk.unembedding.dtype)
@@ -57,8 +64,10 @@ def by_hand(experts, k, family):
     with torch.no_grad():
         for path in experts.targets:
             merged[path] = made.get_submodule(path).weight
-            merged[path] += 2.0 * named[f"trunk.{path}.B"][k] @ named[f"trunk.{path}.A"][k]
-            if f"trunk.{path}.A_0" in named:
+            A, B, shared = named[f"trunk.{path}.A"], named[f"trunk.{path}.B"], f"trunk.{path}.A_0" in named
+            for j, c in enumerate(parts(k, len(A), shared)):
+                merged[path] += 2.0 * c * B[j] @ A[j]
+            if shared:
                 merged[path] += 2.0 * named[f"trunk.{path}.B_0"] @ named[f"trunk.{path}.A_0"]
     return made, merged
 
@@ -164,10 +173,11 @@ def test_projections_by_name():
 @pytest.mark.parametrize("targets", ["default", "all"])
 @with_and_without
 def test_hidden_states_are_those_of_the_merged_models(shared, targets, family, dtype):
-    """Expert k's, and policy(k)'s, against weights merged by hand.
+    """Expert k's, and policy(k)'s, against weights merged by hand. Beside a shared part, the own parts of all experts
+    have the mean 0, so the mean of the merged weights is W + 2 B_0 A_0.
     Faults: rows ordered by text and not by expert; the scale left out, or 1 in the merged weights; expert j's B with
     expert k's A; policy(k) always expert 0; the shared part without its scale, in expert 0 alone, or in merged weights
-    alone."""
+    alone; own parts that are no deviations from their mean, or that are without a shared part."""
     experts = lora(family, dtype=dtype, targets=ALL[family] if targets == "all" else "", shared_rank=shared)
     slack, ids = 1e-12 if dtype == torch.float64 else 1e-5, batch().ids.flatten(0, 1)
     with torch.no_grad():
@@ -177,6 +187,10 @@ def test_hidden_states_are_those_of_the_merged_models(shared, targets, family, d
             assert (hidden[k] - want).abs().max() <= slack
             assert (experts.policy(k)[0](ids) - want).abs().max() <= slack
             assert (hidden[k] - hidden[k - 1]).abs().max() > 0.1, "experts that are alike test nothing"
+        for path in experts.targets if shared else ():
+            layer = experts.adapted(path)
+            mean = torch.stack([layer.merged(k).weight for k in range(3)]).mean(0)
+            assert (mean - layer.linear.weight - 2.0 * layer.B_0 @ layer.A_0).abs().max() <= slack, path
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -184,28 +198,32 @@ def test_hidden_states_are_those_of_the_merged_models(shared, targets, family, d
 @pytest.mark.parametrize("checkpointing", [False, True])
 @with_and_without
 def test_gradients_are_those_of_the_merged_models(shared, checkpointing, family, dtype):
-    """dA = 2 B^T dW and dB = 2 dW A^T, with dW from each merged model on its own; for A_0 and B_0 the sum over all
-    experts. Faults: the low-rank product of a detached x; of a detached A x; a base product without gradient to x; the
-    shared product of a detached x, or its gradient that of one expert, or the mean."""
+    """dA = 2 B^T dW and dB = 2 dW A^T, with dW_k from each merged model on its own: of expert j's factors dW_j, or
+    beside a shared part sum_k (1[j = k] - 1/K) dW_k; of A_0 and B_0 the sum over all experts.
+    Faults: the low-rank product of a detached x; of a detached A x; a base product without gradient to x; the
+    shared product of a detached x, or its gradient that of one expert, or the mean; the mean of own parts detached."""
     experts, one = lora(family, dtype=dtype, targets=ALL[family], shared_rank=shared), batch()
     experts.trunk.checkpointing = checkpointing
     weight = torch.linspace(-1, 1, COUNT * 3 * 2, dtype=dtype).view(COUNT, 3, 2) / 20
     (pair_logp(experts, one) * weight).sum().backward()
     named, slack, largest = dict(experts.named_parameters()), 1e-12 if dtype == torch.float64 else 1e-6, 0.0
-    all_experts = {}                                                        # path -> the sum of dW over experts
+    of_weight = {path: [] for path in experts.targets}                      # path -> dW of each expert
     for k in range(3):
         model, merged = by_hand(experts, k, family)
         (pair_logp(Heads(model, 1, dtype=dtype), one)[:, 0] * weight[:, k]).sum().backward()
         for path, W in merged.items():
-            all_experts[path] = all_experts.get(path, 0.0) + W.grad
-            A, B = named[f"trunk.{path}.A"], named[f"trunk.{path}.B"]
+            of_weight[path].append(W.grad)
+    for path, each in of_weight.items():
+        A, B = named[f"trunk.{path}.A"], named[f"trunk.{path}.B"]
+        for j in range(3):
+            dW = sum(parts(k, 3, shared)[j] * each[k] for k in range(3))
             with torch.no_grad():
-                for got, want in ((A.grad[k], 2.0 * B[k].T @ W.grad), (B.grad[k], 2.0 * W.grad @ A[k].T)):
-                    assert (got - want).abs().max() <= slack * max(1.0, float(want.abs().max())), (path, k)
+                for got, want in ((A.grad[j], 2.0 * B[j].T @ dW), (B.grad[j], 2.0 * dW @ A[j].T)):
+                    assert (got - want).abs().max() <= slack * max(1.0, float(want.abs().max())), (path, j)
                     largest = max(largest, float(want.abs().max()))
     assert largest > 0.1, "a gradient of nothing tests nothing"
-    for path, dW in all_experts.items() if shared else ():
-        A, B = named[f"trunk.{path}.A_0"], named[f"trunk.{path}.B_0"]
+    for path, each in of_weight.items() if shared else ():
+        A, B, dW = named[f"trunk.{path}.A_0"], named[f"trunk.{path}.B_0"], sum(each)
         with torch.no_grad():
             for got, want in ((A.grad, 2.0 * B.T @ dW), (B.grad, 2.0 * dW @ A.T)):
                 assert (got - want).abs().max() <= 3 * slack * max(1.0, float(want.abs().max())), path
@@ -263,7 +281,7 @@ def test_a_run_trains_and_loads_for_evaluation(job, model_dir):
     assert set(got) == {"table", "gate.log_w"} | own
     assert all(got[f"experts.trunk.{p}.B"][k].any() for p in paths for k in range(2))
     assert abs(metrics[0]["loss"] - 0.6931) < 1e-3 and metrics[-1]["loss"] < metrics[0]["loss"] - 0.01
-    run, reference, tokenizer = evaluation.load_run(job, "cpu", ""), load_model(model_dir), load_tokenizer(model_dir)
+    run, reference, tokenizer = load_run(job, "cpu", ""), load_model(model_dir), load_tokenizer(model_dir)
     prompts, sampling = [tokenizer.encode(p) for p in ("mn", "o", "pmno", "nn")], Sampling(6, tokenizer.eos, seed=1)
     rows = policy_rows([run], CompletionTask(reference, [Pair(p, [], []) for p in prompts], sampling))
     for k in range(2):
@@ -305,14 +323,14 @@ def test_an_adapter_there_and_back(family, tmp_path):
 
 @pytest.mark.parametrize("family", small.FAMILIES)
 def test_an_adapter_with_the_shared_part_is_one_of_a_larger_rank(family, tmp_path):
-    """Expert 1 as a PEFT adapter of rank R + S, loaded into plain adapters of that rank: the same weights, which are
-    W + 2 (B_1 A_1 + B_0 A_0). Faults: the shared part left out; rank R in the settings; alpha 2 R; A_0 beside B_k;
-    an adapter loaded into experts with a shared part, which would add it twice."""
+    """Expert 1 as a PEFT adapter of rank S + K R, loaded into plain adapters of that rank: the same weights, which are
+    W + 2 (B_0 A_0 + B_1 A_1 - mean_j B_j A_j). Faults: the shared part, or the mean, left out; rank R in the settings;
+    alpha 2 R; A_0 beside B_k; an adapter loaded into experts with a shared part, which would add it twice."""
     moved, ids = lora(family, targets=ALL[family], shared_rank=2), batch().ids.flatten(0, 1)
     save_adapter(moved, 1, tmp_path, "some/base")
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (settings["r"], settings["lora_alpha"]) == (5, 10)
-    plain = Adapters(small.model(family), 2, 5, ALL[family])
+    assert (settings["r"], settings["lora_alpha"]) == (11, 22)
+    plain = Adapters(small.model(family), 2, 11, ALL[family])
     load_adapter(plain, 1, tmp_path)
     made, merged = by_hand(moved, 1, family)
     with torch.no_grad():
@@ -320,9 +338,9 @@ def test_an_adapter_with_the_shared_part_is_one_of_a_larger_rank(family, tmp_pat
             assert torch.equal(plain.adapted(path).merged(1).weight, moved.adapted(path).merged(1).weight), path
             assert torch.allclose(moved.adapted(path).merged(1).weight, W, rtol=0, atol=1e-6), path
         assert (plain.policy(1)[0](ids) - made(ids)).abs().max() <= 1e-5
-        A, B = moved.adapted(moved.targets[0]).of_expert(2)
         layer = moved.adapted(moved.targets[0])
-        assert torch.allclose(B @ A, layer.B[2] @ layer.A[2] + layer.B_0 @ layer.A_0, rtol=0, atol=1e-6)
+        (A, B), own = layer.of_expert(2), layer.B @ layer.A                 # own (K,out,in)
+        assert torch.allclose(B @ A, layer.B_0 @ layer.A_0 + own[2] - own.mean(0), rtol=0, atol=1e-6)
     before = {name: t.clone() for name, t in trained_state(moved).items()}
     with pytest.raises(AssertionError, match="shared adapter"):
         load_adapter(moved, 0, tmp_path)
@@ -406,7 +424,7 @@ def test_the_command_writes_every_expert_of_a_run(job, model_dir, tmp_path, caps
     Faults: one run's experts beside another's; all experts expert 0; the tokenizer left out; a folder of runs taken;
     options of the evaluation ignored."""
     evaluation.main([str(job), "--export", str(tmp_path / "lora")])
-    run, experts = evaluation.load_run(job, "cpu", ""), Adapters(load_model(model_dir), 1, 2, "v_proj,down_proj")
+    run, experts = load_run(job, "cpu", ""), Adapters(load_model(model_dir), 1, 2, "v_proj,down_proj")
     assert re.search(rf"{tmp_path}/lora/expert-1: mixture weight 0\.5000", capsys.readouterr().out)
     for k in range(2):
         place = tmp_path / "lora" / f"expert-{k}"
@@ -417,7 +435,7 @@ def test_the_command_writes_every_expert_of_a_run(job, model_dir, tmp_path, caps
             assert torch.equal(got[0], want[k])
     out = tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name="heads")
     evaluation.main([str(out), "--export", str(tmp_path / "models")])
-    run, ids = evaluation.load_run(out, "cpu", ""), torch.arange(30)[None]
+    run, ids = load_run(out, "cpu", ""), torch.arange(30)[None]
     for k in range(2):
         model, (trunk, W) = load_model(tmp_path / "models" / f"expert-{k}"), run.experts.policy(k)
         assert load_tokenizer(tmp_path / "models" / f"expert-{k}").key == load_tokenizer(model_dir).key
