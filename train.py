@@ -48,7 +48,7 @@ class Problem:
     plan: Plan
     ref_logp: torch.Tensor          # (P,1,2) of all pairs, nats; (P,K,2) if each expert has its own reference
     inputs: Inputs                  # (U,...) what the gate reads of each unit
-    start: torch.Tensor | None      # (U,K) log q for the first config.known_steps steps
+    start: torch.Tensor | None      # (U,K) log q for the first config.start_steps steps
     evidence: torch.Tensor          # (U,K) the start's log-likelihood of pairs that the E-step does not read, or 0
     linear: torch.Tensor            # (P,K) the start's margins of context pairs, or 0; both: start.start_evidence
     rows_of: Callable               # a batch's layout: preferences.rows_of, or fast/packing.py's
@@ -171,7 +171,7 @@ def step(state: EMState, problem: Problem, em: EM) -> tuple[dict, list[int]]:
 
 def known_responsibilities(state: EMState, problem: Problem, units: torch.Tensor) -> torch.Tensor | None:
     """log q (G,K) of some units if the start, their first visits or the last E-step have fixed them; else None."""
-    first = problem.start is not None and state.t < problem.config.known_steps
+    first = problem.start is not None and state.t < problem.config.start_steps
     final = problem.config.estep == "first" or state.t >= problem.plan.last_part
     table = problem.start if first else state.log_q if final else None
     return None if table is None or table[units].isnan().any() else table[units].to(problem.ref_logp.device)

@@ -52,8 +52,9 @@ class Plan:
 
     @cached_property
     def share(self) -> torch.Tensor:
-        """(V,) each visit's fraction of its unit: 1, or one over the number of slices."""
-        return 1 / self.unit_of.bincount()[self.unit_of]
+        """(V,) each visit's fraction of its unit, in each part of the run: 1, or one over the number of slices."""
+        place = self.unit_of + len(self.units) * (torch.arange(len(self.visits)) >= self.inferred)
+        return 1 / place.bincount()[place]
 
     @property
     def inferred(self) -> int:

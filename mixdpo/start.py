@@ -251,7 +251,7 @@ def fit_by_evidence(x: torch.Tensor, group: torch.Tensor, experts: int, options:
 @torch.no_grad()
 def make_start(gate, inputs, plan, features: torch.Tensor, config, random_q: torch.Tensor | None = None
                ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """How the responsibilities of a plan's units begin: log q (U,K) of the first config.known_steps steps, or None; and
+    """How the responsibilities of a plan's units begin: log q (U,K) of the first config.start_steps steps, or None; and
     the start's evidence (U,K) and margins (P,K), or zeros. They use the gate's weights if training keeps these fixed,
     and what the gate looks at if it is trained."""
     fixed = gate.kind not in TRAINED and config.weights != "update"

@@ -78,7 +78,7 @@ def nothing(units):
 def problem(config, pairs, ref_logp, start=None, rows_of=compact_rows):
     """What a step reads, of a gate that reads nothing."""
     plan = make_plan(pairs, config)
-    evidence, linear = torch.zeros(len(plan.units), config.experts), torch.zeros(len(pairs), config.experts)
+    evidence, linear = torch.zeros(len(plan.units), 1), torch.zeros(len(pairs), 1)          # of any number of experts
     return Problem(config, plan, ref_logp, nothing(len(plan.units)), start, evidence, linear, rows_of)
 
 

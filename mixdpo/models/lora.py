@@ -57,8 +57,8 @@ class LoRALinear(nn.Module):
         (K,S+K*R): 1 in the shared one, 1 - 1/K in its own, -1/K in the others."""
         K, R = self.A.shape[:2]
         A, B = torch.cat([self.A_0, self.A.flatten(0, 1)]), torch.cat([self.B_0, *self.B], dim=1)
-        deviation = (torch.eye(K) - 1 / K).repeat_interleave(R, dim=1)      # (K,K*R)
-        return A, B, torch.cat([torch.ones(K, self.shared), deviation], dim=1).to(A)
+        deviation = (torch.eye(K).to(A) - 1 / K).repeat_interleave(R, dim=1)                # (K,K*R)
+        return A, B, torch.cat([deviation.new_ones(K, self.shared), deviation], dim=1)
 
     def of_expert(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Expert k's change of W as one adapter: A (R',in), B (out,R'), with R' = R, or S + K*R if one is shared."""
