@@ -1,7 +1,7 @@
 """Collapse: do the K experts of a mixture serve a purpose? Tests on held-out choices; no annotator is needed.
 
     v_k        weights of a pair, known before its choice: the gate's, the user's responsibilities from training, or,
-               for a new user, the responsibilities of the other half of the user's held-out pairs    (half_split_weights)
+               for a new user, the responsibilities of the other half of the user's held-out pairs
     p          sum_k v_k sigma(h_k): the mixture                                                                    (M5)
     p_0        the same with constant weights, the mean of v. For choices this is ONE policy: its margin is logit(p_0)
 
@@ -11,13 +11,13 @@
     gain       mean of log p - log p_0, nats a pair: what v adds as it is. Overconfident experts can have a positive
                slope and a negative gain
     over best  mean of log p - log sigma(h_k), k the best single expert: a mixture of use beats this one too
-    active     experts that are left when, one at a time, the expert whose removal loses least is removed (its weight
-               goes to the others) for as long as the loss is not above FLOOR
+    active     experts that are left when, one at a time, the expert whose removal loses least is removed, as long as
+               the loss is not above FLOOR. The weight of a removed expert goes to the best substitute among the others
 
-Each statement is a one-sided test at 5 %: mean - 1.645 SE > FLOOR. Without it the statement is not made, so few held-out
-pairs give a warning too; `detectable` is the smallest gain that such data would show in 80 % of cases. With weights that
-are the same for all pairs there is no test: K experts are then one policy for choices, whatever they are as policies.
-Not tested: whether one expert trained alone, by DPO, predicts better; evaluate such a run beside the mixture.
+Each statement is a one-sided test at 5 %: mean - 1.645 SE > FLOOR. If it fails, the statement is not made, so too few
+held-out pairs give a warning as well; `detectable` is the gain that they would show. If all pairs have the same
+weights, different experts are not tested: for choices they are then one policy, whatever they write. Not tested:
+whether one expert trained alone (DPO) predicts better. For that, evaluate such a run too.
 """
 
 import math
@@ -35,6 +35,11 @@ FLOOR = 1e-4        # nats a pair; a smaller gain is of no use even if it is cer
 def exceeds(figure: dict) -> bool:
     """Whether a mean is above FLOOR at 5 %, one-sided; false without a standard error."""
     return figure["mean"] - Z * figure["se"] > FLOOR
+
+
+def detectable(figure: dict) -> float:
+    """The smallest mean, in the figure's unit, that a test on such data exceeds in 80 % of cases."""
+    return FLOOR + (Z + 0.842) * figure["se"]
 
 
 def half_split_weights(log_w: torch.Tensor, h: torch.Tensor, user: list) -> torch.Tensor:
@@ -56,42 +61,40 @@ def constant_weights(log_v: torch.Tensor) -> torch.Tensor:
     return torch.logsumexp(log_v, dim=0) - math.log(len(log_v))
 
 
-def restricted(log_v: torch.Tensor, experts: list[int]) -> torch.Tensor:
-    """log weights (P,J) of a mixture of these J experts alone, renormalised. A pair that gave them no weight gets their
-    mean weights."""
-    kept = log_v[:, experts]
-    lost = torch.isneginf(kept).all(1)
-    mean = torch.log_softmax(constant_weights(kept), -1)
-    if lost.all():
-        mean = torch.full_like(mean, -math.log(len(experts)))
-    return torch.where(lost[:, None], mean, torch.log_softmax(kept.masked_fill(lost[:, None], 0.0), -1))
+def without(log_v: torch.Tensor, h: torch.Tensor, k: int) -> torch.Tensor:
+    """A mixture without its expert k: another expert j gets its weight, the one that predicts best with it. -> log
+    weights (P,K), -inf for k. Renormalised weights would be others even if expert k equals a remaining one."""
+    def given_to(j: int) -> torch.Tensor:
+        moved = log_v.clone()
+        moved[:, j], moved[:, k] = torch.logaddexp(log_v[:, j], log_v[:, k]), -math.inf
+        return moved
 
-
-def removal_loss(log_v: torch.Tensor, h: torch.Tensor, experts: list[int], k: int, *clusters: list) -> dict:
-    """Held-out log-likelihood (nats a pair) that a mixture of `experts` loses without its expert k: mean and SE."""
-    rest = [j for j in experts if j != k]
-    whole, part = (log_marginal(restricted(log_v, some), h[:, some]) for some in (experts, rest))
-    return mean_se(whole - part, *clusters)
+    others = [j for j in range(h.shape[1]) if j != k and not torch.isneginf(log_v[:, j]).all()]
+    return given_to(max(others, key=lambda j: float(log_marginal(given_to(j), h).mean())))
 
 
 def active_experts(log_v: torch.Tensor, h: torch.Tensor, *clusters: list) -> list[int]:
     """The experts that change held-out choices, by backward elimination; at least one. Of equal experts one is left."""
-    experts = list(range(h.shape[1]))
-    while len(experts) > 1:
-        losses = {k: removal_loss(log_v, h, experts, k, *clusters) for k in experts}
-        useless = [k for k in experts if not exceeds(losses[k])]
+    active = [k for k in range(h.shape[1]) if not torch.isneginf(log_v[:, k]).all()]
+    while len(active) > 1:
+        log_p, reduced = log_marginal(log_v, h), {k: without(log_v, h, k) for k in active}
+        losses = {k: mean_se(log_p - log_marginal(reduced[k], h), *clusters) for k in active}
+        useless = [k for k in active if not exceeds(losses[k])]
         if not useless:
             break
-        experts.remove(min(useless, key=lambda k: losses[k]["mean"]))
-    return experts
+        k = min(useless, key=lambda k: losses[k]["mean"])
+        log_v = reduced[k]
+        active.remove(k)
+    return active
 
 
 def collapse_figures(log_v: torch.Tensor, h: torch.Tensor, *clusters: list) -> dict:
-    """Every figure at the head of this file, from log v and h (P,K). clusters: one or two lists of P names (statistics.
-    clustered_se). {} for one expert.
+    """Every figure at the head of this file, from log v and h (P,K). clusters: one or two lists of P names, as in
+    statistics.clustered_se. {} for one expert.
 
-    "verdict": "untested" (constant weights, or no standard error), "posterior collapse" (no slope), "no gain" (a slope, but one policy or one
-    expert predicts as well), "inactive experts" (a gain, but fewer than K are active) or "all active".
+    "verdict": "untested" (constant weights or no standard error, and unequal experts), "posterior collapse" (no slope),
+    "no gain" (a slope, but one policy or one expert predicts as well), "inactive experts" (a gain, but fewer than K are
+    active) or "all active".
     """
     K = h.shape[1]
     if K == 1:
@@ -103,8 +106,8 @@ def collapse_figures(log_v: torch.Tensor, h: torch.Tensor, *clusters: list) -> d
     slope, gain, over_best = (mean_se(values, *clusters) for values in
                               (torch.expm1(log_p - log_p0), log_p - log_p0, log_p - single[:, best]))
     active = active_experts(log_v, h, *clusters)
-    varies = float((log_v.exp() - log_v0.exp()).abs().max()) > 1e-6         # float32 resolution
-    if not (varies and math.isfinite(slope["se"])):
+    varies, equal = (log_v.exp() - log_v0.exp()).abs().max() > 1e-6, (h - h[:, :1]).abs().max() < 1e-6      # in float32
+    if not equal and not (varies and math.isfinite(slope["se"])):
         verdict = "untested"
     elif not exceeds(slope):
         verdict = "posterior collapse"
@@ -112,5 +115,41 @@ def collapse_figures(log_v: torch.Tensor, h: torch.Tensor, *clusters: list) -> d
         verdict = "no gain"
     else:
         verdict = "all active" if len(active) == K else "inactive experts"
-    return {"verdict": verdict, "slope": slope, "gain": gain, "over_best": over_best, "best": best, "active": active,
-            "detectable": FLOOR + (Z + 0.842) * gain["se"]}
+    return {"verdict": verdict, "slope": slope, "gain": gain, "over_best": over_best, "best": best, "active": active}
+
+
+# --- in words ---------------------------------------------------------------------------------------------------------
+
+
+def describe_active(figures: dict) -> str:
+    """"2 of 4" from a run's figures on held-out preferences; "–" for one expert, or an evaluation without the test."""
+    found = figures.get("collapse")
+    return f"{len(found['active'])} of {figures['experts']}" if found else "–"
+
+
+def describe_collapse(run: str, figures: dict) -> str:
+    """A warning in one line if a run's experts are not all of use, "" if they are or nothing was tested."""
+    found, K = figures.get("collapse"), figures["experts"]
+    if not found or found["verdict"] == "all active":
+        return ""
+
+    def nats(name: str) -> str:
+        return f"{found[name]['mean']:+.4f} ± {found[name]['se']:.4f}"
+
+    active = found["active"]
+    if found["verdict"] == "untested":
+        text = (f"whether the {K} experts are of use cannot be tested: all held-out pairs have the same weights, or "
+                "the same prompt or user. Evaluate several pairs of each of several users, or train with --gate linear")
+    elif found["verdict"] == "posterior collapse":
+        text = (f"posterior collapse: the weights of the {K} experts say nothing about held-out choices (slope "
+                f"{nats('slope')}), so --experts 1 serves as well. These {found['gain']['n']} pairs would show a gain "
+                f"of {detectable(found['gain']):.4f} nats a pair")
+    elif found["verdict"] == "no gain":
+        text = (f"the weights of the {K} experts say something about held-out choices (slope {nats('slope')}), but one "
+                f"policy predicts these as well: the gain over constant weights is {nats('gain')} nats a pair, over "
+                f"expert {found['best']} alone {nats('over_best')}. If the margins are too large, use a smaller --beta "
+                "or fewer epochs")
+    else:
+        text = (f"only {len(active)} of {K} experts change held-out choices ({', '.join(map(str, active))}); try "
+                f"--experts {len(active)}")
+    return f"warning: {run}: {text}"
