@@ -135,6 +135,9 @@ def held_out(K, kinds, rng, n=40):
         "accuracy_all": [figure(rng.random(50) < 0.6) for _ in range(K)],
         **{name: figure(rng.normal(level, 0.1, 50)) for name, level in (near | {"elbo_gap": 0.02}).items()},
         "effective_experts": 1 + 0.9 * (K - 1),
+        "collapse": {} if K == 1 else {"verdict": "inactive experts", "active": [0], "best": 0,
+                                       **{name: {"mean": 0.01, "se": 0.002, "n": 50}
+                                          for name in ("slope", "gain", "over_best")}},
         "alignment_train": aligned[0],
         "alignment_heldout": aligned[1],
     }

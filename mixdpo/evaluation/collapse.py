@@ -134,16 +134,19 @@ def describe_collapse(run: str, figures: dict) -> str:
         return ""
 
     def nats(name: str) -> str:
-        return f"{found[name]['mean']:+.4f} ± {found[name]['se']:.4f}"
+        mean = f"{found[name]['mean']:+.4f}"
+        return f"{mean} ± {found[name]['se']:.4f}" if math.isfinite(found[name]["se"]) else mean
 
     active = found["active"]
     if found["verdict"] == "untested":
         text = (f"whether the {K} experts are of use cannot be tested: all held-out pairs have the same weights, or "
                 "the same prompt or user. Evaluate several pairs of each of several users, or train with --gate linear")
     elif found["verdict"] == "posterior collapse":
-        text = (f"posterior collapse: the weights of the {K} experts say nothing about held-out choices (slope "
-                f"{nats('slope')}), so --experts 1 serves as well. These {found['gain']['n']} pairs would show a gain "
-                f"of {detectable(found['gain']):.4f} nats a pair")
+        text = (f"posterior collapse: the weights of the {K} experts add nothing measurable to the prediction of "
+                f"held-out choices (slope {nats('slope')}), so --experts 1 serves as well")
+        if math.isfinite(found["gain"]["se"]):
+            text += (f". These {found['gain']['n']} pairs would show a gain of {detectable(found['gain']):.4f} nats a "
+                     "pair")
     elif found["verdict"] == "no gain":
         text = (f"the weights of the {K} experts say something about held-out choices (slope {nats('slope')}), but one "
                 f"policy predicts these as well: the gain over constant weights is {nats('gain')} nats a pair, over "

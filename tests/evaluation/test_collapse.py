@@ -29,7 +29,7 @@ from mixdpo.preferences import Pair
 
 def two_domains(weight, share, times=40, margin=math.log(3)):
     """Choices in their exact proportions: two opposed experts with choice probability 3/4 in two domains. The gate
-    gives a domain's expert `weight`; its type judges `share` of the pairs, of ten. -> log_v, h (20 times,2), prompts."""
+    gives a domain's expert `weight`; its type judges `share` of the pairs. -> log_v, h (80 times,2), prompts."""
     log_v, h = [], []
     for domain in (0, 1):
         for n in range(40):
