@@ -199,6 +199,9 @@ def test_a_warning_says_what_to_do_and_only_where_there_is_something():
         line = describe_collapse("mix", {"experts": 3, "collapse": of})
         assert words in line and line.startswith("warning: mix: ") == bool(words) and "nan" not in line, line
         assert "\n" not in line and describe_active({"experts": 3, "collapse": of}) == "2 of 3"
+    line = describe_collapse("mix", {"experts": 3, "collapse": found | {"verdict": "posterior collapse", "gain": nan,
+                                                                        "slope": nan | {"mean": 0.0}}})
+    assert "nan" not in line, line
     for older in ({"experts": 2}, {"experts": 1, "collapse": {}}):
         assert describe_collapse("mix", older) == "" and describe_active(older) == "–"
 
