@@ -351,10 +351,13 @@ def test_the_truth_about_collapse_is_brute_force():
     exact = collapse.Exact(torch.tensor(w).log(), torch.tensor(h), torch.tensor(p))
     one = max(expected(np.tile(row, (40, 1)), h) for row in (w.mean(0), [1, 0], [0, 1]))
     assert exact.use() == pytest.approx(expected(w, h) - one)
-    right = np.stack([np.where(of.domain == z, 1.0, 0.0) for z in (0, 1)], 1)
+    h[:, 0] = np.log(p / (1 - p))                                           # expert 0 is the truth
+    exact = collapse.Exact(torch.tensor(w).log(), torch.tensor(h), torch.tensor(p))
+    assert exact.use() == pytest.approx(expected(w, h) - expected(np.tile([1, 0], (40, 1)), h))
+    right = np.stack([np.where(of.domain == z, 0.9, 0.1) for z in (0, 1)], 1)
     gaps = of.gaps(r)
     for copies, needed in (([0, 1], 2), ([0, 1, 1], 2), ([0, 0], 1), ([0], 1)):
-        share = torch.tensor(right[:, copies] / [copies.count(k) for k in copies]) + 1e-9
+        share = torch.tensor(right[:, copies] / [copies.count(k) for k in copies])
         found = collapse.Exact((share / share.sum(1, keepdim=True)).log(), gaps[:, copies], got)
         assert found.needed() == needed, copies
 
@@ -375,6 +378,7 @@ def test_the_table_of_collapse_counts_what_it_says():
     assert rows["posterior collapse"] == ["1 of 2 (0.50)", "1 of 3 (0.33)"] == rows["… K = 2"]
     assert rows["… ARI more than 2 SE from 0.05"] == ["1 of 1 (1.00)", "1 of 2 (0.50)"]
     assert rows["… at 3.5 standard errors"] == ["2 of 2 (1.00)", "1 of 3 (0.33)"]
+    assert rows["… by annotators: ARI of the test's pairs"] == ["2 of 2 (1.00)", "0 of 3 (0.00)"]
     assert rows["K experts are of no use"] == ["2 of 2 (1.00)", "1 of 3 (0.33)"]
     assert rows["one active expert; truth: one is needed"] == ["0 of 0", "1 of 5 (0.20)"]
     assert "recall 0.50 at 0.33 false alarms" in text and "1 of 2 runs are called collapsed" in text
