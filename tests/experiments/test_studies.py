@@ -351,6 +351,8 @@ def test_the_truth_about_collapse_is_brute_force():
     exact = collapse.Exact(torch.tensor(w).log(), torch.tensor(h), torch.tensor(p))
     one = max(expected(np.tile(row, (40, 1)), h) for row in (w.mean(0), [1, 0], [0, 1]))
     assert exact.use() == pytest.approx(expected(w, h) - one)
+    mixed, flat = (np.array(brute.marginal(v, h)) for v in (w, np.tile(w.mean(0), (40, 1))))
+    assert exact.slope() == pytest.approx(np.mean(p * mixed / flat + (1 - p) * (1 - mixed) / (1 - flat)) - 1)
     h[:, 0] = np.log(p / (1 - p))                                           # expert 0 is the truth
     exact = collapse.Exact(torch.tensor(w).log(), torch.tensor(h), torch.tensor(p))
     assert exact.use() == pytest.approx(expected(w, h) - expected(np.tile([1, 0], (40, 1)), h))
@@ -367,6 +369,7 @@ def test_the_table_of_collapse_counts_what_it_says():
     near 0.05 among the clear ones."""
     def figures(ari, verdict, slope=0.1, needed=2, active=2, se=0.01):
         return {"ari": ari, "ari_se": se, "ari_test": ari, "posterior": ari < 0.05, "expert": False, "use": ari - 0.05,
+                "slope": ari - 0.03,
                 "needed": needed, "test": {"verdict": verdict, "slope": {"mean": slope, "se": 0.01},
                                            "active": list(range(active))}}
 
@@ -375,10 +378,12 @@ def test_the_table_of_collapse_counts_what_it_says():
     text = collapse.verdicts(runs, {2: runs}, [runs[0], runs[2]])
     rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in text.splitlines()
             if line.startswith("| ")}
-    assert rows["posterior collapse"] == ["1 of 2 (0.50)", "1 of 3 (0.33)"] == rows["… K = 2"]
+    assert rows["posterior collapse; truth: ARI below 0.05"] == ["1 of 2 (0.50)", "1 of 3 (0.33)"] == rows["… K = 2"]
     assert rows["… ARI more than 2 SE from 0.05"] == ["1 of 1 (1.00)", "1 of 2 (0.50)"]
     assert rows["… at 3.5 standard errors"] == ["2 of 2 (1.00)", "1 of 3 (0.33)"]
     assert rows["… by annotators: ARI of the test's pairs"] == ["2 of 2 (1.00)", "0 of 3 (0.00)"]
+    assert rows["posterior collapse; truth: no slope"] == ["1 of 1 (1.00)", "1 of 4 (0.25)"]
+    assert "predict held-out choices in 1 of them" in text
     assert rows["K experts are of no use"] == ["2 of 2 (1.00)", "1 of 3 (0.33)"]
     assert rows["one active expert; truth: one is needed"] == ["0 of 0", "1 of 5 (0.20)"]
     assert "recall 0.50 at 0.33 false alarms" in text and "1 of 2 runs are called collapsed" in text
