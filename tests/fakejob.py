@@ -143,6 +143,9 @@ def held_out(K, kinds, rng, n=40):
         "prompt_of_pair": [n // 2 for n in range(50)],
         "user_of_pair_own": [n % 10 for n in range(50)],
         "prompts": 25,
+        "collapse": {} if K == 1 else {"verdict": "inactive experts", "active": [0], "best": 0,
+                                       **{name: {"mean": 0.01, "se": 0.002, "n": 50}
+                                          for name in ("slope", "gain", "over_best")}},
         "alignment_train": aligned[0],
         "alignment_heldout": aligned[1],
     }

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from data.report.job import Job, annotators_of, heads_of, paired, rewards_of
+from mixdpo.evaluation.collapse import describe_active, describe_collapse
 from mixdpo.runs.options import TrainConfig
 
 PAPER_REWARDS = ("sentiment", "informativeness", "grammar")
@@ -203,11 +204,12 @@ def preferences(job: Job) -> str:
                               *([pm(gap, sign="+"), in_ses(gap)] if gap else [NONE, NONE])])
         nats = [pm(figures[name], 4) for name in ("log_likelihood", "log_likelihood_own", "elbo_gap")]
         of_run.append([escape(run), plain(figures["weights"]), pm(figures["accuracy_mbt"]), pm(figures["accuracy_own"]),
-                       *nats, f"{figures['effective_experts']:.2f}"])
+                       *nats, f"{figures['effective_experts']:.2f}", describe_active(figures)])
     judged = [f"judged by {escape(kind)}" if kind != "all" else "judge unknown" for kind in kinds]
     head = ["run", "expert", "named after", *judged, "all", "own - other", "in SEs"]
     head_of_run = ["run", "w", "accuracy, w", "accuracy, user's weights", "log-likelihood, w (nats)",
-                   "log-likelihood, user's weights (nats)", "ELBO gap (nats)", "effective experts"]
+                   "log-likelihood, user's weights (nats)", "ELBO gap (nats)", "effective experts", "active experts"]
+    warnings = [describe_collapse(run, figures) for run, figures in job.results["preferences"].items()]
     return section(
         title,
         "Look at *own - other*: an expert that learnt its annotator is more often right on that annotator's held-out "
@@ -216,8 +218,9 @@ def preferences(job: Job) -> str:
         table(head, of_expert, left=3),
         "The mixture of Bradley-Terry per pair. A log-likelihood above -0.6931 is better than chance. The user's "
         "weights are the user's responsibilities after training, or w for an unknown user; their standard errors are "
-        "clustered by prompt and user.",
-        table(head_of_run, of_run))
+        "clustered by prompt and user. Removing an active expert lowers the log-likelihood (one-sided test at 5 %).",
+        table(head_of_run, of_run),
+        "\n".join(f"- {escape(warning)}" for warning in warnings if warning))
 
 
 def alignment(job: Job) -> str:

@@ -7,6 +7,7 @@
     log-likelihood  log p(y+ > y-) of the mixture (M5)
     ELBO gap        KL(q || posterior) of a pair, with q the user's weights before the pair is seen (M6)
     alignment       agreement of responsibilities with the annotators
+    collapse        whether K experts are of use, and how many of them (collapse.py)
 
 Standard errors cluster by prompt. Under each user's own weights they cluster by prompt and user.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 from mixdpo.dpo import accuracy, margins, mixture_accuracy
+from mixdpo.evaluation.collapse import collapse_figures, half_split_weights
 from mixdpo.evaluation.statistics import (
     adjusted_rand_index,
     bayes_posterior,
@@ -80,6 +82,18 @@ def user_weights(run: Run, pairs: list[Pair], log_w: torch.Tensor) -> torch.Tens
         known = [(n, row[p.user]) for n, p in enumerate(pairs) if p.user in row]
         log_w[[n for n, _ in known]] = run.table[[g for _, g in known]]
     return log_w
+
+
+def collapse_of(run: Run, h: torch.Tensor, log_w: torch.Tensor, pairs: list[Pair], prompt: list, user: list) -> dict:
+    """Figures on collapse (collapse.py) from margins h and weights log_w (P,K), the prompt and the user of each pair.
+
+    If types belong to users, or no gate sets weights, a user's other pairs give the weights of a pair. Users that were
+    trained on have their responsibilities from training instead: those are what training is judged by.
+    """
+    of_users = run.config.latent == "user" or run.config.gate == "fixed"
+    log_v = user_weights(run, pairs, half_split_weights(log_w, h, user) if of_users else log_w)
+    by_user = of_users or run.config.gate in ("user", "prompt-user")
+    return collapse_figures(log_v, h, *([prompt, user] if by_user else [prompt]))
 
 
 def alignment(log_q: torch.Tensor, units: list[list[int]], pairs: list[Pair]) -> dict:
@@ -158,6 +172,7 @@ def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, log_w: torc
         "user_of_pair": user if len(gate_clusters) == 2 else None,          # a second cluster of by_pair
         "user_of_pair_own": user,                                           # the second cluster of by_pair_own
         "effective_experts": effective_experts(log_q),
+        "collapse": collapse_of(run, h, log_w, pairs, prompt, user),        # {} for one expert
         "alignment_heldout": alignment(log_q, [[i] for i in range(len(pairs))], pairs),
         "alignment_train": training,
     }

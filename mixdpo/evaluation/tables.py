@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 
+from mixdpo.evaluation.collapse import describe_active, describe_collapse
 from mixdpo.evaluation.frontier import own_reward_sentence, own_reward_table
 from mixdpo.evaluation.statistics import mean_se
 
@@ -54,7 +55,8 @@ def preference_table(results: dict) -> str:
         worst = min(types, key=lambda kind: types[kind]["mean"])
         rows.append([run, pm(figures["log_likelihood"], 4), pm(figures["log_likelihood_own"], 4),
                      pm(figures["accuracy_mbt"]), pm(figures["accuracy_own"]),
-                     f"{worst} {pm(types[worst])}" if len(types) > 1 else NONE, f"{figures['effective_experts']:.2f}"])
+                     f"{worst} {pm(types[worst])}" if len(types) > 1 else NONE, f"{figures['effective_experts']:.2f}",
+                     describe_active(figures)])
     if not rows:
         return ""
     first = next(iter(results["preferences"].values()))
@@ -62,7 +64,8 @@ def preference_table(results: dict) -> str:
              "weights are its posterior from training;\nwithout one, and in the other columns, they are the gate's. A "
              "coin has log-likelihood -0.6931 and accuracy 0.5.")
     return table(title, ["run", "log-likelihood\n(nats a pair)", "log-likelihood,\nuser's weights", "accuracy",
-                         "accuracy,\nuser's weights", "worst type,\nuser's weights", "effective\nexperts"], rows)
+                         "accuracy,\nuser's weights", "worst type,\nuser's weights", "effective\nexperts",
+                         "active\nexperts"], rows)
 
 
 def expert_table(results: dict) -> str:
@@ -141,8 +144,9 @@ def served_table(results: dict) -> str:
 
 
 def conclusions(results: dict) -> str:
-    """What a reader should take away, a sentence a line."""
-    return "\n" + "\n".join(f"Result: {sentence}" for sentence in sentences(results))
+    """What a reader should take away, a sentence a line; before it, a warning for each collapsed mixture."""
+    warnings = [describe_collapse(run, figures) for run, figures in results["preferences"].items()]
+    return "\n" + "\n".join([*filter(None, warnings), *(f"Result: {sentence}" for sentence in sentences(results))])
 
 
 def sentences(results: dict) -> list[str]:

@@ -1,19 +1,15 @@
-"""What a run reports: metrics.jsonl, responsibilities.jsonl, the progress line, warnings, and the environment."""
+"""What a run reports: metrics.jsonl, responsibilities.jsonl, the progress line, and the environment."""
 
-import json
-import math
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections import deque
 from pathlib import Path
 
 import torch
 
 from mixdpo.config import InputError, to_json, write_text
-from mixdpo.metrics import WINDOW, alarms
 
 
 def revision() -> str:
@@ -50,36 +46,22 @@ class Progress:
         print(f"\r{line:<118}" if live else line, end=end, file=sys.stderr, flush=True)
 
 
-def with_nan(value):
-    """Figures with NaN in the place of null, as which to_json writes it."""
-    if isinstance(value, dict):
-        return {key: with_nan(part) for key, part in value.items()}
-    return [with_nan(part) for part in value] if isinstance(value, list) else math.nan if value is None else value
-
-
 class Log:
-    """metrics.jsonl and responsibilities.jsonl, a line a step each; the progress line; and each warning once."""
+    """metrics.jsonl and responsibilities.jsonl, a line a step each, and the progress line."""
 
     def __init__(self, run: Path, t: int, total: int, config):           # t: steps done before; later lines are removed
         self.metrics, self.q = keep_lines(run / "metrics.jsonl", t), keep_lines(run / "responsibilities.jsonl", t)
-        lines = map(with_nan, map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
-        self.history = deque((step for step in lines if step.get("pairs", 1)), maxlen=WINDOW)   # what alarms read
         self.total, self.config, self.progress = total, config, Progress(run.name, t)
-        self.warned: set[str] = set()
 
     def step(self, figures: dict, groups: list[int], log_q: torch.Tensor) -> None:
         """One step's figures, and the responsibilities (G,K) that it used."""
         t = figures["step"]
-        if figures.get("pairs", 1):                                         # 0: a private step that drew no example
-            self.history.append(figures)
         self.write(self.metrics, to_json(figures))
         self.responsibilities(t, groups, log_q)
         accuracy = " ".join(f"{a:.2f}" for a in figures["accuracy"])
-        self.progress(t, self.total, f"loss {figures['loss']:.4f}  bound {figures['bound']:.4f}  accuracy {accuracy}")
-        for name, what in alarms(self.history, self.config.experts, self.config.known_steps).items():
-            if name not in self.warned:
-                print(f"warning: step {t}: {name}: {what}")
-                self.warned.add(name)
+        used = f"  effective experts {figures['effective_experts']:.2f}" if self.config.experts > 1 else ""
+        self.progress(t, self.total,
+                      f"loss {figures['loss']:.4f}  bound {figures['bound']:.4f}  accuracy {accuracy}{used}")
 
     def responsibilities(self, t: int, groups: list[int], log_q: torch.Tensor) -> None:
         q = log_q.exp().mul(1e4).round().div(1e4).tolist()                  # to four digits

@@ -107,6 +107,20 @@ def test_every_table_is_printed_and_those_without_figures_are_not():
     assert all_tables(results()) == ""
 
 
+def test_collapsed_mixtures_are_warned_of_before_the_result():
+    """Catches: no column of active experts; a warning for a healthy run, for DPO, or after the result."""
+    tested = {"slope": figure(0.1), "gain": figure(0.05), "over_best": figure(0.05), "best": 0, "active": [0, 1]}
+    found = {"dpo": run([-0.7] * 4, experts=1) | {"collapse": {}},
+             "mix": run([-0.5] * 4) | {"collapse": tested | {"verdict": "all active"}},
+             "mix-4": run([-0.6] * 4, experts=4) | {"collapse": tested | {"verdict": "inactive experts"}}}
+    table = next(part for part in all_tables(results(preferences=found)).split("\n\n") if "effective" in part)
+    rows = [line for line in table.splitlines() if line.startswith(("mix", "dpo"))]
+    last = {row.split()[0]: row.split("   ")[-1].strip() for row in rows}
+    assert last == {"dpo": NONE, "mix": "2 of 2", "mix-4": "2 of 4"} and table.splitlines()[0].endswith("active")
+    warning, result = conclusions(results(preferences=found)).strip().splitlines()
+    assert warning.startswith("warning: mix-4: only 2 of 4 experts") and result.startswith("Result: ")
+
+
 @pytest.mark.parametrize("low, words", [(0.55, "win rate 0.700"), (0.4, "this may be chance")])
 def test_win_rates_end_with_the_result(low, words):
     """Catches: an interval around one half taken for a win; NaN of nothing judged in a sentence."""

@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib", reason="the pictures need the `plots` extra")
 from data.report.job import annotators_of, read_job  # noqa: E402
 from data.report.page import as_html, report  # noqa: E402
 from data.report.pictures import ANNOTATORS, accuracy, histogram, responsibilities, rewards, training  # noqa: E402
+from data.report.tables import preferences  # noqa: E402
 
 
 @pytest.fixture
@@ -130,6 +131,19 @@ def test_report_is_complete(tmp_path):
     for link in linked:
         content = (home / link).read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) < 150_000, f"{link}: {len(content)} bytes"
+
+
+def test_the_report_shows_active_experts_and_warns(home):
+    """Catches: no column of active experts; no warning; one for DPO; an error on results without these figures."""
+    text = preferences(read_job(home))
+    assert text.count("effective experts | active experts |") == 1
+    job = read_job(home)
+    K = {run: figures["experts"] for run, figures in job.results["preferences"].items()}
+    for run, experts in K.items():
+        assert (f"- warning: {run}: only 1 of {experts} experts" in text) == (experts > 1)
+        assert f"{'–' if experts == 1 else f'1 of {experts}'} |" in text
+        del job.results["preferences"][run]["collapse"]
+    assert "warning" not in preferences(job)
 
 
 @pytest.mark.parametrize(

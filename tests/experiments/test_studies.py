@@ -19,7 +19,7 @@ import torch
 from raising import raises_at
 
 from data import studies
-from data.studies import parity, privacy, study, texts, worlds
+from data.studies import collapse, parity, privacy, study, texts, worlds
 from data.studies.texts import Judges
 from data.studies.worlds import ITEMS, World, fit, item_probabilities, judged, look, oracle, prompt, write
 from data.texts import sentences
@@ -369,3 +369,65 @@ def test_rewards_agree_up_to_scale():
     assert reward_agreement(found, rewards) == pytest.approx(1.0)
     found.h = torch.from_numpy(rng.normal(size=(500, 2)))
     assert abs(reward_agreement(found, rewards)) < 0.2
+
+
+# ---- collapse
+
+
+def test_the_truth_about_collapse_is_brute_force():
+    """Expectations over both choices of each pair, and the true probabilities. Catches: the choice that was made taken
+    for the probable one; weights of another domain; constant weights of one pair; the worst single expert; an expert
+    that equals another counted twice."""
+    world = World(users=30, domains=True, heldout=40)
+    of, r, got = judged(world, heldout=True), world.rewards(), collapse.true_choices(world)
+    for i in range(40):
+        p = [1 / (1 + math.exp(r[z, of.rejected[i]] - r[z, of.chosen[i]])) for z in (0, 1)]
+        own = of.domain[i]
+        assert float(got[i]) == pytest.approx(worlds.OWN * p[own] + (1 - worlds.OWN) * p[1 - own])
+    rng = np.random.default_rng(0)
+    h, w, p = rng.normal(size=(40, 2)), rng.dirichlet([1, 1], 40), rng.random(40)
+
+    def expected(w, h):
+        mixed = np.array(brute.marginal(w, h))
+        return np.mean(p * np.log(mixed) + (1 - p) * np.log(1 - mixed))
+
+    exact = collapse.Exact(torch.tensor(w).log(), torch.tensor(h), torch.tensor(p))
+    one = max(expected(np.tile(row, (40, 1)), h) for row in (w.mean(0), [1, 0], [0, 1]))
+    assert exact.use() == pytest.approx(expected(w, h) - one)
+    mixed, flat = (np.array(brute.marginal(v, h)) for v in (w, np.tile(w.mean(0), (40, 1))))
+    assert exact.slope() == pytest.approx(np.mean(p * mixed / flat + (1 - p) * (1 - mixed) / (1 - flat)) - 1)
+    h[:, 0] = np.log(p / (1 - p))                                           # expert 0 is the truth
+    exact = collapse.Exact(torch.tensor(w).log(), torch.tensor(h), torch.tensor(p))
+    assert exact.use() == pytest.approx(expected(w, h) - expected(np.tile([1, 0], (40, 1)), h))
+    right = np.stack([np.where(of.domain == z, 0.9, 0.1) for z in (0, 1)], 1)
+    gaps = of.gaps(r)
+    for copies, needed in (([0, 1], 2), ([0, 1, 1], 2), ([0, 0], 1), ([0], 1)):
+        share = torch.tensor(right[:, copies] / [copies.count(k) for k in copies])
+        found = collapse.Exact((share / share.sum(1, keepdim=True)).log(), gaps[:, copies], got)
+        assert found.needed() == needed, copies
+
+
+def test_the_table_of_collapse_counts_what_it_says():
+    """Catches: recall over the runs without collapse; false alarms over all; a limit of ARI on the wrong side; runs
+    near 0.05 among the clear ones."""
+    def figures(ari, verdict, slope=0.1, needed=2, active=2, se=0.01):
+        return {"ari": ari, "ari_se": se, "ari_test": ari, "posterior": ari < 0.05, "expert": False, "use": ari - 0.05,
+                "slope": ari - 0.03,
+                "needed": needed, "test": {"verdict": verdict, "slope": {"mean": slope, "se": 0.01},
+                                           "active": list(range(active))}}
+
+    runs = [figures(0.0, "posterior collapse", 0.0), figures(0.04, "no gain", 0.03), figures(0.06, "all active"),
+            figures(0.3, "all active", active=1), figures(0.4, "posterior collapse", 0.0)]
+    text = collapse.verdicts(runs, {2: runs}, [runs[0], runs[2]])
+    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in text.splitlines()
+            if line.startswith("| ")}
+    assert rows["posterior collapse; truth: ARI below 0.05"] == ["1 of 2 (0.50)", "1 of 3 (0.33)"] == rows["… K = 2"]
+    assert rows["… ARI more than 2 SE from 0.05"] == ["1 of 1 (1.00)", "1 of 2 (0.50)"]
+    assert rows["… at 3.5 standard errors"] == ["2 of 2 (1.00)", "1 of 3 (0.33)"]
+    assert rows["… by annotators: ARI of the test's pairs"] == ["2 of 2 (1.00)", "0 of 3 (0.00)"]
+    assert rows["posterior collapse; truth: no slope"] == ["1 of 1 (1.00)", "1 of 4 (0.25)"]
+    assert "predict held-out choices in 1 of them" in text
+    assert rows["K experts are of no use"] == ["2 of 2 (1.00)", "1 of 3 (0.33)"]
+    assert rows["one active expert; truth: one is needed"] == ["0 of 0", "1 of 5 (0.20)"]
+    assert "recall 0.50 at 0.33 false alarms" in text and "1 of 2 runs are called collapsed" in text
+    assert "needed in 4 of 5 runs, smaller in 1, larger in 0" in text and "have an ARI of 0.040 to 0.040" in text

@@ -180,24 +180,6 @@ def test_contradictory_options_are_refused(options, says, tmp_path, model_dir):
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), **options)
 
 
-@pytest.mark.parametrize("name, options, letters", [
-    ("posterior collapse", dict(rank=0, start="none"), ("abcd", "wxyz")),
-    ("expert collapse", dict(gate="linear", gate_lr=1.0, start_steps=1, beta=1.0), ("abcd", "abcd")),
-    (None, dict(latent="user", start="linear", beta=1.0, start_steps=4), ("abcd", "wxyz")),
-])
-def test_alarms_ring_on_runs_built_to_fail_and_on_no_other(name, options, letters, tmp_path, model_dir, capsys):
-    """The symmetric saddle; a gate that runs away where one taste is all there is; a healthy run.
-    Catches: an alarm that never rings, rings at every step, or in the start's steps; the two exchanged."""
-    records = tinyjob.make_records(letters=letters)
-    if letters[0] == letters[1]:
-        records = [r | {"prompt": "m", "chosen": "ab" * (n % 3 + 1), "rejected": "yz" * (n % 2 + 1)}
-                   for n, r in enumerate(records)]
-    tinyjob.run(tmp_path, model_dir, records, epochs=12, **options)
-    rung = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: step")]
-    assert len(rung) == (name is not None), rung
-    assert name is None or f": {name}: " in rung[0]
-
-
 def test_a_domain_gate_starts_where_it_has_weight(tmp_path):
     """No responsibility for an expert without weight, from the first step on. Fault: random first responsibilities
     beside weights of 0, for which the bound is minus infinity."""

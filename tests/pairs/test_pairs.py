@@ -12,7 +12,6 @@ Left out: settings that are two values of the same option.
 
 import contextlib
 import copy
-import functools
 import io
 import itertools
 import json
@@ -26,7 +25,6 @@ import torch
 
 import eval as evaluation
 import train
-from mixdpo import metrics as diagnostics
 from mixdpo.config import InputError
 from mixdpo.evaluation import inputs
 from mixdpo.evaluation.adaptation import weights_after
@@ -189,7 +187,6 @@ def quick(monkeypatch):
         monkeypatch.setattr(module, "load_references", load_references)
     monkeypatch.setattr(log, "revision", lambda: "unknown")
     monkeypatch.setattr(evaluation, "write_report", lambda folder: None)
-    monkeypatch.setattr(log, "alarms", functools.partial(diagnostics.alarms, window=2))
     yield
     torch.set_num_threads(threads)
 
