@@ -124,7 +124,7 @@ def own_reward_sentence(results: dict) -> str:
         return ""
     found = compare(mixture, baseline)
     gap = found["difference"]
-    text = (f"each user's own reward rises by {found['ours']:.3f} with the mixture and by {found['theirs']:.3f} with "
+    text = (f"Each user's own reward rises by {found['ours']:.3f} with the mixture and by {found['theirs']:.3f} with "
             f"one policy for all ({baseline.name}) at the same KL of {found['kl']:.1f} nats: the difference is "
             f"{with_error(gap)}, {in_errors(gap)}")
     if math.isfinite(found["ratio"]) and gap["mean"] > 2 * gap["se"]:

@@ -21,10 +21,12 @@ EXAMPLES = 4    # of a user's choices
 
 def served_in_context(pairs: list[Pair], types: list[str], task: CompletionTask, tokenizer, values, base: torch.Tensor,
                       dtype: torch.dtype) -> tuple[Served, float] | None:
-    """What users get, and the mean length of completions; None unless each type has a user with EXAMPLES pairs, and the
-    longest prompt with them fits into the context. pairs: the training pairs; values(completions) -> rewards (N,T);
+    """What users get, and the mean length of completions; None unless each type has a user with EXAMPLES pairs, each pair
+    a user, and the longest prompt with them fits into the context. pairs: the training pairs; values(completions) -> rewards (N,T);
     base (N,T): the reference's."""
-    units = [unit for unit in groups(pairs, "user") if len(unit) >= EXAMPLES and pairs[unit[0]].user is not None]
+    if any(pair.user is None for pair in pairs):
+        return None
+    units = [unit for unit in groups(pairs, "user") if len(unit) >= EXAMPLES]
     of_type = [[unit for unit in units if pairs[unit[0]].annotator == kind] for kind in types]
     if not all(of_type):
         return None
@@ -43,7 +45,8 @@ def served_in_context(pairs: list[Pair], types: list[str], task: CompletionTask,
         lengths += [len(y) for y in ids]
     reward = torch.stack(gains)                                             # (T,N)
     se, by_type = mean_se(reward.mean(0))["se"], [mean_se(r) for r in reward]
-    return Served(reward, torch.stack(kls).mean(0).double(), se, by_type), float(np.mean(lengths))
+    return Served(reward, torch.stack(kls).mean(0).double(), reward.new_ones(reward.shape[1], 1), se, by_type), float(
+        np.mean(lengths))
 
 
 def with_examples(prompt: Pair, pairs: list[Pair], users: list[list[int]], tokenizer, key: list[int]) -> Pair:

@@ -33,6 +33,7 @@ class Served:
 
     reward: torch.Tensor        # (T,N) of each type's users, on each prompt
     kl: torch.Tensor            # (N,) nats, mean over users
+    q: torch.Tensor             # (N,K) weights of the experts, mean over users
     se: float                   # of the mean reward
     by_type: list[dict]         # T figures: mean and standard error of each type's own reward
 
@@ -60,16 +61,17 @@ def serve(values: torch.Tensor, log_ratio: torch.Tensor, log_q: torch.Tensor, ki
     kl = torch.einsum("unk,ukn->un", q, mixed.masked_fill(q.mT == 0, 0.0))  # (U,N)
     weight = 1 / (T * users.double()[kind])                                 # (U,) sums to 1
     reward = torch.stack([own[kind == t].mean(0) for t in range(T)])        # (T,N)
-    return Served(reward, weight @ kl, two_way_se(own - reward.mean(1)[kind, None], weight),
-                  [mean_se(row) for row in reward])
+    return Served(reward, weight @ kl, torch.einsum("u,unk->nk", weight, q),
+                  two_way_se(own - reward.mean(1)[kind, None], weight, T), [mean_se(row) for row in reward])
 
 
-def two_way_se(residual: torch.Tensor, weight: torch.Tensor) -> float:
+def two_way_se(residual: torch.Tensor, weight: torch.Tensor, types: int) -> float:
     """Standard error of the weighted mean over users and prompts, clustered by both: residuals (U,N) from the mean of
-    the user's type, weights of users (U,)."""
+    the user's type, weights of users (U,). One user of each type stands for all of them, and is no cluster."""
     U, N = residual.shape
     users, prompts = torch.arange(U).repeat_interleave(N).tolist(), list(range(N)) * U
-    return clustered_se((weight[:, None] / N * residual).flatten(), prompts, users)
+    clusters = [prompts, users] if U > types else [prompts]
+    return clustered_se((weight[:, None] / N * residual).flatten(), *clusters)
 
 
 # --- comparisons at equal KL ------------------------------------------------------------------------------------------

@@ -114,8 +114,7 @@ def served_rows(run: Run, completed: Completed, users: Users) -> dict[str, dict]
     def add(name: str, log_q: torch.Tensor, kind: torch.Tensor, kinds: list[str] = types) -> None:
         columns = [types.index(name) for name in kinds]
         served = serve(completed.values[..., columns], completed.log_ratio, log_q, kind, users.base[:, columns])
-        q = log_q.double().exp().flatten(0, -2).mean(0)                     # (K,) mean weights
-        rows[name] = row(served, float(q @ completed.length.double().mean(1)), kinds)
+        rows[name] = row(served, float((served.q * completed.length.T).sum(1).mean()), kinds)
 
     if K == 1 and len(set(owners)) == 1 < len(types) and owners[0] in types:
         add(f"type {owners[0]}", torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), owners[:1])
@@ -131,7 +130,8 @@ def served_rows(run: Run, completed: Completed, users: Users) -> dict[str, dict]
             add("known users", run.table[known], kind)
             add("known users, sparse", best, kind)
             for n, (log_q, names) in users.new.get(run.name, {}).items():
-                add(f"new users, {n} pairs known", log_q, torch.tensor([types.index(name) for name in names]))
+                if {*names} == {*types}:
+                    add(f"new users, {n} pairs known", log_q, torch.tensor([types.index(name) for name in names]))
     return rows
 
 

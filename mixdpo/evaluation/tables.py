@@ -153,7 +153,7 @@ def sentences(results: dict) -> list[str]:
     """The results in plain sentences: what each user gets at equal KL, or, without own rewards, which policy has the
     highest reward; and which run predicts held-out choices best. Each has its difference to a baseline."""
     found = [own_reward_sentence(results) or highest_reward(results), best_prediction(results)]
-    return [sentence[0].upper() + sentence[1:] for sentence in found if sentence]
+    return [sentence for sentence in found if sentence]
 
 
 def best_prediction(results: dict) -> str:

@@ -96,8 +96,8 @@ def test_missing_figures_leave_a_sentence(tmp_path):
         home = make_job(tmp_path / json.dumps(options)[:40].replace("/", ""), **options)
         return " ".join(sentences(read_job(home).results))
 
-    assert "Dpo predicts held-out choices" in text(runs={"dpo": (1, "pair")})
-    assert "Mix predicts held-out choices" in text(runs={"mix": (2, "user")})
+    assert "dpo predicts held-out choices" in text(runs={"dpo": (1, "pair")})
+    assert "mix predicts held-out choices" in text(runs={"mix": (2, "user")})
     assert "own reward" not in text(completions=False)
     assert "held-out" not in text(heldout=False)
     assert result(read_job(make_job(tmp_path / "none", heldout=False, completions=False))).count("Nothing") == 1
