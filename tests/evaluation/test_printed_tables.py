@@ -66,7 +66,7 @@ def test_the_last_line_states_the_result():
     assert "+0.500 ± 0.010 against the reference (50.0 standard errors)" in last
     assert last.endswith("and +0.200 ± 0.058 against dpo (3.5 standard errors), whose KL is 2.00 ± 0.01 nats.")
     worse = {"reference": policies["reference"], "dpo": policy([[0, 0]] * 3, base, 1.0)}
-    assert "no policy has a higher mean reward than the reference; the best is dpo" in conclusions(
+    assert "No policy has a higher mean reward than the reference; the best is dpo" in conclusions(
         results(policies=worse))
     printed = all_tables(results(policies=policies))
     assert not any(key in printed for key in ("trained", "_", "values", "kl ")) and "gain over" in printed
@@ -81,7 +81,7 @@ def test_the_best_prediction_is_compared_pair_by_pair():
     assert line.startswith("Result: Mix predicts held-out choices best, with a log-likelihood of -0.4500 ± 0.0100")
     assert "+0.2000 ± 0.0000 against dpo on the same pairs" in line
     better = found | {"dpo": run([-0.3, -0.2, -0.3, -0.2], experts=1)}
-    assert "dpo predicts held-out choices best" in (sentence := conclusions(results(preferences=better)))
+    assert "Dpo predicts held-out choices best" in (sentence := conclusions(results(preferences=better)))
     assert "against mix on the same pairs" in sentence
     assert "better than a coin" in conclusions(results(preferences={"mix": found["mix"]}))
     for values, how in (([-0.8] * 4, "worse"), ([-0.6931] * 4, "no clearly better")):
