@@ -171,7 +171,7 @@ def step(state: EMState, problem: Problem, em: EM) -> tuple[dict, list[int]]:
 
 def known_responsibilities(state: EMState, problem: Problem, units: torch.Tensor) -> torch.Tensor | None:
     """log q (G,K) of some units if the start, their first visits or the last E-step have fixed them; else None."""
-    first = problem.start is not None and state.t < problem.config.start_steps
+    first = problem.start is not None and state.t < min(problem.config.start_steps, problem.plan.last_part)
     final = problem.config.estep == "first" or state.t >= problem.plan.last_part
     table = problem.start if first else state.log_q if final else None
     return None if table is None or table[units].isnan().any() else table[units].to(problem.ref_logp.device)

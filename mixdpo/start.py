@@ -261,6 +261,7 @@ def make_start(gate, inputs, plan, features: torch.Tensor, config, random_q: tor
         found = start_evidence(config, plan, features, log_w if fixed else None)
         if found is not None:
             return None, *found
+        config = replace(config, start="dirichlet")                         # fit_linear has said so
     reads = gate_features(gate, inputs).cpu() if gate.kind in TRAINED and config.latent == "pair" else None
     log_q = first_responsibilities(config, plan.units, features, log_w if fixed else None, reads, random_q)
     if log_q is None or not log_w.isinf().any():

@@ -21,11 +21,13 @@ EXAMPLES = 4    # of a user's choices
 
 def served_in_context(pairs: list[Pair], types: list[str], task: CompletionTask, tokenizer, values, base: torch.Tensor,
                       dtype: torch.dtype) -> tuple[Served, float] | None:
-    """What users get, and the mean length of completions; None unless each type has a user with EXAMPLES pairs, each pair
-    a user, and the longest prompt with them fits into the context. pairs: the training pairs; values(completions) -> rewards (N,T);
+    """What users get, and the mean length of completions; None unless each type has a user with EXAMPLES pairs, the
+    longest prompt with them fits into the context, and the temperature is 1. pairs: the training pairs;
+    values(completions) -> rewards (N,T);
     base (N,T): the reference's."""
-    if any(pair.user is None for pair in pairs):
-        return None
+    if task.sampling.temperature != 1:
+        return None                                                         # its KL would be that of another policy
+    pairs = [pair for pair in pairs if pair.user is not None]
     units = [unit for unit in groups(pairs, "user") if len(unit) >= EXAMPLES]
     of_type = [[unit for unit in units if pairs[unit[0]].annotator == kind] for kind in types]
     if not all(of_type):

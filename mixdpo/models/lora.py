@@ -57,7 +57,8 @@ class LoRALinear(nn.Module):
         (K,S+K*R): 1 in the shared one, 1 - 1/K in its own, -1/K in the others."""
         K, R = self.A.shape[:2]
         A, B = torch.cat([self.A_0, self.A.flatten(0, 1)]), torch.cat([self.B_0, *self.B], dim=1)
-        deviation = (torch.eye(K).to(A) - 1 / K).repeat_interleave(R, dim=1)                # (K,K*R)
+        own = torch.eye(K, dtype=A.dtype, device=A.device)
+        deviation = (own - 1 / K).repeat_interleave(R, dim=1)               # (K,K*R)
         return A, B, torch.cat([deviation.new_ones(K, self.shared), deviation], dim=1)
 
     def of_expert(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:

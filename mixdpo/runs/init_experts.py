@@ -56,6 +56,9 @@ def take_over(experts, k: int, source, j: int, entry: str) -> None:
         for name, value in own.state_dict().items():
             value.copy_(given[name])
         return
+    if isinstance(source, Adapters) and source.shared:
+        raise InputError(f"got {entry!r}, whose experts have a shared adapter, which cannot be taken over; use "
+                         "--sharing models, which takes any expert over", option="init_experts")
     wanted = {name: value.shape[1:] for name, value in experts.named_parameters() if is_factor(name)}
     given = {name: value for name, value in source.named_parameters() if is_factor(name)}
     if type(source) is not type(experts) or {name: value.shape[1:] for name, value in given.items()} != wanted:

@@ -62,11 +62,11 @@ def test_the_last_line_states_the_result():
                 "mix mixture": policy([[0.5, 1.0], [0.5, 1.0], [0.8, 1.0]], base, 1.25),
                 "mix head 0": policy([[0.2, 1.0], [0.2, 1.0], [0.2, 1.0]], base, 0.5)}
     last = conclusions(results(policies=policies)).splitlines()[-1]
-    assert last.startswith("Result: Mix mixture has the highest mean reward, 0.600 ± 0.010, at a KL of 1.25 ± 0.01 ")
+    assert last.startswith("Result: mix mixture has the highest mean reward, 0.600 ± 0.010, at a KL of 1.25 ± 0.01 ")
     assert "+0.500 ± 0.010 against the reference (50.0 standard errors)" in last
     assert last.endswith("and +0.200 ± 0.058 against dpo (3.5 standard errors), whose KL is 2.00 ± 0.01 nats.")
     worse = {"reference": policies["reference"], "dpo": policy([[0, 0]] * 3, base, 1.0)}
-    assert "No policy has a higher mean reward than the reference; the best is dpo" in conclusions(
+    assert "no policy has a higher mean reward than the reference; the best is dpo" in conclusions(
         results(policies=worse))
     printed = all_tables(results(policies=policies))
     assert not any(key in printed for key in ("trained", "_", "values", "kl ")) and "gain over" in printed
@@ -78,10 +78,10 @@ def test_the_best_prediction_is_compared_pair_by_pair():
     found = {"dpo": run([-0.7, -0.6, -0.7, -0.6], experts=1), "mix": run([-0.5, -0.4, -0.5, -0.4]),
              "mix-2": run([-0.52, -0.42, -0.52, -0.42])}
     line, = conclusions(results(preferences=found)).strip().splitlines()
-    assert line.startswith("Result: Mix predicts held-out choices best, with a log-likelihood of -0.4500 ± 0.0100")
+    assert line.startswith("Result: mix predicts held-out choices best, with a log-likelihood of -0.4500 ± 0.0100")
     assert "+0.2000 ± 0.0000 against dpo on the same pairs" in line
     better = found | {"dpo": run([-0.3, -0.2, -0.3, -0.2], experts=1)}
-    assert "Dpo predicts held-out choices best" in (sentence := conclusions(results(preferences=better)))
+    assert "dpo predicts held-out choices best" in (sentence := conclusions(results(preferences=better)))
     assert "against mix on the same pairs" in sentence
     assert "better than a coin" in conclusions(results(preferences={"mix": found["mix"]}))
     for values, how in (([-0.8] * 4, "worse"), ([-0.6931] * 4, "no clearly better")):
