@@ -237,7 +237,8 @@ def start_evidence(config, plan, features: torch.Tensor, log_w: torch.Tensor | N
 @torch.no_grad()
 def fit_by_evidence(x: torch.Tensor, group: torch.Tensor, experts: int, options: LinearOptions, log_w: torch.Tensor
                     ) -> LinearMixture:
-    """The linear mixture with the prior standard deviation of DEVIATIONS that has the largest evidence."""
+    """The linear mixture with the prior standard deviation of DEVIATIONS that has the largest evidence; of those within
+    a nat of it, which the data cannot tell apart, the largest deviation."""
     fits, evidence = {}, {}
     for s in DEVIATIONS:
         l2 = x.shape[1] / s**2
@@ -245,7 +246,7 @@ def fit_by_evidence(x: torch.Tensor, group: torch.Tensor, experts: int, options:
         evidence[s] = log_evidence(fits[s], x, group, l2)
     print("linear start: log evidence, nats, by prior standard deviation of a margin: "
           + ", ".join(f"{s:g}: {nats:.1f}" for s, nats in evidence.items()))
-    return fits[max(evidence, key=evidence.__getitem__)]
+    return fits[max(s for s, nats in evidence.items() if nats >= max(evidence.values()) - 1.0)]
 
 
 @torch.no_grad()
