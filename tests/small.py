@@ -78,7 +78,7 @@ def nothing(units):
 def problem(config, pairs, ref_logp, start=None, rows_of=compact_rows):
     """What a step reads, of a gate that reads nothing."""
     plan = make_plan(pairs, config)
-    none = torch.zeros(len(plan.units), config.experts)
+    none = torch.zeros(len(plan.units), 1)                                  # evidence: the same for each expert
     return Problem(config, plan, ref_logp, nothing(len(plan.units)), start, none, rows_of)
 
 
