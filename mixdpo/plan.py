@@ -30,7 +30,7 @@ class Visit:
 
     unit: int
     trained: list[int]                  # pairs of the M-step, and of the E-step if there are no context pairs
-    context: list[int]                  # context pairs: of the E-step only
+    context: list[int]                  # context pairs, which the E-step reads instead
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Pair:
     user: str | None = None
     annotator: str | None = None  # for evaluation only, as are the scores; neither reaches a Batch
     scores: dict[str, list[float]] | None = None
-    context: bool | None = None  # True: for the E-step only (plan.py). None: not given in the file
+    context: bool | None = None  # True: the E-step may read it (plan.py). None: not given in the file
     domain: str | None = None  # topic of the prompt
     line: int = 0  # number in the file, from 1
     states: torch.Tensor | None = field(default=None, compare=False, repr=False)  # (M, C) of its M response tokens,

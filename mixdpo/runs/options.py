@@ -62,7 +62,7 @@ class TrainConfig:
     start_steps: int = 10           # optimizer steps that use the first responsibilities; after them the E-step runs.
                                     # Not with --start linear --estep context, where each E-step combines both
     restarts: int = 5               # number of fits of --start linear; the fit with the best bound is used
-    estep: str = "all"              # * pairs that the E-step reads: all, context (never trained on) or first (once,
+    estep: str = "all"              # * pairs that the E-step reads: all, context (trained on last) or first (once,
                                     # at the first visit; then kept)
     context: int = 0                # * context pairs per user for --estep context; 0: those that the file marks
     em: str = "minibatch"           # log-likelihoods that the E-step uses: minibatch (of this step), incremental (of

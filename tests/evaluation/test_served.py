@@ -327,17 +327,21 @@ def test_new_users_by_hand(job):
         assert np.ptp(q, axis=0).max() > 1e-3
 
 
-def test_evaluation_puts_every_parameter_back(job):
-    """Caught: experts left at a strength, so that what is computed after it is of another policy."""
+def test_each_strength_begins_at_the_experts(job):
+    """One run alone, at 0.2 and then at 0.5, has the rows of 1 and 0.5 of the evaluation of all. Caught: experts left
+    at a strength, so that the next one is a part of it; rows that depend on the other runs."""
     folder, results, _ = job
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "data.annotators.rewards", types.SimpleNamespace(score=score))
         patch.setattr(evaluation, "write_report", lambda home: None)
-        alone = evaluate(EvalConfig(dir=str(folder / "mixture"), batch=64, limit=3))
-    whole = [row["gain_by_prompt"][:3] for row in results["own_reward"]
-             if row["run"] in ("mixture", "in-context") and row["strength"] == 1]
-    assert len(whole) == 7
-    assert [row["gain_by_prompt"] for row in alone["own_reward"]] == [pytest.approx(row) for row in whole]
+        alone = evaluate(EvalConfig(dir=str(folder / "mixture"), batch=64, limit=3, strengths=(0.2, 0.5)))
+    whole, rows = ([row for row in found["own_reward"] if row["run"] == "mixture"] for found in (results, alone))
+    rows = {(row["users"], row["strength"]): row for row in rows}
+    assert {strength for _, strength in rows} == {0.2, 0.5, 1.0} and len(whole) == len(rows) * 2 / 3
+    for row in whole:
+        found = rows[row["users"], row["strength"]]
+        for name in ("gain_by_prompt", "kl_by_prompt"):
+            assert found[name] == pytest.approx(row[name][:3], abs=1e-5), (name, row["users"], row["strength"])
     for name, row in alone["policies"].items():
         assert row["values"] == results["policies"][name]["values"][:3]
 
