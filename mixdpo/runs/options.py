@@ -247,6 +247,9 @@ def unfit_experts(config: TrainConfig) -> list[tuple[str, bool, str]]:
          "got 0, but adapters (--sharing lora) have a rank; choose 1 or more"),
         ("train_trunk", not config.train_trunk and sharing != "heads",
          f"got false, but --sharing {sharing} has no heads to train; use --sharing heads, or leave this option out"),
+        ("start", config.shared_rank > 0 and config.start == "none",
+         "got none with --shared-rank: the experts begin equal, and adapters that deviate from the shared one "
+         "learn from differences only, so they would stay equal; choose --start linear or dirichlet"),
         ("rank", not config.train_trunk and K == 1 and config.rank == 0,
          "got 0 with --experts 1 and --train-trunk false, so nothing is trained; choose 1 or more"),
         ("model", "," in config.model and sharing != "models",

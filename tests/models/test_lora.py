@@ -33,6 +33,7 @@ from mixdpo.models.weights import load_model
 from mixdpo.preferences import Pair, collate
 from mixdpo.runs.checkpoint import load_state, trained_state
 from mixdpo.runs.load_run import load_run
+from mixdpo.runs.options import validate
 from mixdpo.text.tokenizer import load_tokenizer
 
 COUNT = 8       # 16 rows: no remainder behind the vector units' lanes, where silu rounds otherwise
@@ -460,3 +461,14 @@ def test_adapters_of_a_model_that_is_no_directory_bring_their_base(tmp_path, mod
     for place in (base, tmp_path / "out" / "expert-0", tmp_path / "out" / "expert-1"):
         assert (place / "tokenizer.json").is_file()
         assert place == base or str(base) in (place / "adapter_config.json").read_text()
+
+
+def test_a_shared_adapter_needs_a_start():
+    """Equal experts give deviations no gradient but rounding. Fault: the option accepted, and a run that depends on how
+    its batches are cut."""
+    options = dict(data="", model="", out="", sharing="lora", shared_rank=2)
+    validate(train.TrainConfig(**options))
+    with raises_at("--start linear", option="start"):
+        validate(train.TrainConfig(**options, start="none"))
+    with raises_at("--experts 2", option="shared_rank"):
+        validate(train.TrainConfig(**options, experts=1))
