@@ -1,4 +1,4 @@
-"""How a run starts: the first responsibilities, and what must hold before the first step.
+"""How a run starts: the first responsibilities or the evidence for them, and what must hold before the first step.
 
 Equal experts stay equal. While all experts equal the reference, every margin h is 0, q = w, and all experts get the
 same gradient (the symmetric saddle). Low-rank heads have different B_k and do separate, but by chance, not by the data.
@@ -11,7 +11,8 @@ rewards on the reference's frozen features, which can already see differences be
              w: fixed; or in closed form (M10); or log softmax(V c), by one step on
              sum_g q_g . log w(c_g) - l2/2 |V|^2 (M9)
 
-This M-step is a convex problem, and the fit takes seconds.
+This M-step is a convex problem, and the fit takes seconds. With context pairs the linear rewards stay in every E-step,
+as evidence (start_evidence); else they give the responsibilities of the first steps (first_responsibilities).
 
 The penalty is a prior: with D features of unit mean square and theta ~ N(0, I / l2), a margin theta . x has the
 standard deviation s = sqrt(D / l2) nats, so a value of s means the same for models of any width and files of any

@@ -9,7 +9,7 @@
     strengths               of policies between the reference and a run (mixdpo/evaluation/strength.py)
     continuations           sampled for each prompt
     heldout_pairs           pairs of each user on held-out prompts
-    context                 pairs of each user for the E-step alone, on prompts without training pairs (pairs.py)
+    context                 pairs of each user that the E-step reads, on prompts without other training pairs (pairs.py)
     agree                   share of pairs on which all types agree; None: as they come
     margin                  smallest gap, in spreads (pairs.py)
     reviews                 texts for fine-tuning

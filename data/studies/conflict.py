@@ -94,8 +94,8 @@ def page(rows):
     for world, found in worlds.items():
         methods = {m.name: m for m in pooled(found)}
         mixture, dpo, ceiling = frontier.main_methods(list(methods.values()))
-        gap = frontier.compare(mixture, dpo)
-        best, start = (frontier.compare(mixture, other, gap["kl"]) for other in (ceiling, methods["start"]))
+        kl = frontier.common_kl(mixture, dpo, ceiling, methods["start"])
+        gap, best, start = (frontier.compare(mixture, other, kl) for other in (dpo, ceiling, methods["start"]))
         d, e = gap["difference"], start["difference"]
         gains = gap["ours"], gap["theirs"], best["theirs"], start["theirs"]
         body.append([world, f"{gap['kl']:.1f}", *(f"{gain:+.3f}" for gain in gains),
@@ -115,7 +115,8 @@ def page(rows):
             f"{min(f['users'] - f['users_start'] for _, f in rows):+.3f} at worst.")
     head = ["world", "KL", "mixture", "one policy (DPO)", "known types", "start alone", "mixture minus DPO", "in SEs",
             "mixture minus start", "users right, start", "users right, EM"]
-    note = ("Gain in own reward at equal KL (nats), in spreads (the paper's annotators: on their scale from 0 to 1); "
+    note = ("Gain in own reward at the largest KL (nats) that all methods reach, in spreads (the paper's "
+            "annotators: on their scale from 0 to 1); "
             "errors by a bootstrap over prompts and seeds. Users right: share of users assigned to their type.")
     return "\n\n".join([text, table_of(head, body), note]), {
         "frontier": curves(lines, ("KL to the reference (nats)", "gain in own reward"), columns=4)}

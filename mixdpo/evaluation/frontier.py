@@ -109,12 +109,15 @@ def main_methods(found: list[Method]) -> tuple[Method | None, Method | None, Met
     return first("mixture"), baseline, first("known types")
 
 
+def common_kl(*found: Method) -> float:
+    """The largest KL that all these methods reach. Beyond it nothing is compared: there a frontier is not measured."""
+    return min(float(m.arrays()[0].mean((1, 2)).max()) for m in found)
+
+
 def compare(ours: Method, theirs: Method, kl: float | None = None) -> dict:
-    """compare_frontiers of two methods, at the largest KL that both reach or at a given one."""
-    a, b = ours.arrays(), theirs.arrays()
-    if kl is None:
-        kl = min(a[0].mean((1, 2)).max(), b[0].mean((1, 2)).max())
-    return compare_frontiers(a, b, float(kl))
+    """compare_frontiers of two methods, at the largest KL that both reach or at a smaller one."""
+    largest = common_kl(ours, theirs)
+    return compare_frontiers(ours.arrays(), theirs.arrays(), largest if kl is None else min(kl, largest))
 
 
 def own_reward_sentence(results: dict) -> str:
@@ -130,9 +133,9 @@ def own_reward_sentence(results: dict) -> str:
     if math.isfinite(found["ratio"]) and gap["mean"] > 2 * gap["se"]:
         text += f". The mixture reaches {baseline.name}'s gain at {found['ratio']:.2f} of its KL"
     if ceiling is not None:
-        best = compare(mixture, ceiling, found["kl"])["theirs"]
-        text += f". One policy per known type gains {best:.3f}"
-        text += f"; the mixture has {found['ours'] / best:.0%} of that" if best > 0 else ""
+        best = compare(mixture, ceiling, found["kl"])                       # at a smaller KL, if it reaches no larger
+        text += f". One policy per known type gains {best['theirs']:.3f} at {best['kl']:.1f} nats"
+        text += f"; the mixture has {best['ours'] / best['theirs']:.0%} of that" if best["theirs"] > 0 else ""
     return text + "."
 
 

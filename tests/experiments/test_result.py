@@ -42,7 +42,8 @@ def test_a_method_is_its_runs_of_any_seed_and_beta(job):
 
 
 def test_one_policy_per_known_type_is_one_method(job):
-    """Caught: the ceiling as two methods; the KL or the gain of one type for the mean of both."""
+    """Caught: the ceiling as two methods; the KL or the gain of one type for the mean of both; the
+    ceiling compared at a KL that it does not reach."""
     rows = [copy.deepcopy(row) for row in job.results["own_reward"] if row["run"] == "dpo"]
     parts = []
     for n, kind in enumerate(TYPES):
@@ -55,6 +56,12 @@ def test_one_policy_per_known_type_is_one_method(job):
     ceiling = frontier.main_methods(frontier.methods(job.results))[2]
     assert ceiling.name == "one policy per known type" and len(ceiling.points) == 2
     assert ceiling.full.kl.mean() == 1.5 and list(ceiling.full.types) == TYPES
+    mixture, baseline, _ = frontier.main_methods(frontier.methods(job.results))
+    assert frontier.common_kl(mixture, baseline) > 1.5 == frontier.common_kl(mixture, baseline, ceiling)
+    best = frontier.compare(mixture, ceiling, 4.0)                          # beyond 1.5 it would be taken to stay level
+    assert best["kl"] == 1.5 and best["ours"] == pytest.approx(np.interp(1.5, *mixture.line()))
+    assert f"{best['theirs']:.3f} at 1.5 nats; the mixture has {best['ours'] / best['theirs']:.0%}" in sentences(
+        job.results)[0]
 
 
 def test_the_sentence_compares_at_equal_kl(job):
