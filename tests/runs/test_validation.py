@@ -14,7 +14,7 @@ from mixdpo.runs.reference import load_references
 OPTIONS = dict(latent="user", epochs=12, head_lr=0.05, evaluate_every=4, beta=0.5)      # 0.05: it overfits
 CASES = {"all pairs": {}, "context": dict(estep="context", context=1),
          "one expert": dict(experts=1, latent="pair", sharing="lora"),
-         "adapters": dict(sharing="lora", shared_rank=2)}
+         "adapters": dict(sharing="lora", shared_rank=2), "gate": dict(gate="user", gate_lr=0.5)}
 
 
 def files(tmp_path):
