@@ -247,6 +247,8 @@ def unfit_experts(config: TrainConfig) -> list[tuple[str, bool, str]]:
          "got 0, but adapters (--sharing lora) have a rank; choose 1 or more"),
         ("train_trunk", not config.train_trunk and sharing != "heads",
          f"got false, but --sharing {sharing} has no heads to train; use --sharing heads, or leave this option out"),
+        (given, bool(begun or frozen) and config.shared_rank > 0,
+         "cannot be used with --shared-rank, because every expert has the shared adapter; leave one of them out"),
         ("start", config.shared_rank > 0 and config.start == "none",
          "got none with --shared-rank: the experts begin equal, and adapters that deviate from the shared one "
          "learn from differences only, so they would stay equal; choose --start linear or dirichlet"),
@@ -261,8 +263,6 @@ def unfit_experts(config: TrainConfig) -> list[tuple[str, bool, str]]:
          f"got {len(begun)} entries for {K} experts; give RUN:k or fresh for each expert"),
         ("freeze", any(k < 0 or k >= K for k in frozen) or len(set(frozen)) < len(frozen),
          f"got {config.freeze!r}; choose different numbers from 0 to {K - 1}, or all"),
-        (given, bool(begun or frozen) and config.shared_rank > 0,
-         "cannot be used with --shared-rank, because every expert has the shared adapter; leave one of them out"),
         (given, bool(begun or frozen) and K == 1,
          "is for a mixture, but --experts is 1; use --experts 2 or more, or leave this option out"),
         (given, bool(begun or frozen) and sharing == "heads" and config.train_trunk,
