@@ -51,7 +51,7 @@ def policy_rows(runs: list[Run], task: CompletionTask, done: dict | None = None)
     rows = {"reference": reference_row(task, dtype)}
     done["reference"] = rows["reference"]["ids"]
     for run in runs:
-        done[run.name] = complete(run, task, done["reference"], run.name)
+        done[run.name] = complete(run, task, run.name)
         rows |= run_rows(run, task, states, *done[run.name])
     return rows
 
@@ -62,19 +62,18 @@ def reference_row(task: CompletionTask, dtype: torch.dtype) -> dict:
     plain, = sample([(reference, reference.unembedding)], task, dtype, "reference")
     kl = torch.zeros(len(plain))                                            # exactly, at temperature 1
     if task.sampling.temperature != 1:
-        kl = log_ratios(task, Heads(reference, 1, dtype=dtype), True, [plain], plain, "reference")[0, :, 0]
+        kl = log_ratios(task, Heads(reference, 1, dtype=dtype), True, [plain], "reference")[0, :, 0]
     return {"ids": plain, "kl": kl, "z": None}
 
 
-def complete(run: Run, task: CompletionTask, plain: list[list[int]], name: str
-             ) -> tuple[list[list[list[int]]], torch.Tensor]:
+def complete(run: Run, task: CompletionTask, name: str) -> tuple[list[list[list[int]]], torch.Tensor]:
     """Completions by each expert of a run, K lists of N, and log pi_j - log pi_ref of each under every expert j,
-    (K,N,K) nats. plain: the reference's completions."""
+    (K,N,K) nats."""
     K, ids = run.config.experts, []
     for experts in [range(K)] if run.config.sharing == "heads" else [[k] for k in range(K)]:
         ids += sample([run.experts.policy(k) for k in experts], task, run.experts.dtype,
                       f"{name} expert {'+'.join(map(str, experts))}")
-    return ids, log_ratios(task, run.experts, not run.config.train_trunk, ids, plain, name)
+    return ids, log_ratios(task, run.experts, not run.config.train_trunk, ids, name)
 
 
 def run_rows(run: Run, task: CompletionTask, states: torch.Tensor, ids: list, kl: torch.Tensor) -> dict:
@@ -102,18 +101,18 @@ def sample(policies: list[tuple], task: CompletionTask, dtype, name: str) -> lis
     return generate_heads(model, heads, [p.prompt for p in task.prompts], sampling, Progress(name))
 
 
-def log_ratios(task: CompletionTask, experts, frozen: bool, texts: list[list], spare: list, name: str) -> torch.Tensor:
+def log_ratios(task: CompletionTask, experts, frozen: bool, texts: list[list], name: str) -> torch.Tensor:
     """log pi_j - log pi_ref of every expert's completions under every expert j: (K,N,K) nats.
 
     pi_j is the policy as it was sampled: at the sampling temperature, token by token. At temperature 0 it has
     probability 1 for its own completion and 0 for others. texts: K lists of N completions; frozen: whether the experts'
     trunk is the reference's. Completions of two experts go through the model together, behind a shared prompt; if K is
-    odd, the last one goes with `spare`, whose result is dropped.
+    odd, the last one goes with an empty text, whose result is dropped.
     """
     policy, base, K, temperature = [], [], len(texts), task.sampling.temperature
-    prompts = [p.prompt for p in task.prompts]
+    prompts, empty = [p.prompt for p in task.prompts], [[task.sampling.eos]] * len(task.prompts)
     for k in range(0, K, 2):
-        two = [*texts[k : k + 2], spare][:2]
+        two = [*texts[k : k + 2], empty][:2]
         pairs = [Pair(prompt, *both) for prompt, *both in zip(prompts, *two)]
         ref = compute_reference(task.reference, pairs, experts.dtype)
         base.append(ref.logp.permute(2, 0, 1))                              # (2,N,1)
@@ -161,9 +160,17 @@ def reward_table(rows: dict, texts: dict, dataset: dict, score) -> dict:
 
 def all_scores(score: Callable, dataset: dict, folder: Path) -> Callable:
     """texts -> {reward: the score of each}: the rewards that dataset.json names, and the utilities of types that it
-    defines as sums of weight times reward. score(texts, rewards, folder): data/annotators/rewards.py's."""
+    defines as sums of weight times reward. Each text is scored once. score(texts, rewards, folder):
+    data/annotators/rewards.py's."""
+    known: dict[str, tuple] = {}
+
     def scores(texts: list[str]) -> dict[str, list[float]]:
-        return with_utilities(score(texts, dataset["rewards"], folder), dataset.get("utilities", {}))
+        new = list(dict.fromkeys(text for text in texts if text not in known))
+        if new:
+            found = score(new, dataset["rewards"], folder)
+            known.update(zip(new, zip(*(found[reward] for reward in dataset["rewards"]))))
+        columns = map(list, zip(*(known[text] for text in texts)))
+        return with_utilities(dict(zip(dataset["rewards"], columns)), dataset.get("utilities", {}))
 
     return scores
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mixdpo.evaluation.own_reward import compare_frontiers, hull
-from mixdpo.evaluation.statistics import mean_se
+from mixdpo.evaluation.statistics import NONE, evidence, mean_se, pm
 
 FREE = ("seed", "beta", "out", "data", "data_folder", "micro", "save_minutes", "keep")      # not part of a method
 
@@ -129,7 +129,7 @@ def own_reward_sentence(results: dict) -> str:
     gap = found["difference"]
     text = (f"Each user's own reward rises by {found['ours']:.3f} with the mixture and by {found['theirs']:.3f} with "
             f"one policy for all ({baseline.name}) at the same KL of {found['kl']:.1f} nats: the difference is "
-            f"{with_error(gap)}, {in_errors(gap)}")
+            f"{pm(gap, sign='+')}, {evidence(gap)}")
     if math.isfinite(found["ratio"]) and gap["mean"] > 2 * gap["se"]:
         text += f". The mixture reaches {baseline.name}'s gain at {found['ratio']:.2f} of its KL"
     if ceiling is not None:
@@ -137,20 +137,6 @@ def own_reward_sentence(results: dict) -> str:
         text += f". One policy per known type gains {best['theirs']:.3f} at {best['kl']:.1f} nats"
         text += f"; the mixture has {best['ours'] / best['theirs']:.0%} of that" if best["theirs"] > 0 else ""
     return text + "."
-
-
-def in_errors(gap: dict) -> str:
-    """A difference in standard errors."""
-    if not gap["se"] > 0:
-        return "without a standard error"
-    ratio = abs(gap["mean"]) / gap["se"]
-    return f"{ratio:.1f} standard errors" + ("" if ratio >= 2 else ", which may be chance")
-
-
-def with_error(figure: dict) -> str:
-    """mean ± standard error, or the mean alone."""
-    mean = f"{figure['mean']:+.3f}"
-    return f"{mean} ± {figure['se']:.3f}" if math.isfinite(figure["se"]) else mean
 
 
 def own_reward_table(results: dict) -> tuple[list[str], list[list[str]]]:
@@ -164,11 +150,11 @@ def own_reward_table(results: dict) -> tuple[list[str], list[list[str]]]:
             "at equal KL,\nminus baseline", "at KL\n(nats)"]
     rows = []
     for m in found:
-        p, cells = m.full, ["–", "–"]
+        p, cells = m.full, [NONE, NONE]
         if baseline is not None and m.serves != "one policy":
             c = compare(m, baseline)
-            cells = [with_error(c["difference"]), f"{c['kl']:.1f}"]
-        rows.append([m.name, with_error(mean_se(p.gain.mean(0))),
-                     *(f"{p.types[kind]:+.3f}" if kind in p.types else "–" for kind in kinds),
+            cells = [pm(c["difference"], sign="+"), f"{c['kl']:.1f}"]
+        rows.append([m.name, pm(mean_se(p.gain.mean(0)), sign="+"),
+                     *(f"{p.types[kind]:+.3f}" if kind in p.types else NONE for kind in kinds),
                      f"{p.kl.mean():.1f}", f"{p.length:.1f}", *cells])
     return head, rows

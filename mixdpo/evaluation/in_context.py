@@ -40,7 +40,8 @@ def served_in_context(pairs: list[Pair], types: list[str], task: CompletionTask,
             return None
         ids, = sample([(task.reference, task.reference.unembedding)], replace(task, prompts=prompts), dtype,
                       f"in context, {types[t]}")
-        asked = ([Pair(p.prompt, y, y) for p, y in zip(some, ids)] for some in (prompts, task.prompts))
+        asked = ([Pair(p.prompt, y, [task.sampling.eos]) for p, y in zip(some, ids)]
+                 for some in (prompts, task.prompts))
         with_them, without = (compute_reference(task.reference, some, dtype).logp[:, 0, 0] for some in asked)
         gains.append(values(ids)[:, t] - base[:, t])
         kls.append(with_them - without)

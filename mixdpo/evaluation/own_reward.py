@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mixdpo.evaluation.statistics import clustered_se, mean_se
+from mixdpo.evaluation.statistics import clustered_se, grid_se, mean_se
 
 RESAMPLES = 1000
+AT_ONCE = 64        # users whose numbers are in memory together
 
 
 @dataclass(frozen=True)
@@ -53,25 +54,28 @@ def serve(values: torch.Tensor, log_ratio: torch.Tensor, log_q: torch.Tensor, ki
     """
     values = values.double() if base is None else values.double() - base.double()
     N, T = values.shape[1:]
-    log_q = (log_q[:, None] if log_q.ndim == 2 else log_q).double().expand(-1, N, -1)       # (U,N,K)
-    q, users = log_q.exp(), kind.bincount(minlength=T)
+    log_q, users = log_q[:, None] if log_q.ndim == 2 else log_q, kind.bincount(minlength=T)         # (U,1 or N,K)
     assert users.all(), f"got types without users: {users.tolist()}"
-    own = torch.einsum("unk,knu->un", q, values[..., kind])                 # (U,N)
-    mixed = torch.logsumexp(log_q[:, None] + log_ratio.double(), dim=-1)    # (U,K,N) of y_k  M14
-    kl = torch.einsum("unk,ukn->un", q, mixed.masked_fill(q.mT == 0, 0.0))  # (U,N)
     weight = 1 / (T * users.double()[kind])                                 # (U,) sums to 1
-    reward = torch.stack([own[kind == t].mean(0) for t in range(T)])        # (T,N)
-    return Served(reward, weight @ kl, torch.einsum("u,unk->nk", weight, q),
-                  two_way_se(own - reward.mean(1)[kind, None], weight, T), [mean_se(row) for row in reward])
+    own, kl, mean_q = [], torch.zeros(N, dtype=torch.float64), torch.zeros(N, values.shape[0], dtype=torch.float64)
+    for some in range(0, len(kind), AT_ONCE):                               # (u,N,K,K) numbers at once, not (U,N,K,K)
+        u = slice(some, some + AT_ONCE)
+        q = log_q[u].double().exp().expand(-1, N, -1)                       # (u,N,K)
+        own.append(torch.einsum("unk,knu->un", q, values[..., kind[u]]))
+        mixed = torch.logsumexp(log_q[u, None].double() + log_ratio.double(), dim=-1)       # (u,K,N) of y_k  M14
+        kl += torch.einsum("u,unk,ukn->n", weight[u], q, mixed.masked_fill(q.mT == 0, 0.0))
+        mean_q += torch.einsum("u,unk->nk", weight[u], q)
+    all_own = torch.cat(own)                                                # (U,N)
+    reward = torch.stack([all_own[kind == t].mean(0) for t in range(T)])    # (T,N)
+    return Served(reward, kl, mean_q, se_of_mean(all_own - reward.mean(1)[kind, None], weight, T),
+                  [mean_se(row) for row in reward])
 
 
-def two_way_se(residual: torch.Tensor, weight: torch.Tensor, types: int) -> float:
+def se_of_mean(residual: torch.Tensor, weight: torch.Tensor, types: int) -> float:
     """Standard error of the weighted mean over users and prompts, clustered by both: residuals (U,N) from the mean of
     the user's type, weights of users (U,). One user of each type stands for all of them, and is no cluster."""
-    U, N = residual.shape
-    users, prompts = torch.arange(U).repeat_interleave(N).tolist(), list(range(N)) * U
-    clusters = [prompts, users] if U > types else [prompts]
-    return clustered_se((weight[:, None] / N * residual).flatten(), *clusters)
+    influence = weight[:, None] / residual.shape[1] * residual
+    return grid_se(influence) if len(weight) > types else clustered_se(influence.sum(0))
 
 
 # --- comparisons at equal KL ------------------------------------------------------------------------------------------

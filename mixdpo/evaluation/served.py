@@ -67,10 +67,10 @@ def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, streng
     served = types if "domains" not in inputs.dataset else ["everybody"]
     users, rows = Users(served, task.prompts, states, known, values(plain)), []
     for run in [*inputs.runs, *soups(inputs.runs)]:
-        for strength in (1.0, *strengths):
+        for strength in (1.0, *strengths) if run.name in done else (1.0,):      # of a soup one point is enough
             with at_strength(run.experts, inputs.references, strength):
                 ids, log_ratio = done[run.name] if strength == 1 and run.name in done else complete(
-                    run, task, plain, f"{run.name} at {strength:g}")
+                    run, task, f"{run.name} at {strength:g}")
             length = torch.tensor([[len(y) for y in texts] for texts in ids])
             completed = Completed(torch.stack([values(texts) for texts in ids]), log_ratio, length)
             rows += [{"run": run.name, "users": kind, "strength": strength, "config": asdict(run.config)} | figures

@@ -15,16 +15,21 @@ from collections import Counter
 
 import torch
 
+NONE = "–"      # a cell without a number
+
 
 def one_way_variance(influence: torch.Tensor, cluster: list | None) -> float:
     """Variance of a sum of centred terms (N,). Terms with equal entries in `cluster` (N) may be dependent; None means
     that all terms are independent. NaN for a single cluster."""
     if cluster is None:
-        sums = influence
-    else:
-        place = {name: n for n, name in enumerate(dict.fromkeys(cluster))}
-        index = torch.tensor([place[name] for name in cluster])
-        sums = influence.new_zeros(len(place)).index_add(0, index, influence)               # (C,)
+        return variance_of_sum(influence)
+    place = {name: n for n, name in enumerate(dict.fromkeys(cluster))}
+    index = torch.tensor([place[name] for name in cluster])
+    return variance_of_sum(influence.new_zeros(len(place)).index_add(0, index, influence))
+
+
+def variance_of_sum(sums: torch.Tensor) -> float:
+    """Variance of the sum of C independent terms (C,), each the centred sum of a cluster; NaN for a single one."""
     C = len(sums)
     return C / (C - 1) * float(sums.square().sum()) if C > 1 else math.nan
 
@@ -40,8 +45,18 @@ def clustered_se(influence: torch.Tensor, *clusters: list) -> float:
     if len(clusters) < 2:
         return math.sqrt(one_way_variance(influence, *(clusters or [None])))
     first, second = (one_way_variance(influence, cluster) for cluster in clusters)
-    both = one_way_variance(influence, list(zip(*clusters, strict=True)))
+    return two_way_se(first, second, one_way_variance(influence, list(zip(*clusters, strict=True))))
+
+
+def two_way_se(first: float, second: float, both: float) -> float:
+    """sqrt(V_1 + V_2 - V_both), and at least each way's own."""
     return math.sqrt(max(first + second - both, first, second))             # NaN in front of max stays NaN
+
+
+def grid_se(influence: torch.Tensor) -> float:
+    """`clustered_se` by row and by column of a table of centred terms (A,B), with one term in each cell."""
+    ways = (influence.sum(1), influence.sum(0), influence.flatten())
+    return two_way_se(*map(variance_of_sum, ways))
 
 
 def mean_se(values, *clusters: list) -> dict:
@@ -142,3 +157,22 @@ def bayes_posterior(units: list[list[dict]], annotators: list[str]) -> torch.Ten
         possible = log_lik.max() > -torch.inf
         rows.append(torch.softmax(log_lik, 0) if possible else torch.full_like(log_lik, 1 / len(annotators)))
     return torch.stack(rows)
+
+
+# --- figures as text --------------------------------------------------------------------------------------------------
+
+
+def pm(figure: dict, digits: int = 3, sign: str = "") -> str:
+    """mean ± standard error; the mean alone if there is no standard error, "–" if there is no mean."""
+    if not math.isfinite(figure["mean"]):
+        return NONE
+    mean = f"{figure['mean']:{sign}.{digits}f}"
+    return f"{mean} ± {figure['se']:.{digits}f}" if math.isfinite(figure["se"]) else mean
+
+
+def evidence(difference: dict) -> str:
+    """A difference over its standard error, in words."""
+    if not difference["se"] > 0:
+        return "no standard error"
+    ratio = abs(difference["mean"]) / difference["se"]
+    return f"{ratio:.1f} standard errors" + ("" if ratio >= 2 else ": this may be chance")

@@ -11,9 +11,8 @@ import numpy as np
 
 from mixdpo.evaluation.collapse import describe_active, describe_collapse
 from mixdpo.evaluation.frontier import own_reward_sentence, own_reward_table
-from mixdpo.evaluation.statistics import mean_se
+from mixdpo.evaluation.statistics import NONE, evidence, mean_se, pm
 
-NONE = "–"                                                                  # a cell without a number
 NO_REWARD = ("trained", "gain", "kl", "length", "values", "w")              # keys of a policy besides its rewards
 
 
@@ -28,14 +27,6 @@ def table(title: str, head: list[str], rows: list[list[str]], left: int = 1) -> 
                        for c, (cell, w) in enumerate(zip(line, widths))).rstrip() for line in lines]
     rule = "-" * (sum(widths) + 3 * (len(widths) - 1))
     return "\n".join(["", title, "", *text[:height], rule, *text[height:]])
-
-
-def pm(figure: dict, digits: int = 3, sign: str = "") -> str:
-    """mean ± standard error; the mean alone if there is no standard error, "–" if there is no mean."""
-    if not math.isfinite(figure["mean"]):
-        return NONE
-    mean = f"{figure['mean']:{sign}.{digits}f}"
-    return f"{mean} ± {figure['se']:.{digits}f}" if math.isfinite(figure["se"]) else mean
 
 
 def all_tables(results: dict) -> str:
@@ -206,14 +197,6 @@ def mean_rewards(results: dict, policy: str) -> np.ndarray:
     row = results["policies"][policy]
     rewards = [name for name in row if name not in NO_REWARD]
     return np.array(row["values"])[:, [rewards.index(name) for name in results["trained_rewards"]]].mean(1)
-
-
-def evidence(difference: dict) -> str:
-    """A difference over its standard error, in words."""
-    if not difference["se"] > 0:
-        return "no standard error"
-    ratio = abs(difference["mean"]) / difference["se"]
-    return f"{ratio:.1f} standard errors" + ("" if ratio >= 2 else ": this may be chance")
 
 
 # --- win rates --------------------------------------------------------------------------------------------------------

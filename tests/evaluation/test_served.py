@@ -21,7 +21,7 @@ from mixdpo import config as configs
 from mixdpo.config import InputError
 from mixdpo.evaluation import in_context as in_context_module
 from mixdpo.evaluation import served
-from mixdpo.evaluation.completions import CompletionTask, with_utilities
+from mixdpo.evaluation.completions import CompletionTask, all_scores, with_utilities
 from mixdpo.evaluation.generate import Sampling, generate
 from mixdpo.evaluation.heldout import margins_of
 from mixdpo.evaluation.statistics import mean_se
@@ -162,7 +162,7 @@ def test_who_is_served_what(job):
     assert rows == {("dpo", "all users"), ("dpo-first", "type first"), ("moe", "unknown users"),
                     *((run, kind) for run in ("mixture", "adapters") for kind in ("unknown users", *known)),
                     ("adapters-soup", "all users"), ("in-context", "in context")}
-    assert len(results["own_reward"]) == 2 * len(rows) - 1                  # examples have one strength
+    assert len(results["own_reward"]) == 2 * len(rows) - 2                  # examples and soups have one strength
     assert {row["strength"] for row in results["own_reward"]} == {0.5, 1.0}
     for row in results["own_reward"]:
         of = {"adapters-soup": "adapters", "in-context": "adapters"}.get(row["run"], row["run"])
@@ -188,24 +188,22 @@ def test_one_policy_by_hand(job, strength):
     assert row["gain"]["se"] == pytest.approx(mean_se(gain[0, :, 0])["se"], abs=1e-6)
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_a_soup_by_hand(job, strength):
+def test_a_soup_by_hand(job):
     """One policy for all, whose parameters are the mean of the experts'. Caught: one of the experts; the mean of their
-    log-probs; factors averaged, and not their products; a soup at the whole strength, or of the experts at half of it
-    and then at half of that; the mixture's completions, which have its name's beginning."""
+    log-probs; factors averaged, and not their products; a soup of the experts at half of their strength; the
+    mixture's completions, which have its name's beginning."""
     reference = load_model(job[2])
     models = [load_run(job[0] / "adapters", "cpu", "").experts.policy(k)[0] for k in range(2)]
     with torch.no_grad():
-        for p, base, *own in zip(reference.parameters(), load_model(job[2]).parameters(),
-                                 *(model.parameters() for model in models), strict=True):
-            p.copy_(base + strength * ((own[0] + own[1]) / 2 - base))
+        for p, *own in zip(reference.parameters(), *(model.parameters() for model in models), strict=True):
+            p.copy_((own[0] + own[1]) / 2)
     policy = types.SimpleNamespace(K=1, policy=lambda k: (reference, reference.unembedding))
     run = types.SimpleNamespace(config=types.SimpleNamespace(experts=1), experts=policy)
     gain, ratio, length = completed_by_hand(job, run)
-    row = row_of(job, "adapters-soup", "all users", strength)
+    row = row_of(job, "adapters-soup", "all users", 1.0)
     compare(row, figures(gain, ratio, length, [[1.0]] * 2, TYPES), TYPES)
     assert abs(ratio).max() > 0.01
-    alone = [row_of(job, "adapters", f"{kind} users", strength)["kl"] for kind in ("known", "unknown")]
+    alone = [row_of(job, "adapters", f"{kind} users", 1.0)["kl"] for kind in ("known", "unknown")]
     assert min(abs(kl - ratio.mean()) for kl in alone) > 1e-3, "a soup that is like the mixture tests nothing"
 
 
@@ -369,6 +367,20 @@ def test_the_judges_of_a_domain_score_its_prompts():
     found = {"a": [1.0, 2.0, 3.0], "b": [10.0, 20.0, 30.0], "c": [100.0, 200.0, 300.0]}
     judges = {"x": ["a", "b"], "y": ["c"]}
     assert served.own_scores(found, ["x", "y", "x"], judges) == [5.5, 200.0, 16.5]
+
+
+def test_each_text_is_scored_once():
+    """Caught: a text scored again; the score of another text; an order of texts other than asked; an empty list."""
+    seen = []
+
+    def score(texts, names, folder):
+        seen.extend(texts)
+        return {"length": [float(len(text)) for text in texts], "a": [float(text.count("a")) for text in texts]}
+
+    scores = all_scores(score, {"rewards": ["length", "a"], "utilities": {"u": {"length": 1.0, "a": 2.0}}}, None)
+    assert scores(["aa", "b", "aa"]) == {"length": [2.0, 1.0, 2.0], "a": [2.0, 0.0, 2.0], "u": [6.0, 1.0, 6.0]}
+    assert scores(["ccc", "b"]) == {"length": [3.0, 1.0], "a": [0.0, 0.0], "u": [3.0, 1.0]}
+    assert scores(["b"])["u"] == [1.0] and seen == ["aa", "b", "ccc"]
 
 
 def test_utilities_are_weighted_sums():
