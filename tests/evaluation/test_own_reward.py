@@ -63,9 +63,10 @@ def two_way(own, kind):
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("at_once", [1, 3, 64])
 def test_serving_is_a_loop_over_users_prompts_and_experts(sparse, by_prompt, based, at_once, monkeypatch):
-    """Caught: users of the last part left out, or the first ones' weights for all parts; the reward of another type; types weighted by their number of users; KL under another user's weights, of
-    the expert alone, or with K and j exchanged; weights of prompt 0 for all; a weight of 0 that gives NaN; the
-    reference's reward not subtracted; errors that cluster by prompts alone, or from the mean of all types."""
+    """Caught: users of the last part left out, or the first ones' weights for all parts; the reward of another type;
+    types weighted by their number of users; KL under another user's weights, of the expert alone, or with K and j
+    exchanged; weights of prompt 0 for all; a weight of 0 that gives NaN; the reference's reward not subtracted; errors
+    that cluster by prompts alone, or from the mean of all types."""
     monkeypatch.setattr(own_reward, "AT_ONCE", at_once)
     values, ratio, log_q, kind, base = made(by_prompt=by_prompt)
     if sparse:
