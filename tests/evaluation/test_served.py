@@ -236,10 +236,11 @@ def test_users_served_in_context_by_hand(job):
     assert row["gain"]["se"] == pytest.approx(mean_se(want[0])["se"], abs=1e-6) and abs(np.array(kl)).max() > 0.1
 
 
-def in_context(pairs, context=64):
+def in_context(pairs, context=64, temperature=1.0):
     """What served_in_context gives on the pairs, at the first prompt that a policy would see: None, or the prompts."""
     config = types.SimpleNamespace(context=context)
-    task = CompletionTask(types.SimpleNamespace(config=config, unembedding=None), [Pair([9], [], [])], Sampling(3, 0))
+    task = CompletionTask(types.SimpleNamespace(config=config, unembedding=None), [Pair([9], [], [])],
+                          Sampling(3, 0, temperature))
     tokenizer, seen = types.SimpleNamespace(bos=7, eos=0, encode=lambda text: [8]), []
 
     def sample(policies, task, *rest):
@@ -259,13 +260,14 @@ def in_context(pairs, context=64):
 
 def test_in_context_needs_users_of_each_type_and_room():
     """Caught: users of fewer pairs, or a type without users, which would end with a traceback; a prompt longer than the
-    context; the start token once an example."""
+    context; the start token once an example; a KL at another temperature than that of sampling."""
     pairs = [Pair([7, 2], [3 + n % 2, 0], [5, 0], user=f"u{n % 2}", annotator=TYPES[n % 2]) for n in range(8)]
     shown = [7, *[2, 3, 8] * 4, 9], [7, *[2, 4, 8] * 4, 9]
     assert in_context(pairs) == [*shown] == in_context(pairs, context=len(shown[0]) + 3)
     assert in_context(pairs, context=len(shown[0]) + 2) is None
     assert in_context(pairs[:7]) is None                                    # u1 has three
     assert in_context([pair for pair in pairs if pair.annotator == "first"]) is None
+    assert in_context(pairs, temperature=0.5) is None                       # the log-probs are at temperature 1
 
 
 def test_pairs_without_users_have_no_row_in_context():

@@ -6,8 +6,11 @@ import torch
 from raising import raises_at
 from test_resume import Stopped, stop_at
 
+import train
 from mixdpo.evaluation.heldout import margins_of
+from mixdpo.files.atomic import read_tensors
 from mixdpo.preferences import groups
+from mixdpo.runs.checkpoint import trained_state
 from mixdpo.runs.load_run import load_run
 from mixdpo.runs.reference import load_references
 
@@ -57,6 +60,25 @@ def test_the_parameters_that_predict_best_are_kept(tmp_path, model_dir, case):
         unit = run.plan.units[1]
         q = torch.log_softmax(log_w[unit[0]] + torch.nn.functional.logsigmoid(h[unit]).sum(0), 0)
         assert torch.allclose(run.table[1], q, atol=1e-4), "responsibilities of other parameters"
+
+
+@pytest.mark.parametrize("case", ["all pairs", "context"])
+def test_the_last_e_step_reads_the_parameters_that_were_put_back(tmp_path, model_dir, case, monkeypatch):
+    """With context pairs it comes before the last part. Caught: parameters put back at the end of the run only, so that
+    responsibilities belong to others."""
+    records, heldout = files(tmp_path)
+    seen, e_step_of_all = [], train.visit_log_likelihoods
+
+    def checked(state, problem, *rest):
+        best, header = read_tensors(tmp_path / "run" / "best.safetensors")
+        own = trained_state(state.experts)
+        seen.append((state.t, header["step"], all(torch.equal(own[name], best[name]) for name in own)))
+        return e_step_of_all(state, problem, *rest)
+
+    monkeypatch.setattr(train, "visit_log_likelihoods", checked)
+    tinyjob.run(tmp_path, model_dir, records, name="run", validation=heldout, **OPTIONS | CASES[case])
+    (t, best, equal), = seen
+    assert equal and int(best) < t
 
 
 @pytest.mark.parametrize("stop", [3, 8, 21])
