@@ -124,7 +124,8 @@ def held_out(K, kinds, rng, n=40):
         for n in range(2):
             found = ("ari", "matched", "bayes_ari", "bayes_matched")
             aligned[n] = {name: rng.uniform(0, 1) for name in found} | {"units": 12 + n, "naming": naming}
-    near = {"accuracy_mbt": 0.6, "accuracy_own": 0.65, "log_likelihood": -0.68, "log_likelihood_own": -0.66}
+    near = {"accuracy_mbt": 0.6, "accuracy_own": 0.65, "log_likelihood": -0.68, "log_likelihood_own": -0.66,
+            "log_likelihood_calibrated": -0.65}
     return {
         "experts": K,
         "weights": [1 / K] * K,

@@ -202,13 +202,15 @@ def preferences(job: Job) -> str:
             shares = [pm(by[kind][k]) if kind in by else NONE for kind in kinds]
             of_expert.append([escape(run), str(k), escape(own or NONE), *shares, pm(figures["accuracy_all"][k]),
                               *([pm(gap, sign="+"), in_ses(gap)] if gap else [NONE, NONE])])
-        nats = [pm(figures[name], 4) for name in ("log_likelihood", "log_likelihood_own", "elbo_gap")]
+        nats = [pm(figures[name], 4) for name in ("log_likelihood", "log_likelihood_own",
+                                                      "log_likelihood_calibrated", "elbo_gap")]
         of_run.append([escape(run), plain(figures["weights"]), pm(figures["accuracy_mbt"]), pm(figures["accuracy_own"]),
                        *nats, f"{figures['effective_experts']:.2f}", describe_active(figures)])
     judged = [f"judged by {escape(kind)}" if kind != "all" else "judge unknown" for kind in kinds]
     head = ["run", "expert", "named after", *judged, "all", "own - other", "in SEs"]
     head_of_run = ["run", "w", "accuracy, w", "accuracy, user's weights", "log-likelihood, w (nats)",
-                   "log-likelihood, user's weights (nats)", "ELBO gap (nats)", "effective experts", "active experts"]
+                   "log-likelihood, user's weights (nats)", "log-likelihood, calibrated (nats)", "ELBO gap (nats)",
+                   "effective experts", "active experts"]
     warnings = [describe_collapse(run, figures) for run, figures in job.results["preferences"].items()]
     return section(
         title,
@@ -218,7 +220,8 @@ def preferences(job: Job) -> str:
         table(head, of_expert, left=3),
         "The mixture of Bradley-Terry per pair. A log-likelihood above -0.6931 is better than chance. The user's "
         "weights are the user's responsibilities after training, or w for an unknown user; their standard errors are "
-        "clustered by prompt and user. Removing an active expert lowers the log-likelihood (one-sided test at 5 %).",
+        "clustered by prompt and user. Calibrated: margins are divided by a temperature that is fitted on the other "
+        "half of the users. Removing an active expert lowers the log-likelihood (one-sided test at 5 %).",
         table(head_of_run, of_run),
         "\n".join(f"- {escape(warning)}" for warning in warnings if warning))
 

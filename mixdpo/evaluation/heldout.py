@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from mixdpo.dpo import accuracy, margins, mixture_accuracy
+from mixdpo.evaluation.calibration import calibrated
 from mixdpo.evaluation.collapse import collapse_figures, half_split_weights
 from mixdpo.evaluation.statistics import (
     adjusted_rand_index,
@@ -135,6 +136,8 @@ def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, log_w: torc
     number = {p: n for n, p in enumerate(dict.fromkeys(tuple(pair.prompt) for pair in pairs))}
     prompt, kind_of = [number[tuple(p.prompt)] for p in pairs], [p.annotator or "all" for p in pairs]
     user = [n if p.user is None else p.user for n, p in enumerate(pairs)]   # each unknown user is its own cluster
+    owner = [prompt[n] if p.user is None else p.user for n, p in enumerate(pairs)]
+    log_p_calibrated, temperatures = calibrated(log_own, h, owner)
     gate_clusters = [prompt, user] if run.config.gate in ("user", "prompt-user") else [prompt]  # w depends on the user
     masks = {kind: torch.tensor([k == kind for k in kind_of]) for kind in sorted(set(kind_of))}
     training = alignment(run.table, run.plan.units, run.plan.pairs) if run.config.experts > 1 else {}
@@ -164,6 +167,8 @@ def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, log_w: torc
         "accuracy_own": mean_se(right_own, prompt, user),
         "log_likelihood": mean_se(log_p, *gate_clusters),                   # M5 under w
         "log_likelihood_own": mean_se(log_p_own, prompt, user),             # M5 under each user's own weights
+        "log_likelihood_calibrated": mean_se(log_p_calibrated, prompt, user),
+        "temperatures": temperatures,                                       # of margins: calibration.py
         "elbo_gap": mean_se(log_p_own - elbo(log_own, log_own, h), prompt, user),
         "prompts": len(set(prompt)),
         "by_pair": log_p.tolist(),                                          # M5 under w, for paired comparisons of runs

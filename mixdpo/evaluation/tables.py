@@ -45,6 +45,7 @@ def preference_table(results: dict) -> str:
         types = {kind: of["accuracy"] for kind, of in figures["types"].items()}
         worst = min(types, key=lambda kind: types[kind]["mean"])
         rows.append([run, pm(figures["log_likelihood"], 4), pm(figures["log_likelihood_own"], 4),
+                     pm(figures["log_likelihood_calibrated"], 4),
                      pm(figures["accuracy_mbt"]), pm(figures["accuracy_own"]),
                      f"{worst} {pm(types[worst])}" if len(types) > 1 else NONE, f"{figures['effective_experts']:.2f}",
                      describe_active(figures)])
@@ -52,9 +53,11 @@ def preference_table(results: dict) -> str:
         return ""
     first = next(iter(results["preferences"].values()))
     title = (f"Held-out preferences: {first['log_likelihood']['n']} pairs on {first['prompts']} prompts. The user's "
-             "weights are its posterior from training;\nwithout one, and in the other columns, they are the gate's. A "
-             "coin has log-likelihood -0.6931 and accuracy 0.5.")
-    return table(title, ["run", "log-likelihood\n(nats a pair)", "log-likelihood,\nuser's weights", "accuracy",
+             "weights are its posterior from training;\nwithout one, and in the other columns, they are the gate's. "
+             "Calibrated: user's weights, and margins divided by a\ntemperature that is fitted on the other half of "
+             "the users. A coin has log-likelihood -0.6931 and accuracy 0.5.")
+    return table(title, ["run", "log-likelihood\n(nats a pair)", "log-likelihood,\nuser's weights",
+                         "log-likelihood,\ncalibrated", "accuracy",
                          "accuracy,\nuser's weights", "worst type,\nuser's weights", "effective\nexperts",
                          "active\nexperts"], rows)
 

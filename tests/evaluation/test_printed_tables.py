@@ -19,6 +19,7 @@ def run(log_p, experts=2, kinds=("a", "b")):
             "accuracy": {kind: [figure(0.5)] * experts for kind in kinds}, "accuracy_all": [figure(0.55)] * experts,
             "own": [None] * experts, "accuracy_mbt": figure(0.6), "accuracy_own": figure(0.7),
             "log_likelihood": figure(-0.7, n=4), "log_likelihood_own": figure(mean), "prompts": 2,
+            "log_likelihood_calibrated": figure(mean),
             "by_pair_own": list(log_p), "prompt_of_pair": [0, 0, 1, 1], "user_of_pair_own": ["u", "v", "w", "x"],
             "effective_experts": 1.5, "alignment_train": {}, "alignment_heldout": {}}
 
