@@ -54,8 +54,8 @@ class EvalConfig:
                                     # reference at temperature 1
     batch: int = 128                # prompts sampled together
     seed: int = 1                   # of sampling; the same for every policy
-    strengths: tuple[float, ...] = ()  # also evaluate policies between the reference (0) and each expert (1), as in
-                                    # 0.25,0.5: own reward by KL. Empty: none
+    kl: tuple[float, ...] = ()      # also evaluate policies between the reference and each run, with about these KL
+                                    # in nats, as in 1,2,4: own reward by KL. Empty: none
     data_folder: str = ""           # folder of local files that is searched before anything is downloaded
     judge: str = ""                 # only compare the completions of an earlier evaluation, by annotator:NAME,
                                     # classifier:PATH or llm:MODEL (data/annotators/judges.py)
@@ -69,9 +69,9 @@ def validate(config: EvalConfig) -> None:
         value = getattr(config, name)
         if not least <= value < math.inf:                                   # also refuses NaN
             raise InputError(f"got {value}, wanted a number of at least {least}", option=name)
-    if not all(0 < strength < 1 for strength in config.strengths):
-        raise InputError(f"got {config.strengths}, wanted numbers between 0 (the reference) and 1 (the expert), which "
-                         "are evaluated anyway", option="strengths")
+    if not all(0 < kl < math.inf for kl in config.kl) or len({*config.kl}) < len(config.kl):
+        raise InputError(f"got {config.kl}, wanted different numbers above 0 (the reference, which has a row anyway)",
+                         option="kl")
 
 
 def evaluate(config: EvalConfig) -> dict:
@@ -139,7 +139,7 @@ def completions(inputs: EvalInputs, config: EvalConfig, known: dict) -> tuple[di
 
         scores = all_scores(score, dataset, inputs.home)
         rewards = reward_table(rows, texts, dataset, scores)
-        served = own_reward_rows(inputs, task, done, config.strengths, known, scores)
+        served = own_reward_rows(inputs, task, done, config.kl, known, scores)
     write_prompt_states(inputs.folder, inputs.runs, task)
     write_samples(inputs.folder, plain_texts(task, [[]] * len(task.prompts), tokenizer), texts)
     return rewards, served

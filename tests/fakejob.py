@@ -164,7 +164,8 @@ def own_rewards(home, runs, prompts, judges, rng, strengths=(1.0, 0.5)) -> list[
                 gain = strength * (0.1 + 0.05 * i) + noise
                 kl = strength**2 * (5.0 + i) + rng.normal(0, 0.1, prompts)
                 rows.append({
-                    "run": name, "users": users, "strength": strength, "config": config, "gain": figure(gain),
+                    "run": name, "users": users, "target": None if strength == 1 else strength,
+                    "strength": strength, "config": config, "gain": figure(gain),
                     "kl": float(kl.mean()), "types": {judge: figure(gain + 0.01 * t) for t, judge in enumerate(judges)},
                     "length": 20.0, "gain_by_prompt": gain.tolist(), "kl_by_prompt": kl.tolist()})
     return rows

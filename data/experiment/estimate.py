@@ -34,7 +34,7 @@ def work(preset: dict, parameters: float, prompt: int) -> dict[str, dict[str, fl
         in_e_step = preset["context"] / preset["pairs"] if run.get("estep") == "context" else 0.0
         of_step = (3 if run.get("sharing") != "lora" else 2) if run.get("train_trunk", True) else 0.3
         passes += share * (1 + copy * (run.get("epochs", 1) * (of_step + in_e_step) + in_e_step))   # 1: the reference
-    completed = preset["evaluate"] * (1 + (1 + len(preset.get("strengths", ()))) * sum(run["experts"] for run in runs))
+    completed = preset["evaluate"] * (1 + (1 + len(preset.get("kl", ()))) * sum(run["experts"] for run in runs))
     return {
         "annotating": {"seconds": JUDGE * preset["judge_reviews"] / 12000 + continuations / PARSED},
         "fine-tuning": {"pass": 3 * forward * tuned["steps"] * tuned["batch"] * tuned["tokens"]},

@@ -10,7 +10,7 @@ adapters of the same rank on the same projections (data/experiment/presets.py): 
 one policy per known type (the ceiling), and experts that are trained on the linear start's assignment, without EM.
 
 Own reward is compared at equal KL (mixdpo/evaluation/frontier.py). A method's frontier comes from one run: policies
-between the reference and the run, at several strengths (mixdpo/evaluation/strength.py).
+between the reference and the run (mixdpo/evaluation/strength.py).
 """
 
 from pathlib import Path
@@ -40,7 +40,7 @@ SIZES = {
              "seeds": 3, "conflicts": (0.0, 0.5, 1.0, 2.0, 3.0),
              "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4}},
 }
-STRENGTHS = (0.25, 0.5, 0.75)
+KL = (1.0, 2.0, 4.0, 8.0)       # nats
 PAPER = "paper's annotators"
 
 
@@ -74,7 +74,7 @@ def measure(cell: dict, folder: Path) -> dict:
         run(TrainConfig(model=str(shared / "reference"), out=str(folder / name), max_prompt=max_prompt,
                         max_response=preset["max_response"], save_minutes=1e9,
                         **options | {"data": str(folder / options["data"])}))
-    results = evaluate(EvalConfig(str(folder), limit=preset["evaluate"], strengths=STRENGTHS))
+    results = evaluate(EvalConfig(str(folder), limit=preset["evaluate"], kl=KL))
     users = {name: results["preferences"][name]["alignment_train"].get("matched", 1.0) for name in ("mixture", "start")}
     return {"own_reward": results["own_reward"], "users": users["mixture"],
             "users_start": users["start"], "accuracy": {name: results["preferences"][name]["accuracy_own"]["mean"]

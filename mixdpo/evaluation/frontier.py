@@ -1,7 +1,7 @@
 """Own reward of methods at equal KL: from the rows of own reward (served.py) to a table and a sentence.
 
-A method is a set of runs that differ in seed and beta only. Its points are its runs at each beta and strength, means
-over seeds. Methods serve users in one of these ways:
+A method is a set of runs that differ in seed and beta only. Its points are its runs at each beta, as they were
+trained and at smaller KL (strength.py), means over seeds. Methods serve users in one of these ways:
 
     one policy     K = 1: everybody gets the same policy                        (users: "all users")
     mixture        every user is served under the user's weights                ("known users"; without users "unknown")
@@ -29,7 +29,7 @@ class Point:
     """One policy of a method, or one for each type: by prompt, means over seeds and types."""
 
     beta: float
-    strength: float
+    target: float | None        # nats that the strengths were chosen for; None: as it was trained
     kl: np.ndarray              # (S,N) nats, of each seed
     gain: np.ndarray            # (S,N) own reward minus the reference's
     types: dict                 # type -> mean gain
@@ -56,8 +56,8 @@ class Method:
 
     @property
     def full(self) -> Point:
-        """The method as it was trained: strength 1, and the beta of the first run."""
-        return next(p for p in self.points if p.strength == 1)
+        """The method as it was trained, with the beta of the first run."""
+        return next(p for p in self.points if p.target is None)
 
 
 def methods(results: dict) -> list[Method]:
@@ -82,19 +82,19 @@ def name_of(rows: list[dict], serves: str) -> str:
 
 
 def points_of(rows: list[dict]) -> list[Point]:
-    """A point for each beta and strength. Several types of one seed, each from its own run, are averaged."""
+    """A point for each beta and target. Several types of one seed, each from its own run, are averaged."""
     found: dict[tuple, dict[int, list[dict]]] = {}
     for row in rows:
         config = row["config"]
-        found.setdefault((config["beta"], row["strength"]), {}).setdefault(config["seed"], []).append(row)
+        found.setdefault((config["beta"], row["target"]), {}).setdefault(config["seed"], []).append(row)
     points = []
-    for (beta, strength), of in found.items():
+    for (beta, target), of in found.items():
         kl, gain = (np.array([np.mean([row[what] for row in rows], axis=0) for rows in of.values()])
                     for what in ("kl_by_prompt", "gain_by_prompt"))
         each = [row for rows in of.values() for row in rows]
         types = {kind: float(np.mean([row["types"][kind]["mean"] for row in each if kind in row["types"]]))
                  for kind in dict.fromkeys(kind for row in each for kind in row["types"])}
-        points.append(Point(beta, strength, kl, gain, types, float(np.mean([row["length"] for row in each]))))
+        points.append(Point(beta, target, kl, gain, types, float(np.mean([row["length"] for row in each]))))
     return points
 
 

@@ -7,7 +7,7 @@
     unknown users   under the gate's weights
 
 A run of one type is part of the ceiling: one model per type is what a mixture could reach if types were known.
-Rows at a strength below 1 (strength.py) give the frontier of a run.
+Rows at a smaller KL, of policies between the reference and the run (strength.py), give the frontier of a run.
 """
 
 import copy
@@ -21,7 +21,7 @@ from mixdpo.evaluation.heldout import weights
 from mixdpo.evaluation.in_context import served_in_context
 from mixdpo.evaluation.inputs import EvalInputs
 from mixdpo.evaluation.own_reward import Served, serve
-from mixdpo.evaluation.strength import at_strength
+from mixdpo.evaluation.strength import at_strength, strength_for
 from mixdpo.experts import Adapters, Heads, Models
 from mixdpo.preferences import Pair
 from mixdpo.runs.load_run import Run
@@ -41,16 +41,17 @@ class Users:
 
 @dataclass(frozen=True)
 class Completed:
-    """A run's completions at one strength."""
+    """A run's completions, at strength 1 or at a smaller one."""
 
     values: torch.Tensor            # (K,N,T) reward of each expert's completion for each type
     log_ratio: torch.Tensor         # (K,N,K) nats
     length: torch.Tensor            # (K,N) tokens
 
 
-def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, strengths: tuple[float, ...], known: dict,
+def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, targets: tuple[float, ...], known: dict,
                     scores: Callable) -> list[dict]:
-    """All rows: {"run", "users", "strength", "config"} and the figures of `row`; [] unless each type has a reward.
+    """All rows: {"run", "users", "target", "strength", "config"} and the figures of `row`; [] unless each type has a
+    reward. targets: KL in nats; a run that goes farther is also evaluated at the strength that has about this KL.
     done: run -> what `complete` returned at strength 1, and "reference" -> its completions; known: posteriors of new
     users; scores(texts) -> {reward: the score of each}."""
     types, plain = inputs.dataset.get("annotators", []), done["reference"]
@@ -67,20 +68,26 @@ def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, streng
     served = types if "domains" not in inputs.dataset else ["everybody"]
     users, rows = Users(served, task.prompts, states, known, values(plain)), []
     for run in [*inputs.runs, *soups(inputs.runs)]:
-        for strength in (1.0, *strengths) if run.name in done else (1.0,):      # of a soup one point is enough
+        reached: dict[float, float] = {}                                    # strength -> KL
+        for target in (None, *sorted(targets, reverse=True)) if run.name in done else (None,):  # one point of a soup
+            strength = 1.0 if target is None else strength_for(target, reached)
+            if strength is None:
+                continue
             with at_strength(run.experts, inputs.references, strength):
-                ids, log_ratio = done[run.name] if strength == 1 and run.name in done else complete(
-                    run, task, f"{run.name} at {strength:g}")
+                ids, log_ratio = done[run.name] if target is None and run.name in done else complete(
+                    run, task, f"{run.name} at {strength:.2f}")
             length = torch.tensor([[len(y) for y in texts] for texts in ids])
             completed = Completed(torch.stack([values(texts) for texts in ids]), log_ratio, length)
-            rows += [{"run": run.name, "users": kind, "strength": strength, "config": asdict(run.config)} | figures
-                     for kind, figures in served_rows(run, completed, users).items()]
+            found = served_rows(run, completed, users)
+            reached[strength] = found.get("known users", next(iter(found.values())))["kl"]
+            rows += [{"run": run.name, "users": kind, "target": target, "strength": strength,
+                      "config": asdict(run.config)} | figures for kind, figures in found.items()]
     first = inputs.runs[0]
     in_context = served_in_context(first.plan.pairs, served, task, inputs.tokenizer, values, users.base,
                                    first.experts.dtype)
     if in_context:
-        rows.append({"run": "in-context", "users": "in context", "strength": 1.0, "config": asdict(first.config)}
-                    | row(*in_context, served))
+        rows.append({"run": "in-context", "users": "in context", "target": None, "strength": 1.0,
+                     "config": asdict(first.config)} | row(*in_context, served))
     return rows
 
 

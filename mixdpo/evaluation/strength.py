@@ -6,6 +6,7 @@ it is the reference.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +15,22 @@ from torch import nn
 from mixdpo.experts import Adapters, Heads, Models
 
 FACTORS = {"A": Heads, "B": Adapters, "B_0": Adapters}      # the low-rank factors that are 0 in the reference
+
+
+def strength_for(kl: float, reached: dict[float, float]) -> float | None:
+    """A strength whose KL is about this, in nats; None if the expert itself, at strength 1, is no farther from the
+    reference. reached: strength -> KL, of strength 1 and of others that were evaluated.
+
+    KL grows with a power of the strength, with its square near the reference: a line in logarithms, through the two
+    points with the nearest KL."""
+    if kl >= reached[1.0]:
+        return None
+    near = sorted((abs(math.log(kl / own)), math.log(strength), math.log(own))
+                  for strength, own in reached.items() if own > 0)
+    (_, x, y), power = near[0], 2.0
+    if len(near) > 1 and near[1][1] != x:
+        power = min(max((near[1][2] - y) / (near[1][1] - x), 1.0), 3.0)     # KL of few prompts is noisy
+    return min(math.exp(x + (math.log(kl) - y) / power), 0.99)
 
 
 @contextlib.contextmanager

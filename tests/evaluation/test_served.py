@@ -49,7 +49,7 @@ def utility(kind, text):
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """A job of two types: DPO on all pairs and on those of one type, a mixture of users, one of adapters, a gate on
-    prompts; evaluated at strength 1 and at 0.5."""
+    prompts; evaluated at strength 1 and, instead of a KL, at strength 0.5."""
     folder = tmp_path_factory.mktemp("served")
     model, records = tinyjob.make_model(folder / "reference"), tinyjob.make_records(users=6, each=4)
     tinyjob.write(folder / "train.jsonl", records)
@@ -74,7 +74,8 @@ def job(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "data.annotators.rewards", types.SimpleNamespace(score=score))
         patch.setattr(evaluation, "write_report", lambda home: None)
-        results = evaluate(EvalConfig(dir=str(folder), batch=3, strengths=(0.5,)))
+        patch.setattr(served, "strength_for", lambda kl, reached: kl)
+        results = evaluate(EvalConfig(dir=str(folder), batch=3, kl=(0.5,)))
     return folder, results, model
 
 
@@ -334,7 +335,8 @@ def test_each_strength_begins_at_the_experts(job):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "data.annotators.rewards", types.SimpleNamespace(score=score))
         patch.setattr(evaluation, "write_report", lambda home: None)
-        alone = evaluate(EvalConfig(dir=str(folder / "mixture"), batch=64, limit=3, strengths=(0.2, 0.5)))
+        patch.setattr(served, "strength_for", lambda kl, reached: kl)
+        alone = evaluate(EvalConfig(dir=str(folder / "mixture"), batch=64, limit=3, kl=(0.2, 0.5)))
     whole, rows = ([row for row in found["own_reward"] if row["run"] == "mixture"] for found in (results, alone))
     rows = {(row["users"], row["strength"]): row for row in rows}
     assert {strength for _, strength in rows} == {0.2, 0.5, 1.0} and len(whole) == len(rows) * 2 / 3
@@ -346,12 +348,29 @@ def test_each_strength_begins_at_the_experts(job):
         assert row["values"] == results["policies"][name]["values"][:3]
 
 
-@pytest.mark.parametrize("strengths", [(0.0,), (1.0,), (0.5, 1.5), (-0.1,), (math.nan,)])
-def test_strengths_are_between_the_reference_and_the_expert(job, strengths):
-    """Caught: a strength beyond the expert; the reference, or the expert again, as a row of its own."""
+def test_policies_with_the_kl_that_was_asked_for(job):
+    """Caught: the KL of one expert, or of unknown users, for that of the users who are served; a run that is carried
+    beyond its own KL; rows without their target."""
+    folder, results, _ = job
+    whole = row_of(job, "adapters", "known users", 1.0)["kl"]
+    asked = (0.2 * whole, 0.6 * whole, 2.0 * whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "data.annotators.rewards", types.SimpleNamespace(score=score))
+        patch.setattr(evaluation, "write_report", lambda home: None)
+        found = evaluate(EvalConfig(dir=str(folder / "adapters"), kl=asked))["own_reward"]
+    rows = {row["target"]: row for row in found if (row["run"], row["users"]) == ("adapters", "known users")}
+    assert list(rows) == [None, asked[1], asked[0]] and rows[None]["strength"] == 1.0
+    assert rows[asked[1]]["kl"] == pytest.approx(asked[1], rel=0.5)
+    assert rows[asked[0]]["strength"] < rows[asked[1]]["strength"] < 1 and rows[asked[0]]["kl"] < rows[asked[1]]["kl"]
+    assert [row["target"] for row in found if row["run"] == "adapters-soup"] == [None]
+
+
+@pytest.mark.parametrize("kl", [(0.0,), (1.0, 1.0), (0.5, -1.5), (math.inf,), (math.nan,)])
+def test_a_kl_that_no_policy_has_is_refused(job, kl):
+    """Caught: the reference as a row of its own; a row twice."""
     with pytest.raises(InputError) as error:
-        evaluate(EvalConfig(dir=str(job[0]), strengths=strengths))
-    assert error.value.option == "strengths"
+        evaluate(EvalConfig(dir=str(job[0]), kl=kl))
+    assert error.value.option == "kl"
 
 
 def test_no_rows_without_a_reward_for_each_type(job):

@@ -7,7 +7,7 @@ import pytest
 import small
 import torch
 
-from mixdpo.evaluation.strength import at_strength
+from mixdpo.evaluation.strength import at_strength, strength_for
 from mixdpo.runs.checkpoint import untie
 
 SHARINGS = {
@@ -114,3 +114,25 @@ def test_models_go_back_to_references_of_their_own():
                 with torch.no_grad():
                     want = reference(IDS)[0] @ reference.unembedding.T
                 assert torch.allclose(logits(experts, k), want, rtol=0, atol=1e-3), k
+
+
+# --- strengths for a KL -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [1.5, 2.0])
+def test_strengths_approach_the_kl_that_is_asked_for(power):
+    """KL = 10 strength^power. Caught: a line in KL, not in its logarithm; the farthest points, not the nearest; a
+    strength for a KL that the expert does not reach."""
+    reached = {1.0: 10.0}
+    for kl in (6.0, 3.0, 1.0, 0.2):
+        strength = strength_for(kl, reached)
+        reached[strength] = 10 * strength**power
+        assert reached[strength] == pytest.approx(kl, rel=0.25 if len(reached) == 2 else 1e-6), (kl, power)
+    assert strength_for(10.0, reached) is None and strength_for(12.0, {1.0: -0.3}) is None
+
+
+def test_a_noisy_kl_gives_a_strength_between_the_reference_and_the_expert():
+    """Caught: the logarithm of a KL that noise made negative; a power that noise made negative or 0; the expert."""
+    for reached in ({1.0: 0.5, 0.4: -0.01}, {1.0: 0.5, 0.4: 0.6}, {1.0: 0.5, 0.9: 0.5}):
+        assert 0 < strength_for(0.3, reached) < 1
+    assert strength_for(0.4999, {1.0: 0.5}) == 0.99

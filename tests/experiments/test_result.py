@@ -23,17 +23,17 @@ def job(tmp_path):
 
 def test_a_method_is_its_runs_of_any_seed_and_beta(job):
     """Caught: seeds as methods of their own; two betas at one point; a mixture without users served by its weights for
-    strangers when it knows its users; strengths of another run."""
+    strangers when it knows its users; points of another run."""
     rows = job.results["own_reward"]
     again = [copy.deepcopy(row) for row in rows if row["run"] == "dpo"]
     for row in again:
         row["run"], row["config"]["seed"] = "dpo-seed1", 1
         row["gain_by_prompt"] = [value + 1 for value in row["gain_by_prompt"]]
-    low = [copy.deepcopy(row) for row in rows if row["run"] == "dpo" and row["strength"] == 1]
+    low = [copy.deepcopy(row) for row in rows if row["run"] == "dpo" and row["target"] is None]
     low[0]["run"], low[0]["config"]["beta"] = "dpo-beta0.01", 0.01
     found = {m.name: m for m in frontier.methods({"own_reward": [*rows, *again, *low]})}
     assert list(found) == ["dpo", "mix-pair", "mix-user"]
-    assert [(p.beta, p.strength) for p in found["dpo"].points] == [(0.1, 1.0), (0.1, 0.5), (0.01, 1.0)]
+    assert [(p.beta, p.target) for p in found["dpo"].points] == [(0.1, None), (0.1, 0.5), (0.01, None)]
     assert found["dpo"].full.gain.shape == (2, 40) and found["dpo"].arrays()[0].shape == (3, 1, 40)
     assert found["dpo"].full.gain.mean() == pytest.approx(np.mean(rows[0]["gain_by_prompt"]) + 0.5)
     assert [m.serves for m in found.values()] == ["one policy", "mixture", "mixture"]
