@@ -56,6 +56,7 @@ class EvalConfig:
     seed: int = 1                   # of sampling; the same for every policy
     kl: tuple[float, ...] = ()      # also evaluate policies between the reference and each run, with about these KL
                                     # in nats, as in 1,2,4: own reward by KL. Empty: none
+    examples: int = 4               # of a user's choices in front of the prompt: the baseline without training; 0: none
     data_folder: str = ""           # folder of local files that is searched before anything is downloaded
     judge: str = ""                 # only compare the completions of an earlier evaluation, by annotator:NAME,
                                     # classifier:PATH or llm:MODEL (data/annotators/judges.py)
@@ -65,7 +66,7 @@ class EvalConfig:
 
 def validate(config: EvalConfig) -> None:
     """Raises: InputError if a value is out of range, before anything is read, computed or replaced."""
-    for name, least in {"limit": 0, "max_new": 0, "temperature": 0, "batch": 1, "seed": 0}.items():
+    for name, least in {"limit": 0, "max_new": 0, "temperature": 0, "batch": 1, "seed": 0, "examples": 0}.items():
         value = getattr(config, name)
         if not least <= value < math.inf:                                   # also refuses NaN
             raise InputError(f"got {value}, wanted a number of at least {least}", option=name)
@@ -139,7 +140,7 @@ def completions(inputs: EvalInputs, config: EvalConfig, known: dict) -> tuple[di
 
         scores = all_scores(score, dataset, inputs.home)
         rewards = reward_table(rows, texts, dataset, scores)
-        served = own_reward_rows(inputs, task, done, config.kl, known, scores)
+        served = own_reward_rows(inputs, task, done, config, known, scores)
     write_prompt_states(inputs.folder, inputs.runs, task)
     write_samples(inputs.folder, plain_texts(task, [[]] * len(task.prompts), tokenizer), texts)
     return rewards, served

@@ -1,6 +1,6 @@
 """A baseline without training: the reference, with a few of the user's own choices in front of the prompt.
 
-Each prompt is completed once for each type, for a random user of that type. EXAMPLES of the user's pairs are drawn, and
+Each prompt is completed once for each type, for a random user of that type. Some of the user's pairs are drawn, and
 each is shown as its prompt with the chosen response. KL is from this policy to the reference without examples:
 log pi_ref(y | examples, x) - log pi_ref(y | x).
 """
@@ -16,25 +16,22 @@ from mixdpo.evaluation.statistics import mean_se
 from mixdpo.preferences import Pair, groups
 from mixdpo.runs.reference import compute_reference
 
-EXAMPLES = 4    # of a user's choices
 
-
-def served_in_context(pairs: list[Pair], types: list[str], task: CompletionTask, tokenizer, values, base: torch.Tensor,
-                      dtype: torch.dtype) -> tuple[Served, float] | None:
-    """What users get, and the mean length of completions; None unless each type has a user with EXAMPLES pairs, the
-    longest prompt with them fits into the context, and the temperature is 1. pairs: the training pairs;
-    values(completions) -> rewards (N,T);
-    base (N,T): the reference's."""
-    if task.sampling.temperature != 1:
-        return None                                                         # its KL would be that of another policy
+def served_in_context(pairs: list[Pair], types: list[str], examples: int, task: CompletionTask, tokenizer, values,
+                      base: torch.Tensor, dtype: torch.dtype) -> tuple[Served, float] | None:
+    """What users get, and the mean length of completions; None unless each type has a user with `examples` pairs (0: no
+    baseline), the longest prompt with them fits into the context, and the temperature is 1. pairs: the training pairs;
+    values(completions) -> rewards (N,T); base (N,T): the reference's."""
+    if task.sampling.temperature != 1 or examples == 0:
+        return None                                     # at another temperature its KL would be that of another policy
     pairs = [pair for pair in pairs if pair.user is not None]
-    units = [unit for unit in groups(pairs, "user") if len(unit) >= EXAMPLES]
+    units = [unit for unit in groups(pairs, "user") if len(unit) >= examples]
     of_type = [[unit for unit in units if pairs[unit[0]].annotator == kind] for kind in types]
     if not all(of_type):
         return None
     gains, kls, lengths = [], [], []
     for t, users in enumerate(of_type):
-        prompts = [with_examples(prompt, pairs, users, tokenizer, [task.sampling.seed, 41, t, n])
+        prompts = [with_examples(prompt, pairs, users, examples, tokenizer, [task.sampling.seed, 41, t, n])
                    for n, prompt in enumerate(task.prompts)]
         if max(len(p.prompt) for p in prompts) + task.sampling.max_new > task.reference.config.context:
             return None
@@ -52,11 +49,12 @@ def served_in_context(pairs: list[Pair], types: list[str], task: CompletionTask,
         np.mean(lengths))
 
 
-def with_examples(prompt: Pair, pairs: list[Pair], users: list[list[int]], tokenizer, key: list[int]) -> Pair:
-    """The prompt behind EXAMPLES choices of a random one of the users; key: of the random numbers."""
+def with_examples(prompt: Pair, pairs: list[Pair], users: list[list[int]], examples: int, tokenizer, key: list[int]
+                  ) -> Pair:
+    """The prompt behind `examples` choices of a random one of the users; key: of the random numbers."""
     rng, ids = np.random.default_rng(key), []
     unit = users[rng.integers(len(users))]
-    for i in rng.permutation(unit)[:EXAMPLES].tolist():
+    for i in rng.permutation(unit)[:examples].tolist():
         ids += [t for t in pairs[i].prompt + pairs[i].chosen if t not in (tokenizer.bos, tokenizer.eos)]
         ids += tokenizer.encode("\n\n")
     start = [tokenizer.bos] if tokenizer.bos is not None else []            # once, in front of everything

@@ -48,12 +48,13 @@ class Completed:
     length: torch.Tensor            # (K,N) tokens
 
 
-def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, targets: tuple[float, ...], known: dict,
-                    scores: Callable) -> list[dict]:
+def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, config, known: dict, scores: Callable
+                    ) -> list[dict]:
     """All rows: {"run", "users", "target", "strength", "config"} and the figures of `row`; [] unless each type has a
-    reward. targets: KL in nats; a run that goes farther is also evaluated at the strength that has about this KL.
-    done: run -> what `complete` returned at strength 1, and "reference" -> its completions; known: posteriors of new
-    users; scores(texts) -> {reward: the score of each}."""
+    reward. config (EvalConfig): a run that goes farther than one of `kl` is also evaluated at the strength that has
+    about this KL, and `examples` of a user's choices are shown to the reference. done: run -> what `complete` returned
+    at strength 1, and "reference" -> its completions; known: posteriors of new users; scores(texts) ->
+    {reward: the score of each}."""
     types, plain = inputs.dataset.get("annotators", []), done["reference"]
 
     def values(ids: list[list[int]]) -> torch.Tensor:
@@ -69,7 +70,7 @@ def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, target
     users, rows = Users(served, task.prompts, states, known, values(plain)), []
     for run in [*inputs.runs, *soups(inputs.runs)]:
         reached: dict[float, float] = {}                                    # strength -> KL
-        for target in (None, *sorted(targets, reverse=True)) if run.name in done else (None,):  # one point of a soup
+        for target in (None, *sorted(config.kl, reverse=True)) if run.name in done else (None,):  # one point of a soup
             strength = 1.0 if target is None else strength_for(target, reached)
             if strength is None:
                 continue
@@ -83,8 +84,8 @@ def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, target
             rows += [{"run": run.name, "users": kind, "target": target, "strength": strength,
                       "config": asdict(run.config)} | figures for kind, figures in found.items()]
     first = inputs.runs[0]
-    in_context = served_in_context(first.plan.pairs, served, task, inputs.tokenizer, values, users.base,
-                                   first.experts.dtype)
+    in_context = served_in_context(first.plan.pairs, served, config.examples, task, inputs.tokenizer, values,
+                                   users.base, first.experts.dtype)
     if in_context:
         rows.append({"run": "in-context", "users": "in context", "target": None, "strength": 1.0,
                      "config": asdict(first.config)} | row(*in_context, served))

@@ -237,7 +237,7 @@ def test_users_served_in_context_by_hand(job):
     assert row["gain"]["se"] == pytest.approx(mean_se(want[0])["se"], abs=1e-6) and abs(np.array(kl)).max() > 0.1
 
 
-def in_context(pairs, context=64, temperature=1.0):
+def in_context(pairs, context=64, temperature=1.0, examples=4):
     """What served_in_context gives on the pairs, at the first prompt that a policy would see: None, or the prompts."""
     config = types.SimpleNamespace(context=context)
     task = CompletionTask(types.SimpleNamespace(config=config, unembedding=None), [Pair([9], [], [])],
@@ -254,8 +254,8 @@ def in_context(pairs, context=64, temperature=1.0):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(in_context_module, "sample", sample)
         patch.setattr(in_context_module, "compute_reference", logp)
-        found = in_context_module.served_in_context(pairs, TYPES, task, tokenizer, lambda ids: torch.zeros(1, 2),
-                                                    torch.zeros(1, 2), torch.float32)
+        found = in_context_module.served_in_context(pairs, TYPES, examples, task, tokenizer,
+                                                    lambda ids: torch.zeros(1, 2), torch.zeros(1, 2), torch.float32)
     return found and seen
 
 
@@ -268,6 +268,7 @@ def test_in_context_needs_users_of_each_type_and_room():
     assert in_context(pairs, context=len(shown[0]) + 2) is None
     assert in_context(pairs[:7]) is None                                    # u1 has three
     assert in_context([pair for pair in pairs if pair.annotator == "first"]) is None
+    assert in_context(pairs, examples=0) is None and len(in_context(pairs, examples=2)[0]) == 8
     assert in_context(pairs, temperature=0.5) is None                       # the log-probs are at temperature 1
 
 
@@ -378,9 +379,9 @@ def test_no_rows_without_a_reward_for_each_type(job):
     inputs = types.SimpleNamespace(dataset={"annotators": ["first", "other"], "rewards": ["first"]}, tokenizer=None,
                                    runs=[])
     task = CompletionTask(None, [], Sampling(1, 0))
-    assert served.own_reward_rows(inputs, task, {"reference": []}, (), {}, None) == []
+    assert served.own_reward_rows(inputs, task, {"reference": []}, EvalConfig(""), {}, None) == []
     inputs.dataset = {"rewards": ["first"]}
-    assert served.own_reward_rows(inputs, task, {"reference": []}, (), {}, None) == []
+    assert served.own_reward_rows(inputs, task, {"reference": []}, EvalConfig(""), {}, None) == []
 
 
 def test_the_judges_of_a_domain_score_its_prompts():
