@@ -7,9 +7,9 @@ Context pairs are for the E-step: language models memorise the pairs that they a
 these pairs then say nothing. Once all passes over the other pairs are done, the responsibilities are final, and a last
 part of the run trains on the context pairs with them, as often as on the others. So a mixture learns from as many pairs
 as DPO does. Without --estep context they are pairs like all others. A visit is never divided between steps or
-micro-batches. It is a complete unit, so the E-step that pools a user's pairs (M11) is exact. Exception: with em =
-incremental a visit is a slice of a user (variants/incremental.py). Within a step, visits are sorted by their longest
-text, so that micro-batches have little padding; the order does not change the step's sum.
+micro-batches. It is a complete unit, so the E-step that pools a user's pairs (M11) is exact. Exceptions: with em =
+incremental a visit is a slice of a user (variants/incremental.py), and in the last part it is a pair. Within a step, visits
+are sorted by their longest text, so that micro-batches have little padding; the order does not change the step's sum.
 """
 
 from collections.abc import Sequence
@@ -102,7 +102,7 @@ def make_plan(pairs: list[Pair], config, shuffled=None, schedule=None) -> Plan:
               for visit in visits_of(u, unit, learns, config.em == "incremental")]
     if schedule is not None:
         return Plan(pairs, units, visits, schedule(visits, pairs, config))
-    closing = [Visit(visit.unit, visit.context, []) for visit in visits if visit.context]
+    closing = [Visit(visit.unit, [i], []) for visit in visits for i in visit.context]
     steps = passes(visits, pairs, config)
     if closing:
         steps += passes(closing, pairs, config, first=len(visits))

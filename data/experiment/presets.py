@@ -21,33 +21,35 @@
 """
 
 TWO, THREE = ["sentiment", "informativeness"], ["sentiment", "informativeness", "grammar"]
+TASTES = ["praise", "criticism"]
 COMMON = {"agree": 0.3, "margin": 1.0, "seed": 0, "judge_reviews": 12000, "continuations": 4, "max_response": 48}
 
 
 def tastes(conflict: float, quality: str = "informativeness", taste: str = "sentiment") -> dict:
     """Two types of users who agree about quality and differ in taste: utility = quality +- conflict * taste."""
-    return {"annotators": ["praise", "criticism"], "tastes": {
-        "praise": {quality: 1.0, taste: conflict}, "criticism": {quality: 1.0, taste: -conflict}}}
+    return {"annotators": TASTES,
+            "tastes": {kind: {quality: 1.0, taste: sign * conflict} for kind, sign in zip(TASTES, (1, -1))}}
 
 
 ADAPTERS = {"sharing": "lora", "targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "rank": 16}
 LONG = 1000000      # more steps than any run has
 
 
-def runs(types: list[str], seeds: int = 1, betas: tuple = (), **shared) -> dict:
+def runs(types: list[str], seeds: int = 1, betas: tuple = (), start: bool = True, **shared) -> dict:
     """One policy for all (DPO); the mixture with one latent type for each user; one policy for each known type, which
-    is the ceiling; and experts trained on the assignment of the linear start, without EM. All are adapters of the same
-    rank on the same projections, and are trained on the same pairs. Each run once for each seed; betas: further ones of
-    DPO and of the mixture; shared: options of all runs."""
+    is the ceiling; and, with `start`, the mixture on the assignment of the linear start, without EM. All are adapters
+    of the same rank on the same projections, and are trained on the same pairs. Each run once for each seed; betas:
+    further ones of DPO and of the mixture; shared: options of all runs."""
     single = ADAPTERS | {"experts": 1} | shared
-    mixture = ADAPTERS | {"experts": len(types), "start": "linear", "latent": "user"} | shared
+    mixture = ADAPTERS | {"experts": len(types), "shared_rank": 16, "start": "linear", "latent": "user"} | shared
     out = {}
     for seed in range(seeds):
         end, own = f"-seed{seed}" * (seed > 0), {"seed": seed}
         out["dpo" + end] = single | own
-        out["mixture" + end] = mixture | {"estep": "context", "shared_rank": 16} | own
+        out["mixture" + end] = mixture | {"estep": "context", "em": "incremental"} | own
         out |= {f"dpo-{kind}{end}": single | {"data": f"train-{kind}.jsonl"} | own for kind in types}
-        out["start" + end] = mixture | {"estep": "first", "start_steps": LONG} | own
+        if start:
+            out["start" + end] = mixture | {"estep": "first", "start_steps": LONG} | own
         for beta in betas:
             out |= {f"{name}-beta{beta}{end}": out[name + end] | {"beta": beta} for name in ("dpo", "mixture")}
     return out
@@ -66,19 +68,19 @@ SMOKE = COMMON | tastes(2.0) | {
     "prompts": 24, "heldout": 12, "evaluate": 8, "max_response": 16, "margin": 0.1, "agree": None,
     "users": 4, "pairs": 10, "context": 4, "heldout_pairs": 4, "new_users": 2, "new_pairs": 6, "reviews": 60,
     "finetune": {"steps": 2, "batch": 4, "tokens": 64, "held": 8}, "kl": (0.01,),
-    "train": {"epochs": 1, "batch": 20, "micro": 10}, "runs": runs(list(tastes(2.0)["tastes"])),
+    "train": {"epochs": 1, "batch": 20, "micro": 10}, "runs": runs(TASTES),
 }
-QUICK = COMMON | tastes(2.0) | {
-    "prompts": 160, "heldout": 120, "evaluate": 120, "continuations": 5, "max_response": 32, "agree": None,
-    "users": 32, "pairs": 12, "context": 5, "heldout_pairs": 5, "new_users": 12, "new_pairs": 16, "reviews": 1500,
-    "finetune": {"steps": 30, "batch": 8, "tokens": 128, "lr": 1e-4}, "kl": (1.0, 2.5),
-    "train": {"epochs": 1, "batch": 12, "micro": 12}, "runs": runs(list(tastes(2.0)["tastes"])),
+QUICK = COMMON | tastes(3.0) | {
+    "prompts": 160, "heldout": 120, "evaluate": 120, "max_response": 32, "agree": None,
+    "users": 32, "pairs": 12, "context": 5, "heldout_pairs": 5, "new_users": 8, "new_pairs": 16, "reviews": 1000,
+    "finetune": {"steps": 16, "batch": 8, "tokens": 128, "lr": 1e-4}, "kl": (0.5, 2.0),
+    "train": {"epochs": 1, "batch": 8, "micro": 8, "warmup": 4}, "runs": runs(TASTES, start=False),
 }
 CPU = COMMON | tastes(2.0) | {
     "prompts": 800, "heldout": 600, "evaluate": 600, "continuations": 6, "max_response": 32, "agree": None,
     "users": 120, "pairs": 20, "context": 8, "heldout_pairs": 8, "new_users": 40, "new_pairs": 32, "reviews": 3000,
     "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4}, "kl": (1.0, 2.0, 4.0, 8.0),
-    "train": {"epochs": 1, "batch": 24, "micro": 24}, "runs": runs(list(tastes(2.0)["tastes"]), seeds=3),
+    "train": {"epochs": 1, "batch": 24, "micro": 24}, "runs": runs(TASTES, seeds=3),
 }
 PAPER = COMMON | {
     "annotators": THREE, "prompts": 25000, "heldout": 10000, "evaluate": 10000,

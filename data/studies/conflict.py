@@ -74,7 +74,7 @@ def measure(cell: dict, folder: Path) -> dict:
         run(TrainConfig(model=str(shared / "reference"), out=str(folder / name), max_prompt=max_prompt,
                         max_response=preset["max_response"], save_minutes=1e9,
                         **options | {"data": str(folder / options["data"])}))
-    results = evaluate(EvalConfig(str(folder), limit=preset["evaluate"], kl=KL))
+    results = evaluate(EvalConfig(str(folder), limit=preset["evaluate"], kl=KL, examples=0))
     users = {name: results["preferences"][name]["alignment_train"].get("matched", 1.0) for name in ("mixture", "start")}
     return {"own_reward": results["own_reward"], "users": users["mixture"],
             "users_start": users["start"], "accuracy": {name: results["preferences"][name]["accuracy_own"]["mean"]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 SAMPLED = ("monte-carlo", "gumbel")
 VARIANTS = ("exact", "tempered", "hard", *SAMPLED)
+TIE = 1e-4      # nats: equal experts differ by the rounding of their log-probs
 
 
 def vary(
@@ -28,7 +29,7 @@ def vary(
     if kind == "tempered":
         return torch.log_softmax(log_q / temperature, dim=-1)
     if kind == "hard":
-        likeliest = (log_q == log_q.amax(-1, keepdim=True)).to(log_q.dtype)                 # argmax takes the first
+        likeliest = (log_q >= log_q.amax(-1, keepdim=True) - TIE).to(log_q.dtype)           # argmax takes the first
         return (likeliest / likeliest.sum(-1, keepdim=True)).log()
     assert uniform is not None, f"got no uniform noise, want (S,...,K) for E-step variant {kind!r}"
     noisy = log_q.double() - torch.log(-torch.log(uniform.double().clamp(1e-300, 1 - 1e-16)))       # + Gumbel noise

@@ -107,9 +107,10 @@ def test_without_estep_context_what_the_file_marks_is_a_pair_like_all_others(lat
 
 
 def test_the_last_part_begins_after_all_passes_over_the_others():
-    """One step of four visits, then two of context pairs, in each of two epochs. A private schedule has no last part.
-    Caught: a pass over context pairs in each epoch; shapes of the first part used for the last; texts of the last part
-    in any order; a schedule whose visits are counted as context pairs."""
+    """One step of four users, then two of context pairs, in each of two epochs. There a visit is a pair. A private
+    schedule has no last part. Caught: a pass over context pairs in each epoch; a user's pairs together, so that a step
+    has few users; shapes of the first part used for the last; texts of the last part in any order; a schedule whose
+    visits are counted as context pairs."""
     people = [pair([1], [2] * (1 + (7 * n) % 5), [3], user="abcd"[n % 4], context=n >= 8) for n in range(32)]
     config = small.config(latent="user", estep="context", batch=12, epochs=2)
     plan = make_plan(people, config)
@@ -117,7 +118,8 @@ def test_the_last_part_begins_after_all_passes_over_the_others():
                for _, ids in plan.steps]
     assert [epoch for epoch, _ in plan.steps] == [0, 1, 0, 0, 1, 1] and plan.last_part == 2 and plan.inferred == 4
     assert [sorted(step) for step in of_step[:2]] == [[(u, 2) for u in range(4)]] * 2
-    assert [sorted(of_step[t] + of_step[t + 1]) for t in (2, 4)] == [[(u, 6) for u in range(4)]] * 2
+    assert [sorted(of_step[t] + of_step[t + 1]) for t in (2, 4)] == [[(u, 1) for u in range(4) for _ in range(6)]] * 2
+    assert of_step[2] != sorted(of_step[2], key=lambda visit: visit[0]), "pairs of a user together"
     for _, ids in plan.steps:
         longest = [max(people[i].longest() for i in plan.visits[v].trained) for v in ids]
         assert longest == sorted(longest)
@@ -134,8 +136,8 @@ def test_visits_share_out_their_unit_in_each_part(em):
     for part in (slice(0, plan.inferred), slice(plan.inferred, None)):
         for u in (0, 1):
             of_unit = plan.share[part][plan.unit_of[part] == u]
-            assert len(of_unit) == (4 if em == "incremental" else 1) and of_unit.tolist() == [1 / len(of_unit)] * len(
-                of_unit)
+            slices = 4 if em == "incremental" or part.start else 1          # four context pairs
+            assert of_unit.tolist() == [1 / slices] * slices
 
 
 def test_log_likelihoods_are_pooled_over_the_visits_of_a_unit():
@@ -154,7 +156,7 @@ def test_users_in_slices_that_share_out_their_context():
     for estep, aside, parts in (("all", 0, [20, 10]), ("context", 4, [4, 4]), ("context", 8, [8, 2])):
         plan = make_plan(people, small.config(latent="user", em="incremental", estep=estep, context=aside, batch=5))
         first, last = plan.visits[: plan.inferred], plan.visits[plan.inferred :]
-        assert [(v.unit, v.trained, v.context) for v in last] == [(v.unit, v.context, []) for v in first if aside]
+        assert [(v.unit, v.trained, v.context) for v in last] == [(v.unit, [i], []) for v in first for i in v.context]
         of = {u: [visit for visit in first if visit.unit == u] for u in (0, 1)}
         units = sorted(plan.units, key=len, reverse=True)
         for u, unit in enumerate(plan.units):

@@ -210,7 +210,7 @@ def slow_run(config):
     plan = passes([(v, learns, g) for v, (g, learns, _) in enumerate(visits)])
     last_part = len(plan)                                                   # after it, context pairs are trained on
     if config.estep == "context":
-        plan += passes([(v, context, g) for v, (g, _, context) in enumerate(visits)])
+        plan += passes([(v, [i], g) for v, (g, _, context) in enumerate(visits) for i in context])
     table, said, (evidence, linear) = {}, {}, slow_evidence(config, pairs, units, reference, w)
 
     def slow_h(g):
