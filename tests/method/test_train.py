@@ -260,7 +260,9 @@ def slow_run(config):
             else:
                 q = exact(g, h)
             table[g] = q
-            used.append((g, q, 1 / sum(visit[0] == g for visit in visits)))
+            parts = sum(len(context) for u, _, context in visits if u == g) if t >= last_part else sum(
+                u == g for u, _, _ in visits)                               # visits of g in this part of the run
+            used.append((g, q, 1 / parts))
             loss = loss - sum((torch.tensor(q) * F.logsigmoid(h[i])).sum() for i in learns) / count
         loss = loss + slow_gate.loss(used) / count
         optimizer.zero_grad()
