@@ -8,8 +8,8 @@ these pairs then say nothing. Once all passes over the other pairs are done, the
 part of the run trains on the context pairs with them, as often as on the others. So a mixture learns from as many pairs
 as DPO does. Without --estep context they are pairs like all others. A visit is never divided between steps or
 micro-batches. It is a complete unit, so the E-step that pools a user's pairs (M11) is exact. Exceptions: with em =
-incremental a visit is a slice of a user (variants/incremental.py), and in the last part it is a pair. Within a step, visits
-are sorted by their longest text, so that micro-batches have little padding; the order does not change the step's sum.
+incremental a visit is a slice of a user (variants/incremental.py), and in the last part it is a pair. Within a step,
+visits are sorted by their longest text, so that micro-batches have little padding; the order does not change the sum.
 """
 
 from collections.abc import Sequence
