@@ -14,7 +14,9 @@ import torch
 from mixdpo.config import compute_dtype
 
 PARAMETERS = {"gpt2": 124e6, "smollm2": 135e6, "llama-3.2-1b": 1236e6}
-REACHED = {"cpu": {"pass": 0.4, "decode": 0.19}, "cuda": {"pass": 0.2, "decode": 0.02}}  # share of the product's speed
+# Share of the product's speed. AMX, matrix units for bfloat16, makes products so fast that other work counts.
+REACHED = {"amx": {"pass": 0.4, "decode": 0.19}, "cpu": {"pass": 0.8, "decode": 0.6},
+           "cuda": {"pass": 0.2, "decode": 0.02}}
 PARSED = 100  # texts that spaCy parses in a second on one processor
 JUDGE = 25  # seconds to read 12,000 reviews and fit the judge of sentiment
 
@@ -34,20 +36,23 @@ def work(preset: dict, parameters: float, prompt: int) -> dict[str, dict[str, fl
         in_e_step = preset["context"] / preset["pairs"] if run.get("estep") == "context" else 0.0
         of_step = (3 if run.get("sharing") != "lora" else 2) if run.get("train_trunk", True) else 0.3
         passes += share * (1 + copy * (run.get("epochs", 1) * (of_step + in_e_step) + in_e_step))   # 1: the reference
-    completed = preset["evaluate"] * (1 + (1 + len(preset.get("kl", ()))) * sum(run["experts"] for run in runs))
+    times = preset["evaluate"] * (1 + len(preset.get("kl", ())))            # at most: not every run goes so far
+    completed = preset["evaluate"] + times * sum(run["experts"] for run in runs)
+    for_kl = times * sum((1 + copy) * (prompt + run["experts"] * response) for run, copy in zip(runs, copies))
     return {
         "annotating": {"seconds": JUDGE * preset["judge_reviews"] / 12000 + continuations / PARSED},
         "fine-tuning": {"pass": 3 * forward * tuned["steps"] * tuned["batch"] * tuned["tokens"]},
         "sampling": {"decode": forward * continuations * response},
         "training": {"pass": forward * pairs * seen * passes},
         "evaluation": {"decode": forward * completed * response, "seconds": completed / PARSED,
-                       "pass": forward * ((1 + sum(copies)) * held * seen + 2 * completed * seen)},
+                       "pass": forward * ((1 + sum(copies)) * held * seen + for_kl)},
     }
 
 
-def product_rate(device: str) -> tuple[float, torch.dtype]:
-    """Operations per second of a matrix product with 1,024 rows, and its dtype."""
-    dtype = compute_dtype("auto", device)[0]
+def product_rate(device: str) -> tuple[float, torch.dtype, str]:
+    """Operations per second of a matrix product with 1,024 rows, its dtype, and the units that compute it, one of
+    REACHED."""
+    dtype, why = compute_dtype("auto", device)
     rows, matrix = (torch.randn(shape, device=device, dtype=dtype) for shape in ((1024, 768), (768, 3072)))
     wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     for _ in range(3):
@@ -58,15 +63,16 @@ def product_rate(device: str) -> tuple[float, torch.dtype]:
         rows @ matrix
         wait()
         count += 1
-    return 2 * rows.numel() * 3072 * count / (time.perf_counter() - began), dtype
+    units = "amx" if "amx" in why else device
+    return 2 * rows.numel() * 3072 * count / (time.perf_counter() - began), dtype, units
 
 
 def estimate(preset: dict, model: str, prompt: int) -> str:
     """One line for the user: total minutes, and minutes of each stage."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rate, dtype = product_rate(device)
+    rate, dtype, units = product_rate(device)
     parameters = PARAMETERS.get(model) or sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) / 4
-    speed = {kind: rate * share for kind, share in REACHED[device].items()} | {"seconds": 1.0}
+    speed = {kind: rate * share for kind, share in REACHED[units].items()} | {"seconds": 1.0}
     minutes = {stage: sum(amount / speed[kind] for kind, amount in parts.items()) / 60
                for stage, parts in work(preset, parameters, prompt).items()}
     name = f"{rate / 1e9:,.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}"
