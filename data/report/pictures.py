@@ -77,14 +77,15 @@ def result(job: Job) -> dict[str, Figure]:
     if not count:
         return {}
     figure, axes = panels(count, 2, 4.2, 2.8)
+    names = list(dict.fromkeys([*of, *(method.name for method in found)]))  # one look in both panels
     if found:
-        frontiers(axes[0], found)
+        frontiers(axes[0], found, names)
     if of and kinds:
         axis, width, runs = axes[-1], 0.8 / max(2, len(of)), list(of)
         for n, run in enumerate(runs):
             column = [of[run]["types"][kind]["accuracy"] for kind in kinds]
             x = np.arange(len(kinds)) + (n - (len(runs) - 1) / 2) * width
-            bars(axis, x, column, width, n, run)
+            bars(axis, x, column, width, names.index(run), run)
         axis.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
         axis.set(xlabel="type of user", ylabel="accuracy (share of pairs)", ylim=(0, 1), xlim=(-0.6, len(kinds) - 0.4))
         axis.set_xticks(range(len(kinds)), kinds)
@@ -93,9 +94,11 @@ def result(job: Job) -> dict[str, Figure]:
     return {"result": figure}
 
 
-def frontiers(axis, found: list[frontier.Method]) -> None:
-    """Own reward against KL: a method's points, with standard errors over prompts, and its frontier as a line."""
-    for n, method in enumerate(found):
+def frontiers(axis, found: list[frontier.Method], names: list[str]) -> None:
+    """Own reward against KL: a method's points, with standard errors over prompts, and its frontier as a line. names:
+    those of all methods, whose order gives each its look."""
+    for method in found:
+        n = names.index(method.name)
         look = {"color": EXPERTS[n % len(EXPERTS)]}
         axis.plot(*method.line(), linestyle=LINES[n % len(LINES)], label=method.name, **look)
         for point in method.points:
