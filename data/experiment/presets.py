@@ -35,11 +35,12 @@ ADAPTERS = {"sharing": "lora", "targets": "q_proj,k_proj,v_proj,o_proj,gate_proj
 LONG = 1000000      # more steps than any run has
 
 
-def runs(types: list[str], seeds: int = 1, betas: tuple = (), start: bool = True, **shared) -> dict:
+def runs(types: list[str], seeds: int = 1, betas: dict | None = None, start: bool = True, **shared) -> dict:
     """One policy for all (DPO); the mixture with one latent type for each user; one policy for each known type, which
     is the ceiling; and, with `start`, the mixture on the assignment of the linear start, without EM. All are adapters
-    of the same rank on the same projections, and are trained on the same pairs. Each run once for each seed; betas:
-    further ones of DPO and of the mixture; shared: options of all runs."""
+    of the same rank on the same projections, and are trained on the same pairs. Each run once for each seed; betas: run
+    -> further ones, since one policy stays near the reference where tastes are opposed, unless beta is small; shared:
+    options of all runs."""
     single = ADAPTERS | {"experts": 1} | shared
     mixture = ADAPTERS | {"experts": len(types), "shared_rank": 16, "start": "linear", "latent": "user"} | shared
     out = {}
@@ -50,8 +51,8 @@ def runs(types: list[str], seeds: int = 1, betas: tuple = (), start: bool = True
         out |= {f"dpo-{kind}{end}": single | {"data": f"train-{kind}.jsonl"} | own for kind in types}
         if start:
             out["start" + end] = mixture | {"estep": "first", "start_steps": LONG} | own
-        for beta in betas:
-            out |= {f"{name}-beta{beta}{end}": out[name + end] | {"beta": beta} for name in ("dpo", "mixture")}
+        for name, values in (betas or {}).items():
+            out |= {f"{name}-beta{beta}{end}": out[name + end] | {"beta": beta} for beta in values}
     return out
 
 
@@ -74,7 +75,8 @@ QUICK = COMMON | tastes(3.0) | {
     "prompts": 160, "heldout": 120, "evaluate": 120, "max_response": 32, "agree": None,
     "users": 32, "pairs": 12, "context": 5, "heldout_pairs": 5, "new_users": 8, "new_pairs": 16, "reviews": 1000,
     "finetune": {"steps": 16, "batch": 8, "tokens": 128, "lr": 1e-4}, "kl": (0.7, 2.0),
-    "train": {"epochs": 1, "batch": 8, "micro": 8, "warmup": 4, "head_lr": 6e-4}, "runs": runs(TASTES, start=False),
+    "train": {"epochs": 1, "batch": 8, "micro": 8, "warmup": 4, "head_lr": 6e-4},
+    "runs": runs(TASTES, start=False),
 }
 CPU = COMMON | tastes(2.0) | {
     "prompts": 800, "heldout": 600, "evaluate": 600, "continuations": 6, "max_response": 32, "agree": None,
@@ -87,7 +89,8 @@ PAPER = COMMON | {
     "users": 2520, "pairs": 20, "context": 8, "heldout_pairs": 4, "new_users": 120, "new_pairs": 32,
     "reviews": 20000, "judge_reviews": 22000,
     "finetune": {"steps": 2000, "batch": 64, "tokens": 128, "held": 256}, "kl": (1.0, 2.0, 4.0, 8.0),
-    "train": {"epochs": 2, "batch": 80, "micro": 80}, "runs": runs(THREE, seeds=3, betas=(0.03, 0.3)) | of_pairs(300),
+    "train": {"epochs": 2, "batch": 80, "micro": 80},
+    "runs": runs(THREE, seeds=3, betas=dict.fromkeys(("dpo", "mixture"), (0.03, 0.3))) | of_pairs(300),
 }
 IMDB = {"smoke": SMOKE, "quick": QUICK, "cpu": CPU, "paper": PAPER}
 

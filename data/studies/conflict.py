@@ -66,11 +66,13 @@ def measure(cell: dict, folder: Path) -> dict:
     for name in (*FILES.values(), *(f"{stage}-{file}" for stage in ("sampled", "scored") for file in FILES.values()),
                  "judge.json", "sentiment.safetensors", "split.json"):
         (folder / name).symlink_to((shared / name).resolve())
-    preset |= {"annotators": TWO} if cell["world"] == PAPER else tastes(float(cell["world"].split()[-1]))
+    conflict = 1.0 if cell["world"] == PAPER else float(cell["world"].split()[-1])
+    preset |= {"annotators": TWO} if cell["world"] == PAPER else tastes(conflict)
     preset |= {"seed": cell["seed"]}
+    betas = {"dpo": (0.02,)} if conflict > 1 else {}                # else opposed pairs hold it at the reference
     max_prompt = longest_prompt(load_tokenizer(str(shared / "reference")))
     judge(folder, preset, max_prompt)
-    made = runs(preset["annotators"], start=cell["seed"] == 0, batch=preset["batch"], warmup=4)
+    made = runs(preset["annotators"], betas=betas, start=cell["seed"] == 0, batch=preset["batch"], warmup=4)
     for name, options in made.items():
         options = {"data": "train.jsonl", "seed": cell["seed"]} | options
         run(TrainConfig(model=str(shared / "reference"), out=str(folder / name), max_prompt=max_prompt,
