@@ -76,7 +76,7 @@ QUICK = COMMON | tastes(3.0) | {
     "users": 32, "pairs": 12, "context": 5, "heldout_pairs": 5, "new_users": 8, "new_pairs": 16, "reviews": 1000,
     "finetune": {"steps": 16, "batch": 8, "tokens": 128, "lr": 1e-4}, "kl": (0.7, 2.0),
     "train": {"epochs": 1, "batch": 8, "micro": 8, "warmup": 4, "head_lr": 6e-4},
-    "runs": runs(TASTES, start=False),
+    "runs": runs(TASTES, betas={"dpo": (0.02,)}, start=False),
 }
 CPU = COMMON | tastes(2.0) | {
     "prompts": 800, "heldout": 600, "evaluate": 600, "continuations": 6, "max_response": 32, "agree": None,
