@@ -30,7 +30,7 @@ from mixdpo.evaluation.completions import (
     write_samples,
 )
 from mixdpo.evaluation.export import export_run
-from mixdpo.evaluation.generate import Sampling
+from mixdpo.evaluation.generate import Sampling, rows_at_once
 from mixdpo.evaluation.heldout import margins_of, preference_figures
 from mixdpo.evaluation.inputs import EvalInputs, read_inputs
 from mixdpo.evaluation.served import own_reward_rows
@@ -52,7 +52,8 @@ class EvalConfig:
     max_new: int = 0                # tokens of a completion; 0: as in dataset.json, else the runs' max_response
     temperature: float = 1.0        # of sampling; 0: greedy. KL is from the policy at this temperature to the
                                     # reference at temperature 1
-    batch: int = 128                # prompts sampled together
+    batch: int = 0                  # completions sampled together; 0: as many as fit into 1 GiB of keys and values,
+                                    # on a GPU into 4 GiB
     seed: int = 1                   # of sampling; the same for every policy
     kl: tuple[float, ...] = ()      # also evaluate policies between the reference and each run, with about these KL
                                     # in nats, as in 1,2,4: own reward by KL. Empty: none
@@ -66,7 +67,7 @@ class EvalConfig:
 
 def validate(config: EvalConfig) -> None:
     """Raises: InputError if a value is out of range, before anything is read, computed or replaced."""
-    for name, least in {"limit": 0, "max_new": 0, "temperature": 0, "batch": 1, "seed": 0, "examples": 0}.items():
+    for name, least in {"limit": 0, "max_new": 0, "temperature": 0, "batch": 0, "seed": 0, "examples": 0}.items():
         value = getattr(config, name)
         if not least <= value < math.inf:                                   # also refuses NaN
             raise InputError(f"got {value}, wanted a number of at least {least}", option=name)
@@ -129,8 +130,10 @@ def completions(inputs: EvalInputs, config: EvalConfig, known: dict) -> tuple[di
     if inputs.prompts is None:
         return {}, []
     tokenizer, dataset = inputs.tokenizer, inputs.dataset
-    sampling = Sampling(inputs.prompts.max_new, inputs.prompts.end, config.temperature, config.seed, config.batch)
-    task = CompletionTask(inputs.references[0], inputs.prompts.pairs, sampling)
+    reference, prompts, max_new = inputs.references[0], inputs.prompts.pairs, inputs.prompts.max_new
+    at_once = config.batch or rows_at_once(reference, max(len(p.prompt) for p in prompts) + max_new)
+    sampling = Sampling(max_new, inputs.prompts.end, config.temperature, config.seed, at_once)
+    task = CompletionTask(reference, prompts, sampling)
     done: dict[str, tuple] = {}
     rows = policy_rows(inputs.runs, task, done)
     texts = {name: plain_texts(task, row["ids"], tokenizer) for name, row in rows.items()}

@@ -39,7 +39,7 @@ from mixdpo.preferences import encode_prompt
 from mixdpo.text.tokenizer import load_tokenizer
 
 MAX_PROMPT = 16     # a prompt is the first MAX_PROMPT tokens of a review
-AT_ONCE = 256       # continuations sampled together on a CPU; four times as many on a GPU
+AT_ONCE = 512       # continuations sampled together on a CPU; four times as many on a GPU
 FILES = {"train": "prompts-train.jsonl", "heldout": "prompts.jsonl"}
 
 

@@ -15,7 +15,7 @@ prompt is that of the expert drawn for it, and the rows mixture and sparse need 
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ class CompletionTask:
 
     reference: Transformer
     prompts: list[Pair]             # without responses
-    sampling: Sampling              # its batch counts prompts
+    sampling: Sampling
 
 
 def policy_rows(runs: list[Run], task: CompletionTask, done: dict | None = None) -> dict:
@@ -59,21 +59,21 @@ def policy_rows(runs: list[Run], task: CompletionTask, done: dict | None = None)
 def reference_row(task: CompletionTask, dtype: torch.dtype) -> dict:
     """Completions by the reference, as a row of `run_rows`."""
     reference = task.reference
-    plain, = sample([(reference, reference.unembedding)], task, dtype, "reference")
-    kl = torch.zeros(len(plain))                                            # exactly, at temperature 1
+    texts, own = sample([(reference, reference.unembedding)], task, dtype, "reference")
+    kl = torch.zeros(len(own[0]))                                           # exactly, at temperature 1
     if task.sampling.temperature != 1:
-        kl = log_ratios(task, Heads(reference, 1, dtype=dtype), True, [plain], "reference")[0, :, 0]
-    return {"ids": plain, "kl": kl, "z": None}
+        kl = log_ratios(task, Heads(reference, 1, dtype=dtype), True, texts, own, "reference")[0, :, 0]
+    return {"ids": texts[0], "kl": kl, "z": None}
 
 
 def complete(run: Run, task: CompletionTask, name: str) -> tuple[list[list[list[int]]], torch.Tensor]:
     """Completions by each expert of a run, K lists of N, and log pi_j - log pi_ref of each under every expert j,
     (K,N,K) nats."""
-    K, ids = run.config.experts, []
-    for experts in [range(K)] if run.config.sharing == "heads" else [[k] for k in range(K)]:
-        ids += sample([run.experts.policy(k) for k in experts], task, run.experts.dtype,
-                      f"{name} expert {'+'.join(map(str, experts))}")
-    return ids, log_ratios(task, run.experts, not run.config.train_trunk, ids, name)
+    K, experts = run.config.experts, run.experts
+    found = [sample([experts.policy(k) for k in some], task, experts.dtype, f"{name} expert {'+'.join(map(str, some))}")
+             for some in ([range(K)] if run.config.sharing == "heads" else [[k] for k in range(K)])]
+    texts, own = [ids for some, _ in found for ids in some], torch.cat([logp for _, logp in found])
+    return texts, log_ratios(task, experts, not run.config.train_trunk, texts, own, name)
 
 
 def run_rows(run: Run, task: CompletionTask, states: torch.Tensor, ids: list, kl: torch.Tensor) -> dict:
@@ -92,22 +92,23 @@ def run_rows(run: Run, task: CompletionTask, states: torch.Tensor, ids: list, kl
     return rows
 
 
-def sample(policies: list[tuple], task: CompletionTask, dtype, name: str) -> list[list[list[int]]]:
-    """Completions of all prompts by each of some experts, (model, unembedding), that share a trunk. All experts use the
-    same random numbers."""
+def sample(policies: list[tuple], task: CompletionTask, dtype, name: str) -> tuple[list[list[list[int]]], torch.Tensor]:
+    """Completions of all prompts by each of some experts, (model, unembedding), that share a trunk, and the log-prob of
+    each (K,N). All experts use the same random numbers."""
     model = copy.deepcopy(policies[0][0]).to(dtype)                         # one cast here, not one a token
     heads = [head.to(model.unembedding) for _, head in policies]
-    sampling = replace(task.sampling, batch=task.sampling.batch * len(heads))
-    return generate_heads(model, heads, [p.prompt for p in task.prompts], sampling, Progress(name))
+    return generate_heads(model, heads, [p.prompt for p in task.prompts], task.sampling, Progress(name))
 
 
-def log_ratios(task: CompletionTask, experts, frozen: bool, texts: list[list], name: str) -> torch.Tensor:
+def log_ratios(task: CompletionTask, experts, frozen: bool, texts: list[list], own: torch.Tensor, name: str
+               ) -> torch.Tensor:
     """log pi_j - log pi_ref of every expert's completions under every expert j: (K,N,K) nats.
 
     pi_j is the policy as it was sampled: at the sampling temperature, token by token. At temperature 0 it has
-    probability 1 for its own completion and 0 for others. texts: K lists of N completions; frozen: whether the experts'
-    trunk is the reference's. Completions of two experts go through the model together, behind a shared prompt; if K is
-    odd, the last one goes with an empty text, whose result is dropped.
+    probability 1 for its own completion and 0 for others. texts: K lists of N completions; own (K,N): the log-prob with
+    which each was sampled, all that a lone expert needs; frozen: whether the experts' trunk is the reference's.
+    Completions of two experts go through the model together, behind a shared prompt; if K is odd, the last one goes
+    with an empty text, whose result is dropped.
     """
     policy, base, K, temperature = [], [], len(texts), task.sampling.temperature
     prompts, empty = [p.prompt for p in task.prompts], [[task.sampling.eos]] * len(task.prompts)
@@ -116,13 +117,13 @@ def log_ratios(task: CompletionTask, experts, frozen: bool, texts: list[list], n
         pairs = [Pair(prompt, *both) for prompt, *both in zip(prompts, *two)]
         ref = compute_reference(task.reference, pairs, experts.dtype)
         base.append(ref.logp.permute(2, 0, 1))                              # (2,N,1)
-        if temperature:
+        if temperature and K > 1:
             pairs = ref.with_states(pairs) if frozen else pairs
             policy.append(expert_logp(experts, pairs, f"{name} KL {k}", temperature=temperature).permute(2, 0, 1))
     if temperature:
-        logp = torch.cat(policy)[:K]                                        # (K,N,K)
+        logp = torch.cat(policy)[:K] if K > 1 else own[..., None]           # (K,N,K)
     else:
-        equal = [[[own[n] == other[n] for other in texts] for n in range(len(prompts))] for own in texts]
+        equal = [[[text[n] == other[n] for other in texts] for n in range(len(prompts))] for text in texts]
         logp = torch.tensor(equal).float().log()                            # (K,N,K) log 1 or log 0
     return logp - torch.cat(base)[:K]
 

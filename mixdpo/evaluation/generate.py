@@ -18,6 +18,7 @@ two experts with the same seed are compared on the same random numbers.
 Left out: top-k, top-p and beam search, which change the policy that is evaluated.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from mixdpo.mixture import mixture_logp, require_precise
 
 BLOCK = 256     # tokens of the vocabulary whose probabilities are first summed together
+CACHE = {"cpu": 2**30, "cuda": 2**32}   # bytes of keys and values of the rows decoded together
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,13 @@ class Sampling:
     temperature: float = 1.0    # 0: greedy
     seed: int = 0
     batch: int = 64             # rows decoded together
+
+
+def rows_at_once(model, tokens: int) -> int:
+    """How many rows of so many tokens have keys and values that fit into CACHE; at least one. The more rows, the less
+    often the weights are read."""
+    one = model.new_cache(1, min(tokens, model.config.context))
+    return max(CACHE[model.unembedding.device.type] // (one.keys.nbytes + one.values.nbytes), 1)
 
 
 @torch.no_grad()
@@ -55,28 +64,35 @@ def generate(model, prompts: list[list[int]], sampling: Sampling, unembedding: t
 
 @torch.no_grad()
 def generate_heads(model, heads: list[torch.Tensor], prompts: list[list[int]], sampling: Sampling, progress=None
-                   ) -> list[list[list[int]]]:
-    """Completions of all N prompts by each of K heads (V,C) on one trunk: K lists of N lists of token ids.
+                   ) -> tuple[list[list[list[int]]], torch.Tensor]:
+    """Completions of all N prompts by each of K heads (V,C) on one trunk: K lists of N lists of token ids, and the
+    log-prob with which each was sampled, (K,N) float32 nats.
 
-    Equals [generate(model, prompts, sampling, head) for head in heads], and decodes all heads in one pass of the trunk.
+    The texts equal [generate(model, prompts, sampling, head) for head in heads]. All heads are decoded in one pass of
+    the trunk. At temperature 0 the log-probs are those of temperature 1.
     """
     N, K = len(prompts), len(heads)
     expert = torch.arange(K).repeat_interleave(N)                           # (K N,)
+    logp = torch.zeros(K * N, sampling.max_new)                             # of each token
 
     def chooser(part):
+        step = itertools.count()
         rows_of_head = [(expert[part] == k).nonzero().squeeze(1).to(head.device) for k, head in enumerate(heads)]
 
         def choose(last, u):
             states = last[model]                                            # (rows,C)
             logits = states.new_empty(len(part), len(heads[0]), dtype=torch.float32)
             for rows, head in zip(rows_of_head, heads):
-                logits[rows] = (states[rows].to(head.dtype) @ head.T).float()
-            return draw(logits, sampling.temperature, u)
+                logits[rows] = (states[rows].to(head.dtype) @ head.T).float() / (sampling.temperature or 1.0)
+            token = draw(logits, 1.0 if sampling.temperature else 0.0, u)
+            logp[part, next(step)] = (logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)).cpu()
+            return token
 
         return choose
 
     ids = in_batches([model], prompts * K, chooser, sampling, list(range(N)) * K, progress)
-    return [ids[k * N : (k + 1) * N] for k in range(K)]
+    inside = torch.arange(sampling.max_new) < torch.tensor([[len(row)] for row in ids])     # not after its end
+    return [ids[k * N : (k + 1) * N] for k in range(K)], (logp * inside).sum(1).view(K, N)
 
 
 @torch.no_grad()

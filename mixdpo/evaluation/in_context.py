@@ -35,13 +35,12 @@ def served_in_context(pairs: list[Pair], types: list[str], examples: int, task: 
                    for n, prompt in enumerate(task.prompts)]
         if max(len(p.prompt) for p in prompts) + task.sampling.max_new > task.reference.config.context:
             return None
-        ids, = sample([(task.reference, task.reference.unembedding)], replace(task, prompts=prompts), dtype,
-                      f"in context, {types[t]}")
-        asked = ([Pair(p.prompt, y, [task.sampling.eos]) for p, y in zip(some, ids)]
-                 for some in (prompts, task.prompts))
-        with_them, without = (compute_reference(task.reference, some, dtype).logp[:, 0, 0] for some in asked)
+        policy = task.reference, task.reference.unembedding
+        (ids,), with_them = sample([policy], replace(task, prompts=prompts), dtype, f"in context, {types[t]}")
+        asked = [Pair(p.prompt, y, [task.sampling.eos]) for p, y in zip(task.prompts, ids)]
+        without = compute_reference(task.reference, asked, dtype).logp[:, 0, 0]
         gains.append(values(ids)[:, t] - base[:, t])
-        kls.append(with_them - without)
+        kls.append(with_them[0] - without)
         lengths += [len(y) for y in ids]
     reward = torch.stack(gains)                                             # (T,N)
     se, by_type = mean_se(reward.mean(0))["se"], [mean_se(r) for r in reward]

@@ -18,12 +18,12 @@ FACTORS = {"A": Heads, "B": Adapters, "B_0": Adapters}      # the low-rank facto
 
 
 def strength_for(kl: float, reached: dict[float, float]) -> float | None:
-    """A strength whose KL is about this, in nats; None if the expert itself, at strength 1, is no farther from the
-    reference. reached: strength -> KL, of strength 1 and of others that were evaluated.
+    """A strength whose KL is about this, in nats; None unless the expert itself, at strength 1, is clearly farther from
+    the reference. reached: strength -> KL, of strength 1 and of others that were evaluated.
 
     KL grows with a power of the strength, with its square near the reference: a line in logarithms, through the two
     points with the nearest KL."""
-    if kl >= reached[1.0]:
+    if kl > 0.8 * reached[1.0]:
         return None
     near = sorted((abs(math.log(kl / own)), math.log(strength), math.log(own))
                   for strength, own in reached.items() if own > 0)

@@ -529,7 +529,7 @@ def test_no_json_file_holds_nan_and_the_report_reads_null(tmp_path, model_dir):
 
 
 @pytest.mark.parametrize("option, value", [
-    ("batch", 0), ("batch", -1), ("max_new", -3), ("limit", -1), ("seed", -1), ("temperature", -1.0),
+    ("batch", -1), ("max_new", -3), ("limit", -1), ("seed", -1), ("temperature", -1.0),
     ("temperature", math.nan), ("temperature", math.inf), ("max_new", 400)])
 def test_what_evaluation_cannot_use_is_refused_before_anything_is_lost(job, option, value, monkeypatch):
     """Catches: a traceback, or the inverse order of logits, a prompt left out; figures computed, or samples.jsonl taken

@@ -12,7 +12,16 @@ import pytest
 import small
 import torch
 
-from mixdpo.evaluation.generate import Sampling, choose_expert, draw, first_above, generate, generate_heads
+from mixdpo.evaluation.generate import (
+    CACHE,
+    Sampling,
+    choose_expert,
+    draw,
+    first_above,
+    generate,
+    generate_heads,
+    rows_at_once,
+)
 
 EOS = 3
 PROMPTS = [[5], [7, 2, 9, 11, 4, 6, 1], [8, 8], [1, 2, 4, 12], [5], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40]]
@@ -138,15 +147,38 @@ def test_another_head_on_the_same_trunk():
 
 def test_heads_of_one_trunk_decode_together():
     """Rows of different heads in one batch: each text equals that of its own head alone, with the random numbers of its
-    own prompt. Catches: another row's head, heads in another order after sorting by length, a prompt that is asked for
-    twice decoded once."""
+    own prompt; its log-prob is what a pass over the finished text gives, at the temperature of sampling. Catches:
+    another row's head, heads in another order after sorting by length, a prompt that is asked for twice decoded once;
+    log-probs of temperature 1, of the prompts in sorted order, and of steps after a text's end."""
     model, generator = small.model("gpt2"), torch.Generator().manual_seed(3)
     heads = [torch.randn(model.unembedding.shape, generator=generator) for _ in range(3)]
-    for temperature in (0, 1.0):
-        got = generate_heads(model, heads, PROMPTS, Sampling(8, EOS, temperature, seed=4, batch=5))
+    for temperature in (0, 1.0, 0.5):
+        got, logps = generate_heads(model, heads, PROMPTS, Sampling(8, EOS, temperature, seed=4, batch=5))
+        want = [[text_logp(model, head, prompt, ids, temperature or 1.0) for prompt, ids in zip(PROMPTS, texts)]
+                for head, texts in zip(heads, got)]
+        torch.testing.assert_close(logps, torch.tensor(want), atol=1e-4, rtol=0)
+        assert min(len(ids) for texts in got for ids in texts) < 8 or not temperature
         alone = [[generate(model, [p], Sampling(8, EOS, temperature, seed=4), head, rows=[n])[0]
                   for n, p in enumerate(PROMPTS)] for head in heads]
         assert got == alone and len({tuple(ids) for texts in got for ids in texts}) > len(PROMPTS)
+
+
+@torch.no_grad()
+def text_logp(model, head, prompt: list[int], ids: list[int], temperature: float) -> float:
+    """The log-prob of a completion, from one pass over the finished text."""
+    states = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1]
+    return (states @ head.T / temperature).log_softmax(-1)[range(len(ids)), ids].sum().item()
+
+
+def test_rows_at_once():
+    """By hand: keys and values of each layer, of as many numbers as the model is wide. Catches: keys alone, numbers for
+    bytes, no row at all."""
+    model = small.model("gpt2")
+    config = model.config
+    assert rows_at_once(model, 10) == 2**30 // (2 * config.layers * 10 * config.width * 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CACHE, "cpu", 100)
+        assert rows_at_once(model, 10) == 1
 
 
 # --- one draw ---------------------------------------------------------------------------------------------------------

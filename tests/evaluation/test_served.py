@@ -246,7 +246,7 @@ def in_context(pairs, context=64, temperature=1.0, examples=4):
 
     def sample(policies, task, *rest):
         seen.extend(pair.prompt for pair in task.prompts)
-        return [[[1, 0]] * len(task.prompts)]
+        return [[[1, 0]] * len(task.prompts)], torch.zeros(1, len(task.prompts))
 
     def logp(model, pairs, dtype):
         return types.SimpleNamespace(logp=torch.zeros(len(list(pairs)), 1, 2))
