@@ -6,7 +6,7 @@
     new_users, new_pairs    the same for users without training data
     prompts, heldout        train prompts, and held-out prompts (judged.py: held-out share of the conversations)
     evaluate                held-out prompts that are completed
-    kl                      nats at which runs are compared too (mixdpo/evaluation/strength.py)
+    evaluation              further options of EvalConfig
     continuations           sampled for each prompt
     heldout_pairs           pairs of each user on held-out prompts
     context                 pairs of each user that the E-step reads, on prompts without other training pairs (pairs.py)
@@ -68,27 +68,28 @@ def of_pairs(steps: int) -> dict:
 SMOKE = COMMON | tastes(2.0) | {
     "prompts": 24, "heldout": 12, "evaluate": 8, "max_response": 16, "margin": 0.1, "agree": None,
     "users": 4, "pairs": 10, "context": 4, "heldout_pairs": 4, "new_users": 2, "new_pairs": 6, "reviews": 60,
-    "finetune": {"steps": 2, "batch": 4, "tokens": 64, "held": 8}, "kl": (0.01,),
+    "finetune": {"steps": 2, "batch": 4, "tokens": 64, "held": 8}, "evaluation": {"kl": (0.01,)},
     "train": {"epochs": 1, "batch": 20, "micro": 10}, "runs": runs(TASTES),
 }
 QUICK = COMMON | tastes(3.0) | {
-    "prompts": 160, "heldout": 120, "evaluate": 120, "max_response": 32, "agree": None,
+    "seed": 1, "prompts": 160, "heldout": 300, "evaluate": 300, "max_response": 32, "agree": None,
     "users": 32, "pairs": 12, "context": 5, "heldout_pairs": 5, "new_users": 8, "new_pairs": 16, "reviews": 1000,
-    "finetune": {"steps": 16, "batch": 8, "tokens": 128, "lr": 1e-4}, "kl": (0.7, 2.0),
+    "finetune": {"steps": 16, "batch": 8, "tokens": 128, "lr": 1e-4}, "evaluation": {"kl": (1.0, 3.0), "examples": 0},
     "train": {"epochs": 1, "batch": 8, "micro": 8, "warmup": 4, "head_lr": 6e-4},
     "runs": runs(TASTES, betas={"dpo": (0.02,)}, start=False),
 }
 CPU = COMMON | tastes(2.0) | {
     "prompts": 800, "heldout": 600, "evaluate": 600, "continuations": 6, "max_response": 32, "agree": None,
     "users": 120, "pairs": 20, "context": 8, "heldout_pairs": 8, "new_users": 40, "new_pairs": 32, "reviews": 3000,
-    "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4}, "kl": (1.0, 2.0, 4.0, 8.0),
+    "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4}, "evaluation": {"kl": (1.0, 2.0, 4.0, 8.0)},
     "train": {"epochs": 1, "batch": 24, "micro": 24}, "runs": runs(TASTES, seeds=3),
 }
 PAPER = COMMON | {
     "annotators": THREE, "prompts": 25000, "heldout": 10000, "evaluate": 10000,
     "users": 2520, "pairs": 20, "context": 8, "heldout_pairs": 4, "new_users": 120, "new_pairs": 32,
     "reviews": 20000, "judge_reviews": 22000,
-    "finetune": {"steps": 2000, "batch": 64, "tokens": 128, "held": 256}, "kl": (1.0, 2.0, 4.0, 8.0),
+    "finetune": {"steps": 2000, "batch": 64, "tokens": 128, "held": 256},
+    "evaluation": {"kl": (1.0, 2.0, 4.0, 8.0)},
     "train": {"epochs": 2, "batch": 80, "micro": 80},
     "runs": runs(THREE, seeds=3, betas=dict.fromkeys(("dpo", "mixture"), (0.03, 0.3))) | of_pairs(300),
 }

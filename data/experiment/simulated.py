@@ -294,4 +294,4 @@ def run_job(dataset: DataSet, config, name: str, preset: dict, job: Path) -> Non
     shared = {"model": str(job / "reference"), "data_folder": config.data_folder, "max_prompt": max_prompt,
               "max_response": preset["max_response"]}
     train_and_evaluate(job, preset, shared, prompts=str(job / dataset.evaluate), limit=preset["evaluate"],
-                       kl=preset.get("kl", ()))
+                       **preset.get("evaluation", {}))
