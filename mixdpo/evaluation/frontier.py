@@ -82,13 +82,16 @@ def name_of(rows: list[dict], serves: str) -> str:
 
 
 def points_of(rows: list[dict]) -> list[Point]:
-    """A point for each beta and target. Several types of one seed, each from its own run, are averaged."""
+    """A point for each beta and target. Several types of one seed, each from its own run, are averaged. A target that
+    one of these runs does not reach is no point: the mean of the others would be that of other seeds or types."""
     found: dict[tuple, dict[int, list[dict]]] = {}
     for row in rows:
         config = row["config"]
         found.setdefault((config["beta"], row["target"]), {}).setdefault(config["seed"], []).append(row)
     points = []
     for (beta, target), of in found.items():
+        if sum(map(len, of.values())) < sum(map(len, found[beta, None].values())):
+            continue
         kl, gain = (np.array([np.mean([row[what] for row in rows], axis=0) for rows in of.values()])
                     for what in ("kl_by_prompt", "gain_by_prompt"))
         each = [row for rows in of.values() for row in rows]

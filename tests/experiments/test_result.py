@@ -23,7 +23,7 @@ def job(tmp_path):
 
 def test_a_method_is_its_runs_of_any_seed_and_beta(job):
     """Caught: seeds as methods of their own; two betas at one point; a mixture without users served by its weights for
-    strangers when it knows its users; points of another run."""
+    strangers when it knows its users; points of another run; a KL that only one of two seeds reaches as a point."""
     rows = job.results["own_reward"]
     again = [copy.deepcopy(row) for row in rows if row["run"] == "dpo"]
     for row in again:
@@ -37,13 +37,15 @@ def test_a_method_is_its_runs_of_any_seed_and_beta(job):
     assert found["dpo"].full.gain.shape == (2, 40) and found["dpo"].arrays()[0].shape == (3, 1, 40)
     assert found["dpo"].full.gain.mean() == pytest.approx(np.mean(rows[0]["gain_by_prompt"]) + 0.5)
     assert [m.serves for m in found.values()] == ["one policy", "mixture", "mixture"]
+    fewer = frontier.methods({"own_reward": [*rows, *(row for row in again if row["target"] is None)]})[0]
+    assert [p.target for p in fewer.points] == [None] and fewer.arrays()[0].shape == (1, 2, 40)
     known = next(row for row in rows if row["run"] == "mix-user" and row["users"] == "known users")
     assert found["mix-user"].full.gain[0].tolist() == known["gain_by_prompt"]
 
 
 def test_one_policy_per_known_type_is_one_method(job):
     """Caught: the ceiling as two methods; the KL or the gain of one type for the mean of both; the
-    ceiling compared at a KL that it does not reach."""
+    ceiling compared at a KL that it does not reach, or that one of its types does not reach."""
     rows = [copy.deepcopy(row) for row in job.results["own_reward"] if row["run"] == "dpo"]
     parts = []
     for n, kind in enumerate(TYPES):
@@ -55,6 +57,8 @@ def test_one_policy_per_known_type_is_one_method(job):
     job.results["own_reward"] += parts
     ceiling = frontier.main_methods(frontier.methods(job.results))[2]
     assert ceiling.name == "one policy per known type" and len(ceiling.points) == 2
+    fewer = frontier.methods({"own_reward": [row for row in parts if row is not parts[-1]]})[0]
+    assert parts[-1]["target"] is not None and len(fewer.points) == 1
     assert ceiling.full.kl.mean() == 1.5 and list(ceiling.full.types) == TYPES
     mixture, baseline, _ = frontier.main_methods(frontier.methods(job.results))
     assert frontier.common_kl(mixture, baseline) > 1.5 == frontier.common_kl(mixture, baseline, ceiling)
