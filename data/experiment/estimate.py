@@ -36,7 +36,8 @@ def work(preset: dict, parameters: float, prompt: int) -> dict[str, dict[str, fl
         in_e_step = preset["context"] / preset["pairs"] if run.get("estep") == "context" else 0.0
         of_step = (3 if run.get("sharing") != "lora" else 2) if run.get("train_trunk", True) else 0.3
         passes += share * (1 + copy * (run.get("epochs", 1) * (of_step + in_e_step) + in_e_step))   # 1: the reference
-    times = preset["evaluate"] * (1 + len(preset.get("evaluation", {}).get("kl", ())))            # at most: not every run goes so far
+    kl = preset.get("evaluation", {}).get("kl", ())
+    times = preset["evaluate"] * (1 + len(kl))                              # at most: not every run goes so far
     completed = preset["evaluate"] + times * sum(run["experts"] for run in runs)
     for_kl = times * sum((1 + copy) * (prompt + run["experts"] * response) for run, copy in zip(runs, copies))
     return {
