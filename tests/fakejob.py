@@ -143,6 +143,8 @@ def held_out(K, kinds, rng, n=40):
         "by_pair_own": rng.normal(-0.66, 0.1, 50).tolist(),
         "prompt_of_pair": [n // 2 for n in range(50)],
         "user_of_pair_own": [n % 10 for n in range(50)],
+        "type_of_pair": [kinds[n % 10 % len(kinds)] for n in range(50)],
+        "trained_on": kinds,
         "prompts": 25,
         "collapse": {} if K == 1 else {"verdict": "inactive experts", "active": [0], "best": 0,
                                        **{name: {"mean": 0.01, "se": 0.002, "n": 50}

@@ -10,8 +10,7 @@ preference files of simulated users, each of one type:
     held out     every judgement of a held-out item once, by the users of its type in turn
     new users    as many of each type as the preset says, on held-out conversations and on training conversations
 
-Then common.py trains DPO and the mixtures and evaluates them. No pairs are reserved for the E-step: real judgements are
-noisy, heads memorise little of them, and each pair carries information about its user.
+Then common.py trains the runs of the preset and evaluates them.
 """
 
 import hashlib
@@ -154,6 +153,8 @@ def write_preferences(job: Path, types: list[str], training: list[Item], heldout
         raise InputError(f"{len(training)} items leave no held-out pairs; get more data, or choose another preset",
                          option="preset")
     write_lines(job / "train.jsonl", rows)
+    for kind in types:
+        write_lines(job / f"train-{kind}.jsonl", (row for row in rows if row["annotator"] == kind))
     write_lines(job / "heldout.jsonl", heldout_rows)
     return len(rows), len(heldout_rows), sum(item.conflict for item, _ in judged)
 
@@ -189,8 +190,9 @@ def preset_with(config: JudgedConfig, preset: dict) -> dict:
         if config.users or config.pairs:
             raise InputError("true makes one user of each type, who judges all items; leave out --users and --pairs",
                              option="types_as_users")
-        runs = {name: run | ({"em": "incremental"} if run.get("latent") == "user" else {})  # a user exceeds a batch
-                for name, run in preset["runs"].items()}
+        sliced = {"estep": "all", "context": 0, "em": "incremental"}        # a user exceeds a batch
+        runs = {name: run | (sliced if run.get("estep") == "context" else {}) for name, run in preset["runs"].items()
+                if run.get("estep") != "first"}
         preset |= {"users": 1, "pairs": 0, "runs": runs}
     return preset
 
@@ -212,7 +214,8 @@ def main(dataset: Judged, argv: list[str]) -> None:
         own = [Path(config.data_folder) / source for source in dataset.sources] if config.data_folder else []
         source = [fetch.sha256_of(file) for file in own if file.is_file()] or "fetched"
         sizes = {key: value for key, value in preset.items() if key not in ("runs", "train")}
-        stage(job, "judge", key_of(sizes, source, tokenizer.key), FILES,
+        files = [*FILES, *(f"train-{kind}.jsonl" for kind in dataset.types)]
+        stage(job, "judge", key_of(sizes, source, tokenizer.key), files,
               lambda: judge(job, dataset, preset, tokenizer, config.data_folder or None))
         if config.data_only:
             print(f"The preference files are in {job}; nothing was trained, since --data-only is set.")

@@ -96,21 +96,24 @@ PAPER = COMMON | {
 IMDB = {"smoke": SMOKE, "quick": QUICK, "cpu": CPU, "paper": PAPER}
 
 
-def gates(case_2: list[str], steps: int = 2, **of_model) -> dict:
-    """DPO, Mix-DPO, and MoE-DPO with frozen gates (domain label, random) and learnt gates (linear, mlp). Case 1:
-    experts are heads, and see the data twice. Case 2: experts are models, with the learning rate of DPO. For half of a
-    run, `steps` steps of heads, responsibilities come from the linear start."""
-    gate = {"mix": {}, "moe-domain": {"gate": "domain"}, "moe-random": {"gate": "random", "gate_features": "mean"},
-            "moe-linear": {"gate": "linear", "gate_features": "mean", "gate_lr": 0.05},
-            "moe-mlp": {"gate": "mlp", "gate_features": "mean", "gate_lr": 0.02}}
-    both = {"experts": 2, "start": "linear"}
-    of_heads = {"train_trunk": False, "start_steps": steps, "epochs": 2}
-    of_models = {"sharing": "models", "start_steps": steps // 2, "epochs": 1} | of_model
-    out = {"dpo": {"experts": 1} | of_model} | {name: both | of_heads | options for name, options in gate.items()}
-    return out | {f"{name}-models": both | of_models | gate[name] for name in case_2}
+def gates(names: list[str], steps: int, models: list[str] = []) -> dict:
+    """DPO, at two betas, and mixtures whose weights depend on the prompt: MoE-DPO with learnt gates (moe-linear,
+    moe-mlp) and frozen ones (moe-domain: told the domain; moe-random), and Mix-DPO, whose weights depend on nothing.
+    The experts are adapters of the same rank (Case 1), and models (Case 2) for `models`. steps: of the first half of a
+    run, whose responsibilities come from the linear start."""
+    gate: dict[str, dict] = {
+        "moe-linear": {"gate": "linear", "gate_features": "mean", "gate_lr": 0.05},
+        "moe-mlp": {"gate": "mlp", "gate_features": "mean", "gate_lr": 0.02},
+        "moe-domain": {"gate": "domain"}, "moe-random": {"gate": "random", "gate_features": "mean"}, "mix": {}}
+    both = {"experts": 2, "start": "linear", "start_steps": steps}
+    single = ADAPTERS | {"experts": 1}
+    out = {"dpo": single, "dpo-beta0.02": single | {"beta": 0.02}}
+    out |= {name: ADAPTERS | both | {"shared_rank": 16} | gate[name] for name in names}
+    return out | {f"{name}-models": both | {"sharing": "models", "lr": 5e-5} | gate[name] for name in models}
 
 
-ALL = ["mix", "moe-domain", "moe-random", "moe-linear", "moe-mlp"]
+ALL = ["moe-linear", "moe-mlp", "moe-domain", "moe-random", "mix"]
+FEW = ["moe-linear", "moe-domain", "moe-random", "mix"]
 TWO_DOMAINS = COMMON | {
     "annotators": TWO, "domains": {"movie": ["informativeness"], "book": ["sentiment"]}, "context": 0,
     "judge_reviews": 22000,
@@ -120,62 +123,67 @@ REVIEWS = {
         "prompts": 24, "heldout": 12, "evaluate": 12, "apart": 2, "max_response": 16, "margin": 0.1, "users": 4,
         "pairs": 5, "heldout_pairs": 3, "reviews": 60, "judge_reviews": 14000,
         "finetune": {"steps": 2, "batch": 4, "tokens": 64, "held": 8},
-        "train": {"epochs": 1, "batch": 10, "micro": 10}, "runs": gates(["moe-linear"]),
+        "train": {"epochs": 1, "batch": 10, "micro": 10}, "runs": gates(ALL, 2, ["moe-linear"]),
     },
     "quick": TWO_DOMAINS | {
-        "prompts": 240, "heldout": 120, "evaluate": 160, "apart": 20, "continuations": 5, "max_response": 32,
-        "users": 40, "pairs": 10, "heldout_pairs": 8, "reviews": 1500,
+        "prompts": 240, "heldout": 120, "evaluate": 200, "apart": 10, "continuations": 5, "max_response": 32,
+        "users": 40, "pairs": 10, "heldout_pairs": 8, "reviews": 1500, "evaluation": {"kl": (2.0,)},
         "finetune": {"steps": 40, "batch": 8, "tokens": 128, "lr": 1e-4},
-        "train": {"batch": 16, "micro": 16}, "runs": gates(["moe-linear"], 25, lr=5e-5),
+        "train": {"epochs": 1, "batch": 8, "micro": 8, "warmup": 4, "head_lr": 6e-4}, "runs": gates(FEW, 25),
     },
     "cpu": TWO_DOMAINS | {
-        "prompts": 480, "heldout": 320, "evaluate": 240, "apart": 30, "continuations": 6, "max_response": 32,
-        "users": 60, "pairs": 12, "heldout_pairs": 8, "reviews": 1500,
+        "prompts": 480, "heldout": 320, "evaluate": 400, "apart": 20, "continuations": 6, "max_response": 32,
+        "users": 60, "pairs": 20, "heldout_pairs": 8, "reviews": 1500, "evaluation": {"kl": (1.0, 4.0)},
         "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4},
-        "train": {"batch": 24, "micro": 24}, "runs": gates(ALL, 30, lr=5e-5),
+        "train": {"epochs": 1, "batch": 16, "micro": 16}, "runs": gates(ALL, 37, ["moe-linear", "moe-domain"]),
     },
     "paper": TWO_DOMAINS | {
         "prompts": 1200, "heldout": 400, "evaluate": 320, "apart": 40, "continuations": 8,
         "users": 200, "pairs": 20, "heldout_pairs": 8, "reviews": 1200,
         "finetune": {"steps": 200, "batch": 32, "tokens": 128},
-        "train": {"batch": 40, "micro": 40}, "runs": gates(ALL, 100),
+        "evaluation": {"kl": (1.0, 2.0, 4.0, 8.0)},
+        "train": {"epochs": 2, "batch": 40, "micro": 40}, "runs": gates(ALL, 100, ["moe-linear", "moe-domain"]),
     },
 }
 
 
-def of_users(experts: int, steps: int, epochs: int = 2, **of_dpo) -> dict:
-    """DPO; Mix-DPO with a latent type for each pair, and for each user; MoE-DPO with weights for each user. In the
-    first `steps` steps of heads, which are most, responsibilities come from the start."""
-    heads = {"experts": experts, "train_trunk": False, "start": "linear", "start_steps": steps, "epochs": epochs}
-    return {"dpo": {"experts": 1} | of_dpo, "mix-pair": heads, "moe-user": heads | {"gate": "user", "gate_lr": 0.05},
-            "mix-user": heads | {"latent": "user"}}
+def of_users(types: list[str], context: int, steps: int, start: bool = True) -> dict:
+    """The methods of `runs`, and MoE-DPO with weights for each user (moe-user), where each pair has a latent type of
+    its own. context: pairs of each user that the E-step reads; steps: of the first half of moe-user, whose
+    responsibilities come from the linear start."""
+    out = runs(types, start=start)
+    users = out["mixture"] | {"latent": "pair", "estep": "all", "em": "minibatch", "start_steps": steps}
+    return out | {"mixture": out["mixture"] | {"context": context},
+                  "moe-user": users | {"gate": "user", "gate_lr": 0.05}}
 
 
+HELPFUL = ["helpful", "harmless"]
+RATED = ["helpfulness", "honesty", "instruction_following", "truthfulness"]
 # Here users and new_users are numbers for each type, heldout is a share, and heldout_pairs = 0 means all.
 HH = {
     "smoke": {
         "seed": 0, "users": 2, "pairs": 8, "new_users": 1, "new_pairs": 4, "heldout": 0.25,
         "heldout_pairs": 24, "evaluate": 4, "max_prompt": 96, "max_response": 16,
-        "train": {"epochs": 1, "batch": 12, "micro": 6}, "runs": of_users(2, 1, 1),
+        "train": {"epochs": 1, "batch": 12, "micro": 6}, "runs": of_users(HELPFUL, 3, 1),
     },
     "quick": {
-        "seed": 1, "users": 24, "pairs": 40, "new_users": 12, "new_pairs": 32, "heldout": 0.22,
-        "heldout_pairs": 0, "evaluate": 48, "max_prompt": 96, "max_response": 48,
-        "train": {"batch": 40, "micro": 40}, "runs": of_users(2, 60),
+        "seed": 1, "users": 16, "pairs": 30, "new_users": 6, "new_pairs": 20, "heldout": 0.22,
+        "heldout_pairs": 800, "evaluate": 48, "max_prompt": 96, "max_response": 48,
+        "train": {"epochs": 1, "batch": 16, "micro": 16}, "runs": of_users(HELPFUL, 10, 30, start=False),
     },
     "paper": {
         "seed": 0, "users": 40, "pairs": 40, "new_users": 10, "new_pairs": 32, "heldout": 0.25,
         "heldout_pairs": 0, "evaluate": 500, "max_prompt": 512, "max_response": 256,
-        "train": {"batch": 80, "micro": 80}, "runs": of_users(2, 50),
+        "train": {"epochs": 1, "batch": 80, "micro": 80}, "runs": of_users(HELPFUL, 10, 20),
     },
 }
 ULTRAFEEDBACK = {
-    "smoke": HH["smoke"] | {"max_response": 24, "runs": of_users(4, 1, 1)},
+    "smoke": HH["smoke"] | {"max_response": 24, "runs": of_users(RATED, 3, 1)},
     "quick": HH["quick"] | {"heldout": 0.1, "heldout_pairs": 800, "max_prompt": 256, "max_response": 96,
-                            "runs": of_users(4, 120)},
+                            "runs": of_users(RATED, 10, 60, start=False)},
     "paper": {
         "seed": 0, "users": 250, "pairs": 40, "new_users": 50, "new_pairs": 32, "heldout": 0.1,
         "heldout_pairs": 8000, "evaluate": 1000, "max_prompt": 512, "max_response": 512,
-        "train": {"batch": 80, "micro": 16}, "runs": of_users(4, 600),
+        "train": {"epochs": 1, "batch": 80, "micro": 16}, "runs": of_users(RATED, 10, 250),
     },
 }

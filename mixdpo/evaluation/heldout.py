@@ -174,6 +174,8 @@ def preference_figures(run: Run, pairs: list[Pair], h: torch.Tensor, log_w: torc
         "by_pair": log_p.tolist(),                                          # M5 under w, for paired comparisons of runs
         "by_pair_own": log_p_own.tolist(),                                  # the same under each user's own weights
         "prompt_of_pair": prompt,
+        "type_of_pair": kind_of,
+        "trained_on": sorted({pair.annotator for pair in run.plan.pairs if pair.annotator}),
         "user_of_pair": user if len(gate_clusters) == 2 else None,          # a second cluster of by_pair
         "user_of_pair_own": user,                                           # the second cluster of by_pair_own
         "effective_experts": effective_experts(log_q),

@@ -145,9 +145,47 @@ def conclusions(results: dict) -> str:
 
 def sentences(results: dict) -> list[str]:
     """The results in plain sentences: what each user gets at equal KL, or, without own rewards, which policy has the
-    highest reward; and which run predicts held-out choices best. Each has its difference to a baseline."""
-    found = [own_reward_sentence(results) or highest_reward(results), best_prediction(results)]
+    highest reward, or how often each user's choices are predicted; and which run predicts held-out choices best. Each
+    has its difference to a baseline."""
+    found = [own_reward_sentence(results) or highest_reward(results) or own_accuracy(results), best_prediction(results)]
     return [sentence for sentence in found if sentence]
+
+
+def own_accuracy(results: dict) -> str:
+    """The share of held-out choices that the first mixture predicts, with the weights of the user who made each; its
+    paired difference to the first policy for all; and the share with one policy for each known type. "" unless there
+    are a mixture and a policy for all."""
+    found = results["preferences"]
+    types = {kind for of in found.values() for kind in of["type_of_pair"]}
+    single = [run for run, of in found.items() if of["experts"] == 1]
+    of_type = {found[run]["trained_on"][0]: run for run in reversed(single)
+               if len(found[run]["trained_on"]) == 1 < len(types)}
+    mixture = next((run for run, of in found.items() if of["experts"] > 1), None)
+    for_all = next((run for run in single if run not in of_type.values()), None)
+    if mixture is None or for_all is None:
+        return ""
+    pairs = found[mixture]
+
+    def difference(*theirs: np.ndarray) -> dict:
+        return mean_se(np.subtract(predicted(pairs), *theirs), pairs["prompt_of_pair"], pairs["user_of_pair_own"])
+
+    gap = difference(predicted(found[for_all]))
+    text = (f"{mixture} predicts {predicted(pairs).mean():.3f} of the held-out choices under each user's weights, and "
+            f"{for_all}, one policy for all, {predicted(found[for_all]).mean():.3f}: the difference is "
+            f"{pm(gap, sign='+')} ({evidence(gap)})")
+    if {*of_type} >= types:
+        known = np.array([predicted(found[of_type[kind]])[n] for n, kind in enumerate(pairs["type_of_pair"])])
+        gap = difference(known)
+        text += (f". One policy per known type predicts {known.mean():.3f}; the mixture's difference to it is "
+                 f"{pm(gap, sign='+')} ({evidence(gap)})")
+    return text + "."
+
+
+def predicted(figures: dict) -> np.ndarray:
+    """Whether a run predicts each held-out choice under the user's weights (P,): 1 if its probability is above a half,
+    and 0.5 at a half."""
+    nats = np.array(figures["by_pair_own"]) + math.log(2)
+    return (1 + np.sign(np.where(abs(nats) < 1e-6, 0.0, nats))) / 2
 
 
 def best_prediction(results: dict) -> str:

@@ -21,6 +21,7 @@ def run(log_p, experts=2, kinds=("a", "b")):
             "log_likelihood": figure(-0.7, n=4), "log_likelihood_own": figure(mean), "prompts": 2,
             "log_likelihood_calibrated": figure(mean),
             "by_pair_own": list(log_p), "prompt_of_pair": [0, 0, 1, 1], "user_of_pair_own": ["u", "v", "w", "x"],
+            "type_of_pair": (kinds * 4)[:4], "trained_on": [*kinds],
             "effective_experts": 1.5, "alignment_train": {}, "alignment_heldout": {}}
 
 
@@ -78,7 +79,7 @@ def test_the_best_prediction_is_compared_pair_by_pair():
     pairs; a mixture compared with another mixture though DPO is there; a single run compared with nothing."""
     found = {"dpo": run([-0.7, -0.6, -0.7, -0.6], experts=1), "mix": run([-0.5, -0.4, -0.5, -0.4]),
              "mix-2": run([-0.52, -0.42, -0.52, -0.42])}
-    line, = conclusions(results(preferences=found)).strip().splitlines()
+    line = conclusions(results(preferences=found)).strip().splitlines()[-1]
     assert line.startswith("Result: mix predicts held-out choices best, with a log-likelihood of -0.4500 ± 0.0100")
     assert "+0.2000 ± 0.0000 against dpo on the same pairs" in line
     better = found | {"dpo": run([-0.3, -0.2, -0.3, -0.2], experts=1)}
@@ -88,6 +89,21 @@ def test_the_best_prediction_is_compared_pair_by_pair():
     for values, how in (([-0.8] * 4, "worse"), ([-0.6931] * 4, "no clearly better")):
         assert f"{how} than a coin" in conclusions(results(preferences={"mix": run(values)}))
     assert conclusions(results()).strip() == ""
+
+
+def test_own_choices_are_compared_with_one_policy_and_with_known_types():
+    """Two users of type a (pairs 0, 2) and two of b. Catches: a policy of one type as the policy for all; each type's
+    choices by another type's policy; a choice at a half counted as right; unpaired errors; a sentence without a
+    baseline."""
+    found = {"only-a": run([-0.1, -2.0, -0.1, -2.0], 1) | {"trained_on": ["a"]},
+             "dpo": run([-0.5, -2.0, -0.5, -0.5], 1), "mix": run([-0.5, -0.5, -0.5, -math.log(2)])}
+    line = conclusions(results(preferences=found)).strip().splitlines()[0]
+    assert line == ("Result: mix predicts 0.875 of the held-out choices under each user's weights, and dpo, one policy "
+                    "for all, 0.750: the difference is +0.125 ± 0.375 (0.3 standard errors: this may be chance).")
+    found["only-b"] = run([-2.0, -0.1, -2.0, -2.0], 1) | {"trained_on": ["b"]}
+    line = conclusions(results(preferences=found)).strip().splitlines()[0]
+    assert "One policy per known type predicts 0.750; the mixture's difference to it is +0.125" in line
+    assert len(conclusions(results(preferences={"mix": found["mix"]})).strip().splitlines()) == 1
 
 
 def test_every_table_is_printed_and_those_without_figures_are_not():
@@ -118,7 +134,7 @@ def test_collapsed_mixtures_are_warned_of_before_the_result():
     rows = [line for line in table.splitlines() if line.startswith(("mix", "dpo"))]
     last = {row.split()[0]: row.split("   ")[-1].strip() for row in rows}
     assert last == {"dpo": NONE, "mix": "2 of 2", "mix-4": "2 of 4"} and table.splitlines()[0].endswith("active")
-    warning, result = conclusions(results(preferences=found)).strip().splitlines()
+    warning, *_, result = conclusions(results(preferences=found)).strip().splitlines()
     assert warning.startswith("warning: mix-4: only 2 of 4 experts") and result.startswith("Result: ")
 
 

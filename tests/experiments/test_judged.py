@@ -16,6 +16,7 @@ from data.experiment import judged
 from data.experiment.judged import Item, deal, divide, fitting, line
 from data.experiment.presets import HH
 from data.report.job import read_job
+from mixdpo.evaluation.tables import sentences
 from mixdpo.preferences import read_preferences
 from mixdpo.text.tokenizer import load_tokenizer
 
@@ -127,13 +128,14 @@ def test_a_line_says_who_chose_what():
 
 
 def test_a_whole_tiny_job_of_two_objectives(chat_model, tmp_path, monkeypatch):
-    """From the file to the table: four runs, held-out items that nobody trained on, what each type gets, conflicts, and
-    new users, a job that goes on where it was. Catches: a held-out item among the training pairs, a user of two types,
-    conflicts counted where one type judged, new users whom training knows."""
+    """From the file to the table: all methods, held-out items that nobody trained on, what each type gets, conflicts,
+    and new users, a job that goes on where it was. Catches: a held-out item among the training pairs, a user of two
+    types, conflicts counted where one type judged, new users whom training knows, pairs of another type in a file of
+    one type."""
     rng = np.random.default_rng(0)
     data = write_hh(tmp_path / "data", [hh_row(n, rng) for n in range(160)])
-    runs = {name: options | {"start_steps": 2, "rank": 2, "head_lr": 1e-2} if "start" in options else options
-            for name, options in HH["smoke"]["runs"].items()}
+    quickly = {"targets": "", "rank": 2, "head_lr": 1e-2}
+    runs = {name: options | quickly for name, options in HH["smoke"]["runs"].items()}
     small = {"users": 3, "pairs": 10, "heldout_pairs": 0, "max_prompt": 64, "max_response": 8,
              "train": {"batch": 20, "micro": 10, "dtype": "float32"}}
     monkeypatch.setitem(HH, "tiny", HH["smoke"] | small | {"runs": runs})
@@ -154,7 +156,13 @@ def test_a_whole_tiny_job_of_two_objectives(chat_model, tmp_path, monkeypatch):
         assert not {tuple(p.prompt) for p in pairs} & (trained if "prompt" in name else held_out)
         assert {run: [point["shown"] for point in curve] for run, curve in curves.items()} == dict.fromkeys(
             results, [0, 1, 2])
-    assert list(results) == ["dpo", "mix-pair", "mix-user", "moe-user"]
+    assert list(results) == ["dpo", "dpo-harmless", "dpo-helpful", "mixture", "moe-user", "start"]
+    for kind in hh.TYPES:
+        of_type = read_preferences(job / f"train-{kind}.jsonl", tokenizer, 64, 8)
+        assert {p.annotator for p in of_type} == {kind} == {*results[f"dpo-{kind}"]["trained_on"]}
+        assert len(of_type) == 30
+    sentence = sentences(everything)[0]
+    assert sentence.startswith("mixture predicts") and "One policy per known type" in sentence
     facts = json.loads((job / "dataset.json").read_text())
     assert (facts["max_prompt"], facts["max_new"]) == (64, 8)
     both = [p for p in held if len(p.scores) == 2]
@@ -169,9 +177,9 @@ def test_a_whole_tiny_job_of_two_objectives(chat_model, tmp_path, monkeypatch):
     samples = [json.loads(row) for row in (job / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and all(text.startswith(s["prompt"]) for s in samples for text in s["texts"].values())
     assert samples[0]["prompt"].startswith("<|im_start|>user\nquestion") and "dpo" in samples[0]["texts"]
-    before = (job / "mix-user" / "metrics.jsonl").stat().st_mtime_ns
+    before = (job / "mixture" / "metrics.jsonl").stat().st_mtime_ns
     judged.main(hh.DATASET, words)
-    assert (job / "mix-user" / "metrics.jsonl").stat().st_mtime_ns == before
+    assert (job / "mixture" / "metrics.jsonl").stat().st_mtime_ns == before
     with raises_at("settings", file=job):
         judged.main(hh.DATASET, [*words, "--users", "2"])
 
@@ -181,7 +189,7 @@ def test_each_type_as_one_user_who_judges_everything(chat_model, tmp_path, monke
     whole users in a batch, responsibilities of slices for users in the report."""
     rng = np.random.default_rng(0)
     data = write_hh(tmp_path / "data", [hh_row(n, rng) for n in range(160)])
-    runs = {"mix-user": HH["smoke"]["runs"]["mix-user"] | {"start_steps": 2, "rank": 2, "head_lr": 1e-2, "epochs": 2}}
+    runs = {"mixture": HH["smoke"]["runs"]["mixture"] | {"targets": "", "rank": 2, "head_lr": 1e-2, "epochs": 2}}
     small = {"heldout_pairs": 0, "max_prompt": 64, "max_response": 8, "evaluate": 2,
              "train": {"batch": 20, "micro": 10, "dtype": "float32"}}
     monkeypatch.setitem(HH, "tiny", HH["smoke"] | small | {"runs": runs})
@@ -196,7 +204,7 @@ def test_each_type_as_one_user_who_judges_everything(chat_model, tmp_path, monke
     run, = read_job(job).runs
     assert run.units == [annotator for _, annotator in dict.fromkeys((p.user, p.annotator) for p in train)]
     assert {g for step in run.steps for g in step["groups"]} == {0, 1}
-    found = json.loads((job / "results.json").read_text())["preferences"]["mix-user"]["alignment_train"]
+    found = json.loads((job / "results.json").read_text())["preferences"]["mixture"]["alignment_train"]
     assert found["units"] == 2
     with raises_at("--users", "--pairs", option="types_as_users"):
         judged.main(hh.DATASET, [*words, "--types-as-users", "true", "--pairs", "3"])

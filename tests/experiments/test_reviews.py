@@ -159,8 +159,8 @@ def test_a_whole_tiny_job_of_two_domains(tiny, tmp_path, monkeypatch):
     assert json.loads((job / "split.json").read_text())["domains_left_out"] == ["electronics"]
     facts = json.loads((job / "dataset.json").read_text())
     assert facts["domains"] == {"movie": ["informativeness"], "book": ["sentiment"]}
-    assert [c.gate for c in trained] == ["fixed", "fixed", "domain", "random", "linear", "mlp", "linear"]
-    assert [c.sharing for c in trained] == ["heads"] * 6 + ["models"]
+    assert [c.gate for c in trained] == ["fixed", "fixed", "linear", "mlp", "domain", "random", "fixed", "linear"]
+    assert [c.sharing for c in trained] == ["lora"] * 7 + ["models"]
     assert evaluated[0].prompts == str(job / "evaluate.jsonl")
 
 

@@ -134,13 +134,13 @@ def test_a_whole_tiny_job_of_four_types(tmp_path, monkeypatch):
     special = ("<|im_end|>", "<|im_start|>")
     model = tinyjob.make_model(tmp_path / "model", context=256, special=special)
     small = {"users": 1, "max_prompt": 128, "train": {"epochs": 1, "batch": 8, "micro": 8, "dtype": "float32"}}
-    runs = {name: ULTRAFEEDBACK["smoke"]["runs"][name] for name in ("dpo", "mix-user")}
+    runs = {name: ULTRAFEEDBACK["smoke"]["runs"][name] for name in ("dpo", "mixture")}
     monkeypatch.setitem(ULTRAFEEDBACK, "tiny", ULTRAFEEDBACK["smoke"] | small | {"runs": runs, "max_response": 60})
     words = f"--preset tiny --model {model} --out {tmp_path / 'job'} --data-folder {make.FILE.parent}".split()
     judged.main(ultrafeedback.DATASET, [*words, "--conflicts", "true"])
     results = json.loads((tmp_path / "job" / "results.json").read_text())["preferences"]
     facts = json.loads((tmp_path / "job" / "dataset.json").read_text())
-    assert results["mix-user"]["experts"] == 4 and set(results["dpo"]["types"]) == {*TYPES}
+    assert results["mixture"]["experts"] == 4 and set(results["dpo"]["types"]) == {*TYPES}
     assert results["dpo"]["conflicts"]["n"] == 24, "every held-out pair is a conflict"
     assert all(part["conflicts"] == part["items"] for part in facts["parts"].values())
     assert facts["left_out"]["all types agree"] > 0
