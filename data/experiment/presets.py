@@ -38,9 +38,9 @@ LONG = 1000000      # more steps than any run has
 def runs(types: list[str], seeds: int = 1, betas: dict | None = None, start: bool = True, **shared) -> dict:
     """One policy for all (DPO); the mixture with one latent type for each user; one policy for each known type, which
     is the ceiling; and, with `start`, the mixture on the assignment of the linear start, without EM. All are adapters
-    of the same rank on the same projections, and are trained on the same pairs. Each run once for each seed; betas: run
-    -> further ones, since one policy stays near the reference where tastes are opposed, unless beta is small; shared:
-    options of all runs."""
+    of the same rank on the same projections, and are trained on the same pairs. Each run once for each seed, the start
+    for the first seed; betas: run -> further ones, since one policy stays near the reference where tastes are opposed,
+    unless beta is small; shared: options of all runs."""
     single = ADAPTERS | {"experts": 1} | shared
     mixture = ADAPTERS | {"experts": len(types), "shared_rank": 16, "start": "linear", "latent": "user"} | shared
     out = {}
@@ -49,8 +49,8 @@ def runs(types: list[str], seeds: int = 1, betas: dict | None = None, start: boo
         out["dpo" + end] = single | own
         out["mixture" + end] = mixture | {"estep": "context", "em": "incremental"} | own
         out |= {f"dpo-{kind}{end}": single | {"data": f"train-{kind}.jsonl"} | own for kind in types}
-        if start:
-            out["start" + end] = mixture | {"estep": "first", "start_steps": LONG} | own
+        if start and seed == 0:
+            out["start"] = mixture | {"estep": "first", "start_steps": LONG} | own
         for name, values in (betas or {}).items():
             out |= {f"{name}-beta{beta}{end}": out[name + end] | {"beta": beta} for beta in values}
     return out
@@ -65,6 +65,8 @@ def of_pairs(steps: int) -> dict:
             for K in (2, 3)}
 
 
+CASE_2 = {"sharing": "models", "experts": 2, "start": "linear", "latent": "user", "estep": "context",
+          "em": "incremental", "lr": 2e-5}
 SMOKE = COMMON | tastes(2.0) | {
     "prompts": 24, "heldout": 12, "evaluate": 8, "max_response": 16, "margin": 0.1, "agree": None,
     "users": 4, "pairs": 10, "context": 4, "heldout_pairs": 4, "new_users": 2, "new_pairs": 6, "reviews": 60,
@@ -78,11 +80,12 @@ QUICK = COMMON | tastes(3.0) | {
     "train": {"epochs": 1, "batch": 8, "micro": 8, "warmup": 4, "head_lr": 6e-4},
     "runs": runs(TASTES, betas={"dpo": (0.02,)}, start=False),
 }
-CPU = COMMON | tastes(2.0) | {
-    "prompts": 800, "heldout": 600, "evaluate": 600, "continuations": 6, "max_response": 32, "agree": None,
-    "users": 120, "pairs": 20, "context": 8, "heldout_pairs": 8, "new_users": 40, "new_pairs": 32, "reviews": 3000,
-    "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4}, "evaluation": {"kl": (1.0, 2.0, 4.0, 8.0)},
-    "train": {"epochs": 1, "batch": 24, "micro": 24}, "runs": runs(TASTES, seeds=3),
+CPU = COMMON | tastes(3.0) | {
+    "prompts": 600, "heldout": 400, "evaluate": 400, "max_response": 32, "agree": None,
+    "users": 96, "pairs": 16, "context": 6, "heldout_pairs": 6, "new_users": 24, "new_pairs": 24, "reviews": 2000,
+    "finetune": {"steps": 40, "batch": 16, "tokens": 128, "lr": 1e-4}, "evaluation": {"kl": (1.0, 4.0)},
+    "train": {"epochs": 1, "batch": 16, "micro": 16},
+    "runs": runs(TASTES, seeds=3, betas={"dpo": (0.02,)}) | {"mixture-models": CASE_2},
 }
 PAPER = COMMON | {
     "annotators": THREE, "prompts": 25000, "heldout": 10000, "evaluate": 10000,
