@@ -4,11 +4,12 @@ Real reviews, SmolLM2, and users of two types who agree about quality and differ
 
     utility = quality + c * taste   or   quality - c * taste      quality: informativeness; taste: sentiment, in spreads
 
-At c = 0 all users are alike; the larger c, the more they are opposed. The last world has the paper's annotators, of
-which one likes sentiment and the other informativeness. In every world all methods see the same pairs, as often, with
-adapters of the same rank on the same projections (data/experiment/presets.py): one policy for all (DPO), the mixture,
-one policy per known type (the ceiling), and, for the first seed, the mixture on the linear start's assignment, without
-EM.
+At c = 0 all users are alike; the larger c, the more they are opposed. Three more worlds, with one seed, have the
+paper's annotators, of which one likes sentiment and the other informativeness; these and a third one, who likes good
+grammar; and four types, who like both rewards, or one and not the other, or neither. In every world all methods see the
+same pairs, as often, with adapters of the same rank on the same projections (data/experiment/presets.py): one policy
+for all (DPO), the mixture, one policy per known type (the ceiling), and, for the first seed, the mixture on the linear
+start's assignment, without EM.
 
 Own reward is compared at equal KL (mixdpo/evaluation/frontier.py). A method's frontier comes from one run: policies
 between the reference and the run (mixdpo/evaluation/strength.py).
@@ -16,7 +17,7 @@ between the reference and the run (mixdpo/evaluation/strength.py).
 
 from pathlib import Path
 
-from data.experiment.presets import TWO, runs, tastes
+from data.experiment.presets import THREE, TWO, runs, tastes
 from data.experiment.simulated import FILES, data_of_prompts, judge, longest_prompt
 from data.imdb import DATASET
 from data.report.pictures import curves
@@ -42,7 +43,10 @@ SIZES = {
              "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4}},
 }
 KL = (0.5, 2.0, 4.0)            # nats
-PAPER = "paper's annotators"
+FOUR = {f"{text}-{tone}": {"informativeness": a, "sentiment": b}
+        for text, a in (("full", 1.0), ("bare", -1.0)) for tone, b in (("praise", 1.0), ("criticism", -1.0))}
+OTHERS = {"paper's annotators": {"annotators": TWO}, "three annotators": {"annotators": THREE},
+          "four tastes": {"annotators": list(FOUR), "tastes": FOUR}}
 
 
 def settings(preset: str) -> dict:
@@ -51,9 +55,9 @@ def settings(preset: str) -> dict:
 
 
 def cells(preset: str) -> list[dict]:
-    worlds = [f"c = {c:g}" for c in SIZES[preset]["conflicts"]] + [PAPER] * (preset != "smoke")
-    return [{"world": world, "seed": seed, "preset": preset}
-            for seed in range(SIZES[preset]["seeds"]) for world in worlds]
+    worlds = [(f"c = {c:g}", seed) for seed in range(SIZES[preset]["seeds"]) for c in SIZES[preset]["conflicts"]]
+    worlds += [(world, 0) for world in OTHERS if preset != "smoke"]
+    return [{"world": world, "seed": seed, "preset": preset} for world, seed in worlds]
 
 
 def prepare(home: Path, preset: str, data: str | None) -> None:
@@ -66,10 +70,12 @@ def measure(cell: dict, folder: Path) -> dict:
     for name in (*FILES.values(), *(f"{stage}-{file}" for stage in ("sampled", "scored") for file in FILES.values()),
                  "judge.json", "sentiment.safetensors", "split.json"):
         (folder / name).symlink_to((shared / name).resolve())
-    conflict = 1.0 if cell["world"] == PAPER else float(cell["world"].split()[-1])
-    preset |= {"annotators": TWO} if cell["world"] == PAPER else tastes(conflict)
-    preset |= {"seed": cell["seed"]}
-    betas = {"dpo": (0.02,)} if conflict > 1 else {}                # else opposed pairs hold it at the reference
+    conflict = None if cell["world"] in OTHERS else float(cell["world"].split()[-1])
+    world = OTHERS[cell["world"]] if conflict is None else tastes(conflict)
+    types = len(world["annotators"])
+    preset |= world | {"seed": cell["seed"], "users": preset["users"] // types * types}
+    alike = conflict is not None and conflict <= 1
+    betas = {} if alike else {"dpo": (0.02,)}                       # opposed pairs hold it at the reference
     max_prompt = longest_prompt(load_tokenizer(str(shared / "reference")))
     judge(folder, preset, max_prompt)
     made = runs(preset["annotators"], betas=betas, start=cell["seed"] == 0, batch=preset["batch"], warmup=4)
