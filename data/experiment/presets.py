@@ -21,14 +21,18 @@
 """
 
 TWO, THREE = ["sentiment", "informativeness"], ["sentiment", "informativeness", "grammar"]
-TASTES = ["praise", "criticism"]
+PRAISE, DETAIL = ["praise", "criticism"], ["detailed", "plain"]
 COMMON = {"agree": 0.3, "margin": 1.0, "seed": 0, "judge_reviews": 12000, "continuations": 4, "max_response": 48}
 
 
-def tastes(conflict: float, quality: str = "informativeness", taste: str = "sentiment") -> dict:
+def tastes(conflict: float, types: list[str], quality: str, taste: str) -> dict:
     """Two types of users who agree about quality and differ in taste: utility = quality +- conflict * taste."""
-    return {"annotators": TASTES,
-            "tastes": {kind: {quality: 1.0, taste: sign * conflict} for kind, sign in zip(TASTES, (1, -1))}}
+    return {"annotators": types,
+            "tastes": {kind: {quality: 1.0, taste: sign * conflict} for kind, sign in zip(types, (1, -1))}}
+
+
+# All like praise; one half likes detailed texts, the other plain ones.
+HEADLINE = tastes(1.0, DETAIL, "sentiment", "informativeness")
 
 
 ADAPTERS = {"sharing": "lora", "targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "rank": 16}
@@ -67,25 +71,25 @@ def of_pairs(steps: int) -> dict:
 
 CASE_2 = {"sharing": "models", "experts": 2, "start": "linear", "latent": "user", "estep": "context",
           "em": "incremental", "lr": 2e-5}
-SMOKE = COMMON | tastes(2.0) | {
+SMOKE = COMMON | HEADLINE | {
     "prompts": 24, "heldout": 12, "evaluate": 8, "max_response": 16, "margin": 0.1, "agree": None,
     "users": 4, "pairs": 10, "context": 4, "heldout_pairs": 4, "new_users": 2, "new_pairs": 6, "reviews": 60,
     "finetune": {"steps": 2, "batch": 4, "tokens": 64, "held": 8}, "evaluation": {"kl": (0.01,)},
-    "train": {"epochs": 1, "batch": 20, "micro": 10}, "runs": runs(TASTES),
+    "train": {"epochs": 1, "batch": 20, "micro": 10}, "runs": runs(DETAIL),
 }
-QUICK = COMMON | tastes(3.0) | {
-    "seed": 1, "prompts": 160, "heldout": 300, "evaluate": 300, "max_response": 32, "agree": None,
+QUICK = COMMON | HEADLINE | {
+    "seed": 1, "prompts": 160, "heldout": 160, "evaluate": 160, "max_response": 32, "agree": None,
     "users": 32, "pairs": 12, "context": 5, "heldout_pairs": 5, "new_users": 8, "new_pairs": 16, "reviews": 1000,
     "finetune": {"steps": 16, "batch": 8, "tokens": 128, "lr": 1e-4}, "evaluation": {"kl": (1.0, 3.0), "examples": 0},
     "train": {"epochs": 1, "batch": 8, "micro": 8, "warmup": 4, "head_lr": 6e-4},
-    "runs": runs(TASTES, betas={"dpo": (0.02,)}, start=False),
+    "runs": runs(DETAIL, betas={"dpo": (0.02,)}, start=False),
 }
-CPU = COMMON | tastes(3.0) | {
+CPU = COMMON | HEADLINE | {
     "prompts": 600, "heldout": 400, "evaluate": 400, "max_response": 32, "agree": None,
     "users": 96, "pairs": 16, "context": 6, "heldout_pairs": 6, "new_users": 24, "new_pairs": 24, "reviews": 2000,
     "finetune": {"steps": 40, "batch": 16, "tokens": 128, "lr": 1e-4}, "evaluation": {"kl": (1.0, 4.0)},
     "train": {"epochs": 1, "batch": 16, "micro": 16},
-    "runs": runs(TASTES, seeds=3, betas={"dpo": (0.02,)}) | {"mixture-models": CASE_2},
+    "runs": runs(DETAIL, seeds=3, betas={"dpo": (0.02,)}) | {"mixture-models": CASE_2},
 }
 PAPER = COMMON | {
     "annotators": THREE, "prompts": 25000, "heldout": 10000, "evaluate": 10000,

@@ -4,12 +4,16 @@ Real reviews, SmolLM2, and users of two types who agree about quality and differ
 
     utility = quality + c * taste   or   quality - c * taste      quality: informativeness; taste: sentiment, in spreads
 
-At c = 0 all users are alike; the larger c, the more they are opposed. Three more worlds, with one seed, have the
-paper's annotators, of which one likes sentiment and the other informativeness; these and a third one, who likes good
-grammar; and four types, who like both rewards, or one and not the other, or neither. In every world all methods see the
-same pairs, as often, with adapters of the same rank on the same projections (data/experiment/presets.py): one policy
-for all (DPO), the mixture, one policy per known type (the ceiling), and, for the first seed, the mixture on the linear
-start's assignment, without EM.
+At c = 0 all users are alike; the larger c, the more they are opposed. Four more worlds, with one seed, have
+
+    detail                quality and taste exchanged: all like praise, and differ in the detail that they want
+    paper's annotators    one likes sentiment, the other informativeness
+    three annotators      these, and a third one, who likes good grammar
+    four tastes           types who like both rewards, one and not the other, or neither
+
+In every world all methods see the same pairs, as often, with adapters of the same rank on the same projections
+(data/experiment/presets.py): one policy for all (DPO), the mixture, one policy per known type (the ceiling), and, for the
+first seed, the mixture on the linear start's assignment, without EM.
 
 Own reward is compared at equal KL (mixdpo/evaluation/frontier.py). A method's frontier comes from one run: policies
 between the reference and the run (mixdpo/evaluation/strength.py).
@@ -17,7 +21,7 @@ between the reference and the run (mixdpo/evaluation/strength.py).
 
 from pathlib import Path
 
-from data.experiment.presets import THREE, TWO, runs, tastes
+from data.experiment.presets import HEADLINE, PRAISE, THREE, TWO, runs, tastes
 from data.experiment.simulated import FILES, data_of_prompts, judge, longest_prompt
 from data.imdb import DATASET
 from data.report.pictures import curves
@@ -45,8 +49,8 @@ SIZES = {
 KL = (0.5, 2.0, 4.0)            # nats
 FOUR = {f"{text}-{tone}": {"informativeness": a, "sentiment": b}
         for text, a in (("full", 1.0), ("bare", -1.0)) for tone, b in (("praise", 1.0), ("criticism", -1.0))}
-OTHERS = {"paper's annotators": {"annotators": TWO}, "three annotators": {"annotators": THREE},
-          "four tastes": {"annotators": list(FOUR), "tastes": FOUR}}
+OTHERS = {"detail, c = 1": HEADLINE, "paper's annotators": {"annotators": TWO},
+          "three annotators": {"annotators": THREE}, "four tastes": {"annotators": list(FOUR), "tastes": FOUR}}
 
 
 def settings(preset: str) -> dict:
@@ -71,7 +75,7 @@ def measure(cell: dict, folder: Path) -> dict:
                  "judge.json", "sentiment.safetensors", "split.json"):
         (folder / name).symlink_to((shared / name).resolve())
     conflict = None if cell["world"] in OTHERS else float(cell["world"].split()[-1])
-    world = OTHERS[cell["world"]] if conflict is None else tastes(conflict)
+    world = OTHERS[cell["world"]] if conflict is None else tastes(conflict, PRAISE, "informativeness", "sentiment")
     types = len(world["annotators"])
     preset |= world | {"seed": cell["seed"], "users": preset["users"] // types * types}
     alike = conflict is not None and conflict <= 1
