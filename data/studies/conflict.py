@@ -12,8 +12,8 @@ At c = 0 all users are alike; the larger c, the more they are opposed. Four more
     four tastes           types who like both rewards, one and not the other, or neither
 
 In every world all methods see the same pairs, as often, with adapters of the same rank on the same projections
-(data/experiment/presets.py): one policy for all (DPO), the mixture, one policy per known type (the ceiling), and, for the
-first seed, the mixture on the linear start's assignment, without EM.
+(data/experiment/presets.py): one policy for all (DPO), the mixture, one policy per known type (the ceiling), and, for
+the first seed, the mixture on the linear start's assignment, without EM.
 
 Own reward is compared at equal KL (mixdpo/evaluation/frontier.py). A method's frontier comes from one run: policies
 between the reference and the run (mixdpo/evaluation/strength.py).

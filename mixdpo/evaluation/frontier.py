@@ -7,9 +7,10 @@ trained and at smaller KL (strength.py), means over seeds. Methods serve users i
     mixture        every user is served under the user's weights                ("known users"; without users "unknown")
     known types    one policy for each type, told which user is of which type   ("type X"): the ceiling
     in context     the reference, with a few of the user's choices in the prompt
+    soup           the mean of a mixture's experts, for everybody
 
-The baseline is one policy: the frontier of all such methods together. The comparison is made at the largest KL that the
-mixture and the baseline both reach.
+The baseline is one policy: the frontier of all such methods together. A soup is none of them: it is made from a
+mixture, and has a row of its own. The comparison is made at the largest KL that the mixture and the baseline both reach.
 """
 
 import math
@@ -41,7 +42,7 @@ class Method:
     """A method and its points."""
 
     name: str
-    serves: str                 # "one policy", "mixture", "known types" or "in context"
+    serves: str                 # "one policy", "mixture", "known types", "in context" or "soup"
     points: list[Point]
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -67,6 +68,7 @@ def methods(results: dict) -> list[Method]:
         config = row["config"]
         serves = {"all users": "one policy", "known users": "mixture", "in context": "in context"}.get(row["users"], "")
         serves = "known types" if row["users"].startswith("type ") else serves
+        serves = "soup" if row["run"].endswith("-soup") else serves
         if row["users"] == "unknown users" and config["latent"] == "pair":
             serves = "mixture"                                              # has no weights of users
         if serves:

@@ -23,7 +23,8 @@ def job(tmp_path):
 
 def test_a_method_is_its_runs_of_any_seed_and_beta(job):
     """Caught: seeds as methods of their own; two betas at one point; a mixture without users served by its weights for
-    strangers when it knows its users; points of another run; a KL that only one of two seeds reaches as a point."""
+    strangers when it knows its users; points of another run; a KL that only one of two seeds reaches as a point; a soup
+    in the baseline."""
     rows = job.results["own_reward"]
     again = [copy.deepcopy(row) for row in rows if row["run"] == "dpo"]
     for row in again:
@@ -37,6 +38,9 @@ def test_a_method_is_its_runs_of_any_seed_and_beta(job):
     assert found["dpo"].full.gain.shape == (2, 40) and found["dpo"].arrays()[0].shape == (3, 1, 40)
     assert found["dpo"].full.gain.mean() == pytest.approx(np.mean(rows[0]["gain_by_prompt"]) + 0.5)
     assert [m.serves for m in found.values()] == ["one policy", "mixture", "mixture"]
+    soup = [row | {"run": "mix-soup", "config": row["config"] | {"rank": 3}} for row in rows if row["run"] == "dpo"]
+    mixed = frontier.methods({"own_reward": [*rows, *soup]})
+    assert mixed[-1].serves == "soup" and len(frontier.main_methods(mixed)[1].points) == 2
     fewer = frontier.methods({"own_reward": [*rows, *(row for row in again if row["target"] is None)]})[0]
     assert [p.target for p in fewer.points] == [None] and fewer.arrays()[0].shape == (1, 2, 40)
     known = next(row for row in rows if row["run"] == "mix-user" and row["users"] == "known users")
