@@ -10,7 +10,7 @@ trained and at smaller KL (strength.py), means over seeds. Methods serve users i
     soup           the mean of a mixture's experts, for everybody
 
 The baseline is one policy: the frontier of all such methods together. A soup is none of them: it is made from a
-mixture, and has a row of its own. The comparison is made at the largest KL that the mixture and the baseline both reach.
+mixture, and has a row of its own. Methods are compared at the largest KL that the mixture and the baseline both reach.
 """
 
 import math
