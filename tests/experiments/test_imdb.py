@@ -425,7 +425,7 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
     job, tokenizer = tmp_path / "job", load_tokenizer(tiny)
     pairs = {name: read_preferences(job / f"{name}.jsonl", tokenizer, 16, 24) for name in ("train", "heldout")}
     assert len(pairs["train"]) == 20 and len(pairs["heldout"]) == 8
-    kinds = ["praise", "criticism"]
+    kinds = ["detailed", "plain"]
     of_types = {kind: read_preferences(job / f"train-{kind}.jsonl", tokenizer, 16, 24) for kind in kinds}
     assert all({p.annotator for p in of} == {kind} for kind, of in of_types.items())
     assert sum(map(len, of_types.values())) == 20
@@ -452,15 +452,15 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
                 want = sum(weight * pair.scores[reward][side] for reward, weight in weights.items())
                 assert pair.scores[kind][side] == pytest.approx(want)
     spread = facts["spread"]
-    assert facts["utilities"]["criticism"] == pytest.approx(
-        {"informativeness": 1 / spread["informativeness"], "sentiment": -2 / spread["sentiment"]})
+    assert facts["utilities"]["plain"] == pytest.approx(
+        {"sentiment": 1 / spread["sentiment"], "informativeness": -1 / spread["informativeness"]})
     assert facts["max_new"] == 24 and facts["train"]["pairs"] == 20
     assert facts["reviews"]["taken"] == {"heldout": 10, "train": 20, "reviews": 60}
     assert facts["reviews"]["judge_of_sentiment"]["accuracy_whole"] >= 0.88
     assert [c.out for c in trained] == [
-        str(job / name) for name in ("dpo", "mixture", "dpo-praise", "dpo-criticism", "start")]
+        str(job / name) for name in ("dpo", "mixture", "dpo-detailed", "dpo-plain", "start")]
     assert [Path(c.data).name for c in trained] == [
-        "train.jsonl", "train.jsonl", "train-praise.jsonl", "train-criticism.jsonl", "train.jsonl"]
+        "train.jsonl", "train.jsonl", "train-detailed.jsonl", "train-plain.jsonl", "train.jsonl"]
     assert [c.dir for c in evaluated] == [str(job)]
     capsys.readouterr()
     times = {file: file.stat().st_mtime_ns for file in job.rglob("*") if file.is_file()}
