@@ -35,7 +35,7 @@ def tastes(conflict: float, types: list[str], quality: str, taste: str) -> dict:
 HEADLINE = tastes(1.0, DETAIL, "sentiment", "informativeness")
 
 
-ADAPTERS = {"sharing": "lora", "targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "rank": 16}
+ADAPTERS = {"sharing": "lora", "targets": "all", "rank": 16}
 LONG = 1000000      # more steps than any run has
 
 

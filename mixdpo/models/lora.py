@@ -92,12 +92,13 @@ def frozen_twin(model: Module) -> Module:
 
 
 def projections(model: nn.Module, targets: str) -> list[str]:
-    """The linear layers of the model's blocks whose name is one of `targets` (comma-separated; empty: those of TARGETS
-    that it has), as paths like "h.0.attn.c_attn". Raises: InputError naming an unknown one and the known ones."""
+    """The linear layers of the model's blocks whose name is one of `targets` (comma-separated; all: every one; empty:
+    those of TARGETS that it has), as paths like "h.0.attn.c_attn". Raises: InputError naming an unknown one and the
+    known ones."""
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and "." in path]
     known = sorted({path.rpartition(".")[2] for path in linear})            # no dot: the unembedding, outside of blocks
-    wanted = targets.split(",") if targets else [name for name in TARGETS if name in known]
+    wanted = known if targets == "all" else targets.split(",") if targets else [n for n in TARGETS if n in known]
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise InputError(f"got {unknown[0]!r}, wanted some of {', '.join(known)}", option="targets")
+        raise InputError(f"got {unknown[0]!r}, wanted all, or some of {', '.join(known)}", option="targets")
     return [path for path in linear if path.rpartition(".")[2] in wanted]

@@ -34,8 +34,8 @@ class TrainConfig:
                                     # --train-trunk false or --sharing lora; without either, all parameters of the model
                                     # are trained (DPO)
     shared_rank: int = 0            # with --sharing lora: rank of one more adapter, which all experts share; 0: none
-    targets: str = ""               # with --sharing lora: the projections with adapters, comma-separated; empty: c_attn
-                                    # (GPT-2), or q_proj,v_proj (Llama)
+    targets: str = ""               # with --sharing lora: the projections with adapters, comma-separated, or all;
+                                    # empty: c_attn (GPT-2), or q_proj,v_proj (Llama)
     train_trunk: bool = True        # * false: freeze the trunk and train the heads alone; also for one head (--experts
                                     # 1)
     latent: str = "pair"            # * what has one latent type: each pair, or each user with all of the user's pairs

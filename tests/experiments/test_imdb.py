@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import small
 import torch
 from raising import raises_at
 
@@ -18,13 +19,14 @@ from data import imdb
 from data.experiment import common, simulated
 from data.experiment.estimate import estimate, work
 from data.experiment.pairs import Rules, judge_pairs, kinds, name_users, pair_facts, pair_line, spreads
-from data.experiment.presets import IMDB, REVIEWS
+from data.experiment.presets import HH, IMDB, REVIEWS, ULTRAFEEDBACK
 from data.experiment.simulated import prompt_of, response_of, sample
 from data.experiment.stages import key_of, read_lines, stage, write_lines
 from data.imdb import divide
 from data.texts.movies import Review, clean, load_reviews, read_archive, read_csv
 from mixdpo.config import InputError
 from mixdpo.models.llama import Llama, LlamaConfig
+from mixdpo.models.lora import projections
 from mixdpo.models.weights import save_model
 from mixdpo.preferences import read_preferences
 from mixdpo.runs.options import validate
@@ -385,7 +387,8 @@ def test_a_stage_is_done_once_and_again_for_another_key(tmp_path):
 
 
 def test_presets_fit_together():
-    """Caught: prompts too few for a user's pairs, users under ten pairs, options that do not exist."""
+    """Caught: prompts too few for a user's pairs, users under ten pairs, options that do not exist, adapters on
+    projections that one of the models does not have."""
     for preset in IMDB.values():
         assert preset["prompts"] >= preset["pairs"] >= 10 and preset["heldout"] >= preset["heldout_pairs"]
         assert preset["evaluate"] <= preset["heldout"] and preset["users"] % len(preset["annotators"]) == 0
@@ -401,6 +404,10 @@ def test_presets_fit_together():
         for options in preset["runs"].values():
             validate(common.TrainConfig(data="", model="", out="", **preset["train"] | options))
         simulated.FinetuneConfig(data="", model="", out="", **preset["finetune"])
+    for family in ("gpt2", "llama"):                                        # a job trains whichever it can have
+        for presets in (IMDB, REVIEWS, HH, ULTRAFEEDBACK):
+            assert all(projections(small.model(family), options.get("targets", ""))
+                       for preset in presets.values() for options in preset["runs"].values())
     assert list(IMDB) == list(REVIEWS) == ["smoke", "quick", "cpu", "paper"]
 
 

@@ -157,6 +157,7 @@ def test_projections_by_name():
     assert projections(gpt2, "c_proj,c_fc") == [f"h.{i}.{p}" for i in range(2)
                                                 for p in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
     assert len(projections(llama, ALL["llama"])) == 14
+    assert all(projections(small.model(f), "all") == projections(small.model(f), names) for f, names in ALL.items())
     experts = lora("llama", targets="down_proj")
     wrapped = [path for path, module in experts.trunk.named_modules() if isinstance(module, LoRALinear)]
     assert wrapped == experts.targets == ["layers.0.mlp.down_proj", "layers.1.mlp.down_proj"]
