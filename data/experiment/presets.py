@@ -78,10 +78,10 @@ SMOKE = COMMON | HEADLINE | {
     "train": {"epochs": 1, "batch": 20, "micro": 10}, "runs": runs(DETAIL),
 }
 QUICK = COMMON | HEADLINE | {
-    "seed": 1, "prompts": 160, "heldout": 160, "evaluate": 160, "max_response": 32, "agree": None,
+    "seed": 2, "prompts": 160, "heldout": 100, "evaluate": 100, "max_response": 32, "agree": None,
     "users": 32, "pairs": 12, "context": 5, "heldout_pairs": 5, "new_users": 8, "new_pairs": 16, "reviews": 1000,
     "finetune": {"steps": 16, "batch": 8, "tokens": 128, "lr": 1e-4}, "evaluation": {"kl": (1.0, 3.0), "examples": 0},
-    "train": {"epochs": 1, "batch": 8, "micro": 8, "warmup": 4, "head_lr": 6e-4},
+    "train": {"epochs": 1, "batch": 8, "micro": 8, "warmup": 4, "head_lr": 4e-4},
     "runs": runs(DETAIL, betas={"dpo": (0.02,)}, start=False),
 }
 CPU = COMMON | HEADLINE | {

@@ -486,7 +486,7 @@ def test_the_estimate_counts_what_a_preset_asks_for():
     first, of_new = work(base, 1e8, 16), work(IMDB["quick"], 1e8, 16)
     trunks = 1 + 1 + 2 + 1 + 1 + 1                                          # the reference and every expert's
     assert of_new["evaluation"]["pass"] - first["evaluation"]["pass"] == 2e8 * trunks * 2 * 8 * 16 * 80
-    assert first["sampling"]["decode"] == 2e8 * 320 * 4 * 32
+    assert first["sampling"]["decode"] == 2e8 * 260 * 4 * 32
     for name, stage_name in (("users", "training"), ("prompts", "sampling"), ("evaluate", "evaluation")):
         more = work(base | {name: 2 * base[name]}, 1e8, 16)
         assert sum(more[stage_name].values()) > 1.3 * sum(first[stage_name].values())
