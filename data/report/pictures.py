@@ -4,6 +4,8 @@ An expert has one colour, line and hatch in all pictures, an annotator one colou
 without colour too. Figures come from job.py. pyplot is not used: it keeps global state.
 """
 
+import re
+
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
@@ -69,29 +71,40 @@ def legend(figure: Figure, axes: list, columns: int = 6) -> None:
 
 
 def result(job: Job) -> dict[str, Figure]:
-    """The first picture of the report: own reward against KL of each method, and held-out accuracy by type of each
-    run. A panel is left out if its figures are missing."""
-    of, found = job.results["preferences"], frontier.methods(job.results)
-    kinds = [kind for kind in annotators_of(job) if all(kind in figures["types"] for figures in of.values())]
+    """The first picture of the report: own reward against KL of each method, and held-out accuracy by type. A panel is
+    left out if its figures are missing."""
+    results, found = job.results["preferences"], frontier.methods(job.results)
+    kinds = [kind for kind in annotators_of(job) if all(kind in figures["types"] for figures in results.values())]
+    of = accuracies(results, kinds)
     count = bool(of and kinds) + bool(found)
     if not count:
         return {}
     figure, axes = panels(count, 2, 4.2, 2.8)
-    names = list(dict.fromkeys([*of, *(method.name for method in found)]))  # one look in both panels
+    names = list(dict.fromkeys([*(method.name for method in found), *of]))  # one look in both panels
     if found:
         frontiers(axes[0], found, names)
     if of and kinds:
         axis, width, runs = axes[-1], 0.8 / max(2, len(of)), list(of)
         for n, run in enumerate(runs):
-            column = [of[run]["types"][kind]["accuracy"] for kind in kinds]
             x = np.arange(len(kinds)) + (n - (len(runs) - 1) / 2) * width
-            bars(axis, x, column, width, names.index(run), run)
+            bars(axis, x, of[run], width, names.index(run), run)
         axis.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
         axis.set(xlabel="type of user", ylabel="accuracy (share of pairs)", ylim=(0, 1), xlim=(-0.6, len(kinds) - 0.4))
         axis.set_xticks(range(len(kinds)), kinds)
         axis.grid(axis="x", visible=False)
     legend(figure, axes, columns=3)
     return {"result": figure}
+
+
+def accuracies(results: dict, kinds: list[str]) -> dict[str, list[dict]]:
+    """Run -> accuracy on the held-out choices of each type. Runs of further seeds are left out, and runs of one type are
+    together the policies of known types, each for its own type."""
+    first = {run: figures for run, figures in results.items() if not re.search(r"-seed\d", run)}
+    of_type = {figures["trained_on"][0]: figures for figures in first.values() if len(figures["trained_on"]) == 1}
+    known = of_type if len(kinds) > 1 and {*of_type} >= {*kinds} else {}
+    out = {run: [figures["types"][kind]["accuracy"] for kind in kinds] for run, figures in first.items()
+           if not known or figures not in known.values()}
+    return out | ({frontier.KNOWN: [known[kind]["types"][kind]["accuracy"] for kind in kinds]} if known else {})
 
 
 def frontiers(axis, found: list[frontier.Method], names: list[str]) -> None:

@@ -23,6 +23,8 @@ from mixdpo.evaluation.own_reward import compare_frontiers, hull
 from mixdpo.evaluation.statistics import NONE, evidence, mean_se, pm
 
 FREE = ("seed", "beta", "out", "data", "data_folder", "micro", "save_minutes", "keep")      # not part of a method
+KNOWN = "one policy per known type"
+SERVES = ("one policy", "mixture", "known types", "in context", "soup")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Method:
     """A method and its points."""
 
     name: str
-    serves: str                 # "one policy", "mixture", "known types", "in context" or "soup"
+    serves: str                 # one of SERVES
     points: list[Point]
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +64,7 @@ class Method:
 
 
 def methods(results: dict) -> list[Method]:
-    """The methods of an evaluation, in the order of the runs; [] without own rewards."""
+    """The methods of an evaluation, in the order of SERVES and then of the runs; [] without own rewards."""
     groups: dict[tuple, list[dict]] = {}
     for row in results.get("own_reward", []):
         config = row["config"]
@@ -74,13 +76,14 @@ def methods(results: dict) -> list[Method]:
         if serves:
             options = tuple((name, str(value)) for name, value in sorted(config.items()) if name not in FREE)
             groups.setdefault((serves, options), []).append(row)
-    return [Method(name_of(rows, serves), serves, points_of(rows)) for (serves, _), rows in groups.items()]
+    found = [Method(name_of(rows, serves), serves, points_of(rows)) for (serves, _), rows in groups.items()]
+    return sorted(found, key=lambda method: SERVES.index(method.serves))
 
 
 def name_of(rows: list[dict], serves: str) -> str:
     """The name of the method's first run, without seed and beta."""
     name = re.sub(r"-(seed|beta)[0-9.e-]+", "", rows[0]["run"])
-    return name if serves != "known types" else "one policy per known type"
+    return name if serves != "known types" else KNOWN
 
 
 def points_of(rows: list[dict]) -> list[Point]:

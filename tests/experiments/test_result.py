@@ -9,6 +9,7 @@ import pytest
 from fakejob import make_job
 
 from data.report.job import read_job
+from data.report.pictures import accuracies
 from data.report.result import accuracy_table, result
 from mixdpo.evaluation import frontier
 from mixdpo.evaluation.tables import sentences
@@ -116,3 +117,16 @@ def test_missing_figures_leave_a_sentence(tmp_path):
     assert "own reward" not in text(completions=False)
     assert "held-out" not in text(heldout=False)
     assert result(read_job(make_job(tmp_path / "none", heldout=False, completions=False))).count("Nothing") == 1
+
+
+def test_known_types_are_one_bar_and_seeds_are_none():
+    """Caught: a type's choices by another type's policy; a bar for each seed; the policies of two of three types called
+    those of all; a bar missing where no run is of one type."""
+    def figures(a, b, trained_on=("a", "b")):
+        return {"trained_on": [*trained_on], "types": {"a": {"accuracy": {"mean": a}}, "b": {"accuracy": {"mean": b}}}}
+
+    runs = {"dpo": figures(0.5, 0.6), "dpo-seed1": figures(0.1, 0.1), "dpo-a": figures(0.7, 0.2, "a"),
+            "dpo-b": figures(0.3, 0.8, "b"), "dpo-a-seed1": figures(0.0, 0.0, "a"), "mixture": figures(0.65, 0.75)}
+    found = {run: [f["mean"] for f in of] for run, of in accuracies(runs, ["a", "b"]).items()}
+    assert found == {"dpo": [0.5, 0.6], "mixture": [0.65, 0.75], frontier.KNOWN: [0.7, 0.8]}
+    assert list(accuracies({name: runs[name] for name in ("dpo", "dpo-a")}, ["a", "b"])) == ["dpo", "dpo-a"]
