@@ -97,7 +97,7 @@ def result(job: Job) -> dict[str, Figure]:
 
 
 def accuracies(results: dict, kinds: list[str]) -> dict[str, list[dict]]:
-    """Run -> accuracy on the held-out choices of each type. Runs of further seeds are left out, and runs of one type are
+    """Run -> accuracy on the held-out choices of each type. Runs of further seeds are left out. Runs of one type are
     together the policies of known types, each for its own type."""
     first = {run: figures for run, figures in results.items() if not re.search(r"-seed\d", run)}
     of_type = {figures["trained_on"][0]: figures for figures in first.values() if len(figures["trained_on"]) == 1}
