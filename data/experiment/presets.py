@@ -185,7 +185,7 @@ HH = {
     },
 }
 ULTRAFEEDBACK = {
-    "smoke": HH["smoke"] | {"max_response": 24, "runs": of_users(RATED, 3, 1)},
+    "smoke": HH["smoke"] | {"max_response": 24, "runs": of_users(RATED, 3, 1, start=False)},
     "quick": HH["quick"] | {"heldout": 0.1, "heldout_pairs": 800, "max_prompt": 256, "max_response": 96,
                             "runs": of_users(RATED, 10, 60, start=False)},
     "paper": {
