@@ -75,7 +75,7 @@ class EM:
     """The functions of one step. The defaults are the method; variants/ and private/ have others. `visits` are indices
     into plan.visits: units, or slices of units (plan.py)."""
 
-    margins: Callable = margins                             # logp (b,K,2), ref_logp, beta -> h (b,K)
+    margins: Callable = lambda logp, ref_logp, beta, order: margins(logp, ref_logp, beta)           # h (b,K)  M4
     prior: Callable = lambda log_w, visits: log_w           # gate (G,K) -> prior of z (G,K)
     vary: Callable = lambda log_q, prior, visits: log_q     # posterior (g,K) -> responsibilities (g,K)  M12
     weigh: Callable = lambda loss, visits: loss             # losses of pairs (b,) -> (b,)
@@ -93,10 +93,10 @@ def em_loss(micro: Micro, log_w: torch.Tensor, known: torch.Tensor | None, probl
     fast/backward.py calls for b pairs at a time, sorted by unit: loss_of(logp (b,K,2), part: their slice) -> the sum of
     M8 / count, and their log_q and h (b,K). Unless log q is known, they are all pairs of g complete units.
     """
-    pair, device = micro.train.pair.to(log_w.device), log_w.device          # (B,) indices of the pairs
+    pair, order, device = micro.train.pair.to(log_w.device), micro.train.order, log_w.device       # (B,), (B,2)
 
     def loss_of(logp: torch.Tensor, part: slice):
-        h = em.margins(logp, problem.ref_logp[pair[part]].to(logp), problem.config.beta)            # (b,K)  M4
+        h = em.margins(logp, problem.ref_logp[pair[part]].to(logp), problem.config.beta, order[part])   # (b,K)  M4
         unit = micro.train.group[part]                                      # (b,) of each pair, ascending, in 0..G-1
         rows, row = slice(int(unit[0]), int(unit[-1]) + 1), (unit - unit[0]).to(device)
         if known is None:
@@ -114,8 +114,8 @@ def em_loss(micro: Micro, log_w: torch.Tensor, known: torch.Tensor | None, probl
 def posterior(experts, batch: Batch, log_w: torch.Tensor, problem: Problem, em: EM) -> torch.Tensor:
     """The E-step without an M-step: log q (G,K) of the units of a batch with the prior log_w (G,K)."""
     pair, group = batch.pair.to(log_w.device), batch.group.to(log_w.device)                         # (B,) each
-    logp = pair_logp(experts, batch, problem.rows_of)                                               # (B,K,2)
-    h = em.margins(logp, problem.ref_logp[pair].to(log_w), problem.config.beta) + problem.linear[pair]  # (B,K)  M4
+    logp, ref_logp = pair_logp(experts, batch, problem.rows_of), problem.ref_logp[pair].to(log_w)   # (B,K,2), (B,1,2)
+    h = em.margins(logp, ref_logp, problem.config.beta, batch.order) + problem.linear[pair]         # (B,K)  M4
     return e_step(log_w[group], h, group)[1]                                                        # M7, M11
 
 

@@ -39,6 +39,11 @@ def log_likelihood(h: torch.Tensor) -> torch.Tensor:
     return F.logsigmoid(h)
 
 
+def log_odds(log_p: torch.Tensor) -> torch.Tensor:
+    """The margin of a choice with log-probability log_p < 0 nats: log p - log(1 - p), the inverse of log_likelihood."""
+    return log_p - torch.log(-torch.expm1(log_p))
+
+
 def dpo_loss(h: torch.Tensor) -> torch.Tensor:
     """Loss per pair, -log sigma(h), in nats: (B,) -> (B,); ln 2 if the policy equals the reference."""
     return -log_likelihood(h)                                               # M8, K = 1

@@ -209,4 +209,4 @@ def pair_logp(experts: Heads | Adapters | Models, batch: Batch, rows_of=rows_of,
     text = rows_of(batch).to(next(experts.parameters()).device)
     rows = predicting_states(experts, batch, text)                          # (M,C), or (K,M,C)
     logps = experts.token_logps(rows if temperature == 1 else rows / temperature, text.targets, tile)       # (K,M)
-    return sum_responses(logps, text.sequence, len(batch.ids))              # (B,K,2)
+    return sum_responses(logps, text.sequence, *batch.ids.shape[:2])        # (B,K,2)

@@ -68,8 +68,8 @@ def kernels():
 # --- from tokens to responses -----------------------------------------------------------------------------------------
 
 
-def sum_responses(logps: torch.Tensor, sequence: torch.Tensor, pairs: int) -> torch.Tensor:
+def sum_responses(logps: torch.Tensor, sequence: torch.Tensor, pairs: int, sides: int = 2) -> torch.Tensor:
     """Sums token log-probs over each response: logps (K,M), sequence (M,), the response of each token in
-    0..2*pairs-1, -> (pairs,K,2) nats, in the dtype of logps."""
-    logp = torch.zeros(len(logps), 2 * pairs, dtype=logps.dtype, device=logps.device).index_add(1, sequence, logps)
-    return logp.view(len(logps), pairs, 2).transpose(0, 1)                  # (pairs,K,2)
+    0..sides*pairs-1, -> (pairs,K,sides) nats, in the dtype of logps."""
+    logp = torch.zeros(len(logps), sides * pairs, dtype=logps.dtype, device=logps.device).index_add(1, sequence, logps)
+    return logp.view(len(logps), pairs, sides).transpose(0, 1)              # (pairs,K,sides)

@@ -15,14 +15,15 @@ ends a turn. Left out: attention masks; a causal model needs none under right pa
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from mixdpo.config import InputError
 from mixdpo.models.attention import Branches, Packed
 from mixdpo.text.chat import encode_answer, encode_chat, template_of
-from mixdpo.text.records import OPTIONAL, TEXTS, Fault, lines, read_record, suspicions
+from mixdpo.text.records import OPTIONAL, TEXTS, Fault, lines, ranking_of, read_record, suspicions
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,30 @@ class Pair:
     context: bool | None = None  # True: the E-step may read it (plan.py). None: not given in the file
     domain: str | None = None  # topic of the prompt
     line: int = 0  # number in the file, from 1
+    more: tuple[list[int], ...] = ()  # of a ranking: its other responses
+    order: tuple[int, ...] = (0, 1)  # place of each response, 0 is the best; equally good ones have the same place
+    sides: int = 2  # R: responses of the longest ranking of the file
     states: torch.Tensor | None = field(default=None, compare=False, repr=False)  # (M, C) of its M response tokens,
     # cached if the trunk (the model without its unembedding) is frozen
 
+    @property
+    def responses(self) -> tuple[list[int], ...]:
+        """All responses, best first."""
+        return self.chosen, self.rejected, *self.more
+
     def longest(self) -> int:
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+        return len(self.prompt) + max(map(len, self.responses))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B pairs, right-padded with 0. Axis 1 is the pair: 0 chosen, 1 rejected."""
+    """B pairs, right-padded with 0. Axis 1 is the pair: 0 chosen, 1 rejected. If the file has rankings, it has R
+    responses, best first; a shorter ranking is filled up with responses of length 0."""
 
-    ids: torch.Tensor  # (B, 2, T) int64
+    ids: torch.Tensor  # (B, 2, T) int64; of rankings (B, R, T)
     start: torch.Tensor  # (B,) prompt lengths
     length: torch.Tensor  # (B, 2) prompt + response
+    order: torch.Tensor  # (B, 2) place of each response: 0 chosen, 1 rejected; of rankings (B, R), -1: no response
     group: torch.Tensor  # (B,) number of each pair's unit, 0..G-1 (a pair, or a user)
     pair: torch.Tensor  # (B,) index into the list of pairs
     context: torch.Tensor  # (B,) bool
@@ -92,6 +103,8 @@ def read_preferences(path, tokenizer, max_prompt, max_response, drop=False, repo
         report(f"{path}: dropped, {kind}: {len(numbers)} (line {', '.join(map(str, numbers))})")
     if not pairs:
         raise InputError(f"no pairs left in it; wanted one object with {', '.join(TEXTS)} a line", file=path)
+    sides = max(pair.sides for pair in pairs)
+    pairs = [pair if pair.sides == sides else replace(pair, sides=sides) for pair in pairs]
     for what, numbers in counted.items():
         report(f"{path}: {what}: {len(numbers)} (first: line {numbers[0]})")
     return pairs
@@ -104,17 +117,17 @@ def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response:
         template_of(tokenizer)                                              # raises for a tokenizer without a template
     try:
         prompt, complete = encode_prompt(record["prompt"], tokenizer, max_prompt)
-        responses = [encode_response(record[side], tokenizer) for side in ("chosen", "rejected")]
+        responses = [encode_response(response, tokenizer) for group in ranking_of(record) for response in group]
     except Fault:
         raise
     except InputError as error:
         raise Fault("no token for a character", error.message, "replace that character or remove the line") from None
     if any(response[-1] in response[:-1] for response in responses):
         raise Fault("EOS in a response", f"its text contains token {responses[0][-1]}", "remove it: EOS is appended")
-    chosen, rejected = (response[:max_response] for response in responses)      # a truncated response has no EOS
-    if responses[0] == responses[1]:
-        raise Fault("identical responses", "chosen and rejected have the same ids", "remove the line")
-    if chosen == rejected:
+    cut = [response[:max_response] for response in responses]               # a truncated response has no EOS
+    if len(set(map(tuple, responses))) < len(responses):
+        raise Fault("identical responses", "two responses have the same ids", "remove one, or the line")
+    if len(set(map(tuple, cut))) < len(cut):
         got = f"the first {max_response} ids are the same"
         raise Fault("identical after truncation", got, "raise --max-response or remove the line")
     remarks = suspicions(record, tokenizer)
@@ -124,7 +137,10 @@ def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response:
         remarks.append(f"prompts truncated to their last {max_prompt} ids")
     if max(map(len, responses)) > max_response:
         remarks.append(f"pairs with a response truncated to its first {max_response} ids, without EOS")
-    return Pair(prompt, chosen, rejected, **{name: record.get(name) for name in OPTIONAL}, line=number), remarks
+    order = tuple(place for place, group in enumerate(ranking_of(record)) for _ in group)
+    optional: dict[str, Any] = {name: record.get(name) for name in OPTIONAL}
+    pair = Pair(prompt, cut[0], cut[1], line=number, **optional)
+    return replace(pair, more=tuple(cut[2:]), order=order, sides=len(cut)), remarks
 
 
 def encode_prompt(text: str | list, tokenizer, max_prompt: int) -> tuple[list[int], bool]:
@@ -179,30 +195,36 @@ def groups(pairs: list[Pair], latent: str) -> list[list[int]]:
 def collate(pairs: Sequence[Pair], index: Sequence[int], group: list[int] | None = None) -> Batch:
     """The pairs at `index`, in that order. group: the unit of each, 0..G-1; None: each pair is its own unit."""
     taken = [pairs[i] for i in index]
-    ids = torch.zeros(len(taken), 2, max(map(Pair.longest, taken)), dtype=torch.int64)  # (B, 2, T)
-    length = torch.zeros(len(taken), 2, dtype=torch.int64)
+    sides = taken[0].sides
+    ids = torch.zeros(len(taken), sides, max(map(Pair.longest, taken)), dtype=torch.int64)  # (B, R, T)
+    start = torch.tensor([len(pair.prompt) for pair in taken])
+    length = start[:, None].repeat(1, sides)
     for b, pair in enumerate(taken):
-        for side, response in enumerate((pair.chosen, pair.rejected)):
+        for side, response in enumerate(pair.responses):
             length[b, side] = len(pair.prompt) + len(response)
             ids[b, side, : length[b, side]] = torch.tensor(pair.prompt + response)
     unit = torch.arange(len(taken)) if group is None else torch.tensor(group)
-    start = torch.tensor([len(pair.prompt) for pair in taken])
     context = torch.tensor([bool(pair.context) for pair in taken])
     known = [pair.states for pair in taken if pair.states is not None]
     states = torch.cat(known) if len(known) == len(taken) else None
-    return Batch(ids, start, length, unit, torch.tensor(index), context, states)
+    return Batch(ids, start, length, order_of(taken), unit, torch.tensor(index), context, states)
+
+
+def order_of(pairs: Sequence[Pair]) -> torch.Tensor:
+    """The place of each response: (P, R) int64, 0 is the best, -1 no response."""
+    return torch.tensor([[*pair.order, *[-1] * (pair.sides - len(pair.order))] for pair in pairs])
 
 
 @dataclass(frozen=True)
 class Rows:
     """The rows of ids that pass through a model, and the positions of the M response tokens, EOS included."""
 
-    ids: torch.Tensor  # (N, T): each response behind its prompt, N = 2B; or both behind one prompt, N = B
+    ids: torch.Tensor  # (N, T): each response behind its prompt, N = 2B; or all behind one prompt, N = B
     window: Branches | Packed | None  # which tokens attend to which, if not plainly causal
     token: torch.Tensor  # (M,) position of each response token, in 0..N*T-1
     where: torch.Tensor  # (M,) position of the hidden state that predicts it
     targets: torch.Tensor  # (M,) its id
-    sequence: torch.Tensor  # (M,) its response, in 0..2B-1
+    sequence: torch.Tensor  # (M,) its response, in 0..2B-1; of rankings 0..R*B-1
 
     def to(self, device) -> "Rows":
         indices = (x.to(device) for x in (self.token, self.where, self.targets, self.sequence))

@@ -26,10 +26,11 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from mixdpo.dpo import margins
+from mixdpo.dpo import log_odds, margins
 from mixdpo.experts import pair_logp
 from mixdpo.gates import TRAINED, Gate, Inputs
 from mixdpo.mixture import e_step, elbo, log_marginal, update_weights
+from mixdpo.preferences import order_of
 
 DEVIATIONS = (2.8, 1.4, 0.7)        # candidates for a margin's prior standard deviation, nats
 FOLDS, NEWTON_STEPS = 5, 4          # of fold_margins
@@ -157,13 +158,13 @@ def gate_step(c: torch.Tensor, q: torch.Tensor, V: torch.Tensor, ridge: float) -
 
 @torch.no_grad()
 def first_responsibilities(config, units: list[list[int]], features: torch.Tensor, log_w: torch.Tensor | None = None,
-                           gate_features: torch.Tensor | None = None, random_q: torch.Tensor | None = None
-                           ) -> torch.Tensor | None:
+                           gate_features: torch.Tensor | None = None, random_q: torch.Tensor | None = None,
+                           order: torch.Tensor | None = None) -> torch.Tensor | None:
     """log q (G,K) of all groups for the first steps; None if the run starts at the saddle.
 
     units: the pairs of each group; features: (P,2,C), the reference's mean hidden state over each response;
     log_w: (K,) or (G,K) mixture weights that training keeps fixed, else None; gate_features: (G,D), what a trained gate
-    looks at, else None; random_q: (G,K) random log q, by default drawn from config.seed.
+    looks at, else None; random_q: (G,K) random log q, by default drawn from config.seed; order: see pair_features.
     """
     K = config.experts
     if K == 1 or config.start == "none":
@@ -172,17 +173,27 @@ def first_responsibilities(config, units: list[list[int]], features: torch.Tenso
         random_q = random_responsibilities(len(units), K, torch.Generator().manual_seed(config.seed))
     if config.start == "dirichlet":
         return random_q
-    fit = fit_linear(config, *pair_features(units, features), log_w, gate_features)
+    x, group, _ = pair_features(units, features, order)
+    fit = fit_linear(config, x, group, log_w, gate_features)
     return fit.log_q if differ(fit) else random_q
 
 
-def pair_features(units: list[list[int]], features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of the chosen response minus those of the rejected one, of mean square 1 (B,C), and the group (B,) of
-    each pair; the pairs in the order of `units`."""
-    index = [i for unit in units for i in unit]
-    x = features[index, 0] - features[index, 1]
-    group = torch.tensor([g for g, unit in enumerate(units) for _ in unit])
-    return x / x.square().mean(0).sqrt().clamp_min(1e-6), group
+def pair_features(units: list[list[int]], features: torch.Tensor, order: torch.Tensor | None = None
+                  ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features of the chosen response minus those of the rejected one, of mean square 1 (B,C); the group (B,) of each
+    pair, and its number (B,) in 0..P-1; the pairs in the order of `units`. order (P,R): preferences.order_of; a ranking
+    counts as its pairs of neighbouring places, a tie as a pair without a difference."""
+    rows = [(g, i, a, b) for g, unit in enumerate(units) for i in unit
+            for a, b in ([(0, 1)] if order is None else neighbours(order[i].tolist()))]
+    group, index, better, worse = torch.tensor(rows).T
+    x = features[index, better] - features[index, worse]
+    return x / x.square().mean(0).sqrt().clamp_min(1e-6), group, index
+
+
+def neighbours(places: list[int]) -> list[tuple[int, int]]:
+    """The pairs of responses of which one has the place before the other's."""
+    found = [(a, b) for a, place in enumerate(places) for b, other in enumerate(places) if 0 <= place == other - 1]
+    return found or [(0, 0)]
 
 
 def fit_linear(config, x: torch.Tensor, group: torch.Tensor, log_w: torch.Tensor | None,
@@ -224,15 +235,25 @@ def start_evidence(config, plan, features: torch.Tensor, log_w: torch.Tensor | N
         log q_uk = log w_k + sum over training pairs i of log sigma(theta_k . x_i)
                            + sum over context pairs i of log sigma(h_ik + theta_k . x_i)               M11
     """
-    x, group = pair_features(plan.units, features)
+    x, group, index = pair_features(plan.units, features, order_of(plan.pairs))
     fit = fit_linear(config, x, group, log_w)
     if not differ(fit):
         return None
-    index = torch.tensor([i for unit in plan.units for i in unit])
     context = torch.tensor([bool(plan.pairs[i].context) for i in index.tolist()])
-    h = fold_margins(x, group, fit).float()                                 # (B,K)
+    h = fold_margins(x, group, fit, index).float()                          # (B,K)
     evidence = torch.zeros_like(fit.log_q).index_add(0, group[~context], F.logsigmoid(h[~context]))
-    return evidence, h.new_zeros(len(plan.pairs), h.shape[1]).index_copy(0, index[context], h[context])
+    return evidence, choice_margins(h[context], index[context], len(plan.pairs))
+
+
+def choice_margins(h: torch.Tensor, index: torch.Tensor, choices: int) -> torch.Tensor:
+    """Margins of choices from those of their pairs: h (B,K), index (B,) in 0..choices-1 -> (choices,K), 0 for a choice
+    without a pair. A ranking has the log-odds of the product of its pairs, above those of a ranking by chance."""
+    zero = h.new_zeros(choices, h.shape[1])
+    log_p, chance = (zero.index_add(0, index, F.logsigmoid(x)) for x in (h, torch.zeros_like(h)))
+    several = index.bincount(minlength=choices)[:, None] > 1
+    at_random = chance.clamp_max(-math.log(2))                              # of one pair and of none
+    of_rankings = log_odds(log_p.clamp_max(-1e-30)) - log_odds(at_random)
+    return torch.where(several, of_rankings, zero.index_copy(0, index, h))
 
 
 @torch.no_grad()
@@ -265,23 +286,27 @@ def make_start(gate, inputs, plan, features: torch.Tensor, config, random_q: tor
             return None, *found
         config = replace(config, start="dirichlet")                         # fit_linear has said so
     reads = gate_features(gate, inputs).cpu() if gate.kind in TRAINED and config.latent == "pair" else None
-    log_q = first_responsibilities(config, plan.units, features, log_w if fixed else None, reads, random_q)
+    log_q = first_responsibilities(config, plan.units, features, log_w if fixed else None, reads, random_q,
+                                   order_of(plan.pairs))
     if log_q is None or not log_w.isinf().any():
         return log_q, *none
     return torch.log_softmax(log_q.masked_fill(log_w.isinf(), -torch.inf), dim=-1), *none   # w_k = 0: only q_k = 0
 
 
 @torch.no_grad()
-def fold_margins(x: torch.Tensor, group: torch.Tensor, fit: LinearMixture) -> torch.Tensor:
-    """Margins theta_k . x of each pair under rewards that were fitted without it: (B,K) float64, nats.
+def fold_margins(x: torch.Tensor, group: torch.Tensor, fit: LinearMixture, choice: torch.Tensor | None = None
+                 ) -> torch.Tensor:
+    """Margins theta_k . x of each pair under rewards that were fitted without it: (B,K) float64, nats. choice (B,): the
+    ranking that each pair is of, whose pairs are in one fold; default: each pair is alone.
 
     The pairs of every group are divided into FOLDS folds. For each fold the K rewards are fitted again to all other
     folds, with the responsibilities of `fit` (the M-step, to convergence), and the fold is scored by them. A linear
     reward explains the pairs that it was fitted to better than others, so their margins would be too large.
     """
     x, q, order = x.double(), fit.log_q.double().exp()[group], torch.argsort(group, stable=True)      # q (B,K)
-    nth = torch.empty_like(group)
-    nth[order] = torch.arange(len(group)) - torch.searchsorted(group[order], group[order])  # place within its group
+    nth, choice = torch.empty_like(group), torch.arange(len(group)) if choice is None else choice
+    number = torch.unique_consecutive(choice[order], return_inverse=True)[1]
+    nth[order] = number - number[torch.searchsorted(group[order], group[order])]            # place within its group
     h = x.new_empty(len(x), len(fit.theta))
     for fold in range(FOLDS):
         out = nth % FOLDS == fold
@@ -299,7 +324,8 @@ def check_start(experts, batch, ref_logp: torch.Tensor, log_w: torch.Tensor, bet
 
     Raises: AssertionError if one does not hold.
     """
-    h = margins(pair_logp(experts, batch), ref_logp[batch.pair.to(log_w.device)].to(log_w), beta)      # (B,K)
+    logp, ref_logp = pair_logp(experts, batch), ref_logp[batch.pair.to(log_w.device)].to(log_w)
+    h = margins(logp[..., :2], ref_logp[..., :2], beta)                     # (B,K); of a ranking, two responses do
     log_p, log_q = e_step(log_w, h)
     tolerance = beta * (1e-3 if experts.dtype == torch.float32 else 1.0)    # nats a response, times beta
     error = h.abs().max()

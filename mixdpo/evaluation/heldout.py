@@ -37,13 +37,14 @@ from mixdpo.runs.load_run import Run
 from mixdpo.runs.log import Progress
 from mixdpo.runs.reference import Source, reference_of
 from mixdpo.variants.label_noise import flipped_margins
+from mixdpo.variants.rankings import as_pairs
 
 
 def margins_of(runs: list[Run], references: list, tokenizer, path: Path, cache: Path):
     """For each run yields (run, pairs of the file, margins h (P,K) (M4), log w (P,K)). The references' log-probs of the
     file are kept in the folder `cache`. Raises: InputError if the file cannot be used."""
     config, dtype = runs[0].config, runs[0].experts.dtype
-    pairs = read_preferences(path, tokenizer, config.max_prompt, config.max_response, config.drop)
+    pairs = as_pairs(read_preferences(path, tokenizer, config.max_prompt, config.max_response, config.drop))
     check_lengths(pairs, min(model.config.context for model in references), path)
     ref = reference_of(Source(path, pairs, config), references, tokenizer, dtype, cache)
     for run in runs:

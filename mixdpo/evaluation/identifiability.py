@@ -29,6 +29,7 @@ from itertools import combinations_with_replacement
 
 from mixdpo.config import InputError, command, parse
 from mixdpo.preferences import Pair, read_preferences
+from mixdpo.variants.rankings import as_pairs
 
 MOST = 300  # comparisons of one user whose pairs are counted; 300 comparisons have 45,000 pairs
 
@@ -66,6 +67,7 @@ def counts_of(pairs: list[Pair]) -> Counts:
             node = parent[node]
         return node
 
+    pairs = as_pairs(pairs, report=lambda line: None)                       # a ranking counts as its pairs
     for pair in pairs:
         ends = sorted((tuple(pair.prompt), tuple(side)) for side in (pair.chosen, pair.rejected))
         edge = edges.setdefault(tuple(ends), len(edges))

@@ -41,7 +41,10 @@ def show(batch: Batch, tokenizer, colour: bool = False) -> str:
     for b, start in enumerate(batch.start.tolist()):
         note = ", context" if batch.context[b] else ""
         out.append(f"pair {batch.pair[b]} (group {batch.group[b]}{note})")
-        for side, name in enumerate(("chosen", "rejected")):
+        for side, place in enumerate(batch.order[b].tolist()):
+            if place < 0:
+                continue
+            name = ("chosen", "rejected")[place] if batch.order.shape[1] == 2 else f"place {place + 1}"
             row, length = batch.ids[b, side].tolist(), int(batch.length[b, side])
             finished = row[length - 1] in ends(tokenizer)
             text = text_of("prompt", row[:start])

@@ -35,11 +35,11 @@ def backward(experts, batch: Batch, loss_of, rows_of=compact_rows, head_rows: in
     head_rows = head_rows if head_rows >= 0 else fitting_rows(rows, made[1], experts.dtype)
     split = head_rows > 0
     cut = [x.detach().requires_grad_() if split and x.grad_fn else x for x in made]         # those with a history
-    states, heads = cut[0], [x.to(experts.dtype) for x in cut[1:]]
+    states, heads, sides = cut[0], [x.to(experts.dtype) for x in cut[1:]], batch.ids.shape[1]
     for p, p_end, m, m_end in chunks(batch, head_rows, whole_groups):
         tile = None if split else 0                                         # few rows: logits are kept for backward
         logps = experts.token_logps(states[..., m:m_end, :], text.targets[m:m_end], tile, heads)    # (K,m)
-        logp = sum_responses(logps, text.sequence[m:m_end] - 2 * p, p_end - p)                      # (b,K,2)
+        logp = sum_responses(logps, text.sequence[m:m_end] - p * sides, p_end - p, sides)           # (b,K,2)
         loss, shown = loss_of(logp, slice(p, p_end))
         if loss.requires_grad:                                              # false if all experts are frozen
             loss.backward()
@@ -61,7 +61,7 @@ def chunks(batch: Batch, head_rows: int, whole_groups: bool):
     """Divides a micro-batch into parts of about head_rows response tokens, without dividing a pair (or a group); 0: one
     part. Yields (first pair, one past the last, first token, one past the last).
     """
-    ends = (batch.length.sum(1) - 2 * batch.start).cumsum(0).tolist()       # one past each pair's last token
+    ends = (batch.length - batch.start[:, None]).sum(1).cumsum(0).tolist()  # one past each pair's last token
     group, first, begin = batch.group.tolist(), 0, 0
     for b, end in enumerate(ends):
         last = b + 1 == len(ends)

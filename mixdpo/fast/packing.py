@@ -19,10 +19,10 @@ SHARED = 0.9    # prompts are shared where that leaves no more than this share o
 def compact_rows(batch: Batch, shared: bool | None = None, packed: bool = False) -> Rows:
     """Equals preferences.rows_of(batch) in fewer tokens. shared: each prompt once, both responses behind it; None:
     where that saves enough (SHARED). packed: all texts in one row."""
-    rows, T = rows_of(batch), batch.ids.shape[-1]
-    longest = int((batch.length.sum(1) - batch.start).max())  # of prompt, chosen and rejected in one row
+    rows, (_, R, T) = rows_of(batch), batch.ids.shape
+    longest = int((batch.start + (batch.length - batch.start[:, None]).sum(1)).max())  # of a pair's texts in one row
     if shared is None:
-        shared = longest <= SHARED * 2 * T
+        shared = longest <= SHARED * R * T
     if shared:
         rows, branch = behind_one_prompt(batch, rows.token % T, rows.targets, rows.sequence, longest)
     else:
@@ -33,10 +33,12 @@ def compact_rows(batch: Batch, shared: bool | None = None, packed: bool = False)
 
 def behind_one_prompt(batch: Batch, position, targets, sequence, longest: int) -> tuple[Rows, torch.Tensor]:
     """A row a pair: prompt | chosen | rejected | padding; and which of these each token is in (B, longest), as 0, 1, 2
-    and -1. position (M,): of each response token, in its row so far."""
-    start, (pair, side) = batch.start, (sequence // 2, sequence % 2)
-    place = position + side * (batch.length[:, 0] - start)[pair]  # (M,) in the row: the rejected behind the chosen
-    before = torch.where(position == start[pair], position, place) - 1  # both begin behind the prompt's last token
+    and -1. Rankings have R responses. position (M,): of each response token, in its row so far."""
+    start, R = batch.start, batch.ids.shape[1]
+    pair, side = sequence // R, sequence % R
+    tokens = batch.length - start[:, None]  # (B, R) of each response
+    place = position + (tokens.cumsum(1) - tokens)[pair, side]  # (M,) in the row: behind the earlier responses
+    before = torch.where(position == start[pair], position, place) - 1  # all begin behind the prompt's last token
     ids = torch.zeros(len(batch.ids), longest, dtype=torch.int64, device=start.device)
     in_prompt = torch.arange(longest, device=start.device) < start[:, None]  # (B, longest)
     ids[in_prompt] = batch.ids[:, 0][in_prompt[:, : batch.ids.shape[-1]]]

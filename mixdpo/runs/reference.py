@@ -36,14 +36,14 @@ VERSION = 4     # part of every cache key; increase it if the kept values change
 class Reference:
     """Numbers of P pairs under the reference."""
 
-    logp: torch.Tensor      # (P,1,2) float32 nats; (P,K,2) if each expert has its own reference
-    features: torch.Tensor  # (P,2,C) float32: mean state over each response
+    logp: torch.Tensor      # (P,1,2) float32 nats; (P,K,2) if each expert has its own reference. Of rankings: (P,1,R)
+    features: torch.Tensor  # (P,2,C) float32: mean state over each response. Of rankings: (P,R,C)
     prompt: torch.Tensor    # (P,2,C) float32: last and mean state of the prompt
     states: torch.Tensor    # (M,C) in the compute dtype: predict the response tokens; (0,C) if they are too large
 
     def with_states(self, pairs: list[Pair]) -> list[Pair]:
         """These pairs with their states, for experts on the same frozen trunk; unchanged if states were not kept."""
-        counts = [len(pair.chosen) + len(pair.rejected) for pair in pairs]
+        counts = [sum(map(len, pair.responses)) for pair in pairs]
         if len(self.states) != sum(counts):
             return pairs
         return [dataclasses.replace(pair, states=own) for pair, own in zip(pairs, self.states.split(counts))]
@@ -70,20 +70,20 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
     of response tokens are kept if they take at most `most` bytes; default: STATES."""
     policy, device = Heads(model, 1, dtype=dtype), model.unembedding.device
     logps, features, prompts, states = [], [], [], []
-    tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    tokens = sum(len(response) for pair in pairs for response in pair.responses)
     keep = tokens * model.config.width * dtype.itemsize <= (STATES if most is None else most)
     for start in range(0, len(pairs), size):
         batch = collate(pairs, range(start, min(start + size, len(pairs))))
-        text, B = compact_rows(batch).to(device), len(batch.ids)
-        hidden = policy.hidden(text.ids, text.window)                       # (2B,T,C), or (B,T,C): shared prompts
+        text, (B, R, _) = compact_rows(batch).to(device), batch.ids.shape
+        hidden = policy.hidden(text.ids, text.window)                       # (R*B,T,C), or (B,T,C): shared prompts
         predicting = policy.rows(hidden, text.where)                        # (M,C)
         states.append(predicting[: len(predicting) * keep].cpu())
         of_tokens = policy.token_logps(predicting, text.targets, 0)                        # (1,M)
-        logps.append(sum_responses(of_tokens, text.sequence, B))            # (B,1,2)
+        logps.append(sum_responses(of_tokens, text.sequence, B, R))         # (B,1,R)
         read = policy.rows(hidden, text.token).float()          # (M,C) states that have read each response token
-        count = torch.bincount(text.sequence, minlength=2 * B).clamp_min(1)
-        mean = read.new_zeros(2 * B, read.shape[1]).index_add(0, text.sequence, read) / count[:, None]
-        features.append(mean.view(B, 2, -1))
+        count = torch.bincount(text.sequence, minlength=R * B).clamp_min(1)
+        mean = read.new_zeros(R * B, read.shape[1]).index_add(0, text.sequence, read) / count[:, None]
+        features.append(mean.view(B, R, -1))
         of_pairs = hidden[:: len(hidden) // B]                              # (B,T,C): a pair's rows begin the same
         prompts.append(states_of_prompts(of_pairs, batch.start.to(device)))
         if progress:
@@ -162,6 +162,7 @@ def reference_of(source: Source, models: list, tokenizer, dtype: torch.dtype, ca
         key: tuple = (VERSION, content_key(model), data_key(source.path), tokenizer.key, config.max_prompt,
                config.max_response, config.drop, str(dtype), str(model.unembedding.device))
         key += ("alone",) if source.one_by_one else ()
+        key += ("rankings",) if source.pairs[0].sides > 2 else ()           # not as_pairs of the same file
         made = functools.partial(compute_reference, model, source.pairs, dtype, size, progress, most)
         found.append(cached_reference(cache, key, made))
     return dataclasses.replace(found[0], logp=torch.cat([each.logp for each in found], dim=1))

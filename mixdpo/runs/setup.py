@@ -33,8 +33,7 @@ from mixdpo.runs.reference import Reference, Source, load_references, reference_
 from mixdpo.runs.validation import Validation
 from mixdpo.start import check_start, make_start
 from mixdpo.text.records import data_key, lines
-from mixdpo.variants.choose import Variants
-from mixdpo.variants.label_noise import noisy_margins
+from mixdpo.variants.choose import Variants, choose_margins
 
 
 @dataclass(frozen=True)
@@ -243,9 +242,8 @@ def validation_of(job: Job, models: list, tokenizer, plan: Plan, dtype: torch.dt
     prompts = found.prompt[:, ("last", "mean").index(config.gate_features)]
     inputs = gate_inputs(config.gate, pairs, prompts, known_pairs(plan)).to(models[0].unembedding.device)
     pairs = pairs if config.train_trunk else found.with_states(pairs)
-    margins = noisy_margins(config.label_noise)
     return Validation(job.out, config.evaluate_every, pairs, found.logp, inputs, config.latent,
-                      lambda logp, ref_logp: margins(logp, ref_logp, config.beta))
+                      choose_margins(config, pairs), config.beta)
 
 
 def snapshot(made: Prepared, log: Log, log_q: torch.Tensor, finished: bool = False

@@ -24,7 +24,7 @@ from mixdpo.files.atomic import read_tensors, write_tensors
 from mixdpo.gates import Gate, Inputs
 from mixdpo.mixture import e_step
 from mixdpo.plan import Plan
-from mixdpo.preferences import Pair, collate, groups
+from mixdpo.preferences import Pair, collate, groups, order_of
 from mixdpo.runs.checkpoint import gate_state, load_gate, load_state, trained_state
 from mixdpo.runs.log import Progress
 
@@ -41,7 +41,8 @@ class Validation:
     ref_logp: torch.Tensor          # (P,1,2) or (P,K,2)
     inputs: Inputs                  # (P,...) what the gate reads
     latent: str
-    margins: Callable               # (logp, ref_logp) -> h, as the run has them
+    margins: Callable               # as train.EM's
+    beta: float
     history: list[dict] = field(default_factory=list)
 
     def after(self, t: int, experts, gate: Gate, plan: Plan) -> None:
@@ -63,12 +64,12 @@ class Validation:
         self.history = [row for row in self.history if row["step"] < t]     # a resumed run repeats steps
         best = self.best()
         units = groups(self.pairs, self.latent)
-        order = torch.tensor([i for unit in units for i in unit])
+        index = torch.tensor([i for unit in units for i in unit])
         group = torch.tensor([g for g, unit in enumerate(units) for _ in unit])
-        h = self.margins(self.log_probs(experts), self.ref_logp)[order]     # (P,K)  M4
-        log_w = gate(self.inputs).cpu()[order]
+        h = self.margins(self.log_probs(experts), self.ref_logp, self.beta, order_of(self.pairs))[index]  # (P,K)  M4
+        log_w = gate(self.inputs).cpu()[index]
         first = log_w[torch.searchsorted(group, group)]                     # one prior for each unit
-        figure = float(e_step(first, h, group)[0].sum()) / len(order)       # M5, M11
+        figure = float(e_step(first, h, group)[0].sum()) / len(index)       # M5, M11
         self.history.append({"step": t, "log_likelihood": figure})
         if best is None or figure > best["log_likelihood"]:
             write_tensors(self.out / "best.safetensors", trained_state(experts) | gate_state(gate), {"step": t})

@@ -5,6 +5,8 @@ Each line is one JSON object, which is one comparison:
     {"prompt": str, "chosen": str, "rejected": str}           required; or all three are lists of messages (chat.py):
         [{"role": "user", "content": str}, ...]               prompt: an optional system turn, then turns; last a user's
         [{"role": "assistant", "content": str}]               chosen and rejected: one turn each
+    {"ranking": [[str, ...], ...]}                            more than two responses, or a tie, in place of chosen and
+                                                              rejected: groups of equally good ones, the best first
     {"user": str}                                             who judged; training may use it (M11: one type per user)
     {"domain": str}                                           the prompt's domain; only the domain gate uses it
     {"annotator": str, "scores": {name: [chosen, rejected]}}  the true type and rewards; evaluation only
@@ -22,12 +24,15 @@ import math
 import re
 import zlib
 from pathlib import Path
+from typing import Any
 
 from mixdpo.config import InputError
 
 LONGEST = 2**26  # largest line in bytes
+LARGEST_TIE = 8  # equally good responses; the likelihood of n of them is a sum over 2^n sets
 MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content)["']\s*:""")  # a list of messages, written as a string
 TEXTS, OPTIONAL = ("prompt", "chosen", "rejected"), ("user", "annotator", "scores", "context", "domain")
+FIELDS = (*TEXTS, "ranking", *OPTIONAL)
 
 
 class Fault(InputError):
@@ -75,19 +80,22 @@ def read_record(raw: bytes) -> dict:
         raise Fault("not JSON", str(error).replace("line 1 ", ""), usual) from None
     if not isinstance(record, dict):
         raise Fault("not an object", f"got a {type(record).__name__}", usual)
-    if unknown := [field for field in record if field not in TEXTS + OPTIONAL]:
-        known = f"wanted some of {', '.join(TEXTS + OPTIONAL)}: rename or remove the field"
+    if unknown := [field for field in record if field not in FIELDS]:
+        known = f"wanted some of {', '.join(FIELDS)}: rename or remove the field"
         raise Fault("unknown field", ", ".join(map(repr, unknown)), known)
-    if missing := [field for field in TEXTS if field not in record]:
-        raise Fault("missing field", ", ".join(missing), f"wanted {', '.join(TEXTS)} in every line: add it")
     record = {field: value for field, value in record.items() if value is not None or field in TEXTS}
-    chat = [field for field in TEXTS if isinstance(record[field], list)]
-    if chat and len(chat) < len(TEXTS):
+    if missing := [field for field in (TEXTS[:1] if "ranking" in record else TEXTS) if field not in record]:
+        raise Fault("missing field", ", ".join(missing), f"wanted {', '.join(TEXTS)} in every line: add it")
+    if "ranking" in record:
+        check_ranking(record)
+    texts = texts_of(record)
+    chat = [field for field, text in texts.items() if isinstance(text, list)]
+    if chat and len(chat) < len(texts):
         raise Fault("wrong type", f"{', '.join(chat)}: messages, the others: text",
-                    "wanted prompt, chosen and rejected of the same type: all messages or all text")
-    for field in chat:
-        check_messages(field, record[field])
-    for field in record.keys() & {*TEXTS, "user", "annotator", "domain"} - {*chat}:
+                    "wanted prompt and responses of the same type: all messages or all text")
+    for field, text in texts.items():
+        (check_messages if chat else check_string)(field, text)
+    for field in record.keys() & {"user", "annotator", "domain"}:
         check_string(field, record[field])
     if not isinstance(record.get("context", False), bool):
         raise Fault("wrong type", f"context is {record['context']!r}", "wanted true or false")
@@ -95,6 +103,32 @@ def read_record(raw: bytes) -> dict:
     if not (isinstance(scores, dict) and all(map(is_score, scores.values()))):
         raise Fault("wrong type", f"scores is {scores!r}", 'wanted {"name": [chosen, rejected], ...}: finite numbers')
     return record
+
+
+def ranking_of(record: dict) -> list[list]:
+    """The responses of a record as groups of equally good ones, the best first."""
+    return record["ranking"] if "ranking" in record else [[record["chosen"]], [record["rejected"]]]
+
+
+def texts_of(record: dict) -> dict[str, Any]:
+    """Name -> text, or messages, of a record's prompt and responses."""
+    if "ranking" not in record:
+        return {field: record[field] for field in TEXTS}
+    responses = [text for group in record["ranking"] for text in group]
+    return {"prompt": record["prompt"]} | {f"ranking[{n}]": text for n, text in enumerate(responses)}
+
+
+def check_ranking(record: dict) -> None:
+    """Raises: Fault unless record["ranking"] is a list of groups with two responses or more in all."""
+    ranking, wanted = record["ranking"], 'wanted [["best"], ["second", "as good"], ["worst"]], two responses or more'
+    if both := record.keys() & {"chosen", "rejected", "scores"}:
+        raise Fault("two forms of a choice", f"ranking and {', '.join(sorted(both))}", "wanted one of them")
+    if not isinstance(ranking, list) or not all(isinstance(group, list) and group for group in ranking):
+        raise Fault("wrong type", f"ranking is {ranking!r:.80}", wanted)
+    if sum(map(len, ranking)) < 2:
+        raise Fault("too few responses", f"ranking has {sum(map(len, ranking))}", wanted)
+    if (most := max(map(len, ranking))) > LARGEST_TIE:
+        raise Fault("too many equal responses", f"a group of the ranking has {most}", f"wanted at most {LARGEST_TIE}")
 
 
 def check_string(field: str, value) -> None:
@@ -118,7 +152,7 @@ def check_messages(field: str, messages: list) -> None:
             raise Fault("wrong message", f"{field}[{n}] is {message!r:.80}", wanted)
         check_string(f"{field}[{n}].content", message["content"])
     roles = [message["role"] for message in messages]
-    if field != "prompt":
+    if field != "prompt":                                                   # a response
         if roles != ["assistant"]:
             raise Fault("wrong roles", f"{field} has {roles}", "wanted one message with role assistant")
     elif roles[-1:] != ["user"] or not {*roles} <= {"system", "user", "assistant"} or "system" in roles[1:]:
@@ -138,7 +172,7 @@ def is_score(value) -> bool:
 def suspicions(record: dict, tokenizer) -> list[str]:
     """What looks like a mistake in a record that can be trained on as it stands."""
     plain = isinstance(record["prompt"], str)
-    texts = [record[field] for field in TEXTS]
+    texts = list(texts_of(record).values())
     texts = texts if plain else [message["content"] for messages in texts for message in messages]
     names, found = special_names(tokenizer), []
     if names and any(map(names.search, texts)):
@@ -148,8 +182,8 @@ def suspicions(record: dict, tokenizer) -> list[str]:
         found.append("lines with messages written as a string, read as text (write them as a list)")
     prompt = texts[0].strip()
     if plain and prompt and all(text.lstrip().startswith(prompt) for text in texts[1:]):
-        found.append("lines of which chosen and rejected begin with the prompt, which is trained on as part of them "
-                     "(take it out of both)")
+        found.append("lines of which all responses begin with the prompt, which is trained on as part of them (take "
+                     "it out of them)")
     return found
 
 

@@ -1,6 +1,7 @@
 """Which functions of the EM step a run's options replace, and what these carry from step to step.
 
     label noise      margins      label_noise.py
+    rankings         margins      rankings.py
     incremental EM   prior        incremental.py
     E-step variants  vary         e_steps.py
     robust weights   weigh        robust.py
@@ -12,13 +13,16 @@ from typing import Any
 
 import torch
 
+from mixdpo.config import InputError
 from mixdpo.dpo import margins
 from mixdpo.plan import Plan
+from mixdpo.preferences import Pair
 from mixdpo.private.dp_sgd import ClippedSum, Noise
 from mixdpo.private.step import clip_examples, clipped_share
 from mixdpo.variants.e_steps import SAMPLED, vary, visit_noise
 from mixdpo.variants.incremental import Incremental
 from mixdpo.variants.label_noise import noisy_margins
+from mixdpo.variants.rankings import ranking_margins
 from mixdpo.variants.robust import RobustWeights
 
 
@@ -29,7 +33,7 @@ class Variants:
     def __init__(self, config, plan: Plan, user: torch.Tensor, noise: Noise | None, parameters: list):
         self.config, self.noise, self.parameters = config, noise, parameters
         self.clipped: ClippedSum | None = None                              # of the last step
-        self.margins = noisy_margins(config.label_noise) if config.label_noise else margins
+        self.margins = choose_margins(config, plan.pairs)
         self.incremental = Incremental(plan, config.experts) if config.em == "incremental" else None
         of_visit = user[plan.unit_of.to(user.device)]                       # (V,)
         self.robust = RobustWeights(of_visit, config.robust, config.data) if config.robust else None
@@ -76,3 +80,18 @@ class Variants:
         for part in self.carries:
             part.load(tensors)
 
+
+
+def choose_margins(config, pairs: list[Pair]):
+    """The `margins` of train.EM: of pairs, of noisy pairs, or of rankings, if the file has any. Raises: InputError if
+    an option does not support rankings."""
+    first = next((pair for pair in pairs if pair.order != (0, 1)), None)
+    if first is None:
+        if config.label_noise:
+            return noisy_margins(config.label_noise)
+        return lambda logp, ref_logp, beta, order: margins(logp, ref_logp, beta)
+    for option, given in (("label_noise", config.label_noise > 0), ("epsilon", config.epsilon < math.inf)):
+        if given:
+            raise InputError("is a ranking or a tie, which this option does not support: wanted chosen and rejected in "
+                             "every line", file=config.data, line=first.line, option=option)
+    return ranking_margins

@@ -22,5 +22,5 @@ def flipped_margins(h: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def noisy_margins(share: float):
-    """A function like dpo.margins whose margins are those of choices of which `share` is wrong."""
-    return lambda logp, ref_logp, beta: flipped_margins(margins(logp, ref_logp, beta), share)
+    """The `margins` of train.EM for choices of which `share` is wrong."""
+    return lambda logp, ref_logp, beta, order: flipped_margins(margins(logp, ref_logp, beta), share)

@@ -96,7 +96,7 @@ def linear(**options):
 def test_evidence_sums_a_units_training_pairs(monkeypatch):
     """Each pair's log-likelihood is a power of 2, so a sum tells its terms. Caught: context pairs counted twice, here
     and in the E-step; pairs in the order of the file for those of the units; another unit's; margins of other pairs."""
-    monkeypatch.setattr(start, "fold_margins", lambda x, group, fit: torch.stack(
+    monkeypatch.setattr(start, "fold_margins", lambda x, group, fit, choice: torch.stack(
         [2.0 ** torch.arange(len(x)), -(2.0 ** torch.arange(len(x)))], 1).double())
     monkeypatch.setattr(start.F, "logsigmoid", lambda h: h)
     monkeypatch.setattr(start, "fit_linear", lambda *_: types.SimpleNamespace(log_q=torch.zeros(3, 2)))

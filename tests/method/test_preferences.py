@@ -212,7 +212,9 @@ def test_batch_says_which_pairs_and_whose():
     assert batch.pair.tolist() == [3, 1, 7, 4] and batch.group.tolist() == [0, 1, 0, 1]
     assert collate(pairs, [3, 1, 7, 4]).group.tolist() == [0, 1, 2, 3]
     assert batch.context.tolist() == [pairs[i].context for i in (3, 1, 7, 4)] and batch.context.dtype == torch.bool
-    assert [field.name for field in fields(Batch)] == ["ids", "start", "length", "group", "pair", "context", "states"]
+    assert [field.name for field in fields(Batch)] == ["ids", "start", "length", "order", "group", "pair", "context",
+                                                      "states"]
+    assert batch.order.tolist() == [[0, 1]] * 4
     for shared in (True, False):
         moved = compact_rows(batch, shared).to("meta")
         parts = [getattr(moved, field.name) for field in fields(moved)]
