@@ -7,10 +7,12 @@ pair of responses that were compared. Comparisons determine these probabilities:
     one comparison           p_e = sum_k w_k sigma(h_ke)                   for each edge e
     two of the same user     p_ef = sum_k w_k sigma(h_ke) sigma(h_kf)      for each two edges e, f that one user judged
 
+    a ranking of m responses                the probabilities of its m! orders, m! - 1 of which are free
+
 If the edges connect n responses into c components, the unknowns are K (n - c) rewards, since rewards are determined up
 to a constant in each component, and K - 1 weights. K types are identifiable only if
 
-    K (n - c) + K - 1 <= edges + pairs of edges with a common user
+    K (n - c) + K - 1 <= edges + pairs of edges with a common user          (a ranking is m! - 1 edges)
 
 If each user judges once, K = 2 needs 5 responses to a prompt, all compared, and K = 3 needs 7. With two comparisons per
 user, 3 responses are enough. The condition is necessary, and sufficient at random rewards: test_identifiability.py
@@ -22,6 +24,7 @@ single comparisons: every p_e is then 1/2.
 Left out: the information in three or more comparisons of a user, so the count may be too low but not too high.
 """
 
+import math
 import statistics
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -29,7 +32,6 @@ from itertools import combinations_with_replacement
 
 from mixdpo.config import InputError, command, parse
 from mixdpo.preferences import Pair, read_preferences
-from mixdpo.variants.rankings import as_pairs
 
 MOST = 300  # comparisons of one user whose pairs are counted; 300 comparisons have 45,000 pairs
 
@@ -39,18 +41,19 @@ class Counts:
     """What a file of comparisons holds."""
 
     comparisons: int
-    edges: int                  # different pairs of responses
+    edges: int                  # different pairs, or ranked sets, of responses
+    frequencies: int            # that one comparison of each edge has: 1 of a pair, m! - 1 of a ranking of m
     prompts: int
     shared: int                 # responses that are in several edges
-    both_ways: int              # edges for which each response was chosen by someone
+    both_ways: int              # edges that were judged in more than one order
     unknowns: int               # n - c: rewards of one type
     judged_together: int        # pairs of edges with a common user
     users: list[int]            # comparisons of each user; [] if users are unknown
-    informative: int            # comparisons that share a user or a response with another one
+    informative: int            # comparisons that share a user or a response with another one, and rankings
 
     def supports(self, users: bool) -> int:
         """The largest K that the count allows, with one type per user or, if users is false, one per pair."""
-        numbers = self.edges + (self.judged_together if users else 0)
+        numbers = self.frequencies + (self.judged_together if users else 0)
         return max(1, (numbers + 1) // (self.unknowns + 1))
 
 
@@ -67,24 +70,26 @@ def counts_of(pairs: list[Pair]) -> Counts:
             node = parent[node]
         return node
 
-    pairs = as_pairs(pairs, report=lambda line: None)                       # a ranking counts as its pairs
     for pair in pairs:
-        ends = sorted((tuple(pair.prompt), tuple(side)) for side in (pair.chosen, pair.rejected))
+        ends = sorted((tuple(pair.prompt), tuple(side)) for side in pair.responses)
         edge = edges.setdefault(tuple(ends), len(edges))
-        parent[root(ends[0])] = root(ends[1])
+        for end in ends[1:]:
+            parent[root(ends[0])] = root(end)
         edge_of.append(edge)
-        chosen[edge].add(tuple(pair.chosen))
+        chosen[edge].add((tuple(map(tuple, pair.responses)), pair.order))
         if pair.user is not None:
             judged[pair.user].append(edge)
     of_response = Counter(end for ends in edges for end in ends)            # edges of each
     linked = {edge for ends, edge in edges.items() if max(of_response[end] for end in ends) > 1}
     return Counts(
-        comparisons=len(pairs), edges=len(edges), prompts=len({prompt for (prompt, _), _ in edges}),
+        comparisons=len(pairs), edges=len(edges), frequencies=sum(math.factorial(len(ends)) - 1 for ends in edges),
+        prompts=len({ends[0][0] for ends in edges}),
         shared=sum(n > 1 for n in of_response.values()), both_ways=sum(len(sides) > 1 for sides in chosen.values()),
         unknowns=len(of_response) - len({root(end) for end in of_response}),
         judged_together=len({two for own in judged.values() for two in twos(own)}),
         users=sorted(map(len, judged.values())),
-        informative=sum(len(judged.get(p.user, ())) > 1 or edge in linked for p, edge in zip(pairs, edge_of)))
+        informative=sum(len(judged.get(p.user, ())) > 1 or edge in linked or len(p.responses) > 2
+                        for p, edge in zip(pairs, edge_of)))
 
 
 def twos(own: list[int]):
@@ -105,9 +110,9 @@ def describe_counts(counts: Counts, experts: int, latent: str) -> list[str]:
                      f"{statistics.median(c.users):g}; users with only one: {sum(n == 1 for n in c.users)}")
     lines.append(f"pairs of responses that were judged both ways: {c.both_ways}")
     lines.append(f"{c.informative} of {c.comparisons} comparisons carry information about types: they share a user or "
-                 "a response with another comparison")
+                 "a response with another comparison, or rank more than two responses")
     alone, pooled = c.supports(users=False), c.supports(users=True)
-    why = f"a count of equations: {c.edges} frequencies for {c.unknowns} rewards per type"
+    why = f"a count of equations: {c.frequencies} frequencies for {c.unknowns} rewards per type"
     verdict = f"with one type per pair, at most K = {alone} types can be identified ({why})"
     if known:
         most = "; at most one type per user" if pooled > len(c.users) else ""

@@ -2,7 +2,7 @@
 What each test catches stands in its docstring."""
 
 import json
-from itertools import combinations
+from itertools import combinations, permutations
 
 import pytest
 import torch
@@ -48,6 +48,27 @@ def test_the_count_is_the_rank_of_the_derivative(n, each, most):
     edges = list(combinations(range(n), 2))
     twos = list(combinations(range(len(edges)), 2)) if each > 1 else []
     assert identified(most, n, edges, twos) and not identified(most + 1, n, edges, twos)
+
+
+@pytest.mark.parametrize("m, most", [(3, 2), (4, 6)])
+def test_rankings_count_as_their_orders(m, most):
+    """One ranking of m responses has the probabilities of m! orders, written down here as products of choices; the
+    derivative's rank is full for as many types as the count allows. Catches: a ranking counted as one pair, or as its
+    pairs; one that carries no information about types."""
+    def probabilities(free, K):
+        odds = torch.cat([torch.zeros(K, 1, dtype=free.dtype), free[: K * (m - 1)].view(K, m - 1)], dim=1).exp()
+        w = torch.softmax(torch.cat([torch.zeros(1, dtype=free.dtype), free[K * (m - 1) :]]), 0)
+        return torch.stack([w @ torch.stack([odds[:, order[j]] / odds[:, order[j:]].sum(1) for j in range(m)]).prod(0)
+                            for order in permutations(range(m))])
+
+    responses = [[n] for n in range(2, m + 2)]
+    one = Pair([1], *responses[:2], more=tuple(responses[2:]), order=tuple(range(m)), sides=m)
+    c = counts_of([one])
+    assert c.supports(users=False) == most and c.informative == 1 and c.unknowns == m - 1
+    for K in (most, most + 1):
+        free = torch.randn(K * m - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(m))
+        jacobian = torch.autograd.functional.jacobian(lambda x: probabilities(x, K), free)
+        assert (int(torch.linalg.matrix_rank(jacobian, rtol=1e-12)) == len(free)) == (K == most)
 
 
 def test_just_as_many_frequencies_as_unknowns():
