@@ -38,7 +38,7 @@ bench: .venv/peers        ## time and memory of a step, side by side with plain 
 bench-gpu: .venv/ready    ## what only a GPU can show: the kernels' tests, time and memory; writes docs/results/h100.md
 	$(PY) -m tests.bench.gpu
 
-study: .venv/ready        ## one study, its page in docs/studies: make study NAME=fixed|separation|gate|collapse|ood|noise|experts|data|peers|synth|parity|privacy|audit|starts|conflict|rankings
+study: .venv/ready        ## one study, its page in docs/studies: make study NAME=fixed|separation|gate|collapse|ood|noise|experts|data|peers|synth|parity|privacy|audit|starts|conflict|rankings|auto
 	$(PY) -m data.studies --name $(NAME) $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data-folder $(DATA))
 
 synth: .venv/ready        ## a private synthetic table, what it cost and how close it is to the real table: make synth DATASET=adult EPSILON=1

@@ -20,8 +20,7 @@ from pathlib import Path
 
 import torch
 
-from mixdpo import config as configs
-from mixdpo.config import InputError
+from mixdpo.config import InputError, command
 from mixdpo.dpo import margins
 from mixdpo.evaluation.identifiability import describe_data
 from mixdpo.experts import Adapters, Heads, Models, pair_logp
@@ -34,6 +33,7 @@ from mixdpo.mixture import e_step, elbo, expert_loss, update_weights
 from mixdpo.plan import Micro, Plan, micro_batches
 from mixdpo.preferences import Batch
 from mixdpo.private.keys import Key
+from mixdpo.runs import auto
 from mixdpo.runs.checkpoint import Saver
 from mixdpo.runs.log import Log, Progress
 from mixdpo.runs.options import TrainConfig
@@ -243,8 +243,8 @@ def learn(job: Job) -> None:
 
 def main(argv: list[str]) -> None:
     tune_process()
-    run(configs.parse(TrainConfig, argv, "python train.py"))
+    run(auto.parse(argv, "python train.py"))
 
 
 if __name__ == "__main__":
-    configs.command(main)
+    command(main)

@@ -3,7 +3,7 @@
 import importlib
 
 NAMES = ("fixed", "separation", "gate", "collapse", "ood", "noise", "experts", "data", "peers", "synth", "parity",
-         "privacy", "audit", "starts", "conflict", "rankings")
+         "privacy", "audit", "starts", "conflict", "rankings", "auto")
 
 
 def study_of(name: str):

@@ -27,7 +27,8 @@ class TrainConfig:
     data_folder: str = ""           # folder that is searched for model and data files before a download; empty: none
 
     # --- mixture
-    experts: int = 2                # * number of experts K; 1 is DPO
+    experts: int = 2                # * number of experts K; 1 is DPO; auto: chosen from the data, as on a command line
+                                    # without this option
     sharing: str = "heads"          # * heads (K heads on one trunk), lora (K adapters in one frozen model) or models (K
                                     # models)
     rank: int = 16                  # rank of low-rank heads or adapters; 0: full heads. With --experts 1 it needs
