@@ -22,7 +22,7 @@ import torch
 
 from mixdpo.config import InputError, command
 from mixdpo.dpo import margins
-from mixdpo.evaluation.identifiability import describe_data
+from mixdpo.evaluation import auto, identifiability, leaks
 from mixdpo.experts import Adapters, Heads, Models, pair_logp
 from mixdpo.fast.backward import backward
 from mixdpo.fast.memory import tune_process
@@ -33,7 +33,6 @@ from mixdpo.mixture import e_step, elbo, expert_loss, update_weights
 from mixdpo.plan import Micro, Plan, micro_batches
 from mixdpo.preferences import Batch
 from mixdpo.private.keys import Key
-from mixdpo.runs import auto
 from mixdpo.runs.checkpoint import Saver
 from mixdpo.runs.log import Log, Progress
 from mixdpo.runs.options import TrainConfig
@@ -229,7 +228,8 @@ def run(config: TrainConfig, key: Key | None = None) -> Path:
 def learn(job: Job) -> None:
     """One run, from its files to its last checkpoint."""
     config, made = job.config, prepare(job)
-    print("\n".join(describe_data(made.plan.pairs, config)))
+    print("\n".join(identifiability.describe_data(made.plan.pairs, config)
+                    + leaks.describe_leak(made.plan.pairs, made.tokenizer)))
     problem = Problem(config, made.plan, made.ref_logp, made.inputs, *made.start, made.rows_of)
     t, log_q = resume(job, made)
     state = EMState(made.experts, made.gate, made.optimizer, log_q, t)

@@ -23,7 +23,7 @@ import torch
 from mixdpo.config import InputError
 from mixdpo.models.attention import Branches, Packed
 from mixdpo.text.chat import encode_answer, encode_chat, template_of
-from mixdpo.text.records import OPTIONAL, TEXTS, Fault, lines, ranking_of, read_record, suspicions
+from mixdpo.text.records import OPTIONAL, TEXTS, Fault, lines, placed, read_record, suspicions
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Pair:
     domain: str | None = None  # topic of the prompt
     line: int = 0  # number in the file, from 1
     more: tuple[list[int], ...] = ()  # of a ranking: its other responses
-    order: tuple[int, ...] = (0, 1)  # place of each response, 0 is the best; equally good ones have the same place
+    order: tuple[int, ...] = (0, 1)  # place of each response, 0 is the best; equally good ones have the same place;
+    # records.REST: worse than these, in an unknown order
     sides: int = 2  # R: responses of the longest ranking of the file
     states: torch.Tensor | None = field(default=None, compare=False, repr=False)  # (M, C) of its M response tokens,
     # cached if the trunk (the model without its unembedding) is frozen
@@ -117,7 +118,7 @@ def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response:
         template_of(tokenizer)                                              # raises for a tokenizer without a template
     try:
         prompt, complete = encode_prompt(record["prompt"], tokenizer, max_prompt)
-        responses = [encode_response(response, tokenizer) for group in ranking_of(record) for response in group]
+        responses = [encode_response(response, tokenizer) for _, response in placed(record)]
     except Fault:
         raise
     except InputError as error:
@@ -137,7 +138,7 @@ def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response:
         remarks.append(f"prompts truncated to their last {max_prompt} ids")
     if max(map(len, responses)) > max_response:
         remarks.append(f"pairs with a response truncated to its first {max_response} ids, without EOS")
-    order = tuple(place for place, group in enumerate(ranking_of(record)) for _ in group)
+    order = tuple(place for place, _ in placed(record))
     optional: dict[str, Any] = {name: record.get(name) for name in OPTIONAL}
     pair = Pair(prompt, cut[0], cut[1], line=number, **optional)
     return replace(pair, more=tuple(cut[2:]), order=order, sides=len(cut)), remarks

@@ -192,7 +192,9 @@ def pair_features(units: list[list[int]], features: torch.Tensor, order: torch.T
 
 def neighbours(places: list[int]) -> list[tuple[int, int]]:
     """The pairs of responses of which one has the place before the other's."""
-    found = [(a, b) for a, place in enumerate(places) for b, other in enumerate(places) if 0 <= place == other - 1]
+    known = sorted({place for place in places if place >= 0})
+    found = [(a, b) for a, place in enumerate(places) for b, other in enumerate(places)
+             if 0 <= place < other and known.index(other) == known.index(place) + 1]
     return found or [(0, 0)]
 
 

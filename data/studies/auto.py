@@ -3,8 +3,8 @@
 Planted worlds (worlds.py) with one, two and three types of users. Options that are not about the mixture (learning
 rates, batch, passes) are the same in both rows:
 
-    chosen      --experts auto: K, the latent unit, context pairs and start are chosen from the file (runs/auto.py)
-    by hand     the true number of types, one type per user, a linear start
+    chosen    --experts auto: K, the latent unit, context pairs and start are chosen from the file (evaluation/auto.py)
+    by hand   the true number of types, one type per user, a linear start
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from data.report.pictures import curves
 from data.studies.aggregate import by, over, pm_of, se_over, table_of
 from data.studies.study import Study
 from data.studies.worlds import HEADS, ONE, STEPS, World, figures, fit, look, write
+from mixdpo.evaluation import auto
 from mixdpo.evaluation.statistics import mean_se
-from mixdpo.runs import auto
 
 USERS, TYPES = {"smoke": (20,), "quick": (100,), "full": (40, 100, 300)}, (1, 2, 3)
 SEEDS = {"smoke": 1, "quick": 20, "full": 20}

@@ -14,6 +14,7 @@ from pathlib import Path
 from mixdpo.config import InputError, command, parse
 from mixdpo.preferences import Batch, collate, read_preferences
 from mixdpo.text.chat import ends
+from mixdpo.text.records import REST
 from mixdpo.text.tokenizer import load_tokenizer
 
 COLOURS = {"prompt": "36", "response": "1;32", "special": "30;45", "EOS": "30;43", "padding": "90"}
@@ -44,7 +45,8 @@ def show(batch: Batch, tokenizer, colour: bool = False) -> str:
         for side, place in enumerate(batch.order[b].tolist()):
             if place < 0:
                 continue
-            name = ("chosen", "rejected")[place] if batch.order.shape[1] == 2 else f"place {place + 1}"
+            name = "rest" if place == REST else f"place {place + 1}"
+            name = ("chosen", "rejected")[side] if batch.order.shape[1] == 2 else name
             row, length = batch.ids[b, side].tolist(), int(batch.length[b, side])
             finished = row[length - 1] in ends(tokenizer)
             text = text_of("prompt", row[:start])

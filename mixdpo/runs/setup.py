@@ -33,6 +33,7 @@ from mixdpo.runs.reference import Reference, Source, load_references, reference_
 from mixdpo.runs.validation import Validation
 from mixdpo.start import check_start, make_start
 from mixdpo.text.records import data_key, lines
+from mixdpo.text.tokenizer import Tokenizer
 from mixdpo.variants.choose import Variants, choose_margins
 
 
@@ -89,6 +90,7 @@ def must_be_run(config) -> None:
 class Prepared:
     """Everything that the loop needs."""
 
+    tokenizer: Tokenizer
     experts: Heads | Adapters | Models
     gate: Gate
     optimizer: torch.optim.Optimizer
@@ -115,7 +117,7 @@ def prepare(job: Job) -> Prepared:
     print(f"options: {changed(config)}; all are in {job.out / 'config.json'}")
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
     print(*memory_estimate.describe_memory(config, dtype, memory_estimate.available(device)), sep="\n")
-    experts, plan, reference, validation, keys = read(job, dtype, device)
+    tokenizer, experts, plan, reference, validation, keys = read(job, dtype, device)
     describe_plan(plan, config)
     print(f"products in {keys['dtype']}: {why}")
     noise = guarantee = None
@@ -132,14 +134,14 @@ def prepare(job: Job) -> Prepared:
     never = 0.0 if config.experts == 1 else torch.nan                       # one expert: log q = 0 without any E-step
     log_q = torch.full((len(plan.units), config.experts), never)
     rows_of = functools.partial(compact_rows, packed=config.packing)
-    return Prepared(experts, gate, optimizer, names, plan, reference.logp.to(device), inputs,
+    return Prepared(tokenizer, experts, gate, optimizer, names, plan, reference.logp.to(device), inputs,
                     (start, evidence, linear.to(device)), log_q, rows_of, variants, validation, job.facts | keys,
                     guarantee)
 
 
 def read(job: Job, dtype: torch.dtype, device: str
-         ) -> tuple[Heads | Adapters | Models, Plan, Reference, Validation | None, dict]:
-    """The experts, the plan, the reference, the validation file, and the keys of what they were read from."""
+         ) -> tuple[Tokenizer, Heads | Adapters | Models, Plan, Reference, Validation | None, dict]:
+    """The tokenizer, experts, plan, reference and validation file, and the keys of what they were read from."""
     config, private = job.config, job.private
     models, tokenizer = load_references(config, device)
     for model in models:
@@ -163,7 +165,7 @@ def read(job: Job, dtype: torch.dtype, device: str
             model.compile(dynamic=True)
     name = str(dtype).removeprefix("torch.")
     read_from = {"model_key": "+".join(keys), "tokenizer_key": tokenizer.key, "dtype": name}
-    return experts, plan, reference, validation, read_from
+    return tokenizer, experts, plan, reference, validation, read_from
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Each line is one JSON object, which is one comparison:
         [{"role": "assistant", "content": str}]               chosen and rejected: one turn each
     {"ranking": [[str, ...], ...]}                            more than two responses, or a tie, in place of chosen and
                                                               rejected: groups of equally good ones, the best first
+    {"rest": [str, ...]}                                      beside a ranking: worse responses, in an unknown order
     {"user": str}                                             who judged; training may use it (M11: one type per user)
     {"domain": str}                                           the prompt's domain; only the domain gate uses it
     {"annotator": str, "scores": {name: [chosen, rejected]}}  the true type and rewards; evaluation only
@@ -32,7 +33,8 @@ LONGEST = 2**26  # largest line in bytes
 LARGEST_TIE = 8  # equally good responses; the likelihood of n of them is a sum over 2^n sets
 MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content)["']\s*:""")  # a list of messages, written as a string
 TEXTS, OPTIONAL = ("prompt", "chosen", "rejected"), ("user", "annotator", "scores", "context", "domain")
-FIELDS = (*TEXTS, "ranking", *OPTIONAL)
+FIELDS = (*TEXTS, "ranking", "rest", *OPTIONAL)
+REST = 1000  # the place of responses that are worse than the ranked ones
 
 
 class Fault(InputError):
@@ -88,6 +90,8 @@ def read_record(raw: bytes) -> dict:
         raise Fault("missing field", ", ".join(missing), f"wanted {', '.join(TEXTS)} in every line: add it")
     if "ranking" in record:
         check_ranking(record)
+    elif "rest" in record:
+        raise Fault("rest without a ranking", "a field rest", "wanted ranking in place of chosen and rejected")
     texts = texts_of(record)
     chat = [field for field, text in texts.items() if isinstance(text, list)]
     if chat and len(chat) < len(texts):
@@ -105,28 +109,33 @@ def read_record(raw: bytes) -> dict:
     return record
 
 
-def ranking_of(record: dict) -> list[list]:
-    """The responses of a record as groups of equally good ones, the best first."""
-    return record["ranking"] if "ranking" in record else [[record["chosen"]], [record["rejected"]]]
+def placed(record: dict) -> list[tuple[int, Any]]:
+    """The responses of a record with their places, the best first: 0, 1, ..., and REST."""
+    groups = record["ranking"] if "ranking" in record else [[record["chosen"]], [record["rejected"]]]
+    ranked = [(place, text) for place, group in enumerate(groups) for text in group]
+    return ranked + [(REST, text) for text in record.get("rest", ())]
 
 
 def texts_of(record: dict) -> dict[str, Any]:
     """Name -> text, or messages, of a record's prompt and responses."""
     if "ranking" not in record:
         return {field: record[field] for field in TEXTS}
-    responses = [text for group in record["ranking"] for text in group]
-    return {"prompt": record["prompt"]} | {f"ranking[{n}]": text for n, text in enumerate(responses)}
+    responses = {f"response {n}": text for n, (_, text) in enumerate(placed(record), 1)}
+    return {"prompt": record["prompt"]} | responses
 
 
 def check_ranking(record: dict) -> None:
-    """Raises: Fault unless record["ranking"] is a list of groups with two responses or more in all."""
+    """Raises: Fault unless record["ranking"] is a list of groups, with two responses or more in all and in "rest"."""
     ranking, wanted = record["ranking"], 'wanted [["best"], ["second", "as good"], ["worst"]], two responses or more'
+    rest = record.get("rest", [])
     if both := record.keys() & {"chosen", "rejected", "scores"}:
         raise Fault("two forms of a choice", f"ranking and {', '.join(sorted(both))}", "wanted one of them")
-    if not isinstance(ranking, list) or not all(isinstance(group, list) and group for group in ranking):
+    if not isinstance(ranking, list) or not ranking or not all(isinstance(g, list) and g for g in ranking):
         raise Fault("wrong type", f"ranking is {ranking!r:.80}", wanted)
-    if sum(map(len, ranking)) < 2:
-        raise Fault("too few responses", f"ranking has {sum(map(len, ranking))}", wanted)
+    if not isinstance(rest, list):
+        raise Fault("wrong type", f"rest is {rest!r:.80}", 'wanted a list: ["worse", "also worse"]')
+    if (count := len(placed(record))) < 2:
+        raise Fault("too few responses", f"ranking has {count}", wanted)
     if (most := max(map(len, ranking))) > LARGEST_TIE:
         raise Fault("too many equal responses", f"a group of the ranking has {most}", f"wanted at most {LARGEST_TIE}")
 

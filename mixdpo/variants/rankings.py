@@ -11,6 +11,9 @@ of a size are equally frequent, so a group G in front of the worse responses L h
 
     sum_{r in G} s_r - sum_{m = 1..n} mean over the sets S of m responses of G of log sum_{i in S or L} exp s_i
 
+Responses of the rest (records.REST) are worse than the ranked ones, in an unknown order: they are in L and make no
+choice of their own, so the best of four has the probability of a softmax.
+
 A ranking is one observation. Its margin is the log-odds of its probability, h = log p - log(1 - p), so log sigma(h) =
 log p, and E-step, bound and losses need no change. Two responses give the margin of a pair, to the bit.
 Sources: Plackett 1975; Luce 1959; mixtures of rankings of three or more are identifiable where pairs are not (Zhao,
@@ -25,6 +28,7 @@ import torch
 
 from mixdpo.dpo import log_odds, margins
 from mixdpo.preferences import Pair
+from mixdpo.text.records import REST
 
 SUREST = -1e-30     # largest log p: the log-odds of p = 1 are infinite
 
@@ -47,7 +51,7 @@ def ranking_margins(logp: torch.Tensor, ref_logp: torch.Tensor, beta: float, ord
 def ranking_log_likelihood(rewards: torch.Tensor, places: list[int]) -> torch.Tensor:
     """log p of one order under Plackett and Luce: rewards (...,R), places of the R responses -> (...) nats."""
     found = rewards.new_zeros(rewards.shape[:-1])
-    for place in sorted({place for place in places if place >= 0}):
+    for place in sorted({place for place in places if 0 <= place < REST}):
         group = [r for r, own in enumerate(places) if own == place]
         worse = [r for r, own in enumerate(places) if own > place]
         found = found + rewards[..., group].sum(-1)

@@ -16,8 +16,8 @@ from mixdpo.dpo import log_likelihood, log_odds, margins
 from mixdpo.experts import pair_logp
 from mixdpo.fast.packing import compact_rows
 from mixdpo.preferences import collate, rows_of
-from mixdpo.start import choice_margins, pair_features
-from mixdpo.text.records import Fault
+from mixdpo.start import choice_margins, neighbours, pair_features
+from mixdpo.text.records import REST, Fault
 from mixdpo.variants.choose import choose_margins
 from mixdpo.variants.rankings import as_pairs, ranking_log_likelihood, ranking_margins
 from train import EM
@@ -96,6 +96,16 @@ def test_a_tie_is_the_mean_over_its_orders(places):
     orders = orders_of(places)
     want = sum(math.log(chosen_in_turn(rewards.tolist(), order)) for order in orders) / len(orders)
     assert float(ranking_log_likelihood(rewards, places)) == pytest.approx(want, abs=1e-12)
+
+
+def test_the_best_of_several_is_a_softmax():
+    """Caught: the rest as equally good ones; the rest left out of the choices; a second one without a choice."""
+    rewards = normal(4, seed=4)
+    got = ranking_log_likelihood(rewards, [0, REST, REST, REST])
+    assert torch.allclose(got, torch.log_softmax(rewards, 0)[0], rtol=0, atol=1e-12)
+    both = ranking_log_likelihood(rewards, [0, 1, REST, REST])
+    assert torch.allclose(both, got + torch.log_softmax(rewards[1:], 0)[0], rtol=0, atol=1e-12)
+    assert neighbours([0, 1, REST, REST, -1]) == [(0, 1), (1, 2), (1, 3)]
 
 
 def test_margin_is_the_log_odds_and_of_a_pair_the_same_to_the_bit():
@@ -213,6 +223,8 @@ def test_reading_rankings(tmp_path):
                          {"prompt": "a", "chosen": "x", "rejected": "y"})
     assert first.responses == ([120, 256], [121, 121, 256], [122, 256], [119, 256])
     assert first.order == (0, 1, 1, 2) and first.sides == second.sides == 4 and first.user == "u"
+    best, = read(tmp_path, {"prompt": "a", "ranking": [["x"]], "rest": ["y", "z"]})
+    assert best.order == (0, REST, REST) and best.responses[2] == [122, 256]
     same, = read(tmp_path, {"prompt": "a", "ranking": [["x"], ["y"]]})
     pair, = read(tmp_path, {"prompt": "a", "chosen": "x", "rejected": "y"})
     assert same == pair
@@ -221,7 +233,10 @@ def test_reading_rankings(tmp_path):
 @pytest.mark.parametrize("fields, kind", [
     ({"ranking": [["x"]]}, "too few responses"), ({"ranking": ["x", "y"]}, "wrong type"),
     ({"ranking": [["x"], []]}, "wrong type"), ({"ranking": [["x"], ["y", "x"]]}, "identical responses"),
-    ({"ranking": [["x"], [3]]}, "wrong type"), ({"ranking": [["x"], [""]]}, "empty ranking[1]"),
+    ({"ranking": [["x"], [3]]}, "wrong type"), ({"ranking": [["x"], [""]]}, "empty response 2"),
+    ({"ranking": []}, "wrong type"),
+    ({"ranking": [["x"]], "rest": "y"}, "wrong type"), ({"ranking": [["x"]], "rest": [3]}, "wrong type"),
+    ({"chosen": "x", "rejected": "y", "rest": ["z"]}, "rest without a ranking"),
     ({"ranking": [["x"], ["y"]], "chosen": "x"}, "two forms of a choice"),
     ({"ranking": [["x"], list("abcdefghi")]}, "too many equal responses"),
     ({"ranking": [["x"], [[{"role": "assistant", "content": "y"}]]]}, "wrong type")])
