@@ -1,7 +1,9 @@
-"""Reads the rows of a file: .jsonl, .json (one array), .csv, .tsv, each also with .gz, and .parquet.
+"""Reads the rows of a file: .jsonl, .json, .csv, .tsv, each also with .gz, and .parquet.
 
-A row is a dict. Rows are numbered from 1: in .jsonl by line, in other files by row, because a text in a .csv file may
-have many lines. Every value of a .csv or .tsv file is a string.
+A .json file holds one array of objects, or an object on each line like a .jsonl file.
+
+A row is a dict. Rows are numbered from 1: in JSON Lines by line, in other files by row, because a text in a .csv file
+may have many lines. Every value of a .csv or .tsv file is a string.
 """
 
 import csv
@@ -43,11 +45,12 @@ def json_lines(path: Path):
 
 
 def json_array(path: Path):
-    with opened(path) as file, reading(path, "wanted an array of objects, [{...}, {...}]"):
+    with opened(path) as file, reading(path, "wanted an array of objects, [{...}, {...}], or one object on each line"):
+        if not file.read(1000).lstrip().startswith("["):
+            yield from json_lines(path)
+            return
+        file.seek(0)
         found = json.load(file)
-        if not isinstance(found, list):
-            raise InputError(f"holds a {type(found).__name__}; wanted an array of objects, [{{...}}, {{...}}]; "
-                             "if each line is an object, name the file .jsonl", file=path)
     yield from enumerate(found, 1)
 
 

@@ -398,7 +398,7 @@ def test_lone_surrogates_are_left_out(convert):
 
 def test_the_same_rows_from_every_kind_of_file(tmp_path, monkeypatch):
     """Catches: a row number off by one, line breaks in a table's field, a byte order mark in the first name, a long
-    field refused, an empty line as a row."""
+    field refused, an empty line as a row, JSON Lines in a file named .json refused."""
     table = [{"name": "é\n\u2028x", "text": "a,\t\"b\""}, {"name": "", "text": "y" * 200_000}]
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(row) for row in table) + "\n")
     (tmp_path / "x.json").write_text("\ufeff" + json.dumps(table), encoding="utf-8")
@@ -414,11 +414,13 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path, monkeypatch):
     (tmp_path / "x.jsonl").write_text(f"{json.dumps(table[0])}\n\n{json.dumps(table[1])}\n")
     assert [*rows(str(tmp_path / "x.jsonl"))] == [(1, table[0]), (3, table[1])]
     for name, text, line in (("b.csv", 'a,b\n1,2\n3\n', 2), ("c.csv", "a\n1,2\n", 1), ("d.jsonl", "{}\n[]\n", 2),
-                             ("e.jsonl", "{}\n{\n", 2), ("f.json", '{"a": 1}', None), ("g.json", "[", None),
+                             ("e.jsonl", "{}\n{\n", 2), ("f.json", '{"a":\n1}', 1), ("g.json", "[", None),
                              ("h.json", "[1]", 1), ("i.txt", "x", None), ("j.csv", 'a\n1\n"x', 2)):
         (tmp_path / name).write_text(text)
         with raises_at(file=tmp_path / name, line=line):
             [*rows(tmp_path / name)]
+    (tmp_path / "lines.json").write_text("\ufeff{}\n\n{}\n", encoding="utf-8")
+    assert [*rows(tmp_path / "lines.json")] == [(1, {}), (3, {})]
     with raises_at(file=tmp_path / "none.jsonl"):
         [*rows(tmp_path / "none.jsonl")]
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
