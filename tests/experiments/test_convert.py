@@ -336,14 +336,15 @@ def test_a_missing_field_is_named(tmp_path):
 
 
 def test_a_field_of_another_type_is_named(tmp_path):
-    """Catches: a list written as a text, a traceback."""
+    """Catches: a list written as a text, a number or an object in its place, a traceback."""
     path = tmp_path / "x.jsonl"
-    for name, row in (("multipref", {"text": 3}), ("tldr", tldr(worker=1.5)), ("tldr", tldr(worker=True)),
-                      ("tldr", tldr("best")), ("coval", coval() | {"responses": "[]"}),
-                      ("coval", coval() | {"prompt": []}), ("coval", coval() | {"responses": ["A"]}),
-                      ("prism", utterance("c", "first", "p", "A", 5))):
+    for name, row, value in (
+            ("multipref", {"text": 3}, "3"), ("tldr", tldr(worker=1.5), "1.5"), ("tldr", tldr(worker=True), "True"),
+            ("tldr", tldr("best"), "'best'"), ("coval", coval() | {"responses": "[]"}, "'[]'"),
+            ("coval", coval() | {"responses": 5}, "5"), ("coval", coval() | {"prompt": []}, "[]"),
+            ("coval", coval() | {"responses": ["A"]}, "'A'"), ("prism", utterance("c", "one", "p", "A", 5), "'one'")):
         path.write_text("\n" + json.dumps(row) + "\n")
-        with raises_at(file=path, line=2):
+        with raises_at(value, file=path, line=2):
             program.main([name, str(path), "--out", str(tmp_path / "out.jsonl")])
 
 
