@@ -174,7 +174,8 @@ def utterance(talk, turn, prompt, text, score, chosen=False, user="u1"):
 
 def test_prism(convert):
     """Catches: the rows of two conversations mixed, a later turn without what was said before, scores compared as
-    texts, an order among equal scores, a turn that contradicts itself, an answer without a score as the worst."""
+    texts, an order among equal scores, a turn that contradicts itself, an answer without a score as the worst, a
+    conversation that goes on after two chosen answers, "False" in a table as true."""
     source = [utterance("c1", 1, "q", "E", 9), utterance("c2", 0, "o", "X", "80", "True", user="u2"),
               utterance("c1", 0, "p", "A", 20), utterance("c1", 0, "p", "B", 100, True),
               utterance("c1", 1, "q", "F", 30, True), utterance("c1", 0, "p", "C", 20),
@@ -185,16 +186,19 @@ def test_prism(convert):
               utterance("c5", 0, "p", "A", 5, True), utterance("c5", 0, "q", "B", 4),                       # row 15
               utterance("c6", 1, "p", "A", 5, True), utterance("", 0, "p", "A", 5, True),                   # row 17
               utterance("c7", 0, "p", "A", 5, True, user=None), utterance("c8", 0, "p", "A", 7, True),
-              utterance("c8", 0, "p", "B", 7)]
+              utterance("c8", 0, "p", "B", 7), utterance("c2", 1, "r", "Z", "70", "True", user="u2"),         # row 21
+              utterance("c2", 1, "r", "W", "8", "False", user="u2"), utterance("c9", 0, "p", "A", 7, True),
+              utterance("c9", 0, "p", "B", 7, True), utterance("c9", 1, "q", "C", 7, True)]
     records, left = convert("prism", source)
     assert records == [*(pair("p", x, y, user="u1") for x, y in ("BA", "BC")),
                        pair([u("p"), a("B"), u("q")], "F", "E", user="u1"), pair("o", "X", "Y", user="u2"),
+                       pair([u("o"), a("X"), u("r")], "Z", "W", user="u2"),
                        pair([u("p"), a("A"), u("q")], "C", "D", user="u1")]
     assert left == {
         "answers without a conversation or a turn": (1, 18), "answers without a score": (1, 8),
-        "turns whose chosen answer has not the highest score": (1, 9), "ties": (1, 20),
+        "turns whose chosen answer has not the highest score": (1, 9), "ties": (2, 20),
         "judgements of fewer than two different answers": (1, 13), "turns without a prompt, or with several": (1, 15),
-        "turns after one that is missing or cannot be followed": (2, 14), "turns without a user, or of two": (1, 19)}
+        "turns after one that is missing or cannot be followed": (3, 14), "turns without a user, or of two": (1, 19)}
     ranked, _ = convert("prism", source, "--rankings", "true")
     assert ranked[0]["ranking"] == [[[a("B")]], [[a("A")], [a("C")]]]
 
