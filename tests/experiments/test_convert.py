@@ -404,7 +404,7 @@ def test_lone_surrogates_are_left_out(convert):
 def test_the_same_rows_from_every_kind_of_file(tmp_path, monkeypatch):
     """Catches: a row number off by one, line breaks in a table's field, a byte order mark in the first name, a long
     field refused, an empty line as a row, JSON Lines in a file named .json refused."""
-    table = [{"name": "é\n\u2028x", "text": "a,\t\"b\""}, {"name": "", "text": "y" * 200_000}]
+    table = [{"name": "é\n\u2028x\r\n", "text": "a,\t\"b\""}, {"name": "", "text": "y" * 200_000}]
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(row) for row in table) + "\n")
     (tmp_path / "x.json").write_text("\ufeff" + json.dumps(table), encoding="utf-8")
     for kind, delimiter in (("csv", ","), ("tsv", "\t")):
@@ -426,8 +426,9 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path, monkeypatch):
             [*rows(tmp_path / name)]
     (tmp_path / "lines.json").write_text("\ufeff{}\n\n{}\n", encoding="utf-8")
     assert [*rows(tmp_path / "lines.json")] == [(1, {}), (3, {})]
-    with raises_at(file=tmp_path / "none.jsonl"):
-        [*rows(tmp_path / "none.jsonl")]
+    for name in ("none.jsonl", "none.csv"):
+        with raises_at(file=tmp_path / name):
+            [*rows(tmp_path / name)]
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     for module in ("pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, module, None)
