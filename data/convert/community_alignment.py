@@ -13,8 +13,8 @@ Fields that are read, T in first, second, third, fourth and X in a, b, c, d:
     T_turn_prompt, T_turn_response_X
     T_turn_preferred_response   "response_a" to "response_d"
 
-The chosen answer is the first group of the ranking. The three others are the second: their order is not known. The
-prompt of a later turn is the conversation so far. A cell with "EMPTY STRING" is empty. A token "<|end_of_text|>" at
+The chosen answer is the ranking, and the three others, whose order is not known, are the rest. The prompt of a later
+turn is the conversation so far. A cell with "EMPTY STRING" is empty. A token "<|end_of_text|>" at
 the end of a text is removed.
 
 Checked in programs that read this set: all names, and "response_a". Not checked in a real row: the cells with "EMPTY
@@ -58,7 +58,8 @@ def convert(source: Source):
             talk = [*talk, user_turn(prompt)]
             others = [text for letter, text in answers.items() if letter != preferred]
             if user:
-                yield from source.judgement(row, talk, [[answers[preferred]], others], user=user, domain=domain)
+                yield from source.judgement(row, talk, [[answers[preferred]], others], rest=True, user=user,
+                                            domain=domain)
             else:
                 source.skip("turns without an annotator", row)
             talk = [*talk, {"role": "assistant", "content": answers[preferred]}]

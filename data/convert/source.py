@@ -4,7 +4,8 @@ A judgement is a prompt and a ranking: groups of answers, best group first, equa
 
     pairs       one record for every two answers of different groups: {"prompt", "chosen", "rejected"}. An answer
                 occurs in several pairs, so the pairs of one judgement are not independent: it counts as one
-    a ranking   with --rankings true: one record {"prompt", "ranking": [[best, ...], ..., [worst, ...]]}
+    a ranking   with --rankings true: one record {"prompt", "ranking": [[best, ...], ..., [worst, ...]]}; if only the
+                best is known, {"prompt", "ranking": [[best]], "rest": [the others]}
 
 Left out: weights for the strength of a preference; a slight and a clear preference count the same.
 """
@@ -102,9 +103,11 @@ class Source:
         self.counts[reason] += 1
         self.first.setdefault(reason, row.number)
 
-    def judgement(self, row: Row, prompt: str | list, ranking: list[list[str]], **more: str) -> Iterator[dict]:
+    def judgement(self, row: Row, prompt: str | list, ranking: list[list[str]], rest: bool = False, **more: str
+                  ) -> Iterator[dict]:
         """Yields the records of one judgement; none, and a count, if it cannot be used. prompt: a text or messages; the
-        answers take the same form. more: user, annotator, domain; one that is "" is left out."""
+        answers take the same form. rest: the order of the last group is unknown, in place of equal. more: user,
+        annotator, domain; one that is "" is left out."""
         groups, seen = [], set()
         for group in ranking:
             kept = []
@@ -130,7 +133,8 @@ class Source:
             groups = [[[{"role": "assistant", "content": text}] for text in group] for group in groups]
         self.judgements += 1
         if self.rankings:
-            yield {"prompt": prompt, "ranking": groups} | more
+            ranked = {"ranking": groups[:-1], "rest": groups[-1]} if rest else {"ranking": groups}
+            yield {"prompt": prompt} | ranked | more
             return
         pairs = [pair for better, worse in itertools.combinations(groups, 2)
                  for pair in itertools.product(better, worse)]

@@ -36,7 +36,7 @@ def a(text):
 @pytest.fixture
 def convert(tmp_path, capsys):
     """convert(set, rows, *options) -> records, and {what was left out: (count, first row)}. Each file is also read as
-    train.py reads it, unless it holds rankings: with as many pairs as records, and the same users."""
+    train.py reads it: with as many choices as records, and the same users."""
     def run(name, source, *options):
         path, out = tmp_path / "source.jsonl", tmp_path / "prefs.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in source))
@@ -45,10 +45,9 @@ def convert(tmp_path, capsys):
         assert lines[0].startswith("Licence: ") and lines[1].startswith("Citation: ")
         records = [json.loads(line) for line in out.read_text().splitlines()]
         assert f" {len(source)} rows" in lines[2] and f" {len(records)} " in lines[2]
-        if "--rankings" not in options:
-            pairs = read_preferences(out, ChatLetters(), 2000, 200)
-            assert [(p.user, p.annotator, p.domain) for p in pairs] == [
-                tuple(map(record.get, ("user", "annotator", "domain"))) for record in records]
+        pairs = read_preferences(out, ChatLetters(), 2000, 200)
+        assert [(p.user, p.annotator, p.domain) for p in pairs] == [
+            tuple(map(record.get, ("user", "annotator", "domain"))) for record in records]
         left = [line.removeprefix("left out, ").rpartition(": row ") for line in lines if line.startswith("left out, ")]
         counts = {text.rpartition(" (")[0].rpartition(": "): int(row.rstrip(")")) for text, _, row in left}
         return records, {reason: (int(count), row) for (reason, _, count), row in counts.items()}
@@ -100,8 +99,8 @@ def test_community_alignment(convert):
         "turns after one that is missing or cannot be followed": (2, 4), "turns without an annotator": (1, 6),
         "turns without a prompt": (1, 9), "the end token <|end_of_text|> of texts": (1, 10)}
     ranked, _ = convert("community_alignment", source[:1], "--rankings", "true")
-    assert ranked == [{"prompt": [u("p")], "ranking": [[[a("B")]], [[a("A")], [a("C")], [a("D")]]]} | en,
-                      {"prompt": talk, "ranking": [[[a("E")]], [[a("F")], [a("G")], [a("H")]]]} | en]
+    assert ranked == [{"prompt": [u("p")], "ranking": [[[a("B")]]], "rest": [[a("A")], [a("C")], [a("D")]]} | en,
+                      {"prompt": talk, "ranking": [[[a("E")]]], "rest": [[a("F")], [a("G")], [a("H")]]} | en]
 
 
 def assessment(user, personal=None, world=None):
