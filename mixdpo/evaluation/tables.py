@@ -105,7 +105,22 @@ def new_user_tables(results: dict) -> str:
         head = ["run", *(f"{n} pair{'s' * (n != 1)}" for n in counts), "gain over\n0 pairs"]
         out.append(table(f"New users in {name}: accuracy on their other pairs, by the number of pairs that their "
                          "weights are computed from.", head, rows))
+        out.append(flip_table(name, runs, counts))
     return "\n".join(out)
+
+
+def flip_table(name: str, runs: dict, counts: list[int]) -> str:
+    """How many predictions change if the labels of a new user's known pairs are reversed."""
+    rows = []
+    for run, curve in runs.items():
+        for what in ("flips", "flips_chance", "flips_bayes"):
+            if curve[-1].get(what):
+                cells = [pm(point[what]) for point in curve[1:]]
+                label = run + {"flips": "", "flips_chance": ", chance", "flips_bayes": ", Bayes"}[what]
+                rows.append([label, *cells, *[NONE] * (len(counts) - 1 - len(cells))])
+    head = ["run", *(f"{n} pair{'s' * (n != 1)}" for n in counts[1:])]
+    return table(f"New users in {name}: share of predictions that change if the labels of the known pairs are "
+                 "reversed. Chance: drawn by a coin. Bayes: by the types' true scores.", head, rows) if rows else ""
 
 
 # --- completions ------------------------------------------------------------------------------------------------------

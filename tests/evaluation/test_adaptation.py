@@ -9,7 +9,7 @@ import pytest
 import torch
 from raising import raises_at
 
-from mixdpo.evaluation.adaptation import adaptation_curve, posteriors_after
+from mixdpo.evaluation.adaptation import adaptation_curve, halves, posteriors_after
 from mixdpo.evaluation.statistics import mean_se
 from mixdpo.preferences import Pair
 
@@ -107,3 +107,36 @@ def test_posteriors_after_some_pairs_by_hand():
         for u, own in enumerate(seen):
             like = [w * math.prod(brute.sigma(float(h[i, k])) for i in own[:n]) for k, w in enumerate((0.3, 0.7))]
             assert log_q[u].exp().tolist() == pytest.approx([x / sum(like) for x in like], abs=1e-12)
+
+
+def test_flip_rate_is_counted_by_hand():
+    """Predictions with the known labels as they are and reversed. Catches: predicted pairs reversed too, the
+    prior reversed, one expert whose predictions flip."""
+    pairs, h = planted(users=6, each=10)
+    even = torch.full_like(h, 0.5).log()
+    for point in adaptation_curve(pairs, h, even):
+        changed = []
+        for u in range(6):
+            first, second = next((a, b) for a, b in halves(pairs, 0) if a[0] % 6 == u)
+            for i in second:
+                sides = []
+                for sign in (1, -1):
+                    like = [math.prod(brute.sigma(sign * float(h[j, k])) for j in first[: point["shown"]])
+                            for k in (0, 1)]
+                    sides.append(sum(like[k] / sum(like) * brute.sigma(float(h[i, k])) for k in (0, 1)) > 0.5)
+                changed.append(sides[0] != sides[1])
+        assert point["flips"]["mean"] == pytest.approx(np.mean(changed), abs=1e-12) and point["flips_bayes"] is None
+    assert point["flips"]["mean"] > point["flips_chance"]["mean"] > 0
+    assert adaptation_curve(pairs, h[:, :1], even[:, :1])[-1]["flips"]["mean"] == 0
+
+
+def test_bayes_flips_by_the_types_own_scores():
+    """Two opposed types: reversed labels name the other one, and every prediction flips. Catches: the scores of the
+    predicted pairs reversed; the type with the lower score; half a flip for a whole one."""
+    pairs, h = planted(users=4, each=10)
+    pairs = [dataclasses.replace(p, scores={"a": [1.0, 0.0][:: 1 if p.annotator == "a" else -1],
+                                            "b": [0.0, 1.0][:: 1 if p.annotator == "a" else -1]}) for p in pairs]
+    curve = adaptation_curve(pairs, h, torch.full_like(h, 0.5).log())
+    assert [point["flips_bayes"]["mean"] for point in curve] == [0, 1, 1, 1]
+    same = [dataclasses.replace(p, scores={"a": [1.0, 0.0], "b": [1.0, 0.0]}) for p in pairs]
+    assert adaptation_curve(same, h, torch.full_like(h, 0.5).log())[-1]["flips_bayes"]["mean"] == 0
