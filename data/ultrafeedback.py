@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.experiment.judged import Item, Judged, main
+from data.experiment import leaderboard
+from data.experiment.judged import Item, Judged, JudgedConfig, main
 from data.experiment.presets import ULTRAFEEDBACK
-from mixdpo.config import InputError, command
+from mixdpo.config import InputError, command, parse
 from mixdpo.files import fetch
 from mixdpo.text.records import lines
 
@@ -54,7 +55,8 @@ def item_of(row: dict, seed: int, number: int, counts: Counter) -> Item | None:
     other = others[rng.integers(len(others))]
     chosen = {kind: coin if x == y else int(y > x) for kind, coin, x, y in zip(TYPES, coins, best[0], other[0])}
     counts["ties"] += sum(x == y for x, y in zip(best[0], other[0]))
-    return Item([{"role": "user", "content": row["instruction"]}], (best[1], other[1]), chosen)
+    ties = frozenset(kind for kind, x, y in zip(TYPES, best[0], other[0]) if x == y)
+    return Item([{"role": "user", "content": row["instruction"]}], (best[1], other[1]), chosen, ties)
 
 
 def load(data: str | None, preset: dict) -> tuple[list[Item], dict]:
@@ -75,5 +77,15 @@ def load(data: str | None, preset: dict) -> tuple[list[Item], dict]:
 
 DATASET = Judged("ultrafeedback", TYPES, ULTRAFEEDBACK, OWN, load)
 
+
+def start(argv: list[str]) -> None:
+    """The command. PRESET=leaderboard is a protocol of its own (experiment/leaderboard.py)."""
+    config = parse(JudgedConfig, argv, "python -m data.ultrafeedback")
+    if config.preset == "leaderboard":
+        leaderboard.main(DATASET, config)
+    else:
+        main(DATASET, argv)
+
+
 if __name__ == "__main__":
-    command(main, DATASET)
+    command(start)

@@ -43,6 +43,7 @@ class Item:
     messages: list[dict]                # ends with a user's turn (mixdpo/text/chat.py)
     answers: tuple[str, str]
     prefers: dict[str, int]             # type of user -> the answer that the type prefers, 0 or 1
+    ties: frozenset[str] = frozenset()  # types that rate both equally; `prefers` has a coin
 
     @property
     def conflict(self) -> bool:

@@ -194,3 +194,11 @@ ULTRAFEEDBACK = {
         "train": {"epochs": 1, "batch": 80, "micro": 16}, "runs": of_users(RATED, 10, 250),
     },
 }
+# The published protocol (data/experiment/leaderboard.py). train, test: choices.
+LEADERBOARD = {
+    "benchmarks": {
+        "UF-P-2": {"types": ["helpfulness", "honesty"], "train": 7516, "test": 832},
+        "UF-P-4": {"types": RATED, "train": 15740, "test": 1660}},
+    "seeds": 3, "max_prompt": 512, "max_response": 512,
+    "train": {"epochs": 1, "batch": 32, "micro": 8, "head_lr": 1e-4},
+}
