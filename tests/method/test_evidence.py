@@ -148,3 +148,18 @@ def test_other_starts_have_no_evidence(options):
     log_q, evidence, margins = make_start(gate, none, plan_of(units), features_of(x), config)
     assert evidence.shape == (12, config.experts) and not evidence.any() and not margins.any()
     assert (log_q is None) == (config.start == "none" or config.experts == 1)
+
+
+def test_no_pair_of_a_ranking_is_scored_by_rewards_that_saw_another_of_it():
+    """Two pairs of one ranking with their choices inverted, as above. Caught: pairs of a ranking in different folds; a
+    fold of rankings that is counted over all users."""
+    x, group = world()
+    fit, choice = linear_mixture(x, group, 2), torch.arange(len(x)) // 2    # neighbours, of one user each
+    assert torch.equal(group[::2], group[1::2])
+    before = fold_margins(x, group, fit, choice)
+    for i in (0, 18, 40):
+        turned = x.clone()
+        turned[i : i + 2] *= -1
+        after = fold_margins(turned, group, fit, choice)
+        assert torch.allclose(before[i : i + 2], -after[i : i + 2], rtol=0, atol=1e-9)
+        assert ((after - before).abs() > 1e-12).any(1).sum() > 0.7 * len(x)
