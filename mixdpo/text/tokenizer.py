@@ -113,7 +113,9 @@ class Tokenizer:
                              "empty string (use another tokenizer)", file=self.place) from None
         ids = list(map(self.vocabulary.ids.__getitem__, ranks))
         written = sum(map(self._lengths.__getitem__, ids))
-        assert written == len(data), f"{self.place}: {written} bytes written of {len(data)}, wanted all"
+        if written != len(data):
+            raise InputError(f"the pre-tokenizer drops a part of this text: {len(data) - written} bytes; use another "
+                             f"tokenizer, or remove the text: {text[:60]!r}", file=self.place)
         return ids
 
     def _refuse(self, text, n):
