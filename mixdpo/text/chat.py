@@ -249,8 +249,8 @@ def changed(theirs: str, ours: str) -> Fault:
     """The fault of a line that the template writes in a different way than its probes."""
     n = next((n for n, (a, b) in enumerate(zip(theirs, ours)) if a != b), min(len(theirs), len(ours)))
     near = slice(max(n - 20, 0), n + 40)
-    return Fault("chat template", f"it writes {theirs[near]!r}, wanted {ours[near]!r}", "remove the words that it "
-                 "reads as a command (<think>, /think, <tool_response>), or remove the line")
+    return Fault("chat template", f"it writes {theirs[near]!r}, wanted {ours[near]!r}", "remove what it reads as a "
+                 "command (<think>, /think, <tool_response>, a blank turn), or remove the line")
 
 
 def ends(tokenizer) -> set[int]:
