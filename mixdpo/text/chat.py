@@ -91,8 +91,8 @@ def template_of(tokenizer) -> Template:
 
     before, _, opening = pieces(("user",), True)
     same, _, given, _, tail = pieces(("user", "assistant"), False)
-    # The longest name comes first: a regex takes the first alternative that fits.
-    names = re.compile(f"({'|'.join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True)))})")
+    longest_first = sorted(tokenizer.special, key=len, reverse=True)     # a regex takes the first alternative that fits
+    names = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
     end = names.match(tail)
     if same != before or not given.startswith(opening) or given[len(opening):].strip() or not end:
         raise InputError(f"its chat template writes {given!r} before an answer and {tail!r} after it, wanted its "
@@ -109,14 +109,14 @@ def template_of(tokenizer) -> Template:
 
 def keep_of(write: Callable, pieces: Callable, roles: tuple, n: int, place) -> Callable[[str], str]:
     """How the template writes the content of turn n. Raises: InputError if in no way of KEEP."""
-    opening, fit = roles[-1] == "user", []
+    opening, texts, fit = roles[-1] == "user", [], []
     for probe in (PLAIN, THOUGHTS):
         contents = [probe if turn == n else "x" for turn in range(len(roles))]
-        text = write([{"role": role, "content": c} for role, c in zip(roles, contents)], opening)
+        texts.append(write([{"role": role, "content": c} for role, c in zip(roles, contents)], opening))
         kept = [[keep(c) if turn == n else c for turn, c in enumerate(contents)] for keep in KEEP]
-        fit.append([fill(pieces(roles, opening), each) == text for each in kept])
+        fit.append([fill(pieces(roles, opening), each) == texts[-1] for each in kept])
     if not any(fit[0]):
-        raise InputError(f"its chat template changes the content of a {roles[n]}'s turn: {PLAIN!r} becomes {text!r}; "
+        raise InputError(f"its chat template changes the content of a {roles[n]}'s turn: {PLAIN!r} becomes {texts[0]!r}; "
                          f"{ELSE}", file=place)
     return max(zip(KEEP, *fit), key=lambda each: each[1:])[0]           # the first that fits both, or only PLAIN
 

@@ -219,7 +219,7 @@ def test_qwens_real_vocabulary():
     """151,643 ranks that the package dashscope ships, with transformers' pattern. Fault: digits in threes."""
     if (spec := importlib.util.find_spec("dashscope")) is None:
         pytest.skip("dashscope is not installed (pip install --no-deps dashscope==2.0.2)")
-    ranks = load_tiktoken_bpe(str(Path(spec.origin).parent / "resources" / "qwen.tiktoken"))
+    ranks = load_tiktoken_bpe(str(Path(spec.submodule_search_locations[0]) / "resources" / "qwen.tiktoken"))
     added = {name: len(ranks) + n for n, name in enumerate(make_families.CHATML)}
     doc = _from_ranks(ranks, added, json.loads(make_families.isolated(make_families.QWEN).__getstate__()))
     doc["normalizer"] = {"type": "NFC"}

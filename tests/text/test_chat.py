@@ -112,11 +112,15 @@ SAME = {    # (start token named in the configuration, template)
     "an answer trimmed": (None, CHATML.replace("m['content']", "(m['content'] | trim if m['role'] == 'assistant' else "
                                                                "m['content'])")),
     "text before all turns": (None, "[gMASK]" + CHATML),
+    "a blank before an answer": (None, CHATML.replace("m['content']", "(' ' if m['role'] == 'assistant' else '') + "
+                                                                      "m['content']")),
     "thoughts taken out": (None, LOOP + THOUGHTS + END),
 }
 REFUSED = {
     "thoughts in the opening alone": CHATML.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n"),
     "thoughts begun in the opening": CHATML.replace("assistant\n", "assistant\n<think>\n"),
+    "text after the opening, before an answer": CHATML.replace(
+        "m['content']", "('Sure: ' if m['role'] == 'assistant' else '') + m['content']"),
     "no end of an answer": CHATML.replace("<|im_end|>", ""),
     "a content changed": CHATML.replace("m['content']", "m['content'] | replace('c', 'C')"),
     "a content written twice": CHATML.replace("m['content']", "m['content'] + m['content']"),
@@ -156,6 +160,14 @@ def test_a_template_of_one_of_these_forms_decides_the_details(written_by, name):
         rendered = program.render(messages=[*messages, {"role": "assistant", "content": " K2. "}], bos_token=bos)
         assert tokenizer.decode(ids + encode_answer(" K2. ", tokenizer)) == rendered.removesuffix("\n")
     assert sum(i == tokenizer.special.get(bos) for i in ids) == ("{{ bos_token }}" in jinja)
+
+
+def test_a_template_without_special_tokens(written_by, monkeypatch):
+    """Catches: a KeyError in place of the error that names the template."""
+    tokenizer = written_by(CHATML)
+    monkeypatch.setattr(tokenizer, "special", {})
+    with raises_at("special token", file=tokenizer.place):
+        encode_chat(USER, tokenizer, 99)
 
 
 def test_a_template_without_system_turns(written_by):
