@@ -116,8 +116,8 @@ def keep_of(write: Callable, pieces: Callable, roles: tuple, n: int, place) -> C
         kept = [[keep(c) if turn == n else c for turn, c in enumerate(contents)] for keep in KEEP]
         fit.append([fill(pieces(roles, opening), each) == texts[-1] for each in kept])
     if not any(fit[0]):
-        raise InputError(f"its chat template changes the content of a {roles[n]}'s turn: {PLAIN!r} becomes {texts[0]!r}; "
-                         f"{ELSE}", file=place)
+        raise InputError(f"its chat template changes the content of a {roles[n]}'s turn: {PLAIN!r} becomes "
+                         f"{texts[0]!r}; {ELSE}", file=place)
     return max(zip(KEEP, *fit), key=lambda each: each[1:])[0]           # the first that fits both, or only PLAIN
 
 

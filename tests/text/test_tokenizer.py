@@ -75,7 +75,8 @@ def test_saved_and_loaded_is_the_same(case, load, tmp_path):
 
 
 def test_vocab_and_merges_files_are_read_as_tokenizer_json(load, tmp_path):
-    """GPT-2's older pair of files. Faults: the version line read as a merge; the end token no special one."""
+    """GPT-2's older pair of files. Faults: the version line read as a merge; the end token no special one; Qwen2's
+    read with GPT-2's pattern."""
     model = GOLDEN["gpt2"]["tokenizer"]["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     old = tmp_path / "old"
@@ -84,6 +85,9 @@ def test_vocab_and_merges_files_are_read_as_tokenizer_json(load, tmp_path):
     (old / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     (old / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": EOT, "lstrip": False}}))
     tokenizer = load_tokenizer(old)
+    (old / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOT, "tokenizer_class": "Qwen2Tokenizer"}))
+    with raises_at("Qwen2Tokenizer", file=old):
+        load_tokenizer(old)
     assert tokenizer.key == load("gpt2").key and tokenizer.doc["added_tokens"][0]["content"] == EOT
     for text, ids in zip(GOLDEN["gpt2"]["texts"], GOLDEN["gpt2"]["ids"]):
         assert tokenizer.encode(text) == ids
