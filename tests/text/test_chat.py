@@ -121,6 +121,7 @@ REFUSED = {
     "thoughts begun in the opening": CHATML.replace("assistant\n", "assistant\n<think>\n"),
     "text after the opening, before an answer": CHATML.replace(
         "m['content']", "('Sure: ' if m['role'] == 'assistant' else '') + m['content']"),
+    "another start with an answer": "{{ '<|endoftext|>' if add_generation_prompt }}" + CHATML,
     "no end of an answer": CHATML.replace("<|im_end|>", ""),
     "a content changed": CHATML.replace("m['content']", "m['content'] | replace('c', 'C')"),
     "a content written twice": CHATML.replace("m['content']", "m['content'] + m['content']"),
