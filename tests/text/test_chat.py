@@ -163,6 +163,15 @@ def test_a_template_of_one_of_these_forms_decides_the_details(written_by, name):
     assert sum(i == tokenizer.special.get(bos) for i in ids) == ("{{ bos_token }}" in jinja)
 
 
+def test_the_longest_name_in_a_template_counts(written_by, monkeypatch):
+    """Catches: <|im_start|> read as a shorter name that it begins with."""
+    tokenizer = written_by(CHATML)
+    wanted = encode_chat(USER, tokenizer, 99)
+    monkeypatch.setattr(tokenizer, "special", {"<|im_": 17} | tokenizer.special)
+    template_of.cache_clear()
+    assert encode_chat(USER, tokenizer, 99) == wanted
+
+
 def test_a_template_without_special_tokens(written_by, monkeypatch):
     """Catches: a KeyError in place of the error that names the template."""
     tokenizer = written_by(CHATML)
