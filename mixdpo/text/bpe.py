@@ -14,8 +14,8 @@ tokenising t alone stops at three parts or more, no text gives t by merges; t oc
 (tokenizer.json's `ignore_merges`). `read_vocabulary` checks the condition for every token. If tiktoken would give other
 ids than tokenizer.json, that is an error.
 
-Left out: models that are not byte-level BPE, and pre-tokenizers that differ from those of GPT-2, SmolLM2 and Llama-3.
-Each is an error that names it.
+Left out: models that are not byte-level BPE (SentencePiece's, as of Mistral 7B; WordPiece; Unigram), and pre-tokenizers
+that differ from those of GPT-2, SmolLM2, Llama-3, Qwen and OLMo 2. Each is an error that names it.
 """
 
 import math
@@ -116,14 +116,16 @@ def pattern_of(steps, place):
         if kinds == ["Digits", "ByteLevel"] and own_regex and not prefix:
             return DIGITS_PATTERN % (r"\p{N}" if steps[0]["individual_digits"] else r"\p{N}+"), False
         if kinds == ["Split", "ByteLevel"] and not own_regex and not prefix:
-            regex = steps[0]["pattern"].get("Regex")
-            if regex and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
+            regex, way = steps[0]["pattern"].get("Regex"), (steps[0]["behavior"], steps[0]["invert"])
+            if regex and way == ("Isolated", False):
                 # Text between two matches of the regex is a piece too; tiktoken alone would drop it.
                 return rf"{regex}|(?:(?!{regex})[\s\S])+", False
+            if regex and way == ("Removed", True):      # OLMo 2: both programs drop it; a text that has some is refused
+                return regex, False
     settings = "; ".join(", ".join(f"{key} {value!r}" for key, value in step.items()) for step in steps) or "none"
     raise InputError(f"this pre-tokenizer is not supported: {settings}. Wanted: ByteLevel; Digits, ByteLevel; or Split "
-                     "(Regex, Isolated, not inverted), ByteLevel without regex; a prefix space with the first only",
-                     file=place)
+                     "(Regex; Isolated, or Removed and inverted), ByteLevel without regex; a prefix space with the "
+                     "first only. Use another tokenizer", file=place)
 
 
 def read_vocabulary(model, added, place):
@@ -132,8 +134,9 @@ def read_vocabulary(model, added, place):
     unsupported = {key: model[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
                                                "byte_fallback") if model.get(key)}
     if model["type"] != "BPE" or unsupported:
-        raise InputError(f"model {model['type']} {unsupported or ''} is not supported; wanted byte-level BPE",
-                         file=place)
+        kind = f"SentencePiece's {model['type']}" if "byte_fallback" in unsupported else model["type"]  # Mistral 7B
+        raise InputError(f"model {kind} {unsupported or ''} is not supported, wanted byte-level BPE; use a model with "
+                         "one: Qwen, SmolLM, Llama 3, OLMo 2, or Mistral from NeMo on", file=place)
     vocab, ignore_merges = model["vocab"], bool(model.get("ignore_merges"))
     special = {token["content"] for token in added if token["special"]}
     written = {name: to_bytes(name) for name in vocab if name not in special}

@@ -113,7 +113,9 @@ class Tokenizer:
                              "empty string (use another tokenizer)", file=self.place) from None
         ids = list(map(self.vocabulary.ids.__getitem__, ranks))
         written = sum(map(self._lengths.__getitem__, ids))
-        assert written == len(data), f"{self.place}: {written} bytes written of {len(data)}, wanted all"
+        if written != len(data):
+            raise InputError(f"the pre-tokenizer drops a part of this text: {len(data) - written} bytes; use another "
+                             f"tokenizer, or remove the text: {text[:60]!r}", file=self.place)
         return ids
 
     def _refuse(self, text, n):
@@ -193,6 +195,11 @@ def _document_of(directory):
     if (directory / "tokenizer.json").is_file():
         return _read_json(directory / "tokenizer.json")
     if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+        file = directory / "tokenizer_config.json"
+        kind = str(file.is_file() and _read_json(file).get("tokenizer_class") or "GPT2Tokenizer")
+        if not kind.startswith("GPT2"):
+            raise InputError(f"vocab.json and merges.txt of a {kind} do not say how it cuts a text; copy the model's "
+                             "tokenizer.json there", file=directory)
         return _from_merges(directory)
     raise InputError("has neither tokenizer.json nor vocab.json and merges.txt; copy the model's files there, or run "
                      "transformers' AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY)", file=directory)

@@ -106,17 +106,26 @@ SAME = {    # (start token named in the configuration, template)
     "Llama 3 with a system of its own": ("<|begin_of_text|>", "{{ bos_token }}{% if messages[0]['role'] != 'system' %}"
                                          "{% set own = 'Be kind.' %}" + SYSTEM3 + "{% endif %}" + LOOP + HEAD3 + END3),
     "Llama 3 without trim": ("<|begin_of_text|>", LLAMA3.replace(" | trim", "")),
+    "no line break behind a turn": (None, CHATML.replace("<|im_end|>\n", "<|im_end|>")),
+    "other roles": (None, CHATML.replace("m['role']", "{'user': 'human', 'assistant': 'gpt'}.get(m['role'], m['role'])")
+                    .replace("|>assistant", "|>gpt")),
+    "an answer trimmed": (None, CHATML.replace("m['content']", "(m['content'] | trim if m['role'] == 'assistant' else "
+                                                               "m['content'])")),
+    "text before all turns": (None, "[gMASK]" + CHATML),
+    "a blank before an answer": (None, CHATML.replace("m['content']", "(' ' if m['role'] == 'assistant' else '') + "
+                                                                      "m['content']")),
+    "thoughts taken out": (None, LOOP + THOUGHTS + END),
 }
 REFUSED = {
-    "no line break behind a turn": CHATML.replace("<|im_end|>\n", "<|im_end|>"),
-    "thoughts in the opening": CHATML.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n"),
-    "thoughts taken out": LOOP + THOUGHTS + END,
-    "other roles": CHATML.replace("m['role']", "{'user': 'human', 'assistant': 'gpt'}.get(m['role'], m['role'])")
-    .replace("|>assistant", "|>gpt"),
-    "no system turns": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}" + CHATML,
-    "an answer trimmed": CHATML.replace("m['content']", "(m['content'] | trim if m['role'] == 'assistant' else m["
-                                                        "'content'])"),
-    "text before all turns": "[gMASK]" + CHATML,
+    "thoughts in the opening alone": CHATML.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n"),
+    "thoughts begun in the opening": CHATML.replace("assistant\n", "assistant\n<think>\n"),
+    "text after the opening, before an answer": CHATML.replace(
+        "m['content']", "('Sure: ' if m['role'] == 'assistant' else '') + m['content']"),
+    "another start with an answer": "{{ '<|endoftext|>' if add_generation_prompt }}" + CHATML,
+    "no end of an answer": CHATML.replace("<|im_end|>", ""),
+    "a content changed": CHATML.replace("m['content']", "m['content'] | replace('c', 'C')"),
+    "a content written twice": CHATML.replace("m['content']", "m['content'] + m['content']"),
+    "the first turn alone": CHATML.replace("in messages", "in messages[:1]"),
     "not Jinja": "{% for <|im_start|>",
     "of no known form": "[INST] {{ messages[0]['content'] }} [/INST]",
 }
@@ -152,6 +161,31 @@ def test_a_template_of_one_of_these_forms_decides_the_details(written_by, name):
         rendered = program.render(messages=[*messages, {"role": "assistant", "content": " K2. "}], bos_token=bos)
         assert tokenizer.decode(ids + encode_answer(" K2. ", tokenizer)) == rendered.removesuffix("\n")
     assert sum(i == tokenizer.special.get(bos) for i in ids) == ("{{ bos_token }}" in jinja)
+
+
+def test_the_longest_name_in_a_template_counts(written_by, monkeypatch):
+    """Catches: <|im_start|> read as a shorter name that it begins with."""
+    tokenizer = written_by(CHATML)
+    wanted = encode_chat(USER, tokenizer, 99)
+    monkeypatch.setattr(tokenizer, "special", {"<|im_": 17} | tokenizer.special)
+    template_of.cache_clear()
+    assert encode_chat(USER, tokenizer, 99) == wanted
+
+
+def test_a_template_without_special_tokens(written_by, monkeypatch):
+    """Catches: a KeyError in place of the error that names the template."""
+    tokenizer = written_by(CHATML)
+    monkeypatch.setattr(tokenizer, "special", {})
+    with raises_at("special token", file=tokenizer.place):
+        encode_chat(USER, tokenizer, 99)
+
+
+def test_a_template_without_system_turns(written_by):
+    """Catches: a conversation with one accepted; the others refused too."""
+    tokenizer = written_by("{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}" + CHATML)
+    assert tokenizer.decode(encode_chat(USER, tokenizer, 99)[0]).startswith("<|im_start|>user\nHow")
+    with raises_at("none", kind=Fault):
+        encode_chat(LONG, tokenizer, 99)
 
 
 def test_dates_by_hand(written_by):

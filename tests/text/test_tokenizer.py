@@ -75,7 +75,8 @@ def test_saved_and_loaded_is_the_same(case, load, tmp_path):
 
 
 def test_vocab_and_merges_files_are_read_as_tokenizer_json(load, tmp_path):
-    """GPT-2's older pair of files. Faults: the version line read as a merge; the end token no special one."""
+    """GPT-2's older pair of files. Faults: the version line read as a merge; the end token no special one; Qwen2's
+    read with GPT-2's pattern."""
     model = GOLDEN["gpt2"]["tokenizer"]["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     old = tmp_path / "old"
@@ -84,6 +85,9 @@ def test_vocab_and_merges_files_are_read_as_tokenizer_json(load, tmp_path):
     (old / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     (old / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": EOT, "lstrip": False}}))
     tokenizer = load_tokenizer(old)
+    (old / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOT, "tokenizer_class": "Qwen2Tokenizer"}))
+    with raises_at("Qwen2Tokenizer", file=old):
+        load_tokenizer(old)
     assert tokenizer.key == load("gpt2").key and tokenizer.doc["added_tokens"][0]["content"] == EOT
     for text, ids in zip(GOLDEN["gpt2"]["texts"], GOLDEN["gpt2"]["ids"]):
         assert tokenizer.encode(text) == ids
@@ -161,6 +165,24 @@ def test_a_pattern_that_matches_the_empty_string_is_an_error(load, tmp_path):
 
     with raises_at(5, file=tmp_path / "split"):
         load("split", empty).encode("ab 12")
+
+
+def test_a_text_that_the_pre_tokenizer_drops_is_refused(load, tmp_path):
+    """OLMo 2's Removed and inverted drops what its pattern does not match. Faults: text lost in silence; a pattern that
+    covers all text refused."""
+
+    def removed(pattern):
+        def change(doc):
+            step = doc["pre_tokenizer"]["pretokenizers"][0]
+            step |= {"behavior": "Removed", "invert": True, "pattern": {"Regex": pattern or step["pattern"]["Regex"]}}
+        return change
+
+    for text, ids in zip(GOLDEN["split"]["texts"], GOLDEN["split"]["ids"]):
+        assert load("split", removed(None)).encode(text) == ids
+    tokenizer = load("split", removed(r"\p{L}+"))
+    assert tokenizer.decode(tokenizer.encode("film")) == "film"
+    with raises_at("1 bytes", "film!", file=tmp_path / "split"):
+        tokenizer.encode("film!")
 
 
 # --- the key ----------------------------------------------------------------------------------------------------------
@@ -253,7 +275,8 @@ def setting(path, value):
 SPLIT = ("pre_tokenizer", "pretokenizers", 0)
 REFUSED = {
     "another model": ("gpt2", setting(("model", "type"), "WordPiece"), ["WordPiece"]),
-    "SentencePiece": ("gpt2", setting(("model", "byte_fallback"), True), ["byte_fallback"]),
+    "Unigram": ("gpt2", setting(("model",), {"type": "Unigram", "unk_id": 0, "vocab": [["a", -1.0]]}), ["Unigram"]),
+    "SentencePiece": ("gpt2", setting(("model", "byte_fallback"), True), ["SentencePiece", "byte_fallback"]),
     "word ends": ("gpt2", setting(("model", "end_of_word_suffix"), "</w>"), ["end_of_word_suffix"]),
     "dropout": ("gpt2", setting(("model", "dropout"), 0.1), ["dropout"]),
     "normalizer": ("gpt2", setting(("normalizer",), {"type": "Lowercase"}), ["Lowercase"]),
@@ -264,6 +287,7 @@ REFUSED = {
                                  ["use_regex False"]),
     "no bytes": ("split", setting(("pre_tokenizer", "pretokenizers"), [{"type": "Digits", "individual_digits": True}]),
                  ["Digits"]),
+    "several normalizers": ("gpt2", setting(("normalizer",), {"type": "Sequence", "normalizers": []}), ["Sequence"]),
     "behavior": ("split", setting((*SPLIT, "behavior"), "Removed"), ["Removed"]),
     "inverted": ("split", setting((*SPLIT, "invert"), True), ["invert True"]),
     "no regex": ("split", setting((*SPLIT, "pattern"), {"String": " "}), ["String"]),
