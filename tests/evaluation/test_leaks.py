@@ -57,6 +57,9 @@ def test_no_alarm_where_form_says_nothing():
     said = [describe_leak(file_of(lambda rng, a, b: (a, b), seed=seed), Letters()) for seed in range(20)]
     assert said == [[]] * 20
     assert find_leak(file_of(FORMS["length"], prompts=9), Letters()) is None
+    small = [find_leak(file_of(lambda rng, a, b: (a, b), count=40, prompts=40, seed=seed), Letters()).accuracy["mean"]
+             for seed in range(20)]
+    assert abs(sum(small) / 20 - 0.5) < 0.06, "the probe predicts pairs that it has not seen"
 
 
 def test_features():
