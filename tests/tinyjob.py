@@ -81,7 +81,7 @@ def read(config):
     """The experts, the plan, the reference and the keys of a run that is not begun."""
     with Stop(config.out) as stop:
         found = setup.read(setup.Job(config, {}, stop, None), compute_dtype(config.dtype, "cpu")[0], "cpu")
-    return *found[1:4], found[-1]
+    return *found[:3], found[4]
 
 
 def lines(path):

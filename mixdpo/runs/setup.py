@@ -117,7 +117,7 @@ def prepare(job: Job) -> Prepared:
     print(f"options: {changed(config)}; all are in {job.out / 'config.json'}")
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
     print(*memory_estimate.describe_memory(config, dtype, memory_estimate.available(device)), sep="\n")
-    tokenizer, experts, plan, reference, validation, keys = read(job, dtype, device)
+    experts, plan, reference, validation, keys, tokenizer = read(job, dtype, device)
     describe_plan(plan, config)
     print(f"products in {keys['dtype']}: {why}")
     noise = guarantee = None
@@ -140,8 +140,8 @@ def prepare(job: Job) -> Prepared:
 
 
 def read(job: Job, dtype: torch.dtype, device: str
-         ) -> tuple[Tokenizer, Heads | Adapters | Models, Plan, Reference, Validation | None, dict]:
-    """The tokenizer, experts, plan, reference and validation file, and the keys of what they were read from."""
+         ) -> tuple[Heads | Adapters | Models, Plan, Reference, Validation | None, dict, Tokenizer]:
+    """Experts, plan, reference and validation file, the keys of what they were read from, and the tokenizer."""
     config, private = job.config, job.private
     models, tokenizer = load_references(config, device)
     for model in models:
@@ -165,7 +165,7 @@ def read(job: Job, dtype: torch.dtype, device: str
             model.compile(dynamic=True)
     name = str(dtype).removeprefix("torch.")
     read_from = {"model_key": "+".join(keys), "tokenizer_key": tokenizer.key, "dtype": name}
-    return tokenizer, experts, plan, reference, validation, read_from
+    return experts, plan, reference, validation, read_from, tokenizer
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------
