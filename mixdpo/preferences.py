@@ -13,6 +13,7 @@ one vocabulary and an ordinary token in another. Prompts may be conversations (t
 ends a turn. Left out: attention masks; a causal model needs none under right padding.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ import torch
 from mixdpo.config import InputError
 from mixdpo.models.attention import Branches, Packed
 from mixdpo.text.chat import encode_answer, encode_chat, template_of
-from mixdpo.text.records import OPTIONAL, TEXTS, Fault, lines, placed, read_record, suspicions
+from mixdpo.text.records import OPTIONAL, TEXTS, Fault, lines, placed, read_record, suspicions, texts_of
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,14 @@ def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response:
     if any(response[-1] in response[:-1] for response in responses):
         raise Fault("EOS in a response", f"its text contains token {responses[0][-1]}", "remove it: EOS is appended")
     cut = [response[:max_response] for response in responses]               # a truncated response has no EOS
-    if len(set(map(tuple, responses))) < len(responses):
-        raise Fault("identical responses", "two responses have the same ids", "remove one, or the line")
-    if len(set(map(tuple, cut))) < len(cut):
-        got = f"the first {max_response} ids are the same"
+    names = [*texts_of(record)][1:]
+    for a, b in itertools.combinations(range(len(cut)), 2):
+        if responses[a] == responses[b]:
+            got = f"{names[a]} and {names[b]} have the same ids"
+            raise Fault("identical responses", got, "remove one, or the line")
+        if cut[a] != cut[b]:
+            continue
+        got = f"the first {max_response} ids of {names[a]} and {names[b]} are the same"
         raise Fault("identical after truncation", got, "raise --max-response or remove the line")
     remarks = suspicions(record, tokenizer)
     if not complete and isinstance(record["prompt"], list):

@@ -19,7 +19,7 @@ from raising import raises_at
 
 import train
 from mixdpo import start as start_module
-from mixdpo.config import InputError
+from mixdpo.config import InputError, load
 from mixdpo.experts import make_experts
 from mixdpo.models.weights import load_model
 from mixdpo.plan import batches, mark_context
@@ -302,7 +302,7 @@ def test_the_loop_equals_its_slow_twin(case, tmp_path, model_dir, untied_dir):
     elif case in SLICED:                                                    # users of 2 to 6 slices
         records = [r for n, r in enumerate(tinyjob.make_records(users=4, each=6)) if n < 12 + 4 * (n % 4)]
     out = tinyjob.run(tmp_path, model, records, **options)
-    config = train.configs.load(train.TrainConfig, out / "config.json")
+    config = load(train.TrainConfig, out / "config.json")
     named, table, w = slow_run(config)
     got, metrics = tinyjob.tensors(out), tinyjob.lines(out / "metrics.jsonl")
     for name, p in named.items():

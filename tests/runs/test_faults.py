@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 def words(folder, model, **options):
     """train.py's command line for a tiny job in folder/run."""
-    given = {"data": folder / "d.jsonl", "model": model, "out": folder / "run"} | tinyjob.small(**options)
+    given = {"data": folder / "d.jsonl", "model": model, "out": folder / "run", "experts": 2} | tinyjob.small(**options)
     return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
