@@ -13,7 +13,9 @@ FLOORS = ("config", "files", "dpo", "mixture fast", "logprob", "models", "text",
           "backward", "gates private", "start variants metrics", "runs", "evaluation tabular", "train", "data", "eval")
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
 PACKAGES = {"torch", "tiktoken", "numpy", "safetensors", *sys.stdlib_module_names}
-OPTIONAL = {"mixdpo/fast/kernels.py": {"triton"}, "mixdpo/text/chat.py": {"jinja2"}}      # used where they are there
+OPTIONAL = {"mixdpo/fast/kernels.py": {"triton"}, "mixdpo/text/chat.py": {"jinja2"},      # used where they are there
+            "mixdpo/text/containers.py": {"pyarrow"}, "mixdpo/files/sources.py": {"huggingface_hub"},
+            "mixdpo/files/unpack.py": {"zstandard", "compression"}}
 FILES = [path.relative_to(ROOT) for part in ("train.py", "eval.py", "mixdpo", "data")
          for path in ([ROOT / part] if part.endswith(".py") else sorted((ROOT / part).rglob("*.py")))]
 
