@@ -79,14 +79,15 @@ def hub_files(named: str) -> list[DataFile]:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError("wanted hub:OWNER/NAME or hub:OWNER/NAME:SPLIT; correct the name", file=named)
     try:
-        from huggingface_hub import HfApi, hf_hub_download
+        from huggingface_hub import HfApi
     except ImportError:
         raise InputError("needs the package huggingface_hub; run `pip install -e .[files]`, or download the files and "
                          "give their paths", file=named) from None
     try:
-        info = HfApi().dataset_info(name)
+        api = HfApi()
+        info = api.dataset_info(name)
         chosen = files_of_split([file.rfilename for file in info.siblings or ()], split, named)
-        paths = [hf_hub_download(name, file, repo_type="dataset", revision=info.sha) for file in chosen]
+        paths = [api.hf_hub_download(name, file, repo_type="dataset", revision=info.sha) for file in chosen]
     except InputError:
         raise
     except Exception as error:                              # its own errors, and those of its HTTP library

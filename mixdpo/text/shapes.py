@@ -57,6 +57,7 @@ class Layout:
     prompt: str = ""                # the prompt's column; "": the common part of two transcripts
     names: tuple[tuple[str, str], ...] = ()     # (name, column) for each column that is used
     unused: tuple[str, ...] = ()    # the other columns
+    later: tuple[str, ...] = ()     # optional names that the first row lacks; later rows may have them
 
     def __str__(self) -> str:
         shape = ", ".join(filter(None, (self.prompt, *self.answers)))
@@ -123,17 +124,17 @@ def recognise(value: dict, given: dict[str, str], row: Row) -> Layout:
     if len(prompts) > 1 and "prompt" not in prompts:
         raise unrecognised(value, f"each of {' and '.join(prompts)} could be the prompt", row)
     prompt = prompts[0] if prompts else ""
-    both = [cell("", value[column_of[name]], row.kind) for name in answers[:2]]
-    if not prompt and (answers[0] != "chosen" or any(isinstance(v, str) and not is_transcript(v) for v in both)):
+    texts = [cell("", value[column_of[name]], row.kind) for name in (*answers[:2], *prompts[:1])]
+    if not prompt and (answers[0] != "chosen" or any(isinstance(v, str) and not is_transcript(v) for v in texts)):
         raise unrecognised(value, "no column is known to be the prompt", row)
-    both += [cell("", value[column_of[prompt]], row.kind)] * bool(prompt)
-    chat = not all(isinstance(v, str) for v in both) or "system" in given
+    chat = not all(isinstance(v, str) for v in texts) or "system" in given
     used = {*answers, prompt, *OPTIONAL, *["input"] * (prompt == "instruction"), *["system"] * chat}
     names = {name: column for name, column in column_of.items() if name in used}
     unused = tuple(column for column in value if column not in names.values())
     for column in unused:
         check_near_miss(column, names, given)
-    return Layout(False, answers, prompt, tuple(names.items()), unused)
+    later = tuple(name for name in (*OPTIONAL, *MORE) if name in used and name not in given and name not in value)
+    return Layout(False, answers, prompt, tuple(names.items()), unused, later)
 
 
 def columns_by_name(value: dict, given: dict[str, str], row: Row) -> dict[str, str]:
@@ -185,11 +186,12 @@ def listed(columns) -> str:
 
 def convert(value: dict, layout: Layout, given: dict[str, str], kind: str) -> tuple[dict, list[str]]:
     """A row as a record whose fields records.py still has to check, and remarks on what was left out. Raises: Fault."""
-    known, remarks = {*layout.unused, *(column for _, column in layout.names)}, []
-    for column in value.keys() - known:                                     # not in the first row
-        check_near_miss(column, dict(layout.names), given)
+    names = dict(layout.names) | {name: name for name in layout.later if name in value}
+    remarks = []
+    for column in value.keys() - {*layout.unused, *names.values()}:         # not in the first row
+        check_near_miss(column, names, given)
         remarks.append(f"rows with the column {column!r}, which the first row lacks and which is not used")
-    row = {name: cell(name, value[column], kind) for name, column in layout.names if column in value}
+    row = {name: cell(name, value[column], kind) for name, column in names.items() if column in value}
     if missing := [name for name in (*layout.answers, layout.prompt) if name and name not in row]:
         raise Fault("missing field", ", ".join(missing), "wanted it in every row: add it, or remove the row")
     for name in IDS:

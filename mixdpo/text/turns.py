@@ -68,9 +68,6 @@ def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
     shared = common(*parts)
     answers = [part[shared:] for part in parts]
     check_answers(list(map(len, answers)), [turn.partition(":")[0] for part in answers for turn in part], "Assistant")
-    if not any(part.startswith(HUMAN) for part in parts[0][:shared]):
-        raise Fault("no common prompt", "the transcripts begin with different turns", "wanted transcripts that begin "
-                    "with the same turns")
     prompt = "\n\n".join([*parts[0][:shared], ASSISTANT])
     first, second = (answer[0].removeprefix(ASSISTANT) for answer in answers)
     return prompt, first, second
