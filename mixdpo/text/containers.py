@@ -77,7 +77,7 @@ def array_rows(source: DataFile) -> Iterator[Row]:
     if len(raw) > ARRAY:
         raise InputError(f"an array of more than {ARRAY >> 20} MiB; write one object a line (.jsonl)", file=source.name)
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8: byte {error.start + 1} is 0x{raw[error.start]:02x}; save the file as UTF-8",
                          file=source.name) from None

@@ -131,6 +131,10 @@ def recognise(value: dict, given: dict[str, str], row: Row) -> Layout:
     used = {*answers, prompt, *OPTIONAL, *["input"] * (prompt == "instruction"), *["system"] * chat}
     names = {name: column for name, column in column_of.items() if name in used}
     unused = tuple(column for column in value if column not in names.values())
+    if idle := [name for name, column in given.items() if column and name not in names]:
+        raise InputError(f"--columns gives a column for {', '.join(idle)}, which is not used beside "
+                         f"{', '.join(filter(None, (prompt, *answers)))}; leave it out", row.file, row.number,
+                         option="columns")
     for column in unused:
         check_near_miss(column, names, given)
     later = tuple(name for name in (*OPTIONAL, *MORE) if name in used and name not in given and name not in value)
@@ -188,7 +192,7 @@ def convert(value: dict, layout: Layout, given: dict[str, str], kind: str) -> tu
     """A row as a record whose fields records.py still has to check, and remarks on what was left out. Raises: Fault."""
     names = dict(layout.names) | {name: name for name in layout.later if name in value}
     remarks = []
-    for column in value.keys() - {*layout.unused, *names.values()}:         # not in the first row
+    for column in [column for column in value if column not in (*layout.unused, *names.values())]:
         check_near_miss(column, names, given)
         remarks.append(f"rows with the column {column!r}, which the first row lacks and which is not used")
     row = {name: cell(name, value[column], kind) for name, column in names.items() if column in value}
@@ -240,17 +244,13 @@ def answers_of(row: dict, layout: Layout):
     first, second = (row[name] for name in layout.answers[:2])
     if "preference" not in layout.answers:
         return first, second
-    columns, preference = dict(layout.names), row["preference"]
-    places = {"1": 0, columns["output_1"]: 0, "2": 1, columns["output_2"]: 1}
-    number = preference if isinstance(preference, str) else f"{preference:g}" if is_number(preference) else ""
-    if (place := places.get(number)) is None:
+    preference, names = row["preference"], [dict(layout.names)[name] for name in layout.answers[:2]]
+    if type(preference) in (int, float) and preference in (1, 2):           # true is not 1
+        preference = str(int(preference))
+    if preference not in ("1", "2", *names):
         raise Fault("no preference", f"preference is {preference!r:.40}", "wanted 1 or 2, or the name of the column of "
                     "the better answer")
-    return (first, second) if place == 0 else (second, first)
-
-
-def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return (first, second) if preference in ("1", names[0]) else (second, first)
 
 
 # ---- what is printed

@@ -164,6 +164,7 @@ def test_a_row_that_cannot_be_converted(tmp_path, fault):
 TEXT_FAULTS = {
     "no preference: preference is 0": ("instruction", {"preference": 0}),
     "no preference: preference is 1.5": ("instruction", {"preference": 1.5}),
+    "no preference: preference is 1000000": ("instruction", {"preference": 10**400}),
     "no preference: preference is None": ("instruction", {"preference": None}),
     "no preference: preference is True": ("instruction", {"preference": True}),
     "wrong type: instruction is ''": ("instruction", {"instruction": ""}),
@@ -339,3 +340,10 @@ def test_a_column_that_is_not_there(tmp_path):
     """Catches: --columns with a misspelt column that changes nothing."""
     with raises_at("'wroker'", "'worker'", file=tmp_path / "data.jsonl", line=1, option="columns", kind=InputError):
         load(tmp_path, GOOD | {"worker": "w"}, columns="user=wroker")
+
+
+@pytest.mark.parametrize("columns", ["messages=note", "input=note", "question=note", "preference=note"])
+def test_a_column_that_the_shape_does_not_use(tmp_path, columns):
+    """Catches: a part of --columns without effect."""
+    with raises_at(columns.split("=")[0], file=tmp_path / "data.jsonl", line=1, option="columns"):
+        load(tmp_path, GOOD | {"note": "w"}, columns=columns)

@@ -55,7 +55,7 @@ SHAPES = {                                                                  # a 
     "conversations": (lambda r: {"conversations": [said("human", r["prompt"])]}
                       | {side: said("gpt", text) for side, text in sides(r).items()}, as_chat),
     "HH": (lambda r: {side: transcript(r["prompt"], " " + text) for side, text in sides(r).items()},
-           lambda r: {"prompt": transcript(r["prompt"], ""), "chosen": f" {r['chosen']}", "rejected": f" {r['rejected']}"}),
+           lambda r: {"prompt": transcript(r["prompt"], "")} | {side: " " + text for side, text in sides(r).items()}),
     "instruction": (lambda r: {"instruction": r["prompt"], "input": "", **two(r)},
                     lambda r: {"prompt": r["prompt"] + "\n\n"} | sides(r)),
     "question": (lambda r: {"question": r["prompt"], "response_j": r["chosen"], "response_k": r["rejected"]},
