@@ -10,6 +10,7 @@ import pytest
 from letters import GOOD, Letters
 from raising import raises_at
 
+from mixdpo.config import InputError
 from mixdpo.files.sources import data_files
 from mixdpo.preferences import read_preferences
 from mixdpo.text import containers
@@ -159,6 +160,20 @@ def test_a_parquet_file_with_a_repeated_column(tmp_path):
     parquet.write_table(pa.Table.from_arrays([pa.array(["a"])] * 4, names), tmp_path / "a.parquet")
     with raises_at("'chosen'", file=tmp_path / "a.parquet"):
         read(tmp_path / "a.parquet")
+
+
+def test_a_damaged_parquet_file(tmp_path):
+    """One byte wrong, at many places: in pages, texts and the footer. Catches: an error of pyarrow, which has several
+    types, that is no InputError; one without the file's name."""
+    raw, refused = as_parquet(RECORDS * 20), 0
+    for place in range(0, len(raw), 31):
+        path = put(tmp_path, "a.parquet", raw[:place] + bytes([raw[place] ^ 255]) + raw[place + 1 :])
+        try:
+            read(path, drop=True)
+        except InputError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 30
 
 
 def test_rows_of_csv_with_a_wrong_number_of_cells(tmp_path):

@@ -87,6 +87,7 @@ SHAPES = {                                                                  # ro
     "a context that is the prompt": ({"context": [user()], "chosen": "y", "rejected": "n"}, chat(user()),
                                      "prompt=context"),
     "a system turn for a text": (texts("q", system="s"), chat(system(), user()), "system=system"),
+    "a system turn for a text that is not asked for": (texts("q", system="s"), texts("q")),
     "an empty system turn for a text": (texts("q", system=""), texts("q"), "system=system"),
     "a null system turn for a text": (texts("q", system=None), texts("q"), "system=system"),
     "own format with columns for another": (texts("p", user="w"), texts("p", user="w"),
@@ -283,7 +284,7 @@ def test_optional_fields_that_the_first_row_lacks(tmp_path):
 def test_what_is_printed(tmp_path, monkeypatch):
     """Catches: a column left out that is not named; no examples, too many, or wider than the terminal; a line for each
     of several files with the same columns."""
-    monkeypatch.setenv("COLUMNS", "90")
+    monkeypatch.setenv("COLUMNS", "68")
     reports = []
     rows = [{"instruction": f"Do {n} " + "x" * n * 50, "output_1": "a", "output_2": "b\n", "preference": 1, "worker": n,
              "note": "n", "seen": True} for n in range(4)]
@@ -293,7 +294,7 @@ def test_what_is_printed(tmp_path, monkeypatch):
     head, *examples = reports
     assert head == (f"{tmp_path / 'a.jsonl'}: read as instruction, output_1, output_2, preference; user from 'worker'; "
                     "columns not used: 'note', 'seen'")
-    assert [line.split(":")[0].strip() for line in examples] == ["2", "3", "4"] and max(map(len, examples)) <= 90
+    assert [line.split(":")[0].strip() for line in examples] == ["2", "3", "4"] and max(map(len, examples)) == 68
     assert "Do 0" in examples[0] and "'a'" in examples[0] and r"'b\n'" in examples[0] and "user '0'" in examples[0]
 
 

@@ -138,7 +138,8 @@ def test_several_files_and_the_rows_of_a_failed_step(tmp_path, model_dir, name):
     kept = tinyjob.lines(tmp_path / "bad" / "step-2.jsonl")
     known, found = ({(r["prompt"], r["chosen"], r["rejected"], r["user"]) for r in rows} for rows in (records, kept))
     assert len(kept) == 8 and found < known
-    with raises_at(option="out"):
+    (tmp_path / "1" / "config.json").write_text(json.dumps(dict.fromkeys(["data", "model", "out", "experts"])))
+    with raises_at(tmp_path / "1" / name, option="out"):
         tinyjob.run(tmp_path, model_dir, None, data=data, out=str(tmp_path / "1"))
     run = tinyjob.run(tmp_path, model_dir, None, data=data)
     whole = tinyjob.run(tmp_path, model_dir, records, name="whole")
@@ -166,6 +167,28 @@ def test_a_run_on_other_files_is_not_resumed(tmp_path, model_dir):
         assert evaluate(EvalConfig(str(run), **options))["preferences"]
     with raises_at(file=tmp_path / "absent.jsonl", option="heldout"):
         evaluate(EvalConfig(str(run), heldout=f"{own},{tmp_path / 'absent.jsonl'}"))
+
+
+def test_a_cached_reference_is_of_the_same_columns(tmp_path, model_dir):
+    """Catches: the reference's log-probs of one column's prompts used for those of another."""
+    records = [r | {"first": r["prompt"], "second": r.pop("prompt")[::-1] + "m"} for r in tinyjob.make_records()]
+    data = tinyjob.write(tmp_path / "a.jsonl", records)
+    (tmp_path / "fresh").mkdir()
+    tinyjob.run(tmp_path, model_dir, None, name="one", data=data, columns="prompt=first")
+    two = tinyjob.run(tmp_path, model_dir, None, name="two", data=data, columns="prompt=second")
+    assert tinyjob.equal(two, tinyjob.run(tmp_path / "fresh", model_dir, None, data=data, columns="prompt=second"))
+
+
+def test_validation_preferences_have_the_same_columns(tmp_path, model_dir):
+    """Catches: --columns that --validation does not know of; a validation file in the own format that is refused."""
+    own = tinyjob.make_records()
+    data = tinyjob.write(tmp_path / "a.jsonl", [{"worker": r.pop("user")} | r for r in tinyjob.make_records()])
+    found = []
+    for name, validation in (("foreign", data), ("own", tinyjob.write(tmp_path / "own.jsonl", own))):
+        run = tinyjob.run(tmp_path, model_dir, None, name=name, data=data, columns="user=worker", validation=validation,
+                          latent="user", evaluate_every=1)
+        found.append((run / "validation.jsonl").read_text())
+    assert found[0] == found[1]
 
 
 def test_the_hub_from_its_split_to_experts(tmp_path, model_dir, hub):

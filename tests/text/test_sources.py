@@ -96,6 +96,7 @@ SPLITS = {      # files of a data set, the split -> the files that are read; Non
                  {"": [1, 2], "train": [1, 2], "test": [3], "validation": None}),
     "names that contain others": (["data/train_prefs-00000-of-00001.parquet", "data/train_sft-00000-of-00001.parquet"],
                                   {"train_prefs": [0], "": None, "train": None}),
+    "a name within another": (["test.jsonl", "test_prefs.jsonl"], {"test": [0], "test_prefs": [1], "prefs": None}),
     "folders": (["harmless-base/train.jsonl.gz", "harmless-base/test.jsonl.gz", "helpful-base/train.jsonl.gz"],
                 {"": None, "train": None, "harmless-base/train": [0], "test": [1], "helpful-base/train": [2]}),
     "a folder a split": (["train/a.json", "train/b.json", "test/a.json"], {"": [0, 1], "test": [2]}),
