@@ -132,7 +132,7 @@ def recognise(value: dict, given: dict[str, str], row: Row) -> Layout:
     names = {name: column for name, column in column_of.items() if name in used}
     unused = tuple(column for column in value if column not in names.values())
     if idle := [name for name, column in given.items() if column and name not in names]:
-        raise InputError(f"--columns gives a column for {', '.join(idle)}, which is not used beside "
+        raise InputError(f"a column is given for {', '.join(idle)}, which is not used beside "
                          f"{', '.join(filter(None, (prompt, *answers)))}; leave it out", row.file, row.number,
                          option="columns")
     for column in unused:

@@ -61,6 +61,15 @@ def test_the_core_wants_four_packages(path):
         assert room_of(parts) or parts[0] in known, f"{path}:{line} imports {parts[0]}"
 
 
+@pytest.mark.parametrize("path", [path for path in OPTIONAL if "kernels" not in path])
+def test_optional_packages_are_imported_where_they_are_used(path):
+    """Catches: a package that whoever imports mixdpo must have, though only one container or template needs it."""
+    top = ast.parse((ROOT / path).read_text()).body
+    found = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module for node in top if isinstance(node, ast.ImportFrom) and node.module}
+    assert not {name.split(".")[0] for name in found} & OPTIONAL[path]
+
+
 def test_no_module_imports_itself_by_way_of_others():
     """Within a room too, where the floors say nothing."""
     names = {path.with_suffix("").parts: path for path in FILES}
