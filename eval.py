@@ -37,6 +37,7 @@ from mixdpo.evaluation.served import own_reward_rows
 from mixdpo.evaluation.tables import all_tables, conclusions, win_rate_tables
 from mixdpo.fast.memory import tune_process
 from mixdpo.files.atomic import read_json_or_empty
+from mixdpo.files.sources import short_name
 from mixdpo.runs.log import environment
 
 
@@ -45,8 +46,9 @@ class EvalConfig:
     """Evaluates a run directory, or every finished run in a directory."""
 
     dir: str                        # a finished run, or a folder of finished runs
-    heldout: str = ""               # file of held-out preferences; default: heldout.jsonl in the folder of the runs
-    adapt: str = ""                 # file of preferences of new users; default: adapt-*.jsonl in the folder of the runs
+    heldout: str = ""               # held-out preferences; default: heldout.jsonl in the folder of the runs
+    adapt: str = ""                 # preferences of new users; default: adapt-*.jsonl in the folder of the runs
+    columns: str = ""               # --columns of train.py for these two; default: as in the runs; none: by their names
     prompts: str = ""               # file of prompts, {"prompt": ...} a line; default: prompts.jsonl in that folder
     limit: int = 0                  # number of prompts to use, the first ones of the file; 0: all
     max_new: int = 0                # tokens of a completion; 0: as in dataset.json, else the runs' max_response
@@ -109,8 +111,12 @@ def heldout_preferences(inputs: EvalInputs) -> dict:
     """Run -> its figures on the held-out preferences; {} if there are none."""
     if inputs.heldout is None:
         return {}
-    found = margins_of(inputs.runs, inputs.references, inputs.tokenizer, inputs.heldout, inputs.home / "cache")
-    return {run.name: preference_figures(run, *margins) for run, *margins in found}
+    return {run.name: preference_figures(run, *found) for run, *found in margins(inputs, inputs.heldout)}
+
+
+def margins(inputs: EvalInputs, path: str):
+    """heldout.margins_of a file of preferences."""
+    return margins_of(inputs.runs, inputs.references, inputs.tokenizer, path, inputs.home / "cache", inputs.columns)
 
 
 def new_users(inputs: EvalInputs, seed: int, known: dict) -> dict:
@@ -118,8 +124,8 @@ def new_users(inputs: EvalInputs, seed: int, known: dict) -> dict:
     curves = {}
     for path in inputs.adapt:
         with configs.lines_of(path):
-            found = list(margins_of(inputs.runs, inputs.references, inputs.tokenizer, path, inputs.home / "cache"))
-            curves[path.stem] = {run.name: adaptation_curve(pairs, h, log_w, seed) for run, pairs, h, log_w in found}
+            found, name = list(margins(inputs, path)), short_name(path)
+            curves[name] = {run.name: adaptation_curve(pairs, h, log_w, seed) for run, pairs, h, log_w in found}
             known |= {run.name: posteriors_after(pairs, h, log_w, seed) for run, pairs, h, log_w in found}
     return curves
 

@@ -148,7 +148,7 @@ def mark_context(pairs: list[Pair], count: int, seed: int, shuffled=None) -> lis
             user = pairs[group[0]].user
             raise InputError(f"user {user!r} has {len(group)} pairs, {count_context} for context; each user needs "
                              f"at least one context pair and one training pair; {remedy}",
-                             line=pairs[group[0]].line, option="context")
+                             pairs[group[0]].file, pairs[group[0]].line, option="context")
     return marked
 
 
@@ -162,9 +162,11 @@ def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: Se
     largest = max(range(len(groups)), key=lambda g: len(groups[g]))
     if (needed := len(groups[largest])) > size:
         first = pairs[groups[largest][0]] if pairs else None
-        name, line = (f"user {first.user!r}", first.line) if first else (f"group {largest}", None)
+        name, file, line = f"group {largest}", None, None
+        if first:
+            name, file, line = f"user {first.user!r}", first.file, first.line
         raise InputError(f"{name} has {needed} pairs, and a batch holds {size}; choose --batch {needed} or more, or "
-                         "--em incremental, which visits a user in slices", line=line, option="batch")
+                         "--em incremental, which visits a user in slices", file, line, "batch")
     out: list[list[int]] = []
     room = 0
     for g in np.random.default_rng([seed, epoch]).permutation(len(groups)).tolist():

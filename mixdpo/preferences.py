@@ -24,7 +24,8 @@ import torch
 from mixdpo.config import InputError
 from mixdpo.models.attention import Branches, Packed
 from mixdpo.text.chat import encode_answer, encode_chat, template_of
-from mixdpo.text.records import OPTIONAL, TEXTS, Fault, lines, placed, read_record, suspicions, texts_of
+from mixdpo.text.records import OPTIONAL, TEXTS, Fault, placed, suspicions, texts_of
+from mixdpo.text.shapes import read_records
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Pair:
     scores: dict[str, list[float]] | None = None
     context: bool | None = None  # True: the E-step may read it (plan.py). None: not given in the file
     domain: str | None = None  # topic of the prompt
-    line: int = 0  # number in the file, from 1
+    file: str | None = field(default=None, compare=False)
+    line: int = 0  # number of the line or row in the file, from 1
     more: tuple[list[int], ...] = ()  # of a ranking: its other responses
     order: tuple[int, ...] = (0, 1)  # place of each response, 0 is the best; equally good ones have the same place;
     # records.REST: worse than these, in an unknown order
@@ -74,11 +76,13 @@ class Batch:
 # ---- text -> ids
 
 
-def read_preferences(path, tokenizer, max_prompt, max_response, drop=False, report=print) -> list[Pair]:
-    """The pairs of a .jsonl or .jsonl.gz file, in file order.
+def read_preferences(path, tokenizer, max_prompt, max_response, drop=False, report=print, columns="") -> list[Pair]:
+    """The pairs of one or several files (files/sources.py), in file order. columns: which columns of a file are which
+    fields, NAME=COLUMN,...; needed if its shape is not a known one (text/shapes.py).
 
     A prompt keeps its last max_prompt ids; a response keeps its first max_response ids, EOS included. `report` receives
-    one line with the number of truncated pairs and one for each kind of suspicion (text/records.py).
+    one line with the number of truncated pairs, one for each kind of suspicion (text/records.py), and some lines on
+    what was recognised in a file that is not in the project's own format.
     Raises: Fault with file and line, or InputError. With drop=True a line with a fault is skipped instead, and `report`
     receives the numbers of the skipped lines for each kind of fault. An unknown field is an error even then, because
     the format of the file is wrong.
@@ -87,34 +91,35 @@ def read_preferences(path, tokenizer, max_prompt, max_response, drop=False, repo
         if value < 1:
             raise InputError(f"got {value}; wanted at least 1", option=option)
     pairs, dropped = [], defaultdict(list)
-    counted: defaultdict[str, list[int]] = defaultdict(list)
-    for number, raw in enumerate(lines(path), start=1):
-        if not raw.strip():
-            continue  # an empty line holds no data
+    counted: defaultdict[str, list[str]] = defaultdict(list)
+    for row, record, remarks in read_records(path, columns, report):
+        place = str(row.number) if row.file == str(path) else f"{row.file}:{row.number}"
         try:
-            pair, remarks = read_pair(raw, number, tokenizer, max_prompt, max_response)
+            if isinstance(record, Fault):
+                raise record
+            pair, more = read_pair(record, row.file, row.number, tokenizer, max_prompt, max_response)
             pairs.append(pair)
-            for remark in remarks:
-                counted[remark].append(number)
+            for remark in remarks + more:
+                counted[remark].append(place)
         except Fault as fault:
             if fault.kind == "unknown field" or not drop:
                 remedy = "" if fault.kind == "unknown field" else " (train.py --drop true skips such lines)"
-                raise Fault(fault.kind, fault.got, fault.remedy + remedy, path, number) from None
-            dropped[fault.kind].append(number)
-    for kind, numbers in dropped.items():
-        report(f"{path}: dropped, {kind}: {len(numbers)} (line {', '.join(map(str, numbers))})")
+                raise Fault(fault.kind, fault.got, fault.remedy + remedy, row.file, row.number) from None
+            dropped[fault.kind].append(place)
+    for kind, places in dropped.items():
+        report(f"{path}: dropped, {kind}: {len(places)} (line {', '.join(places)})")
     if not pairs:
         raise InputError(f"no pairs left in it; wanted one object with {', '.join(TEXTS)} a line", file=path)
     sides = max(pair.sides for pair in pairs)
     pairs = [pair if pair.sides == sides else replace(pair, sides=sides) for pair in pairs]
-    for what, numbers in counted.items():
-        report(f"{path}: {what}: {len(numbers)} (first: line {numbers[0]})")
+    for what, places in counted.items():
+        report(f"{path}: {what}: {len(places)} (first: line {places[0]})")
     return pairs
 
 
-def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response: int) -> tuple[Pair, list[str]]:
-    """One line as a Pair, with a remark for each truncation and each suspicion. Raises: Fault."""
-    record = read_record(raw)
+def read_pair(record: dict, file: str, line: int, tokenizer, max_prompt: int, max_response: int
+              ) -> tuple[Pair, list[str]]:
+    """A record as a Pair, with a remark for each truncation and each suspicion. Raises: Fault."""
     if isinstance(record["prompt"], list):
         template_of(tokenizer)                                              # raises for a tokenizer without a template
     try:
@@ -145,7 +150,7 @@ def read_pair(raw: bytes, number: int, tokenizer, max_prompt: int, max_response:
         remarks.append(f"pairs with a response truncated to its first {max_response} ids, without EOS")
     order = tuple(place for place, _ in placed(record))
     optional: dict[str, Any] = {name: record.get(name) for name in OPTIONAL}
-    pair = Pair(prompt, cut[0], cut[1], line=number, **optional)
+    pair = Pair(prompt, cut[0], cut[1], file=file, line=line, **optional)
     return replace(pair, more=tuple(cut[2:]), order=order, sides=len(cut)), remarks
 
 
@@ -174,7 +179,7 @@ def check_lengths(pairs: list[Pair], context: int, path) -> None:
         raise InputError(
             f"prompt ({len(worst.prompt)} ids) and response ({worst.longest() - len(worst.prompt)}) are longer than "
             f"the model's context of {context}; choose --max-prompt and --max-response with a sum of at most {context}",
-            file=path, line=worst.line)
+            file=worst.file or path, line=worst.line)
 
 
 # ---- units that share one latent type
@@ -186,9 +191,9 @@ def groups(pairs: list[Pair], latent: str) -> list[list[int]]:
         return [[i] for i in range(len(pairs))]
     if latent != "user":
         raise InputError(f"got {latent!r}; wanted pair or user", option="latent")
-    if without_user := [pair.line for pair in pairs if pair.user is None]:
+    if without_user := [pair for pair in pairs if pair.user is None]:
         raise InputError(f"has no user, like {len(without_user)} of {len(pairs)} pairs; wanted a user on every line: "
-                         "add them, or use --latent pair", line=without_user[0])
+                         "add them, or use --latent pair", without_user[0].file, without_user[0].line)
     by_user = defaultdict(list)
     for i, pair in enumerate(pairs):
         by_user[pair.user].append(i)

@@ -64,11 +64,11 @@ def parse(argv: list[str], program: str) -> TrainConfig:
 
 def choose(config: TrainConfig, given: set[str]) -> TrainConfig:
     """`config` with options for its file; those in `given` stay as they are. Prints the plan. Raises: InputError."""
-    validate(dataclasses.replace(config, experts=1) if not given & MIXTURE else config)
+    validate(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models, tokenizer = load_references(config, device)
     pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop,
-                             report=lambda line: None)                      # the run itself reports
+                             report=lambda line: None, columns=config.columns)          # the run itself reports
     dtype = compute_dtype(config.dtype, device)[0]
     reference = reference_of(Source(config.data, pairs, config), models, tokenizer, dtype,
                              Path(config.out).parent / "cache")
@@ -84,9 +84,6 @@ def choose(config: TrainConfig, given: set[str]) -> TrainConfig:
     chosen = {name: value for name, value in chosen.items() if name not in given}
     print_plan(chosen, reasons, K, given)
     return dataclasses.replace(config, **chosen)
-
-
-MIXTURE = {"latent", "gate", "start", "estep", "context", "em", "shared_rank", "weights", "variant"}
 
 
 def unit_options(pairs: list[Pair]) -> tuple[dict, dict[str, str]]:

@@ -12,6 +12,7 @@
 Standard errors cluster by prompt. Under each user's own weights they cluster by prompt and user.
 """
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from mixdpo.evaluation.statistics import (
 )
 from mixdpo.experts import pair_logp
 from mixdpo.fast.packing import compact_rows
+from mixdpo.files.sources import short_name
 from mixdpo.metrics import effective_experts
 from mixdpo.mixture import e_step, elbo, log_marginal
 from mixdpo.preferences import Pair, check_lengths, collate, read_preferences
@@ -40,16 +42,18 @@ from mixdpo.variants.label_noise import flipped_margins
 from mixdpo.variants.rankings import as_pairs
 
 
-def margins_of(runs: list[Run], references: list, tokenizer, path: Path, cache: Path):
+def margins_of(runs: list[Run], references: list, tokenizer, path, cache: Path, columns: str = ""):
     """For each run yields (run, pairs of the file, margins h (P,K) (M4), log w (P,K)). The references' log-probs of the
-    file are kept in the folder `cache`. Raises: InputError if the file cannot be used."""
-    config, dtype = runs[0].config, runs[0].experts.dtype
-    pairs = as_pairs(read_preferences(path, tokenizer, config.max_prompt, config.max_response, config.drop))
+    file are kept in the folder `cache`. path, columns: as train.py --data and --columns.
+    Raises: InputError if the file cannot be used."""
+    config, dtype = dataclasses.replace(runs[0].config, columns=columns), runs[0].experts.dtype
+    pairs = as_pairs(read_preferences(path, tokenizer, config.max_prompt, config.max_response, config.drop,
+                                      columns=columns))
     check_lengths(pairs, min(model.config.context for model in references), path)
     ref = reference_of(Source(path, pairs, config), references, tokenizer, dtype, cache)
     for run in runs:
         run_pairs = pairs if run.config.train_trunk else ref.with_states(pairs)
-        logp = expert_logp(run.experts, run_pairs, f"{run.name} {Path(path).stem}")         # (P,K,2)
+        logp = expert_logp(run.experts, run_pairs, f"{run.name} {short_name(path)}")         # (P,K,2)
         h = margins(logp, ref.logp, run.config.beta)                        # (P,K)  M4
         h = flipped_margins(h, run.config.label_noise)
         yield run, pairs, h, weights(run, pairs, ref.prompt)

@@ -6,7 +6,8 @@
     prompts.jsonl       evaluation prompts, {"prompt": text or messages} a line
     dataset.json        the names of the reward functions, and how long completions are
 
-The last four lie in the folder of the runs unless an option names another file; any of them may be missing.
+The last four lie in the folder of the runs unless an option names another file; any of them may be missing. Options
+name preferences as train.py --data does: other containers and shapes, several files, hub:OWNER/NAME.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from mixdpo.config import InputError, reading
+from mixdpo.files.sources import missing_file
 from mixdpo.preferences import Pair, encode_prompt
 from mixdpo.runs.load_run import Run, Unfinished, find_runs, load_run
 from mixdpo.runs.reference import load_references
@@ -42,8 +44,9 @@ class EvalInputs:
     runs: list[Run]
     references: list                # the runs' model, or each expert's
     tokenizer: object
-    heldout: Path | None
-    adapt: list[Path]               # files of new users
+    heldout: str | None
+    adapt: list[str]                # files of new users
+    columns: str                    # which columns of these two are which fields, as train.py --columns
     prompts: Prompts | None         # None: no completions are evaluated
     dataset: dict                   # dataset.json, or {}
 
@@ -62,9 +65,19 @@ def read_inputs(config) -> EvalInputs:
         max_new = config.max_new or dataset.get("max_new") or runs[0].config.max_response
         check_context(pairs, max_new, min(model.config.context for model in references))
         completed = Prompts(pairs, end, max_new, prompt_labels(prompts, config.limit))
-    adapt = [Path(config.adapt)] if config.adapt else sorted(home.glob("adapt-*.jsonl"), key=lambda path: path.stem)
-    return EvalInputs(folder, home, runs, references, tokenizer, heldout if heldout.exists() else None, adapt,
-                      completed, dataset)
+    found = sorted(home.glob("adapt-*.jsonl"), key=lambda path: path.stem)
+    adapt = [config.adapt] if config.adapt else list(map(str, found))
+    return EvalInputs(folder, home, runs, references, tokenizer, heldout, adapt, columns_of(config, runs), completed,
+                      dataset)
+
+
+def columns_of(config, runs: list[Run]) -> str:
+    """The option --columns, or else that of the runs. Raises: InputError if these differ."""
+    found = sorted({run.config.columns for run in runs})
+    if not config.columns and len(found) > 1:
+        raise InputError(f"the runs have different columns ({'; '.join(map(repr, found))}); give --columns for the "
+                         "files of this evaluation, or none", option="columns")
+    return "" if config.columns == "none" else config.columns or found[0]
 
 
 def load_runs(folder: Path, device: str, data_folder: str) -> list[Run]:
@@ -87,19 +100,21 @@ def load_runs(folder: Path, device: str, data_folder: str) -> list[Run]:
     return runs
 
 
-def find_files(config, home: Path) -> tuple[Path, Path, dict]:
-    """The files of held-out preferences and of prompts, which may be missing, and dataset.json, or {}.
+def find_files(config, home: Path) -> tuple[str | None, Path, dict]:
+    """The held-out preferences, if there are any, the file of prompts, which may be missing, and dataset.json, or {}.
     Raises: InputError if a file that an option names is missing, or if there is nothing to evaluate on."""
-    heldout, prompts = Path(config.heldout or home / "heldout.jsonl"), Path(config.prompts or home / "prompts.jsonl")
+    heldout, prompts = config.heldout or str(home / "heldout.jsonl"), Path(config.prompts or home / "prompts.jsonl")
     facts = home / "dataset.json"
-    for option, path in (("heldout", heldout), ("adapt", Path(config.adapt)), ("prompts", prompts), ("prompts", facts)):
-        if getattr(config, option) and not path.exists():
+    for option, named in (("heldout", heldout), ("adapt", config.adapt), ("prompts", prompts), ("prompts", facts)):
+        if getattr(config, option) and (path := missing_file(named)) is not None:
             raise InputError("no such file; --heldout and --adapt want a file of preferences, --prompts wants a file "
                              "of prompts and a dataset.json in the folder of the runs, which names the reward "
                              "functions", file=path, option=option)
     with reading(facts):
         dataset = dict(json.loads(facts.read_text())) if facts.exists() else {}
-    if not heldout.exists() and not config.adapt and not (prompts.exists() and dataset):
+    if missing_file(heldout) is not None:
+        heldout = None
+    if heldout is None and not config.adapt and not (prompts.exists() and dataset):
         raise InputError("nothing to evaluate on; wanted heldout.jsonl in this folder. Put it there, or name a file "
                          "with --heldout FILE", file=home)
     return heldout, prompts, dataset

@@ -155,9 +155,9 @@ def examples_of(plan: Plan, unit: str) -> tuple[np.ndarray, list[str]]:
     if unit == "user":
         names = [user for i in firsts if (user := pairs[i].user) is not None]
         if len(names) < len(firsts):
-            nameless = next(pairs[i].line for i in firsts if pairs[i].user is None)
+            nameless = next(pairs[i] for i in firsts if pairs[i].user is None)
             raise InputError("no user in this line, wanted one in every line for --privacy-unit user; add it",
-                             line=nameless, option="privacy_unit")
+                             nameless.file, nameless.line, option="privacy_unit")
     else:
         all_names = pair_names(pairs)
         names = [all_names[i] for i in firsts]

@@ -69,9 +69,9 @@ def load_run(path: Path, device: str, data_folder: str) -> Run:
     """A finished run with its units, which are read from its data again. For a private run with --context it is not
     known which pairs were context: they were drawn under a key that no longer exists."""
     config, experts, tensors, state = load_experts(path, device, data_folder)
-    unchanged(path, "data", state, data_key(config.data), config)
+    unchanged(path, "data", state, data_key(config.data, config.columns), config)
     pairs = read_preferences(config.data, load_tokenizer(config.models[0], data_folder or None), config.max_prompt,
-                             config.max_response, config.drop, report=lambda line: None)
+                             config.max_response, config.drop, report=lambda line: None, columns=config.columns)
     plan = make_plan(pairs, config, schedule=lambda *_: [])                 # the units; no steps are left
     return Run(path.name, config, experts, saved_gate(config, tensors, known_pairs(plan)), plan, tensors["table"], path)
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 
 from mixdpo.config import SEEDS, InputError, check_choices, check_ranges, compute_dtype, convert
 from mixdpo.gates import KINDS, READS_PROMPT, TRAINED, first_weights
+from mixdpo.text.shapes import parse_columns
 from mixdpo.variants.e_steps import SAMPLED, VARIANTS
 
 LARGEST = (2 - 2**-23) * 2.0**127   # float32's largest number: log-probs, margins and parameters are float32
@@ -15,7 +16,8 @@ class TrainConfig:
     """Trains DPO (--experts 1) or a mixture of K expert policies on preferences."""
 
     # --- data and model
-    data: str                       # * preferences, .jsonl or .jsonl.gz: prompt, chosen, rejected and, if known, user
+    data: str                       # * preferences: .jsonl, .json, .csv, .tsv (also .gz, .zst) or .parquet, several
+                                    # files with commas between them, or hub:OWNER/NAME[:SPLIT]
     model: str                      # * reference model: gpt2, smollm2, llama-3.2-1b, a directory or a .gguf file; with
                                     # --sharing models also K of them: a,b
     out: str                        # * directory of the run; an unfinished run in it is resumed
@@ -23,6 +25,8 @@ class TrainConfig:
                                     # its oldest turns
     max_response: int = 256         # longest response in tokens, end token included; a longer response loses its last
                                     # tokens
+    columns: str = ""               # which columns of the data are which fields, as in prompt=instruction,user=worker;
+                                    # needed if the shape is not a known one (docs/own-data.md). Empty: by their names
     drop: bool = False              # true: skip and report lines with a fault; false: stop at the first one
     data_folder: str = ""           # folder that is searched for model and data files before a download; empty: none
 
@@ -138,6 +142,7 @@ class TrainConfig:
 def validate(config: TrainConfig) -> None:
     """Raises: InputError on values out of range, options without effect, and options that contradict each other."""
     validate_values(config)
+    parse_columns(config.columns)
     refuse(without_effect(config))
     refuse(unfit_experts(config))
     refuse(unfit_e_step(config))

@@ -20,6 +20,7 @@ from mixdpo.config import InputError
 from mixdpo.experts import Heads, Transformer
 from mixdpo.fast.packing import compact_rows
 from mixdpo.files.atomic import Damaged, read_tensors, write_tensors
+from mixdpo.files.sources import short_name
 from mixdpo.logprob import sum_responses
 from mixdpo.models.weights import content_key, load_model
 from mixdpo.preferences import Pair, collate
@@ -89,10 +90,11 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
         if progress:
             progress(min(start + size, len(pairs)), len(pairs))
     made = Reference(*(torch.cat(column).cpu() for column in (logps, features, prompts, states)))
-    broken = [pair.line for pair, row in zip(pairs, made.logp) if not row.isfinite().all()]
+    broken = [pair for pair, row in zip(pairs, made.logp) if not row.isfinite().all()]
     if broken:
+        where = f"{broken[0].line}" + f" of {broken[0].file}" * (broken[0].file is not None)
         raise InputError(f"the model's log-probs of {len(broken)} pairs are NaN or infinite in {dtype}, first in line "
-                         f"{broken[0]}; its weights are damaged or too large for this dtype. Choose another model, or "
+                         f"{where}; its weights are damaged or too large for this dtype. Choose another model, or "
                          "--dtype float32", option="model")
     return made
 
@@ -136,7 +138,8 @@ def cached_reference(folder: Path, key: tuple, compute) -> Reference:
 
 @dataclass(frozen=True)
 class Source:
-    """Pairs, and what they were read from: the file, and the max_prompt, max_response and drop of a TrainConfig.
+    """Pairs, and what they were read from: the file or files, and the max_prompt, max_response, drop and columns of a
+    TrainConfig.
 
     one_by_one: every pair passes through the model alone and no states are kept, so a pair's figures do not depend on
     any other pair, to the bit (private runs)."""
@@ -151,7 +154,7 @@ def reference_of(source: Source, models: list, tokenizer, dtype: torch.dtype, ca
                  after_batch=lambda: None) -> Reference:
     """The reference of the source's pairs, with the log-probs of each model and the features of the first; from the
     folder `cache`, or computed. after_batch(): called after each batch."""
-    found, bar, config = [], Progress(f"reference, {Path(source.path).stem}"), source.config
+    found, bar, config = [], Progress(f"reference, {short_name(source.path)}"), source.config
     size, most = (1, 0) if source.one_by_one else (16, STATES)
 
     def progress(done: int, total: int) -> None:
@@ -159,8 +162,8 @@ def reference_of(source: Source, models: list, tokenizer, dtype: torch.dtype, ca
         after_batch()
 
     for model in models:
-        key: tuple = (VERSION, content_key(model), data_key(source.path), tokenizer.key, config.max_prompt,
-               config.max_response, config.drop, str(dtype), str(model.unembedding.device))
+        key: tuple = (VERSION, content_key(model), data_key(source.path, config.columns), tokenizer.key,
+               config.max_prompt, config.max_response, config.drop, str(dtype), str(model.unembedding.device))
         key += ("alone",) if source.one_by_one else ()
         key += ("rankings",) if source.pairs[0].sides > 2 else ()           # not as_pairs of the same file
         made = functools.partial(compute_reference, model, source.pairs, dtype, size, progress, most)

@@ -16,6 +16,7 @@ from mixdpo.experts import Adapters, Heads, Models, make_experts, trunks
 from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state
 from mixdpo.fast.packing import compact_rows
 from mixdpo.files.atomic import lock_folder, must_be_own, must_be_writable
+from mixdpo.files.sources import data_files, parts_of
 from mixdpo.gates import Gate, Inputs
 from mixdpo.models.lora import projections
 from mixdpo.models.weights import content_key
@@ -32,7 +33,8 @@ from mixdpo.runs.options import TrainConfig, compared, short_run, validate
 from mixdpo.runs.reference import Reference, Source, load_references, reference_of
 from mixdpo.runs.validation import Validation
 from mixdpo.start import check_start, make_start
-from mixdpo.text.records import data_key, lines
+from mixdpo.text.containers import rows
+from mixdpo.text.records import data_key
 from mixdpo.text.tokenizer import Tokenizer
 from mixdpo.variants.choose import Variants, choose_margins
 
@@ -57,8 +59,8 @@ def opened(config: TrainConfig, key: Key | None) -> Iterator[Job | None]:
     Raises: InputError on bad options, a directory that is not this run's, and memory that is too small."""
     validate(config)
     must_be_run(config)
-    facts, out = compared(config) | {"data_key": data_key(config.data)}, Path(config.out)
-    facts |= {"validation_key": data_key(config.validation)} if config.validation else {}
+    facts, out = compared(config) | {"data_key": data_key(config.data, config.columns)}, Path(config.out)
+    facts |= {"validation_key": data_key(config.validation, config.columns)} if config.validation else {}
     try:
         with lock_folder(out), Stop(config.out) as stop:
             found = load_checkpoint(out, facts)
@@ -82,7 +84,7 @@ def opened(config: TrainConfig, key: Key | None) -> Iterator[Job | None]:
 def must_be_run(config) -> None:
     """Raises: InputError unless a run of this TrainConfig may write into its --out."""
     before = {"noise-key", "privacy.json", "checkpoint", "metrics.jsonl", "responsibilities.jsonl"}
-    inputs = [("data", config.data), *(("model", model) for model in config.models)]
+    inputs = [*(("data", file) for file in parts_of(config.data)), *(("model", model) for model in config.models)]
     must_be_own(Path(config.out), inputs, "config.json", {"data", "model", "out", "experts"}, before)
 
 
@@ -148,7 +150,8 @@ def read(job: Job, dtype: torch.dtype, device: str
         model.checkpointing = config.checkpointing
     if config.sharing == "lora":
         projections(models[0], config.targets)                            # an unknown name: an error before long passes
-    pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
+    pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop,
+                             columns=config.columns)
     check_lengths(pairs, min(model.config.context for model in models), config.data)
     with configs.lines_of(config.data):
         plan = make_plan(pairs, config, private and private.shuffled, private and (lambda *_: []))
@@ -188,13 +191,16 @@ def describe_plan(plan: Plan, config) -> None:
 
 
 def nonfinite_message(error: FloatingPointError, plan: Plan, t: int, config) -> str:
-    """What to say of a step whose loss or gradient is not finite. Its lines are copied beside the run."""
-    numbers = {plan.pairs[i].line for v in plan.steps[t][1] for i in plan.visits[v].trained}
+    """What to say of a step whose loss or gradient is not finite. Its lines or rows are copied into the run."""
+    pairs = [plan.pairs[i] for v in plan.steps[t][1] for i in plan.visits[v].trained]
+    places, several = {(pair.file, pair.line) for pair in pairs}, len({pair.file for pair in pairs}) > 1
     path = Path(config.out) / f"step-{t + 1}.jsonl"
-    path.write_bytes(b"".join(raw for n, raw in enumerate(lines(config.data), 1) if n in numbers))
-    shown = ", ".join(map(str, sorted(numbers)[:8])) + ", ..." * (len(numbers) > 8)
+    path.write_bytes(b"".join(row.line() for source in data_files(config.data) for row in rows(source)
+                              if (row.file, row.number) in places))
+    shown = ", ".join(f"{file}:{n}" if several else str(n) for file, n in sorted(places)[:8])
+    shown += ", ..." * (len(places) > 8)
     return (f"step {t + 1}: {error}; this step was not made. Lower the learning rate that is used (--lr, --head-lr, "
-            f"--gate-lr) or --beta, or check the {len(numbers)} lines of this step ({shown}), which are in {path}")
+            f"--gate-lr) or --beta, or check the {len(places)} lines of this step ({shown}), which are in {path}")
 
 
 # --- before the first step, and after the last ------------------------------------------------------------------------
@@ -237,7 +243,8 @@ def validation_of(job: Job, models: list, tokenizer, plan: Plan, dtype: torch.dt
     config = job.config
     if not config.validation:
         return None
-    pairs = read_preferences(config.validation, tokenizer, config.max_prompt, config.max_response, config.drop)
+    pairs = read_preferences(config.validation, tokenizer, config.max_prompt, config.max_response, config.drop,
+                             columns=config.columns)
     check_lengths(pairs, min(model.config.context for model in models), config.validation)
     source = Source(config.validation, pairs, config)
     found = reference_of(source, models, tokenizer, dtype, Path(config.out).parent / "cache", job.stop.check)

@@ -13,27 +13,27 @@ Each line is one JSON object, which is one comparison:
     {"annotator": str, "scores": {name: [chosen, rejected]}}  the true type and rewards; evaluation only
     {"context": bool}                                         true: a pair for the E-step only, not for the M-step
 
-Left out: repair of damaged or unknown fields; each is an error.
+Left out: repair of damaged or unknown fields; each is an error. So are a key that occurs twice in an object, and NaN
+and Infinity, which are no JSON. Other shapes: shapes.py; other containers than JSON Lines: containers.py.
 """
 
 import functools
-import gzip
 import hashlib
 import itertools
 import json
 import math
 import re
-import zlib
-from pathlib import Path
 from typing import Any
 
 from mixdpo.config import InputError
+from mixdpo.files.sources import data_files
+from mixdpo.files.unpack import unpacked
 
 LONGEST = 2**26  # largest line in bytes
 LARGEST_TIE = 8  # equally good responses; the likelihood of n of them is a sum over 2^n sets
 MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content)["']\s*:""")  # a list of messages, written as a string
 TEXTS, OPTIONAL = ("prompt", "chosen", "rejected"), ("user", "annotator", "scores", "context", "domain")
-FIELDS = (*TEXTS, "ranking", "rest", *OPTIONAL)
+FIELDS = (*TEXTS, "ranking", "rest", *OPTIONAL)  # every name that the project's own format has
 REST = 1000  # the place of responses that are worse than the ranked ones
 
 
@@ -46,35 +46,41 @@ class Fault(InputError):
 
 
 def lines(path):
-    """Yields the lines of a .jsonl or .jsonl.gz file as bytes. Only a newline ends a line; U+2028 in a text does not.
+    """Yields the lines of a file, unpacked if it is .gz or .zst, as bytes. Only a newline ends a line; U+2028 in a text
+    does not.
 
-    Raises: InputError if the file does not exist, if a .gz file is damaged, or if a line is longer than LONGEST (a
-    compressed file may expand to any size).
+    Raises: InputError if the file does not exist, if a packed file is damaged, or if a line is longer than LONGEST (a
+    packed file may expand to any size).
     """
-    if Path(path).is_dir():
-        raise InputError("is a folder; wanted a file, .jsonl or .jsonl.gz", file=path)
-    if not Path(path).is_file():
-        raise InputError("no such file; wanted preferences as .jsonl or .jsonl.gz", file=path)
-    with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
-        try:
-            for number in itertools.count(1):
-                if not (raw := file.readline(LONGEST + 1)):
-                    return
-                if len(raw) > LONGEST:
-                    raise InputError(f"more than {LONGEST >> 20} MiB without a newline, wanted one object per line; "
-                                     "split the line", file=path, line=number)
-                yield raw
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(f"is not a complete gzip file ({error}); compress it again, or remove .gz from the name "
-                             "of a plain file", file=path) from None
+    with unpacked(path) as file:
+        for number in itertools.count(1):
+            if not (raw := file.readline(LONGEST + 1)):
+                return
+            if len(raw) > LONGEST:
+                raise InputError(f"more than {LONGEST >> 20} MiB without a newline, wanted one object per line; "
+                                 "split the line", file=path, line=number)
+            yield raw
 
 
-def read_record(raw: bytes) -> dict:
-    """One line as a dict with known fields of the right types. An optional field that is null is removed.
-    Raises: Fault."""
+def parse_object(raw: bytes) -> dict:
+    """One JSON object, such as a line. Raises: Fault."""
     usual = 'wanted {"prompt": ..., "chosen": ..., "rejected": ...} on one line'
+    repeated: list[str] = []
+    constants: list[str] = []
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        if len(found := dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            repeated.extend(name for name in found if names.count(name) > 1)
+        return found
+
+    def constant(name: str) -> float:
+        constants.append(name)
+        return float(name)
+
     try:
-        record = json.loads(raw.strip().decode("utf-8-sig"))
+        record = json.loads(raw.strip().decode("utf-8-sig"), object_pairs_hook=unique,
+                            parse_constant=constant)
     except UnicodeDecodeError as error:
         got = f"byte {error.start + 1} of the line is 0x{error.object[error.start]:02x}"
         raise Fault("not UTF-8", got, "save the file as UTF-8") from None
@@ -82,6 +88,31 @@ def read_record(raw: bytes) -> dict:
         raise Fault("not JSON", str(error).replace("line 1 ", ""), usual) from None
     if not isinstance(record, dict):
         raise Fault("not an object", f"got a {type(record).__name__}", usual)
+    if repeated:
+        raise Fault("repeated key", ", ".join(map(repr, repeated)), "wanted each key once in an object: remove one")
+    if constants:
+        field = next(name for name, value in record.items() if not is_finite(value))
+        raise Fault("wrong type", f"{field} is {record[field]!r:.80}", "NaN and Infinity are no JSON: write null, or "
+                    "remove the field")
+    return record
+
+
+def is_finite(value) -> bool:
+    """False if a parsed JSON value holds NaN or an infinity at any depth."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(map(is_finite, parts))
+
+
+def read_record(raw: bytes) -> dict:
+    """One line as a dict with known fields of the right types. Raises: Fault."""
+    return check_record(parse_object(raw))
+
+
+def check_record(record: dict) -> dict:
+    """The record, if it has known fields of the right types; an optional field that is null is removed.
+    Raises: Fault."""
     if unknown := [field for field in record if field not in FIELDS]:
         known = f"wanted some of {', '.join(FIELDS)}: rename or remove the field"
         raise Fault("unknown field", ", ".join(map(repr, unknown)), known)
@@ -92,6 +123,7 @@ def read_record(raw: bytes) -> dict:
         check_ranking(record)
     elif "rest" in record:
         raise Fault("rest without a ranking", "a field rest", "wanted ranking in place of chosen and rejected")
+    record["prompt"] = without_empty_system(record["prompt"])
     texts = texts_of(record)
     chat = [field for field, text in texts.items() if isinstance(text, list)]
     if chat and len(chat) < len(texts):
@@ -140,6 +172,14 @@ def check_ranking(record: dict) -> None:
         raise Fault("too many equal responses", f"a group of the ranking has {most}", f"wanted at most {LARGEST_TIE}")
 
 
+def without_empty_system(prompt):
+    """A prompt without its first message if that is a system turn whose content is null or empty: it is as if it were
+    absent, so a chat template's default system turn holds."""
+    first = prompt[0] if isinstance(prompt, list) and prompt else None
+    empty = isinstance(first, dict) and first.get("role") == "system" and first.get("content", "?") in (None, "")
+    return prompt[1:] if empty else prompt
+
+
 def check_string(field: str, value) -> None:
     """Raises: Fault unless `value` is a string that is not empty and has no lone surrogates (UTF-8 cannot encode
     them)."""
@@ -166,7 +206,7 @@ def check_messages(field: str, messages: list) -> None:
             raise Fault("wrong roles", f"{field} has {roles}", "wanted one message with role assistant")
     elif roles[-1:] != ["user"] or not {*roles} <= {"system", "user", "assistant"} or "system" in roles[1:]:
         raise Fault("wrong roles", f"{field} has {roles}", "wanted messages of user and assistant, the last of a user; "
-                    "one of system may come first")
+                    "one of system may come first (tool turns are not supported)")
 
 
 def is_score(value) -> bool:
@@ -204,9 +244,16 @@ def special_names(tokenizer) -> re.Pattern | None:
     return re.compile("|".join(names)) if names else None
 
 
-def data_key(path) -> str:
-    """sha256 of the file's (unpacked) bytes, for the cache of reference log-probs."""
-    key = hashlib.sha256()
-    for raw in lines(path):
-        key.update(raw)
-    return key.hexdigest()
+def data_key(named, columns: str = "") -> str:
+    """sha256 of the (unpacked) bytes of all files that `named` stands for, of their containers and of the option
+    columns: for the cache of reference log-probs, and to find out whether a run's data have changed."""
+    found = []
+    for source in data_files(named):
+        key = hashlib.sha256()
+        with unpacked(source.path) as file:
+            while piece := file.read(1 << 20):
+                key.update(piece)
+        found.append((source.kind, key.hexdigest()))
+    if columns or len(found) > 1 or found[0][0] != "lines":
+        return hashlib.sha256(repr((sorted(columns.split(",")), found)).encode()).hexdigest()
+    return found[0][1]

@@ -13,7 +13,9 @@ FLOORS = ("config", "files", "dpo", "mixture fast", "logprob", "models", "text",
           "backward", "gates private", "start variants metrics", "runs", "evaluation tabular", "train", "data", "eval")
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
 PACKAGES = {"torch", "tiktoken", "numpy", "safetensors", *sys.stdlib_module_names}
-OPTIONAL = {"mixdpo/fast/kernels.py": {"triton"}, "mixdpo/text/chat.py": {"jinja2"}}      # used where they are there
+OPTIONAL = {"mixdpo/fast/kernels.py": {"triton"}, "mixdpo/text/chat.py": {"jinja2"},      # used where they are there
+            "mixdpo/text/containers.py": {"pyarrow"}, "mixdpo/files/sources.py": {"huggingface_hub"},
+            "mixdpo/files/unpack.py": {"zstandard", "compression"}}
 FILES = [path.relative_to(ROOT) for part in ("train.py", "eval.py", "mixdpo", "data")
          for path in ([ROOT / part] if part.endswith(".py") else sorted((ROOT / part).rglob("*.py")))]
 
@@ -57,6 +59,15 @@ def test_the_core_wants_four_packages(path):
     for parts, line in imports(path):
         known = PACKAGES | OPTIONAL.get(str(path), set())
         assert room_of(parts) or parts[0] in known, f"{path}:{line} imports {parts[0]}"
+
+
+@pytest.mark.parametrize("path", [path for path in OPTIONAL if "kernels" not in path])
+def test_optional_packages_are_imported_where_they_are_used(path):
+    """Catches: a package that whoever imports mixdpo must have, though only one container or template needs it."""
+    top = ast.parse((ROOT / path).read_text()).body
+    found = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module for node in top if isinstance(node, ast.ImportFrom) and node.module}
+    assert not {name.split(".")[0] for name in found} & OPTIONAL[path]
 
 
 def test_no_module_imports_itself_by_way_of_others():
