@@ -269,7 +269,7 @@ def test_a_tensor_given_twice(copy):
 
 
 @pytest.mark.parametrize("case, setting, value", [
-    ("gpt2", "model_type", "mistral"), ("gpt2", "activation_function", "relu"), ("gpt2", "scale_attn_weights", False),
+    ("gpt2", "model_type", "mixtral"), ("gpt2", "activation_function", "relu"), ("gpt2", "scale_attn_weights", False),
     ("gpt2", "scale_attn_by_inverse_layer_idx", True), ("gpt2", "add_cross_attention", True),
     ("llama-tied", "hidden_act", "gelu"), ("llama-tied", "attention_bias", True), ("llama-tied", "mlp_bias", True),
     ("llama-tied", "rope_interleaved", True), ("llama-tied", "pretraining_tp", 2),
