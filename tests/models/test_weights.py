@@ -450,10 +450,11 @@ def test_a_gguf_tensor_that_holds_no_numbers_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("change, word", [
-    (dict(metadata={"general.architecture": "qwen2"}), "qwen2"),
+    (dict(metadata={"general.architecture": "gemma2"}), "gemma2"),
+    (dict(metadata={"llama.expert_count": 8}), "llama.expert_count is 8"),
     (dict(metadata={"llama.rope.scaling.type": "yarn"}), "yarn"),
-    (dict(tensors={"rope_freqs.weight": torch.ones(5)}), "unknown: rope_freqs.weight"),
-    (dict(tensors={"blk.0.attn_q.bias": torch.ones(18)}), "unknown: blk.0.attn_q.bias"),
+    (dict(tensors={"rope_freqs.weight": torch.arange(1., 6.)}), "rope_freqs.weight"),
+    (dict(tensors={"blk.0.attn_q.bias": torch.ones(18)}), "unknown: layers.0.self_attn.q_proj.bias"),
     (dict(tensors={"blk.0.attn_norm.weight": torch.ones(3)}), "wrong shape: layers.0.input_layernorm.weight"),
 ])
 def test_gguf_that_is_not_plain_llama_is_refused(change, word, tmp_path):
