@@ -1,6 +1,6 @@
 """Loads and saves weights: Hugging Face directories and GGUF files <-> GPT2 | Llama.
 
-    load_model("smollm2" | "gpt2" | "llama-3.2-1b" | directory | file.gguf)     -> model, in eval mode
+    load_model("smollm2" | "gpt2" | "llama-3.2-1b" | hub name | directory | file.gguf)      -> model, in eval mode
     save_model(model, directory)          writes config.json, model.safetensors; transformers' from_pretrained opens it
     content_key(model)                    -> sha256 of configuration and weights
 
@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mixdpo.config import InputError, reading
-from mixdpo.files import fetch
+from mixdpo.files import fetch, hub
 from mixdpo.files.atomic import replacing, save_tensors
 from mixdpo.models.gguf_llama import open_llama
 from mixdpo.models.gpt2 import GPT2, GPT2Config
@@ -59,7 +59,8 @@ class Stored:
 def load_model(name, dtype=None, device=None, data=None):
     """-> GPT2 | Llama in eval mode; its parameters require gradients. dtype None: fp32, for every dtype of the file.
 
-    name: "smollm2" or "gpt2" (both fetched), "llama-3.2-1b", a Hugging Face directory, or a .gguf file.
+    name: "smollm2" or "gpt2" (both fetched), "llama-3.2-1b", a model on the hub (OWNER/NAME, see files/hub.py), a
+    Hugging Face directory or one of its cache, or a .gguf file.
     data: a local folder that is searched before anything is fetched; it may hold a model directory `name`.
     Raises: InputError with the file and its fault, for example a tensor that contains NaN or an infinity.
     """
@@ -87,8 +88,8 @@ def _open_path(name, path):
         return *_open_gguf(path), path
     if path.suffix in PICKLED:
         raise _pickle_error(path)
-    raise InputError("no such model; wanted smollm2, gpt2, llama-3.2-1b, a directory with config.json and "
-                     "*.safetensors, or a .gguf file", file=name)
+    raise InputError("no such model; wanted smollm2, gpt2, llama-3.2-1b, a name on the hub (OWNER/NAME), a directory "
+                     "with config.json and *.safetensors, or a .gguf file", file=name)
 
 
 def locate(name, data=None):
@@ -97,7 +98,7 @@ def locate(name, data=None):
         return Path(data) / name
     if name == "llama-3.2-1b":
         return fetch.directory(name, data)
-    return fetch.asset(name, data) if name in ("smollm2", "gpt2") else Path(name)
+    return fetch.asset(name, data) if name in ("smollm2", "gpt2") else hub.resolve(name, data)
 
 
 def _build(config, tensors, where, dtype, device):
