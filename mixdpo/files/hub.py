@@ -106,7 +106,7 @@ def endpoint():
 
 
 def listing_of(name, path):
-    """-> {commit, files: [{file, bytes, checksum}]} of the files that are needed, weights last: from `path`, or from the
+    """-> {commit, files: [{file, bytes, checksum}]}: the files that are needed, weights last. From `path`, or from the
     hub and then kept there. Raises: InputError."""
     if kept := read_json_or_empty(path):
         return kept

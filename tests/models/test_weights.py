@@ -20,7 +20,8 @@ from mixdpo.models.llama import LlamaConfig, RopeScaling
 from mixdpo.models.weights import content_key, load_model, save_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = ["gpt2", "gpt2-inner", "llama-tied", "llama-untied", "llama3-scaling"]
+RELATIVES = ["qwen2", "qwen3", "mistral", "smollm3", "olmo2"]     # of Llama
+CASES = ["gpt2", "gpt2-inner", "llama-tied", "llama-untied", "llama3-scaling", *RELATIVES]
 
 
 @pytest.fixture
