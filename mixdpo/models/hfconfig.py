@@ -33,7 +33,7 @@ GPT2_ONLY = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_at
              "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
              "quantization_config": (None,)}
 LLAMA_ONLY = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
-              "rope_interleaved": (False,), "partial_rotary_factor": (1.0, None), "pretraining_tp": (1,),
+              "rope_interleaved": (False,), "partial_rotary_factor": (1.0, None),
               "use_sliding_window": (False, None), "use_mrope": (False, None), "dual_chunk_attention_config": (None,),
               "quantization_config": (None,)}
 
@@ -137,6 +137,8 @@ def _llama_fields(raw, path):
         raise InputError(f'"sliding_window" is {window}, less than the context of {raw["max_position_embeddings"]} '
                          "tokens, and sliding windows are not supported; use another model, for example a later "
                          "Mistral without a window", file=path)
+    if kind == "llama":                                 # in the others it has no effect; SmolLM3-3B has it
+        _refuse_unless(raw.get("pretraining_tp", 1), (1,), "pretraining_tp", path)
     if kind in ("llama", "olmo2"):                      # in the others it has no effect without use_sliding_window
         _refuse_unless(window, (None,), "sliding_window", path)
     for attention in raw.get("layer_types") or ():
