@@ -97,7 +97,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        x = x.to(self.weight.dtype)                     # q and k are bf16 under autocast; a fused kernel takes one dtype
+        x = x.to(self.weight.dtype)                     # under autocast q and k are bf16; fused kernels want one dtype
         y = F.rms_norm(x, self.weight.shape, self.weight, self.eps)         # sums in fp32, also for bf16 x
         kind = x.device.type                            # under autocast: cast once, not in each projection that reads y
         return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
