@@ -210,7 +210,8 @@ def config_to_json(config, dtype):
             "qwen2": {"use_sliding_window": False, "sliding_window": None},
             "qwen3": {"use_sliding_window": False, "sliding_window": None, "attention_bias": False},
             "smollm3": {"use_sliding_window": False, "sliding_window": None, "attention_bias": False, "mlp_bias": False,
-                        "no_rope_layers": [int(layer not in config.no_rope) for layer in range(config.layers)]},
+                        "no_rope_layers": [int(layer not in config.no_rope) for layer in range(config.layers)],
+                        "pad_token_id": None},          # its default is 128004, an error in a smaller vocabulary
             "olmo2": {"attention_bias": False}}[config.family]
     return {"model_type": config.family, "architectures": [FAMILIES[config.family].architecture],
             **{key: getattr(config, field) for field, key in LLAMA_KEYS.items()},
