@@ -1,4 +1,4 @@
-"""Downloads one file over HTTP. Its size and sha256 are known; an interrupted download is resumed.
+"""Downloads one file over HTTP. Its size and checksum are known; an interrupted download is resumed.
 
 Left out: credentials, mirrors, parallel ranges. urllib takes proxies from the environment.
 """
@@ -25,7 +25,7 @@ class Unavailable(Exception):
 def download(url, part, size, sha256, label):
     """Downloads `url` into the file `part`, after the bytes that `part` already holds. Returns `part`, complete.
 
-    size: bytes. sha256: hex. label: the name in the progress line.
+    size: bytes. sha256: hex, or git's sha1 (see checksum_of). label: the name in the progress line.
     Raises: Unavailable. A truncated download stays in `part` for the next run; one with a wrong sha256 is removed.
     """
     if size_of(part) > size:
@@ -35,7 +35,7 @@ def download(url, part, size, sha256, label):
         reason = _receive(url, part, before, size, label) if before < size else None
         after = size_of(part)
         if after == size:
-            got = sha256_of(part)
+            got = checksum_of(part, sha256)
             if got == sha256:
                 return part
             part.unlink()
@@ -44,6 +44,15 @@ def download(url, part, size, sha256, label):
         elif after == before:
             break
     raise Unavailable(f"truncated: got {after} of {size} bytes ({reason}); the next run resumes there")
+
+
+def read_url(url, most=1 << 24):
+    """The body of an answer, up to `most` bytes. Raises: Unavailable, or what urllib raises."""
+    try:
+        with _open(urllib.request.Request(url, headers={"User-Agent": "mixdpo"})) as response:
+            return response.read(most)
+    except urllib.error.HTTPError as error:
+        raise Unavailable(f"HTTP {error.code} {error.reason}") from None
 
 
 def head(url):
@@ -154,6 +163,13 @@ def sha256_of(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def checksum_of(path, like):
+    """sha256 of a file's bytes, or, if `like` has the 40 digits of a sha1, the sha1 by which git names them. Hex."""
+    if len(like) != 40:
+        return sha256_of(path)
+    return hashlib.sha1(b"blob %d\0" % size_of(path) + path.read_bytes()).hexdigest()     # git's: of small files only
 
 
 def size_of(path):

@@ -128,12 +128,12 @@ def asset(name, data=None):
         return given
     target = cache_folder() / entry.file
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target):
+    with locked(target):
         if target.is_file() and sha256_of(target) != entry.sha256:
             print(f"warning: {target}: damaged in the cache (its sha256 is wrong); it is fetched again",
                   file=sys.stderr)
             target.unlink()
-        return target if target.is_file() else _from_sources(name, entry, data, target)
+        return target if target.is_file() else from_sources(name, entry, data, target)
 
 
 def hub(repository, name, revision="main"):
@@ -145,7 +145,7 @@ def hub(repository, name, revision="main"):
     target = cache_folder() / repository.replace("/", "--") / name
     stated = target.with_name(f"{name}.sha256")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target):
+    with locked(target):
         if target.is_file() and stated.is_file() and sha256_of(target) == stated.read_text():
             return target
         try:
@@ -156,7 +156,7 @@ def hub(repository, name, revision="main"):
                              f"  By hand: download the file, put it into a folder as {name}, and give DATA=FOLDER",
                              file=url) from None
         write_text(stated, entry.sha256)
-        return _from_sources(name, entry, None, target)
+        return from_sources(name, entry, None, target)
 
 
 def directory(name, data=None):
@@ -187,7 +187,7 @@ def _given(entry, data):
     return None
 
 
-def _from_sources(name, entry, data, target):
+def from_sources(name, entry, data, target):
     """The file from the first source that delivers the right bytes. A source that fails is printed at once.
     Raises: InputError that names all sources, if all fail."""
     reasons = []
@@ -209,7 +209,7 @@ def _from_sources(name, entry, data, target):
 
 
 @contextlib.contextmanager
-def _locked(target):
+def locked(target):
     """If two runs want the same file, the second waits until the first has fetched it."""
     with open(target.with_name(target.name + ".lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

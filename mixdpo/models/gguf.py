@@ -2,11 +2,14 @@
 
     file   "GGUF", version, two counts; the key-values; one record for each tensor; padding; the tensors' bytes
     Q8_0   a block of 32 numbers: fp16 d, 32 x int8 q                   x = d q
-    Q4_1   a block of 32 numbers: fp16 d, fp16 m, 16 bytes of nibbles   x = d q + m; low nibbles: 0..15, high: 16..31
+    Q4_0   a block of 32 numbers: fp16 d, 16 bytes of nibbles q         x = d (q - 8); low nibbles: 0..15, high: 16..31
+    Q4_1   a block of 32 numbers: fp16 d, fp16 m, 16 bytes of nibbles   x = d q + m; nibbles as in Q4_0
+    Q6_K   a block of 256 numbers: their 4 low bits (128 bytes), their 2 high bits (64 bytes), 16 x int8 s, fp16 d
+                                                                        x = d s (q - 32); one s for 16 numbers
 
-Left out: every other quantisation (an error that gives its number), big-endian files, nested arrays, and writing. A
-tensor gets PyTorch's shape, (out, in); GGUF lists the fastest axis first. llama.cpp permutes the rows of q and k;
-weights.py undoes that, this module does not.
+Q6_K is here because llama.cpp stores the unembedding of a Q4_0 or Q4_1 file in it. Left out: every other quantisation
+(an error that gives its number), big-endian files, nested arrays, and writing. A tensor gets PyTorch's shape,
+(out, in); GGUF lists the fastest axis first. Names, settings and the order of rows: gguf_llama.py.
 """
 
 import struct
@@ -24,7 +27,8 @@ SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4",
 STRING, ARRAY = 8, 9
 
 # Tensor types that can be read: number -> (name, numbers a block, bytes a block).
-KINDS = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34)}
+KINDS = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34),
+         14: ("Q6_K", 256, 210), 30: ("BF16", 1, 2)}
 
 
 @dataclass(frozen=True)
@@ -32,25 +36,55 @@ class GGUFTensor:
     """One tensor that is still in its file and uses no memory; float32() reads and dequantises it."""
 
     shape: tuple        # (out, in), as PyTorch writes it
-    kind: str           # "F32", "F16", "Q4_1" or "Q8_0"
+    kind: str           # its name in KINDS
     raw: np.ndarray     # its bytes, uint8, mapped from the file
 
     def float32(self):
         """The tensor that llama.cpp computes with, as a new contiguous float32 array of self.shape."""
-        if self.kind == "F32":
-            return self.raw.view("<f4").astype(np.float32).reshape(self.shape)
-        if self.kind == "F16":
-            return self.raw.view("<f2").astype(np.float32).reshape(self.shape)
-        if self.kind == "Q8_0":
-            blocks = self.raw.reshape(-1, 34)
-            d = blocks[:, :2].copy().view("<f2").astype(np.float32)             # (blocks, 1)
-            q = blocks[:, 2:].view(np.int8).astype(np.float32)                  # (blocks, 32)
-            return (d * q).reshape(self.shape)
-        blocks = self.raw.reshape(-1, 20)                                       # Q4_1
-        d, m = blocks[:, :4].copy().view("<f2").astype(np.float32).T[:, :, None]     # (blocks, 1) each
-        nibbles = blocks[:, 4:]                                                 # (blocks, 16): two numbers a byte
-        q = np.concatenate((nibbles & 15, nibbles >> 4), axis=1)                # (blocks, 32)
-        return (d * q + m).reshape(self.shape)
+        return DEQUANTISE[self.kind](self.raw).reshape(self.shape)
+
+
+def _scales(blocks, count=1):
+    """The `count` fp16 numbers at the start of each block: (count, blocks, 1) float32."""
+    return blocks[:, :2 * count].copy().view("<f2").astype(np.float32).T[:, :, None]
+
+
+def _nibbles(packed):
+    """(blocks, n) bytes -> (blocks, 2n) numbers from 0 to 15: all low nibbles, then all high ones."""
+    return np.concatenate((packed & 15, packed >> 4), axis=1)
+
+
+def _q8_0(raw):
+    blocks = raw.reshape(-1, 34)
+    return _scales(blocks)[0] * blocks[:, 2:].view(np.int8)
+
+
+def _q4_0(raw):
+    blocks = raw.reshape(-1, 18)
+    return _scales(blocks)[0] * (_nibbles(blocks[:, 2:]).astype(np.float32) - 8)
+
+
+def _q4_1(raw):
+    blocks = raw.reshape(-1, 20)
+    d, m = _scales(blocks, 2)
+    return d * _nibbles(blocks[:, 4:]) + m
+
+
+def _q6_k(raw):
+    """Each half of a block has 128 numbers in four groups of 32. Its 64 bytes of low bits have the groups 0 and 1 in
+    the low nibbles, 2 and 3 in the high ones; its 32 bytes of high bits have group g at the bits 2g and 2g + 1."""
+    blocks = raw.reshape(-1, 210)
+    low, high = blocks[:, :128].reshape(-1, 64), blocks[:, 128:192].reshape(-1, 32)         # (2 blocks, bytes)
+    high = np.concatenate([high >> shift & 3 for shift in (0, 2, 4, 6)], axis=1)            # (2 blocks, 128)
+    q = (_nibbles(low) | high << 4).astype(np.float32) - 32
+    s, d = blocks[:, 192:208].view(np.int8).astype(np.float32), _scales(blocks[:, 208:])[0]     # (blocks, 16 or 1)
+    return (d * s)[:, :, None] * q.reshape(-1, 16, 16)
+
+
+# Name of a tensor type -> the function from its bytes to new float32 numbers, in the order of the tensor.
+DEQUANTISE = {"F32": lambda raw: raw.view("<f4").astype(np.float32), "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1,
+              "F16": lambda raw: raw.view("<f2").astype(np.float32), "Q6_K": _q6_k,
+              "BF16": lambda raw: (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)}
 
 
 class _Cursor:

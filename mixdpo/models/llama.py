@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023; Llama 3.1 and 3.2; SmolLM2), from token ids to hidden states.
+"""Llama (Touvron et al. 2023) and its relatives, from token ids to hidden states.
 
     x_0     = embed_tokens[ids]
     x      <- x + o_proj(attend(rope(q_proj(n)), rope(k_proj(n)), v_proj(n)))      n = rms(x), each of L blocks
@@ -8,9 +8,11 @@
     rms(x)  = g * x / sqrt(mean(x^2) + eps)
     rope    rotates the pair (x_i, x_{i + D/2}) of a head by the angle position * f_i,  f_i = theta^(-2i/D), i < D/2
 
+A family differs by fields of LlamaConfig: Llama 1 to 3.2, SmolLM2 and Mistral by none; Qwen2 and 2.5 have qkv_bias;
+Qwen3 has qk_norm "head"; SmolLM3 has no_rope layers; OLMo 2 has qk_norm "row" and post_norm.
 Positions enter only through rope. Parameters have the names of the published checkpoints, so weights.py needs no table
-of names. Norms and angles are computed in fp32 for every dtype of the weights. Left out on purpose: dropout, biases,
-and scalings of rope other than Llama 3's.
+of names. Norms and angles are computed in fp32 for every dtype of the weights. Left out on purpose: dropout, other
+biases, sliding windows, and scalings of rope other than Llama 3's.
 """
 
 import math
@@ -51,7 +53,12 @@ class LlamaConfig:
     theta: float = 100000.0         # base of rope's frequencies
     scaling: RopeScaling | None = None
     tied: bool = True               # the unembedding is the token embedding
-    bos: int | None = None          # bos and eos are not used here; they are read from config.json and saved to it
+    qkv_bias: bool = False          # q, k and v have a bias
+    qk_norm: str | None = None      # RMS norm of q and k before rope: "head" (each head) or "row" (all heads at once)
+    post_norm: bool = False         # norms follow attention and MLP, inside the residual branch, and precede neither
+    no_rope: tuple = ()             # the layers without rope, numbered from 0
+    family: str = "llama"           # family, bos and eos are not used here; they are read from config.json and saved
+    bos: int | None = None
     eos: int | tuple | None = None
 
     def __post_init__(self):
@@ -60,6 +67,7 @@ class LlamaConfig:
             object.__setattr__(self, "head_dim", self.width // self.heads)
         assert self.heads % self.kv_heads == 0, f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}"
         assert self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd; rope rotates pairs, so it must be even"
+        assert self.qk_norm in (None, "head", "row"), f"qk_norm is {self.qk_norm!r}, wanted None, 'head' or 'row'"
 
 
 def rope_frequencies(config, device=None):
@@ -89,6 +97,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
+        x = x.to(self.weight.dtype)                     # under autocast q and k are bf16; fused kernels want one dtype
         y = F.rms_norm(x, self.weight.shape, self.weight, self.eps)         # sums in fp32, also for bf16 x
         kind = x.device.type                            # under autocast: cast once, not in each projection that reads y
         return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
@@ -99,16 +108,26 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
+        self.head_dim, self.qk_norm, self.no_rope = config.head_dim, config.qk_norm, config.no_rope
+        q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.width, q_width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_width, config.width, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim if config.qk_norm == "head" else q_width, config.eps)
+            self.k_norm = RMSNorm(config.head_dim if config.qk_norm == "head" else kv_width, config.eps)
 
     def forward(self, x, cos, sin, layer, window):
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))             # (N, H or H_kv, T, D)
-        return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v, layer, window))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)                    # (N, T, H D), (N, T, H_kv D) twice
+        if self.qk_norm == "row":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # (N, H or H_kv, T, D)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if layer not in self.no_rope:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return self.o_proj(attend(q, k, v, layer, window))
 
 
 class MLP(nn.Module):
@@ -134,12 +153,17 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.width, config.eps)
+        self.input_layernorm = None if config.post_norm else RMSNorm(config.width, config.eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.width, config.eps)
+        self.post_attention_layernorm = RMSNorm(config.width, config.eps)       # before the MLP, except with post_norm
         self.mlp = MLP(config)
+        if config.post_norm:
+            self.post_feedforward_layernorm = RMSNorm(config.width, config.eps)
 
     def forward(self, x, cos, sin, layer, window, keep=False):
+        if self.input_layernorm is None:                # post_norm
+            x = x + self.post_attention_layernorm(self.self_attn(x, cos, sin, layer, window))
+            return x + self.post_feedforward_layernorm(self.mlp(x, keep))
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, window)
         return x + self.mlp(self.post_attention_layernorm(x), keep)
 

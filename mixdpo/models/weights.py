@@ -1,6 +1,6 @@
 """Loads and saves weights: Hugging Face directories and GGUF files <-> GPT2 | Llama.
 
-    load_model("smollm2" | "gpt2" | "llama-3.2-1b" | directory | file.gguf)     -> model, in eval mode
+    load_model("smollm2" | "gpt2" | "llama-3.2-1b" | hub name | directory | file.gguf)      -> model, in eval mode
     save_model(model, directory)          writes config.json, model.safetensors; transformers' from_pretrained opens it
     content_key(model)                    -> sha256 of configuration and weights
 
@@ -13,7 +13,6 @@ a time, so loading needs the model's own memory plus one tensor.
 import dataclasses
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -22,11 +21,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mixdpo.config import InputError, reading
-from mixdpo.files import fetch
+from mixdpo.files import fetch, hub
 from mixdpo.files.atomic import replacing, save_tensors
-from mixdpo.models.gguf import read_gguf
+from mixdpo.models.gguf_llama import open_llama
 from mixdpo.models.gpt2 import GPT2, GPT2Config
-from mixdpo.models.hfconfig import checked, config_from_json, config_to_json, read_json
+from mixdpo.models.hfconfig import config_from_json, config_to_json, read_json
 from mixdpo.models.llama import Llama, LlamaConfig
 
 MODELS: dict[type, type[GPT2 | Llama]] = {GPT2Config: GPT2, LlamaConfig: Llama}
@@ -40,13 +39,8 @@ PREFIX = {GPT2: "transformer.", Llama: "model."}
 # Constants that old versions of transformers saved with the weights: causal masks and rope frequencies. Skipped.
 BUFFERS = {GPT2: (".attn.bias", ".attn.masked_bias"), Llama: (".rotary_emb.inv_freq",)}
 
-# GGUF's names of Llama's tensors -> ours: outside of blocks, and within block N ("blk.N." -> "layers.N.").
-GGUF_TOP = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
-GGUF_BLOCK = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}
+# Fields of LlamaConfig that content_key reads only where they are in use, because keys of earlier runs lack them.
+LATER = ("qkv_bias", "qk_norm", "post_norm", "no_rope")
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -65,7 +59,8 @@ class Stored:
 def load_model(name, dtype=None, device=None, data=None):
     """-> GPT2 | Llama in eval mode; its parameters require gradients. dtype None: fp32, for every dtype of the file.
 
-    name: "smollm2" or "gpt2" (both fetched), "llama-3.2-1b", a Hugging Face directory, or a .gguf file.
+    name: "smollm2" or "gpt2" (both fetched), "llama-3.2-1b", a model on the hub (OWNER/NAME, see files/hub.py), a
+    Hugging Face directory or one of its cache, or a .gguf file.
     data: a local folder that is searched before anything is fetched; it may hold a model directory `name`.
     Raises: InputError with the file and its fault, for example a tensor that contains NaN or an infinity.
     """
@@ -93,8 +88,8 @@ def _open_path(name, path):
         return *_open_gguf(path), path
     if path.suffix in PICKLED:
         raise _pickle_error(path)
-    raise InputError("no such model; wanted smollm2, gpt2, llama-3.2-1b, a directory with config.json and "
-                     "*.safetensors, or a .gguf file", file=name)
+    raise InputError("no such model; wanted smollm2, gpt2, llama-3.2-1b, a name on the hub (OWNER/NAME), a directory "
+                     "with config.json and *.safetensors, or a .gguf file", file=name)
 
 
 def locate(name, data=None):
@@ -103,7 +98,7 @@ def locate(name, data=None):
         return Path(data) / name
     if name == "llama-3.2-1b":
         return fetch.directory(name, data)
-    return fetch.asset(name, data) if name in ("smollm2", "gpt2") else Path(name)
+    return fetch.asset(name, data) if name in ("smollm2", "gpt2") else hub.resolve(name, data)
 
 
 def _build(config, tensors, where, dtype, device):
@@ -208,36 +203,10 @@ def _open_safetensors(files):
 
 
 def _open_gguf(path):
-    """-> LlamaConfig from the file's metadata, {name: Stored}. Raises: InputError."""
-    meta, raw = read_gguf(path)
-    kind, scaling = meta.get("general.architecture"), meta.get("llama.rope.scaling.type", "none")
-    if kind != "llama" or scaling != "none":
-        raise InputError(f"architecture {kind!r}, rope scaling {scaling!r}, wanted a GGUF file of architecture 'llama' "
-                         "without rope scaling; give the model's Hugging Face directory instead", file=path)
-    size = {key.removeprefix("llama."): value for key, value in meta.items()}
-    heads = size["attention.head_count"]
-    config = LlamaConfig(
-        vocab=raw["token_embd.weight"].shape[0], context=size["context_length"], width=size["embedding_length"],
-        inner=size["feed_forward_length"], layers=size["block_count"], heads=heads,
-        kv_heads=size.get("attention.head_count_kv", heads), head_dim=size.get("attention.key_length"),
-        # In fp32, 1e-5 is 9.99999975e-06; rounding to six digits restores the intended number.
-        eps=float(f"{size['attention.layer_norm_rms_epsilon']:.6g}"), theta=size.get("rope.freq_base", 10000.0),
-        tied="output.weight" not in raw, bos=meta.get("tokenizer.ggml.bos_token_id"),
-        eos=meta.get("tokenizer.ggml.eos_token_id"))
-    checked(config, path)
-    tensors = {}
-    for name, tensor in raw.items():
-        stored = name
-        block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-        if block:
-            name = f"layers.{block[1]}.{GGUF_BLOCK.get(block[2], block[2])}.weight"
-        else:
-            name = GGUF_TOP.get(name.removesuffix(".weight"), name.removesuffix(".weight")) + ".weight"
-        read = lambda tensor=tensor, stored=stored: finite(torch.from_numpy(tensor.float32()), path, stored)
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            read = lambda read=read: unpermute(read(), config.head_dim)
-        tensors[name] = Stored(tensor.shape, read)
-    return config, tensors
+    """-> LlamaConfig, {our name: Stored}. Raises: InputError."""
+    config, tensors = open_llama(path)
+    return config, {name: Stored(shape, lambda read=read, own=own: finite(read(), path, own))
+                    for name, (own, shape, read) in tensors.items()}
 
 
 def finite(tensor, file, name):
@@ -249,14 +218,6 @@ def finite(tensor, file, name):
         raise InputError(f"the tensor {name} holds {bad} values that are NaN or infinite, wanted finite numbers; fetch "
                          "the file again, or choose another model", file=file)
     return tensor
-
-
-def unpermute(weight, head_dim):
-    """The rows of q or k, (H * D, C), from GGUF's order to the checkpoints'.
-
-    rope rotates rows in pairs. In GGUF the two rows of a pair are adjacent; in the checkpoints they are rows i and
-    i + D/2 of a head. Without this step the perplexity is many times as high."""
-    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(weight.shape)
 
 
 # --- saving, identity -------------------------------------------------------------------------------------------------
@@ -294,7 +255,8 @@ def write_pair(directory, weights, tensors, settings, document):
 
 def content_key(model):
     """sha256 (hex) of the configuration and of every parameter's name, dtype, shape and bytes, sorted by name."""
-    config = [type(model).__name__, dataclasses.asdict(model.config)]
+    settings = {key: value for key, value in dataclasses.asdict(model.config).items() if key not in LATER or value}
+    config = [type(model).__name__, {key: value for key, value in settings.items() if key != "family"}]
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, p in sorted(model.named_parameters()):
         digest.update(f"{name} {p.dtype} {tuple(p.shape)}\n".encode())

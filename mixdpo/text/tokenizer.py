@@ -19,6 +19,7 @@ import tiktoken
 
 from mixdpo.config import InputError, reading, write_text
 from mixdpo.files.fetch import asset
+from mixdpo.files.hub import resolve
 from mixdpo.models.gguf import read_gguf
 from mixdpo.text.bpe import (
     BYTE_LEVEL,
@@ -181,7 +182,7 @@ def load_tokenizer(name_or_directory, data=None):
         name_or_directory = Path(data) / name_or_directory
     if name_or_directory in NAMES:
         return NAMES[name_or_directory](data)
-    path = Path(name_or_directory)
+    path = resolve(name_or_directory, data)             # a name on the hub: its local folder
     if path.suffix == ".gguf" and path.is_file():
         return _from_gguf(path, str(path))
     if not path.is_dir():

@@ -20,7 +20,16 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 FOUR = transformers.__version__.startswith("4.")
 
@@ -59,13 +68,35 @@ CASES = {
         num_attention_heads=2, num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-6, tie_word_embeddings=True,
         **llama3(300.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
         **COMMON)),
+    # As Qwen2.5: q, k and v with a bias, a window that is not used.
+    "qwen2": (27, Qwen2Config(vocab_size=43, max_position_embeddings=64, hidden_size=20, intermediate_size=27,
+                              num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, rms_norm_eps=1e-4,
+                              tie_word_embeddings=True, **plain(2000.0), **COMMON)),
+    # As Qwen3: heads wider than C / H, each with its norm.
+    "qwen3": (27, Qwen3Config(vocab_size=45, max_position_embeddings=64, hidden_size=18, intermediate_size=25,
+                              num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
+                              rms_norm_eps=1e-3, tie_word_embeddings=False, **plain(3000.0), **COMMON)),
+    # As Mistral 0.3: no window.
+    "mistral": (25, MistralConfig(vocab_size=39, max_position_embeddings=64, hidden_size=20, intermediate_size=23,
+                                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
+                                  sliding_window=None, rms_norm_eps=1e-5, tie_word_embeddings=False, **plain(1000.0),
+                                  **COMMON)),
+    # As SmolLM3: every third layer without rope (SmolLM3: every fourth).
+    "smollm3": (31, SmolLM3Config(vocab_size=42, max_position_embeddings=64, hidden_size=16, intermediate_size=23,
+                                  num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                                  no_rope_layer_interval=3, rms_norm_eps=1e-5, tie_word_embeddings=True, **plain(700.0),
+                                  **COMMON)),
+    # As OLMo 2: norms behind attention and MLP, and of all heads of q or k at once.
+    "olmo2": (23, Olmo2Config(vocab_size=44, max_position_embeddings=64, hidden_size=24, intermediate_size=22,
+                              num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-3,
+                              tie_word_embeddings=False, **plain(1500.0), **COMMON)),
 }
 SHARDED = {"llama-untied": "12KB"}
 
 
 def random_model(config, seed):
     torch.manual_seed(seed)
-    model = (GPT2LMHeadModel if config.model_type == "gpt2" else LlamaForCausalLM)(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     for p in model.parameters():
         noise = torch.randn_like(p)
         if p.dim() == 2:

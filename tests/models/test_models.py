@@ -18,7 +18,8 @@ from mixdpo.models.llama import Llama, LlamaConfig, RMSNorm, RopeScaling, rope_f
 from mixdpo.models.weights import load_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = ["gpt2", "gpt2-inner", "llama-tied", "llama-untied", "llama3-scaling"]
+RELATIVES = ["qwen2", "qwen3", "mistral", "smollm3", "olmo2"]     # of Llama
+CASES = ["gpt2", "gpt2-inner", "llama-tied", "llama-untied", "llama3-scaling", *RELATIVES]
 FAMILIES = ["gpt2", "llama-tied"]                       # where one case of each family is enough
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=no_cuda)]

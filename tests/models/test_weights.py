@@ -20,7 +20,8 @@ from mixdpo.models.llama import LlamaConfig, RopeScaling
 from mixdpo.models.weights import content_key, load_model, save_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = ["gpt2", "gpt2-inner", "llama-tied", "llama-untied", "llama3-scaling"]
+RELATIVES = ["qwen2", "qwen3", "mistral", "smollm3", "olmo2"]     # of Llama
+CASES = ["gpt2", "gpt2-inner", "llama-tied", "llama-untied", "llama3-scaling", *RELATIVES]
 
 
 @pytest.fixture
@@ -269,7 +270,7 @@ def test_a_tensor_given_twice(copy):
 
 
 @pytest.mark.parametrize("case, setting, value", [
-    ("gpt2", "model_type", "mistral"), ("gpt2", "activation_function", "relu"), ("gpt2", "scale_attn_weights", False),
+    ("gpt2", "model_type", "mixtral"), ("gpt2", "activation_function", "relu"), ("gpt2", "scale_attn_weights", False),
     ("gpt2", "scale_attn_by_inverse_layer_idx", True), ("gpt2", "add_cross_attention", True),
     ("llama-tied", "hidden_act", "gelu"), ("llama-tied", "attention_bias", True), ("llama-tied", "mlp_bias", True),
     ("llama-tied", "rope_interleaved", True), ("llama-tied", "pretraining_tp", 2),
@@ -450,10 +451,11 @@ def test_a_gguf_tensor_that_holds_no_numbers_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("change, word", [
-    (dict(metadata={"general.architecture": "qwen2"}), "qwen2"),
+    (dict(metadata={"general.architecture": "gemma2"}), "gemma2"),
+    (dict(metadata={"llama.expert_count": 8}), "llama.expert_count is 8"),
     (dict(metadata={"llama.rope.scaling.type": "yarn"}), "yarn"),
-    (dict(tensors={"rope_freqs.weight": torch.ones(5)}), "unknown: rope_freqs.weight"),
-    (dict(tensors={"blk.0.attn_q.bias": torch.ones(18)}), "unknown: blk.0.attn_q.bias"),
+    (dict(tensors={"rope_freqs.weight": torch.arange(1., 6.)}), "rope_freqs.weight"),
+    (dict(tensors={"blk.0.attn_q.bias": torch.ones(18)}), "unknown: layers.0.self_attn.q_proj.bias"),
     (dict(tensors={"blk.0.attn_norm.weight": torch.ones(3)}), "wrong shape: layers.0.input_layernorm.weight"),
 ])
 def test_gguf_that_is_not_plain_llama_is_refused(change, word, tmp_path):

@@ -22,14 +22,20 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 peft = pytest.importorskip("peft", reason="peft is not installed (extra `peers`)")
 
 VOCAB = 257
+RELATIVE = dict(vocab=VOCAB, context=96, width=48, inner=70, layers=2, heads=6, kv_heads=2, theta=700.0)
 OURS = {
     "gpt2": lambda: GPT2(GPT2Config(vocab=VOCAB, context=64, width=60, layers=3, heads=5, eos=256)),
     "llama": lambda: Llama(LlamaConfig(vocab=VOCAB, context=96, width=48, inner=101, layers=3, heads=6, kv_heads=2)),
     "untied": lambda: Llama(LlamaConfig(vocab=VOCAB, context=96, width=40, inner=70, layers=2, heads=4, kv_heads=4,
                                         tied=False)),
+    "qwen2": lambda: Llama(LlamaConfig(**RELATIVE, family="qwen2", qkv_bias=True)),
+    "qwen3": lambda: Llama(LlamaConfig(**RELATIVE, family="qwen3", qk_norm="head", head_dim=14, tied=False)),
+    "mistral": lambda: Llama(LlamaConfig(**RELATIVE, family="mistral", tied=False)),
+    "smollm3": lambda: Llama(LlamaConfig(**RELATIVE, family="smollm3", no_rope=(1,))),
+    "olmo2": lambda: Llama(LlamaConfig(**RELATIVE, family="olmo2", qk_norm="row", post_norm=True, tied=False)),
 }
 LLAMA = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-TARGETS = {"gpt2": ["", "c_attn,c_proj,c_fc"], "llama": ["", LLAMA], "untied": ["", LLAMA]}
+TARGETS = {name: ["", "c_attn,c_proj,c_fc" if name == "gpt2" else LLAMA] for name in OURS}
 CASES = [(name, targets) for name in OURS for targets in TARGETS[name]]
 
 

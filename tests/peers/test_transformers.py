@@ -22,6 +22,10 @@ from mixdpo.text.tokenizer import load_tokenizer
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")
 golden_make = pytest.importorskip("tests.golden.make")
 
+RELATIVE = dict(vocab=83, context=96, width=48, inner=70, layers=4, heads=6, kv_heads=2, eps=1e-4, theta=700.0)
+SIZES = dict(vocab_size=83, max_position_embeddings=64, hidden_size=48, intermediate_size=70, num_hidden_layers=4,
+             num_attention_heads=6, num_key_value_heads=2, rms_norm_eps=1e-4, bos_token_id=1, eos_token_id=2,
+             pad_token_id=0, rope_parameters=dict(rope_theta=700.0, rope_type="default"))
 OURS = {
     "gpt2": lambda: GPT2(GPT2Config(vocab=97, context=64, width=60, layers=3, heads=5, eos=96)),
     "gpt2-untied": lambda: GPT2(GPT2Config(vocab=97, context=64, width=60, layers=3, heads=5, inner=77, tied=False)),
@@ -29,6 +33,18 @@ OURS = {
                                        eos=(1, 2))),
     "llama-untied": lambda: Llama(LlamaConfig(vocab=89, context=96, width=40, inner=70, layers=2, heads=4, kv_heads=4,
                                               theta=500.0, scaling=RopeScaling(32.0, original=24), tied=False)),
+    "qwen2": lambda: Llama(LlamaConfig(**RELATIVE, family="qwen2", qkv_bias=True)),
+    "qwen3": lambda: Llama(LlamaConfig(**RELATIVE, family="qwen3", qk_norm="head", head_dim=14, tied=False)),
+    "mistral": lambda: Llama(LlamaConfig(**RELATIVE, family="mistral", head_dim=10, tied=False)),
+    "smollm3": lambda: Llama(LlamaConfig(**RELATIVE, family="smollm3", no_rope=(1, 3))),
+    "olmo2": lambda: Llama(LlamaConfig(**RELATIVE, family="olmo2", qk_norm="row", post_norm=True, tied=False)),
+}
+THEIRS = {      # transformers' classes and sizes of its own, with settings as they are published
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES, sliding_window=32, max_window_layers=1),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=14, tie_word_embeddings=False),
+    "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=64, tie_word_embeddings=False),
+    "smollm3": lambda: transformers.SmolLM3Config(**SIZES, tie_word_embeddings=True),
+    "olmo2": lambda: transformers.Olmo2Config(**SIZES, tie_word_embeddings=False),
 }
 
 
@@ -73,6 +89,30 @@ def test_what_we_save_transformers_opens(name, tmp_path):
     save_model(model, tmp_path)
     peer = theirs(tmp_path)
     assert peer.config.tie_word_embeddings == model.config.tied
+    assert peer.config.model_type == name.removesuffix("-untied")
+    same_logits_and_text(model, peer)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+@torch.no_grad()
+def test_what_transformers_saves_we_open(name, tmp_path):
+    """Same logits and the same greedy text, and the same tensors saved again. Faults: as above; a window that is in the
+    file and not used taken for one that is used."""
+    torch.manual_seed(0)
+    peer = transformers.AutoModelForCausalLM.from_config(THEIRS[name]()).eval()
+    for p in peer.parameters():
+        p.data = torch.randn_like(p) / p.shape[-1] ** 0.5 if p.dim() == 2 else p.data + 0.3 * torch.randn_like(p)
+    peer.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    model = load_model(tmp_path / "theirs")
+    assert model.config.family == name
+    same_logits_and_text(model, peer)
+    save_model(model, tmp_path / "ours")
+    again, want = theirs(tmp_path / "ours").state_dict(), peer.state_dict()
+    assert again.keys() == want.keys() and all(torch.equal(again[n], want[n]) for n in want)
+
+
+def same_logits_and_text(model, peer):
+    """Logits within 1e-5 and 40 greedy tokens, ours through the cache."""
     ids = torch.randint(model.config.vocab, (3, 50))
     assert difference(model(ids) @ model.unembedding.T, peer(ids).logits) <= 1e-5
     cache, new, text = model.new_cache(3, 60), ids[:, :8], ids[:, :8]
@@ -129,6 +169,69 @@ def test_bf16_is_as_near_as_transformers_bf16(name, tmp_path):
     model.bfloat16()
     ours_off = ((model(ids) @ model.unembedding.T).float() - exact).pow(2).mean()
     assert ours_off.sqrt() <= 1.2 * theirs_off.sqrt(), f"{ours_off.sqrt()} against {theirs_off.sqrt()}"
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_gguf_as_transformers_reads_it(arch, tmp_path):
+    """A file in Q4_0, with an embedding in Q6_K, that the gguf package writes from random numbers. Faults: q and k of
+    Qwen unpermuted; Q4_0's nibbles exchanged; Q6_K's high bits in another order."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed, which transformers reads GGUF with")
+    pytest.importorskip("accelerate", reason="accelerate is not installed, which transformers reads GGUF with")
+    make_gguf(tmp_path / "m.gguf", arch, gguf)
+    model = load_model(tmp_path / "m.gguf")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    assert peer.config.model_type == model.config.family == arch
+    ids = torch.randint(61, (2, 30))
+    assert difference(model(ids) @ model.unembedding.T, peer.eval()(ids).logits) <= 1e-4
+
+
+def make_gguf(path, arch, gguf, C=256, inner=64, heads=4, kv_heads=2):
+    D = 128 if arch == "qwen3" else 64                  # transformers reads no other head_dim of a Qwen3 file
+    writer, draw = gguf.GGUFWriter(path, arch), torch.Generator().manual_seed(0)
+    writer.add_context_length(64)
+    writer.add_embedding_length(C)
+    writer.add_feed_forward_length(inner)
+    writer.add_block_count(2)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(D)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1000.0)
+    writer.add_vocab_size(61)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{n}" for n in range(61)])
+    writer.add_token_merges([])
+    writer.add_eos_token_id(60)
+
+    def add(name, *shape, kind=None):
+        values = torch.randn(shape, generator=draw)
+        values = values / shape[-1] ** 0.5 if len(shape) == 2 else 1 + 0.3 * values
+        data = values.numpy()
+        if kind == gguf.GGMLQuantizationType.Q6_K:      # the package dequantises it only: random blocks
+            data = torch.randint(256, (shape[0], shape[1] // 256 * 210), dtype=torch.uint8, generator=draw).numpy()
+            data[:, 208:210] = torch.tensor([0.0004]).half().view(torch.uint8).numpy()
+        elif kind is not None:
+            data = gguf.quants.quantize(data, kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
+
+    q4, q6 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q6_K
+    add("token_embd.weight", 61, C, kind=q6)
+    add("output_norm.weight", C)
+    for block in ("blk.0.", "blk.1."):
+        for name, shape in {"attn_q": (heads * D, C), "attn_k": (kv_heads * D, C), "attn_v": (kv_heads * D, C),
+                            "attn_output": (C, heads * D), "ffn_gate": (inner, C), "ffn_up": (inner, C),
+                            "ffn_down": (C, inner)}.items():
+            add(f"{block}{name}.weight", *shape, kind=q4)
+        vectors = {"attn_norm": C, "ffn_norm": C} | {
+                "qwen2": {"attn_q.bias": heads * D, "attn_k.bias": kv_heads * D, "attn_v.bias": kv_heads * D},
+                "qwen3": {"attn_q_norm": D, "attn_k_norm": D}}.get(arch, {})
+        for name, size in vectors.items():
+            add(f"{block}{name}" if "bias" in name else f"{block}{name}.weight", size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 # --- the real model ---------------------------------------------------------------------------------------------------
