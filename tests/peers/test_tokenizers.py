@@ -178,7 +178,7 @@ ROLES = [["user"], ["system", "user"], ["user", "assistant", "user"], ["system",
 
 def conversations(count, sample, seed=0):
     """Random turns with an answer last. A fifth of the earlier answers have thoughts. No system turn is blank: SmolLM3
-    writes its default instead, which is a fault of that line (tests/text/test_families.py)."""
+    writes its default instead, which is a fault of that line (tests/text/test_tokenizer_families.py)."""
     draw = random.Random(seed)
     for n in range(count):
         messages = [{"role": role, "content": draw.choice(sample)} for role in ROLES[n % len(ROLES)]]
