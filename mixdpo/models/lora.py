@@ -22,7 +22,7 @@ from mixdpo.config import InputError
 # alpha / rank. Fixed, because with Adam it acts like the learning rate (Hu et al., section 4.1).
 SCALE = 2.0
 
-# The projections that have adapters by default: of GPT-2, and of Llama.
+# The projections that have adapters by default: of GPT-2, and of Llama and its relatives.
 TARGETS = ("c_attn", "q_proj", "v_proj")
 
 Module = TypeVar("Module", bound=nn.Module)

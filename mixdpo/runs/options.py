@@ -18,8 +18,9 @@ class TrainConfig:
     # --- data and model
     data: str                       # * preferences: .jsonl, .json, .csv, .tsv (also .gz, .zst) or .parquet, several
                                     # files with commas between them, or hub:OWNER/NAME[:SPLIT]
-    model: str                      # * reference model: gpt2, smollm2, llama-3.2-1b, a directory or a .gguf file; with
-                                    # --sharing models also K of them: a,b
+    model: str                      # * reference model: gpt2, smollm2, llama-3.2-1b, a name on the Hugging Face hub
+                                    # (OWNER/NAME), a directory or a .gguf file; with --sharing models also K of them:
+                                    # a,b
     out: str                        # * directory of the run; an unfinished run in it is resumed
     max_prompt: int = 256           # longest prompt in tokens; a longer prompt loses its first tokens, a conversation
                                     # its oldest turns

@@ -121,8 +121,7 @@ def test_one_file_of_weights_is_preferred_to_shards(server, folder):
 
 
 def test_an_interrupted_download_is_resumed_at_its_commit(server, tmp_path):
-    """By a later run, although the model has changed since. Faults: a new listing; a part thrown away; an incomplete
-    folder taken for a model."""
+    """By a later run, although the model has changed since. Faults: a new listing; a part thrown away."""
     server.cut = 1000
     with raises_at("truncated", file=NAME):
         resolve(NAME)                                   # a connection brings 1000 bytes; a download makes five of them
