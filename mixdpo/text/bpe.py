@@ -39,12 +39,12 @@ DIGITS_PATTERN = r"%s|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
-# tokenizer.json's pre-tokenizers for these three patterns.
+# tokenizer.json's pre-tokenizers for these patterns. Qwen's is Llama 3's with digits one by one.
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 SMOLLM_STEPS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}
-LLAMA3_STEPS = {"type": "Sequence", "pretokenizers": [
-    {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False},
-    BYTE_LEVEL | {"use_regex": False}]}
+LLAMA3_STEPS, QWEN_STEPS = ({"type": "Sequence", "pretokenizers": [
+    {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+    BYTE_LEVEL | {"use_regex": False}]} for pattern in (LLAMA3_PATTERN, LLAMA3_PATTERN.replace("{1,3}", "")))
 
 
 @dataclass(frozen=True)

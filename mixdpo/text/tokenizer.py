@@ -24,6 +24,7 @@ from mixdpo.models.gguf import read_gguf
 from mixdpo.text.bpe import (
     BYTE_LEVEL,
     LLAMA3_STEPS,
+    QWEN_STEPS,
     SMOLLM_STEPS,
     document,
     merges_of,
@@ -32,8 +33,11 @@ from mixdpo.text.bpe import (
     to_name,
 )
 
-# (tokenizer.ggml.model, tokenizer.ggml.pre) of a GGUF file -> its pre-tokenizer.
-GGUF_STEPS = {("gpt2", "smollm"): SMOLLM_STEPS, ("gpt2", "gpt-2"): BYTE_LEVEL}
+# (tokenizer.ggml.model, tokenizer.ggml.pre) of a GGUF file -> its pre-tokenizer, and what else differs from the usual.
+GGUF_STEPS: dict[tuple[str, str], tuple[dict, dict]] = {
+    ("gpt2", "smollm"): (SMOLLM_STEPS, {}), ("gpt2", "gpt-2"): (BYTE_LEVEL, {}),
+    ("gpt2", "qwen2"): (QWEN_STEPS, {"normalizer": {"type": "NFC"}}), ("gpt2", "llama-bpe"): (LLAMA3_STEPS, {})}
+CONTROL, USER_DEFINED = 3, 4    # llama.cpp's types of special tokens, and of added ones that a text may hold
 CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 
 
@@ -274,11 +278,27 @@ def _from_gguf(path, place):
                          f"{', '.join(' '.join(known) for known in GGUF_STEPS)}; give a directory with tokenizer.json",
                          file=path)
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    special = [token for token, number in zip(tokens, types) if number == 3]     # 3: llama.cpp's number for control
-    doc = document({token: i for i, token in enumerate(tokens)}, special, GGUF_STEPS[kind],
-                   metadata["tokenizer.ggml.merges"], ignore_merges=False)
-    chat = {"chat_template": metadata["tokenizer.chat_template"]} if "tokenizer.chat_template" in metadata else {}
-    return Tokenizer(doc, CONFIG | chat | {"eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]]}, place)
+    added = [token for token, number in zip(tokens, types) if number in (CONTROL, USER_DEFINED)]
+    steps, more = GGUF_STEPS[kind]
+    doc = document({token: i for i, token in enumerate(tokens)}, added, steps, metadata["tokenizer.ggml.merges"],
+                   ignore_merges=kind[1] == "llama-bpe") | more
+    for token in doc["added_tokens"]:
+        token["special"] = types[token["id"]] == CONTROL
+    config = CONFIG | {"eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]]}
+    if "tokenizer.chat_template" in metadata:
+        config["chat_template"] = metadata["tokenizer.chat_template"]
+    if kind[1] == "llama-bpe" and metadata.get("tokenizer.ggml.add_bos_token", True):
+        config["bos_token"] = tokens[metadata["tokenizer.ggml.bos_token_id"]]
+        doc["post_processor"] = _starting_with(config["bos_token"], metadata["tokenizer.ggml.bos_token_id"])
+    return Tokenizer(doc, config, place)
+
+
+def _starting_with(bos, number):
+    """The post-processor of tokenizer.json that puts a start token before a text."""
+    return {"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}}}
 
 
 def _llama3(data):
@@ -290,11 +310,7 @@ def _llama3(data):
     special |= {f"<|reserved_special_token_{k}|>": 128000 + n for k, n in enumerate(reserved)}
     doc = _from_ranks(_read_ranks(asset("llama3.tokenizer", data)), special, LLAMA3_STEPS)
     bos = "<|begin_of_text|>"
-    doc["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {bos: {"id": bos, "ids": [special[bos]], "tokens": [bos]}}}
+    doc["post_processor"] = _starting_with(bos, special[bos])
     return Tokenizer(doc, CONFIG | {"eos_token": "<|end_of_text|>", "bos_token": bos}, "llama-3.2-1b")
 
 
