@@ -138,7 +138,7 @@ def test_the_date_is_fixed(load, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen2.5", "Qwen3"])
-def test_the_same_tokenizer_from_a_gguf_file(family, monkeypatch, tmp_path):
+def test_the_same_tokenizer_from_a_gguf_file(family, monkeypatch, tmp_path, load):
     """Faults: Llama 3's pattern for Qwen's; NFC left out, which GGUF does not state; <think> and <tool_call>, which
     a text may hold, taken for special; the chat template of the file left out."""
     doc, config = GOLDEN[family]["tokenizer"], GOLDEN[family]["config"]
@@ -155,6 +155,7 @@ def test_the_same_tokenizer_from_a_gguf_file(family, monkeypatch, tmp_path):
         "tokenizer.chat_template": config["chat_template"]}, {}))
     (tmp_path / "m.gguf").touch()
     tokenizer = load_tokenizer(str(tmp_path / "m.gguf"))
+    assert tokenizer.pattern == load(family).pattern
     for text, ids in zip(TEXTS, GOLDEN[family]["ids"]):
         assert tokenizer.encode(text) == ids, repr(text)
     for case in GOLDEN[family]["chats"]:
