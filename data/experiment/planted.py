@@ -23,9 +23,9 @@ import torch
 from mixdpo.config import InputError, check_ranges, command, parse, to_json, write_text
 from mixdpo.evaluation.statistics import adjusted_rand_index
 from mixdpo.files.atomic import must_be_own
+from mixdpo.linear import LinearOptions, linear_mixture
 from mixdpo.mixture import e_step
 from mixdpo.runs.log import Progress
-from mixdpo.start import LinearOptions, linear_mixture
 
 
 @dataclass(frozen=True)

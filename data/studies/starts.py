@@ -28,8 +28,8 @@ from data.studies.study import Study
 from data.studies.worlds import World, judged, oracle, write
 from mixdpo import start
 from mixdpo.evaluation.statistics import mean_se
+from mixdpo.linear import LinearOptions, linear_mixture
 from mixdpo.mixture import e_step
-from mixdpo.start import LinearOptions, linear_mixture
 
 WORLDS, TYPES, EACH = 20, (2, 3, 4), 10
 PAIRS = {"smoke": (200,), "quick": (1000,), "full": (1000, 3000)}

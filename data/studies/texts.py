@@ -25,12 +25,12 @@ from mixdpo.dpo import mixture_accuracy
 from mixdpo.evaluation.statistics import adjusted_rand_index, mean_se
 from mixdpo.files import fetch
 from mixdpo.files.atomic import read_tensors, write_tensors
+from mixdpo.linear import LinearMixture, LinearOptions, linear_mixture
 from mixdpo.mixture import e_step, log_marginal
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import Pair
 from mixdpo.runs.log import Progress
 from mixdpo.runs.reference import compute_reference, prompt_features
-from mixdpo.start import LinearMixture, LinearOptions, linear_mixture
 from mixdpo.text.tokenizer import load_tokenizer
 
 SIZES = {"smoke": {"sentences": 60, "prompts": 24, "apart": 8},

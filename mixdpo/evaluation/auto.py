@@ -26,11 +26,12 @@ from mixdpo import config as configs
 from mixdpo.config import compute_dtype
 from mixdpo.evaluation.identifiability import counts_of
 from mixdpo.evaluation.statistics import mean_se
+from mixdpo.linear import DEVIATIONS, LinearOptions, linear_mixture
 from mixdpo.mixture import e_step
 from mixdpo.preferences import Pair, groups, order_of, read_preferences
 from mixdpo.runs.options import TrainConfig, validate
 from mixdpo.runs.reference import Source, load_references, reference_of
-from mixdpo.start import DEVIATIONS, LinearOptions, linear_mixture, pair_features
+from mixdpo.start import pair_features
 
 MOST = 4            # largest K that is tried
 FOLDS = 5

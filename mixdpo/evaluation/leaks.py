@@ -20,8 +20,8 @@ import torch
 from mixdpo.config import command, parse
 from mixdpo.dpo import accuracy
 from mixdpo.evaluation.statistics import mean_se
+from mixdpo.linear import newton_step
 from mixdpo.preferences import Pair, read_preferences
-from mixdpo.start import newton_step
 from mixdpo.text.chat import ends
 from mixdpo.variants.rankings import as_pairs
 

@@ -1,4 +1,4 @@
-"""mixdpo.start.linear_mixture on data whose truth is planted: the oracle's likelihood and assignments, for pairs and
+"""mixdpo.linear.linear_mixture on data whose truth is planted: the oracle's likelihood and assignments, for pairs and
 for users."""
 
 import math
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.studies.starts import half_split_likelihood
-from mixdpo.start import LinearOptions, linear_mixture
+from mixdpo.linear import LinearOptions, linear_mixture
 
 D = 8
 

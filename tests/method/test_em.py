@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mixdpo.dpo import margins
+from mixdpo.linear import random_responsibilities
 from mixdpo.mixture import e_step, expert_loss, update_weights
-from mixdpo.start import random_responsibilities
 
 FP64 = torch.float64
 V, BETA = 6, 0.5  # outcomes of the one prompt; DPO's beta

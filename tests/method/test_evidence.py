@@ -12,8 +12,9 @@ from small import config as config_of
 
 from mixdpo import start
 from mixdpo.gates import Gate, Inputs
+from mixdpo.linear import LinearOptions, linear_mixture
 from mixdpo.preferences import Pair
-from mixdpo.start import LinearOptions, fold_margins, linear_mixture, make_start, start_evidence
+from mixdpo.start import fold_margins, make_start, start_evidence
 
 SEED = 3
 

@@ -10,9 +10,9 @@ import small
 import torch
 
 from mixdpo.dpo import dpo_loss
+from mixdpo.linear import random_responsibilities
 from mixdpo.mixture import balance, e_step, elbo, entropy, expert_loss, gate_loss, log_marginal, update_weights
 from mixdpo.plan import make_plan
-from mixdpo.start import random_responsibilities
 from mixdpo.variants.choose import Variants
 from mixdpo.variants.e_steps import SAMPLED, vary, visit_noise
 from mixdpo.variants.robust import RobustWeights

@@ -15,8 +15,9 @@ import torch
 
 from mixdpo.evaluation.statistics import matched_accuracy
 from mixdpo.gates import Gate, Inputs
+from mixdpo.linear import LinearOptions, linear_mixture
 from mixdpo.mixture import e_step, expert_loss, gate_loss, log_marginal
-from mixdpo.start import LinearOptions, first_responsibilities, linear_mixture
+from mixdpo.start import first_responsibilities
 
 N, HELD, D, SHARP = 60000, 8000, 4, 3.0                                     # N: pairs for each expert
 

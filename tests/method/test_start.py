@@ -6,7 +6,8 @@ import brute
 import numpy as np
 import torch
 
-from mixdpo.start import LinearOptions, first_responsibilities, linear_mixture, log_evidence
+from mixdpo.linear import LinearOptions, linear_mixture, log_evidence
+from mixdpo.start import first_responsibilities
 
 
 def planted(types, width, seed, users=100, each=10, deviation=2.8):

@@ -21,13 +21,13 @@ import train
 from mixdpo import start as start_module
 from mixdpo.config import InputError, load
 from mixdpo.experts import make_experts
+from mixdpo.linear import random_responsibilities
 from mixdpo.models.weights import load_model
 from mixdpo.plan import batches, mark_context
 from mixdpo.preferences import groups, read_preferences
 from mixdpo.runs import reference as reference_module
 from mixdpo.runs.options import validate_values
 from mixdpo.runs.reference import compute_reference
-from mixdpo.start import random_responsibilities
 from mixdpo.text.tokenizer import load_tokenizer
 
 USER, CONTEXT = {"latent": "user"}, {"latent": "user", "estep": "context", "context": 2}

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 import torch
 
+from mixdpo.linear import LinearOptions, linear_mixture
 from mixdpo.mixture import e_step, log_marginal
-from mixdpo.start import LinearOptions, linear_mixture
 
 # XLA compiles one copy of the logit for each pair of the longest user; its optimiser takes most of the time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
