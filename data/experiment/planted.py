@@ -2,7 +2,7 @@
 
 A world has K types with random linear rewards, theta ~ N(0, 1) in D features. Each user has a random type and judges m
 pairs, x ~ N(0, 1), with logistic noise. All worlds have the same number of pairs, so a larger m means fewer users. Two
-mixtures with linear rewards (mixdpo/start.py; the M-step is convex) are fitted to the same pairs, one with a latent
+mixtures with linear rewards (mixdpo/linear.py; the M-step is convex) are fitted to the same pairs, one with a latent
 type for each user (M11), one with a latent type for each pair. Users are assigned in three ways:
 
     user            by the responsibilities of the user mixture

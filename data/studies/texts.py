@@ -4,7 +4,7 @@
     prompts     four sentences of one document, as their mean state; in shifted prompts some are from other documents
     tastes      warm: mean rating by people; cold: its negative; terse: shorter; lavish: longer. Rewards have deviation
                 SHARP over all sentences; choices follow p(a > b) = sigma(r(a) - r(b))
-    experts     h_k = theta_k . (f(a) - f(b)) on the first D principal components of the states (mixdpo/start.py)
+    experts     h_k = theta_k . (f(a) - f(b)) on the first D principal components of the states (mixdpo/linear.py)
 
 A run takes seconds, where a language model would take minutes; maps need hundreds of runs. docs/results shows what
 language models add and lose. Held-out comparisons share no sentence with training comparisons.
