@@ -25,7 +25,7 @@ show: .venv/ready         ## one batch, its prompt, response, end token and padd
 test: .venv/ready         ## what a reader runs: the method, models, text, and a tiny job from training to evaluation
 	$(PYTEST) tests/method tests/models tests/text tests/evaluation/test_eval.py -m "not slow"
 
-test-all: .venv/ready     ## every test, and every two options of train.py together
+test-all: .venv/files     ## every test, and every two options of train.py together
 	$(PYTEST) tests --ignore=tests/peers --ignore=tests/bench --ignore=tests/chaos --show-capture=no
 
 lint: .venv/lint          ## ruff on all files, mypy on mixdpo/, train.py and eval.py
@@ -62,6 +62,10 @@ peers: .venv/peers        ## the same numbers as transformers, tokenizers, PEFT,
 
 .venv/chaos: .venv/ready tests/chaos/requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/chaos/requirements.txt
+	touch $@
+
+.venv/files: .venv/ready tests/text/requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/text/requirements.txt
 	touch $@
 
 .venv/lint: .venv/ready tests/lint-requirements.txt
