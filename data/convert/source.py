@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.convert.files import rows
 from mixdpo.config import InputError
+from mixdpo.files.sources import data_files
+from mixdpo.text.containers import rows
 from mixdpo.text.records import Fault, check_messages, check_string
 
 
@@ -94,9 +95,15 @@ class Source:
     first: dict[str, int] = field(default_factory=dict)     # reason -> the first row where it was
 
     def rows(self) -> Iterator[Row]:
-        for number, values in rows(self.path):
-            self.read += 1
-            yield Row(self.path, number, values)
+        """The rows of the file (mixdpo/text/containers.py). Raises: InputError naming the line or row."""
+        for file in data_files(self.path):
+            for found in rows(file):
+                self.read += 1
+                try:
+                    values = found.value()
+                except Fault as fault:
+                    raise Fault(fault.kind, fault.got, fault.remedy, self.path, found.number) from None
+                yield Row(self.path, found.number, values)
 
     def skip(self, reason: str, row: Row) -> None:
         """Counts what is left out, or changed, by its reason."""
