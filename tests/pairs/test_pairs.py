@@ -344,8 +344,8 @@ def evaluates(job: Job, options: dict, run: Path, monkeypatch) -> None:
     heldout, adapt = (job.file(drop, aside, kind) for kind in ("heldout", "adapt"))
     real = evaluation.margins_of
 
-    def margins_of(runs, references, tokenizer, path, store):
-        for found in real(runs, references, tokenizer, path, store):
+    def margins_of(runs, references, tokenizer, path, store, columns):
+        for found in real(runs, references, tokenizer, path, store, columns):
             seen[Path(path).name] = found
             yield found
 
