@@ -55,6 +55,8 @@ def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, config
     about this KL, and `examples` of a user's choices are shown to the reference. done: run -> what `complete` returned
     at strength 1, and "reference" -> its completions; known: posteriors of new users; scores(texts) ->
     {reward: the score of each}."""
+    if "domains" in inputs.dataset:
+        task, done = judged_prompts(task, done, inputs.dataset["domains"])
     types, plain = inputs.dataset.get("annotators", []), done["reference"]
 
     def values(ids: list[list[int]]) -> torch.Tensor:
@@ -106,6 +108,17 @@ def soup(experts: Adapters | Models) -> Heads:
     for p, *own in zip(mean.parameters(), *(model.parameters() for model in others)):
         p.copy_(torch.stack([p, *own]).mean(0))
     return Heads(mean.requires_grad_(True), 1, dtype=experts.dtype)         # its own parameters, as of a trained model
+
+
+def judged_prompts(task: CompletionTask, done: dict, judges: dict[str, list[str]]) -> tuple[CompletionTask, dict]:
+    """The task and its completions for the prompts whose domain has judges. Prompts of other domains show what a gate
+    does there; nobody's reward is known."""
+    kept = [n for n, pair in enumerate(task.prompts) if pair.domain in judges]
+    few: dict = {"reference": [done["reference"][n] for n in kept]}
+    for name in done.keys() - few.keys():
+        texts, log_ratio = done[name]
+        few[name] = [[of_expert[n] for n in kept] for of_expert in texts], log_ratio[:, kept]
+    return replace(task, prompts=[task.prompts[n] for n in kept]), few
 
 
 def own_scores(found: dict[str, list[float]], domain: list[str], judges: dict[str, list[str]]) -> list[float]:

@@ -391,6 +391,18 @@ def test_the_judges_of_a_domain_score_its_prompts():
     assert served.own_scores(found, ["x", "y", "x"], judges) == [5.5, 200.0, 16.5]
 
 
+def test_prompts_of_a_domain_without_judges_have_no_own_reward():
+    """Caught: KeyError at a prompt of another domain; completions or log-ratios of another prompt; an order of prompts
+    other than the task's; the reference's completions of all prompts."""
+    prompts = [Pair([n], [], [], domain="xzyz"[n]) for n in range(4)]
+    task, ratio = CompletionTask(None, prompts, Sampling(1, 0)), torch.arange(16.0).view(2, 4, 2)
+    done = {"run": ([[[10], [11], [12], [13]], [[20], [21], [22], [23]]], ratio), "reference": [[0], [1], [2], [3]]}
+    few, found = served.judged_prompts(task, done, {"x": ["a"], "y": ["b"]})
+    assert [p.domain for p in few.prompts] == ["x", "y"] and few.sampling == task.sampling
+    assert found["reference"] == [[0], [2]] and found["run"][0] == [[[10], [12]], [[20], [22]]]
+    assert torch.equal(found["run"][1], ratio[:, [0, 2]])
+
+
 def test_each_text_is_scored_once():
     """Caught: a text scored again; the score of another text; an order of texts other than asked; an empty list."""
     seen = []
