@@ -187,8 +187,9 @@ def validate_values(config: TrainConfig) -> None:
 
 def compared(config: TrainConfig) -> dict:
     """The options that must be equal for a run to be resumed: all but those that change nothing, or rounding only.
-    --dtype auto is left out: the dtype that it stands for is compared once the device is known."""
-    free = ["out", "data_folder", "save_minutes", "keep", "micro", "head_rows", "checkpointing"]
+    --dtype auto is left out: the dtype that it stands for is compared once the device is known. So is --columns, which
+    is a part of the key of the data."""
+    free = ["out", "data_folder", "columns", "save_minutes", "keep", "micro", "head_rows", "checkpointing"]
     free += ["dtype"] * (config.dtype == "auto")
     return {name: value for name, value in asdict(config).items() if name not in free}
 
