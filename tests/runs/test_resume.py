@@ -154,6 +154,7 @@ def test_a_finished_run_returns_at_once(tmp_path, model_dir, monkeypatch, capsys
 @pytest.mark.parametrize("options,says", [
     (dict(beta=0.2), "beta: there 0.1, now 0.2"),
     (dict(experts=3, seed=5), "experts: there 2, now 3; seed: there 0, now 5"),
+    (dict(columns="user="), "data_key has changed"),
 ])
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_run_of_another_configuration_is_refused(options, says, finished, tmp_path, model_dir, monkeypatch):
