@@ -25,7 +25,7 @@ def system(text="s"):
     return {"role": "system", "content": text}
 
 
-def said(who, text):
+def message(who, text):
     return {"from": who, "value": text}
 
 
@@ -66,11 +66,11 @@ SHAPES = {                                                                  # ro
     "messages + answers": ({"messages": [system(), user()], "chosen": "y", "rejected": "n"}, chat(system(), user())),
     "messages that end with the chosen answer": (
         {"messages": [user(), bot("y")], "chosen": [bot("y")], "rejected": [bot("n")]}, chat(user())),
-    "conversations": ({"conversations": [said("human", "q"), said("gpt", "a"), said("human", "r")],
-                       "chosen": said("gpt", "y"), "rejected": said("gpt", "n"), "id": 7},
+    "conversations": ({"conversations": [message("human", "q"), message("gpt", "a"), message("human", "r")],
+                       "chosen": message("gpt", "y"), "rejected": message("gpt", "n"), "id": 7},
                       chat(user(), bot(), user("r"))),
-    "conversations and system": ({"conversations": [said("human", "q")], "chosen": said("gpt", "y"),
-                                  "rejected": said("gpt", "n"), "system": "s"}, chat(system(), user())),
+    "conversations and system": ({"conversations": [message("human", "q")], "chosen": message("gpt", "y"),
+                                  "rejected": message("gpt", "n"), "system": "s"}, chat(system(), user())),
     "instruction, second better": ({"instruction": "Do", "input": "it", "output_1": "n", "output_2": "y",
                                     "preference": 2}, texts("Do\n\nit\n\n")),
     "instruction, first better": ({"instruction": "Do", "input": "", "output_1": "y", "output_2": "n",
@@ -118,7 +118,7 @@ def test_a_common_prefix_is_cut_at_a_turn(tmp_path):
 FAULTS = {                                                                  # row; kind and start of what it got
     "tool turn: prompt[1] has the role 'tool'": {"prompt": [user(), {"role": "tool", "content": "4"}, user()]},
     "tool turn: prompt[1] has tool_calls": {"prompt": [user(), bot() | {"tool_calls": [{"id": "x"}]}, user()]},
-    "tool turn: chosen[0] has the role 'function_call'": {"chosen": said("function_call", "f()")},
+    "tool turn: chosen[0] has the role 'function_call'": {"chosen": message("function_call", "f()")},
     "wrong message: prompt[0] is {'role': 'critic'": {"prompt": [{"role": "critic", "content": "x"}]},
     "wrong message: prompt[0] is {'role': 'user', 'content': 'q', 'name'": {"prompt": [user() | {"name": "Bo"}]},
     "wrong message: prompt[0] is 'q'": {"prompt": ["q"]},

@@ -25,7 +25,7 @@ def user(text):
     return [{"role": "user", "content": text}]
 
 
-def said(who, text):
+def message(who, text):
     return {"from": who, "value": text}
 
 
@@ -52,8 +52,8 @@ SHAPES = {                                                                  # a 
     "messages": (lambda r: as_chat(r) | {"split": "x"}, as_chat),
     "transcripts": (lambda r: {side: user(r["prompt"]) + bot(text) for side, text in sides(r).items()}, as_chat),
     "messages + answers": (lambda r: {"messages": user(r["prompt"])} | sides(r), as_chat),
-    "conversations": (lambda r: {"conversations": [said("human", r["prompt"])]}
-                      | {side: said("gpt", text) for side, text in sides(r).items()}, as_chat),
+    "conversations": (lambda r: {"conversations": [message("human", r["prompt"])]}
+                      | {side: message("gpt", text) for side, text in sides(r).items()}, as_chat),
     "HH": (lambda r: {side: transcript(r["prompt"], " " + text) for side, text in sides(r).items()},
            lambda r: {"prompt": transcript(r["prompt"], "")} | {side: " " + text for side, text in sides(r).items()}),
     "instruction": (lambda r: {"instruction": r["prompt"], "input": "", **two(r)},
