@@ -1,5 +1,5 @@
 # make help lists the targets. Each one that runs Python makes .venv from the pinned requirements first.
-# Variables: DATASET=imdb|reviews|hh|ultrafeedback  PRESET=smoke|quick|cpu|paper  MODEL=gpt2|smollm2|llama-3.2-1b|DIRECTORY  DATA=FOLDER of local files, searched first
+# Variables: DATASET=imdb|reviews|hh|ultrafeedback  PRESET=smoke|quick|cpu|paper  MODEL=gpt2|smollm2|llama-3.2-1b|DIRECTORY|HUB NAME  DATA=FOLDER of local files, searched first
 
 train: DATASET ?= imdb
 synth: DATASET ?= adult
