@@ -10,7 +10,7 @@
 K is chosen before training, with mixtures of linear rewards on the reference's frozen features (start.py): for each of
 FOLDS folds of users (or of choices) they are fitted to the others. This takes seconds, and the features are cached for
 the run. What a linear reward cannot see, this choice cannot see; --experts 2 overrides it. Options that are given on
-the command line are kept.
+the command line are kept. A private run (--epsilon) has the defaults: a choice from its data would not be private.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from mixdpo import config as configs
-from mixdpo.config import compute_dtype
+from mixdpo.config import InputError, compute_dtype
 from mixdpo.evaluation.identifiability import counts_of
 from mixdpo.evaluation.statistics import mean_se
 from mixdpo.linear import DEVIATIONS, LinearOptions, linear_mixture
@@ -60,7 +60,13 @@ def parse(argv: list[str], program: str) -> TrainConfig:
         at = words.index("--experts")
         words = words[:at] + words[at + 2 :]
     given = {word.removeprefix("--").replace("-", "_") for word in words[::2]}
-    return choose(configs.parse(TrainConfig, words, program), given)
+    config = configs.parse(TrainConfig, words, program)
+    if config.epsilon < math.inf:                                           # the choice itself would not be private
+        if asked:
+            raise InputError("got auto with --epsilon: the choice would read the private data without noise; give a "
+                             "number", option="experts")
+        return config
+    return choose(config, given)
 
 
 def choose(config: TrainConfig, given: set[str]) -> TrainConfig:

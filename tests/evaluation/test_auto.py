@@ -131,6 +131,16 @@ def test_options_on_the_command_line_are_kept(words, capsys):
         auto.parse([*words, "--beta", "-1"], "train.py")
 
 
+def test_a_private_run_chooses_nothing_from_its_data(words, tmp_path, capsys, monkeypatch):
+    """Caught: options of a private run that depend on its data without noise; its file read before the run."""
+    monkeypatch.setattr(auto, "read_preferences", None)                     # a call of it is a TypeError
+    private = auto.parse([*words, "--epsilon", "8"], "train.py")
+    assert private == TrainConfig(words[1], words[3], words[5], dtype="float32", epsilon=8.0)
+    assert capsys.readouterr().out == ""
+    with raises_at("--epsilon", option="experts"):
+        auto.parse([*words, "--epsilon", "8", "--experts", "auto"], "train.py")
+
+
 def test_people_who_agree_get_dpo(tmp_path, model_dir, capsys):
     """Caught: a mixture for one type; a plan that does not say that this is DPO."""
     records = [record | {"user": f"u{n % 30}"} for n, record in enumerate(
