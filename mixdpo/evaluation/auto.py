@@ -4,8 +4,8 @@
                                    enough
     domains, but no users?         weights for each domain
     neither?                       one type per choice, if the choices can identify types at all (identifiability.py)
-    how many types?                the smallest K whose log-likelihood of held-out users is within one standard error of
-                                   the best one's; 1 is DPO
+    how many types?                the smallest K whose log-likelihood of held-out users is less than the best one's by at
+                                   most one standard error of the difference; 1 is DPO
 
 K is chosen before training, with mixtures of linear rewards on the reference's frozen features (start.py): for each of
 FOLDS folds of users (or of choices) they are fitted to the others. This takes seconds, and the features are cached for
@@ -38,7 +38,7 @@ FOLDS = 5
 FEWEST = 20         # users, or choices, that the choice of K needs
 LARGEST = 4000      # choices that the choice of K looks at
 DIRECTIONS = 64     # principal directions of the features that it looks at
-CONTEXT = 0.4       # share of the pairs of the user with the fewest, for the E-step alone; at most 8
+CONTEXT = 0.2       # share of the pairs of the user with the fewest, for the E-step alone; at most 8
 
 
 @dataclass(frozen=True)
@@ -180,10 +180,10 @@ def of_fold(x: torch.Tensor, group: torch.Tensor, domain: torch.Tensor, out: tor
 
 
 def fewest(tried: list[Tried]) -> int:
-    """The smallest K whose mean is within one standard error of the best one's."""
+    """The smallest K whose mean is less than the best one's by at most one standard error of the difference."""
     best = max(tried, key=lambda t: float(t.by_unit.mean()))
-    slack = mean_se(best.by_unit)["se"]
-    return min(t.experts for t in tried if t is best or float(best.by_unit.mean() - t.by_unit.mean()) <= slack)
+    lost = {t.experts: mean_se(best.by_unit - t.by_unit) for t in tried if t is not best}
+    return min([best.experts, *(K for K, loss in lost.items() if loss["mean"] <= loss["se"])])
 
 
 def describe(tried: list[Tried], units: int, options: dict, most: int) -> str:
@@ -194,10 +194,8 @@ def describe(tried: list[Tried], units: int, options: dict, most: int) -> str:
                "single choices of different responses cannot identify more types")
         return f"1, which is DPO: {why}"
     values = ", ".join(f"K = {t.experts}: {float(t.by_unit.mean()):.3f}" for t in tried)
-    best = max(tried, key=lambda t: float(t.by_unit.mean()))
     dpo = ", which is DPO: more types do not predict held-out " + what if K == 1 else ""
-    return (f"{K}{dpo}: log-likelihood of held-out {what} with linear rewards, nats a choice: {values} (standard error "
-            f"{mean_se(best.by_unit)['se']:.3f})")
+    return f"{K}{dpo}: log-likelihood of held-out {what} with linear rewards, nats a choice: {values}"
 
 
 def print_plan(chosen: dict, reasons: dict[str, str], K: int, given: set[str]) -> None:
