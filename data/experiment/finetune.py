@@ -33,7 +33,7 @@ class FinetuneConfig:
     """Fine-tunes a model on texts (JSON Lines with a field "text")."""
 
     data: str                       # file of texts, .jsonl or .jsonl.gz
-    model: str                      # gpt2, smollm2, llama-3.2-1b or a Hugging Face directory
+    model: str                      # as train.py --model
     out: str                        # directory for the tuned model and tokenizer, Hugging Face layout
     steps: int = 100                # optimizer steps
     batch: int = 16                 # blocks for each step

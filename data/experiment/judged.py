@@ -67,7 +67,7 @@ class JudgedConfig:
     """An experiment: judged answers, users of several types, DPO and mixtures, report."""
 
     preset: str = ""            # smoke, quick, cpu or paper; default: paper with a CUDA device, else quick
-    model: str = ""             # a chat model: smollm2, llama-3.2-1b or a directory; default: smollm2
+    model: str = ""             # a chat model, as train.py --model; default: smollm2
     out: str = ""               # the job's folder; default: runs/DATASET-PRESET, or runs/DATASET-PRESET-MODEL
     users: int = 0              # users of each type; 0: the preset's number
     pairs: int = 0              # training pairs of each user; 0: the preset's number

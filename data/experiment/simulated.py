@@ -60,7 +60,7 @@ class ExperimentConfig:
     """An experiment: data, reference, DPO and mixtures, report. Finished stages are skipped."""
 
     preset: str = ""            # smoke, quick, cpu or paper; default: paper with a CUDA device, else quick
-    model: str = ""             # gpt2, smollm2, llama-3.2-1b or a directory; default: gpt2 where possible, else smollm2
+    model: str = ""             # as train.py --model; default: gpt2 where possible, else smollm2
     out: str = ""               # the job's folder; default: runs/DATASET-PRESET, or runs/DATASET-PRESET-MODEL
     sentiment: str = ""       # judge of sentiment: bag or distilbert; default: distilbert if it can be loaded, else bag
     data_only: bool = False     # true: stop after the preference files are written

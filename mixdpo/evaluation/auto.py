@@ -4,8 +4,8 @@
                                    enough
     domains, but no users?         weights for each domain
     neither?                       one type per choice, if the choices can identify types at all (identifiability.py)
-    how many types?                the smallest K whose log-likelihood of held-out users is less than the best one's by at
-                                   most one standard error of the difference; 1 is DPO
+    how many types?                the smallest K whose log-likelihood of held-out users is less than the best one's by
+                                   at most one standard error of the difference; 1 is DPO
 
 K is chosen before training, with mixtures of linear rewards on the reference's frozen features (start.py): for each of
 FOLDS folds of users (or of choices) they are fitted to the others. This takes seconds, and the features are cached for

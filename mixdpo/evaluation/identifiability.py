@@ -133,8 +133,9 @@ def describe_counts(counts: Counts, experts: int, latent: str) -> list[str]:
 class IdentifiabilityConfig:
     """Counts whether comparisons can identify several types of users."""
 
-    data: str                   # preference file (.jsonl, .jsonl.gz); its flag may be omitted
-    model: str = "smollm2"      # the model whose tokenizer is used: gpt2, smollm2, llama-3.2-1b or a directory
+    data: str                   # preferences, as train.py --data; its flag may be omitted
+    columns: str = ""           # which columns are which fields, as train.py --columns
+    model: str = "smollm2"      # the model whose tokenizer is used, as train.py --model
     experts: int = 2            # number of types K
     latent: str = "user"        # user: one type per user; pair: one type per pair
     max_prompt: int = 256       # tokens of a prompt, as for train.py
@@ -162,7 +163,8 @@ def main(argv: list[str]) -> None:
     if config.latent not in ("pair", "user"):
         raise InputError(f"got {config.latent!r}, wanted pair or user", option="latent")
     tokenizer = load_tokenizer(config.model, config.data_folder or None)
-    pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
+    pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop,
+                             columns=config.columns)
     print("\n".join(describe_counts(counts_of(pairs), config.experts, config.latent)))
 
 

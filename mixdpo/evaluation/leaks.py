@@ -114,8 +114,9 @@ def describe_feature(name: str, figure: dict) -> str:
 class LeakConfig:
     """Tells how well the form of responses predicts which one was chosen."""
 
-    data: str                   # preference file; its flag may be omitted
-    model: str = "smollm2"      # the model whose tokenizer is used: gpt2, smollm2, llama-3.2-1b or a directory
+    data: str                   # preferences, as train.py --data; its flag may be omitted
+    columns: str = ""           # which columns are which fields, as train.py --columns
+    model: str = "smollm2"      # the model whose tokenizer is used, as train.py --model
     max_prompt: int = 256       # tokens of a prompt, as for train.py
     max_response: int = 256     # tokens of a response, as for train.py
     drop: bool = False          # skip faulty lines and list them
@@ -129,7 +130,8 @@ def main(argv: list[str]) -> None:
     flags = argv if argv and argv[0].startswith("-") else ["--data", *argv]
     config = parse(LeakConfig, flags, "python -m mixdpo.evaluation.leaks FILE")
     tokenizer = load_tokenizer(config.model, config.data_folder or None)
-    pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop)
+    pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop,
+                             columns=config.columns)
     leak = find_leak(pairs, tokenizer)
     if leak is None:
         print(f"fewer than {2 * FOLDS} prompts: too few to tell")

@@ -61,8 +61,9 @@ def show(batch: Batch, tokenizer, colour: bool = False) -> str:
 class ShowConfig:
     """Prints the first batch of a preference file."""
 
-    data: str                   # preference file (.jsonl, .jsonl.gz); its flag may be omitted
-    model: str = ""             # the model whose tokenizer is used: gpt2, smollm2, llama-3.2-1b or a directory;
+    data: str                   # preferences, as train.py --data; its flag may be omitted
+    columns: str = ""           # which columns are which fields, as train.py --columns
+    model: str = ""             # the model whose tokenizer is used, as train.py --model;
                                 # default: the model of the job in the file's folder, else smollm2
     max_prompt: int = 0         # last ids of a prompt that are kept; 0: as in the dataset.json of the file's folder,
                                 # else 64
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(config.model or tuned, config.data_folder or None)
     max_prompt = config.max_prompt or facts.get("max_prompt", 64)
     max_response = config.max_response or facts.get("max_new", 64)
-    pairs = read_preferences(config.data, tokenizer, max_prompt, max_response, config.drop)
+    pairs = read_preferences(config.data, tokenizer, max_prompt, max_response, config.drop, columns=config.columns)
     batch = collate(pairs, list(range(min(config.pairs, len(pairs)))))
     print(show(batch, tokenizer, colour=sys.stdout.isatty()))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from raising import raises_at
 
-from mixdpo.evaluation.adaptation import adaptation_curve, halves, posteriors_after
+from mixdpo.evaluation.adaptation import adaptation_curve, bayes_flips, halves, posteriors_after
 from mixdpo.evaluation.statistics import mean_se
 from mixdpo.preferences import Pair
 
@@ -140,3 +140,11 @@ def test_bayes_flips_by_the_types_own_scores():
     assert [point["flips_bayes"]["mean"] for point in curve] == [0, 1, 1, 1]
     same = [dataclasses.replace(p, scores={"a": [1.0, 0.0], "b": [1.0, 0.0]}) for p in pairs]
     assert adaptation_curve(same, h, torch.full_like(h, 0.5).log())[-1]["flips_bayes"]["mean"] == 0
+
+
+def test_bayes_predicts_what_the_likelier_type_chooses():
+    """The known pair: a is undecided, b agrees with the choice, so q = (1/3, 2/3); reversed (1, 0). Catches: votes that
+    count by how much a type prefers a response."""
+    known = Pair([1], [2], [3], scores={"a": [1.0, 1.0], "b": [1.0, 0.0]})
+    predicted = Pair([1], [2], [3], scores={"a": [10.0, 0.0], "b": [0.0, 1.0]})
+    assert bayes_flips([known, predicted], [0], [1], ["a", "b"]).tolist() == [1.0]

@@ -89,6 +89,7 @@ def test_the_whole_protocol_on_the_sample(tmp_path, monkeypatch, capsys):
         part = text.partition(f"## {name}")[2].partition("##")[0]
         assert all(f"| {row} |" in part for row in ("one policy (DPO)", "mixture", "mixture, 4 context pairs",
                                                     "one policy per known type"))
+        assert len({line.split("|")[3] for line in part.splitlines() if "±" in line}) == 1      # all rows: all choices
     capsys.readouterr()
     ultrafeedback.start(words)
     assert capsys.readouterr().out.count("finished before") >= 12

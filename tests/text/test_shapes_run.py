@@ -13,6 +13,7 @@ import eval as evaluation
 import train
 from eval import EvalConfig, evaluate, export
 from mixdpo.config import InputError
+from mixdpo.evaluation import identifiability, leaks, show
 from mixdpo.preferences import read_preferences
 from mixdpo.text.tokenizer import load_tokenizer
 
@@ -201,3 +202,16 @@ def test_the_hub_from_its_split_to_experts(tmp_path, model_dir, hub):
     with raises_at(file="hub:someone/prefs", option="lr"):
         tinyjob.run(tmp_path, model_dir, None, name="bad", data="hub:someone/prefs", lr=1e30, warmup=0)
     assert len(tinyjob.lines(tmp_path / "bad" / "step-2.jsonl")) == 4
+
+
+@pytest.mark.parametrize("command", [identifiability, leaks, show], ids=lambda module: module.__name__.split(".")[-1])
+def test_commands_that_look_at_a_file_know_its_columns(tmp_path, model_dir, command, capsys):
+    """Catches: a command to which --columns is unknown, or that ignores it."""
+    records = tinyjob.make_records(users=4, each=3)
+    data = tinyjob.write(tmp_path / "a.jsonl", [{"ask": r.pop("prompt"), "worker": r.pop("user")} | r for r in records])
+    own = tinyjob.write(tmp_path / "own.jsonl", tinyjob.make_records(users=4, each=3))
+    printed = []
+    for file, columns in ((data, ["--columns", "prompt=ask,user=worker"]), (own, [])):
+        command.main([file, "--model", str(model_dir), "--max-prompt", "40", "--max-response", "12", *columns])
+        printed.append([line for line in capsys.readouterr().out.splitlines() if str(tmp_path) not in line])
+    assert printed[0][-len(printed[1]) :] == printed[1]
