@@ -35,7 +35,7 @@ from mixdpo.start import pair_features
 
 MOST = 4            # largest K that is tried
 FOLDS = 5
-FEWEST = 20         # users, or choices, that the choice of K needs
+FEWEST = 10         # users, or choices, that the choice of K needs
 LARGEST = 4000      # choices that the choice of K looks at
 DIRECTIONS = 64     # principal directions of the features that it looks at
 CONTEXT = 0.2       # share of the pairs of the user with the fewest, for the E-step alone; at most 8

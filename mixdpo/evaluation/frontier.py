@@ -4,7 +4,9 @@ A method is a set of runs that differ in seed and beta only. Its points are its 
 trained and at smaller KL (strength.py), means over seeds. Methods serve users in one of these ways:
 
     one policy     K = 1: everybody gets the same policy                        (users: "all users")
-    mixture        every user is served under the user's weights                ("known users"; without users "unknown")
+    mixture        every user is served under the user's weights ("known users") or, without users, under those of a
+                   trained gate ("unknown users")
+    fixed weights  without users: the weights are constant, or given by the domain or at random
     known types    one policy for each type, told which user is of which type   ("type X"): the ceiling
     in context     the reference, with a few of the user's choices in the prompt
     soup           the mean of a mixture's experts, for everybody
@@ -21,10 +23,11 @@ import numpy as np
 
 from mixdpo.evaluation.own_reward import compare_frontiers, hull
 from mixdpo.evaluation.statistics import NONE, evidence, mean_se, pm
+from mixdpo.gates import TRAINED
 
 FREE = ("seed", "beta", "out", "data", "data_folder", "micro", "save_minutes", "keep")      # not part of a method
 KNOWN = "one policy per known type"
-SERVES = ("one policy", "mixture", "known types", "in context", "soup")
+SERVES = ("one policy", "mixture", "fixed weights", "known types", "in context", "soup")
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ def methods(results: dict) -> list[Method]:
         serves = {"all users": "one policy", "known users": "mixture", "in context": "in context"}.get(row["users"], "")
         serves = "known types" if row["users"].startswith("type ") else serves
         serves = "soup" if row["run"].endswith("-soup") else serves
-        if row["users"] == "unknown users" and config["latent"] == "pair":
-            serves = "mixture"                                              # has no weights of users
+        if row["users"] == "unknown users" and config["latent"] == "pair":      # has no weights of users
+            serves = "mixture" if config["gate"] in TRAINED else "fixed weights"
         if serves:
             options = tuple((name, str(value)) for name, value in sorted(config.items()) if name not in FREE)
             groups.setdefault((serves, options), []).append(row)
@@ -108,13 +111,13 @@ def points_of(rows: list[dict]) -> list[Point]:
 
 def main_methods(found: list[Method]) -> tuple[Method | None, Method | None, Method | None]:
     """The mixture that the result is about, the baseline, and the ceiling; None where there is none. The mixture is
-    the first one in the order of the runs; the baseline has the points of all methods of one policy."""
+    the first one in the order of SERVES and of the runs; the baseline has the points of all methods of one policy."""
     def first(serves: str) -> Method | None:
         return next((m for m in found if m.serves == serves), None)
 
     single = [m for m in found if m.serves == "one policy"]
     baseline = Method(single[0].name, "one policy", [p for m in single for p in m.points]) if single else None
-    return first("mixture"), baseline, first("known types")
+    return first("mixture") or first("fixed weights"), baseline, first("known types")
 
 
 def common_kl(*found: Method) -> float:
@@ -135,7 +138,8 @@ def own_reward_sentence(results: dict) -> str:
         return ""
     found = compare(mixture, baseline)
     gap = found["difference"]
-    text = (f"Each user's own reward rises by {found['ours']:.3f} with the mixture and by {found['theirs']:.3f} with "
+    name = "the mixture" if mixture.name == "mixture" else mixture.name
+    text = (f"Each user's own reward rises by {found['ours']:.3f} with {name} and by {found['theirs']:.3f} with "
             f"one policy for all ({baseline.name}) at the same KL of {found['kl']:.1f} nats: the difference is "
             f"{pm(gap, sign='+')}, {evidence(gap)}")
     if math.isfinite(found["ratio"]) and gap["mean"] > 2 * gap["se"]:

@@ -23,7 +23,7 @@ def people(users=24, each=10, **more):
     (people(), {"latent": "user", "em": "incremental", "estep": "context", "context": 2}),
     (people(each=50), {"latent": "user", "em": "incremental", "estep": "context", "context": 8}),
     (people(each=3), {"latent": "user", "em": "incremental"}),
-    (people(users=19), {"latent": "pair"}), (people(each=1), {"latent": "pair"}),
+    (people(users=9), {"latent": "pair"}), (people(each=1), {"latent": "pair"}),
     ([*people(), pair([1], [2], [3])], {"latent": "pair"}),
     ([*people(), *people(1, 2)], {"latent": "user", "em": "incremental", "estep": "context", "context": 2}),
     ([pair([n], [1], [2], domain="ab"[n % 2]) for n in range(40)], {"latent": "pair", "gate": "domain"}),
@@ -80,8 +80,8 @@ def test_the_smallest_within_one_standard_error():
 
 def test_too_few_users_are_not_divided():
     """Caught: folds of a handful of users."""
-    features, units = planted(2, users=19)
-    tried, = try_experts(units, [0] * 19, features, torch.tensor([[0, 1]] * 190), 4, 0)
+    features, units = planted(2, users=9)
+    tried, = try_experts(units, [0] * 9, features, torch.tensor([[0, 1]] * 90), 4, 0)
     assert tried.experts == 1
 
 

@@ -34,11 +34,11 @@ def test_a_method_is_its_runs_of_any_seed_and_beta(job):
     low = [copy.deepcopy(row) for row in rows if row["run"] == "dpo" and row["target"] is None]
     low[0]["run"], low[0]["config"]["beta"] = "dpo-beta0.01", 0.01
     found = {m.name: m for m in frontier.methods({"own_reward": [*rows, *again, *low]})}
-    assert list(found) == ["dpo", "mix-pair", "mix-user"]
+    assert list(found) == ["dpo", "mix-user", "mix-pair"]
     assert [(p.beta, p.target) for p in found["dpo"].points] == [(0.1, None), (0.1, 0.5), (0.01, None)]
     assert found["dpo"].full.gain.shape == (2, 40) and found["dpo"].arrays()[0].shape == (3, 1, 40)
     assert found["dpo"].full.gain.mean() == pytest.approx(np.mean(rows[0]["gain_by_prompt"]) + 0.5)
-    assert [m.serves for m in found.values()] == ["one policy", "mixture", "mixture"]
+    assert [m.serves for m in found.values()] == ["one policy", "mixture", "fixed weights"]
     soup = [row | {"run": "mix-soup", "config": row["config"] | {"rank": 3}} for row in rows if row["run"] == "dpo"]
     mixed = frontier.methods({"own_reward": [*rows, *soup]})
     assert mixed[-1].serves == "soup" and len(frontier.main_methods(mixed)[1].points) == 2
@@ -46,6 +46,20 @@ def test_a_method_is_its_runs_of_any_seed_and_beta(job):
     assert [p.target for p in fewer.points] == [None] and fewer.arrays()[0].shape == (1, 2, 40)
     known = next(row for row in rows if row["run"] == "mix-user" and row["users"] == "known users")
     assert found["mix-user"].full.gain[0].tolist() == known["gain_by_prompt"]
+
+
+@pytest.mark.parametrize("gate, serves", [("linear", "mixture"), ("mlp", "mixture"), ("random", "fixed weights"),
+                                          ("domain", "fixed weights"), ("fixed", "fixed weights")])
+def test_without_users_a_trained_gate_is_the_result(job, gate, serves):
+    """Caught: weights that serve everybody alike, or that are given with the domain, as what the result is about; a
+    sentence that does not name them; no result where no gate is trained."""
+    rows = [row for row in job.results["own_reward"] if row["run"] in ("dpo", "mix-pair")]
+    more = [row | {"run": "moe", "config": row["config"] | {"gate": gate}} for row in rows if row["run"] == "mix-pair"]
+    found = frontier.methods({"own_reward": rows + more})
+    assert {m.name: m.serves for m in found}["moe" if gate != "fixed" else "mix-pair"] == serves
+    name = "moe" if serves == "mixture" else "mix-pair"
+    assert frontier.main_methods(found)[0].name == name
+    assert f" with {name} and by " in frontier.own_reward_sentence({"own_reward": rows + more})
 
 
 def test_one_policy_per_known_type_is_one_method(job):
@@ -77,14 +91,14 @@ def test_the_sentence_compares_at_equal_kl(job):
     """Caught: gains at different KL; the ratio upside down; the sign; a difference within chance called one; the best
     mixture picked instead of the first."""
     mixture, baseline, _ = frontier.main_methods(frontier.methods(job.results))
-    assert (mixture.name, baseline.name) == ("mix-pair", "dpo")
+    assert (mixture.name, baseline.name) == ("mix-user", "dpo")
     found = frontier.compare(mixture, baseline)
     most = min(m.full.kl.mean() for m in (mixture, baseline))
     assert found["kl"] == pytest.approx(most) and found["theirs"] == pytest.approx(baseline.full.gain.mean())
     kl, gain = mixture.line()
     assert found["ours"] == pytest.approx(np.interp(most, kl, gain)) and found["ratio"] < 1
     text = sentences(job.results)[0]
-    assert f"{found['ours']:.3f} with the mixture" in text and f"KL of {most:.1f} nats" in text
+    assert f"{found['ours']:.3f} with mix-user" in text and f"KL of {most:.1f} nats" in text
     assert f"{found['difference']['mean']:+.3f}" in text and "may be chance" not in text
     for n, row in enumerate(job.results["own_reward"]):
         row["gain_by_prompt"] = (0.1 + np.random.default_rng(n).normal(0, 1, 40)).tolist()
@@ -102,7 +116,7 @@ def test_report_and_console_state_the_same_result(job):
         a = job.results["preferences"]["mix-user"]["types"][kind]["accuracy"]
         assert found["mix-user"][f"accuracy, {kind}"] == f"{a['mean']:.3f} ± {a['se']:.3f}"
     head, rows = frontier.own_reward_table(job.results)
-    assert [row[0] for row in rows] == ["dpo", "mix-pair", "mix-user"] and rows[0][-2:] == ["–", "–"]
+    assert [row[0] for row in rows] == ["dpo", "mix-user", "mix-pair"] and rows[0][-2:] == ["–", "–"]
     assert "nan" not in text
 
 
