@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from mixdpo.fast.casts import cast_once
+
 
 def low_rank_linear_reference(x, W, bias, A, B, scale):
     """x (...,in), W (out,in), bias (out,) or None, A (G,R,in), B (G,out,R) -> (...,out). The rows of x are G groups, one
@@ -40,18 +42,6 @@ def compute_dtype_of(x: torch.Tensor) -> torch.dtype:
     """The dtype in which a linear layer multiplies x: autocast's, or that of x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def cast_once(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight.to(dtype); of a frozen parameter it is kept until the parameter changes, moves or learns."""
-    if weight.requires_grad or weight.dtype == dtype or not isinstance(weight, torch.nn.Parameter):
-        return weight.to(dtype)
-    state = weight._version, weight.data_ptr(), dtype
-    kept = getattr(weight, "kept_cast", None)
-    if kept is None or kept[0] != state:
-        kept = state, weight.detach().to(dtype)
-        weight.kept_cast = kept                                             # type: ignore[attr-defined]
-    return kept[1]
 
 
 class LowRankLinear(torch.autograd.Function):

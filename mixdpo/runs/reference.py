@@ -64,32 +64,34 @@ def load_references(config, device) -> tuple[list[Transformer], Tokenizer]:
     return models, tokenizer
 
 
+@dataclass(frozen=True)
+class OfText:
+    """Numbers of one text, a prompt and a response, under the reference; as in Reference."""
+
+    logp: torch.Tensor      # ()
+    feature: torch.Tensor   # (C,)
+    prompt: torch.Tensor    # (2,C)
+    states: torch.Tensor    # (m,C) of its m response tokens; (0,C) if they are too large
+
+
 @torch.no_grad()
 def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 16, progress=None,
-                      most: int | None = None) -> Reference:
-    """One pass over the pairs in file order, `size` pairs per batch, on the model's device; results on the CPU. States
-    of response tokens are kept if they take at most `most` bytes; default: STATES."""
-    policy, device = Heads(model, 1, dtype=dtype), model.unembedding.device
-    logps, features, prompts, states = [], [], [], []
+                      most: int | None = None, known: dict[str, OfText] | None = None) -> Reference:
+    """One pass over the different texts of the pairs (fast/texts.py), about `size` pairs per batch, on the model's
+    device; results on the CPU. known: text_key -> numbers of texts that need no pass; those that are computed are
+    added. States of response tokens are kept if they take at most `most` bytes; default: STATES."""
     tokens = sum(len(response) for pair in pairs for response in pair.responses)
     keep = tokens * model.config.width * dtype.itemsize <= (STATES if most is None else most)
-    for start in range(0, len(pairs), size):
-        batch = collate(pairs, range(start, min(start + size, len(pairs))))
-        text, (B, R, _) = compact_rows(batch).to(device), batch.ids.shape
-        hidden = policy.hidden(text.ids, text.window)                       # (R*B,T,C), or (B,T,C): shared prompts
-        predicting = policy.rows(hidden, text.where)                        # (M,C)
-        states.append(predicting[: len(predicting) * keep].cpu())
-        of_tokens = policy.token_logps(predicting, text.targets, 0)                        # (1,M)
-        logps.append(sum_responses(of_tokens, text.sequence, B, R))         # (B,1,R)
-        read = policy.rows(hidden, text.token).float()          # (M,C) states that have read each response token
-        count = torch.bincount(text.sequence, minlength=R * B).clamp_min(1)
-        mean = read.new_zeros(R * B, read.shape[1]).index_add(0, text.sequence, read) / count[:, None]
-        features.append(mean.view(B, R, -1))
-        of_pairs = hidden[:: len(hidden) // B]                              # (B,T,C): a pair's rows begin the same
-        prompts.append(states_of_prompts(of_pairs, batch.start.to(device)))
+    known = {} if known is None else known
+    texts = {text_key(text): text for pair in pairs for text in texts_of(pair)}
+    new = [text for key, text in texts.items() if key not in known or keep > len(known[key].states)]
+    policy, done = Heads(cast_linears(model, dtype), 1, dtype=dtype) if new else None, 0
+    for batch, of_batch in batches_of_texts(new, size):
+        known |= numbers_of(policy, batch, of_batch, keep)
+        done += len(of_batch)
         if progress:
-            progress(min(start + size, len(pairs)), len(pairs))
-    made = Reference(*(torch.cat(column).cpu() for column in (logps, features, prompts, states)))
+            progress(len(pairs) * done // len(new), len(pairs))
+    made = gathered(pairs, known, keep)
     broken = [pair for pair, row in zip(pairs, made.logp) if not row.isfinite().all()]
     if broken:
         where = f"{broken[0].line}" + f" of {broken[0].file}" * (broken[0].file is not None)
@@ -97,6 +99,39 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
                          f"{where}; its weights are damaged or too large for this dtype. Choose another model, or "
                          "--dtype float32", option="model")
     return made
+
+
+def numbers_of(policy: Heads, batch: Batch, texts: list, keep: bool) -> dict[str, OfText]:
+    """The numbers of the texts of a batch of batches_of_texts, by text_key. keep: the states too."""
+    text, (B, R, _) = compact_rows(batch).to(policy.trunk.unembedding.device), batch.ids.shape
+    hidden = policy.hidden(text.ids, text.window)                           # (R*B,T,C), or (B,T,C): shared prompts
+    predicting = policy.rows(hidden, text.where)                            # (M,C)
+    logp = sum_responses(policy.token_logps(predicting, text.targets, 0), text.sequence, B, R)      # (B,1,R)
+    read = policy.rows(hidden, text.token).float()              # (M,C) states that have read each response token
+    count = torch.bincount(text.sequence, minlength=R * B)
+    mean = read.new_zeros(R * B, read.shape[1]).index_add(0, text.sequence, read) / count.clamp_min(1)[:, None]
+    of_rows = hidden[:: len(hidden) // B]                                   # (B,T,C): the rows of a prompt begin the same
+    prompt = states_of_prompts(of_rows, batch.start.to(hidden.device)).cpu()
+    states = predicting.cpu().split(count.tolist())                         # of each response
+    logp, mean = logp.cpu(), mean.cpu()
+    return {text_key(which): OfText(logp[b, 0, r], mean[R * b + r], prompt[b], states[R * b + r][: keep and None].clone())
+            for which, b, r in texts}
+
+
+def gathered(pairs: list[Pair], known: dict[str, OfText], keep: bool) -> Reference:
+    """The numbers of pairs from those of their texts. A shorter ranking's missing responses have zeros."""
+    found = [[known[text_key(text)] for text in texts_of(pair)] for pair in pairs]
+    none, R = OfText(*(torch.zeros_like(x) for x in dataclasses.astuple(found[0][0]))), pairs[0].sides
+    rows = [[*row, *[none] * (R - len(row))] for row in found]
+    states = [text.states for row in found for text in row] if keep else [found[0][0].states[:0]]
+    return Reference(torch.stack([torch.stack([text.logp for text in row]) for row in rows])[:, None],
+                     torch.stack([torch.stack([text.feature for text in row]) for row in rows]),
+                     torch.stack([row[0].prompt for row in rows]), torch.cat(states))
+
+
+def text_key(text: Text) -> str:
+    """A hash of a text's ids."""
+    return hashlib.sha256(repr(text).encode()).hexdigest()[:32]
 
 
 def states_of_prompts(hidden: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
