@@ -27,10 +27,11 @@ from mixdpo.experts import Adapters, Heads, Models, pair_logp
 from mixdpo.fast.backward import backward
 from mixdpo.fast.memory import tune_process
 from mixdpo.fast.optimizer import clip_and_step, set_rate
+from mixdpo.fast.texts import logp_of_pairs
 from mixdpo.gates import TRAINED, Gate, Inputs, gate_objective
 from mixdpo.metrics import step_summary
 from mixdpo.mixture import e_step, elbo, expert_loss, update_weights
-from mixdpo.plan import Micro, Plan, micro_batches
+from mixdpo.plan import Micro, Plan, gathered, micro_batches
 from mixdpo.preferences import Batch
 from mixdpo.private.keys import Key
 from mixdpo.runs.checkpoint import Saver
@@ -181,14 +182,13 @@ def known_responsibilities(state: EMState, problem: Problem, units: torch.Tensor
 
 def visit_log_likelihoods(state: EMState, problem: Problem, margins: Callable, after_each: Callable) -> torch.Tensor:
     """sum_i log sigma(h_ik) over the E-step's pairs of each visit, up to a constant per row: (E,K), on the CPU."""
-    micros, found = micro_batches(problem.plan, list(range(problem.plan.inferred)), problem.config), []
-    em, progress = EM(margins=margins), Progress(f"{Path(problem.config.out).name} E-step on all pairs")
-    for n, micro in enumerate(micros, 1):
-        zero = problem.ref_logp.new_zeros(len(micro.visits), problem.config.experts)                # the prior
-        found.append(posterior(state.experts, micro.context or micro.train, zero, problem, em).cpu())
-        progress(n, len(micros))
-        after_each()
-    return torch.cat(found)
+    plan, config, name = problem.plan, problem.config, f"{Path(problem.config.out).name} E-step on all pairs"
+    batch = gathered(plan.pairs, [visit.context or visit.trained for visit in plan.visits[: plan.inferred]])
+    ref_logp = logp = problem.ref_logp[batch.pair].expand(-1, config.experts, -1)   # (B,K,2), of experts before step 1
+    if state.t or config.init_experts:
+        logp = logp_of_pairs(state.experts, [plan.pairs[i] for i in batch.pair], Progress(name, after=after_each))
+    h = margins(logp.to(ref_logp), ref_logp, config.beta, batch.order) + problem.linear[batch.pair]     # (B,K)  M4
+    return e_step(torch.zeros_like(h), h, batch.group.to(h.device))[1].cpu()                        # M7, M11
 
 
 def fit(state: EMState, problem: Problem, variants: Variants, log: Log, saver: Saver, now: Callable) -> None:

@@ -15,8 +15,8 @@ from mixdpo.fast.casts import cast_once
 
 
 def low_rank_linear_reference(x, W, bias, A, B, scale):
-    """x (...,in), W (out,in), bias (out,) or None, A (G,R,in), B (G,out,R) -> (...,out). The rows of x are G groups, one
-    after another. scale: a number; or (K,R), for each Kth of the rows of a group."""
+    """x (...,in), W (out,in), bias (out,) or None, A (G,R,in), B (G,out,R) -> (...,out). The rows of x are G groups,
+    one after another. scale: a number; or (K,R), for each Kth of the rows of a group."""
     y, rows = F.linear(x, W, bias), x.reshape(len(A), -1, x.shape[-1])      # (G,n,in)
     return y + (scaled(rows @ A.mT, scale) @ B.mT).view(y.shape)
 

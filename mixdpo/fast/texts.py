@@ -77,7 +77,7 @@ def logp_of_pairs(experts, pairs: list[Pair], progress=None, size: int = 16, tem
         known |= {text: logp[b, :, r] for text, b, r in texts}
         done += len(texts)
         if progress:
-            progress(len(pairs) * done // total, len(pairs))
+            progress(round(len(pairs) * done / total), len(pairs))
     none = torch.zeros(experts.K)                                           # a shorter ranking's missing responses
     return torch.stack([torch.stack([*(known[text] for text in texts_of(pair)),
                                      *[none] * (pair.sides - len(pair.responses))], dim=-1) for pair in pairs])

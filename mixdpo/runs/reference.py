@@ -5,12 +5,14 @@ mean hidden state over each response, for the linear start (start.py), and the l
 prompt, for a gate (gates.py). If they fit into STATES bytes, the states that predict the response tokens are kept too:
 then a frozen trunk need not run again, in training or in evaluation.
 The cache key is a hash of the weights, the data, the tokenizer, the lengths, the dtype and the device, so the numbers
-of another model or file are never used.
+of another model or file are never used. Each different text is computed once, and not again if a file in the cache has
+it with the same weights, tokenizer, lengths, dtype and device.
 """
 
+import contextlib
 import dataclasses
-import functools
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,19 +20,21 @@ import torch
 
 from mixdpo.config import InputError
 from mixdpo.experts import Heads, Transformer
+from mixdpo.fast.casts import cast_linears
 from mixdpo.fast.packing import compact_rows
+from mixdpo.fast.texts import Text, batches_of_texts, texts_of
 from mixdpo.files.atomic import Damaged, read_tensors, write_tensors
 from mixdpo.files.sources import short_name
 from mixdpo.logprob import sum_responses
 from mixdpo.models.weights import content_key, load_model
-from mixdpo.preferences import Pair, collate
+from mixdpo.preferences import Batch, Pair
 from mixdpo.runs.log import Progress
 from mixdpo.runs.options import TrainConfig
 from mixdpo.text.records import data_key
 from mixdpo.text.tokenizer import Tokenizer, load_tokenizer
 
 STATES = 2**29  # largest size in bytes of the kept states of response tokens
-VERSION = 4     # part of every cache key; increase it if the kept values change
+VERSION = 5     # part of every cache key; increase it if the kept values change
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,13 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
     keep = tokens * model.config.width * dtype.itemsize <= (STATES if most is None else most)
     known = {} if known is None else known
     texts = {text_key(text): text for pair in pairs for text in texts_of(pair)}
-    new = [text for key, text in texts.items() if key not in known or keep > len(known[key].states)]
+    new = [text for key, text in texts.items() if key not in known or keep and not len(known[key].states)]
     policy, done = Heads(cast_linears(model, dtype), 1, dtype=dtype) if new else None, 0
     for batch, of_batch in batches_of_texts(new, size):
         known |= numbers_of(policy, batch, of_batch, keep)
         done += len(of_batch)
         if progress:
-            progress(len(pairs) * done // len(new), len(pairs))
+            progress(round(len(pairs) * done / len(new)), len(pairs))
     made = gathered(pairs, known, keep)
     broken = [pair for pair, row in zip(pairs, made.logp) if not row.isfinite().all()]
     if broken:
@@ -110,12 +114,12 @@ def numbers_of(policy: Heads, batch: Batch, texts: list, keep: bool) -> dict[str
     read = policy.rows(hidden, text.token).float()              # (M,C) states that have read each response token
     count = torch.bincount(text.sequence, minlength=R * B)
     mean = read.new_zeros(R * B, read.shape[1]).index_add(0, text.sequence, read) / count.clamp_min(1)[:, None]
-    of_rows = hidden[:: len(hidden) // B]                                   # (B,T,C): the rows of a prompt begin the same
+    of_rows = hidden[:: len(hidden) // B]                                   # (B,T,C): a prompt's rows begin the same
     prompt = states_of_prompts(of_rows, batch.start.to(hidden.device)).cpu()
     states = predicting.cpu().split(count.tolist())                         # of each response
     logp, mean = logp.cpu(), mean.cpu()
-    return {text_key(which): OfText(logp[b, 0, r], mean[R * b + r], prompt[b], states[R * b + r][: keep and None].clone())
-            for which, b, r in texts}
+    kept = [(own if keep else own[:0]).clone() for own in states]
+    return {text_key(of): OfText(logp[b, 0, r], mean[R * b + r], prompt[b], kept[R * b + r]) for of, b, r in texts}
 
 
 def gathered(pairs: list[Pair], known: dict[str, OfText], keep: bool) -> Reference:
@@ -144,7 +148,7 @@ def states_of_prompts(hidden: torch.Tensor, start: torch.Tensor) -> torch.Tensor
 @torch.no_grad()
 def prompt_features(model, prompts: list[list[int]], dtype: torch.dtype, size: int = 64) -> torch.Tensor:
     """The last and the mean hidden state of prompts without responses: (N,2,C) float32, on the CPU."""
-    policy, device, out = Heads(model, 1, dtype=dtype), model.unembedding.device, []
+    policy, device, out = Heads(cast_linears(model, dtype), 1, dtype=dtype), model.unembedding.device, []
     for first in range(0, len(prompts), size):
         part = prompts[first : first + size]
         ids = torch.zeros(len(part), max(map(len, part)), dtype=torch.int64)
@@ -155,9 +159,18 @@ def prompt_features(model, prompts: list[list[int]], dtype: torch.dtype, size: i
     return torch.cat(out)
 
 
-def cached_reference(folder: Path, key: tuple, compute) -> Reference:
+def compute_alone(model, pairs: list[Pair], dtype: torch.dtype, progress) -> Reference:
+    """Equals compute_reference without states, up to rounding. Every pair passes through the model alone."""
+    twin, found = cast_linears(model, dtype), []
+    for n, pair in enumerate(pairs, 1):
+        found.append(dataclasses.astuple(compute_reference(twin, [pair], dtype, most=0)))
+        progress(n, len(pairs))
+    return Reference(*map(torch.cat, zip(*found)))
+
+
+def cached_reference(folder: Path, key: tuple, compute, pairs: Sequence[Pair] = (), context: str = "") -> Reference:
     """The reference for `key`, a tuple of strings and numbers that identifies its content: from `folder`, or from
-    compute()."""
+    compute(). pairs, context: for known_texts, which finds the numbers of these pairs' texts in the file."""
     name = hashlib.sha256(repr(key).encode()).hexdigest()
     path = Path(folder) / f"{name}.safetensors"
     if path.exists():
@@ -167,8 +180,25 @@ def cached_reference(folder: Path, key: tuple, compute) -> Reference:
             print(f"warning: {damaged}; it is computed again")
     made = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, dataclasses.asdict(made), {})
+    texts = [[(text_key(text), len(text[1])) for text in texts_of(pair)] for pair in pairs]
+    write_tensors(path, dataclasses.asdict(made), {"context": context, "texts": texts})
     return made
+
+
+def known_texts(folder: Path, context: str) -> dict[str, OfText]:
+    """text_key -> numbers of all texts in the files of `folder` that were computed in this context: with the same
+    weights, tokenizer, lengths, dtype and device. The files of a type, or of new users, repeat texts of others."""
+    known: dict[str, OfText] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with contextlib.suppress(Damaged):
+            tensors, facts = read_tensors(path)
+            if facts.get("context") == context:
+                made, texts = Reference(**tensors), facts["texts"]
+                counts = [count for row in texts for _, count in row]
+                states = iter(made.states.split(counts if len(made.states) else [0] * len(counts)))
+                known |= {key: OfText(made.logp[n, 0, r], made.features[n, r], made.prompt[n], next(states))
+                          for n, row in enumerate(texts) for r, (key, _) in enumerate(row)}
+    return known
 
 
 @dataclass(frozen=True)
@@ -189,18 +219,18 @@ def reference_of(source: Source, models: list, tokenizer, dtype: torch.dtype, ca
                  after_batch=lambda: None) -> Reference:
     """The reference of the source's pairs, with the log-probs of each model and the features of the first; from the
     folder `cache`, or computed. after_batch(): called after each batch."""
-    found, bar, config = [], Progress(f"reference, {short_name(source.path)}"), source.config
-    size, most = (1, 0) if source.one_by_one else (16, STATES)
-
-    def progress(done: int, total: int) -> None:
-        bar(done, total)
-        after_batch()
-
+    found, config = [], source.config
+    progress = Progress(f"reference, {short_name(source.path)}", after=after_batch)
     for model in models:
-        key: tuple = (VERSION, content_key(model), data_key(source.path, config.columns), tokenizer.key,
-               config.max_prompt, config.max_response, config.drop, str(dtype), str(model.unembedding.device))
+        context: tuple = (VERSION, content_key(model), tokenizer.key, config.max_prompt, config.max_response,
+                          str(dtype), str(model.unembedding.device))
+        key = *context, data_key(source.path, config.columns), config.drop
         key += ("alone",) if source.one_by_one else ()
         key += ("rankings",) if source.pairs[0].sides > 2 else ()           # not as_pairs of the same file
-        made = functools.partial(compute_reference, model, source.pairs, dtype, size, progress, most)
-        found.append(cached_reference(cache, key, made))
+        if source.one_by_one:
+            found.append(cached_reference(cache, key, lambda: compute_alone(model, source.pairs, dtype, progress)))
+        else:
+            found.append(cached_reference(cache, key, lambda: compute_reference(
+                model, source.pairs, dtype, progress=progress, known=known_texts(cache, repr(context))), source.pairs,
+                repr(context)))
     return dataclasses.replace(found[0], logp=torch.cat([each.logp for each in found], dim=1))

@@ -18,17 +18,14 @@ from pathlib import Path
 import torch
 
 from mixdpo.config import to_json, write_text
-from mixdpo.experts import pair_logp
-from mixdpo.fast.packing import compact_rows
+from mixdpo.fast.texts import logp_of_pairs
 from mixdpo.files.atomic import read_tensors, write_tensors
 from mixdpo.gates import Gate, Inputs
 from mixdpo.mixture import e_step
 from mixdpo.plan import Plan
-from mixdpo.preferences import Pair, collate, groups, order_of
+from mixdpo.preferences import Pair, groups, order_of
 from mixdpo.runs.checkpoint import gate_state, load_gate, load_state, trained_state
 from mixdpo.runs.log import Progress
-
-ROWS = 16       # pairs in one pass
 
 
 @dataclass
@@ -77,12 +74,7 @@ class Validation:
 
     def log_probs(self, experts) -> torch.Tensor:
         """Summed response log-probs of all pairs under every expert: (P,K,2) float32 nats, on the CPU."""
-        found, progress = [], Progress(f"{self.out.name} validation")
-        for start in range(0, len(self.pairs), ROWS):
-            index = list(range(start, min(start + ROWS, len(self.pairs))))
-            found.append(pair_logp(experts, collate(self.pairs, index), compact_rows).cpu())
-            progress(index[-1] + 1, len(self.pairs))
-        return torch.cat(found)
+        return logp_of_pairs(experts, self.pairs, Progress(f"{self.out.name} validation"))
 
     def best(self) -> dict | None:
         """The best evaluation so far; the first of equal ones."""

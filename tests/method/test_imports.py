@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = ("config", "files", "dpo", "mixture fast", "linear logprob", "models", "text", "preferences",
-          "experts plan packing", "backward", "gates private", "start variants metrics", "runs", "evaluation tabular",
-          "train", "data", "eval")
+          "experts plan packing", "backward texts", "gates private", "start variants metrics", "runs",
+          "evaluation tabular", "train", "data", "eval")
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
 PACKAGES = {"torch", "tiktoken", "numpy", "safetensors", *sys.stdlib_module_names}
 OPTIONAL = {"mixdpo/fast/kernels.py": {"triton"}, "mixdpo/text/chat.py": {"jinja2"},      # used where they are there
@@ -23,8 +23,8 @@ FILES = [path.relative_to(ROOT) for part in ("train.py", "eval.py", "mixdpo", "d
 
 def room_of(parts: tuple[str, ...]) -> str | None:
     """The room of a module, given as the parts of its name; None: another package."""
-    if parts[:3] in (("mixdpo", "fast", "backward"), ("mixdpo", "fast", "packing")):        # they know batches and
-        return parts[2]                                                     # experts: each is on a floor of its own
+    if parts[:2] == ("mixdpo", "fast") and parts[2:3] in (("backward",), ("texts",), ("packing",)):     # they know
+        return parts[2]                                         # batches and experts: they are on floors of their own
     if parts[0] == "mixdpo":
         return parts[1] if len(parts) > 1 else "mixdpo"
     return parts[0] if parts[0] in ("train", "eval", "data") else None
