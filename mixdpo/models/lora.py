@@ -47,11 +47,11 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(K*N,T,in) -> (K*N,T,out): the first N rows belong to expert 0. One product with W serves all experts."""
-        A, B, scale = self.A, self.B, SCALE
-        if self.shared:
-            A, B, weight = self.joined()
-            A, B, scale = A[None], B[None], SCALE * weight                  # one adapter for the rows of all experts
-        return low_rank_linear(x, self.linear.weight, self.linear.bias, A, B, scale)
+        frozen = self.linear.weight, self.linear.bias
+        if not self.shared:
+            return low_rank_linear(x, *frozen, self.A, self.B, SCALE)
+        A, B, weight = self.joined()
+        return low_rank_linear(x, *frozen, A[None], B[None], SCALE * weight)            # one adapter for all experts
 
     def joined(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """All adapters as one, A (S+K*R,in) and B (out,S+K*R), and the weight of each of its ranks in expert k,

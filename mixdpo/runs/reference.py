@@ -89,7 +89,7 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
     known = {} if known is None else known
     texts = {text_key(text): text for pair in pairs for text in texts_of(pair)}
     new = [text for key, text in texts.items() if key not in known or keep and not len(known[key].states)]
-    policy, done = Heads(cast_linears(model, dtype), 1, dtype=dtype) if new else None, 0
+    policy, done = Heads(cast_linears(model, dtype), 1, dtype=dtype), 0
     for batch, of_batch in batches_of_texts(new, size):
         known |= numbers_of(policy, batch, of_batch, keep)
         done += len(of_batch)
