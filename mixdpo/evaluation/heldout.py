@@ -52,7 +52,8 @@ def margins_of(runs: list[Run], references: list, tokenizer, path, cache: Path, 
     ref = reference_of(Source(path, pairs, config), references, tokenizer, dtype, cache)
     for run in runs:
         run_pairs = pairs if run.config.train_trunk else ref.with_states(pairs)
-        logp = expert_logp(run.experts, run_pairs, f"{run.name} {short_name(path)}")         # (P,K,2)
+        name = f"{run.name} {short_name(path)}"
+        logp = expert_logp(run.experts, run_pairs, name, known=run.known_logp())            # (P,K,2)
         h = margins(logp, ref.logp, run.config.beta)                        # (P,K)  M4
         h = flipped_margins(h, run.config.label_noise)
         yield run, pairs, h, weights(run, pairs, ref.prompt)

@@ -8,6 +8,7 @@ job hold 511 different texts, and not 1,088. Up to RESPONSES responses of a prom
 The log-probs are those of the same texts in other rows, up to rounding.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -59,30 +60,36 @@ def as_ranking(row: list[Text], sides: int) -> Pair:
 
 
 @torch.no_grad()
+def logp_of_texts(experts, texts: Iterable[Text], known: dict[Text, torch.Tensor], progress=None, size: int = 16,
+                  temperature: float = 1.0) -> dict[Text, torch.Tensor]:
+    """Adds to `known` the summed log-probs of the response of each text that it lacks, under every expert: (K,) float32
+    nats, on the CPU; returns it. progress(done, texts): called after each batch, of at most 2 * size texts."""
+    new = list(dict.fromkeys(text for text in texts if text not in known))
+    done = 0
+    for batch, of_batch in batches_of_texts(new, size):
+        logp = pair_logp(experts, batch, compact_rows, temperature=temperature).cpu()       # (B,K,R)
+        known |= {text: logp[b, :, r] for text, b, r in of_batch}
+        done += len(of_batch)
+        if progress:
+            progress(done, len(new))
+    return known
+
+
 def logp_of_pairs(experts, pairs: list[Pair], progress=None, size: int = 16, temperature: float = 1.0,
                   known: dict | None = None) -> torch.Tensor:
-    """Equals experts.pair_logp of all pairs, each different text once: (P,K,R) float32 nats, on the CPU.
-
-    progress(done, pairs): called after each batch, of about `size` pairs. known: log-probs (K,) of texts under these
-    experts at this temperature, from earlier calls; it is filled. Pairs with states, which need no pass through a
-    trunk, are computed one by one.
-    """
+    """Equals experts.pair_logp of all pairs, each different text once: (P,K,R) float32 nats, on the CPU. known: of
+    logp_of_texts, under these experts at this temperature, from earlier calls; it is filled. Pairs with states, which
+    need no pass through a trunk, are computed one by one."""
     if all(pair.states is not None for pair in pairs):
         return logp_from_states(experts, pairs, progress, size, temperature)
-    known = {} if known is None else known
-    new = [text for pair in pairs for text in texts_of(pair) if text not in known]
-    done, total = 0, len(set(new))
-    for batch, texts in batches_of_texts(new, size):
-        logp = pair_logp(experts, batch, compact_rows, temperature=temperature).cpu()       # (B,K,R)
-        known |= {text: logp[b, :, r] for text, b, r in texts}
-        done += len(texts)
-        if progress:
-            progress(round(len(pairs) * done / total), len(pairs))
+    texts = [texts_of(pair) for pair in pairs]
+    known = logp_of_texts(experts, itertools.chain(*texts), {} if known is None else known, progress, size, temperature)
     none = torch.zeros(experts.K)                                           # a shorter ranking's missing responses
-    return torch.stack([torch.stack([*(known[text] for text in texts_of(pair)),
-                                     *[none] * (pair.sides - len(pair.responses))], dim=-1) for pair in pairs])
+    return torch.stack([torch.stack([known[text] for text in row] + [none] * (pair.sides - len(row)), dim=-1)
+                        for pair, row in zip(pairs, texts)])
 
 
+@torch.no_grad()
 def logp_from_states(experts, pairs: list[Pair], progress, size: int, temperature: float) -> torch.Tensor:
     """pair_logp of all pairs, `size` at a time, on the CPU."""
     found = []
