@@ -157,12 +157,12 @@ def export_gguf(run: Run, out: Path, kind: str, data) -> list[Path]:
 def readme(run: Run, facts: dict, server: str, commands: list[str], notes: list[str]) -> str:
     """OUT/README.md: the commands, to be run in OUT, and what is to be known of them."""
     K = len(facts["experts"])
-    weights = f"the state of the prompt under the base model ({facts['features']})" if facts["features"] else {
-        "domain": "the prompt's domain", "user": "the user"}.get(facts["gate"], "nothing: they are fixed")
-    if facts["gate"] == "fixed":
-        weights += f", {', '.join(f'{w:.4f}' for w in run.gate.log_w.exp().tolist())}"
-    users = f"{len(facts['users'])} users have" if facts["users"] else "no user has"
-    notes = [*notes, f"Weights of the experts depend on {weights}; {users} a posterior of their own (router.json).",
+    given = {"fixed": "nothing", "domain": "the prompt's domain", "user": "the user"}.get(
+        facts["gate"], f"the {facts['features']} state of the prompt under the base model")
+    fixed = f": {', '.join(f'{w:.4f}' for w in run.gate.log_w.exp().tolist())}" if facts["gate"] == "fixed" else ""
+    notes = [*notes, f"Gate `{facts['gate']}`: the weights depend on {given}{fixed}.",
+             f"{len(facts['users'])} users of the training data have a posterior of their own. router.json has their "
+             "names: do not publish it with them." if facts["users"] else "No user has a posterior of their own.",
              "A client that draws the expert and names it: docs/serving.md of mixdpo."]
     return (f"# {run.name}: {K} expert{'s' * (K > 1)} for {server}\n\n"
             "One expert answers a request: draw k from the weights w(x), name expert k as the model, decode with it.\n"
