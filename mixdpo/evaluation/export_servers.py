@@ -158,7 +158,8 @@ def readme(run: Run, facts: dict, server: str, commands: list[str], notes: list[
     """OUT/README.md: the commands, to be run in OUT, and what is to be known of them."""
     K = len(facts["experts"])
     given = {"fixed": "nothing", "domain": "the prompt's domain", "user": "the user"}.get(
-        facts["gate"], f"the {facts['features']} state of the prompt under the base model")
+        facts["gate"], f"the {facts['features']} state of the prompt under the base model"
+        + " and the user" * (facts["gate"] == "prompt-user"))
     fixed = f": {', '.join(f'{w:.4f}' for w in run.gate.log_w.exp().tolist())}" if facts["gate"] == "fixed" else ""
     notes = [*notes, f"Gate `{facts['gate']}`: the weights depend on {given}{fixed}.",
              f"{len(facts['users'])} users of the training data have a posterior of their own. router.json has their "
