@@ -133,6 +133,19 @@ def test_gguf(home, name, form, kind, far, tmp_path):
         assert cut in commands(readme)[-1]
 
 
+def test_an_exported_file_is_the_model_of_another_run(home, tmp_path):
+    """A GGUF file as --model, which vLLM cannot open as a base beside adapters: OUT/base is a directory made from it.
+    Faults: the file copied; the tokenizer left out; the base of the first run."""
+    export(home, "heads", tmp_path / "files", "gguf")
+    file = tmp_path / "files" / "expert-1.gguf"
+    tinyjob.run(tmp_path, file, tinyjob.make_records(), name="next", sharing="lora")
+    export(tmp_path, "next", tmp_path / "out", "vllm")
+    assert content_key(load_model(tmp_path / "out" / "base")) == content_key(load_model(file))
+    assert load_tokenizer(tmp_path / "out" / "base").encode("Yes é") == load_tokenizer(file).encode("Yes é")
+    settings = json.loads((tmp_path / "out" / "expert-0" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tmp_path / "out" / "base")
+
+
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(home, tmp_path, monkeypatch):
     """Catches: files of two exports together; a format for an evaluation; one that does not exist; options that have no
     effect; adapters of a rank that vLLM refuses when it starts; a model that llama.cpp does not have."""
