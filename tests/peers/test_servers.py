@@ -215,8 +215,8 @@ def llama_cpps_logits(model, ids, kind):
 def test_llama_cpp_computes_our_model(name, kind, home, tmp_path):
     """llama.cpp opens the file, cuts text into our ids, and computes our logits and greedy text from the same weights.
     It rounds activations to the weights' type; so does the model that it is compared with, and what is left is relative
-    to the spread of the logits. Faults: q and k not permuted, or Qwen's permuted; divisors of rope left out; half the size
-    of rope."""
+    to the spread of the logits. Faults: q and k not permuted, or Qwen's permuted; divisors of rope left out; half
+    of rope's size."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip compiles it from "
                                     "source, up to an hour on one core, so it is not in tests/peers/requirements.txt")
     _, path = made(name, tmp_path, home, kind)
