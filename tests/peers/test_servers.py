@@ -159,6 +159,9 @@ def test_the_gguf_package_reads_what_we_read(name, kind, home, tmp_path):
     reader = gguf.GGUFReader(path)
     fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     assert fields == metadata
+    arch = metadata["general.architecture"]
+    types = {key: reader.fields[key].types[0].name for key in (f"{arch}.block_count", f"{arch}.rope.freq_base")}
+    assert [*types.values()] == ["UINT32", "FLOAT32"]                       # llama.cpp wants these types
     assert {t.name for t in reader.tensors} == tensors.keys()
     for t in reader.tensors:
         got = gguf.quants.dequantize(t.data, t.tensor_type).reshape(tensors[t.name].shape)
@@ -191,7 +194,7 @@ def test_gguf_in_transformers(name, home, tmp_path):
 
 
 def rounded(x, kind):
-    """Activations (..., C) as llama.cpp multiplies them with weights of this type."""
+    """Weights (..., C) as the file has them, or activations as llama.cpp multiplies them with weights of this type."""
     if kind == "F16":
         return x.half().float()
     numbers = np.ascontiguousarray(x.reshape(-1, x.shape[-1]).numpy())
@@ -219,8 +222,9 @@ def test_llama_cpp_computes_our_model(name, kind, home, tmp_path):
     of rope's size."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip compiles it from "
                                     "source, up to an hour on one core, so it is not in tests/peers/requirements.txt")
-    _, path = made(name, tmp_path, home, kind)
-    model = load_model(path)
+    model, path = made(name, tmp_path, home, kind)
+    for p in model.parameters():
+        p.data = rounded(p.data, kind) if p.ndim == 2 else p.data
     peer = llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, logits_all=True, verbose=False, type_k=0, type_v=0)
     assert peer.tokenize("Yes, é 12".encode(), add_bos=True) == [257, *"Yes, é 12".encode()]
     assert peer.token_eos() == 256
