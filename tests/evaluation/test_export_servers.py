@@ -135,7 +135,7 @@ def test_gguf(home, name, form, kind, far, tmp_path):
 
 def test_an_exported_file_is_the_model_of_another_run(home, tmp_path):
     """A GGUF file as --model, which vLLM cannot open as a base beside adapters: OUT/base is a directory made from it.
-    Faults: the file copied; the tokenizer left out; the base of the first run."""
+    Faults: the base not written; another model as the base; its tokenizer left out."""
     export(home, "heads", tmp_path / "files", "gguf")
     file = tmp_path / "files" / "expert-1.gguf"
     tinyjob.run(tmp_path, file, tinyjob.make_records(), name="next", sharing="lora")

@@ -109,8 +109,7 @@ def test_merged_models_in_transformers_are_the_experts(home, name, tmp_path):
 @pytest.mark.parametrize("name", ["linear", "mlp"])
 def test_features_of_the_page_give_the_gates_weights(home, name, tmp_path):
     """Both blocks of docs/serving.md, executed: prompts of up to 5 letters of which 3 tokens are read, the first the
-    start token. Faults: last for mean; the first tokens kept; the start token cut off, or left out; a layer before the
-    last; states before the final norm."""
+    start token. Faults: last for mean; the first tokens kept; the start token cut off; the layer before the last."""
     run, pairs = export(home, name, tmp_path / "out")
     names = {"__name__": "client"}
     for block in (CLIENT, READER):
