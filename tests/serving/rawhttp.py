@@ -31,26 +31,26 @@ def exchange(port: int, *parts: bytes, timeout: float = 10.0) -> Answer:
                 connection.sendall(part)
         except OSError:
             pass                                                            # the server has closed: it may have answered
-        return read_answer(connection)
+        return read_answer(connection, body=not parts[0].startswith(b"HEAD"))
 
 
-def read_answer(connection: socket.socket) -> Answer:
-    """One answer. Raises: TimeoutError if the server neither answers nor closes."""
+def read_answer(connection: socket.socket, body: bool = True) -> Answer:
+    """One answer. body: whether it has one. Raises: TimeoutError if the server neither answers nor closes."""
     raw = b""
     try:
         while b"\r\n\r\n" not in raw:
             if not (part := connection.recv(65536)):
                 return Answer(0, {}, raw)
             raw += part
-        head, _, body = raw.partition(b"\r\n\r\n")
+        head, _, rest = raw.partition(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         length = int(headers["content-length"]) if "content-length" in headers else None
-        while length is None or len(body) < length:
+        while body and (length is None or len(rest) < length):
             if not (part := connection.recv(65536)):
                 break
-            body += part
-        return Answer(int(first.split()[1]), headers, body)
+            rest += part
+        return Answer(int(first.split()[1]), headers, rest[:length])
     except ConnectionError:
         return Answer(0, {}, raw)
 
