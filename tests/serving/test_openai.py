@@ -118,6 +118,7 @@ def test_a_stream_gives_the_text_of_the_answer_without_one(client, call):
         assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
         assert chunks[0].mixdpo == whole.mixdpo and chunks[0].mixdpo["experts"][0] == chunks[0].mixdpo["expert"]
         assert not any(hasattr(chunk, "mixdpo") for chunk in chunks[1:])
+        assert all(chunk.usage is None for chunk in chunks[:-1])
         assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
         assert len({chunk.id for chunk in chunks}) == 1
         assert all("\ufffd" not in part for own in parts.values() for part in own)

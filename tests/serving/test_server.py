@@ -1,5 +1,6 @@
 """Time, room and an end: clients that leave, answers that take too long, a full queue, a server that is told to stop."""
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -17,7 +19,10 @@ from rawhttp import connect, exchange, read_answer, request
 from mixdpo.config import parse
 from mixdpo.serving.__main__ import ServeConfig, validate
 from mixdpo.serving.connection import Times, listen
+from mixdpo.serving.engine import Token
+from mixdpo.serving.generation import Choices
 from mixdpo.serving.service import Limits
+from mixdpo.serving.texts import TextStream
 
 FAKE = Path(__file__).with_name("fakerun.py")
 GOOD = {"model": "mixture", "prompt": "say:good"}
@@ -64,6 +69,30 @@ def test_a_stop_sequence_frees_the_row_at_once(live):
     wait(lambda: live.engine.rows_now == 0, 1)
 
 
+def test_a_choice_that_stops_frees_its_row_while_others_go_on():
+    """Catches: rows of choices that are complete, busy until the last choice of the request is."""
+    rows = []
+
+    def submit(request, deliver):
+        rows.append(SimpleNamespace(deliver=deliver, cancelled=False))
+        return SimpleNamespace(cancel=lambda row=rows[-1]: setattr(row, "cancelled", True))
+
+    async def run():
+        choices = Choices(SimpleNamespace(submit=submit), [None, None],
+                          [TextStream(lambda i: bytes([i]), ("b",)) for _ in range(2)])
+        found = choices.pieces()
+        for row, text in zip(rows, (b"abc", b"xy")):
+            for letter in text:
+                row.deliver(Token(letter, -1.0, []))
+        pieces = [await anext(found) for _ in range(4)]
+        assert [row.cancelled for row in rows] == [True, False]
+        rows[1].deliver("length")
+        pieces += [each async for each in found]
+        return [(piece.index, piece.text, piece.reason) for piece in pieces]
+
+    assert asyncio.run(run()) == [(0, "a", None), (0, "", "stop"), (1, "x", None), (1, "y", None), (1, "", "length")]
+
+
 def test_an_answer_that_takes_too_long_is_given_up(serving):
     with serving(limits=Limits(seconds=0.5)) as server:
         answer = post(server, slow(1000))
@@ -91,7 +120,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(serving):
         for thread in threads:
             thread.join()
         assert [len(answer.json()["choices"][0]["text"]) for answer in answers] == [60] * 3
-        assert post(server, slow(5, n=4)).status_code == 429                # 2 rows and 1 place: all or nothing
+        assert post(server, slow(500, n=4)).status_code == 429                # 2 rows and 1 place: all or nothing
         wait(lambda: server.engine.rows_now == server.engine.waiting_now == 0, 1)
         assert post(server, GOOD).status_code == 200
 

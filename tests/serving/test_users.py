@@ -249,10 +249,12 @@ def test_kill_9_loses_nothing_that_was_acknowledged_and_leaves_nothing_half(tmp_
         for thread in threads:
             thread.start()
         before = sum(map(len, acknowledged.values()))
-        wait(lambda: sum(map(len, acknowledged.values())) > before)
-        time.sleep(rng.uniform(0, 0.2))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        try:
+            wait(lambda: sum(map(len, acknowledged.values())) > before)
+            time.sleep(rng.uniform(0, 0.2))
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
         for thread in threads:
             thread.join()
         journal = tmp_path / "users.sqlite-journal"
