@@ -9,6 +9,7 @@ from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
+import small
 import torch
 from served_jobs import made, served  # noqa: F401
 
@@ -17,6 +18,7 @@ from mixdpo.serving import decoder as decoders
 from mixdpo.serving import engine as engines
 from mixdpo.serving.decoder import Decoder, Row, choose, cut_to
 from mixdpo.serving.engine import Engine, Full, Request, Token
+from mixdpo.serving.trunks import Policy, Trunk
 
 EOS = 256
 
@@ -165,6 +167,31 @@ def test_a_text_is_that_of_generate_whoever_comes_and_goes(served, engine_of, mo
     assert len({tuple(answer.ids) for answer in answers}) > 20
 
 
+@pytest.mark.parametrize("family", small.FAMILIES)
+def test_rows_of_each_family_that_join_and_leave(family, monkeypatch):
+    """Of each family of models, without a thread. Faults: as above."""
+    monkeypatch.setattr(decoders, "SLOTS", 1)
+    model, rng = small.model(family), np.random.default_rng(1)
+    trunk, texts, numbers = Trunk(model), {}, {}
+    decoder, policy = Decoder(trunk), Policy(trunk, model.unembedding)
+    requests = [Request(rng.integers(0, small.VOCAB, rng.integers(1, 14)).tolist(), "", int(rng.integers(1, 20)), 3,
+                        float(rng.choice([0, 0.7, 1])), seed=n) for n in range(40)]
+    waiting = list(enumerate(requests))
+    while waiting or decoder.rows:
+        new = [(n, Row(request, policy, None)) for n, request in waiting[: rng.integers(0, 4)]]
+        del waiting[: len(new)]
+        numbers |= {row: n for n, row in new}
+        if new:
+            decoder.join([row for _, row in new])
+        for row, event in decoder.draw():
+            texts.setdefault(numbers[row], []).append(event)
+        decoder.advance()
+    for n, request in enumerate(requests):
+        sampling = Sampling(request.max_new, 3, request.temperature, request.seed)
+        ids = generate(model, [request.prompt], sampling, rows=[0])[0]
+        assert [token.id for token in texts[n][:-1]] == [i for i in ids if i != 3]
+
+
 def test_a_text_is_the_same_alone_and_in_any_batch(made, engine_of):
     """With top_p. Faults: the set of one row for all; random numbers that depend on other rows."""
     served = made.served("lora")
@@ -276,7 +303,7 @@ def busy(engine, gate):
     """A running request that holds the worker until the gate opens."""
     answer = Answer(lambda answer: gate.wait(60))
     engine.submit(Request([97], "reference", 2, -1), answer)
-    while engine.waiting_now:
+    while not answer.tokens:
         time.sleep(0.001)
     return answer
 

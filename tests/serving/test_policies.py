@@ -148,7 +148,8 @@ def test_margins_refuse_what_training_refuses(made):
     served = made.served("frozen")
     for prompt, chosen, rejected, match in (
             ("m", "ab", "ab", "same ids"), ("m", "", "ab", "empty"), ("m", "a" * 12, "a" * 11, "first 10 ids"),
-            ("", "a", "b", "empty"), ([], "a", "b", "roles"), ([{"role": [], "content": "a"}, *CHAT], "a", "b", "role"), (CHAT * 2, "a", "b" * 3, "turn too long")):
+            ("", "a", "b", "empty"), ([], "a", "b", "roles"), ([{"role": [], "content": "a"}, *CHAT], "a", "b", "role"),
+            (CHAT * 2, "a", "b" * 3, "turn too long")):
         with pytest.raises(InputError, match=match):
             served.margins(prompt, chosen, rejected)
     long = made.served("heads")
@@ -280,11 +281,13 @@ def copied(source, target, **changes):
 
 
 def test_which_run_is_served(made, tmp_path, capsys):
-    """Faults: an unfinished mixture; DPO on other pairs, lengths or another dtype; `a-dpo` before `dpo`; the others not
-    named."""
+    """Faults: DPO on other pairs, lengths or another dtype; `a-dpo` before `dpo`; the others not named; a run beside
+    whose options cannot be read ends the program."""
     mixture = made.path("frozen")
     first, dpo = copied(mixture, tmp_path / "b"), mixture.parent / "dpo"
     copied(mixture, tmp_path / "c")
+    (copied(mixture, tmp_path / "a") / "config.json").write_text("{")
+    (copied(mixture, tmp_path / "a0") / "config.json").unlink()
     for name, changes in (("a1", dict(data="other.jsonl")), ("a2", dict(max_prompt=13)), ("a3", dict(dtype="bfloat16")),
                           ("a4", dict(columns="user=worker")), ("a5", dict(model="gpt2"))):
         copied(dpo, tmp_path / name, **changes)
