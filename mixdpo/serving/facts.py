@@ -49,14 +49,13 @@ def facts(served) -> dict:
     messages; "cannot": [{"what", "why"}].
     """
     run, config = served.run, served.run.config
-    results, broken = evaluation_of(run)
     chat = served.chat and trained_on_messages(config)
-    adaptation = adaptation_tables(results, run.name)
+    found = evaluation(run)
     return {
         "name": served.name,
         "summary": summary(run),
         "experts": served.K,
-        "labels": expert_labels(results, run),
+        "labels": found["labels"],
         "policies": list(served.names),
         "model": ", ".join(map(model_name, config.models)),
         "gate": config.gate,
@@ -65,15 +64,15 @@ def facts(served) -> dict:
         "beta": config.beta,
         "data": data_names(config.data),
         "options": changed_options(config),
-        "headline": " ".join(sentences(results)) if results else "",
-        "adaptation": adaptation,
-        "alarms": alarms(results, run),
+        "headline": found["headline"],
+        "adaptation": found["adaptation"],
+        "alarms": [*found["alarms"], *short_alarms(run)],
         "prompts": example_prompts(run, chat),
         "chat": chat,
         "max_tokens": served.max_response,
         "max_prompt": served.max_prompt,
         "context": served.context,
-        "cannot": cannot(served, results, broken, adaptation),
+        "cannot": cannot(served, found),
     }
 
 
@@ -130,20 +129,34 @@ def steps_of(run: Run) -> int | None:
 # --- its evaluation ---------------------------------------------------------------------------------------------------
 
 
-def evaluation_of(run: Run) -> tuple[dict, str]:
-    """The results of this run and of the runs with one policy that it is compared with, or {}; and why results.json
-    cannot be used, or "". Of several evaluations the one in the run's own folder counts."""
+def evaluation(run: Run) -> dict:
+    """What an evaluation says of a run: "headline", "labels" of the experts, "adaptation" and "alarms"; "missing": why
+    there is none, or "". Of several evaluations the one in the run's own folder counts."""
     for folder in (run.path, run.path.parent):
-        found = {"preferences": {}, "adapt": {}, "policies": {}, "own_reward": []} | read_results(folder)
-        named = [*found["preferences"], *map(run_of, found["policies"]), *(row["run"] for row in found["own_reward"])]
-        if run.name in named:
-            try:
-                found = without_other_mixtures(found, run.name)
-                sentences(found), alarms(found, run), expert_labels(found, run), adaptation_tables(found, run.name)
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
-                return {}, f"results.json was written by another version of eval.py ({type(error).__name__}: {error})"
-            return found, ""
-    return {}, ""
+        results = {"preferences": {}, "adapt": {}, "policies": {}, "own_reward": []} | read_results(folder)
+        try:
+            if run.name not in runs_in(results):
+                continue
+            figures = results["preferences"].get(run.name)
+            return {"headline": "".join(sentences(without_other_mixtures(results, run.name))[:1]),
+                    "labels": expert_labels(run, figures or {}),
+                    "adaptation": adaptation_tables(results, run.name),
+                    "alarms": as_sentences(run, [describe_collapse(run.name, figures)] if figures else []),
+                    "missing": ""}
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            why = f"results.json is damaged or of another version ({type(error).__name__}: {error}). Run eval.py again."
+            return nothing(run, why)
+    return nothing(run, "The run was not evaluated. Run eval.py with held-out comparisons.")
+
+
+def nothing(run: Run, why: str) -> dict:
+    """`evaluation` of a run without one."""
+    return {"headline": "", "labels": expert_labels(run, {}), "adaptation": [], "alarms": [], "missing": why}
+
+
+def runs_in(results: dict) -> set[str]:
+    """The runs that an evaluation is about."""
+    return {*results["preferences"], *map(run_of, results["policies"]), *(row["run"] for row in results["own_reward"])}
 
 
 def read_results(folder: Path) -> dict:
@@ -172,31 +185,33 @@ def without_other_mixtures(results: dict, name: str) -> dict:
                      if run_of(policy) == name or run_of(policy) not in mixtures}}
 
 
-def expert_labels(results: dict, run: Run) -> list[str]:
+def expert_labels(run: Run, figures: dict) -> list[str]:
     """A label of each expert: its number, and the annotator of most of its training units, if an evaluation knows."""
-    own = (results or {}).get("preferences", {}).get(run.name, {}).get("own") or [None] * run.config.experts
-    return [f"Expert {k}" + (f" ({name})" if name else "") for k, name in enumerate(own)]
+    own = figures.get("own") or [None] * run.config.experts
+    return [f"Expert {k}" + (f" ({own[k]})" if own[k] else "") for k in range(run.config.experts)]
 
 
 def adaptation_tables(results: dict, name: str) -> list[dict]:
     """[{"file", "points": [{"shown", "users", "mean", "se"}]}]: the accuracy for new users, by the number of their
     comparisons that the weights are computed from. se: None if there is a single user."""
     tables = []
-    for file, runs in (results or {}).get("adapt", {}).items():
+    for file, runs in results["adapt"].items():
         points = [{"shown": point["shown"], "users": point["users"], "mean": finite(point["accuracy"]["mean"]),
                    "se": finite(point["accuracy"]["se"])} for point in runs.get(name, [])]
         tables += [{"file": file, "points": points}] if points else []
     return tables
 
 
-def alarms(results: dict, run: Run) -> list[str]:
-    """Warnings about the run: that its experts are of no use on held-out choices, or that it was too short."""
-    figures = (results or {}).get("preferences", {}).get(run.name)
-    collapse = describe_collapse(run.name, figures) if figures else ""
+def short_alarms(run: Run) -> list[str]:
+    """Warnings that the run was too short for its options."""
     steps = steps_of(run)
-    short = [] if steps is None else short_run(run.config, steps)
-    found = [line.removeprefix("warning: ").removeprefix(f"{run.name}: ") for line in (collapse, *short) if line]
-    return [f"{line[0].upper()}{line[1:].rstrip('.')}." for line in found]
+    return as_sentences(run, [] if steps is None else short_run(run.config, steps))
+
+
+def as_sentences(run: Run, warnings: list[str]) -> list[str]:
+    """Warnings of the command line as sentences; empty ones are left out."""
+    found = [line.removeprefix("warning: ").removeprefix(f"{run.name}: ").rstrip(".") for line in warnings if line]
+    return [f"{line[0].upper()}{line[1:]}." for line in found]
 
 
 def finite(number: float) -> float | None:
@@ -241,21 +256,19 @@ def prompt_of(raw: bytes, chat: bool) -> str | list | None:
     return prompt if isinstance(prompt, str) and prompt.strip() else None
 
 
-def cannot(served, results: dict, broken: str, adaptation: list) -> list[dict]:
-    """What this run cannot show, and why: [{"what", "why"}]."""
-    run, config = served.run, served.run.config
+def cannot(served, found: dict) -> list[dict]:
+    """What this run cannot show, and why: [{"what", "why"}]. found: its `evaluation`."""
+    config, several, missing = served.run.config, served.K > 1, found["missing"]
     rules = [
-        (served.K == 1, "Experts, colours and your own type",
+        (not several, "Experts, colours and your own type",
          "The run has one policy. Train with --experts 2 or more."),
-        (served.K > 1 and config.latent == "pair", "Types of people",
+        (several and config.latent == "pair", "Types of people",
          "In training each comparison had its own type, so nothing taught the experts that one person keeps one type. "
          "Your type is still computed from your choices. Train with --latent user if the data name users."),
-        (served.K > 1 and served.dpo is None, "DPO beside the experts",
+        (several and served.dpo is None, "DPO beside the experts",
          "There is no finished run with one policy in the same folder. Train one with --experts 1."),
-        (bool(broken), "Results", f"{broken}. Run eval.py again."),
-        (not results and not broken, "A headline figure",
-         "The run was not evaluated. Run eval.py with held-out comparisons."),
-        (served.K > 1 and bool(results) and not adaptation, "How well the mixture serves new users",
+        (bool(missing), "A headline figure", missing),
+        (several and not missing and not found["adaptation"], "How well the mixture serves new users",
          "The evaluation had no new users. Run eval.py with --adapt."),
         (config.epsilon < math.inf, "Numbers of comparisons and users",
          "The run is private, and these numbers are part of its data."),
