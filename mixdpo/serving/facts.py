@@ -187,6 +187,8 @@ def without_other_mixtures(results: dict, name: str) -> dict:
 
 def expert_labels(run: Run, figures: dict) -> list[str]:
     """A label of each expert: its number, and the annotator of most of its training units, if an evaluation knows."""
+    if run.config.experts == 1:
+        return ["DPO"]
     own = figures.get("own") or [None] * run.config.experts
     return [f"Expert {k}" + (f" ({own[k]})" if own[k] else "") for k in range(run.config.experts)]
 

@@ -148,7 +148,7 @@ def test_one_policy_says_that_there_is_nothing_to_compare(job):
     found = facts(served(job / "dpo"))
     assert found["summary"] == "One policy for everybody, trained by DPO on 24 comparisons by 6 users."
     assert [*reasons(found)] == ["Experts, colours and your own type"]
-    assert found["labels"] == ["Expert 0"]
+    assert found["labels"] == ["DPO"]
 
 
 @pytest.mark.parametrize("damage", [{"preferences": {"alone": {"own": 3}}}, {"preferences": {"alone": None}},
