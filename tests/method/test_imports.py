@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = ("config", "files", "dpo", "mixture fast", "linear logprob", "models", "text", "preferences",
-          "experts plan packing", "backward", "gates private", "start variants metrics", "runs", "evaluation tabular",
-          "train", "data", "eval")
+          "experts plan packing", "backward", "gates private", "start variants metrics", "runs",
+          "evaluation tabular", "serving", "train", "data", "eval")
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
 PACKAGES = {"torch", "tiktoken", "numpy", "safetensors", *sys.stdlib_module_names}
 OPTIONAL = {"mixdpo/fast/kernels.py": {"triton"}, "mixdpo/text/chat.py": {"jinja2"},      # used where they are there
