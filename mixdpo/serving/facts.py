@@ -28,7 +28,8 @@ from mixdpo.text.shapes import read_records
 
 PROMPTS = 12                    # at most so many prompts are offered
 PATHS = ("data", "model", "out", "data_folder", "validation", "init_experts")      # options that may name folders
-SHARING = {"heads": "heads on one shared model", "lora": "LoRA adapters in one frozen model", "models": "models"}
+SHARING = {"heads": "each a head (output layer) on one shared model",
+           "lora": "each a LoRA adapter (small added weights) in one frozen model", "models": "each a model of its own"}
 GATES = {
     "fixed": "The weights are the same for every prompt.",
     "linear": "A gate that was trained with the experts reads the prompt.",

@@ -74,8 +74,8 @@ def test_an_evaluated_run(job):
     adaptation of another run; no alarm of a short run."""
     found = facts(served(job / "mine", dpo=object()))
     results = json.loads((job / "results.json").read_text())
-    assert found["summary"] == ("2 experts, heads on one shared model, trained by Mix-DPO on 24 comparisons by 6 "
-                                "users; each user has one type.")
+    assert found["summary"] == ("2 experts, each a head (output layer) on one shared model, trained by Mix-DPO on 24 "
+                                "comparisons by 6 users; each user has one type.")
     own = results["preferences"]["mine"]["own"]
     assert found["labels"] == [f"Expert {k}" + (f" ({name})" if name else "") for k, name in enumerate(own)]
     assert any(own), "no expert has a name: the test would not see it"

@@ -271,8 +271,8 @@ def test_errors_are_shown_as_the_servers_sentence(chromium, url):
         page.evaluate("document.getElementById('prompt').value = 'a\\ud800'")
         page.click("#go")
         expect(page, "#ask-status").to_contain_text("surrogate")
-        for status, body, text in ((429, json.dumps(refused), "the server is busy Try again in 3 s."),
-                                   (200, cut, "broke off"), (200, failing, "the model failed")):
+        for status, body, text in ((429, json.dumps(refused), "The server is busy. Try again in 3 s."),
+                                   (200, cut, "broke off"), (200, failing, "The model failed.")):
             page.route("**/v1/completions", lambda route: route.fulfill(status=status, body=body, headers={
                 "retry-after": "3", "content-type": "text/event-stream"}))
             page.fill("#prompt", "mno")
