@@ -85,8 +85,8 @@ def read_object(raw: bytes) -> dict:
 def depth(text: str) -> int:
     """The largest number of open brackets outside of strings. Text that is not JSON may give any number."""
     deepest = level = 0
-    for mark in re.findall(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', text, re.DOTALL):
-        level += mark in "[{" and 1 or mark in "]}" and -1 or 0
+    for mark in re.findall(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', text, re.DOTALL):
+        level += 1 if mark in "[{" else -1 if mark in "]}" else 0
         deepest = max(deepest, level)
     return deepest
 

@@ -159,6 +159,12 @@ class Server(uvicorn.Server):
             self.should_exit = True
         return await super().on_tick(counter)
 
+    async def shutdown(self, sockets=None) -> None:
+        if self.force_exit:                                                 # else uvicorn waits for their clients
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+        await super().shutdown(sockets)
+
 
 def make_server(app, state: State, times: Times) -> Server:
     """The server of an ASGI application, for `Server.run(sockets=[...])`."""

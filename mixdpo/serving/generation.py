@@ -56,6 +56,7 @@ class Choices:
         open_choices = set(range(len(self.streams)))
         while open_choices:
             index, found = await self.events.get()
+            await asyncio.sleep(0)                                          # other requests have their turn
             if index not in open_choices:                                   # tokens after a stop sequence
                 continue
             stream = self.streams[index]

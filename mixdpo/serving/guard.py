@@ -121,6 +121,8 @@ def check_headers(scope) -> dict[bytes, bytes]:
     """The headers by name. Raises: Refused if they are too large or ambiguous."""
     if len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(a) + len(b) for a, b in scope["headers"]) > HEADERS:
         raise Refused(431, f"the headers have more than {HEADERS} bytes; send fewer")
+    if scope["http_version"] not in ("1.0", "1.1"):
+        raise Refused(400, "the request is of another version of HTTP; send HTTP/1.1", headers={"Connection": "close"})
     names = [name for name, _ in scope["headers"]]
     for name in SINGLE:
         if names.count(name) > 1:

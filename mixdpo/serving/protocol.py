@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from mixdpo.serving.bodies import Fields, Refused, shown, wrong
 
 STOPS, STOP_LENGTH = 4, 256         # stop sequences of a request, and characters of each
+COLDEST = 0.001                     # the lowest temperature above 0
 TOP = 20                            # alternatives of a token
 MESSAGES = 256                      # messages of a conversation
 SEED = 2**63 - 1
@@ -96,7 +97,7 @@ def read_shared(fields: Fields, chat: bool, prompt, logprobs: int | None, most: 
     """The fields that both endpoints have."""
     n, stream = fields.whole("n", 1, most, 1), fields.flag("stream")
     ask = Ask(chat, fields.text("model"), prompt, fields.whole("max_tokens", 1, 2**31),
-              fields.real("temperature", 0, 2, 1.0), fields.real("top_p", 0, 1, 1.0, above=True),
+              read_temperature(fields), fields.real("top_p", 0, 1, 1.0, above=True),
               fields.whole("seed", 0, SEED), read_stop(fields), logprobs, n, fields.user(), stream,
               read_stream_options(fields, stream))
     if not chat:
@@ -105,6 +106,14 @@ def read_shared(fields: Fields, chat: bool, prompt, logprobs: int | None, most: 
         refuse_effect(name, fields.left.pop(name, None), values)
     fields.finish(known)
     return ask
+
+
+def read_temperature(fields: Fields) -> float:
+    """0 for the most likely tokens, or a number that logits can be divided by."""
+    value = fields.real("temperature", 0, 2, 1.0)
+    if 0 < value < COLDEST:
+        raise wrong("temperature", value, f"send 0, or a number of at least {COLDEST} and at most 2")
+    return value
 
 
 def read_stop(fields: Fields) -> tuple[str, ...]:
