@@ -83,15 +83,21 @@ class Decoder:
         self.token_bytes = one.keys.nbytes + one.values.nbytes
 
     def sizes(self, more: list[Row]) -> tuple[int, int]:
-        """Rows and slots of a cache for the running rows and `more`."""
+        """Rows and slots of the cache once `more` have joined: as they are, unless they are too small for all rows, or
+        the cache is four times too large."""
         rows = [*self.rows, *more]
         slots = -(-max((row.slots for row in rows), default=1) // SLOTS) * SLOTS
-        return 1 << (len(rows) - 1).bit_length(), min(slots, self.trunk.model.config.context)
+        N, S = 1 << (len(rows) - 1).bit_length(), min(slots, self.trunk.model.config.context)
+        if self.cache is not None:
+            _, N_now, _, S_now, _ = self.cache.keys.shape
+            if N <= N_now and S <= S_now and N_now * S_now <= 4 * N * S:
+                return N_now, S_now
+        return N, S
 
     def nbytes(self, more: list[Row]) -> int:
-        """Size of the cache with these rows added; 0 if there is no row."""
-        rows, slots = self.sizes(more)
-        return rows * slots * self.token_bytes if self.rows or more else 0
+        """Bytes of the cache once `more` have joined; 0 if there is no row."""
+        N, S = self.sizes(more)
+        return N * S * self.token_bytes if self.rows or more else 0
 
     @torch.no_grad()
     def join(self, new: list[Row]) -> None:
@@ -114,15 +120,13 @@ class Decoder:
         self.cache, self.rows = cache, self.rows + new
 
     def reserved(self, new: list[Row]) -> KVCache:
-        """The cache with room for new rows: the present one, unless it is too small, or four times too large."""
-        rows, slots = self.sizes(new)
+        """The cache with room for new rows: the present one, or a new one with its content."""
+        N, S = self.sizes(new)
+        if self.cache is not None and self.cache.keys.shape[1] == N and self.cache.keys.shape[3] == S:
+            return self.cache
+        cache = self.trunk.model.new_cache(N, S)
         if self.cache is not None:
-            (_, N, _, S, _), n = self.cache.keys.shape, len(self.rows)
-            if rows <= N and slots <= S and N * S <= 4 * rows * slots:
-                return self.cache
-        cache = self.trunk.model.new_cache(rows, slots)
-        if self.cache is not None:
-            used = max((row.length for row in self.rows), default=0)
+            n, used = len(self.rows), max((row.length for row in self.rows), default=0)
             cache.keys[:, :n, :, :used] = self.cache.keys[:, :n, :, :used]
             cache.values[:, :n, :, :used] = self.cache.values[:, :n, :, :used]
         return cache

@@ -72,11 +72,12 @@ class ServedRun:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         run = load_first(choices(Path(path).resolve()), device, data_folder)
         tokenizer = load_tokenizer(run.config.models[0], data_folder or None)
-        return cls(run, references_of(run, device), tokenizer, load_dpo(dpo_beside(run.path), device, data_folder))
+        return cls(run, references_of(run, device), tokenizer, load_dpo(dpo_beside(run), device, data_folder))
 
     def encode(self, prompt: str | list[dict]) -> tuple[list[int], int]:
         """A prompt's ids, at most max_prompt, and the id that ends its answer. Raises: InputError if it cannot be used,
         for example an empty text, or messages without a chat template."""
+        check_roles(prompt)
         if isinstance(prompt, list):
             check_messages("prompt", prompt := without_empty_system(prompt))
         else:
@@ -105,6 +106,7 @@ class ServedRun:
     def margins(self, prompt: str | list[dict], chosen: str, rejected: str) -> torch.Tensor:
         """h of a choice under each expert (M4): (K,) float32, as evaluation/heldout.py has it. The prompt is a text, or
         messages. Raises: InputError, for example if both responses have the same ids."""
+        check_roles(prompt)
         as_response = (lambda text: [{"role": "assistant", "content": text}]) if isinstance(prompt, list) else str
         record = check_record({"prompt": prompt, "chosen": as_response(chosen), "rejected": as_response(rejected)})
         pair, _ = read_pair(record, "", 0, self.tokenizer, self.max_prompt, self.max_response)
@@ -144,6 +146,13 @@ class ServedRun:
                 for name, policy in here.items()}
 
 
+def check_roles(prompt: str | list[dict]) -> None:
+    """Raises: InputError if a role is no text; the other checks count roles, and a list cannot be counted."""
+    for message in prompt if isinstance(prompt, list) else []:
+        if isinstance(message, dict) and not isinstance(message.get("role", ""), str):
+            raise InputError(f"the role of a message is {message['role']!r:.80}; wanted system, user or assistant")
+
+
 def token_texts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
     """The text of each id; joined they are tokenizer.decode(ids). A character of several tokens belongs to the last of
     them."""
@@ -160,7 +169,7 @@ def choices(path: Path) -> list[Path]:
     """The runs that could be served, the best one first: the run `path`; or of a folder the mixtures by name, or else
     the runs with one expert, `dpo` first. Raises: InputError if there is no run."""
     found = find_runs(path)
-    mixtures = [each for each in found if config_of(each).experts > 1]
+    mixtures = [each for each in found if (config := config_of(each)) and config.experts > 1]
     return mixtures or sorted(found, key=lambda each: each.name != "dpo")   # found is sorted by name
 
 
@@ -180,18 +189,23 @@ def load_first(paths: list[Path], device: str, data_folder: str) -> Run:
     raise AssertionError("got no runs")
 
 
-def config_of(path: Path) -> TrainConfig:
-    return configs.load(TrainConfig, path / "config.json", report=lambda line: None)
+def config_of(path: Path) -> TrainConfig | None:
+    """A run's options; None if they cannot be read."""
+    try:
+        return configs.load(TrainConfig, path / "config.json", report=lambda line: None)
+    except (InputError, OSError):
+        return None
 
 
-def dpo_beside(path: Path) -> Path | None:
+def dpo_beside(run: Run) -> Path | None:
     """The run with one expert in the same folder that was trained on the same pairs, from the same model, with the same
-    lengths and dtype; `dpo` before others. None if there is none, or if `path` has one expert itself."""
-    own = config_of(path)
-    same = ("data", "columns", "model", "max_prompt", "max_response", "dtype")
-    found = [each for each in find_runs(path.parent) if config_of(each).experts == 1
-             and all(getattr(config_of(each), name) == getattr(own, name) for name in same)] if own.experts > 1 else []
-    return min(found, key=lambda each: (each.name != "dpo", each.name), default=None)
+    lengths and dtype; `dpo` before others. None if there is none, or if the run has one expert itself."""
+    same, found = ("data", "columns", "model", "max_prompt", "max_response", "dtype"), []
+    for path in find_runs(run.path.parent) if run.config.experts > 1 else []:
+        config = config_of(path)
+        if config and config.experts == 1 and all(getattr(config, n) == getattr(run.config, n) for n in same):
+            found.append(path)
+    return min(found, key=lambda path: (path.name != "dpo", path.name), default=None)
 
 
 def load_dpo(path: Path | None, device: str, data_folder: str) -> Run | None:

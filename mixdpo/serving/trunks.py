@@ -33,10 +33,9 @@ class RowLoRA(nn.Module):
     the row's weight of each rank. Equals LoRALinear for rows of different experts. The other adapters' ranks are
     computed and multiplied by 0, which costs less than a pass for each expert."""
 
-    def __init__(self, layer: LoRALinear, weights: RowWeights):
+    def __init__(self, linear: nn.Linear, A: torch.Tensor, B: torch.Tensor, weights: RowWeights):
         super().__init__()
-        A, B, _ = all_adapters(layer)
-        self.linear, self.weights = layer.linear, weights
+        self.linear, self.weights = linear, weights
         self.A, self.B = nn.Parameter(A.detach()), nn.Parameter(SCALE * B.detach())         # (P,in), (out,P)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,22 +129,44 @@ def without_adapters(experts: Adapters) -> Transformer:
     return model
 
 
-def adapted_trunk(experts: Adapters) -> Trunk:
-    """The experts' model with all adapters, of which each row chooses one or none."""
-    model, weights = frozen_twin(experts.trunk), RowWeights()
-    for path in experts.targets:
-        model.set_submodule(path, RowLoRA(lora_of(model, path), weights))
-    of_expert = all_adapters(experts.adapted(experts.targets[0]))[2].detach()               # (K,P)
-    adapters = torch.cat([of_expert.new_zeros(1, of_expert.shape[1]), of_expert]).to(experts.dtype)
-    return Trunk(model.to(experts.dtype).eval().requires_grad_(False), weights, adapters)
+def adapted_trunk(several: list[Adapters]) -> Trunk:
+    """The model that runs with the same targets adapt, with the adapters of all of them, numbered from 1."""
+    model, weights = frozen_twin(several[0].trunk), RowWeights()
+    for path in several[0].targets:
+        A, B, of_expert = zip(*(all_adapters(experts.adapted(path)) for experts in several))
+        model.set_submodule(path, RowLoRA(lora_of(model, path).linear, torch.cat(A), torch.cat(B, dim=1), weights))
+    own = torch.block_diag(*of_expert).detach()                             # (all experts,P), the same at each path
+    adapters = torch.cat([own.new_zeros(1, own.shape[1]), own]).to(several[0].dtype)
+    return Trunk(model.to(several[0].dtype).eval().requires_grad_(False), weights, adapters)
 
 
-def experts_of(run: Run, frozen: Trunk, adapted: Trunk | None = None) -> list[Policy]:
-    """The run's K policies. frozen: the trunk of the reference; adapted: that of the run's adapters, if it is made."""
+def policies_of(run: Run, reference: Transformer, dpo: Run | None) -> dict[str, Policy]:
+    """All policies by name: reference, expert-0, ..., and dpo. reference: the first expert's."""
+    runs = [run] if dpo is None else [run, dpo]
+    adapted = [each.experts for each in runs if isinstance(each.experts, Adapters)]
+    together = [experts for experts in adapted if experts.targets == adapted[0].targets]
+    frozen = adapted_trunk(together) if together else Trunk(cast(reference, run.experts.dtype))
+    found, next_adapter = {"reference": Policy(frozen, frozen.model.unembedding)}, 1
+    for each in runs:
+        names = [f"expert-{k}" for k in range(each.experts.K)] if each is run else ["dpo"]
+        if each.experts in together:
+            policies = adapter_policies(frozen, next_adapter, each.experts.K)
+            next_adapter += each.experts.K
+        else:
+            policies = policies_of_own(each, frozen)
+        found |= dict(zip(names, policies))
+    return found
+
+
+def adapter_policies(trunk: Trunk, first: int, count: int) -> list[Policy]:
+    return [Policy(trunk, trunk.model.unembedding, adapter=first + k) for k in range(count)]
+
+
+def policies_of_own(run: Run, frozen: Trunk) -> list[Policy]:
+    """The run's K policies, on trunks of its own, or heads on `frozen`, the reference's trunk."""
     experts, dtype = run.experts, run.experts.dtype
     if isinstance(experts, Adapters):
-        trunk = adapted or adapted_trunk(experts)
-        return [Policy(trunk, trunk.model.unembedding, adapter=k + 1) for k in range(experts.K)]
+        return adapter_policies(adapted_trunk([experts]), 1, experts.K)
     if isinstance(experts, Models):
         trunks = [Trunk(cast(model, dtype)) for model in experts.models]
         return [Policy(trunk, trunk.model.unembedding) for trunk in trunks]
@@ -160,11 +181,3 @@ def head_of(experts: Heads, k: int, trunk: Trunk, dtype: torch.dtype) -> tuple:
         return W, 0, (experts.A[k].detach().to(dtype), experts.B[k].detach().to(dtype))
     return (experts.W_k[k].detach().to(dtype) if experts.K > 1 else W), 0, None
 
-
-def policies_of(run: Run, reference: Transformer, dpo: Run | None) -> dict[str, Policy]:
-    """All policies by name: reference, expert-0, ..., and dpo. reference: the first expert's."""
-    adapted = adapted_trunk(run.experts) if isinstance(run.experts, Adapters) else None
-    frozen = adapted or Trunk(cast(reference, run.experts.dtype))
-    found = {"reference": Policy(frozen, frozen.model.unembedding)}
-    found |= {f"expert-{k}": policy for k, policy in enumerate(experts_of(run, frozen, adapted))}
-    return found | ({"dpo": experts_of(dpo, frozen)[0]} if dpo is not None else {})
