@@ -19,6 +19,7 @@ from mixdpo.fast.memory import tune_process
 from mixdpo.serving.app import Access, make_app
 from mixdpo.serving.connection import Times, listen, make_server
 from mixdpo.serving.engine import Engine
+from mixdpo.serving.facts import facts
 from mixdpo.serving.guard import State, host_name
 from mixdpo.serving.page import read_page
 from mixdpo.serving.policies import ServedRun
@@ -128,12 +129,14 @@ def rewards_beside(run: Path) -> Callable[[str], dict[str, float]] | None:
     return rewards
 
 
-def serve(config: ServeConfig, served, engine, users: Users, prior, facts: dict, score=None) -> None:
-    """Serves until a signal. served: a ServedRun; engine: its Engine; prior: log w (K,) of a new user. Running answers
-    end, then the engine stops and the file of users is closed. Raises: InputError if the address cannot be used."""
+def serve(config: ServeConfig, served, engine, users: Users, prior, about: dict, score=None) -> None:
+    """Serves until a signal. Running answers end, then the engine stops and the file of users is closed.
+
+    served: a ServedRun; engine: its Engine; prior: log w (K,) of a new user; about: what the page says of the run; score:
+    a text -> its rewards. Raises: InputError if the address cannot be used."""
     state = State()
     service = Service(served, engine, users, prior, score, limits_of(config))
-    app = make_app(service, read_page(), facts, state, access_of(config), config.log_prompts)
+    app = make_app(service, read_page(), about, state, access_of(config), config.log_prompts)
     server = make_server(app, state, Times(body=config.body_seconds + 2))
     try:
         with listen(config.host, config.port) as socket:
@@ -153,8 +156,6 @@ def main(argv: list[str]) -> None:
     flags = argv if argv and argv[0].startswith("-") else ["--run", *argv]
     config = configs.parse(ServeConfig, flags, "python -m mixdpo.serving RUN")
     validate(config)
-    from mixdpo.serving.facts import facts
-
     served = ServedRun.load(config.run, config.data_folder)
     users = users_of(config, fingerprint(served.run.path), served.K)
     serve(config, served, Engine(served, config.rows, config.waiting), users, mean_weights(served.run), facts(served),

@@ -6,6 +6,7 @@ data begins with the responsibilities of the run.
 """
 
 import asyncio
+import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +25,13 @@ from mixdpo.serving.protocol import Ask, Choice, Query
 from mixdpo.serving.texts import TextStream, token_bytes
 from mixdpo.serving.users import Comparison, NoRoom, Users, history
 
+FILES = re.compile(r"(raise (--)?max.\w+( \(now \d+\))?,? or )?remove the line")          # remedies of text/records.py
 DRAWN = ("mixture", "sparse")       # models whose expert is chosen by the weights; the others are policies
+
+
+def as_sentence(error: InputError) -> str:
+    """The message of a bad input. What it advises for a line of a file becomes what a request can do."""
+    return FILES.sub("send another text", error.message)
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Service:
         except Full:
             raise stopping() from None
         except InputError as error:
-            raise Refused(400, error.message) from None
+            raise Refused(400, as_sentence(error)) from None
         finally:
             self.calls -= 1
 
@@ -76,7 +83,7 @@ class Service:
         try:
             return await asyncio.to_thread(self.served.encode, prompt)
         except InputError as error:
-            raise Refused(400, f"prompt: {error.message}", "prompt") from None
+            raise Refused(400, f"prompt: {as_sentence(error)}", "prompt") from None
 
     # --- completions
 

@@ -1,5 +1,6 @@
 """Comparisons of users: what was acknowledged is there, whole, under its own run; posteriors are M11's."""
 
+import ctypes
 import http.client
 import json
 import os
@@ -20,6 +21,8 @@ from mixdpo.mixture import e_step
 from mixdpo.preferences import read_preferences
 from mixdpo.serving import __main__ as command
 from mixdpo.serving.users import Comparison, NoRoom, Users, as_record, fingerprint, history, mean_weights
+
+PR_SET_PDEATHSIG = 1                                                        # linux/prctl.h
 
 
 def comparison(n=0, prompt="p", log_likelihood=(-0.5, -1.5)):
@@ -211,6 +214,7 @@ def server_process(folder) -> tuple[int, int]:
             lines.readline()
             return child, int(lines.readline().split()[0].rsplit(":", 1)[1])
     try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)           # it does not outlive a test that fails
         os.dup2(write, 1), os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         served = FakeRun()
         config = command.ServeConfig(str(folder), port=0)
