@@ -4,7 +4,6 @@ A local page where the experts answer side by side, and an endpoint for any clie
 `serve`. What users choose is kept in RUN/users.sqlite; the run itself is not changed.
 """
 
-import dataclasses
 import ipaddress
 import json
 import threading
@@ -132,8 +131,8 @@ def rewards_beside(run: Path) -> Callable[[str], dict[str, float]] | None:
 def serve(config: ServeConfig, served, engine, users: Users, prior, about: dict, score=None) -> None:
     """Serves until a signal. Running answers end, then the engine stops and the file of users is closed.
 
-    served: a ServedRun; engine: its Engine; prior: log w (K,) of a new user; about: what the page says of the run; score:
-    a text -> its rewards. Raises: InputError if the address cannot be used."""
+    served: a ServedRun; engine: its Engine; prior: log w (K,) of a new user; about: what the page says of the run;
+    score: a text -> its rewards. Raises: InputError if the address cannot be used."""
     state = State()
     service = Service(served, engine, users, prior, score, limits_of(config))
     app = make_app(service, read_page(), about, state, access_of(config), config.log_prompts)

@@ -1,7 +1,7 @@
 """Bodies of requests: bytes of somebody unknown -> one JSON object whose values are safe to use.
 
-    read_object     bytes -> dict. JSON as RFC 8259 defines it, UTF-8, and stricter: each key once in an object, no NaN or
-                    Infinity, no number beyond float64, no integer above 64 bits, no null character, no half of a
+    read_object     bytes -> dict. JSON as RFC 8259 defines it, UTF-8, and stricter: each key once in an object, no NaN
+                    or Infinity, no number beyond float64, no integer above 64 bits, no null character, no half of a
                     surrogate pair, at most DEPTH brackets deep
     Fields          reads the fields of an object one by one; `finish` names those that nobody read
 
@@ -51,9 +51,8 @@ def wrong(param: str, got, wanted: str) -> Refused:
 
 
 def shown(value) -> str:
-    """A value as a message repeats it: short, printable ASCII."""
-    text = ascii(value) if isinstance(value, str | int | float | bool | None) else {list: "a list",
-                                                                                   dict: "an object"}[type(value)]
+    """A JSON value as a message repeats it: short, printable ASCII."""
+    text = "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else ascii(value)
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 
 
@@ -134,8 +133,8 @@ def check_text(text: str) -> None:
     if "\x00" in text:
         raise Refused(400, "a text in the body holds a null character (U+0000); remove it")
     if (half := re.search("[\ud800-\udfff]", text)) is not None:
-        raise Refused(400, f"a text in the body holds U+{ord(half[0]):04X}, one half of a surrogate pair; send complete "
-                      "characters")
+        raise Refused(400, f"a text in the body holds U+{ord(half[0]):04X}, one half of a surrogate pair; send "
+                      "complete characters")
 
 
 # --- fields -----------------------------------------------------------------------------------------------------------

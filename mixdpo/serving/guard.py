@@ -53,7 +53,7 @@ class Guard:
     async def __call__(self, scope, receive, send) -> None:
         assert scope["type"] == "http", f"got a {scope['type']}, want http"
         began, status = time.monotonic(), GONE
-        scope["note"] = note = {}                                           # what a route adds to the line of log
+        note: dict = scope.setdefault("note", {})                           # what a route adds to the line of log
 
         async def answer(message) -> None:
             nonlocal status
@@ -97,8 +97,8 @@ class Guard:
     def check_host(self, headers: dict[bytes, bytes]) -> None:
         name = host_name(headers.get(b"host", b"").decode("latin-1"))
         if name is None or not (name in self.names or self.any_address and is_address(name)):
-            raise Refused(403, "the Host header names no address of this server; use the address that it printed at its "
-                          "start, or start it with --names NAME")
+            raise Refused(403, "the Host header names no address of this server; use the address that it printed at "
+                          "its start, or start it with --names NAME")
 
     def check_origin(self, scope, headers: dict[bytes, bytes]) -> None:
         """A browser sends Origin with every POST and DELETE of a page, and Sec-Fetch-Site with all requests."""
@@ -119,7 +119,8 @@ class Guard:
 
 def check_headers(scope) -> dict[bytes, bytes]:
     """The headers by name. Raises: Refused if they are too large or ambiguous."""
-    if len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(a) + len(b) for a, b in scope["headers"]) > HEADERS:
+    size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(a) + len(b) for a, b in scope["headers"])
+    if size > HEADERS:
         raise Refused(431, f"the headers have more than {HEADERS} bytes; send fewer")
     if scope["http_version"] not in ("1.0", "1.1"):
         raise Refused(400, "the request is of another version of HTTP; send HTTP/1.1", headers={"Connection": "close"})
@@ -161,8 +162,9 @@ async def refuse(refused: Refused, send) -> None:
 
 def failure(error: BaseException) -> str:
     """An error that nobody expected, as a line of log: its type and place. Its message may hold a part of a prompt."""
-    places = [f"{place.filename.rsplit('/', 1)[-1]}:{place.lineno}" for place in traceback.extract_tb(error.__traceback__)]
-    return f"error: {type(error).__name__} at {' < '.join(reversed(places[-6:]))}"
+    places = traceback.extract_tb(error.__traceback__)[-6:]
+    named = [f"{place.filename.rsplit('/', 1)[-1]}:{place.lineno}" for place in reversed(places)]
+    return f"error: {type(error).__name__} at {' < '.join(named)}"
 
 
 def log_line(text: str) -> None:

@@ -93,7 +93,8 @@ def read_chat(body: dict, most: int) -> Ask:
     return read_shared(fields, True, prompt, (top or 0) if logprobs else None, most, NEUTRAL | NEUTRAL_CHAT, known)
 
 
-def read_shared(fields: Fields, chat: bool, prompt, logprobs: int | None, most: int, neutral: dict, known: tuple) -> Ask:
+def read_shared(fields: Fields, chat: bool, prompt, logprobs: int | None, most: int, neutral: dict, known: tuple
+                ) -> Ask:
     """The fields that both endpoints have."""
     n, stream = fields.whole("n", 1, most, 1), fields.flag("stream")
     ask = Ask(chat, fields.text("model"), prompt, fields.whole("max_tokens", 1, 2**31),

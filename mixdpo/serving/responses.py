@@ -27,8 +27,8 @@ def as_json(value, status: int = 200) -> Response:
 
 
 async def read_body(request: Request, most: int, seconds: float) -> bytes:
-    """The body of a JSON request. Raises: Refused if its type is another one, if it has more than `most` bytes (413), or
-    if it does not arrive in time (408); Gone."""
+    """The body of a JSON request. Raises: Refused if its type is another one (415), if it has more than `most` bytes
+    (413), or if it does not arrive in time (408); Gone."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise Refused(415, "the body has another type; send JSON, with the header Content-Type: application/json")
@@ -91,12 +91,13 @@ def too_long(seconds: float) -> Refused:
 
 
 class EventStream(Response):
-    """Server-sent events. events: yields dicts; `end` is called in any case. An error in the middle is an event too, and
-    then the stream has no [DONE]."""
+    """Server-sent events. events: yields dicts; `end` is called in any case. An error in the middle is an event too,
+    and then the stream has no [DONE]."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[dict], end: Callable[[], None], seconds: float, log: Callable[[str], None]):
+    def __init__(self, events: AsyncIterator[dict], end: Callable[[], None], seconds: float,
+                 log: Callable[[str], None]):
         super().__init__(headers={"Content-Type": self.media_type, "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.events, self.end, self.seconds, self.log = events, end, seconds, log

@@ -178,6 +178,6 @@ class Service:
         except InputError as error:
             raise Refused(400, f"completion: {error.message}", "completion") from None
         if not 1 <= len(ids) <= room:
-            raise Refused(400, f"completion: got {len(ids)} tokens; send at least 1 and at most {room}, which the prompt "
-                          "leaves of the context", "completion")
+            raise Refused(400, f"completion: got {len(ids)} tokens; send at least 1 and at most {room}, which the "
+                          "prompt leaves of the context", "completion")
         return ids

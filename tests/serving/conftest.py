@@ -1,6 +1,6 @@
 """A server on this machine, in a thread of the test's process, with a run that needs no model (fakerun.py).
 
-Tests of the files that need the extra `serve` are collected only if it and tests/serving/requirements.txt are installed.
+Tests of the files that need the extra `serve` are collected only if tests/serving/requirements.txt is installed.
 """
 
 import contextlib

@@ -30,7 +30,7 @@ def exchange(port: int, *parts: bytes, timeout: float = 10.0) -> Answer:
             for part in parts:
                 connection.sendall(part)
         except OSError:
-            pass                                                            # the server has closed: it may have answered
+            pass                                                            # the server has closed, perhaps answered
         return read_answer(connection, body=not parts[0].startswith(b"HEAD"))
 
 

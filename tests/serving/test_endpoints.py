@@ -34,14 +34,16 @@ def test_a_users_posterior_moves_with_each_comparison(client):
         found, h = found.json(), (len(chosen) - len(rejected)) / 10
         odds *= sigma(h) / sigma(-h)
         assert found["comparisons"] == n and len(found["history"]) == n + 1
-        assert found["posterior"] == found["history"][-1] == pytest.approx([odds / (1 + odds), 1 / (1 + odds)], abs=1e-6)
+        assert found["posterior"] == found["history"][-1] == pytest.approx([odds / (1 + odds), 1 / (1 + odds)],
+                                                                           abs=1e-6)
     assert client.get("/v1/users/anna").json() == found
     assert client.get("/v1/users/bert").json()["comparisons"] == 0
 
 
 def test_a_training_user_begins_with_the_runs_responsibilities(client):
     assert client.get("/v1/users/trained").json()["posterior"] == pytest.approx([0.1, 0.9], abs=1e-6)
-    found = client.post("/v1/users/trained/preferences", json={"prompt": "p", "chosen": "aaaaaa", "rejected": "a"}).json()
+    found = client.post("/v1/users/trained/preferences", json={"prompt": "p", "chosen": "aaaaaa",
+                                                               "rejected": "a"}).json()
     odds = 0.1 / 0.9 * sigma(0.5) / sigma(-0.5)
     assert found["posterior"][0] == pytest.approx(odds / (1 + odds), abs=1e-6)
 
@@ -60,7 +62,8 @@ def test_comparisons_are_downloaded_as_preferences(client, tmp_path):
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
     assert answer.headers["content-disposition"] == 'attachment; filename="preferences-anna.jsonl"'
     assert [json.loads(line) for line in answer.text.splitlines()] == [
-        {"prompt": "ein Text", "chosen": chosen, "rejected": "b", "user": "anna"} for chosen in ("größer", "zwei\nZeilen")]
+        {"prompt": "ein Text", "chosen": chosen, "rejected": "b", "user": "anna"} for chosen in ("größer",
+                                                                                                 "zwei\nZeilen")]
     (tmp_path / "down.jsonl").write_bytes(answer.content)
     assert len(read_preferences(str(tmp_path / "down.jsonl"), make_tokenizer(), 32, 32)) == 2
     assert client.get("/v1/users/nobody/preferences").text == ""
@@ -72,7 +75,8 @@ def test_a_user_is_forgotten(client):
     assert client.delete("/v1/users/anna").json() == {"user": "anna", "forgotten": 1}
     assert client.delete("/v1/users/anna").json() == {"user": "anna", "forgotten": 0}
     assert client.get("/v1/users/anna").json()["comparisons"] == 0
-    assert client.get("/v1/users/anna/preferences").text == "" and client.get("/v1/users/bert").json()["comparisons"] == 1
+    assert client.get("/v1/users/anna/preferences").text == ""
+    assert client.get("/v1/users/bert").json()["comparisons"] == 1
 
 
 def test_users_and_comparisons_are_limited(serving):
@@ -189,6 +193,7 @@ def test_rewards_come_from_the_annotators_beside_the_run(tmp_path, monkeypatch):
     dataset.write_text('{"rewards": ["ab", "abc"], "utilities": {"both": {"ab": 1, "abc": 2}}}')
     assert rewards_beside(run)("text") == pytest.approx({"ab": 0.2, "abc": 0.3, "both": 0.8})
     assert asked[-1] == (["text"], ["ab", "abc"], tmp_path / "job")
+    assert {folder for _, _, folder in asked} == {tmp_path / "job"}
     monkeypatch.setattr(rewards, "score", lambda *_: (_ for _ in ()).throw(InputError("no judge")))
     assert rewards_beside(run) is None
 

@@ -27,7 +27,8 @@ def sentence(answer, status):
 
 
 @pytest.mark.parametrize("host, status", [
-    ("127.0.0.1", 200), ("localhost:8000", 200), ("LOCALHOST", 200), ("[::1]:99", 200), ("evil.example", 403), ("", 403),
+    ("127.0.0.1", 200), ("localhost:8000", 200), ("LOCALHOST", 200), ("[::1]:99", 200), ("evil.example", 403),
+    ("", 403),
     ("127.0.0.1.evil.example", 403), ("localhost@evil.example", 403), ("evil.example#localhost", 403),
     ("localhost:x", 403), ("localhost/../evil", 403), ("10.0.0.1", 403), ("[::1", 403), ("localhost:0", 403)])
 def test_the_host_must_be_this_server(live, host, status):
@@ -48,7 +49,8 @@ def test_other_names_and_addresses(serving):
 
 @pytest.mark.parametrize("headers, status", [
     (["Origin: http://localhost:8000"], 200), (["Origin: http://evil.example"], 403), (["Origin: null"], 403),
-    (["Origin: https://localhost:8000"], 403), (["Origin: http://localhost:8001"], 403), (["Origin: http://localhost"], 403),
+    (["Origin: https://localhost:8000"], 403), (["Origin: http://localhost:8001"], 403),
+    (["Origin: http://localhost"], 403),
     (["Sec-Fetch-Site: cross-site"], 403), (["Sec-Fetch-Site: same-site"], 403), (["Sec-Fetch-Site: same-origin"], 200),
     (["Sec-Fetch-Site: none"], 200)])
 def test_a_page_of_another_site_may_not_use_the_server(live, headers, status):
@@ -67,14 +69,16 @@ def test_a_form_of_another_site_is_no_request(live):
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
         headers = (f"Content-Type: {kind}",) if kind else ()
         sentence(exchange(live.port, request(body=BODY, headers=headers)), 415)
-    assert exchange(live.port, request(body=BODY, headers=("content-type: Application/JSON; charset=utf-8",))).status == 200
+    good = request(body=BODY, headers=("content-type: Application/JSON; charset=utf-8",))
+    assert exchange(live.port, good).status == 200
 
 
 def test_a_token_is_wanted_for_everything_but_the_page(serving):
     with serving(access=Access(TOKEN)) as server, httpx.Client(base_url=server.url) as client:
         for path in ("/", "/health"):
             assert client.get(path).status_code == 200
-        wrong = [{}, {"Authorization": TOKEN}, {"Authorization": f"Basic {TOKEN}"}, {"Authorization": f"Bearer {TOKEN}x"},
+        wrong = [{}, {"Authorization": TOKEN}, {"Authorization": f"Basic {TOKEN}"},
+                 {"Authorization": f"Bearer {TOKEN}x"},
                  {"Authorization": f"Bearer {TOKEN[:-1]}"}, {"Authorization": "Bearer"}, {"Authorization": "Bearer ü"}]
         for headers in wrong:
             for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions"), ("GET", "/api/run"),
@@ -94,7 +98,9 @@ def test_every_answer_has_the_headers_of_safety(live):
         assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
         assert headers["cross-origin-resource-policy"] == "same-origin" and headers["cache-control"] == "no-store"
         assert "frame-ancestors 'none'" in headers["content-security-policy"]
-        assert headers.get_list("content-security-policy", True)[0].startswith("default-src 'none'")
+        assert headers["x-frame-options"] == "DENY"
+        policy, = headers.get_list("content-security-policy")               # of two, a browser obeys both
+        assert policy.startswith("default-src 'none'")
         assert "server" not in headers and not any(name.startswith("access-control") for name in headers)
         kinds = ("application/json", "text/plain; charset=utf-8", *["text/html; charset=utf-8"] * (path == "/"))
         assert headers["content-type"] in kinds
@@ -102,13 +108,15 @@ def test_every_answer_has_the_headers_of_safety(live):
 
 def test_the_page_runs_its_own_script_alone(serving):
     """Catches: 'unsafe-inline'; a hash of other bytes than the browser's."""
-    script, style = "let a = '</' + 'b>';\nrun('ü');", "body { margin: 0 }"
-    page = f"<!doctype html><style>{style}</style><p>x</p><script type=module>{script}</script>".encode()
+    script, style = "\nlet a = '</' + 'b>';\nrun('ü');\n ", " body { margin: 0 }\n"
+    page = (f"<!doctype html><style>{style}</style><p>x</p><script type=module>{script}</script>"
+            f"<SCRIPT>{script}2</script >").encode()
     with serving(page=page) as server:
         answer = httpx.get(server.url + "/")
         policy = dict(part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";"))
-        for name, text in (("script-src", script), ("style-src", style)):
-            assert policy[name] == f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for name, texts in (("script-src", (script, script + "2")), ("style-src", (style,))):
+            sums = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
+            assert policy[name] == " ".join(f"'sha256-{each}'" for each in sums)
         assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
         assert policy["connect-src"] == "'self'" and "unsafe" not in answer.headers["content-security-policy"]
         assert answer.content == page
@@ -149,18 +157,21 @@ def test_a_large_body_that_is_refused_leaves_the_connection_usable(serving):
 @pytest.mark.parametrize("raw, status", [
     (request("GET", "/health", headers=("X: " + "a" * 20_000,)), 431),
     (request("GET", "/health", headers=tuple(f"X-{n}: {'a' * 90}" for n in range(200))), 431),
-    (request("GET", "/health?" + "a" * 20_000), 431), (b"GET /health HTTP/1.1\r\nX: " + b"a" * 100_000, 431),
+    (request("GET", "/health?" + "a" * 20_000), 431), (b"GET /health HTTP/1.1\r\nX: " + b"a" * 5_000_000, 431),
     (request("GET", "/health", headers=("Host: localhost",)), 400), (b"GET /health HTTP/1.1\r\n\r\n", 400),
     (b"GET /health HTTP/1.0\r\n\r\n", 403), (b"GET /health HTTP/2.0\r\nHost: localhost\r\n\r\n", 400),
-    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400), (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 40 + b"\r\n\r\n", 400),
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 40 + b"\r\n\r\n", 400),
     (request(body=BODY, headers=(KIND, KIND)), 400),
     (request(body=BODY, headers=(KIND, "Transfer-Encoding: chunked")), 400),
-    (request(body=BODY, headers=(KIND, "Content-Length: 5")), 400), (request(headers=(KIND, "Content-Length: -1"), length=-1), 400),
+    (request(body=BODY, headers=(KIND, "Content-Length: 5")), 400), (request(headers=(KIND, "Content-Length: -1"),
+                                                                             length=-1), 400),
     (request(headers=(KIND, "Content-Length: 1e3"), length=-1), 400),
     (request(headers=(KIND, "Transfer-Encoding: gzip"), length=-1), 400), (request(headers=(KIND, "Bad Name: x")), 400),
     (request(headers=(KIND, "Name : x")), 400), (request(headers=(KIND, "X: a\x00b")), 400),
     (request(headers=(KIND, "Transfer-Encoding: chunked"), length=-1) + b"zz\r\n{}\r\n0\r\n\r\n", 400),
-    (request("GE\x01T", "/health"), 400), (request("GET", "/he alth"), 400), (b"\r\n\r\n\r\n\r\nnonsense\r\n\r\n", 400)])
+    (request("GE\x01T", "/health"), 400), (request("GET", "/he alth"), 400),
+    (b"\r\n\r\n\r\n\r\nnonsense\r\n\r\n", 400)])
 def test_ambiguous_or_malformed_http_is_refused(live, raw, status):
     """Catches: request smuggling; a header that one program reads in one way and another in another."""
     answer = exchange(live.port, raw)
@@ -170,7 +181,8 @@ def test_ambiguous_or_malformed_http_is_refused(live, raw, status):
 
 @pytest.mark.parametrize("method, path, status", [
     ("GET", "/v1/completions", 405), ("PUT", "/v1/completions", 405), ("DELETE", "/", 405), ("POST", "/", 405),
-    ("TRACE", "/", 405), ("PATCH", "/v1/users/a", 405), ("OPTIONS", "/v1/completions", 405), ("GET", "/v1/models/", 404),
+    ("TRACE", "/", 405), ("PATCH", "/v1/users/a", 405), ("OPTIONS", "/v1/completions", 405),
+    ("GET", "/v1/models/", 404),
     ("GET", "/v1/nothing", 404), ("GET", "//", 404), ("GET", "/../../etc/passwd", 404), ("GET", "/page.html", 404),
     ("GET", "/%2e%2e/%2e%2e/etc/passwd", 404), ("GET", "/v1/users/../../etc/passwd", 404), ("GET", "/v1/users/", 404),
     ("GET", "/v1/users/%2e%2e%2fetc", 404), ("GET", "/v1/users/a%00b", 400), ("GET", "/v1/users/a%20b", 400),

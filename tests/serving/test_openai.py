@@ -138,7 +138,8 @@ def test_several_choices_differ_and_the_first_is_that_of_n_1(client):
     one, four = ask(client, seed=11), ask(client, seed=11, n=4)
     texts = [choice.text for choice in four.choices]
     assert [choice.index for choice in four.choices] == [0, 1, 2, 3] and len({*texts}) == 4
-    assert texts[0] == one.choices[0].text and texts[:2] == [choice.text for choice in ask(client, seed=11, n=2).choices]
+    assert texts[0] == one.choices[0].text and texts[:2] == [choice.text for choice in ask(client, seed=11,
+                                                                                           n=2).choices]
     assert four.mixdpo["experts"] == choose_expert(_log([0.7, 0.3]), 4, "mixture", 11).tolist()
     assert four.usage.completion_tokens == sum(len(text.encode()) for text in texts)
     experts = [expert for seed in range(40) for expert in ask(client, seed=seed, n=8).mixdpo["experts"]]
@@ -162,8 +163,8 @@ def test_logprobs_of_a_completion(client):
 def test_logprobs_of_chat(client):
     answer = chat(client, "say:aö", logprobs=True, top_logprobs=3, seed=4)
     found = answer.choices[0].logprobs.content
-    assert bytes(b for one in found for b in one.bytes).decode() == "aö" and [len(one.top_logprobs) for one in found] == [
-        3, 3, 3]
+    assert bytes(b for one in found for b in one.bytes).decode() == "aö"
+    assert [len(one.top_logprobs) for one in found] == [3, 3, 3]
     assert found[0].token == "a" and found[0].top_logprobs[0].logprob == found[0].logprob
     assert chat(client, "say:a", logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
     assert chat(client, "say:a").choices[0].logprobs is None

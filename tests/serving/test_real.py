@@ -124,7 +124,8 @@ def test_posteriors_follow_from_the_runs_margins(real):
 def test_training_users_are_known(real):
     for name in ("u0", "u1"):
         log_q = real.served.known_user(name)
-        assert httpx.get(f"{real.url}/v1/users/{name}").json()["posterior"] == pytest.approx(log_q.exp().tolist(), abs=1e-5)
+        assert httpx.get(f"{real.url}/v1/users/{name}").json()["posterior"] == pytest.approx(log_q.exp().tolist(),
+                                                                                             abs=1e-5)
 
 
 def test_chat(tmp_path, serving):

@@ -1,4 +1,4 @@
-"""Time, room and an end: clients that leave, answers that take too long, a full queue, a server that is told to stop."""
+"""Time, room and an end: clients that leave, answers that take too long, a full queue, a server that is to stop."""
 
 import asyncio
 import json
@@ -289,7 +289,8 @@ def test_an_idle_server_stops_at_once_and_keeps_its_users(process):
     (["--host", "0.0.0.0"], "host", "--token"), (["--host", "192.0.2.1"], "host", "--token"),
     (["--host", "example.org"], "host", "--token"), (["--host", "::"], "host", "--token"),
     (["--token", "short"], "token", "16"), (["--token", "x" * 15 + " y"], "token", "16"),
-    (["--token", "ü" * 20], "token", "16"), (["--port", "70000"], "port", "65535"), (["--names", "a:80"], "names", "a:80"),
+    (["--token", "ü" * 20], "token", "16"), (["--port", "70000"], "port", "65535"),
+    (["--names", "a:80"], "names", "a:80"),
     (["--rows", "0"], "rows", "1")])
 def test_what_would_be_unsafe_is_refused_at_the_start(words, option, named):
     """Catches: a server that the network can reach without a token."""

@@ -218,7 +218,8 @@ def server_process(folder) -> tuple[int, int]:
         os.dup2(write, 1), os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         served = FakeRun()
         config = command.ServeConfig(str(folder), port=0)
-        command.serve(config, served, FakeEngine(served), command.users_of(config, FINGERPRINT, 2), served.log_w([]), {})
+        command.serve(config, served, FakeEngine(served), command.users_of(config, FINGERPRINT, 2), served.log_w([]),
+                      {})
     finally:
         os._exit(1)
 
