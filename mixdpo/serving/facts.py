@@ -91,7 +91,7 @@ def summary(run: Run) -> str:
     if K == 1:
         return f"One policy for everybody, trained by DPO on {count}comparisons{by}{budget}."
     method = "Mix-DPO" if config.gate == "fixed" else "MoE-DPO"
-    unit = "each user has one type" if config.latent == "user" else "each comparison has its own type"
+    unit = "each user has one type of taste" if config.latent == "user" else "each comparison has its own type of taste"
     return f"{K} experts, {SHARING[config.sharing]}, trained by {method} on {count}comparisons{by}{budget}; {unit}."
 
 
