@@ -91,7 +91,7 @@ def summary(run: Run) -> str:
     if K == 1:
         return f"One policy for everybody, trained by DPO on {count}comparisons{by}{budget}."
     method = "Mix-DPO" if config.gate == "fixed" else "MoE-DPO"
-    unit = "each user has one type" if config.latent == "user" else "each comparison has its own type"
+    unit = "each user has one type of taste" if config.latent == "user" else "each comparison has its own type of taste"
     return f"{K} experts, {SHARING[config.sharing]}, trained by {method} on {count}comparisons{by}{budget}; {unit}."
 
 
@@ -236,7 +236,7 @@ def trained_on_messages(config: TrainConfig) -> bool:
 def example_prompts(run: Run, chat: bool) -> list:
     """Up to PROMPTS prompts to try, each once: texts or, with chat, messages with one turn of a user."""
     public = run.config.epsilon == math.inf
-    for name in ("prompts.jsonl", *["samples.jsonl"] * (not chat), *["heldout.jsonl"] * public):    # samples are texts
+    for name in ("prompts.jsonl", "samples.jsonl", *["heldout.jsonl"] * public):
         for path in (run.path / name, run.path.parent / name):
             found: list = []
             for raw in islice(lines(path), 50 * PROMPTS) if path.exists() else ():

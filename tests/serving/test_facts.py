@@ -75,7 +75,7 @@ def test_an_evaluated_run(job):
     found = facts(served(job / "mine", dpo=object()))
     results = json.loads((job / "results.json").read_text())
     assert found["summary"] == ("2 experts, each a head (output layer) on one shared model, trained by Mix-DPO on 24 "
-                                "comparisons by 6 users; each user has one type.")
+                                "comparisons by 6 users; each user has one type of taste.")
     own = results["preferences"]["mine"]["own"]
     assert found["labels"] == [f"Expert {k}" + (f" ({name})" if name else "") for k, name in enumerate(own)]
     assert any(own), "no expert has a name: the test would not see it"
@@ -135,7 +135,7 @@ def test_figures_without_a_standard_error(tmp_path, alone):
 def test_a_run_without_an_evaluation_says_what_is_missing(alone):
     """Faults: no reason; a reason that does not apply; an evaluation of other runs is used."""
     found = facts(served(alone))
-    assert found["summary"].endswith("on 18 comparisons; each comparison has its own type.")
+    assert found["summary"].endswith("on 18 comparisons; each comparison has its own type of taste.")
     assert found["labels"] == ["Expert 0", "Expert 1"] and found["headline"] == "" and found["adaptation"] == []
     assert [*reasons(found)] == ["Types of people", "DPO beside the experts", "A headline figure"]
     assert "Run eval.py" in reasons(found)["A headline figure"]

@@ -71,8 +71,8 @@ def make_folder(home):
     experts are trained at such a rate that they differ."""
     model = teach_letters(tinyjob.make_model(home / "model"))
     options = dict(model=str(model), data=tinyjob.write(home / "train.jsonl", tinyjob.make_records(users=6, each=4)),
-                   beta=0.5, epochs=3, max_prompt=PROMPT, max_response=RESPONSE, lr=0.02)
-    train.run(train.TrainConfig(out=str(home / "mine"), **tinyjob.small(latent="user", **options) | {"head_lr": 0.1}))
+                   epochs=3, max_prompt=PROMPT, max_response=RESPONSE, lr=0.01)
+    train.run(train.TrainConfig(out=str(home / "mine"), **tinyjob.small(latent="user", **options) | {"head_lr": 0.05}))
     train.run(train.TrainConfig(out=str(home / "dpo"), **tinyjob.small(experts=1, **options)))
     tinyjob.write(home / "prompts.jsonl", [{"prompt": text} for text in ("mnop", "nn", f"p{HOSTILE}")])
     figures = {"experts": 2, "own": [LABEL, None], "trained_on": ["all"], "type_of_pair": ["all"],
@@ -87,7 +87,7 @@ def teach_letters(folder, steps=150):
     """Trains a tiny model, for seconds, to write a few letters and blanks and to end: as it is, most of its tokens are
     bytes that are no characters. Returns the folder."""
     model, order = load_model(str(folder)), torch.Generator().manual_seed(0)
-    letters = torch.tensor([*b"abcdwxyzmnop    ", tinyjob.EOS])
+    letters = torch.tensor([*b"abcdwxyzmnop    " * 5, tinyjob.EOS])
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     for _ in range(steps):
         ids = letters[torch.randint(len(letters), (16, 24), generator=order)]
