@@ -9,7 +9,8 @@ one that leaves. Rows and slots of the cache grow with the requests and shrink w
 At temperature tau the distribution is softmax(logits / tau). top_p then keeps the smallest set of most likely tokens
 whose mass is at least top_p; of equally likely tokens it keeps those with smaller ids. Log-probs are those of
 temperature 1, of all tokens. As in evaluation/generate.py a token is drawn by inversion at the row's own uniform number
-[seed, 0], so a text depends on its own request alone, up to the rounding of products.
+[seed, 0], so a text depends on its own request alone, up to the rounding of products. In 16 bits rounding often changes
+a token, so no product has fewer than LEAST rows: idle rows of the cache are computed too, and prompts are padded.
 """
 
 import copy
@@ -21,7 +22,7 @@ import torch
 
 from mixdpo.evaluation.generate import draw
 from mixdpo.models.attention import KVCache
-from mixdpo.serving.trunks import Policy, Trunk, logits_of
+from mixdpo.serving.trunks import LEAST, Policy, Trunk, logits_of
 
 LIKELY = 1024       # so many tokens are sorted first for top_p; all, if these have too little mass
 SLOTS = 64          # the slots of a cache are a multiple of this
@@ -81,13 +82,14 @@ class Decoder:
         self.last = trunk.model.unembedding.new_zeros(0, trunk.model.config.width)          # (N,C) last states
         one = trunk.model.new_cache(1, 1)
         self.token_bytes = one.keys.nbytes + one.values.nbytes
+        self.least = LEAST if self.last.dtype.itemsize < 4 else 1           # rows of a pass
 
     def sizes(self, more: list[Row]) -> tuple[int, int]:
         """Rows and slots of the cache once `more` have joined: as they are, unless they are too small for all rows, or
         the cache is four times too large."""
         rows = [*self.rows, *more]
         slots = -(-max((row.slots for row in rows), default=1) // SLOTS) * SLOTS
-        N, S = 1 << (len(rows) - 1).bit_length(), min(slots, self.trunk.model.config.context)
+        N, S = max(1 << (len(rows) - 1).bit_length(), self.least), min(slots, self.trunk.model.config.context)
         if self.cache is not None:
             _, N_now, _, S_now, _ = self.cache.keys.shape
             if N <= N_now and S <= S_now and N_now * S_now <= 4 * N * S:
@@ -105,14 +107,14 @@ class Decoder:
         model, place = self.trunk.model, dict[tuple, int]()                 # (prompt, adapter) -> row of this pass
         own = [place.setdefault((tuple(row.request.prompt), row.policy.adapter), len(place)) for row in new]
         T, device = max(len(row.request.prompt) for row in new), self.last.device
-        ids = torch.zeros(len(place), T, dtype=torch.int64)
+        ids = torch.zeros(len(place), max(T, self.least), dtype=torch.int64)
         for u, (prompt, _) in enumerate(place):
             ids[u, : len(prompt)] = torch.tensor(prompt)
         read = model.new_cache(*ids.shape)
         hidden = self.trunk(ids.to(device), [adapter for _, adapter in place], read)        # (U,T,C)
         cache, n = self.reserved(new), len(self.rows)
-        cache.keys[:, n : n + len(new), :, :T] = read.keys[:, own]
-        cache.values[:, n : n + len(new), :, :T] = read.values[:, own]
+        cache.keys[:, n : n + len(new), :, :T] = read.keys[:, own, :, :T]
+        cache.values[:, n : n + len(new), :, :T] = read.values[:, own, :, :T]
         ends = torch.tensor([len(row.request.prompt) - 1 for row in new], device=device)
         self.last = torch.cat([self.last, hidden[torch.tensor(own, device=device), ends]])
         for row in new:
@@ -166,12 +168,14 @@ class Decoder:
         """One pass over the newest token of every row."""
         if not self.rows or self.cache is None:
             return
-        n, window = len(self.rows), copy.copy(self.cache)                   # a view of the running rows
+        idle = [0] * (self.least - len(self.rows))                          # rows that nobody reads
+        n, window = len(self.rows) + len(idle), copy.copy(self.cache)       # a view of the running rows
         window.keys, window.values = self.cache.keys[:, :n], self.cache.values[:, :n]
         window.used = max(row.length for row in self.rows)
-        window.length = torch.tensor([row.length for row in self.rows], device=self.last.device)
-        tokens = torch.tensor([[row.token] for row in self.rows], device=self.last.device)
-        self.last = self.trunk(tokens, [row.policy.adapter for row in self.rows], window)[:, 0]
+        window.length = torch.tensor([row.length for row in self.rows] + idle, device=self.last.device)
+        tokens = torch.tensor([row.token for row in self.rows] + idle, device=self.last.device)
+        adapters = [row.policy.adapter for row in self.rows] + idle
+        self.last = self.trunk(tokens[:, None], adapters, window)[: len(self.rows), 0]
         for row in self.rows:
             row.length += 1
 
@@ -200,8 +204,10 @@ class Decoder:
 def choose(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
     """One token of each row, (N,V) float32 -> (N,)."""
     options, device = [row.request for row in rows], logits.device
+    greedy = [n for n, option in enumerate(options) if option.temperature == 0]
     sampled = [n for n, option in enumerate(options) if option.temperature > 0]
-    tokens = logits.argmax(-1)
+    tokens = torch.empty(len(rows), dtype=torch.int64, device=device)
+    tokens[greedy] = logits[greedy].argmax(-1)
     if sampled:
         scaled = logits[sampled] / torch.tensor([[options[n].temperature] for n in sampled], device=device)
         cut = [place for place, n in enumerate(sampled) if options[n].top_p < 1]

@@ -61,10 +61,9 @@ class ServedRun:
         self.max_prompt, self.max_response = run.config.max_prompt, run.config.max_response
         self.users = {run.plan.pairs[unit[0]].user: n for n, unit in enumerate(run.plan.units)}
         try:
-            self.end_of_turn: int | None = template_of(tokenizer).end
+            self.chat = bool(template_of(tokenizer))
         except InputError:
-            self.end_of_turn = None
-        self.chat = self.end_of_turn is not None
+            self.chat = False
 
     @classmethod
     def load(cls, path, data_folder: str = "") -> "ServedRun":

@@ -13,12 +13,15 @@ together. Weights are in the compute dtype, cast once; in float32 they are those
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mixdpo.experts import Adapters, Heads, Models, Transformer
 from mixdpo.models.attention import KVCache
 from mixdpo.models.lora import SCALE, LoRALinear, frozen_twin
 from mixdpo.runs.load_run import Run
+
+LEAST = 4   # rows of a product in 16 bits, at least: with one row a CPU has another kernel, which rounds in another way
 
 
 @dataclass(eq=False)
@@ -84,7 +87,13 @@ def turned(states: torch.Tensor, policy: Policy) -> torch.Tensor:
     if policy.low_rank is None:
         return states
     A, B = policy.low_rank
-    return states + states @ B.T @ A.T
+    return states + product(product(states, B), A)
+
+
+def product(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """x W^T, (N,C), (V,C) -> (N,V). A row's result does not depend on the number of rows: see LEAST."""
+    missing = LEAST - len(x) if x.dtype.itemsize < 4 else 0
+    return x @ W.T if missing <= 0 else (F.pad(x, (0, 0, 0, missing)) @ W.T)[: len(x)]
 
 
 def logits_of(states: torch.Tensor, policies: list[Policy]) -> torch.Tensor:
@@ -100,10 +109,10 @@ def logits_of(states: torch.Tensor, policies: list[Policy]) -> torch.Tensor:
         for rows in low_rank.values():
             states[rows] = turned(states[rows], policies[rows[0]])
     if len(heads) == 1:
-        return (states @ policies[0].head.T).float()
+        return product(states, policies[0].head).float()
     logits = states.new_empty(len(states), len(policies[0].head), dtype=torch.float32)
     for rows in heads.values():
-        logits[rows] = (states[rows] @ policies[rows[0]].head.T).float()
+        logits[rows] = product(states[rows], policies[rows[0]].head).float()
     return logits
 
 

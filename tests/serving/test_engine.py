@@ -13,7 +13,9 @@ import small
 import torch
 from served_jobs import made, served  # noqa: F401
 
+from mixdpo.config import compute_dtype
 from mixdpo.evaluation.generate import Sampling, generate
+from mixdpo.models.llama import Llama, LlamaConfig
 from mixdpo.serving import decoder as decoders
 from mixdpo.serving import engine as engines
 from mixdpo.serving.decoder import Decoder, Row, choose, cut_to
@@ -31,8 +33,9 @@ class Answer:
 
     def __call__(self, event):
         self.thread = threading.get_ident()
-        assert not self.ended.is_set(), f"told {event} after {self.end}"
-        if isinstance(event, Token):
+        if self.ended.is_set():
+            self.end = f"told {event!r} after its end, {self.end!r}"
+        elif isinstance(event, Token):
             self.tokens.append(event)
         else:
             self.end = event
@@ -207,6 +210,34 @@ def test_a_text_is_the_same_alone_and_in_any_batch(made, engine_of):
     assert [answer.ids for answer in turned] == want[::-1]
 
 
+@pytest.mark.skipif(compute_dtype("auto", "cpu")[0] != torch.bfloat16, reason="the processor has no bfloat16 units")
+def test_in_bfloat16_a_text_is_the_same_alone_and_in_a_batch():
+    """There a product of one row is rounded in another way than one of several, which changes tokens; so this is to the
+    bit. Faults: a pass, a prompt, a head or a factor of a head that has one row when it is alone."""
+    torch.manual_seed(0)
+    C, V = 1536, 4000                       # rounding differs where a sum has more than about 1,000 terms
+    model = Llama(LlamaConfig(vocab=V, context=64, width=C, inner=C, layers=2, heads=12, kv_heads=2)).bfloat16()
+    trunk, W = Trunk(model), model.unembedding.detach()
+    A, B = (torch.randn(C, 64) / 8).bfloat16(), (torch.randn(64, C) / 40).bfloat16()
+    policies = [Policy(trunk, W), Policy(trunk, W + 0.02 * torch.randn_like(W)), Policy(trunk, W, low_rank=(A, B))]
+    rng = np.random.default_rng(0)
+    requests = [Request(rng.integers(0, V, n % 2 + 1).tolist(), "", 12, -1, seed=n) for n in range(12)]
+
+    def told(numbers):
+        decoder, rows = Decoder(trunk), [Row(requests[n], policies[n % 3], None) for n in numbers]
+        decoder.join(rows)
+        found = {n: [] for n in numbers}
+        while decoder.rows:
+            for row, event in decoder.draw():
+                found[numbers[rows.index(row)]].append(event)
+            decoder.advance()
+        return found
+
+    together = told(list(range(12)))
+    for few in ([[n] for n in range(12)] + [[n, n + 1, n + 2] for n in range(0, 12, 3)]):
+        assert told(few) == {n: together[n] for n in few}
+
+
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9])
 def test_top_p_against_a_loop_over_tokens(made, engine_of, top_p):
     """Faults: the set cut before the temperature; the mass of the set not divided out; the last token left out."""
@@ -347,6 +378,7 @@ def test_a_cancelled_request_leaves_at_the_next_token(made, engine_of):
     again = Answer()
     engine.submit(other, again)
     assert again.wait().ids == answers[1].ids and engine.rows_now == 0
+    assert [answer.end for answer in answers] == ["cancelled", "length", "cancelled"]       # nothing after it
 
 
 def test_long_prompts_do_not_hold_up_running_rows(made, engine_of, monkeypatch):
@@ -387,7 +419,7 @@ def test_nothing_is_kept_of_requests_that_ended(made, engine_of, monkeypatch):
     for n in range(3):
         run_all(engine, requests_of(served, 80, seed=n, ends=False))
         engine.call(gc.collect).result(60)
-        counts.append(sum(isinstance(each, (torch.Tensor, Row)) for each in gc.get_objects()))
+        counts.append(sum(issubclass(type(each), (torch.Tensor, Row)) for each in gc.get_objects()))
     assert all(decoder.cache is None and not decoder.rows for decoder in engine.decoders.values())
     assert counts[2] <= counts[1] + 5, counts
     decoder, policy = Decoder(served.trunks[0]), served.policies["reference"]
@@ -430,14 +462,16 @@ def test_an_error_in_a_pass_reaches_its_rows_and_the_worker_goes_on(made, engine
     spied(engine, see, trunk)
     names = ["expert-0", "expert-0", "expert-1", "dpo"]
     requests = [Request([97, 98], name, 6, -1, seed=n) for n, name in enumerate(names)]
-    for broken in (True, False):
-        answers = [Answer() for _ in requests]
+    both = [[Answer() for _ in requests] for _ in range(2)]
+    for answers in both:
         engine.call(lambda: [engine.submit(*each) for each in zip(requests, answers)])
-        for n, (request, answer) in enumerate(zip(requests, answers)):
-            if broken and n < 2:
-                assert isinstance(answer.wait().end, RuntimeError) and len(answer.ids) == 1
-            else:
-                assert answer.wait().end == "length" and answer.ids == generated(served, request)
+        for answer in answers:
+            answer.wait()
+    for n, (request, answer) in enumerate(zip(requests * 2, both[0] + both[1])):
+        if n < 2:
+            assert isinstance(answer.end, RuntimeError) and len(answer.ids) == 1
+        else:
+            assert answer.end == "length" and answer.ids == generated(served, request)
 
 
 def test_an_error_while_joining_reaches_the_new_rows_only(made, engine_of):
@@ -486,8 +520,8 @@ def test_a_row_with_nan_fails_alone(made):
     """Its cache too, in the place where another row comes. Faults: the draw fails for all rows; NaN of the left row in
     slots that the next one ignores."""
     served, told = made.served("frozen"), {}
-    requests = [Request([97, 98], "expert-0", 12, -1), Request([97] * 3, "expert-1", 12, -1),
-                Request([99] * 12, "dpo", 12, -1)]
+    requests = [Request([97, 98], "expert-0", 12, -1), Request([99] * 12, "dpo", 12, -1),     # the longest stays, the
+                Request([97] * 3, "expert-1", 12, -1)]                                      # last one moves
     rows = [Row(request, served.policies[request.policy], None) for request in requests]
     decoder = Decoder(served.trunks[0])
     decoder.join(rows)

@@ -69,7 +69,7 @@ def test_scores_against_loops(served):
 
 
 def test_scores_of_nothing_and_of_too_much(made):
-    """Faults: no posterior for an empty completion; a text beyond the context."""
+    """Faults: a text beyond the context."""
     served, log_w = made.served("lora"), torch.tensor([0.25, 0.75]).log()
     empty = served.scores([97], [], log_w)
     assert empty.tokens == [] and all(each == [] for each in empty.logps.values())
