@@ -151,7 +151,7 @@ class Server(uvicorn.Server):
             return
         self.state.stopping = True
         if self.state.running:
-            text = f"stopping when {self.state.running} requests have ended; a second signal stops at once\n"
+            text = f"running requests: {self.state.running}; stopping when they end. A second signal stops at once\n"
             os.write(sys.stderr.fileno(), text.encode())                    # print could interrupt another print
 
     async def on_tick(self, counter: int) -> bool:
@@ -160,7 +160,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets=None) -> None:
-        if self.force_exit:                                                 # else uvicorn waits for their clients
+        if self.force_exit:                                                 # from Python 3.12 on uvicorn waits for them
             for connection in list(self.server_state.connections):
                 connection.transport.abort()
         await super().shutdown(sockets)

@@ -133,7 +133,9 @@ def test_chat(tmp_path, serving):
     template cannot write and that is an error of the server."""
     served = ServedRun.load(make_folder(tmp_path, "heads", max_prompt=40))
     url = "/v1/chat/completions"
-    with serving(served=served, engine=Engine(served), prior=mean_weights(served.run)) as server:
+    engine, asked = Engine(served), []
+    submit, engine.submit = engine.submit, lambda request, deliver: asked.append(request) or submit(request, deliver)
+    with serving(served=served, engine=engine, prior=mean_weights(served.run)) as server:
         for seed in range(4):
             messages = [{"role": "user", "content": "mno"[: 1 + seed % 3]}]
             body = {"model": "expert-0", "messages": messages, "seed": seed, "max_tokens": 10, "logprobs": True}
@@ -141,9 +143,11 @@ def test_chat(tmp_path, serving):
             ids, end = served.encode(messages)
             wanted, = generate(served.run.experts.policy(0)[0], [ids], Sampling(10, end, 1.0, seed),
                                served.run.experts.policy(0)[1])
-            assert end != served.tokenizer.eos
+            assert asked[-1].end == end != served.tokenizer.eos
             assert choice["message"]["content"] == served.tokenizer.decode([i for i in wanted if i != end])
             assert len(choice["logprobs"]["content"]) == len(wanted) - (wanted[-1] == end)
+        httpx.post(server.url + "/v1/completions", json={"model": "dpo", "prompt": "mno"})
+        assert asked[-1].end == served.tokenizer.eos
         for messages, named in (([{"role": "assistant", "content": "m"}], "last"),
                                 ([{"role": "user", "content": "m" * 60}], "too long")):
             answer = httpx.post(server.url + url, json=body | {"messages": messages})

@@ -255,7 +255,7 @@ def test_a_signal_lets_running_answers_end(process, number):
         rest = list(lines)
     assert sum('"text":"x"' in line for line in rest) > 90 and rest[-2] == "data: [DONE]"
     assert server.wait(5) == 0
-    assert "second signal" in server.stderr.read()
+    assert "running requests: 1" in server.stderr.read()
 
 
 def test_a_second_signal_stops_at_once(process):
