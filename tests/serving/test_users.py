@@ -37,6 +37,7 @@ def test_comparisons_survive_and_keep_their_order(tmp_path):
     messages = [{"role": "user", "content": "grüße 🙂"}]
     given = [comparison(n, messages if n % 2 else "text", (-n / 7 - 0.1, -1e-9)) for n in range(5)]
     users = open_users(tmp_path)
+    assert (tmp_path / "users.sqlite").stat().st_mode & 0o777 == 0o600
     assert [users.add("anna", each) for each in given] == [1, 2, 3, 4, 5] and users.add("bert", given[0]) == 1
     users.close()
     users = open_users(tmp_path)
