@@ -3,10 +3,11 @@
 import base64
 import hashlib
 import json
+import time
 
 import httpx
 import pytest
-from rawhttp import exchange, request
+from rawhttp import connect, exchange, read_answer, request
 
 from mixdpo.serving.app import Access
 from mixdpo.serving.page import policy_of, read_page
@@ -212,3 +213,14 @@ def test_the_log_has_prompts_only_if_it_is_told_to(serving):
             httpx.get(server.url + "/secret%20prompt?secret")
             assert any("secret" in line for line in server.log) == log_prompts
             assert all(line.isascii() and "\n" not in line for line in server.log) and len(server.log) >= 5
+
+
+def test_what_arrives_after_a_refusal_is_read_and_thrown_away(live):
+    """Catches: a close with unread data, which takes the answer away from clients that are still sending."""
+    with connect(live.port) as connection:
+        connection.sendall(b"GET /\x01 HTTP/1.1\r\n\r\n")
+        sentence(read_answer(connection), 400)
+        for _ in range(5):
+            time.sleep(0.1)
+            connection.sendall(b"a" * 100_000)
+        assert connection.recv(1) == b""                                    # and no second answer

@@ -146,7 +146,7 @@ def test_chat(tmp_path, serving):
             assert asked[-1].end == end != served.tokenizer.eos
             assert choice["message"]["content"] == served.tokenizer.decode([i for i in wanted if i != end])
             assert len(choice["logprobs"]["content"]) == len(wanted) - (wanted[-1] == end)
-        httpx.post(server.url + "/v1/completions", json={"model": "dpo", "prompt": "mno"})
+        httpx.post(server.url + "/v1/completions", json={"model": "reference", "prompt": "mno"})
         assert asked[-1].end == served.tokenizer.eos
         for messages, named in (([{"role": "assistant", "content": "m"}], "last"),
                                 ([{"role": "user", "content": "m" * 60}], "too long")):

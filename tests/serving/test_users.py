@@ -122,6 +122,21 @@ def test_threads_share_the_file(tmp_path):
     users.close(), more.close()
 
 
+def test_two_processes_take_turns(tmp_path):
+    """Catches: a transaction that reads, finds that another one writes, and fails."""
+    first, second = open_users(tmp_path), open_users(tmp_path)
+    with first.transaction() as db:
+        n = first.room(db, "anna")
+        thread = threading.Thread(target=second.add, args=("anna", comparison(1)))
+        thread.start()
+        time.sleep(0.3)
+        db.execute("INSERT INTO comparisons VALUES ('run-1', 'anna', ?, ?, 'chosen 0', 'rejected 0', '[-0.5, -1.5]')",
+                   (n, '"p"'))
+    thread.join()
+    assert first.comparisons("anna") == [comparison(0), comparison(1)]
+    first.close(), second.close()
+
+
 def test_files_that_are_no_file_of_users_are_refused_and_unchanged(tmp_path):
     (tmp_path / "text").write_text("not a database, " * 100)
     with sqlite3.connect(tmp_path / "other") as db:
@@ -286,26 +301,29 @@ def test_kill_9_loses_nothing_that_was_acknowledged_and_leaves_nothing_half(tmp_
 
 
 def test_a_kill_within_a_transaction_leaves_what_was_before(tmp_path):
-    """Catches: half a comparison, at the one moment at which there could be one."""
+    """A change of 100 rows, of which a part is in the file when the process is killed. Catches: a change of which a
+    part stays, at the one moment at which there could be one."""
     users = open_users(tmp_path)
-    users.add("anna", comparison(0))
+    for n in range(100):
+        users.add("anna", Comparison("p", f"old {n} " + "x" * 3000, "r", (-1.0, -1.0)))
     users.close()
-    for when in ("before", "after"):
+    for when, wanted in (("before", "old"), ("after", "new")):
         if not (child := os.fork()):
             try:
                 users = open_users(tmp_path)
+                users.db.execute("PRAGMA cache_size=2")                     # so pages go to the file before the commit
                 with users.transaction() as db:
-                    db.execute("PRAGMA cache_spill=1"), db.execute("PRAGMA cache_size=2")       # pages go to the file
-                    for n in range(200):
-                        db.execute("INSERT INTO comparisons VALUES ('run-1', 'anna', ?, '1', ?, '', '[0, 0]')",
-                                   (100 + n, "x" * 3000))
+                    for n in range(100):
+                        db.execute("UPDATE comparisons SET chosen = 'new' || substr(chosen, 4) WHERE number = ?", (n,))
                     if when == "before":
                         os.kill(os.getpid(), signal.SIGKILL)
                 os.kill(os.getpid(), signal.SIGKILL)
             finally:
                 os._exit(1)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        assert when == "after" or b"new 7 " in (tmp_path / "users.sqlite").read_bytes()     # a part was in the file
         users = open_users(tmp_path)
-        assert len(users.comparisons("anna")) == (1 if when == "before" else 201)
+        found = [each.chosen.split(" x")[0] for each in users.comparisons("anna")]
+        assert found == [f"{wanted} {n}" for n in range(100)]
         assert users.db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         users.close()
