@@ -78,10 +78,11 @@ def test_optional_packages_are_imported_where_they_are_used(path):
 def test_only_the_server_needs_its_packages():
     """The files that import them, those that import these, and nothing else. Catches: an engine, an export or an
     evaluation that cannot be used without the extra `serve`."""
-    need = {Path(path).with_suffix("").parts for path in SERVER}
-    for _ in FILES:                                                         # more often than arrows are long
-        need |= {path.with_suffix("").parts for path in FILES
-                 if any(parts[:3] in need or parts[:4] in need for parts, _ in imports(path))}
+    named = {path.with_suffix("").parts: {parts for parts, _ in imports(path)} for path in FILES}
+    need, before = {Path(path).with_suffix("").parts for path in SERVER}, set()
+    while need != before:
+        before = need
+        need = need | {name for name, found in named.items() if any({parts[:3], parts[:4]} & need for parts in found)}
     assert need == {("mixdpo", "serving", name) for name in ("app", "responses", "connection", "__main__")}
 
 
