@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 MISSING = [name for name in ("starlette", "uvicorn", "openai", "httpx") if importlib.util.find_spec(name) is None]
-NEED_IT = ("endpoints", "guard", "hostile", "openai", "real", "server", "users")
+NEED_IT = ("endpoints", "guard", "hostile", "kills", "openai", "real", "server", "stop", "users")
 collect_ignore = [f"test_{name}.py" for name in NEED_IT] if MISSING else []
 
 
