@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sqlite3
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -215,7 +216,7 @@ def server_process(folder) -> tuple[int, int]:
             return child, int(lines.readline().split()[0].rsplit(":", 1)[1])
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)           # it does not outlive a test that fails
-        os.dup2(write, 1), os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.stdout, sys.stderr = os.fdopen(write, "w"), open(os.devnull, "w")   # pytest has replaced both
         served = FakeRun()
         config = command.ServeConfig(str(folder), port=0)
         command.serve(config, served, FakeEngine(served), command.users_of(config, FINGERPRINT, 2), served.log_w([]),
