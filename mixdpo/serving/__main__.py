@@ -6,7 +6,6 @@ A local page where the experts answer side by side, and an endpoint for any clie
 
 import ipaddress
 import json
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,12 +117,10 @@ def rewards_beside(run: Path) -> Callable[[str], dict[str, float]] | None:
     except (ImportError, InputError) as error:
         print(f"warning: answers are shown without rewards: {error}")
         return None
-    lock = threading.Lock()
 
     def rewards(text: str) -> dict[str, float]:
-        with lock:                                                          # the annotators are not made for threads
-            found_scores = score([text], dataset["rewards"], found.parent)
-        return {name: values[0] for name, values in with_utilities(found_scores, dataset.get("utilities", {})).items()}
+        scores = with_utilities(score([text], dataset["rewards"], found.parent), dataset.get("utilities", {}))
+        return {name: values[0] for name, values in scores.items()}
 
     return rewards
 

@@ -49,9 +49,8 @@ class Answer:
 
     @property
     def extra(self) -> dict:
-        """The object "mixdpo"."""
-        several = {"experts": self.experts} if self.ask.n > 1 else {}
-        return {"expert": self.experts[0], **several, "weights": self.weights, "seed": self.seed}
+        """The object "mixdpo". expert: of choice 0; experts: of each choice."""
+        return {"expert": self.experts[0], "experts": self.experts, "weights": self.weights, "seed": self.seed}
 
     def usage(self, tokens: int) -> dict:
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": tokens,

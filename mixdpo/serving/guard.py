@@ -101,11 +101,12 @@ class Guard:
                           "its start, or start it with --names NAME")
 
     def check_origin(self, scope, headers: dict[bytes, bytes]) -> None:
-        """A browser sends Origin with every POST and DELETE of a page, and Sec-Fetch-Site with all requests."""
+        """A browser sends Origin with every POST and DELETE of a page, and Sec-Fetch-Site with all requests. The page
+        may have come through a proxy that adds TLS."""
         origin, site = headers.get(b"origin"), headers.get(b"sec-fetch-site", b"none")
-        own = f"{scope['scheme']}://".encode() + headers[b"host"]
+        own = [scheme + headers[b"host"].lower() for scheme in (b"http://", b"https://")]
         changes = scope["method"] not in ("GET", "HEAD")
-        if origin is not None and origin.lower() != own.lower() or changes and site not in (b"same-origin", b"none"):
+        if origin is not None and origin.lower() not in own or changes and site not in (b"same-origin", b"none"):
             raise Refused(403, "the request comes from a page of another site, which may not use this server")
 
     def check_token(self, headers: dict[bytes, bytes]) -> None:

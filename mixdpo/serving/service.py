@@ -9,6 +9,7 @@ import asyncio
 import re
 import secrets
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -58,6 +59,7 @@ class Service:
     score: Callable[[str], dict[str, float]] | None = None                  # a text -> its rewards; None: not at hand
     limits: Limits = field(default_factory=Limits)
     calls: int = 0                  # that wait for the engine now
+    scorer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))       # annotators want one thread
 
     @property
     def models(self) -> list[str]:
@@ -167,7 +169,7 @@ class Service:
         tokenizer, rewards = self.served.tokenizer, None
         if self.score is not None:
             text = tokenizer.decode([i for i in prompt if i != tokenizer.bos] + completion)
-            rewards = await asyncio.to_thread(self.score, text)
+            rewards = await asyncio.get_running_loop().run_in_executor(self.scorer, self.score, text)
         return {"tokens": found.tokens, "logps": found.logps, "posterior": found.posterior, "totals": totals,
                 "rewards": rewards}
 

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -65,9 +66,10 @@ class Users:
         self.run, self.K, self.most_users, self.most_comparisons = run, K, most_users, most_comparisons
         self.lock = threading.Lock()
         try:
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))          # a new file is for its owner alone
             self.db = sqlite3.connect(file, timeout=WAIT, isolation_level=None, check_same_thread=False)
             self.prepare(most_bytes)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise InputError(f"cannot be used as the file of users ({error}); choose another place with --users FILE",
                              file=file) from None
 

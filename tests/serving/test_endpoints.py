@@ -2,9 +2,12 @@
 
 import json
 import math
+import threading
+import time
 
 import httpx
 import pytest
+from conftest import wait
 from fakerun import FakeRun, make_tokenizer
 
 from mixdpo.config import InputError
@@ -136,6 +139,33 @@ def test_a_completion_is_scored_under_every_policy(serving):
                             ({"prompt": "p", "completion": "x" * 5000}, "completion")):
             answer = client.post("/api/score", json=body)
             assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+
+
+def test_slow_rewards_hold_nothing_else_up(serving):
+    """Catches: annotators in threads beside each other; threads that all wait for them."""
+    running, most, release = [], [], threading.Event()
+
+    def score(text):
+        running.append(text)
+        most.append(len(running))
+        release.wait(10)
+        running.pop()
+        return {}
+
+    with serving(score=score) as server, httpx.Client(base_url=server.url, timeout=20) as client:
+        threads = [threading.Thread(target=httpx.post, args=(server.url + "/api/score",),
+                                    kwargs={"json": {"prompt": "p", "completion": "c"}}) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        wait(lambda: server.state.running == 12 and server.service.calls == 0 and running)
+        began = time.monotonic()
+        assert client.get("/v1/users/anna").status_code == 200
+        assert client.post("/v1/completions", json={"model": "sparse", "prompt": "say:x"}).status_code == 200
+        assert time.monotonic() - began < 2
+        release.set()
+        for thread in threads:
+            thread.join()
+    assert {*most} == {1} and len(most) == 12
 
 
 def test_without_annotators_there_are_no_rewards(client):

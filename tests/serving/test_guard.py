@@ -49,8 +49,8 @@ def test_other_names_and_addresses(serving):
 
 @pytest.mark.parametrize("headers, status", [
     (["Origin: http://localhost:8000"], 200), (["Origin: http://evil.example"], 403), (["Origin: null"], 403),
-    (["Origin: https://localhost:8000"], 403), (["Origin: http://localhost:8001"], 403),
-    (["Origin: http://localhost"], 403),
+    (["Origin: https://localhost:8000"], 200), (["Origin: http://localhost:8001"], 403),
+    (["Origin: http://localhost"], 403), (["Origin: ftp://localhost:8000"], 403),
     (["Sec-Fetch-Site: cross-site"], 403), (["Sec-Fetch-Site: same-site"], 403), (["Sec-Fetch-Site: same-origin"], 200),
     (["Sec-Fetch-Site: none"], 200)])
 def test_a_page_of_another_site_may_not_use_the_server(live, headers, status):

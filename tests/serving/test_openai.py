@@ -39,7 +39,7 @@ def test_a_completion_says_who_answered_under_which_weights(client):
     assert choice.finish_reason in ("stop", "length") and choice.index == 0
     assert extra["weights"] == pytest.approx([0.7, 0.3], abs=1e-6) and extra["seed"] == 5
     wanted = choose_expert(_log([0.7, 0.3]), 1, "mixture", 5).item()
-    assert extra["expert"] == wanted and "experts" not in extra
+    assert extra["expert"] == wanted and extra["experts"] == [wanted]
     assert answer.usage.prompt_tokens == 5
     assert answer.usage.total_tokens == 5 + answer.usage.completion_tokens
     assert choice.text == ask(client, model=f"expert-{wanted}", seed=5).choices[0].text

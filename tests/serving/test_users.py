@@ -38,6 +38,7 @@ def test_comparisons_survive_and_keep_their_order(tmp_path):
     messages = [{"role": "user", "content": "grüße 🙂"}]
     given = [comparison(n, messages if n % 2 else "text", (-n / 7 - 0.1, -1e-9)) for n in range(5)]
     users = open_users(tmp_path)
+    assert (tmp_path / "users.sqlite").stat().st_mode & 0o777 == 0o600
     assert [users.add("anna", each) for each in given] == [1, 2, 3, 4, 5] and users.add("bert", given[0]) == 1
     users.close()
     users = open_users(tmp_path)
@@ -216,7 +217,7 @@ def server_process(folder) -> tuple[int, int]:
             return child, int(lines.readline().split()[0].rsplit(":", 1)[1])
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)           # it does not outlive a test that fails
-        sys.stdout, sys.stderr = os.fdopen(write, "w"), open(os.devnull, "w")   # pytest has replaced both
+        sys.stdout, sys.stderr = os.fdopen(write, "w"), open(os.devnull, "w")               # not pytest's
         served = FakeRun()
         config = command.ServeConfig(str(folder), port=0)
         command.serve(config, served, FakeEngine(served), command.users_of(config, FINGERPRINT, 2), served.log_w([]),
