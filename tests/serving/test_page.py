@@ -85,6 +85,8 @@ def test_a_visit(chromium, url, folder, width, tmp_path):
         texts = check_cards(page, {one.request.post_data_json["completion"]: one.json() for one in scores}, names)
         assert all(texts[name] == completion(url, name, "mno", 8) for name in names)
         assert fits(page)
+        sent = []
+        page.on("request", lambda one: sent.append(one) if one.method == "POST" and "/users/" in one.url else None)
         choose(page, 4)
         user = user_of(page)
         check_curve(page, known(url, user))
@@ -95,7 +97,7 @@ def test_a_visit(chromium, url, folder, width, tmp_path):
         with page.expect_download() as found:
             page.click("#save")
         found.value.save_as(tmp_path / "mine.jsonl")
-    check_download(tmp_path / "mine.jsonl", user, folder)
+    check_download(tmp_path / "mine.jsonl", [request.post_data_json | {"user": user} for request in sent], folder)
 
 
 def check_cards(page, scores, names):
@@ -141,12 +143,11 @@ def check_curve(page, user):
         "at 2 comparisons, the most that was measured: 0.70 ± 0.05")
 
 
-def check_download(path, user, folder):
-    """train.py's reader takes the file, with the texts as they were chosen."""
+def check_download(path, choices, folder):
+    """The file has these choices, and train.py's reader takes it."""
+    assert tinyjob.lines(path) == choices and len(choices) == 4
     pairs = read_preferences(path, load_tokenizer(str(folder.parent / "model")), PROMPT, RESPONSE)
-    rows = tinyjob.lines(path)
-    assert len(pairs) == 4 and {pair.user for pair in pairs} == {user}
-    assert [row.keys() for row in rows] == [{"prompt", "chosen", "rejected", "user"}] * 4
+    assert [pair.user for pair in pairs] == [choice["user"] for choice in choices]
 
 
 @in_browser
@@ -170,7 +171,7 @@ def test_a_choice_is_sent_as_it_was_made(chromium, url):
 
 @in_browser
 def test_markup_is_text(chromium, url):
-    """Faults: innerHTML for an answer, a token, a prompt or a label."""
+    """Faults: innerHTML for an answer, a token, a prompt or a label, or the name of a reward."""
     event = {"choices": [{"index": 0, "text": HOSTILE, "finish_reason": "stop"}], "mixdpo": {
         "expert": 1, "weights": [0.5, 0.5], "seed": 1}}
     body = f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n"
@@ -184,7 +185,15 @@ def test_markup_is_text(chromium, url):
         ask(page, "a", 8)
         for place in ("[data-policy=reference] .text", "[data-policy=expert-1] .text", "#tokens"):
             assert HOSTILE in page.locator(place).text_content()
-        page.locator("#tokens .tok").nth(1).focus()
+        names = ("reference", "dpo", "expert-0", "expert-1")                # the tiny model has a letter a token
+        score = {"tokens": [HOSTILE, "b"], "logps": dict.fromkeys(names, [-1, -1]), "posterior": [[0.5, 0.5]] * 3,
+                 "totals": dict.fromkeys(names, {"logp": -2, "log_ratio": 0}), "rewards": {LABEL: 0.5}}
+        page.route("**/api/score", lambda route: route.fulfill(json=score))
+        ask(page, "a", 8)
+        assert page.locator("#tokens .tok").first.text_content() == HOSTILE
+        assert LABEL in page.locator("[data-policy=dpo] dl").text_content()
+        page.locator("#tokens .tok").first.focus()
+        assert HOSTILE in page.locator("#tip").text_content()
         assert LABEL in page.locator("#tip").text_content() and LABEL in page.locator("#weights").text_content()
         page.click("#next")
         expect(page, "#text-1").to_have_text(HOSTILE)
@@ -216,7 +225,7 @@ def test_every_control_can_be_reached_and_used_by_keys(chromium, url, width):
             name, outline = page.evaluate(FOCUS)
             reached.add(name)
             unseen += [name] * (outline == "none")
-        assert {*wanted} - reached - {"Skip to the prompt"} == set() and len(wanted) > 20
+        assert {*wanted} - reached - {"Skip to the prompt"} == set() and len(wanted) > 20 and "token" in reached
         assert [name for name in unseen if name in wanted] == []
         page.focus("#tokens .tok")
         page.keyboard.press("ArrowRight")

@@ -34,12 +34,13 @@ new MutationObserver((all) => all.forEach(({target, addedNodes}) => {
   (window.seen[place.dataset.policy || "spoken"] ??= []).push(text);
 })).observe(document, {subtree: true, childList: true});"""
 
-# The names of all controls that Tab should reach, and of the one that has the focus with the style of its outline.
-CONTROLS = """() => [...document.querySelectorAll("a, button, input, select, textarea, summary, .tok[tabindex='0']")]
-  .filter((one) => one.checkVisibility() && !(one.type === "radio" && !one.checked))
-  .map((one) => one.id || one.textContent || one.value)"""
-FOCUS = """() => { const one = document.activeElement, shown = one.type === "radio" ? one.nextElementSibling : one;
-  return [one.id || one.textContent || one.value, getComputedStyle(shown).outlineStyle] }"""
+# The names of all controls that Tab should reach, "token" among them, and of the one that has the focus with the style
+# of its outline.
+NAME = "(one) => one.matches('.tok') ? 'token' : one.id || one.textContent || one.value"
+CONTROLS = f"""() => [...document.querySelectorAll("a, button, input, select, textarea, summary, .tok")]
+  .filter((one) => one.checkVisibility() && !(one.type === "radio" && !one.checked)).map({NAME})"""
+FOCUS = f"""() => {{ const one = document.activeElement, shown = one.type === "radio" ? one.nextElementSibling : one;
+  return [({NAME})(one), getComputedStyle(shown).outlineStyle] }}"""
 
 # Visible texts whose contrast to what is behind them is below 4.5.
 CONTRAST = """() => {
