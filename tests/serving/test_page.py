@@ -5,11 +5,9 @@ console, and on a request to another host (visits.py). Without playwright, or wi
 the test of the file runs."""
 
 import json
-import math
 import re
 
 import pytest
-import tinyjob
 from visits import (
     CHROMIUM,
     CONTRAST,
@@ -18,25 +16,22 @@ from visits import (
     HOSTILE,
     LABEL,
     MISSING,
-    PROMPT,
-    RESPONSE,
     ROOT,
     ask,
+    check_cards,
+    check_curve,
+    check_download,
     choose,
     completion,
     expect,
     fits,
     known,
     make_folder,
-    numbers,
     ready,
     serving,
     user_of,
     visit,
 )
-
-from mixdpo.preferences import read_preferences
-from mixdpo.text.tokenizer import load_tokenizer
 
 in_browser = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}")
 
@@ -98,56 +93,6 @@ def test_a_visit(chromium, url, folder, width, tmp_path):
             page.click("#save")
         found.value.save_as(tmp_path / "mine.jsonl")
     check_download(tmp_path / "mine.jsonl", [request.post_data_json | {"user": user} for request in sent], folder)
-
-
-def check_cards(page, scores, names):
-    """The numbers of the cards and the tints of the mixture's tokens are those of the server's scores."""
-    texts = {}
-    for name in names:
-        card = page.locator(f"[data-policy={name}]")
-        texts[name] = card.locator(".text").text_content()
-        score = next(one for text, one in scores.items() if text.lstrip() == texts[name])
-        shown = dict(zip(card.locator("dt").all_text_contents(), card.locator("dd").all_text_contents()))
-        found = numbers([shown["Log-probability"], shown.get("Log-ratio to the reference", "0")])
-        total = score["totals"][name]
-        assert found == [pytest.approx(total["logp"], abs=0.051), pytest.approx(total["log_ratio"], abs=0.0051)]
-    tokens = page.locator("#tokens .tok")
-    text = "".join(tokens.all_text_contents())
-    score = scores[text]
-    assert text.lstrip() in (texts["expert-0"], texts["expert-1"]), "the mixture's answer is no expert's"
-    found = tokens.evaluate_all("all => all.map(one => [one.className, Number(one.style.getPropertyValue('--sure'))])")
-    wanted = [(max(range(2), key=lambda k: row[k]), 2 * max(row) - 1) for row in score["posterior"][:-1]]
-    assert [name.split()[1] for name, _ in found] == [f"e{k}" for k, _ in wanted]
-    assert [sure for _, sure in found] == pytest.approx([sure for _, sure in wanted], abs=6e-4)
-    assert max(sure for _, sure in wanted) > 0.05, "the tiny experts are too alike: no tint would be seen"
-    clear, tinted = (tokens.nth(n).evaluate("one => getComputedStyle(one).backgroundColor") for n in (
-        0, max(range(len(wanted)), key=lambda n: wanted[n][1])))
-    assert clear != tinted
-    tokens.nth(2).hover()
-    cells = page.locator("#tip tr").nth(1).locator("td").all_text_contents()
-    assert numbers(cells) == pytest.approx(
-        [math.exp(score["logps"]["expert-0"][2]), score["posterior"][2][0], score["posterior"][3][0]], abs=0.0051)
-    assert page.locator("#track-plot path.curve").count() == 2
-    return texts
-
-
-def check_curve(page, user):
-    """The curve has a point for each comparison, at the height of the posterior."""
-    history = user["history"]
-    assert user["comparisons"] == 4 and len({row[0] for row in history}) == 5, "a comparison moved nothing"
-    of_all = "(all, name) => all.map((one) => Number(one.getAttribute(name)))"
-    heights = page.eval_on_selector_all("#type-plot g.e0 circle", of_all, "cy")
-    low, _, high = page.eval_on_selector_all("#type-plot line.grid", of_all, "y1")
-    assert [(low - y) / (low - high) for y in heights] == pytest.approx([row[0] for row in history], abs=1e-3)
-    assert page.locator("#expected-words").text_content().startswith(
-        "at 2 comparisons, the most that was measured: 0.70 ± 0.05")
-
-
-def check_download(path, choices, folder):
-    """The file has these choices, and train.py's reader takes it."""
-    assert tinyjob.lines(path) == choices and len(choices) == 4
-    pairs = read_preferences(path, load_tokenizer(str(folder.parent / "model")), PROMPT, RESPONSE)
-    assert [pair.user for pair in pairs] == [choice["user"] for choice in choices]
 
 
 @in_browser
