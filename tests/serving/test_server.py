@@ -1,6 +1,7 @@
 """Time, room and an end: clients that leave, answers that take too long, a full queue, a server that is to stop."""
 
 import asyncio
+import importlib.util
 import json
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from raising import raises_at
 from rawhttp import connect, exchange, read_answer, request
 
 from mixdpo.config import parse
-from mixdpo.serving.__main__ import ServeConfig, validate
+from mixdpo.serving.__main__ import ServeConfig, main, validate
 from mixdpo.serving.connection import Times, listen
 from mixdpo.serving.engine import Token
 from mixdpo.serving.generation import Choices
@@ -302,6 +303,13 @@ def test_what_is_safe_is_accepted():
     for words in ([], ["--host", "::1"], ["--host", "localhost"], ["--host", "127.0.0.2"],
                   ["--host", "0.0.0.0", "--token", "x" * 16], ["--names", "a.example,b"]):
         validate(parse(ServeConfig, ["--run", "x", *words], ""))
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    """Catches: a traceback in place of what to install."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with raises_at("starlette and uvicorn"):
+        main([str(tmp_path)])
 
 
 def test_an_address_that_is_taken_is_named():
