@@ -4,6 +4,7 @@ A local page where the experts answer side by side, and an endpoint for any clie
 `serve`. What users choose is kept in RUN/users.sqlite; the run itself is not changed.
 """
 
+import importlib.util
 import ipaddress
 import json
 from collections.abc import Callable
@@ -14,11 +15,9 @@ from mixdpo import config as configs
 from mixdpo.config import InputError, check_ranges, reading
 from mixdpo.evaluation.completions import with_utilities
 from mixdpo.fast.memory import tune_process
-from mixdpo.serving.app import Access, make_app
-from mixdpo.serving.connection import Times, listen, make_server
 from mixdpo.serving.engine import Engine
 from mixdpo.serving.facts import facts
-from mixdpo.serving.guard import State, host_name
+from mixdpo.serving.guard import Access, State, host_name
 from mixdpo.serving.page import read_page
 from mixdpo.serving.policies import ServedRun
 from mixdpo.serving.service import Limits, Service
@@ -130,6 +129,9 @@ def serve(config: ServeConfig, served, engine, users: Users, prior, about: dict,
 
     served: a ServedRun; engine: its Engine; prior: log w (K,) of a new user; about: what the page says of the run;
     score: a text -> its rewards. Raises: InputError if the address cannot be used."""
+    from mixdpo.serving.app import make_app  # here, because only these two need the extra `serve`
+    from mixdpo.serving.connection import Times, listen, make_server
+
     state = State()
     service = Service(served, engine, users, prior, score, limits_of(config))
     app = make_app(service, read_page(), about, state, access_of(config), config.log_prompts)
@@ -152,6 +154,9 @@ def main(argv: list[str]) -> None:
     flags = argv if argv and argv[0].startswith("-") else ["--run", *argv]
     config = configs.parse(ServeConfig, flags, "python -m mixdpo.serving RUN")
     validate(config)
+    if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
+        raise InputError(f"the server needs {' and '.join(missing)}; install what is missing with pip install -e "
+                         f".[serve], or use make chat RUN={config.run}, which does so")
     served = ServedRun.load(config.run, config.data_folder)
     users = users_of(config, fingerprint(served.run.path), served.K)
     serve(config, served, Engine(served, config.rows, config.waiting), users, mean_weights(served.run), facts(served),

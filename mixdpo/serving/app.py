@@ -27,21 +27,12 @@ from starlette.routing import Route, Router
 from mixdpo.serving.answers import Answer, json_lines
 from mixdpo.serving.bodies import Refused, check_name, read_object
 from mixdpo.serving.generation import Choices
-from mixdpo.serving.guard import Guard, State, log_line
+from mixdpo.serving.guard import Access, Guard, State, log_line
 from mixdpo.serving.page import Page
 from mixdpo.serving.protocol import read_chat, read_choice, read_completion, read_query
 from mixdpo.serving.responses import EventStream, Gone, as_json, attend, read_body
 from mixdpo.serving.service import Service
 from mixdpo.serving.users import as_record
-
-
-@dataclass(frozen=True)
-class Access:
-    """Who may use the server. See Guard."""
-
-    token: str = ""
-    names: tuple[str, ...] = ("127.0.0.1", "localhost", "::1")
-    any_address: bool = False
 
 
 @dataclass

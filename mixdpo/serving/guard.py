@@ -31,6 +31,15 @@ SAFE = {
 GONE = 499                          # the log's status of a request whose client left
 
 
+@dataclass(frozen=True)
+class Access:
+    """Who may use the server. The fields are Guard's."""
+
+    token: str = ""
+    names: tuple[str, ...] = ("127.0.0.1", "localhost", "::1")
+    any_address: bool = False
+
+
 @dataclass
 class State:
     """What the server does at this moment."""

@@ -76,7 +76,6 @@ class ServedRun:
     def encode(self, prompt: str | list[dict]) -> tuple[list[int], int]:
         """A prompt's ids, at most max_prompt, and the id that ends its answer. Raises: InputError if it cannot be used,
         for example an empty text, or messages without a chat template."""
-        check_roles(prompt)
         if isinstance(prompt, list):
             check_messages("prompt", prompt := without_empty_system(prompt))
         else:
@@ -105,7 +104,6 @@ class ServedRun:
     def margins(self, prompt: str | list[dict], chosen: str, rejected: str) -> torch.Tensor:
         """h of a choice under each expert (M4): (K,) float32, as evaluation/heldout.py has it. The prompt is a text, or
         messages. Raises: InputError, for example if both responses have the same ids."""
-        check_roles(prompt)
         as_response = (lambda text: [{"role": "assistant", "content": text}]) if isinstance(prompt, list) else str
         record = check_record({"prompt": prompt, "chosen": as_response(chosen), "rejected": as_response(rejected)})
         pair, _ = read_pair(record, "", 0, self.tokenizer, self.max_prompt, self.max_response)
@@ -143,13 +141,6 @@ class ServedRun:
         targets = ids[0, len(prompt) :]
         return {name: token_logps(turned(states[adapters.index(policy.adapter)], policy), policy.head, targets).cpu()
                 for name, policy in here.items()}
-
-
-def check_roles(prompt: str | list[dict]) -> None:
-    """Raises: InputError if a role is no text; the other checks count roles, and a list cannot be counted."""
-    for message in prompt if isinstance(prompt, list) else []:
-        if isinstance(message, dict) and not isinstance(message.get("role", ""), str):
-            raise InputError(f"the role of a message is {message['role']!r:.80}; wanted system, user or assistant")
 
 
 def token_texts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:

@@ -5,11 +5,9 @@ console, and on a request to another host (visits.py). Without playwright, or wi
 the test of the file runs."""
 
 import json
-import math
 import re
 
 import pytest
-import tinyjob
 from visits import (
     CHROMIUM,
     CONTRAST,
@@ -18,25 +16,22 @@ from visits import (
     HOSTILE,
     LABEL,
     MISSING,
-    PROMPT,
-    RESPONSE,
     ROOT,
     ask,
+    check_cards,
+    check_curve,
+    check_download,
     choose,
     completion,
     expect,
     fits,
     known,
     make_folder,
-    numbers,
     ready,
     serving,
     user_of,
     visit,
 )
-
-from mixdpo.preferences import read_preferences
-from mixdpo.text.tokenizer import load_tokenizer
 
 in_browser = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}")
 
@@ -85,6 +80,8 @@ def test_a_visit(chromium, url, folder, width, tmp_path):
         texts = check_cards(page, {one.request.post_data_json["completion"]: one.json() for one in scores}, names)
         assert all(texts[name] == completion(url, name, "mno", 8) for name in names)
         assert fits(page)
+        sent = []
+        page.on("request", lambda one: sent.append(one) if one.method == "POST" and "/users/" in one.url else None)
         choose(page, 4)
         user = user_of(page)
         check_curve(page, known(url, user))
@@ -95,58 +92,7 @@ def test_a_visit(chromium, url, folder, width, tmp_path):
         with page.expect_download() as found:
             page.click("#save")
         found.value.save_as(tmp_path / "mine.jsonl")
-    check_download(tmp_path / "mine.jsonl", user, folder)
-
-
-def check_cards(page, scores, names):
-    """The numbers of the cards and the tints of the mixture's tokens are those of the server's scores."""
-    texts = {}
-    for name in names:
-        card = page.locator(f"[data-policy={name}]")
-        texts[name] = card.locator(".text").text_content()
-        score = next(one for text, one in scores.items() if text.lstrip() == texts[name])
-        shown = dict(zip(card.locator("dt").all_text_contents(), card.locator("dd").all_text_contents()))
-        found = numbers([shown["Log-probability"], shown.get("Log-ratio to the reference", "0")])
-        total = score["totals"][name]
-        assert found == [pytest.approx(total["logp"], abs=0.051), pytest.approx(total["log_ratio"], abs=0.0051)]
-    tokens = page.locator("#tokens .tok")
-    text = "".join(tokens.all_text_contents())
-    score = scores[text]
-    assert text.lstrip() in (texts["expert-0"], texts["expert-1"]), "the mixture's answer is no expert's"
-    found = tokens.evaluate_all("all => all.map(one => [one.className, Number(one.style.getPropertyValue('--sure'))])")
-    wanted = [(max(range(2), key=lambda k: row[k]), 2 * max(row) - 1) for row in score["posterior"][:-1]]
-    assert [name.split()[1] for name, _ in found] == [f"e{k}" for k, _ in wanted]
-    assert [sure for _, sure in found] == pytest.approx([sure for _, sure in wanted], abs=6e-4)
-    assert max(sure for _, sure in wanted) > 0.05, "the tiny experts are too alike: no tint would be seen"
-    clear, tinted = (tokens.nth(n).evaluate("one => getComputedStyle(one).backgroundColor") for n in (
-        0, max(range(len(wanted)), key=lambda n: wanted[n][1])))
-    assert clear != tinted
-    tokens.nth(2).hover()
-    cells = page.locator("#tip tr").nth(1).locator("td").all_text_contents()
-    assert numbers(cells) == pytest.approx(
-        [math.exp(score["logps"]["expert-0"][2]), score["posterior"][2][0], score["posterior"][3][0]], abs=0.0051)
-    assert page.locator("#track-plot path.curve").count() == 2
-    return texts
-
-
-def check_curve(page, user):
-    """The curve has a point for each comparison, at the height of the posterior."""
-    history = user["history"]
-    assert user["comparisons"] == 4 and len({row[0] for row in history}) == 5, "a comparison moved nothing"
-    of_all = "(all, name) => all.map((one) => Number(one.getAttribute(name)))"
-    heights = page.eval_on_selector_all("#type-plot g.e0 circle", of_all, "cy")
-    low, _, high = page.eval_on_selector_all("#type-plot line.grid", of_all, "y1")
-    assert [(low - y) / (low - high) for y in heights] == pytest.approx([row[0] for row in history], abs=1e-3)
-    assert page.locator("#expected-words").text_content().startswith(
-        "at 2 comparisons, the most that was measured: 0.70 ± 0.05")
-
-
-def check_download(path, user, folder):
-    """train.py's reader takes the file, with the texts as they were chosen."""
-    pairs = read_preferences(path, load_tokenizer(str(folder.parent / "model")), PROMPT, RESPONSE)
-    rows = tinyjob.lines(path)
-    assert len(pairs) == 4 and {pair.user for pair in pairs} == {user}
-    assert [row.keys() for row in rows] == [{"prompt", "chosen", "rejected", "user"}] * 4
+    check_download(tmp_path / "mine.jsonl", [request.post_data_json | {"user": user} for request in sent], folder)
 
 
 @in_browser
@@ -170,7 +116,7 @@ def test_a_choice_is_sent_as_it_was_made(chromium, url):
 
 @in_browser
 def test_markup_is_text(chromium, url):
-    """Faults: innerHTML for an answer, a token, a prompt or a label."""
+    """Faults: innerHTML for an answer, a token, a prompt or a label, or the name of a reward."""
     event = {"choices": [{"index": 0, "text": HOSTILE, "finish_reason": "stop"}], "mixdpo": {
         "expert": 1, "weights": [0.5, 0.5], "seed": 1}}
     body = f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n"
@@ -184,7 +130,15 @@ def test_markup_is_text(chromium, url):
         ask(page, "a", 8)
         for place in ("[data-policy=reference] .text", "[data-policy=expert-1] .text", "#tokens"):
             assert HOSTILE in page.locator(place).text_content()
-        page.locator("#tokens .tok").nth(1).focus()
+        names = ("reference", "dpo", "expert-0", "expert-1")                # the tiny model has a letter a token
+        score = {"tokens": [HOSTILE, "b"], "logps": dict.fromkeys(names, [-1, -1]), "posterior": [[0.5, 0.5]] * 3,
+                 "totals": dict.fromkeys(names, {"logp": -2, "log_ratio": 0}), "rewards": {LABEL: 0.5}}
+        page.route("**/api/score", lambda route: route.fulfill(json=score))
+        ask(page, "a", 8)
+        assert page.locator("#tokens .tok").first.text_content() == HOSTILE
+        assert LABEL in page.locator("[data-policy=dpo] dl").text_content()
+        page.locator("#tokens .tok").first.focus()
+        assert HOSTILE in page.locator("#tip").text_content()
         assert LABEL in page.locator("#tip").text_content() and LABEL in page.locator("#weights").text_content()
         page.click("#next")
         expect(page, "#text-1").to_have_text(HOSTILE)
@@ -216,7 +170,7 @@ def test_every_control_can_be_reached_and_used_by_keys(chromium, url, width):
             name, outline = page.evaluate(FOCUS)
             reached.add(name)
             unseen += [name] * (outline == "none")
-        assert {*wanted} - reached - {"Skip to the prompt"} == set() and len(wanted) > 20
+        assert {*wanted} - reached - {"Skip to the prompt"} == set() and len(wanted) > 20 and "token" in reached
         assert [name for name in unseen if name in wanted] == []
         page.focus("#tokens .tok")
         page.keyboard.press("ArrowRight")

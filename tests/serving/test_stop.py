@@ -1,5 +1,6 @@
 """The server as a process: how it begins, and how it ends."""
 
+import importlib.util
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from raising import raises_at
 from test_server import GOOD, slow
 
 from mixdpo.config import parse
-from mixdpo.serving.__main__ import ServeConfig, validate
+from mixdpo.serving.__main__ import ServeConfig, main, validate
 from mixdpo.serving.connection import listen
 
 FAKE = Path(__file__).with_name("fakerun.py")
@@ -98,6 +99,13 @@ def test_what_is_safe_is_accepted():
     for words in ([], ["--host", "::1"], ["--host", "localhost"], ["--host", "127.0.0.2"],
                   ["--host", "0.0.0.0", "--token", "x" * 16], ["--names", "a.example,b"]):
         validate(parse(ServeConfig, ["--run", "x", *words], ""))
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    """Catches: a traceback in place of what to install."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with raises_at("starlette and uvicorn"):
+        main([str(tmp_path)])
 
 
 def test_an_address_that_is_taken_is_named():

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -10,17 +11,20 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import pytest
 import tinyjob
 import torch
 
 import train
 from mixdpo.logprob import token_logps
 from mixdpo.models.weights import load_model, save_model
+from mixdpo.preferences import read_preferences
+from mixdpo.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-MISSING = [what for what, there in (("the package playwright", importlib.util.find_spec("playwright")),
-                                    ("a Chromium on the PATH", CHROMIUM)) if not there]
+MISSING = [*(f"the package {name}" for name in ("starlette", "uvicorn", "playwright")
+             if importlib.util.find_spec(name) is None), *["a Chromium on the PATH"] * (CHROMIUM is None)]
 HOSTILE = "<script>window.hit=1</script><img src=x onerror=window.hit=2>"
 LABEL = "<b onclick=hit=3>first</b>"
 PROMPT, RESPONSE = 12, 10           # tokens of the run's longest texts
@@ -34,12 +38,13 @@ new MutationObserver((all) => all.forEach(({target, addedNodes}) => {
   (window.seen[place.dataset.policy || "spoken"] ??= []).push(text);
 })).observe(document, {subtree: true, childList: true});"""
 
-# The names of all controls that Tab should reach, and of the one that has the focus with the style of its outline.
-CONTROLS = """() => [...document.querySelectorAll("a, button, input, select, textarea, summary, .tok[tabindex='0']")]
-  .filter((one) => one.checkVisibility() && !(one.type === "radio" && !one.checked))
-  .map((one) => one.id || one.textContent || one.value)"""
-FOCUS = """() => { const one = document.activeElement, shown = one.type === "radio" ? one.nextElementSibling : one;
-  return [one.id || one.textContent || one.value, getComputedStyle(shown).outlineStyle] }"""
+# The names of all controls that Tab should reach, "token" among them, and of the one that has the focus with the style
+# of its outline.
+NAME = "(one) => one.matches('.tok') ? 'token' : one.id || one.textContent || one.value"
+CONTROLS = f"""() => [...document.querySelectorAll("a, button, input, select, textarea, summary, .tok")]
+  .filter((one) => one.checkVisibility() && !(one.type === "radio" && !one.checked)).map({NAME})"""
+FOCUS = f"""() => {{ const one = document.activeElement, shown = one.type === "radio" ? one.nextElementSibling : one;
+  return [({NAME})(one), getComputedStyle(shown).outlineStyle] }}"""
 
 # Visible texts whose contrast to what is behind them is below 4.5.
 CONTRAST = """() => {
@@ -194,3 +199,56 @@ def completion(url, model, prompt, length):
 def numbers(texts):
     """The page's numbers as floats."""
     return [float(text.replace("−", "-")) for text in texts]
+
+
+# --- checks of a page -------------------------------------------------------------------------------------------------
+
+
+def check_cards(page, scores, names):
+    """The numbers of the cards and the tints of the mixture's tokens are those of the server's scores."""
+    texts = {}
+    for name in names:
+        card = page.locator(f"[data-policy={name}]")
+        texts[name] = card.locator(".text").text_content()
+        score = next(one for text, one in scores.items() if text.lstrip() == texts[name])
+        shown = dict(zip(card.locator("dt").all_text_contents(), card.locator("dd").all_text_contents()))
+        found = numbers([shown["Log-probability"], shown.get("Log-ratio to the reference", "0")])
+        total = score["totals"][name]
+        assert found == [pytest.approx(total["logp"], abs=0.051), pytest.approx(total["log_ratio"], abs=0.0051)]
+    tokens = page.locator("#tokens .tok")
+    text = "".join(tokens.all_text_contents())
+    score = scores[text]
+    assert text.lstrip() in (texts["expert-0"], texts["expert-1"]), "the mixture's answer is no expert's"
+    found = tokens.evaluate_all("all => all.map(one => [one.className, Number(one.style.getPropertyValue('--sure'))])")
+    wanted = [(max(range(2), key=lambda k: row[k]), 2 * max(row) - 1) for row in score["posterior"][:-1]]
+    assert [name.split()[1] for name, _ in found] == [f"e{k}" for k, _ in wanted]
+    assert [sure for _, sure in found] == pytest.approx([sure for _, sure in wanted], abs=6e-4)
+    assert max(sure for _, sure in wanted) > 0.05, "the tiny experts are too alike: no tint would be seen"
+    clear, tinted = (tokens.nth(n).evaluate("one => getComputedStyle(one).backgroundColor") for n in (
+        0, max(range(len(wanted)), key=lambda n: wanted[n][1])))
+    assert clear != tinted
+    tokens.nth(2).hover()
+    cells = page.locator("#tip tr").nth(1).locator("td").all_text_contents()
+    assert numbers(cells) == pytest.approx(
+        [math.exp(score["logps"]["expert-0"][2]), score["posterior"][2][0], score["posterior"][3][0]], abs=0.0051)
+    assert page.locator("#track-plot path.curve").count() == 2
+    return texts
+
+
+def check_curve(page, user):
+    """The curve has a point for each comparison, at the height of the posterior."""
+    history = user["history"]
+    assert user["comparisons"] == 4 and len({row[0] for row in history}) == 5, "a comparison moved nothing"
+    of_all = "(all, name) => all.map((one) => Number(one.getAttribute(name)))"
+    heights = page.eval_on_selector_all("#type-plot g.e0 circle", of_all, "cy")
+    low, _, high = page.eval_on_selector_all("#type-plot line.grid", of_all, "y1")
+    assert [(low - y) / (low - high) for y in heights] == pytest.approx([row[0] for row in history], abs=1e-3)
+    assert page.locator("#expected-words").text_content().startswith(
+        "at 2 comparisons, the most that was measured: 0.70 ± 0.05")
+
+
+def check_download(path, choices, folder):
+    """The file has these choices, and train.py's reader takes it."""
+    assert tinyjob.lines(path) == choices and len(choices) == 4
+    pairs = read_preferences(path, load_tokenizer(str(folder.parent / "model")), PROMPT, RESPONSE)
+    assert [pair.user for pair in pairs] == [choice["user"] for choice in choices]
