@@ -23,7 +23,7 @@ from mixdpo.runs.gate_inputs import gate_inputs, known_pairs
 from mixdpo.runs.load_run import Run
 from train import TrainConfig
 
-PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text().partition("### The client")[2]
 CLIENT, READER = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 K, D = 3, 7
 USERS = ["anna", "bob", "zoë", "dan"]
