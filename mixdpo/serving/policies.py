@@ -67,11 +67,15 @@ class ServedRun:
 
     @classmethod
     def load(cls, path, data_folder: str = "") -> "ServedRun":
-        """A run, or the mixture of a folder of runs, with the DPO run beside it. Raises: InputError."""
+        """A run, or the mixture of a folder of runs, with the DPO run beside it. On a CPU products are in float32: in
+        bfloat16 their rounding, and so some texts, would depend on the rows beside. Raises: InputError."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         run = load_first(choices(Path(path).resolve()), device, data_folder)
         tokenizer = load_tokenizer(run.config.models[0], data_folder or None)
-        return cls(run, references_of(run, device), tokenizer, load_dpo(dpo_beside(run), device, data_folder))
+        dpo = load_dpo(dpo_beside(run), device, data_folder)
+        for each in [run] if dpo is None else [run, dpo]:
+            each.experts.dtype = torch.float32 if device == "cpu" else each.experts.dtype
+        return cls(run, references_of(run, device), tokenizer, dpo)
 
     def encode(self, prompt: str | list[dict]) -> tuple[list[int], int]:
         """A prompt's ids, at most max_prompt, and the id that ends its answer. Raises: InputError if it cannot be used,

@@ -19,8 +19,9 @@ from mixdpo.models.weights import load_model
 from mixdpo.runs.load_run import Unfinished, load_run
 from mixdpo.runs.reference import load_references
 from mixdpo.serving import policies
-from mixdpo.serving.policies import ServedRun, choices, token_texts
+from mixdpo.serving.policies import ServedRun, choices, references_of, token_texts
 from mixdpo.serving.trunks import RowLoRA
+from mixdpo.text.tokenizer import load_tokenizer
 
 CHAT = [{"role": "user", "content": "m"}]
 
@@ -233,8 +234,8 @@ def test_a_run_without_a_chat_template(tmp_path, model_dir):
 
 @pytest.mark.parametrize("kind", ["heads", "lora", "models", "frozen"])
 def test_weights_are_shared_in_float32_and_cast_in_bfloat16(made, tmp_path, kind):
-    """Faults: a copy of every model; a cast that changes the run's own parameters; products in float32 in a run that
-    computes in bfloat16."""
+    """Faults: a copy of every model; a cast that changes the run's own parameters; a run that computes in bfloat16 and
+    is served so on a CPU, or in float32 on a GPU."""
     served = made.served(kind)
     own = {p.data_ptr() for p in [*served.run.experts.parameters(), *served.dpo.experts.parameters()]}
     own |= {p.data_ptr() for model in served.references for p in model.parameters()}
@@ -244,8 +245,9 @@ def test_weights_are_shared_in_float32_and_cast_in_bfloat16(made, tmp_path, kind
         assert not any(p.requires_grad for p in trunk.model.parameters())
     (tmp_path / "bf16").mkdir()
     path = served_jobs.make_folder(tmp_path / "bf16", kind, dtype="bfloat16")
-    low = ServedRun.load(path)
-    assert low.dpo is None, "it computes in float32"
+    assert {p.dtype for trunk in ServedRun.load(path).trunks for p in trunk.model.parameters()} == {torch.float32}
+    loaded = load_run(path, "cpu", "")                                      # as on a GPU
+    low = ServedRun(loaded, references_of(loaded, "cpu"), load_tokenizer(loaded.config.models[0]), None)
     assert {p.dtype for p in low.run.experts.parameters()} == {torch.float32}
     assert {p.dtype for trunk in low.trunks for p in trunk.model.parameters()} == {torch.bfloat16}
     assert {policy.head.dtype for policy in low.policies.values()} == {torch.bfloat16}
