@@ -166,7 +166,7 @@ class Fields:
             raise Refused(400, f"{name} is missing; send a text", name)
         return value
 
-    def whole(self, name: str, low: int, high: int, default=None):
+    def integer(self, name: str, low: int, high: int, default=None):
         """An integer of at least `low` and at most `high`, or the default."""
         wanted = f"send a whole number of at least {low} and at most {high}"
         value = self.take(name, int, wanted, None)

@@ -73,7 +73,7 @@ def read_completion(body: dict, most: int) -> Ask:
     prompt = fields.take("prompt", str, "send one text; a list of prompts or of tokens is not supported")
     if prompt is None:
         raise Refused(400, "prompt is missing; send a text", "prompt")
-    logprobs = fields.whole("logprobs", 0, TOP)
+    logprobs = fields.integer("logprobs", 0, TOP)
     return read_shared(fields, False, prompt, logprobs, most, NEUTRAL | NEUTRAL_TEXT, ("prompt", *SHARED))
 
 
@@ -81,7 +81,7 @@ def read_chat(body: dict, most: int) -> Ask:
     """The body of /v1/chat/completions. most: choices of a request. Raises: Refused."""
     fields = Fields(body)
     prompt = read_messages(fields.left.pop("messages", None), "messages")
-    logprobs, top = fields.flag("logprobs"), fields.whole("top_logprobs", 0, TOP)
+    logprobs, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, TOP)
     if top is not None and not logprobs:
         raise Refused(400, "top_logprobs has no effect without logprobs; send logprobs: true", "top_logprobs")
     other = fields.left.pop("max_completion_tokens", None)                  # the newer name
@@ -96,10 +96,10 @@ def read_chat(body: dict, most: int) -> Ask:
 def read_shared(fields: Fields, chat: bool, prompt, logprobs: int | None, most: int, neutral: dict, known: tuple
                 ) -> Ask:
     """The fields that both endpoints have."""
-    n, stream = fields.whole("n", 1, most, 1), fields.flag("stream")
-    ask = Ask(chat, fields.text("model"), prompt, fields.whole("max_tokens", 1, 2**31),
+    n, stream = fields.integer("n", 1, most, 1), fields.flag("stream")
+    ask = Ask(chat, fields.text("model"), prompt, fields.integer("max_tokens", 1, 2**31),
               read_temperature(fields), fields.real("top_p", 0, 1, 1.0, above=True),
-              fields.whole("seed", 0, SEED), read_stop(fields), logprobs, n, fields.user(), stream,
+              fields.integer("seed", 0, SEED), read_stop(fields), logprobs, n, fields.user(), stream,
               read_stream_options(fields, stream))
     if not chat:
         neutral = neutral | {"best_of": (n,)}

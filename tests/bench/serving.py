@@ -54,9 +54,9 @@ class Client:
             self.done.set()
             return
         self.began, self.first = time.monotonic(), None
-        self.engine.submit(self.requests.pop(), self.told)
+        self.engine.submit(self.requests.pop(), self.on_event)
 
-    def told(self, event) -> None:
+    def on_event(self, event) -> None:
         if isinstance(event, Token):
             self.first = self.first or time.monotonic() - self.began
             return

@@ -56,7 +56,7 @@ def test_true_is_no_number_and_one_is_no_truth():
     refused(Fields({"n": 1.0}).whole, "n", 0, 5, param="n")
     refused(Fields({"x": False}).real, "x", 0, 1, 0.5, param="x")
     refused(Fields({"x": 1}).flag, "x", param="x")
-    assert Fields({"x": None}).real("x", 0, 1, 0.5) == 0.5 and Fields({}).whole("n", 1, 2) is None
+    assert Fields({"x": None}).real("x", 0, 1, 0.5) == 0.5 and Fields({}).integer("n", 1, 2) is None
 
 
 @pytest.mark.parametrize("field, values", [

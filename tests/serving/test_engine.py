@@ -223,7 +223,7 @@ def test_in_bfloat16_a_text_is_the_same_alone_and_in_a_batch():
     rng = np.random.default_rng(0)
     requests = [Request(rng.integers(0, V, n % 2 + 1).tolist(), "", 12, -1, seed=n) for n in range(12)]
 
-    def told(numbers):
+    def events_of(numbers):
         decoder, rows = Decoder(trunk), [Row(requests[n], policies[n % 3], None) for n in numbers]
         decoder.join(rows)
         found = {n: [] for n in numbers}
@@ -233,9 +233,9 @@ def test_in_bfloat16_a_text_is_the_same_alone_and_in_a_batch():
             decoder.advance()
         return found
 
-    together = told(list(range(12)))
+    together = events_of(list(range(12)))
     for few in ([[n] for n in range(12)] + [[n, n + 1, n + 2] for n in range(0, 12, 3)]):
-        assert told(few) == {n: together[n] for n in few}
+        assert events_of(few) == {n: together[n] for n in few}
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9])
