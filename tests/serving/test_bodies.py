@@ -52,8 +52,8 @@ def test_brackets_in_texts_are_not_depth():
 
 
 def test_true_is_no_number_and_one_is_no_truth():
-    refused(Fields({"n": True}).whole, "n", 0, 5, param="n", names=["True"])
-    refused(Fields({"n": 1.0}).whole, "n", 0, 5, param="n")
+    refused(Fields({"n": True}).integer, "n", 0, 5, param="n", names=["True"])
+    refused(Fields({"n": 1.0}).integer, "n", 0, 5, param="n")
     refused(Fields({"x": False}).real, "x", 0, 1, 0.5, param="x")
     refused(Fields({"x": 1}).flag, "x", param="x")
     assert Fields({"x": None}).real("x", 0, 1, 0.5) == 0.5 and Fields({}).integer("n", 1, 2) is None
