@@ -21,6 +21,7 @@ from mixdpo.config import InputError, Stopped, to_json
 from mixdpo.experts import Models
 from mixdpo.files.atomic import Damaged, read_tensors, write_tensors
 from mixdpo.gates import Gate
+from mixdpo.runs.distributed import any_process, everyone, rank
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
@@ -109,8 +110,10 @@ class Saver:
         Raises: Stopped if the user asked for it; the state is saved then."""
         self.before(t)
         if t < total:
+            due = time.monotonic() - self.saved > 60 * self.minutes
+            self.stop.requested, due = any_process(self.stop.requested, due)            # all stop after the same step
             self.check(t, total, snapshot)
-            if time.monotonic() - self.saved > 60 * self.minutes:
+            if due:
                 tensors, facts = snapshot()
                 self.save(t, tensors, facts, self.keep)
 
@@ -122,9 +125,11 @@ class Saver:
         self.stop.check(f"stopped and saved after step {t} of {total}" if t else None)
 
     def save(self, t: int, tensors: dict[str, torch.Tensor], facts: dict, keep: int = 1) -> None:
-        """Writes the checkpoint of step t; only the newest `keep` stay."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(self.folder, tensors, {"step": t} | facts, keep)
+        """Writes the checkpoint of step t; only the newest `keep` stay. All processes wait until it is written."""
+        if rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(self.folder, tensors, {"step": t} | facts, keep)
+        everyone(None)
         self.saved = time.monotonic()
 
 
