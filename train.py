@@ -242,7 +242,7 @@ def learn(job: Job) -> None:
 
 def main(argv: list[str]) -> None:
     tune_process()
-    with joined(argv):
+    with joined():
         run(auto.parse(argv, "python train.py"))
 
 

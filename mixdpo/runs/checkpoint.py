@@ -21,7 +21,7 @@ from mixdpo.config import InputError, Stopped, to_json
 from mixdpo.experts import Models
 from mixdpo.files.atomic import Damaged, read_tensors, write_tensors
 from mixdpo.gates import Gate
-from mixdpo.runs.distributed import any_process, everyone, rank
+from mixdpo.runs.distributed import any_process, complete, everyone, placed, rank, reshard
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
@@ -137,8 +137,10 @@ class Saver:
 
 
 def trained_state(experts: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that can differ from the reference, as "experts." and their names, for safetensors."""
-    return {f"experts.{name}": p.detach().contiguous() for name, p in own_parameters(experts)}
+    """The parameters that can differ from the reference, as "experts." and their names, for safetensors. Sharded ones
+    are complete in process 0 alone."""
+    reshard(experts)
+    return {f"experts.{name}": complete(p.detach()).contiguous() for name, p in own_parameters(experts)}
 
 
 def own_parameters(experts: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -153,6 +155,7 @@ def load_state(experts: nn.Module, tensors: dict[str, torch.Tensor], path: Path)
         for k, model in enumerate(experts.models):
             if model.config.tied and f"experts.models.{k}.lm_head.weight" in tensors:      # from --init-experts
                 untie(experts, k)
+    reshard(experts)
     own = {f"experts.{name}": p for name, p in own_parameters(experts)}
     state = {name: value for name, value in tensors.items() if name.startswith("experts.")}
     wrong = sorted(set(own) ^ set(state)) + [n for n in set(own) & set(state) if own[n].shape != state[n].shape]
@@ -160,7 +163,7 @@ def load_state(experts: nn.Module, tensors: dict[str, torch.Tensor], path: Path)
         raise InputError(f"has tensors that do not fit this configuration: {', '.join(wrong[:8])}; resume with the "
                          "configuration that wrote it", file=path)
     for name, p in own.items():
-        p.copy_(state[name])
+        p.copy_(placed(state[name], p))
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Several processes train one model: `torchrun --standalone --nproc-per-node N train.py ...`, one process per GPU.
 
-This file has all that is of torch.distributed: the group of processes, and the exchange of values between them. What
-each process does is in parallel.py. With one process every function does nothing.
+This file has all that is of torch.distributed: the group of processes, the exchange of tensors, and sharded parameters.
+What each process does is in parallel.py. With one process every function does nothing.
 
 A process that ends closes its connections, which ends the others at their next exchange; torchrun ends what is left.
 CUDA tensors travel by NCCL, others by gloo. Left out: nodes without a common file system.
@@ -11,13 +11,13 @@ import contextlib
 import datetime
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
-from mixdpo.config import InputError, Stopped, to_json
-from mixdpo.runs.log import environment
+from mixdpo.config import InputError, Stopped
+from mixdpo.fast.optimizer import is_sharded
 
 TIMEOUT = datetime.timedelta(minutes=30)        # longest wait for another process
 MISSING = ("another process of this run has ended, or did not answer in time; run the same command again to resume "
@@ -35,9 +35,9 @@ def world() -> int:
 
 
 @contextlib.contextmanager
-def joined(words: list[str]) -> Iterator[None]:
+def joined() -> Iterator[None]:
     """Within it this process is one of those that torchrun started, if it did. Only process 0 prints, and of an error
-    in several processes only the first is shown. words: of the command line."""
+    in several processes only the first is shown."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
@@ -49,8 +49,6 @@ def joined(words: list[str]) -> Iterator[None]:
                             world_size=count)
     try:
         with silence() if number else contextlib.nullcontext():
-            own = environment()
-            must_agree({key: own[key] for key in ("revision", "torch", "python")} | {"command": words})
             yield
             dist.barrier()
     except BaseException as error:
@@ -71,16 +69,6 @@ def silence() -> Iterator[None]:
         yield
 
 
-def must_agree(facts: dict) -> None:
-    """Raises: InputError unless `facts`, which JSON can hold, are equal in all processes; it names what differs."""
-    found = everyone({key: to_json(value) for key, value in facts.items()})
-    for number, other in enumerate(found):
-        if differ := [key for key in found[0] if other[key] != found[0][key]]:
-            what = "; ".join(f"{key} {other[key]:.200}, not {found[0][key]:.200}" for key in differ)
-            raise InputError(f"process {number} differs from process 0: {what}. Start all processes with the same "
-                             "program, command and files")
-
-
 # --- the exchange of values -------------------------------------------------------------------------------------------
 
 
@@ -92,26 +80,12 @@ def everyone(value) -> list:
     return found
 
 
-def from_first(make: Callable):
-    """make() of process 0."""
-    box = [make() if rank() == 0 else None]
-    if world() > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def first_alone(make: Callable):
-    """make(), in process 0 before the others: files are fetched once."""
-    made = make() if rank() == 0 else None
-    everyone(None)
-    return made if rank() == 0 else make()
-
-
 def any_process(*flags: bool) -> list[bool]:
     """Whether each flag is set in any process."""
+    if world() == 1:
+        return [*flags]
     found = torch.tensor(flags, dtype=torch.uint8, device="cuda" if torch.cuda.is_available() else "cpu")
-    if world() > 1:
-        dist.all_reduce(found, dist.ReduceOp.MAX)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
     return found.bool().tolist()
 
 
@@ -129,10 +103,48 @@ def summed(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def gathered(mine: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """The rows of all processes, in their order: (n,D) -> (sum of counts,D). counts: the number of rows of each."""
-    if not any(counts):
-        return mine
     padded = mine.new_zeros(max(counts), mine.shape[1])
     padded[: len(mine)] = mine
     found = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(found, padded)
+    if padded.numel():
+        dist.all_gather(found, padded)
     return torch.cat([rows[:n] for rows, n in zip(found, counts)])
+
+
+# --- sharded parameters -----------------------------------------------------------------------------------------------
+
+
+def shard(models: list) -> None:
+    """Divides the parameters, gradients and moments of these models among the processes (FSDP2). A block's parameters
+    are gathered when it computes; those outside of blocks, the unembedding too, from the forward pass to the end of the
+    backward pass. Gradients are summed."""
+    from torch.distributed.fsdp import fully_shard                          # half a second, which other runs save
+    for model in models:
+        blocks = next(part for part in model.children() if isinstance(part, torch.nn.ModuleList))
+        for part in (*blocks, model):
+            fully_shard(part)
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)                    # gloo has no other
+
+
+def reshard(experts: torch.nn.Module) -> None:
+    """Frees what a pass without gradient has gathered: then experts.parameters() are those that the optimizer has."""
+    for part in experts.modules():
+        if hasattr(part, "reshard"):
+            part.reshard()
+
+
+def complete(x: torch.Tensor) -> torch.Tensor:
+    """x, or all of a sharded x: in process 0 on the CPU, elsewhere nothing."""
+    if not is_sharded(x):
+        return x
+    found = x.full_tensor()
+    return found.cpu() if rank() == 0 else torch.empty(0)
+
+
+def placed(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """A copy of `value` on the device of p, sharded as p is."""
+    if not is_sharded(p):
+        return value.to(p.device).clone()
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)

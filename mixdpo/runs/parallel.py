@@ -9,13 +9,39 @@ The core does not know it: `divider` is plan.Plan.parts, `accumulate` is train.E
 """
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 
+from mixdpo.config import InputError, to_json
+from mixdpo.fast.optimizer import is_sharded
 from mixdpo.plan import Micro, Plan
 from mixdpo.runs.distributed import everyone, gathered, rank, summed, world
 from mixdpo.runs.log import Progress
+
+def must_agree(facts: dict) -> None:
+    """Raises: InputError unless `facts`, which JSON can hold, are equal in all processes; it names what differs."""
+    found = everyone({key: to_json(value) for key, value in facts.items()})
+    for number, other in enumerate(found):
+        if differ := [key for key in found[0] if other[key] != found[0][key]]:
+            what = "; ".join(f"{key} {other[key]:.200}, not {found[0][key]:.200}" for key in differ)
+            raise InputError(f"process {number} differs from process 0: {what}. Start all processes with the same "
+                             "program, command and files")
+
+
+def from_first(make: Callable):
+    """make() of process 0."""
+    return everyone(make() if rank() == 0 else None)[0]
+
+
+def first_alone(make: Callable):
+    """make(), in process 0 before the others: files are fetched once."""
+    made = make() if rank() == 0 else None
+    everyone(None)
+    return made if rank() == 0 else make()
+
 
 # --- passes -----------------------------------------------------------------------------------------------------------
 
@@ -29,13 +55,20 @@ def in_parts(items: Sequence, size: int, of_part: Callable) -> list:
     return [found for found in everyone(mine) if found is not None]
 
 
-def of_each(micros: list[Micro], function: Callable, name: str, check: Callable) -> list:
-    """function(micro) for all micro-batches, in their order; each process computes those of its part. name: for the
-    progress line. check(): called after each in a run of one process; several would not stop together."""
-    own, found, progress = [micro for micro in micros if micro.part == rank()], [], Progress(name)
-    for n, micro in enumerate(own, 1):
-        found.append(function(micro))
-        progress(n, len(own))
+def of_each(items: Sequence, function: Callable, name: str, check: Callable = lambda: None) -> list:
+    """function(item) for all items, in their order; each process computes those of a contiguous part. name: for the
+    progress line. check(): called after each in a run of one process; several would not stop together.
+
+    All processes call `function` equally often, because sharded parameters are exchanged in every call: one that has
+    fewer items repeats the first."""
+    owner, progress = [n * world() // len(items) for n in range(len(items))], Progress(name)
+    own, found = [item for item, r in zip(items, owner) if r == rank()], []
+    for n in range(-(-len(items) // world())):
+        if n >= len(own):
+            function(items[0])
+            continue
+        found.append(function(own[n]))
+        progress(n + 1, len(own))
         if world() == 1:
             check()
     return [*itertools.chain(*everyone(found))]
@@ -67,6 +100,7 @@ def accumulate(variants, inner: Callable | None) -> Callable:
     pairs of the step. inner: a private run's own, which sums gradients itself (private/step.py). variants: those of the
     run (variants/choose.py), which note what the processes have seen."""
     parameters, K = variants.parameters, variants.config.experts
+    copied = [p for p in parameters if not is_sharded(p)]                   # FSDP2 sums the gradients of the others
 
     def of_step(gradient: Callable, micros: list[Micro]) -> list:
         sizes = [len(visit.trained) for micro in micros for visit in micro.own]
@@ -75,8 +109,12 @@ def accumulate(variants, inner: Callable | None) -> Callable:
         mine = [micro for micro in micros if micro.part == rank()]
         if inner is None:
             seen = [gradient(mine, sum(counts))] if mine else []
-            sums = summed([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-            for p, total in zip(parameters, sums):
+            if len(copied) < len(parameters):                               # all pass through the sharded trunk equally
+                passes = Counter(micro.part for micro in micros)            # often; a loss divided by infinity is 0
+                for _ in range(max(passes.values()) - passes[rank()]):
+                    gradient(micros[:1], math.inf)
+            sums = summed([torch.zeros_like(p) if p.grad is None else p.grad for p in copied])
+            for p, total in zip(copied, sums):
                 p.grad = total
         else:
             seen = inner(gradient, mine)

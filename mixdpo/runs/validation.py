@@ -27,8 +27,7 @@ from mixdpo.plan import Plan
 from mixdpo.preferences import Pair, collate, groups, order_of
 from mixdpo.runs.checkpoint import gate_state, load_gate, load_state, trained_state
 from mixdpo.runs.distributed import rank
-from mixdpo.runs.log import Progress
-from mixdpo.runs.parallel import in_parts
+from mixdpo.runs.parallel import of_each
 
 ROWS = 16       # pairs in one pass
 
@@ -81,17 +80,9 @@ class Validation:
 
     def log_probs(self, experts) -> torch.Tensor:
         """Summed response log-probs of all pairs under every expert: (P,K,2) float32 nats, on the CPU."""
-        progress = Progress(f"{self.out.name} validation")
-
-        def of_part(pairs: list[Pair]) -> torch.Tensor:
-            found = []
-            for start in range(0, len(pairs), ROWS):
-                index = list(range(start, min(start + ROWS, len(pairs))))
-                found.append(pair_logp(experts, collate(pairs, index), compact_rows).cpu())
-                progress(index[-1] + 1, len(pairs))
-            return torch.cat(found)
-
-        return torch.cat(in_parts(self.pairs, ROWS, of_part))
+        batches = [range(first, min(first + ROWS, len(self.pairs))) for first in range(0, len(self.pairs), ROWS)]
+        return torch.cat(of_each(batches, lambda index: pair_logp(experts, collate(self.pairs, index),
+                                                                  compact_rows).cpu(), f"{self.out.name} validation"))
 
     def best(self) -> dict | None:
         """The best evaluation so far; the first of equal ones."""
