@@ -1,8 +1,9 @@
-"""Several processes as torchrun starts them, but forked: torch is imported once. Their store is the parent's, as it is
-torchrun's, so it outlives any of them."""
+"""Several processes as torchrun starts them, but forked, so torch is imported once. As with torchrun their store
+belongs to the process that starts them and outlives each of them."""
 
 import os
 import signal
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -11,35 +12,59 @@ import torch
 import torch.distributed as dist
 
 
-def start(count: int, work, output: Path) -> dict[int, int]:
-    """Starts work(rank) in `count` processes, which print into the file `output` -> rank by process number."""
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    found = {}
-    for rank in range(count):
-        child = os.fork()
-        if child:
-            found[child] = rank
-            continue
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-                       "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"}
-        end(work, rank, output)
-    STORES[tuple(found)] = store                                            # as long as the processes live
-    return found
+class Group:
+    """`count` processes that call work(rank); what they print is in the file `output`."""
+
+    def __init__(self, count: int, work, output: Path):
+        self.store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        self.output, self.left, self.ended = output, {}, {}                 # rank by process; exit status by rank
+        for rank in range(count):
+            child = os.fork()
+            if not child:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port),
+                               "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+                only(work, rank, output)
+            self.left[child] = rank
+
+    def poll(self) -> None:
+        """Notes which processes have ended; a signal's number is negative."""
+        for child in list(self.left):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                self.ended[self.left.pop(child)] = os.waitstatus_to_exitcode(status)
+
+    def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
+        """Sends a signal to one process, if it has not ended."""
+        for child, its in self.left.items():
+            if its == rank:
+                os.kill(child, number)
+
+    def wait(self, seconds: float) -> list[int]:
+        """Waits for all -> exit statuses by rank. Those that have not ended after `seconds` are killed."""
+        limit = time.monotonic() + seconds
+        while self.left:
+            self.poll()
+            if time.monotonic() > limit:
+                for rank in list(self.left.values()):
+                    self.kill(rank)
+            time.sleep(0.01)
+        return [self.ended[rank] for rank in sorted(self.ended)]
+
+    def said(self) -> list[str]:
+        """The lines that they have printed."""
+        return self.output.read_text().splitlines()
 
 
-STORES: dict = {}
-
-
-def end(work, rank: int, output: Path) -> None:
-    """Runs work(rank) in this forked process, and ends it."""
+def only(work, rank: int, output: Path) -> None:
+    """Runs work(rank) in this forked process as a program does, and ends it."""
     status = 1
     try:
         torch.set_num_threads(1)
+        torch.cuda.is_available = lambda: False
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1), os.dup2(file, 2)
-        import sys
-        sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
         work(rank)
         status = 0
     except SystemExit as error:
@@ -49,24 +74,4 @@ def end(work, rank: int, output: Path) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
         os._exit(status)
-
-
-def wait(processes: dict[int, int], seconds: float) -> dict[int, int]:
-    """Waits for all processes -> exit status by rank, negative for a signal. After `seconds` those that are left are
-    killed."""
-    left, found, limit = dict(processes), {}, time.monotonic() + seconds
-    while left:
-        for child in list(left):
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                found[left.pop(child)] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > limit:
-            for child in left:
-                os.kill(child, signal.SIGKILL)
-            limit = float("inf")
-        time.sleep(0.01)
-    STORES.pop(tuple(processes), None)
-    return found

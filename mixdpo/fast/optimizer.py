@@ -92,7 +92,7 @@ def clip_and_step(optimizer, loss: float, clip: float) -> float:
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     kinds = [[p for p in parameters if p.grad is not None and is_sharded(p) == kind] for kind in (False, True)]
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in some]) for some in kinds if some]
+    norms: list = [torch.nn.utils.get_total_norm([p.grad for p in some]) for some in kinds if some]
     norm = math.hypot(*(float(x.full_tensor() if is_sharded(x) else x) for x in norms))
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}")

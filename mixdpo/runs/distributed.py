@@ -12,6 +12,7 @@ import datetime
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,8 +42,7 @@ def joined() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    cuda = torch.cuda.is_available()
-    if cuda:
+    if cuda := torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, store=store, rank=number,
@@ -65,7 +65,7 @@ def joined() -> Iterator[None]:
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     """Within it nothing is printed."""
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+    with open(os.devnull, "w") as none, contextlib.redirect_stdout(none), contextlib.redirect_stderr(none):
         yield
 
 
@@ -118,7 +118,8 @@ def shard(models: list) -> None:
     """Divides the parameters, gradients and moments of these models among the processes (FSDP2). A block's parameters
     are gathered when it computes; those outside of blocks, the unembedding too, from the forward pass to the end of the
     backward pass. Gradients are summed."""
-    from torch.distributed.fsdp import fully_shard                          # half a second, which other runs save
+    from torch.distributed.fsdp import fully_shard  # half a second, which other runs save
+
     for model in models:
         blocks = next(part for part in model.children() if isinstance(part, torch.nn.ModuleList))
         for part in (*blocks, model):
@@ -129,20 +130,19 @@ def shard(models: list) -> None:
 
 def reshard(experts: torch.nn.Module) -> None:
     """Frees what a pass without gradient has gathered: then experts.parameters() are those that the optimizer has."""
-    for part in experts.modules():
+    parts: Any = experts.modules()
+    for part in parts:
         if hasattr(part, "reshard"):
             part.reshard()
 
 
-def complete(x: torch.Tensor) -> torch.Tensor:
+def complete(x: Any) -> torch.Tensor:
     """x, or all of a sharded x: in process 0 on the CPU, elsewhere nothing."""
-    if not is_sharded(x):
-        return x
-    found = x.full_tensor()
-    return found.cpu() if rank() == 0 else torch.empty(0)
+    full = x.full_tensor() if is_sharded(x) else x
+    return x if full is x else full.cpu() if rank() == 0 else torch.empty(0)
 
 
-def placed(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+def placed(value: torch.Tensor, p: Any) -> torch.Tensor:
     """A copy of `value` on the device of p, sharded as p is."""
     if not is_sharded(p):
         return value.to(p.device).clone()

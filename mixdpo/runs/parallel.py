@@ -21,6 +21,7 @@ from mixdpo.plan import Micro, Plan
 from mixdpo.runs.distributed import everyone, gathered, rank, summed, world
 from mixdpo.runs.log import Progress
 
+
 def must_agree(facts: dict) -> None:
     """Raises: InputError unless `facts`, which JSON can hold, are equal in all processes; it names what differs."""
     found = everyone({key: to_json(value) for key, value in facts.items()})

@@ -89,8 +89,8 @@ def opened(config: TrainConfig, key: Key | None) -> Iterator[Job | None]:
 
 
 def input_keys(config) -> dict[str, str]:
-    """What identifies the content of the run's files. Raises: InputError if the processes of a run have different files,
-    options or programs."""
+    """What identifies the content of the run's files. Raises: InputError if processes differ in files, options or
+    program."""
     own = environment()
     must_agree({name: own[name] for name in ("revision", "torch", "python")} | dataclasses.asdict(config))
     files = {"data_key": config.data} | ({"validation_key": config.validation} if config.validation else {})
