@@ -139,7 +139,7 @@ class Saver:
 def trained_state(experts: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters that can differ from the reference, as "experts." and their names, for safetensors. Sharded ones
     are complete in process 0 alone."""
-    reshard(experts)
+    reshard(experts)                                                        # what is gathered must not be written from
     return {f"experts.{name}": complete(p.detach()).contiguous() for name, p in own_parameters(experts)}
 
 

@@ -1,5 +1,5 @@
-"""Runs of several processes, one of which is killed at a random moment. The others must end within LIMIT seconds with at
-most one sentence, and the run that is resumed must end as an uninterrupted run of as many processes does, bit for bit.
+"""Runs of several processes, one of which is killed at a random moment. The others must end within LIMIT seconds with
+at most one sentence, and a resumed run must end as an uninterrupted run of as many processes does, bit for bit.
 
 The processes are forked; what torchrun does when one has ended, SIGTERM to the others, is done here.
 """
@@ -67,7 +67,7 @@ def killed(group: Group, victim: int, moment: float) -> tuple[bool, str | None]:
 
 
 def kills(count: int, number: int, report) -> None:
-    """Kills processes until `count` kills are done. report(number of kills, failure or None) after each finished run."""
+    """Kills processes until `count` kills are done. report(number of kills, failure or None) after each run."""
     rng, done, trial = random.Random(number), 0, 0
     with tempfile.TemporaryDirectory() as temporary:
         folder, wanted = Path(temporary), {}
