@@ -104,9 +104,9 @@ def accumulate(variants, inner: Callable | None) -> Callable:
     copied = [p for p in parameters if not is_sharded(p)]                   # FSDP2 sums the gradients of the others
 
     def of_step(gradient: Callable, micros: list[Micro]) -> list:
-        sizes = [len(visit.trained) for micro in micros for visit in micro.own]
-        counts = [sum(len(visit.trained) for micro in micros if micro.part == r for visit in micro.own)
-                  for r in range(world())]
+        sizes, counts = [len(visit.trained) for micro in micros for visit in micro.own], [0] * world()
+        for micro in micros:
+            counts[micro.part] += sum(len(visit.trained) for visit in micro.own)            # pairs of each process
         mine = [micro for micro in micros if micro.part == rank()]
         if inner is None:
             seen = [gradient(mine, sum(counts))] if mine else []

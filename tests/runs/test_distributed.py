@@ -22,7 +22,7 @@ from mixdpo.config import Stopped, command
 from mixdpo.plan import Plan, Visit
 from mixdpo.preferences import Pair
 from mixdpo.private.keys import Key
-from mixdpo.runs import checkpoint, distributed, parallel, setup
+from mixdpo.runs import checkpoint, distributed, memory_estimate, parallel, setup
 
 ROOT = Path(__file__).parents[2]
 TEN_STEPS = {"batch": 8, "micro": 8, "epochs": 2, "lr": 2e-5, "head_lr": 3e-4, "beta": 0.5}
@@ -38,7 +38,7 @@ CASES = {
                                        "variant": "monte-carlo", "draws": 2},
     "one expert": {"experts": 1, "micro": 2},
     "full heads, context": USER | {"rank": 0, "estep": "context", "context": 1, "batch": 6},
-    "private": PRIVATE | {"gate": "linear", "gate_lr": 1e-3, "privacy_unit": "user"},
+    "private": PRIVATE | {"gate": "linear", "gate_lr": 1e-3, "privacy_unit": "user", "batch": 1, "epochs": 1},
     "private users": PRIVATE | USER | {"privacy_unit": "user", "sharing": "lora", "estep": "context", "context": 2},
 }
 SHARDED = ("pairs, gate", "users, gate, validation", "models, slices, tempered", "full heads, context", "one expert")
@@ -187,7 +187,9 @@ def same_figures(one, several):
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_several_processes_give_the_run_of_one(folder, case, count):
-    """Catches: gradients that are not summed, or of means over parts; bonuses of a gate that count once a part; a table
+    """In one case a step has no example, and in several a process has no pair of a step.
+
+    Catches: gradients that are not summed, or of means over parts; bonuses of a gate that count once a part; a table
     or robust weights that know only their own pairs; noise that is added by every process; a key that each draws; lines
     or files that every process writes."""
     n = [*CASES].index(case)
@@ -196,6 +198,7 @@ def test_several_processes_give_the_run_of_one(folder, case, count):
     assert gap(one, several) <= 1e-6
     assert gap(one, several, ("table", "kept", "log_v", "user_loss")) <= 1e-5               # nats, of sums of log-probs
     same_figures(one, several)
+    assert (0 in [row["pairs"] for row in tinyjob.lines(one / "metrics.jsonl")]) == (case == "private")
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -376,6 +379,16 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(folder, tmp_path)
     assert [path.stem for path in checkpoint.checkpoints(tmp_path / "run")] == ["00000004"]
     line, = errors(group)
     assert "stopped and saved after step 4 of 10; run the same command again to resume" in line
+
+
+def test_the_estimate_of_memory_knows_the_parts(folder, monkeypatch):
+    """Catches: an estimate that warns of memory that no process needs, or forgets the sum of gradients."""
+    one = memory_estimate.estimate(config(folder, "", STOPPED), torch.float32)
+    monkeypatch.setattr(memory_estimate, "world", lambda: 4)
+    copied, sharded = (memory_estimate.estimate(config(folder, "", STOPPED, shard=shard), torch.float32)
+                       for shard in (False, True))
+    assert copied == one | {"gradients": 2 * one["gradients"]}
+    assert sharded == one | {part: one[part] / 4 for part in ("weights", "gradients", "moments")}
 
 
 def test_shard_needs_several_processes(folder):
