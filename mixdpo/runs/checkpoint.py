@@ -68,7 +68,8 @@ def load_checkpoint(run: Path, config: dict) -> tuple[dict[str, torch.Tensor], d
 
 class Stop:
     """Within it, SIGINT and SIGTERM set `requested`, and the loop ends after its step. A second signal stops at once.
-    In another thread than the main one, signals stay as they are. name: of what is stopped."""
+    If another process of the run has got a first one, `requested` is set too. In another thread than the main one,
+    signals stay as they are. name: of what is stopped."""
 
     def __init__(self, name: str = ""):
         self.name = name
@@ -79,14 +80,14 @@ class Stop:
             raise Stopped(f"{self.name}: {message or 'stopped before its first step'}")
 
     def __enter__(self):
-        self.requested, main = False, threading.current_thread() is threading.main_thread()
+        self.requested, self.asked, main = False, False, threading.current_thread() is threading.main_thread()
         self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM) if main}
         return self
 
     def ask(self, number, frame):
-        if self.requested:
+        if self.asked:
             raise KeyboardInterrupt("stopped at once")
-        self.requested = True
+        self.requested = self.asked = True
         print("\nstopping after this step; a second signal stops at once", file=sys.stderr, flush=True)
 
     def __exit__(self, *_):

@@ -53,7 +53,7 @@ def joined() -> Iterator[None]:
             dist.barrier()
     except BaseException as error:
         with contextlib.suppress(RuntimeError):                             # the store has ended, too
-            if store.add("told", 1) > 1:
+            if not isinstance(error, SystemExit) and store.add("told", 1) > 1:
                 time.sleep(1)                   # torchrun ends all when the first has ended: that one must speak first
                 raise SystemExit(130 if isinstance(error, (Stopped, KeyboardInterrupt)) else 1) from None
         if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error):

@@ -381,6 +381,15 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(folder, tmp_path)
     assert "stopped and saved after step 4 of 10; run the same command again to resume" in line
 
 
+def test_a_signal_that_others_had_before_is_not_the_second():
+    """torchrun sends it to one process after the other. Catches: one that ends at once, before all is saved."""
+    with checkpoint.Stop("run") as stop:
+        stop.requested = True                                               # as any_process says
+        stop.ask(signal.SIGTERM, None)
+        with pytest.raises(KeyboardInterrupt):
+            stop.ask(signal.SIGTERM, None)
+
+
 def test_the_estimate_of_memory_knows_the_parts(folder, monkeypatch):
     """Catches: an estimate that warns of memory that no process needs, or forgets the sum of gradients."""
     one = memory_estimate.estimate(config(folder, "", STOPPED), torch.float32)
