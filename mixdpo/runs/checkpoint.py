@@ -156,7 +156,6 @@ def load_state(experts: nn.Module, tensors: dict[str, torch.Tensor], path: Path)
         for k, model in enumerate(experts.models):
             if model.config.tied and f"experts.models.{k}.lm_head.weight" in tensors:      # from --init-experts
                 untie(experts, k)
-    reshard(experts)
     own = {f"experts.{name}": p for name, p in own_parameters(experts)}
     state = {name: value for name, value in tensors.items() if name.startswith("experts.")}
     wrong = sorted(set(own) ^ set(state)) + [n for n in set(own) & set(state) if own[n].shape != state[n].shape]

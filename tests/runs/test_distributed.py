@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from ranks import Group
 
 import train
 from mixdpo.config import Stopped, command
+from mixdpo.files.atomic import read_tensors
 from mixdpo.plan import Plan, Visit
 from mixdpo.preferences import Pair
 from mixdpo.private.keys import Key
@@ -135,14 +137,14 @@ def all_cases(folder, count):
         if distributed.rank():
             os.replace = Path.unlink = reads
         for n, case in enumerate(CASES):
-            written = spied(folder, f"{count}-{n}.json") if n == 0 else None
-            run(folder, f"{count}-{n}", case)
+            written = spied(folder, f"{count}.json") if n == 0 else None
+            run(folder, f"{count}/{n}", case)
             if written and distributed.rank() == 0:
                 written()
-            if case in SHARDED:
-                run(folder, f"{count}-{n}-sharded", case, shard=True, checkpointing=case == "one expert")
+            if count == 4 and case in SHARDED:
+                run(folder, f"4/sharded-{n}", case, shard=True, checkpointing=case == "one expert")
         if count == 4:
-            run(folder, "stopped", STOPPED)
+            run(folder, "stopped", STOPPED, shard=True)
 
     finish = train.finish
     return program(work)
@@ -150,7 +152,7 @@ def all_cases(folder, count):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Runs of all cases by 1, 2 and 4 processes; `stopped` was made by 2, and by 4 from step 5 on."""
+    """Runs of all cases by 1, 2 and 4 processes; and two whose first four steps were made by 2, the others by 1 or 4."""
     folder = tmp_path_factory.mktemp("ranks")
     tinyjob.make_model(folder / "model")
     tinyjob.write(folder / "d.jsonl", tinyjob.make_records(users=10, each=4))
@@ -161,8 +163,10 @@ def folder(tmp_path_factory):
         run(folder, "stopped", STOPPED, save_minutes=0.0)
 
     for n, case in enumerate(CASES):
-        run(folder, f"1-{n}", case)
+        run(folder, f"1/{n}", case)
     assert Group(2, program(interrupted), folder / "stopped.txt").wait(120) == [130, 130]
+    shutil.copytree(folder / "stopped", folder / "stopped-1")
+    run(folder, "stopped-1", STOPPED)
     for count in (2, 4):
         group = Group(count, all_cases(folder, count), folder / f"{count}.txt")
         assert group.wait(240) == [0] * count, "\n".join(group.said()[-60:])
@@ -193,7 +197,7 @@ def test_several_processes_give_the_run_of_one(folder, case, count):
     or robust weights that know only their own pairs; noise that is added by every process; a key that each draws; lines
     or files that every process writes."""
     n = [*CASES].index(case)
-    one, several = folder / f"1-{n}", folder / f"{count}-{n}"
+    one, several = folder / f"1/{n}", folder / f"{count}/{n}"
     assert len(tinyjob.lines(one / "metrics.jsonl")) >= 10
     assert gap(one, several) <= 1e-6
     assert gap(one, several, ("table", "kept", "log_v", "user_loss")) <= 1e-5               # nats, of sums of log-probs
@@ -202,17 +206,27 @@ def test_several_processes_give_the_run_of_one(folder, case, count):
 
 
 @pytest.mark.parametrize("count", [2, 4])
+def test_the_reference_of_several_processes_is_that_of_one(folder, count):
+    """Catches: pairs in another order, a part that is missing, states that one process keeps and another does not."""
+    names = sorted(path.name for path in (folder / "1" / "cache").iterdir())
+    assert names == sorted(path.name for path in (folder / str(count) / "cache").iterdir()) and len(names) == 3
+    for name in names:
+        one, several = (read_tensors(folder / its / "cache" / name)[0] for its in ("1", str(count)))
+        assert all(torch.allclose(one[key], several[key], atol=1e-5) for key in one) and one.keys() == several.keys()
+
+
 @pytest.mark.parametrize("case", SHARDED)
-def test_sharded_parameters_give_the_same_run(folder, case, count):
+def test_sharded_parameters_give_the_same_run(folder, case):
     """Catches: the mean of gradients, a process that makes fewer passes, parameters that are put back into a copy."""
     n = [*CASES].index(case)
-    one, several = folder / f"1-{n}", folder / f"{count}-{n}-sharded"
-    assert gap(one, several) <= 1e-6
-    same_figures(one, several)
+    assert gap(folder / f"1/{n}", folder / f"4/sharded-{n}") <= 1e-6
+    same_figures(folder / f"1/{n}", folder / f"4/sharded-{n}")
 
 
-def test_a_run_of_two_processes_is_resumed_by_four(folder):
-    assert gap(folder / f"1-{[*CASES].index(STOPPED)}", folder / "stopped") <= 1e-6
+@pytest.mark.parametrize("name", ["stopped", "stopped-1"])
+def test_a_run_of_two_processes_is_resumed_by_others(folder, name):
+    """By one, and by four whose parameters are sharded. Catches: moments that are lost, or in other processes' places."""
+    assert gap(folder / f"1/{[*CASES].index(STOPPED)}", folder / name) <= 1e-6
     assert "resumed at step 4 of 10" in (folder / "4.txt").read_text()
 
 
@@ -223,8 +237,8 @@ def test_a_run_of_two_processes_is_resumed_by_four(folder):
 def test_a_step_exchanges_little_more_than_it_must(folder, count):
     """The floor: the gradient of each trained parameter once, and log q and h of each pair, 4 bytes each. On top: two
     flags, whether to save and to stop, and the rows that fill the parts of a step up to equal numbers of pairs."""
-    seen = json.loads((folder / f"{count}-0.json").read_text())
-    trained = sum(x.numel() for name, x in tinyjob.tensors(folder / f"{count}-0").items()
+    seen = json.loads((folder / f"{count}.json").read_text())
+    trained = sum(x.numel() for name, x in tinyjob.tensors(folder / f"{count}/0").items()
                   if name.startswith(("experts.", "gate.")) and name not in ("gate.mean", "gate.scale"))
     rows = 8 * 2 * 2 * 4                                                    # 8 pairs, log q and h, K = 2
     for step in range(10):
