@@ -1,5 +1,6 @@
 """What a run reports: metrics.jsonl, responsibilities.jsonl, the progress line, and the environment."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -19,6 +20,14 @@ def revision() -> str:
     call = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=10"],
                           capture_output=True, text=True)
     return call.stdout.strip() if call.returncode == 0 else "unknown"
+
+
+def program_key() -> str:
+    """Identifies the content of the program's files, also where there is no repository."""
+    found, root = hashlib.sha256(), Path(__file__).resolve().parents[1]
+    for path in sorted(root.rglob("*.py")):
+        found.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()
 
 
 def environment() -> dict:

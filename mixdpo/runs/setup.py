@@ -29,7 +29,7 @@ from mixdpo.runs.checkpoint import Saver, Stop, gate_state, load_checkpoint, loa
 from mixdpo.runs.distributed import complete, placed, rank, shard, world
 from mixdpo.runs.gate_inputs import gate_inputs, known_pairs, make_gate
 from mixdpo.runs.init_experts import init_experts
-from mixdpo.runs.log import Log, environment
+from mixdpo.runs.log import Log, environment, program_key
 from mixdpo.runs.options import TrainConfig, compared, short_run, validate
 from mixdpo.runs.parallel import first_alone, from_first, must_agree
 from mixdpo.runs.reference import Reference, Source, load_references, reference_of
@@ -91,8 +91,9 @@ def opened(config: TrainConfig, key: Key | None) -> Iterator[Job | None]:
 def input_keys(config) -> dict[str, str]:
     """What identifies the content of the run's files. Raises: InputError if processes differ in files, options or
     program."""
-    own = environment()
-    must_agree({name: own[name] for name in ("revision", "torch", "python")} | dataclasses.asdict(config))
+    if world() > 1:
+        own = environment() | {"program": program_key()}
+        must_agree({name: own[name] for name in ("revision", "program", "torch", "python")} | dataclasses.asdict(config))
     files = {"data_key": config.data} | ({"validation_key": config.validation} if config.validation else {})
     keys = first_alone(lambda: {name: data_key(file, config.columns) for name, file in files.items()})
     must_agree(keys)
