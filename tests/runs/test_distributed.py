@@ -382,6 +382,7 @@ def test_a_process_that_hangs_ends_the_others(files, tmp_path, monkeypatch):
     while 0 not in group.ended and time.monotonic() - began < 30:
         group.poll()
         time.sleep(0.05)
+    assert group.ended == {0: 1}, "it waits for ever"
     group.kill(1)
     assert group.wait(5) == [1, -signal.SIGKILL]
     assert [line.removeprefix("error: ") for line in errors(group)] == [distributed.MISSING]
