@@ -9,7 +9,9 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch._dynamo  # noqa: F401  the first optimizer step imports it: here once, before the processes fork
 import torch.distributed as dist
+import torch.distributed.fsdp  # noqa: F401
 
 
 class Group:

@@ -162,7 +162,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(files):
-    """Runs of all cases by 1, 2 and 4 processes; and two whose first four steps were made by 2, the others by 1 or 4."""
+    """Runs of all cases by 1, 2 and 4 processes; and two whose first four steps were made by 2, the rest by 1 or 4."""
     folder = files
 
     def interrupted():
@@ -232,7 +232,7 @@ def test_sharded_parameters_give_the_same_run(folder, case):
 
 @pytest.mark.parametrize("name", ["stopped", "stopped-1"])
 def test_a_run_of_two_processes_is_resumed_by_others(folder, name):
-    """By one, and by four whose parameters are sharded. Catches: moments that are lost, or in other processes' places."""
+    """By one, and by four whose parameters are sharded. Catches: moments that are lost, or those of other parts."""
     assert gap(folder / f"1/{[*CASES].index(STOPPED)}", folder / name) <= 1e-6
     assert "resumed at step 4 of 10" in (folder / "4.txt").read_text()
 
