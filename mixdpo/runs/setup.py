@@ -93,7 +93,8 @@ def input_keys(config) -> dict[str, str]:
     program."""
     if world() > 1:
         own = environment() | {"program": program_key()}
-        must_agree({name: own[name] for name in ("revision", "program", "torch", "python")} | dataclasses.asdict(config))
+        must_agree({name: own[name] for name in ("revision", "program", "torch", "python")})
+        must_agree(dataclasses.asdict(config))
     files = {"data_key": config.data} | ({"validation_key": config.validation} if config.validation else {})
     keys = first_alone(lambda: {name: data_key(file, config.columns) for name, file in files.items()})
     must_agree(keys)
