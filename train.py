@@ -34,9 +34,11 @@ from mixdpo.plan import Micro, Plan, micro_batches
 from mixdpo.preferences import Batch
 from mixdpo.private.keys import Key
 from mixdpo.runs.checkpoint import Saver
-from mixdpo.runs.log import Log, Progress
+from mixdpo.runs.distributed import joined
+from mixdpo.runs.log import Log
 from mixdpo.runs.options import TrainConfig
-from mixdpo.runs.setup import Job, finish, nonfinite_message, opened, prepare, resume, saver_of, snapshot
+from mixdpo.runs.parallel import of_each
+from mixdpo.runs.setup import Job, finish, log_of, nonfinite_message, opened, prepare, resume, saver_of, snapshot
 from mixdpo.variants.choose import Variants
 
 
@@ -149,7 +151,7 @@ def step(state: EMState, problem: Problem, em: EM) -> tuple[dict, list[int]]:
         if gate.kind in TRAINED:
             rows = slice(micros[0].first, micros[-1].places.stop)
             per_visit = log_w.index_copy(0, place, log_q)[rows]             # one row a visit; its pairs write the same
-            (gate_objective(gate, inputs[rows], per_visit, config, share[rows]) / count).backward() # M9
+            (gate_objective(gate, inputs[rows], per_visit, config, share[rows], inputs) / count).backward()     # M9
         return place, log_q, h
 
     set_rate(state.optimizer, state.t, len(plan.steps), config.warmup)
@@ -181,14 +183,12 @@ def known_responsibilities(state: EMState, problem: Problem, units: torch.Tensor
 
 def visit_log_likelihoods(state: EMState, problem: Problem, margins: Callable, after_each: Callable) -> torch.Tensor:
     """sum_i log sigma(h_ik) over the E-step's pairs of each visit, up to a constant per row: (E,K), on the CPU."""
-    micros, found = micro_batches(problem.plan, list(range(problem.plan.inferred)), problem.config), []
-    em, progress = EM(margins=margins), Progress(f"{Path(problem.config.out).name} E-step on all pairs")
-    for n, micro in enumerate(micros, 1):
+    def of(micro: Micro) -> torch.Tensor:
         zero = problem.ref_logp.new_zeros(len(micro.visits), problem.config.experts)                # the prior
-        found.append(posterior(state.experts, micro.context or micro.train, zero, problem, em).cpu())
-        progress(n, len(micros))
-        after_each()
-    return torch.cat(found)
+        return posterior(state.experts, micro.context or micro.train, zero, problem, EM(margins=margins)).cpu()
+
+    micros = micro_batches(problem.plan, list(range(problem.plan.inferred)), problem.config)
+    return torch.cat(of_each(micros, of, f"{Path(problem.config.out).name} E-step on all pairs", after_each))
 
 
 def fit(state: EMState, problem: Problem, variants: Variants, log: Log, saver: Saver, now: Callable) -> None:
@@ -233,8 +233,7 @@ def learn(job: Job) -> None:
     problem = Problem(config, made.plan, made.ref_logp, made.inputs, *made.start, made.rows_of)
     t, log_q = resume(job, made)
     state = EMState(made.experts, made.gate, made.optimizer, log_q, t)
-    log = Log(job.out, state.t, len(made.plan.steps), config)
-    saver = saver_of(job, made, t)
+    log, saver = log_of(job, made, t), saver_of(job, made, t)
 
     fit(state, problem, made.variants, log, saver, lambda: snapshot(made, log, state.log_q))
     finish(job, made, lambda: saver.save(state.t, *snapshot(made, log, state.log_q, finished=True)))
@@ -243,7 +242,8 @@ def learn(job: Job) -> None:
 
 def main(argv: list[str]) -> None:
     tune_process()
-    run(auto.parse(argv, "python train.py"))
+    with joined():
+        run(auto.parse(argv, "python train.py"))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,10 @@ from mixdpo.files.sources import short_name
 from mixdpo.logprob import sum_responses
 from mixdpo.models.weights import content_key, load_model
 from mixdpo.preferences import Pair, collate
+from mixdpo.runs.distributed import any_process, rank
 from mixdpo.runs.log import Progress
 from mixdpo.runs.options import TrainConfig
+from mixdpo.runs.parallel import in_parts
 from mixdpo.text.records import data_key
 from mixdpo.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -99,6 +101,17 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
     return made
 
 
+def divided_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int, progress, most: int) -> Reference:
+    """Equals compute_reference; each process of the run passes over a part of the pairs."""
+    tokens = sum(len(response) for pair in pairs for response in pair.responses)
+    fits = tokens * model.config.width * dtype.itemsize <= most
+    made = in_parts(pairs, size, lambda part: compute_reference(model, part, dtype, size, progress,
+                                                                most if fits else -1))
+    if len(made) == 1:
+        return made[0]
+    return Reference(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in made))))
+
+
 def states_of_prompts(hidden: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
     """The last and the mean hidden state of each prompt: (N,T,C), lengths (N,) -> (N,2,C) float32."""
     inside = torch.arange(hidden.shape[1], device=hidden.device) < start[:, None]           # (N,T)
@@ -124,15 +137,19 @@ def cached_reference(folder: Path, key: tuple, compute) -> Reference:
     """The reference for `key`, a tuple of strings and numbers that identifies its content: from `folder`, or from
     compute()."""
     name = hashlib.sha256(repr(key).encode()).hexdigest()
-    path = Path(folder) / f"{name}.safetensors"
+    path, found = Path(folder) / f"{name}.safetensors", None
     if path.exists():
         try:
-            return Reference(**read_tensors(path)[0])
+            found = Reference(**read_tensors(path)[0])
         except Damaged as damaged:
             print(f"warning: {damaged}; it is computed again")
+    missing, = any_process(found is None)
+    if found is not None and not missing:
+        return found
     made = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, dataclasses.asdict(made), {})
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, dataclasses.asdict(made), {})
     return made
 
 
@@ -163,9 +180,9 @@ def reference_of(source: Source, models: list, tokenizer, dtype: torch.dtype, ca
 
     for model in models:
         key: tuple = (VERSION, content_key(model), data_key(source.path, config.columns), tokenizer.key,
-               config.max_prompt, config.max_response, config.drop, str(dtype), str(model.unembedding.device))
+               config.max_prompt, config.max_response, config.drop, str(dtype), model.unembedding.device.type)
         key += ("alone",) if source.one_by_one else ()
         key += ("rankings",) if source.pairs[0].sides > 2 else ()           # not as_pairs of the same file
-        made = functools.partial(compute_reference, model, source.pairs, dtype, size, progress, most)
+        made = functools.partial(divided_reference, model, source.pairs, dtype, size, progress, most)
         found.append(cached_reference(cache, key, made))
     return dataclasses.replace(found[0], logp=torch.cat([each.logp for each in found], dim=1))

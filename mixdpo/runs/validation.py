@@ -26,7 +26,8 @@ from mixdpo.mixture import e_step
 from mixdpo.plan import Plan
 from mixdpo.preferences import Pair, collate, groups, order_of
 from mixdpo.runs.checkpoint import gate_state, load_gate, load_state, trained_state
-from mixdpo.runs.log import Progress
+from mixdpo.runs.distributed import rank
+from mixdpo.runs.parallel import of_each
 
 ROWS = 16       # pairs in one pass
 
@@ -71,18 +72,17 @@ class Validation:
         first = log_w[torch.searchsorted(group, group)]                     # one prior for each unit
         figure = float(e_step(first, h, group)[0].sum()) / len(index)       # M5, M11
         self.history.append({"step": t, "log_likelihood": figure})
-        if best is None or figure > best["log_likelihood"]:
-            write_tensors(self.out / "best.safetensors", trained_state(experts) | gate_state(gate), {"step": t})
-        write_text(self.out / "validation.jsonl", "".join(to_json(row) + "\n" for row in self.history))
+        tensors = trained_state(experts) | gate_state(gate)
+        if rank() == 0 and (best is None or figure > best["log_likelihood"]):
+            write_tensors(self.out / "best.safetensors", tensors, {"step": t})
+        if rank() == 0:
+            write_text(self.out / "validation.jsonl", "".join(to_json(row) + "\n" for row in self.history))
 
     def log_probs(self, experts) -> torch.Tensor:
         """Summed response log-probs of all pairs under every expert: (P,K,2) float32 nats, on the CPU."""
-        found, progress = [], Progress(f"{self.out.name} validation")
-        for start in range(0, len(self.pairs), ROWS):
-            index = list(range(start, min(start + ROWS, len(self.pairs))))
-            found.append(pair_logp(experts, collate(self.pairs, index), compact_rows).cpu())
-            progress(index[-1] + 1, len(self.pairs))
-        return torch.cat(found)
+        batches = [range(first, min(first + ROWS, len(self.pairs))) for first in range(0, len(self.pairs), ROWS)]
+        return torch.cat(of_each(batches, lambda index: pair_logp(experts, collate(self.pairs, index),
+                                                                  compact_rows).cpu(), f"{self.out.name} validation"))
 
     def best(self) -> dict | None:
         """The best evaluation so far; the first of equal ones."""
