@@ -22,10 +22,13 @@ eval: .venv/ready         ## evaluate again and rewrite the report: make eval RU
 show: .venv/ready         ## one batch, its prompt, response, end token and padding in different colours: make show RUN=runs/imdb-quick
 	$(PY) -m mixdpo.evaluation.show $(RUN)/train.jsonl
 
+chat: .venv/serve       ## a page where the experts of a run answer side by side, and OpenAI's API: make chat RUN=runs/imdb-quick
+	$(PY) -m mixdpo.serving $(RUN)
+
 test: .venv/ready         ## what a reader runs: the method, models, text, and a tiny job from training to evaluation
 	$(PYTEST) tests/method tests/models tests/text tests/evaluation/test_eval.py -m "not slow"
 
-test-all: .venv/files     ## every test, and every two options of train.py together
+test-all: .venv/files .venv/serve-tests   ## every test, and every two options of train.py together
 	$(PYTEST) tests --ignore=tests/peers --ignore=tests/bench --ignore=tests/chaos --show-capture=no
 
 lint: .venv/lint          ## ruff on all files, mypy on mixdpo/, train.py and eval.py
@@ -68,8 +71,16 @@ peers: .venv/peers        ## the same numbers as transformers, tokenizers, PEFT,
 	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/text/requirements.txt
 	touch $@
 
+.venv/serve: .venv/ready mixdpo/serving/requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r mixdpo/serving/requirements.txt
+	touch $@
+
+.venv/serve-tests: .venv/serve tests/serving/requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/serving/requirements.txt
+	touch $@
+
 .venv/lint: .venv/ready tests/lint-requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/lint-requirements.txt
 	touch $@
 
-.PHONY: help train eval show test test-all lint bench bench-gpu study synth chaos peers
+.PHONY: help train eval show chat test test-all lint bench bench-gpu study synth chaos peers

@@ -7,18 +7,17 @@
 These files are looked for in the folder of the runs. results.json, samples.jsonl and, if matplotlib is installed,
 report.md with its pictures are written into DIR. No run is changed.
 
-    python eval.py RUN --export OUT     only writes the run's experts to OUT/expert-k
+    python eval.py RUN --export OUT     only writes the run's experts to OUT/expert-k; for other servers: --format vllm
     python eval.py DIR --judge JUDGE    only compares the completions of an earlier evaluation
 """
 
 import dataclasses
 import importlib.util
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from mixdpo import config as configs
-from mixdpo.config import InputError, to_json, write_text
+from mixdpo.config import to_json, write_text
 from mixdpo.evaluation.adaptation import adaptation_curve, posteriors_after
 from mixdpo.evaluation.completions import (
     CompletionTask,
@@ -29,10 +28,10 @@ from mixdpo.evaluation.completions import (
     write_prompt_states,
     write_samples,
 )
-from mixdpo.evaluation.export import export_run
+from mixdpo.evaluation.export_servers import export
 from mixdpo.evaluation.generate import Sampling, rows_at_once
 from mixdpo.evaluation.heldout import margins_of, preference_figures
-from mixdpo.evaluation.inputs import EvalInputs, read_inputs
+from mixdpo.evaluation.inputs import EvalInputs, check_options, read_inputs, refuse_unused
 from mixdpo.evaluation.served import own_reward_rows
 from mixdpo.evaluation.tables import all_tables, conclusions, win_rate_tables
 from mixdpo.fast.memory import tune_process
@@ -65,24 +64,15 @@ class EvalConfig:
                                     # classifier:PATH or llm:MODEL (data/annotators/judges.py)
     against: str = ""               # with --judge: the policy that all others are compared with; default: dpo
     export: str = ""                # only write the run's experts, as models or adapters, to this folder
-
-
-def validate(config: EvalConfig) -> None:
-    """Raises: InputError if a value is out of range, before anything is read, computed or replaced."""
-    for name, least in {"limit": 0, "max_new": 0, "temperature": 0, "batch": 0, "seed": 0, "examples": 0}.items():
-        value = getattr(config, name)
-        if not least <= value < math.inf:                                   # also refuses NaN
-            raise InputError(f"got {value}, wanted a number of at least {least}", option=name)
-    if not all(0 < kl < math.inf for kl in config.kl) or len({*config.kl}) < len(config.kl):
-        raise InputError(f"got {config.kl}, wanted different numbers above 0 (the reference, which has a row anyway)",
-                         option="kl")
+    format: str = "hf"              # with --export: hf (Hugging Face models, PEFT adapters), vllm (the same with the
+                                    # base model and the router), gguf (F16, for llama.cpp) or gguf-q8_0
 
 
 def evaluate(config: EvalConfig) -> dict:
     """Evaluates, writes results.json, samples.jsonl and the report, and returns the results. Files of an earlier
     evaluation are replaced once their successors exist.
     Raises: InputError, before anything is computed."""
-    validate(config)
+    check_options(config)
     inputs = read_inputs(config)
     dtype = str(inputs.runs[0].experts.dtype).removeprefix("torch.")
     known: dict[str, dict] = {}                                             # run -> posteriors of new users
@@ -164,15 +154,9 @@ def write_report(folder: Path) -> None:
     print(f"\nReport: {report(folder)}")
 
 
-def export(config: EvalConfig) -> list[Path]:
-    """Writes the experts of the run config.dir to config.export; returns their directories."""
-    refuse_unused(config, "--export evaluates nothing", ("dir", "export", "data_folder"))
-    return export_run(Path(config.dir).resolve(), config.export, config.data_folder)
-
-
 def compare(config: EvalConfig) -> dict:
     """Win rates of the policies in samples.jsonl by config.judge; prints and returns them."""
-    validate(config)
+    check_options(config)
     refuse_unused(config, "--judge compares the completions of an earlier evaluation",
                   ("dir", "judge", "against", "seed"))
     from data.annotators.judges import win_rates  # here, because only this needs its packages
@@ -182,13 +166,6 @@ def compare(config: EvalConfig) -> dict:
     write_report(folder)
     print(win_rate_tables(found))
     return found
-
-
-def refuse_unused(config: EvalConfig, why: str, used: tuple) -> None:
-    """Raises: InputError naming an option that is set although it has no effect here."""
-    unused = [f.name for f in dataclasses.fields(config) if f.name not in used and getattr(config, f.name) != f.default]
-    if unused:
-        raise InputError(f"{why} and does not use this option; leave it out", option=unused[0])
 
 
 def main(argv: list[str]) -> None:

@@ -27,7 +27,6 @@ from mixdpo.experts import Adapters, Heads, Models, pair_logp
 from mixdpo.fast.backward import backward
 from mixdpo.fast.memory import tune_process
 from mixdpo.fast.optimizer import clip_and_step, set_rate
-from mixdpo.fast.texts import logp_of_pairs
 from mixdpo.gates import TRAINED, Gate, Inputs, gate_objective
 from mixdpo.metrics import step_summary
 from mixdpo.mixture import e_step, elbo, expert_loss, update_weights
@@ -35,9 +34,11 @@ from mixdpo.plan import Micro, Plan, gathered, micro_batches
 from mixdpo.preferences import Batch
 from mixdpo.private.keys import Key
 from mixdpo.runs.checkpoint import Saver
-from mixdpo.runs.log import Log, Progress
+from mixdpo.runs.distributed import joined
+from mixdpo.runs.log import Log
 from mixdpo.runs.options import TrainConfig
-from mixdpo.runs.setup import Job, finish, nonfinite_message, opened, prepare, resume, saver_of, snapshot
+from mixdpo.runs.parallel import logp_in_parts
+from mixdpo.runs.setup import Job, finish, log_of, nonfinite_message, opened, prepare, resume, saver_of, snapshot
 from mixdpo.variants.choose import Variants
 
 
@@ -150,7 +151,7 @@ def step(state: EMState, problem: Problem, em: EM) -> tuple[dict, list[int]]:
         if gate.kind in TRAINED:
             rows = slice(micros[0].first, micros[-1].places.stop)
             per_visit = log_w.index_copy(0, place, log_q)[rows]             # one row a visit; its pairs write the same
-            (gate_objective(gate, inputs[rows], per_visit, config, share[rows]) / count).backward() # M9
+            (gate_objective(gate, inputs[rows], per_visit, config, share[rows], inputs) / count).backward()     # M9
         return place, log_q, h
 
     set_rate(state.optimizer, state.t, len(plan.steps), config.warmup)
@@ -186,7 +187,7 @@ def visit_log_likelihoods(state: EMState, problem: Problem, margins: Callable, a
     batch = gathered(plan.pairs, [visit.context or visit.trained for visit in plan.visits[: plan.inferred]])
     ref_logp = logp = problem.ref_logp[batch.pair].expand(-1, config.experts, -1)   # (B,K,2), of experts before step 1
     if state.t or config.init_experts:
-        logp = logp_of_pairs(state.experts, [plan.pairs[i] for i in batch.pair], Progress(name, after=after_each))
+        logp = logp_in_parts(state.experts, [plan.pairs[i] for i in batch.pair], name, after_each)
     h = margins(logp.to(ref_logp), ref_logp, config.beta, batch.order) + problem.linear[batch.pair]     # (B,K)  M4
     return e_step(torch.zeros_like(h), h, batch.group.to(h.device))[1].cpu()                        # M7, M11
 
@@ -233,9 +234,7 @@ def learn(job: Job) -> None:
     problem = Problem(config, made.plan, made.ref_logp, made.inputs, *made.start, made.rows_of)
     t, log_q = resume(job, made)
     state = EMState(made.experts, made.gate, made.optimizer, log_q, t)
-    log = Log(job.out, state.t, len(made.plan.steps), config)
-    saver = saver_of(job, made, t)
-
+    log, saver = log_of(job, made, t), saver_of(job, made, t)
     fit(state, problem, made.variants, log, saver, lambda: snapshot(made, log, state.log_q))
     finish(job, made, lambda: saver.save(state.t, *snapshot(made, log, state.log_q, finished=True)))
     log.close()
@@ -243,7 +242,8 @@ def learn(job: Job) -> None:
 
 def main(argv: list[str]) -> None:
     tune_process()
-    run(auto.parse(argv, "python train.py"))
+    with joined():
+        run(auto.parse(argv, "python train.py"))
 
 
 if __name__ == "__main__":

@@ -131,16 +131,20 @@ class Gate(nn.Module):
         return torch.log_softmax((logits + self.E[0]).expand(len(inputs.user), -1) / self.temperature, dim=-1)
 
 
-def gate_objective(gate: Gate, inputs: Inputs, log_q: torch.Tensor, config, share: torch.Tensor) -> torch.Tensor:
+def gate_objective(gate: Gate, inputs: Inputs, log_q: torch.Tensor, config, share: torch.Tensor, step: Inputs
+                   ) -> torch.Tensor:
     """The gate's loss, summed over G visits: M9 (a user gate: also for the generic user), minus the entropy bonuses.
-    share (G,): each visit's fraction of its unit.
+    share (G,): each visit's fraction of its unit. step: the inputs of all visits of the step, which may be more.
 
-    gate_entropy rewards flat weights w(x) of each unit. gate_balance rewards weights that use all experts on average,
-    however sharp each w(x) is.
+    gate_entropy rewards flat weights w(x) of each unit. gate_balance rewards weights that use all experts on average
+    over the step, however sharp each w(x) is.
     """
     log_w = gate(inputs)                                                    # (G,K), with gradient
     loss = gate_loss(log_q, log_w)                                          # (G,)  M9
     if gate.kind in READS_USER:
         loss = loss + gate_loss(log_q, gate.generic(inputs))
     loss = (share * (loss - config.gate_entropy * entropy(log_w))).sum()
-    return loss - config.gate_balance * share.sum() * balance(log_w)
+    if not config.gate_balance:
+        return loss
+    of_step = log_w if len(step.user) == len(log_w) else gate(step)         # equal sums, however a step is divided
+    return loss - config.gate_balance * share.sum() * balance(of_step)

@@ -12,7 +12,7 @@ incremental a visit is a slice of a user (variants/incremental.py), and in the l
 visits are sorted by their longest text, so that micro-batches have little padding; the order does not change the sum.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -44,6 +44,7 @@ class Plan:
     steps: list[tuple[int, list[int]]]  # epoch and visits of each step
     owner: torch.Tensor | None = None   # (V,) the example (DP-SGD) of each visit
     closing: int = 0                    # number of visits whose responsibilities are final: of context pairs
+    parts: Callable = lambda ids: [0] * len(ids)        # the part of the step that each of its visits belongs to
 
     @cached_property
     def unit_of(self) -> torch.Tensor:
@@ -74,17 +75,25 @@ class Plan:
 
 @dataclass(frozen=True)
 class Micro:
-    """Whole visits for one forward pass."""
+    """Whole visits for one forward pass. Its batches are made when they are first read."""
 
-    train: Batch                        # the pairs that are trained on
-    context: Batch | None               # the pairs that only the E-step looks at
-    visits: torch.Tensor                # (G,) numbers of the visits
+    pairs: list[Pair]                   # of the plan
+    own: list[Visit]                    # the G visits
+    visits: torch.Tensor                # (G,) their numbers
     first: int                          # place in the step of the first visit
     ends_example: bool = True           # the last micro-batch of its example (DP-SGD)
+    part: int = 0                       # the part of the step that it belongs to
+
+    @cached_property
+    def train(self) -> Batch:               # the pairs that are trained on
+        return gathered(self.pairs, [visit.trained for visit in self.own])
+
+    @cached_property
+    def context(self) -> Batch | None:      # the pairs that only the E-step looks at
+        return gathered(self.pairs, [visit.context for visit in self.own]) if self.own[0].context else None
 
     @property
-    def places(self) -> slice:
-        """The visits' places in the step."""
+    def places(self) -> slice:              # of the visits in the step
         return slice(self.first, self.first + len(self.visits))
 
 
@@ -180,24 +189,20 @@ def batches(groups: list[list[int]], size: int, seed: int, epoch: int, pairs: Se
 
 def micro_batches(plan: Plan, ids: list[int], config) -> list[Micro]:
     """The visits `ids` in micro-batches of at most config.micro trained pairs; a larger visit has one of its own.
-    No micro-batch has visits of two examples."""
+    No micro-batch has visits of two examples, or of two parts of the step."""
     runs: list[list[int]] = []              # places in `ids`
-    size, owner = 0, [0] * len(plan.visits) if plan.owner is None else plan.owner.tolist()
+    owner = [0] * len(ids) if plan.owner is None else plan.owner[ids].tolist()
+    size, kinds = 0, [*zip(owner, plan.parts(ids))]                         # example and part of each
     for place, v in enumerate(ids):
         count = len(plan.visits[v].trained)
-        if not runs or size + count > config.micro or owner[v] != owner[ids[runs[-1][-1]]]:
+        if not runs or size + count > config.micro or kinds[place] != kinds[place - 1]:
             runs.append([])
             size = 0
         runs[-1].append(place)
         size += count
-    ends = [a != b for a, b in pairwise([*(owner[ids[run[0]]] for run in runs), None])]
-    out = []
-    for run, last in zip(runs, ends):
-        visits = [plan.visits[ids[place]] for place in run]
-        train = gathered(plan.pairs, [visit.trained for visit in visits])
-        context = gathered(plan.pairs, [visit.context for visit in visits]) if visits[0].context else None
-        out.append(Micro(train, context, torch.tensor([ids[place] for place in run]), run[0], last))
-    return out
+    ends = [a != b for a, b in pairwise([*(owner[run[0]] for run in runs), None])]
+    return [Micro(plan.pairs, [plan.visits[ids[place]] for place in run], torch.tensor([ids[place] for place in run]),
+                  run[0], last, kinds[run[0]][1]) for run, last in zip(runs, ends)]
 
 
 def gathered(pairs: list[Pair], groups: list[list[int]]) -> Batch:

@@ -30,7 +30,9 @@ from mixdpo.linear import DEVIATIONS, LinearOptions, linear_mixture
 from mixdpo.mixture import e_step
 from mixdpo.preferences import Pair, groups, order_of, read_preferences
 from mixdpo.runs.options import TrainConfig, validate
+from mixdpo.runs.parallel import first_alone
 from mixdpo.runs.reference import Source, load_references, reference_of
+from mixdpo.runs.setup import input_keys
 from mixdpo.start import pair_features
 
 MOST = 4            # largest K that is tried
@@ -72,8 +74,9 @@ def parse(argv: list[str], program: str) -> TrainConfig:
 def choose(config: TrainConfig, given: set[str]) -> TrainConfig:
     """`config` with options for its file; those in `given` stay as they are. Prints the plan. Raises: InputError."""
     validate(config)
+    input_keys(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    models, tokenizer = load_references(config, device)
+    models, tokenizer = first_alone(lambda: load_references(config, device))
     pairs = read_preferences(config.data, tokenizer, config.max_prompt, config.max_response, config.drop,
                              report=lambda line: None, columns=config.columns)          # the run itself reports
     dtype = compute_dtype(config.dtype, device)[0]

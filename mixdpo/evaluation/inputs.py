@@ -11,12 +11,12 @@ name preferences as train.py --data does: other containers and shapes, several f
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
-from mixdpo.config import InputError, reading
+from mixdpo.config import InputError, check_ranges, reading
 from mixdpo.files.sources import missing_file
 from mixdpo.preferences import Pair, encode_prompt
 from mixdpo.runs.load_run import Run, Unfinished, find_runs, load_run
@@ -49,6 +49,24 @@ class EvalInputs:
     columns: str                    # which columns of these two are which fields, as train.py --columns
     prompts: Prompts | None         # None: no completions are evaluated
     dataset: dict                   # dataset.json, or {}
+
+
+def check_options(config) -> None:
+    """Raises: InputError if a value of an EvalConfig is out of range, before anything is read, computed or replaced."""
+    check_ranges(config, dict.fromkeys(("limit", "max_new", "temperature", "batch", "seed", "examples"), "[0, inf)"))
+    if config.kl:
+        check_ranges(config, {"kl": "(0, inf)"})
+    if len({*config.kl}) < len(config.kl):
+        raise InputError(f"got {config.kl}, wanted different numbers", option="kl")
+    if config.format != "hf" and not config.export:
+        raise InputError("is for --export; add --export OUT, or leave this option out", option="format")
+
+
+def refuse_unused(config, why: str, used: tuple) -> None:
+    """Raises: InputError naming an option of an EvalConfig that is set although it has no effect here."""
+    unused = [f.name for f in fields(config) if f.name not in used and getattr(config, f.name) != f.default]
+    if unused:
+        raise InputError(f"{why} and does not use this option; leave it out", option=unused[0])
 
 
 def read_inputs(config) -> EvalInputs:

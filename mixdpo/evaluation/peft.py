@@ -38,10 +38,15 @@ def factors(experts: Adapters, k: int) -> dict[str, torch.Tensor]:
     return out
 
 
+def full_rank(experts: Adapters) -> int:
+    """The rank of an expert's adapter: that of its own factors or, if there is a shared adapter, of all of them."""
+    return experts.shared + experts.rank * experts.K if experts.shared else experts.rank
+
+
 def save_adapter(experts: Adapters, k: int, directory, base: str) -> None:
     """Writes expert k as a PEFT adapter; an interruption leaves no partial file. base: the base model, a directory or a
     name on the hub, as transformers' from_pretrained takes it."""
-    rank = experts.shared + experts.rank * experts.K if experts.shared else experts.rank
+    rank = full_rank(experts)
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": rank, "lora_alpha": int(SCALE * rank), "lora_dropout": 0.0, "bias": "none",

@@ -13,7 +13,7 @@ import torch
 
 from mixdpo.experts import predicting_states
 from mixdpo.fast.casts import cast_once
-from mixdpo.fast.optimizer import clip_and_step
+from mixdpo.fast.optimizer import clip_and_step, is_sharded
 from mixdpo.fast.packing import compact_rows
 from mixdpo.logprob import sum_responses
 from mixdpo.preferences import Batch
@@ -45,7 +45,8 @@ def backward(experts, batch: Batch, loss_of, rows_of=compact_rows, head_rows: in
         if loss.requires_grad:                                              # false if all experts are frozen
             loss.backward()
         seen.append(shown)
-    for made_once, part in zip(made, cut):
+    sharded = any(map(is_sharded, experts.parameters()))                    # FSDP2 frees the unembedding with the trunk
+    for made_once, part in (reversed if sharded else list)([*zip(made, cut)]):
         if made_once is not part:
             made_once.backward(part.grad)                                   # one pass through the trunk, or the factors
     return seen

@@ -22,7 +22,8 @@ def make_optimizer(module: torch.nn.Module, lr: float, head_lr: float = 0.0,
     factors = {n for n, _ in named if n.rpartition(".")[2] in ("A", "B", "A_0", "B_0")}
     low, rest = [(n, p) for n, p in named if n in factors], [(n, p) for n, p in named if n not in factors]
     of_gate = [(f"gate.{n}", p) for n, p in gate[0].named_parameters() if p.requires_grad] if gate else []
-    sets = [(rest, lr), (low, head_lr), (of_gate, gate[1] if gate else 0.0)]
+    plain, sharded = [(n, p) for n, p in rest if not is_sharded(p)], [(n, p) for n, p in rest if is_sharded(p)]
+    sets = [(plain, lr), (sharded, lr), (low, head_lr), (of_gate, gate[1] if gate else 0.0)]
     groups = [{"params": [p for _, p in part], "lr": peak, "peak": peak} for part, peak in sets if part]
     names = [n for part, _ in sets for n, _ in part]
     if moments == "bfloat16":
@@ -90,11 +91,14 @@ def clip_and_step(optimizer, loss: float, clip: float) -> float:
     Raises: FloatingPointError, and changes no parameter, if the loss or the norm is NaN or infinite.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    kinds = [[p for p in parameters if p.grad is not None and is_sharded(p) == kind] for kind in (False, True)]
+    norms: list = [torch.nn.utils.get_total_norm([p.grad for p in some]) for some in kinds if some]
+    norm = math.hypot(*(float(x.full_tensor() if is_sharded(x) else x) for x in norms))
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
     if norm > clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm))
+        for some in kinds:                                                  # no operation takes both kinds
+            torch.nn.utils.clip_grads_with_norm_(some, clip, torch.tensor(norm))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -107,19 +111,25 @@ def set_rate(optimizer, t: int, total: int, warmup: int) -> None:
         group["lr"] = group["peak"] * scale
 
 
-def optimizer_state(optimizer, names: list[str]) -> dict[str, torch.Tensor]:
-    """AdamW's moments and step counts as named tensors."""
+def is_sharded(x: torch.Tensor) -> bool:
+    """Whether each of several processes has a part of it (a DTensor, runs/distributed.py)."""
+    return hasattr(x, "full_tensor")
+
+
+def optimizer_state(optimizer, names: list[str], complete=lambda x: x) -> dict[str, torch.Tensor]:
+    """AdamW's moments and step counts as named tensors. complete: makes a tensor of a sharded one."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(params) == len(names), f"got {len(names)} names for {len(params)} parameters"
-    return {f"optimizer.{key}.{name}": value
+    return {f"optimizer.{key}.{name}": complete(value)
             for name, p in zip(names, params) for key, value in optimizer.state[p].items()}
 
 
 @torch.no_grad()
-def load_optimizer_state(optimizer, names: list[str], tensors: dict[str, torch.Tensor]) -> None:
-    """The inverse of optimizer_state, exact to the bit."""
+def load_optimizer_state(optimizer, names: list[str], tensors: dict[str, torch.Tensor],
+                         placed=lambda value, p: value.to(p.device).clone()) -> None:
+    """The inverse of optimizer_state, exact to the bit. placed: a moment as a copy where its parameter is."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for name, p in zip(names, params):
         for key in ("step", "exp_avg", "exp_avg_sq"):
             value = tensors[f"optimizer.{key}.{name}"]
-            optimizer.state[p][key] = value.to(p.device).clone()
+            optimizer.state[p][key] = value.to(p.device).clone() if key == "step" else placed(value, p)

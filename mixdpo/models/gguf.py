@@ -8,8 +8,8 @@
                                                                         x = d s (q - 32); one s for 16 numbers
 
 Q6_K is here because llama.cpp stores the unembedding of a Q4_0 or Q4_1 file in it. Left out: every other quantisation
-(an error that gives its number), big-endian files, nested arrays, and writing. A tensor gets PyTorch's shape,
-(out, in); GGUF lists the fastest axis first. Names, settings and the order of rows: gguf_llama.py.
+(an error that gives its number), big-endian files and nested arrays. A tensor gets PyTorch's shape, (out, in); GGUF
+lists the fastest axis first. Names, settings and the order of rows: gguf_llama.py. Writing: gguf_write.py.
 """
 
 import struct

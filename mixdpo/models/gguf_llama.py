@@ -1,8 +1,9 @@
-"""GGUF files of Llama, Qwen2 and Qwen3: llama.cpp's metadata -> LlamaConfig, and its tensors under our names.
+"""GGUF files of Llama, Qwen2 and Qwen3: llama.cpp's metadata <-> LlamaConfig, and its tensors under our names.
 
 For the architecture llama, llama.cpp permutes the rows of q and k: its rope rotates adjacent rows, while the published
-checkpoints and llama.py rotate the rows i and i + D/2 of a head. This is undone here. For qwen2 and qwen3 it keeps the
-published order. Llama 3's scaling of rope is stored as a tensor, rope_freqs: the divisor of each frequency.
+checkpoints and llama.py rotate the rows i and i + D/2 of a head. This is undone here, and done for writing. For qwen2
+and qwen3 it keeps the published order. A Mistral without a sliding window is a llama there. Llama 3's scaling of rope
+is stored as a tensor, rope_freqs: the divisor of each frequency.
 """
 
 import dataclasses
@@ -13,9 +14,10 @@ import torch
 from mixdpo.config import InputError
 from mixdpo.models.gguf import read_gguf
 from mixdpo.models.hfconfig import FAMILIES, checked
-from mixdpo.models.llama import LlamaConfig, RopeScaling, rope_frequencies
+from mixdpo.models.llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+WRITTEN = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}        # family -> architecture
 
 # Settings that change the function, after the name of the architecture: key -> the only supported value, which is the
 # value of an absent key too.
@@ -98,3 +100,55 @@ def with_scaling(config, divisors, path):
         raise InputError(f"{ROPE} does not follow Llama 3's rule, and other scalings of rope are not supported; use "
                          "another model", file=path)
     return scaled
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def architecture_of(model) -> str:
+    """llama.cpp's architecture for a model. Raises: InputError if its family cannot be written."""
+    family = model.config.family if isinstance(model, Llama) else "gpt2"
+    scaled = family != "llama" and getattr(model.config, "scaling", None) is not None
+    if family not in WRITTEN or scaled:
+        raise InputError(f"got gguf for a model of the family {family}{' with a scaled rope' * scaled}, wanted one of "
+                         f"{', '.join(WRITTEN)} (scaled: llama only); use hf, and convert each expert with llama.cpp's "
+                         "convert_hf_to_gguf.py", option="format")
+    return WRITTEN[family]
+
+
+def gguf_of(model, unembedding=None):
+    """-> metadata, {llama.cpp's name: (shape, function that reads it as a float32 tensor)}, for write_gguf.
+    unembedding: None, or an expert's (V, C) in place of the model's; the file is then untied. Raises: InputError."""
+    kind, c = architecture_of(model), model.config
+    sizes = {"vocab_size": c.vocab, "context_length": c.context, "embedding_length": c.width, "block_count": c.layers,
+             "feed_forward_length": c.inner, "attention.head_count": c.heads, "attention.head_count_kv": c.kv_heads,
+             "attention.key_length": c.head_dim, "attention.value_length": c.head_dim,
+             "rope.dimension_count": c.head_dim, "rope.freq_base": float(c.theta),
+             "attention.layer_norm_rms_epsilon": float(c.eps)}
+    metadata = {"general.architecture": kind} | {f"{kind}.{name}": number for name, number in sizes.items()}
+    parameters = dict(model.named_parameters())
+    if unembedding is not None and unembedding is not model.unembedding:
+        parameters["lm_head.weight"] = unembedding
+    tensors = {}
+    for name, p in parameters.items():
+        theirs = llama_cpp_name(name)
+        permuted = c.head_dim if kind == "llama" and is_q_or_k(theirs) else 0
+        tensors[theirs] = tuple(p.shape), lambda p=p, permuted=permuted: permute(p, permuted) if permuted else p
+    if c.scaling is not None:
+        divisors = rope_frequencies(dataclasses.replace(c, scaling=None)) / rope_frequencies(c)         # (D/2,)
+        tensors[ROPE] = tuple(divisors.shape), lambda: divisors
+    return metadata, tensors
+
+
+def llama_cpp_name(name):
+    """The inverse of our_name."""
+    top, block = ({ours: theirs for theirs, ours in names.items()} for names in (TOP, BLOCK))
+    layer = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    if layer:
+        return f"blk.{layer[1]}.{block[layer[2]]}.{layer[3]}"
+    return top[name.removesuffix(".weight")] + ".weight"
+
+
+def permute(weight, head_dim):
+    """The inverse of unpermute."""
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(weight.shape)

@@ -83,7 +83,7 @@ def _open_path(name, path):
     if name == "gpt2" and path.is_file():               # the hub's file of weights; its configuration is known
         return GPT2Config(bos=50256, eos=50256), _open_safetensors([path]), path
     if path.is_dir():
-        return config_from_json(path / "config.json"), _open_safetensors(_weight_files(path)), path
+        return config_from_json(path / "config.json"), _open_safetensors(weight_files(path)), path
     if path.is_file() and path.suffix == ".gguf":
         return *_open_gguf(path), path
     if path.suffix in PICKLED:
@@ -155,7 +155,7 @@ def _check_tensors(want, got, where):
 # --- safetensors ------------------------------------------------------------------------------------------------------
 
 
-def _weight_files(directory):
+def weight_files(directory):
     """The safetensors files of a Hugging Face directory: the single file, or the shards in the index."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():

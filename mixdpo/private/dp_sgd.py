@@ -20,6 +20,7 @@ ClippedSum is for a training loop that computes the gradient of one example (for
 All random numbers come from the run's secret key (keys.py). NOT_COVERED lists what the guarantee does not cover.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -218,11 +219,14 @@ class ClippedSum:
     parameters: list[nn.Parameter]
     noise: Noise
     t: int
+    over_processes: Callable = lambda tensors: tensors      # their sums, if several processes have examples of the step
     total: list[torch.Tensor] = field(init=False)
-    norms: list[float] = field(init=False)
+    norms: list[float] = field(init=False)                  # of this process's examples
+    counts: torch.Tensor = field(init=False)                # (2,) examples whose gradient was longer than allowed; all
 
     def __post_init__(self):
         self.total, self.norms = [torch.zeros_like(p) for p in self.parameters], []
+        self.counts = torch.zeros(2, device=self.parameters[0].device if self.parameters else None)
 
     @torch.no_grad()
     def add(self) -> None:
@@ -234,10 +238,13 @@ class ClippedSum:
         for s, g in present:
             s.add_(g * clip_factors(norm, self.noise.clip))
         self.norms.append(float(norm))
+        self.counts += self.counts.new_tensor([self.norms[-1] > self.noise.clip, 1])
         for p in self.parameters:
             p.grad = None
 
     def release(self) -> None:
-        """Stores the noisy mean of the step in .grad of every parameter; 0 where a parameter is frozen (`learns`)."""
+        """Stores the noisy mean of the step in .grad of every parameter; 0 where a parameter is frozen (`learns`). The
+        noise is added once, to the sum over all processes: the key gives each of them the same."""
+        *self.total, self.counts = self.over_processes([*self.total, self.counts])
         for p, g in zip(self.parameters, self.noise.release(self.total, self.t)):
             p.grad = g * getattr(p, "learns", 1.0)

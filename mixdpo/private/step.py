@@ -14,7 +14,8 @@ from mixdpo.private.dp_sgd import ClippedSum
 def clip_examples(clipped: ClippedSum, experts: int):
     """accumulate(gradient, micros) for train.EM: `gradient` makes the gradient of one example's loss, `clipped` adds it
     to its sum, and in the end .grad is the noised mean, also for a step without examples. Returns what `gradient`
-    returned for each example, and an empty entry."""
+    returned for each example, and an empty entry. If `clipped` sums over several processes, `micros` are those of this
+    one."""
     device = clipped.parameters[0].device if clipped.parameters else None
 
     def accumulate(gradient, micros: list) -> list:
@@ -34,5 +35,5 @@ def clip_examples(clipped: ClippedSum, experts: int):
 
 def clipped_share(clipped: ClippedSum) -> float:
     """The share of a step's examples whose gradient was longer than allowed; NaN for a step without examples."""
-    norms = clipped.norms
-    return sum(norm > clipped.noise.clip for norm in norms) / len(norms) if norms else math.nan
+    longer, examples = clipped.counts.tolist()
+    return longer / examples if examples else math.nan

@@ -21,6 +21,7 @@ from mixdpo.config import InputError, Stopped, to_json
 from mixdpo.experts import Models
 from mixdpo.files.atomic import Damaged, read_tensors, write_tensors
 from mixdpo.gates import Gate
+from mixdpo.runs.distributed import any_process, complete, everyone, placed, rank, reshard
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
@@ -67,7 +68,8 @@ def load_checkpoint(run: Path, config: dict) -> tuple[dict[str, torch.Tensor], d
 
 class Stop:
     """Within it, SIGINT and SIGTERM set `requested`, and the loop ends after its step. A second signal stops at once.
-    In another thread than the main one, signals stay as they are. name: of what is stopped."""
+    If another process of the run has got a first one, `requested` is set too. In another thread than the main one,
+    signals stay as they are. name: of what is stopped."""
 
     def __init__(self, name: str = ""):
         self.name = name
@@ -78,14 +80,14 @@ class Stop:
             raise Stopped(f"{self.name}: {message or 'stopped before its first step'}")
 
     def __enter__(self):
-        self.requested, main = False, threading.current_thread() is threading.main_thread()
+        self.requested, self.asked, main = False, False, threading.current_thread() is threading.main_thread()
         self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM) if main}
         return self
 
     def ask(self, number, frame):
-        if self.requested:
+        if self.asked:
             raise KeyboardInterrupt("stopped at once")
-        self.requested = True
+        self.requested = self.asked = True
         print("\nstopping after this step; a second signal stops at once", file=sys.stderr, flush=True)
 
     def __exit__(self, *_):
@@ -109,8 +111,10 @@ class Saver:
         Raises: Stopped if the user asked for it; the state is saved then."""
         self.before(t)
         if t < total:
+            due = time.monotonic() - self.saved > 60 * self.minutes
+            self.stop.requested, due = any_process(self.stop.requested, due)            # all stop after the same step
             self.check(t, total, snapshot)
-            if time.monotonic() - self.saved > 60 * self.minutes:
+            if due:
                 tensors, facts = snapshot()
                 self.save(t, tensors, facts, self.keep)
 
@@ -122,9 +126,11 @@ class Saver:
         self.stop.check(f"stopped and saved after step {t} of {total}" if t else None)
 
     def save(self, t: int, tensors: dict[str, torch.Tensor], facts: dict, keep: int = 1) -> None:
-        """Writes the checkpoint of step t; only the newest `keep` stay."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(self.folder, tensors, {"step": t} | facts, keep)
+        """Writes the checkpoint of step t; only the newest `keep` stay. All processes wait until it is written."""
+        if rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(self.folder, tensors, {"step": t} | facts, keep)
+        everyone(None)
         self.saved = time.monotonic()
 
 
@@ -132,8 +138,10 @@ class Saver:
 
 
 def trained_state(experts: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that can differ from the reference, as "experts." and their names, for safetensors."""
-    return {f"experts.{name}": p.detach().contiguous() for name, p in own_parameters(experts)}
+    """The parameters that can differ from the reference, as "experts." and their names, for safetensors. Sharded ones
+    are complete in process 0 alone."""
+    reshard(experts)                                                        # what is gathered must not be written from
+    return {f"experts.{name}": complete(p.detach()).contiguous() for name, p in own_parameters(experts)}
 
 
 def own_parameters(experts: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -155,7 +163,7 @@ def load_state(experts: nn.Module, tensors: dict[str, torch.Tensor], path: Path)
         raise InputError(f"has tensors that do not fit this configuration: {', '.join(wrong[:8])}; resume with the "
                          "configuration that wrote it", file=path)
     for name, p in own.items():
-        p.copy_(state[name])
+        p.copy_(placed(state[name], p))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What a run reports: metrics.jsonl, responsibilities.jsonl, the progress line, and the environment."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -20,6 +21,14 @@ def revision() -> str:
     call = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=10"],
                           capture_output=True, text=True)
     return call.stdout.strip() if call.returncode == 0 else "unknown"
+
+
+def program_key() -> str:
+    """Identifies the content of the program's files, also where there is no repository."""
+    found, root = hashlib.sha256(), Path(__file__).resolve().parents[1]
+    for path in sorted(root.rglob("*.py")):
+        found.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()
 
 
 def environment() -> dict:
@@ -51,8 +60,11 @@ class Progress:
 class Log:
     """metrics.jsonl and responsibilities.jsonl, a line a step each, and the progress line."""
 
-    def __init__(self, run: Path, t: int, total: int, config):           # t: steps done before; later lines are removed
-        self.metrics, self.q = keep_lines(run / "metrics.jsonl", t), keep_lines(run / "responsibilities.jsonl", t)
+    def __init__(self, run: Path, t: int, total: int, config, writes: bool = True):
+        """t: steps done before; later lines are removed. writes: False in the processes of a run that do not write."""
+        self.metrics, self.q = (keep_lines(run / name, t) if writes else open(os.devnull, "a")
+                                for name in ("metrics.jsonl", "responsibilities.jsonl"))
+        self.writes = writes
         self.total, self.config, self.progress = total, config, Progress(run.name, t)
 
     def step(self, figures: dict, groups: list[int], log_q: torch.Tensor) -> None:
@@ -79,8 +91,9 @@ class Log:
 
     def sync(self) -> None:
         """Syncs both files; a checkpoint is written after the lines that it needs."""
-        os.fsync(self.metrics.fileno())
-        os.fsync(self.q.fileno())
+        if self.writes:
+            os.fsync(self.metrics.fileno())
+            os.fsync(self.q.fileno())
 
     def close(self) -> None:
         self.metrics.close()

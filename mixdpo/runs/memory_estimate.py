@@ -1,15 +1,17 @@
 """Estimates the memory of a training step before any weights are read.
 
     weights       4 bytes for each parameter of the experts, frozen ones included
-    gradients     4 bytes for each trained parameter; twice with epsilon: one example's gradient, and their sum
+    gradients     4 bytes for each trained parameter; twice with epsilon: one example's gradient, and their sum; and
+                  twice in a run of several processes: this one's, and the sum
     moments       AdamW's two, of 4 or 2 bytes for each trained parameter
     activations   what the forward pass of a micro-batch keeps for backward: measured on the CPU for one and for two
                   blocks of this width with random weights; further blocks are like the second
     logits        those of one head micro-batch (backward.KEPT), and their gradient
 
-Parameters are counted on a model on the meta device. Left out: the pass for the reference's log-probs (one micro-batch
-without gradient, less than a step), the pages of the weight file while it is read (2 bytes for each parameter of a
-bfloat16 model), fragmentation, and the memory of libraries.
+With --shard each process has its part of the first three, for trunk and models. Parameters are counted on a model on
+the meta device. Left out: the pass for the reference's log-probs (one micro-batch without gradient, less than a step),
+the pages of the weight file while it is read (2 bytes for each parameter of a bfloat16 model), fragmentation, and the
+memory of libraries.
 """
 
 import copy
@@ -21,9 +23,10 @@ from typing import Any
 import torch
 
 from mixdpo.config import compute_dtype
-from mixdpo.experts import make_experts
+from mixdpo.experts import make_experts, trunks
 from mixdpo.fast.backward import KEPT
 from mixdpo.models.weights import MODELS, config_of
+from mixdpo.runs.distributed import world
 
 TIGHT = 0.9             # largest share of the free memory that is safe, because of fragmentation and libraries
 
@@ -44,15 +47,20 @@ def estimate(config, dtype: torch.dtype) -> dict[str, float]:
         models = [MODELS[type(shape)](shape) for shape in shapes]
     experts = make_experts(models, config, dtype)
     learns = [p for p in experts.parameters() if p.requires_grad]
-    trained = sum(p.numel() for p in learns)
-    gradients = trained * (1 if config.epsilon == math.inf else 2)         # of the example, and the sum of clipped ones
+    divided = {p for model in trunks(experts) for p in model.parameters()} if config.shard else set()
+    twice = config.epsilon < math.inf or world() > 1                        # of one part, and the sum
+
+    def count(parameters) -> float:
+        return sum(p.numel() / (world() if p in divided else 1) for p in parameters)
+
+    gradients = count(p for p in learns for _ in range(2 if twice and p not in divided else 1))
     rows, T = 2 * config.micro, config.max_prompt + config.max_response
     frozen_trunk = config.sharing == "heads" and not config.train_trunk
     V, heads = shapes[0].vocab, 1 if config.sharing == "lora" else config.experts
     chunk = min(KEPT, config.micro * 2 * config.max_response * heads * V * dtype.itemsize)
     return {
-        "weights": 4.0 * sum(p.numel() for p in experts.parameters()), "gradients": 4.0 * gradients,
-        "moments": (4.0 if config.moments == "bfloat16" else 8.0) * trained,
+        "weights": 4.0 * count(experts.parameters()), "gradients": 4.0 * gradients,
+        "moments": (4.0 if config.moments == "bfloat16" else 8.0) * count(learns),
         "activations": 0.0 if frozen_trunk else activations(shapes[0], config, dtype, T) * rows,
         "logits": 2.0 * chunk}
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 
 from mixdpo.config import SEEDS, InputError, check_choices, check_ranges, compute_dtype, convert
 from mixdpo.gates import KINDS, READS_PROMPT, TRAINED, first_weights
+from mixdpo.runs.distributed import world
 from mixdpo.text.shapes import parse_columns
 from mixdpo.variants.e_steps import SAMPLED, VARIANTS
 
@@ -111,6 +112,8 @@ class TrainConfig:
                                     # all, in vocabulary tiles
     checkpointing: bool = False     # true: activation checkpointing; less memory, one more forward pass
     packing: bool = False           # true: texts share a row without padding; needs a GPU
+    shard: bool = False             # true: divide parameters, gradients and moments of trunk or models among the
+                                    # processes that torchrun starts (FSDP2); each then needs less memory
     compile: bool = False           # true: torch.compile for the trunks; the first steps wait for the compiler
     dtype: str = "auto"             # dtype of matrix products: auto (bfloat16 on hardware that is built for it),
                                     # float32 or bfloat16; parameters stay float32
@@ -147,6 +150,7 @@ def validate(config: TrainConfig) -> None:
     refuse(without_effect(config))
     refuse(unfit_experts(config))
     refuse(unfit_e_step(config))
+    refuse(unfit_shard(config))
     if config.epsilon < math.inf:
         refuse(unfit_privacy(config))
 
@@ -189,7 +193,8 @@ def compared(config: TrainConfig) -> dict:
     """The options that must be equal for a run to be resumed: all but those that change nothing, or rounding only.
     --dtype auto is left out: the dtype that it stands for is compared once the device is known. So is --columns, which
     is a part of the key of the data."""
-    free = ["out", "data_folder", "columns", "save_minutes", "keep", "micro", "head_rows", "checkpointing"]
+    free = ["out", "data_folder", "columns", "save_minutes", "keep", "micro", "head_rows", "checkpointing",
+            "shard"]
     free += ["dtype"] * (config.dtype == "auto")
     return {name: value for name, value in asdict(config).items() if name not in free}
 
@@ -280,6 +285,16 @@ def unfit_experts(config: TrainConfig) -> list[tuple[str, bool, str]]:
         ("freeze", all_frozen,
          "got all experts, and the mixture weights are fixed, so nothing is trained; choose a --gate that is trained, "
          "or --weights update")]
+
+
+def unfit_shard(config: TrainConfig) -> list[tuple[str, bool, str]]:
+    """Rules for sharded parameters."""
+    needs = [(world() > 1, "several processes: start it with torchrun --standalone --nproc-per-node N train.py ..."),
+             (config.train_trunk and config.sharing != "lora", "a trunk that is trained"),
+             (config.moments == "float32", "--moments float32"), (not config.compile, "--compile false"),
+             (not config.freeze, "no --freeze"), (config.epsilon == math.inf, "no --epsilon: an example's gradient is "
+                                                                             "clipped before gradients are summed")]
+    return [("shard", config.shard and not fine, f"needs {need}") for fine, need in needs]
 
 
 def unfit_e_step(config: TrainConfig) -> list[tuple[str, bool, str]]:

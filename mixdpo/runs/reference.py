@@ -11,6 +11,7 @@ it with the same weights, tokenizer, lengths, dtype and device.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,8 +29,10 @@ from mixdpo.files.sources import short_name
 from mixdpo.logprob import sum_responses
 from mixdpo.models.weights import content_key, load_model
 from mixdpo.preferences import Batch, Pair
+from mixdpo.runs.distributed import any_process, rank
 from mixdpo.runs.log import Progress
 from mixdpo.runs.options import TrainConfig
+from mixdpo.runs.parallel import in_parts
 from mixdpo.text.records import data_key
 from mixdpo.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -105,6 +108,14 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
     return made
 
 
+def divided(pairs: list[Pair], compute) -> Reference:
+    """compute(pairs), of which each process of the run computes a part."""
+    made = in_parts(pairs, compute)
+    if len(made) == 1:
+        return made[0]
+    return Reference(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in made))))
+
+
 def numbers_of(policy: Heads, batch: Batch, texts: list, keep: bool) -> dict[str, OfText]:
     """The numbers of the texts of a batch of batches_of_texts, by text_key. keep: the states too."""
     text, (B, R, _) = compact_rows(batch).to(policy.trunk.unembedding.device), batch.ids.shape
@@ -136,6 +147,8 @@ def gathered(pairs: list[Pair], known: dict[str, OfText], keep: bool) -> Referen
 def text_key(text: Text) -> str:
     """A hash of a text's ids."""
     return hashlib.sha256(repr(text).encode()).hexdigest()[:32]
+
+
 
 
 def states_of_prompts(hidden: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
@@ -172,16 +185,20 @@ def cached_reference(folder: Path, key: tuple, compute, pairs: Sequence[Pair] = 
     """The reference for `key`, a tuple of strings and numbers that identifies its content: from `folder`, or from
     compute(). pairs, context: for known_texts, which finds the numbers of these pairs' texts in the file."""
     name = hashlib.sha256(repr(key).encode()).hexdigest()
-    path = Path(folder) / f"{name}.safetensors"
+    path, found = Path(folder) / f"{name}.safetensors", None
     if path.exists():
         try:
-            return Reference(**read_tensors(path)[0])
+            found = Reference(**read_tensors(path)[0])
         except Damaged as damaged:
             print(f"warning: {damaged}; it is computed again")
+    missing, = any_process(found is None)
+    if found is not None and not missing:
+        return found
     made = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    texts = [[(text_key(text), len(text[1])) for text in texts_of(pair)] for pair in pairs]
-    write_tensors(path, dataclasses.asdict(made), {"context": context, "texts": texts})
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        texts = [[(text_key(text), len(text[1])) for text in texts_of(pair)] for pair in pairs]
+        write_tensors(path, dataclasses.asdict(made), {"context": context, "texts": texts})
     return made
 
 
@@ -220,17 +237,20 @@ def reference_of(source: Source, models: list, tokenizer, dtype: torch.dtype, ca
     """The reference of the source's pairs, with the log-probs of each model and the features of the first; from the
     folder `cache`, or computed. after_batch(): called after each batch."""
     found, config = [], source.config
+    tokens = sum(len(response) for pair in source.pairs for response in pair.responses)
+    most = STATES if tokens * models[0].config.width * dtype.itemsize <= STATES else -1     # of all processes together
     progress = Progress(f"reference, {short_name(source.path)}", after=after_batch)
     for model in models:
         context: tuple = (VERSION, content_key(model), tokenizer.key, config.max_prompt, config.max_response,
-                          str(dtype), str(model.unembedding.device))
+                          str(dtype), model.unembedding.device.type)
         key = *context, data_key(source.path, config.columns), config.drop
         key += ("alone",) if source.one_by_one else ()
         key += ("rankings",) if source.pairs[0].sides > 2 else ()           # not as_pairs of the same file
         if source.one_by_one:
-            found.append(cached_reference(cache, key, lambda: compute_alone(model, source.pairs, dtype, progress)))
+            compute = functools.partial(compute_alone, model, dtype=dtype, progress=progress)
+            found.append(cached_reference(cache, key, lambda: divided(source.pairs, compute)))
         else:
-            found.append(cached_reference(cache, key, lambda: compute_reference(
-                model, source.pairs, dtype, progress=progress, known=known_texts(cache, repr(context))), source.pairs,
-                repr(context)))
+            found.append(cached_reference(cache, key, lambda: divided(source.pairs, functools.partial(
+                compute_reference, model, dtype=dtype, progress=progress, most=most,
+                known=known_texts(cache, repr(context)))), source.pairs, repr(context)))
     return dataclasses.replace(found[0], logp=torch.cat([each.logp for each in found], dim=1))

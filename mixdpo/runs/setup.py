@@ -24,12 +24,14 @@ from mixdpo.plan import Plan, make_plan, micro_batches
 from mixdpo.preferences import check_lengths, read_preferences
 from mixdpo.private.budget import Private, budgets_of_sources, delete_key, load_or_create_key, write_guarantee
 from mixdpo.private.keys import Key
-from mixdpo.runs import memory_estimate
+from mixdpo.runs import memory_estimate, parallel
 from mixdpo.runs.checkpoint import Saver, Stop, gate_state, load_checkpoint, load_gate, load_state, trained_state
+from mixdpo.runs.distributed import complete, placed, rank, shard, world
 from mixdpo.runs.gate_inputs import gate_inputs, known_pairs, make_gate
 from mixdpo.runs.init_experts import init_experts
-from mixdpo.runs.log import Log, environment
+from mixdpo.runs.log import Log, environment, program_key
 from mixdpo.runs.options import TrainConfig, compared, short_run, validate
+from mixdpo.runs.parallel import first_alone, from_first, must_agree
 from mixdpo.runs.reference import Reference, Source, load_references, reference_of
 from mixdpo.runs.validation import Validation
 from mixdpo.start import check_start, make_start
@@ -58,27 +60,45 @@ def opened(config: TrainConfig, key: Key | None) -> Iterator[Job | None]:
     """Within it this process holds the run's directory. Yields the job, or None if the run is finished.
     Raises: InputError on bad options, a directory that is not this run's, and memory that is too small."""
     validate(config)
-    must_be_run(config)
-    facts, out = compared(config) | {"data_key": data_key(config.data, config.columns)}, Path(config.out)
-    facts |= {"validation_key": data_key(config.validation, config.columns)} if config.validation else {}
+    first, out = rank() == 0, Path(config.out)
+    if first:
+        must_be_run(config)
+    facts = compared(config) | input_keys(config)
     try:
-        with lock_folder(out), Stop(config.out) as stop:
+        with lock_folder(out) if first else contextlib.nullcontext(), Stop(config.out) as stop:
             found = load_checkpoint(out, facts)
+            must_agree({"step of the newest checkpoint": found and found[1]["step"]})
             if found and found[1]["finished"]:
                 print(f"{config.out}: finished before")
-                delete_key(out)                                               # if it was killed before it could
+                if first:
+                    delete_key(out)                                           # if it was killed before it could
                 yield None
                 return
-            must_be_writable(out)                                           # before long passes, not after
+            if first:
+                must_be_writable(out)                                       # before long passes, not after
             private = None
             if config.epsilon < math.inf:
                 sources = budgets_of_sources(config)
-                private = Private(key or load_or_create_key(out, facts, found is not None), sources)
+                secret = from_first(lambda: key or load_or_create_key(out, facts, found is not None))
+                private = Private(secret, sources)
             yield Job(config, facts, stop, private)
     except RuntimeError as error:                                           # CUDA's out-of-memory is one, too
         if not memory_estimate.exceeded(error):
             raise
         raise InputError(memory_estimate.smaller(config, error), option="micro") from None
+
+
+def input_keys(config) -> dict[str, str]:
+    """What identifies the content of the run's files. Raises: InputError if processes differ in files, options or
+    program."""
+    if world() > 1:
+        own = environment() | {"program": program_key()}
+        must_agree({name: own[name] for name in ("revision", "program", "torch", "python")})
+        must_agree(dataclasses.asdict(config))
+    files = {"data_key": config.data} | ({"validation_key": config.validation} if config.validation else {})
+    keys = first_alone(lambda: {name: data_key(file, config.columns) for name, file in files.items()})
+    must_agree(keys)
+    return keys
 
 
 def must_be_run(config) -> None:
@@ -130,7 +150,8 @@ def prepare(job: Job) -> Prepared:
     optimizer, names = make_optimizer(experts, config.lr, config.head_lr, (gate, config.gate_lr), config.moments,
                                       config.seed)
     learning = [p for group in optimizer.param_groups for p in group["params"]]
-    variants = Variants(config, plan, inputs.user, noise, learning)
+    plan = dataclasses.replace(plan, parts=parallel.divider(plan))
+    variants = Variants(config, plan, inputs.user, noise, learning, parallel if world() > 1 else None)
     drawn = private.start(plan, config.experts, config.latent) if private else None
     start, evidence, linear = make_start(gate, inputs, plan, reference.features, config, drawn)
     never = 0.0 if config.experts == 1 else torch.nan                       # one expert: log q = 0 without any E-step
@@ -145,7 +166,7 @@ def read(job: Job, dtype: torch.dtype, device: str
          ) -> tuple[Heads | Adapters | Models, Plan, Reference, Validation | None, dict, Tokenizer]:
     """Experts, plan, reference and validation file, the keys of what they were read from, and the tokenizer."""
     config, private = job.config, job.private
-    models, tokenizer = load_references(config, device)
+    models, tokenizer = first_alone(lambda: load_references(config, device))
     for model in models:
         model.checkpointing = config.checkpointing
     if config.sharing == "lora":
@@ -166,8 +187,11 @@ def read(job: Job, dtype: torch.dtype, device: str
     if config.compile:
         for model in trunks(experts):
             model.compile(dynamic=True)
+    if config.shard:
+        shard(trunks(experts))
     name = str(dtype).removeprefix("torch.")
     read_from = {"model_key": "+".join(keys), "tokenizer_key": tokenizer.key, "dtype": name}
+    must_agree(read_from)
     return experts, plan, reference, validation, read_from, tokenizer
 
 
@@ -217,16 +241,22 @@ def resume(job: Job, made: Prepared) -> tuple[int, torch.Tensor]:
             print(f"{job.out}: begun on {state['device']}, resumed on {device}: the same steps, up to rounding")
         load_state(made.experts, tensors, job.out)
         load_gate(made.gate, tensors)
-        load_optimizer_state(made.optimizer, made.names, tensors)
+        load_optimizer_state(made.optimizer, made.names, tensors, placed)
         made.variants.load(tensors)
         print(f"resumed at step {state['step']} of {len(made.plan.steps)}")
-    configs.save(config, job.out / "config.json")                           # not before all input is known to be good
+    if rank() == 0:
+        configs.save(config, job.out / "config.json")                       # not before all input is known to be good
     if not found and not config.init_experts:
         first = micro_batches(made.plan, made.plan.steps[0][1] or [0], config)[0]
         units = made.plan.unit_of[first.visits].to(made.ref_logp.device)
         log_w = made.gate(made.inputs[units]).detach()[first.train.group.to(made.ref_logp.device)]
         check_start(made.experts, first.train, made.ref_logp, log_w, config.beta)
     return (state["step"], tensors["table"]) if found else (0, made.log_q)
+
+
+def log_of(job: Job, made: Prepared, t: int) -> Log:
+    """The log of a run that has made t steps."""
+    return Log(job.out, t, len(made.plan.steps), job.config, writes=rank() == 0)
 
 
 def saver_of(job: Job, made: Prepared, t: int) -> Saver:
@@ -259,7 +289,7 @@ def snapshot(made: Prepared, log: Log, log_q: torch.Tensor, finished: bool = Fal
              ) -> tuple[dict[str, torch.Tensor], dict]:
     """The tensors and facts of a checkpoint, after the lines of the log that it needs are on disk."""
     log.sync()
-    moments = {} if finished else optimizer_state(made.optimizer, made.names)
+    moments = {} if finished else optimizer_state(made.optimizer, made.names, complete)
     tensors = trained_state(made.experts) | gate_state(made.gate) | moments | made.variants.tensors()
     return tensors | {"table": log_q}, {"finished": finished, "config": made.facts,
                                         "device": made.ref_logp.device.type}
@@ -267,7 +297,10 @@ def snapshot(made: Prepared, log: Log, log_q: torch.Tensor, finished: bool = Fal
 
 def finish(job: Job, made: Prepared, save: Callable) -> None:
     """Ends a run: privacy.json, the last checkpoint by save(), and the secret key is deleted."""
-    write_guarantee(job.out, made.guarantee)                                        # not before all steps are done
+    first = rank() == 0
+    if first:
+        write_guarantee(job.out, made.guarantee)                                    # not before all steps are done
     save()
-    delete_key(job.out)
+    if first:
+        delete_key(job.out)
     print(f"finished: {job.out}. Evaluate it with: python eval.py {job.out} --heldout FILE")

@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 
 from mixdpo.config import to_json, write_text
-from mixdpo.fast.texts import logp_of_pairs
 from mixdpo.files.atomic import read_tensors, write_tensors
 from mixdpo.gates import Gate, Inputs
 from mixdpo.mixture import e_step
 from mixdpo.plan import Plan
 from mixdpo.preferences import Pair, groups, order_of
 from mixdpo.runs.checkpoint import gate_state, load_gate, load_state, trained_state
-from mixdpo.runs.log import Progress
+from mixdpo.runs.distributed import rank
+from mixdpo.runs.parallel import logp_in_parts
 
 
 @dataclass
@@ -68,13 +68,15 @@ class Validation:
         first = log_w[torch.searchsorted(group, group)]                     # one prior for each unit
         figure = float(e_step(first, h, group)[0].sum()) / len(index)       # M5, M11
         self.history.append({"step": t, "log_likelihood": figure})
-        if best is None or figure > best["log_likelihood"]:
-            write_tensors(self.out / "best.safetensors", trained_state(experts) | gate_state(gate), {"step": t})
-        write_text(self.out / "validation.jsonl", "".join(to_json(row) + "\n" for row in self.history))
+        tensors = trained_state(experts) | gate_state(gate)
+        if rank() == 0 and (best is None or figure > best["log_likelihood"]):
+            write_tensors(self.out / "best.safetensors", tensors, {"step": t})
+        if rank() == 0:
+            write_text(self.out / "validation.jsonl", "".join(to_json(row) + "\n" for row in self.history))
 
     def log_probs(self, experts) -> torch.Tensor:
         """Summed response log-probs of all pairs under every expert: (P,K,2) float32 nats, on the CPU."""
-        return logp_of_pairs(experts, self.pairs, Progress(f"{self.out.name} validation"))
+        return logp_in_parts(experts, self.pairs, f"{self.out.name} validation")
 
     def best(self) -> dict | None:
         """The best evaluation so far; the first of equal ones."""

@@ -200,6 +200,8 @@ def check_messages(field: str, messages: list) -> None:
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
             raise Fault("wrong message", f"{field}[{n}] is {message!r:.80}", wanted)
         check_string(f"{field}[{n}].content", message["content"])
+        if not isinstance(message["role"], str):
+            raise Fault("wrong roles", f"{field}[{n}].role is {message['role']!r:.80}", wanted)
     roles = [message["role"] for message in messages]
     if field != "prompt":                                                   # a response
         if roles != ["assistant"]:

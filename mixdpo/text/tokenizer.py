@@ -37,7 +37,8 @@ from mixdpo.text.bpe import (
 GGUF_STEPS: dict[tuple[str, str], tuple[dict, dict]] = {
     ("gpt2", "smollm"): (SMOLLM_STEPS, {}), ("gpt2", "gpt-2"): (BYTE_LEVEL, {}),
     ("gpt2", "qwen2"): (QWEN_STEPS, {"normalizer": {"type": "NFC"}}), ("gpt2", "llama-bpe"): (LLAMA3_STEPS, {})}
-CONTROL, USER_DEFINED = 3, 4    # llama.cpp's types of special tokens, and of added ones that a text may hold
+# llama.cpp's types of special tokens, of added ones that a text may hold, and of numbers without a token.
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 
 
@@ -271,7 +272,11 @@ def _smollm2(data):
 
 
 def _from_gguf(path, place):
-    metadata, _ = read_gguf(path)
+    return from_metadata(read_gguf(path)[0], path, place)
+
+
+def from_metadata(metadata, path, place):
+    """-> Tokenizer of a GGUF file's metadata; path: the file. The inverse: gguf_tokenizer.py. Raises: InputError."""
     kind = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind not in GGUF_STEPS:
         raise InputError(f"tokenizer {' '.join(map(str, kind))} is not supported, wanted one of "
@@ -280,14 +285,14 @@ def _from_gguf(path, place):
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     added = [token for token, number in zip(tokens, types) if number in (CONTROL, USER_DEFINED)]
     steps, more = GGUF_STEPS[kind]
-    doc = document({token: i for i, token in enumerate(tokens)}, added, steps, metadata["tokenizer.ggml.merges"],
-                   ignore_merges=kind[1] == "llama-bpe") | more
+    vocab = {token: i for i, (token, number) in enumerate(zip(tokens, types)) if number != UNUSED}
+    doc = document(vocab, added, steps, metadata["tokenizer.ggml.merges"], ignore_merges=kind[1] == "llama-bpe") | more
     for token in doc["added_tokens"]:
         token["special"] = types[token["id"]] == CONTROL
     config = CONFIG | {"eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]]}
     if "tokenizer.chat_template" in metadata:
         config["chat_template"] = metadata["tokenizer.chat_template"]
-    if kind[1] == "llama-bpe" and metadata.get("tokenizer.ggml.add_bos_token", True):
+    if metadata.get("tokenizer.ggml.add_bos_token", kind[1] == "llama-bpe"):
         config["bos_token"] = tokens[metadata["tokenizer.ggml.bos_token_id"]]
         doc["post_processor"] = _starting_with(config["bos_token"], metadata["tokenizer.ggml.bos_token_id"])
     return Tokenizer(doc, config, place)

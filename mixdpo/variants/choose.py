@@ -15,6 +15,7 @@ import torch
 
 from mixdpo.config import InputError
 from mixdpo.dpo import margins
+from mixdpo.mixture import expert_loss
 from mixdpo.plan import Plan
 from mixdpo.preferences import Pair
 from mixdpo.private.dp_sgd import ClippedSum, Noise
@@ -27,11 +28,11 @@ from mixdpo.variants.robust import RobustWeights
 
 
 class Variants:
-    """The parts of EM that config's options replace. user (U,): each unit's user, 0 if unknown. noise, parameters: of a
-    private run, those that learn."""
+    """The parts of EM that config's options replace. user (U,): each unit's user, 0 if unknown. noise: of a private
+    run. parameters: those that learn. processes: what a run of several processes replaces (runs/distributed.py)."""
 
-    def __init__(self, config, plan: Plan, user: torch.Tensor, noise: Noise | None, parameters: list):
-        self.config, self.noise, self.parameters = config, noise, parameters
+    def __init__(self, config, plan: Plan, user: torch.Tensor, noise: Noise | None, parameters: list, processes=None):
+        self.config, self.noise, self.parameters, self.processes = config, noise, parameters, processes
         self.clipped: ClippedSum | None = None                              # of the last step
         self.margins = choose_margins(config, plan.pairs)
         self.incremental = Incremental(plan, config.experts) if config.em == "incremental" else None
@@ -54,7 +55,24 @@ class Variants:
         if self.noise:
             self.clipped = ClippedSum(self.parameters, self.noise, t)
             found["accumulate"] = clip_examples(self.clipped, config.experts)
+        if self.processes:
+            if self.clipped:
+                self.clipped.over_processes = self.processes.summed
+            self.width = config.experts if self.incremental and t < self.incremental.plan.last_part else 0
+            found["accumulate"] = self.processes.accumulate(self, found.get("accumulate"))
         return found
+
+    def noted(self, visits: torch.Tensor) -> torch.Tensor:
+        """What this process has noted of some visits (n,) in this step, for the other processes: (n,D), D = 0 or K."""
+        return self.incremental.table[visits] if self.incremental and self.width else torch.empty(len(visits), 0)
+
+    def note(self, visits: torch.Tensor, log_q: torch.Tensor, h: torch.Tensor, noted: torch.Tensor) -> None:
+        """Notes all pairs of the step in the place of this process's: their visits (B,), log_q and h (B,K), `noted`."""
+        if self.incremental and self.width:
+            self.incremental.table = self.incremental.table.index_copy(0, visits, noted.cpu())
+        if self.robust:
+            self.robust.total.zero_()
+            self.robust.weigh(expert_loss(log_q, h), visits)
 
     def vary(self, t: int, log_q: torch.Tensor, prior: torch.Tensor, visits: torch.Tensor) -> torch.Tensor:
         """The responsibilities that the M-step of step t uses: exact ones of some visits (g,K) -> (g,K)."""

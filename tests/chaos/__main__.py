@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mixdpo.config import InputError, command, parse
-from tests.chaos import fuzz, kills
+from tests.chaos import fuzz, kills, processes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,13 +23,14 @@ class ChaosConfig:
     """Kills, faults and hostile files."""
 
     kills: int = 60             # smallest number of kills at random moments
+    processes: int = 20         # the same, of one of several processes
     cases: int = 20000          # damaged files, over all formats
     seed: int = 0               # seed of the moments and the damage
     at_once: int = 2            # formats that are fuzzed in parallel
     keep: str = ""              # folder for files that were not survived; empty: they are not kept
 
 
-def killed(config: ChaosConfig) -> tuple[int, list[str]]:
+def killed(config: ChaosConfig, suite=kills, count: int | None = None) -> tuple[int, list[str]]:
     """Kills at random moments -> number of cases, failures."""
     counts, wrong = [], []
 
@@ -37,8 +38,13 @@ def killed(config: ChaosConfig) -> tuple[int, list[str]]:
         counts.append(count)
         wrong.extend([what] if what else [])
 
-    kills.kills(config.kills, config.seed, report)
+    suite.kills(config.kills if count is None else count, config.seed, report)
     return sum(counts), wrong
+
+
+def killed_of_several(config: ChaosConfig) -> tuple[int, list[str]]:
+    """The same, of one of several processes."""
+    return killed(config, processes, config.processes)
 
 
 def written(config: ChaosConfig) -> tuple[int, list[str]]:
@@ -78,6 +84,7 @@ def main(argv: list[str]) -> None:
         return name, found, time.monotonic() - began
 
     for name, suite in (("killed at a random moment; resumed, same bits", killed),
+                        ("one of several processes killed; the others ended, resumed, same bits", killed_of_several),
                         ("killed, or disk full, at a write; resumed, same bits", written),
                         ("faults simulated by a test", faults)):
         began = time.monotonic()

@@ -11,12 +11,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = ("config", "files", "dpo", "mixture fast", "linear logprob", "models", "text", "preferences",
           "experts plan packing", "backward texts", "gates private", "start variants metrics", "runs",
-          "evaluation tabular", "train", "data", "eval")
+          "evaluation tabular", "serving", "train", "data", "eval serve")
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
 PACKAGES = {"torch", "tiktoken", "numpy", "safetensors", *sys.stdlib_module_names}
 OPTIONAL = {"mixdpo/fast/kernels.py": {"triton"}, "mixdpo/text/chat.py": {"jinja2"},      # used where they are there
             "mixdpo/text/containers.py": {"pyarrow"}, "mixdpo/files/sources.py": {"huggingface_hub"},
             "mixdpo/files/unpack.py": {"zstandard", "compression"}}
+SERVER = {"mixdpo/serving/app.py": {"starlette"}, "mixdpo/serving/responses.py": {"starlette"},
+          "mixdpo/serving/connection.py": {"uvicorn", "h11"}}               # the extra `serve`
 FILES = [path.relative_to(ROOT) for part in ("train.py", "eval.py", "mixdpo", "data")
          for path in ([ROOT / part] if part.endswith(".py") else sorted((ROOT / part).rglob("*.py")))]
 
@@ -25,6 +27,8 @@ def room_of(parts: tuple[str, ...]) -> str | None:
     """The room of a module, given as the parts of its name; None: another package."""
     if parts[:2] == ("mixdpo", "fast") and parts[2:3] in (("backward",), ("texts",), ("packing",)):     # they know
         return parts[2]                                         # batches and experts: they are on floors of their own
+    if parts[:3] == ("mixdpo", "serving", "__main__"):                      # a command, as eval.py is: it asks data for
+        return "serve"                                                      # its rewards
     if parts[0] == "mixdpo":
         return parts[1] if len(parts) > 1 else "mixdpo"
     return parts[0] if parts[0] in ("train", "eval", "data") else None
@@ -58,7 +62,7 @@ def test_a_file_imports_from_below(path):
 @pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] != "data"], ids=str)
 def test_the_core_wants_four_packages(path):
     for parts, line in imports(path):
-        known = PACKAGES | OPTIONAL.get(str(path), set())
+        known = PACKAGES | OPTIONAL.get(str(path), set()) | SERVER.get(str(path), set())
         assert room_of(parts) or parts[0] in known, f"{path}:{line} imports {parts[0]}"
 
 
@@ -69,6 +73,17 @@ def test_optional_packages_are_imported_where_they_are_used(path):
     found = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
     found |= {node.module for node in top if isinstance(node, ast.ImportFrom) and node.module}
     assert not {name.split(".")[0] for name in found} & OPTIONAL[path]
+
+
+def test_only_the_server_needs_its_packages():
+    """The files that import them, those that import these, and nothing else. Catches: an engine, an export or an
+    evaluation that cannot be used without the extra `serve`."""
+    named = {path.with_suffix("").parts: {parts for parts, _ in imports(path)} for path in FILES}
+    need, before = {Path(path).with_suffix("").parts for path in SERVER}, set()
+    while need != before:
+        before = need
+        need = need | {name for name, found in named.items() if any({parts[:3], parts[:4]} & need for parts in found)}
+    assert need == {("mixdpo", "serving", name) for name in ("app", "responses", "connection", "__main__")}
 
 
 def test_no_module_imports_itself_by_way_of_others():

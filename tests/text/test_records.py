@@ -37,6 +37,7 @@ FAULTS = {
     "wrong roles: prompt has ['user', 'assistant']": chat(prompt=[turn("user"), turn("assistant")]),
     "wrong roles: prompt has ['user', 'system', 'user']": chat(prompt=[turn("user"), turn("system"), turn("user")]),
     "wrong roles: prompt has ['tool', 'user']": chat(prompt=[turn("tool"), turn("user")]),
+    "wrong roles: prompt[0].role is ['user']": chat(prompt=[turn(["user"])]),
     "wrong roles: chosen has ['user', 'assistant']": chat(chosen=[turn("user"), turn("assistant")]),
     "wrong type: user is 17": {**GOOD, "user": 17},
     "wrong type: context is 1": {**GOOD, "context": 1},
