@@ -66,7 +66,7 @@ def estimate(config, dtype: torch.dtype) -> dict[str, float]:
 
 
 def activations(shape, config, dtype: torch.dtype, T: int, rows: int) -> float:
-    """Bytes that the forward pass of two or more rows of T tokens through the trunks keeps for backward. What it keeps once,
+    """Bytes that the forward pass of two or more rows of T tokens keeps for backward. What it keeps once,
     the weights in `dtype`, is among them."""
     def of_rows(n: int) -> int:
         one, two = (kept(dataclasses.replace(shape, layers=layers, vocab=8), config, dtype, T, n) for layers in (1, 2))
