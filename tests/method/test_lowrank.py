@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mixdpo.fast.casts import cast_linears, cast_once
-from mixdpo.fast.lowrank import low_rank_linear, low_rank_linear_reference
+from mixdpo.fast.lowrank import low_rank_linear, low_rank_linear_reference, scaled
 
 
 def tensors(groups, bias, dtype=torch.float64, learns=True):
@@ -42,9 +42,12 @@ def test_values_and_gradients(groups, bias, learns):
 
 
 def test_rounding_in_bfloat16():
-    """Under autocast, errors against float64 are no larger than those of the plain form.
+    """Under autocast, errors against float64 are no larger than those of the plain form, and a scale is not rounded.
     Catches: a scale of 2/3 that is rounded to bfloat16; an output in float32."""
     scale = torch.tensor([[2.0, 2 / 3], [-2 / 3, 0.5]])
+    u = torch.randn(1, 4, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+    each = torch.stack([u[:, n].double() * scale[n // 2].double() for n in range(4)], dim=1)
+    assert torch.equal(scaled(u, scale), each.bfloat16())
     errors = []
     for form in (low_rank_linear, low_rank_linear_reference):
         total = 0.0
