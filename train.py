@@ -30,14 +30,14 @@ from mixdpo.fast.optimizer import clip_and_step, set_rate
 from mixdpo.gates import TRAINED, Gate, Inputs, gate_objective
 from mixdpo.metrics import step_summary
 from mixdpo.mixture import e_step, elbo, expert_loss, update_weights
-from mixdpo.plan import Micro, Plan, micro_batches
+from mixdpo.plan import Micro, Plan, gathered, micro_batches
 from mixdpo.preferences import Batch
 from mixdpo.private.keys import Key
 from mixdpo.runs.checkpoint import Saver
 from mixdpo.runs.distributed import joined
 from mixdpo.runs.log import Log
 from mixdpo.runs.options import TrainConfig
-from mixdpo.runs.parallel import of_each
+from mixdpo.runs.parallel import logp_in_parts
 from mixdpo.runs.setup import Job, finish, log_of, nonfinite_message, opened, prepare, resume, saver_of, snapshot
 from mixdpo.variants.choose import Variants
 
@@ -183,12 +183,13 @@ def known_responsibilities(state: EMState, problem: Problem, units: torch.Tensor
 
 def visit_log_likelihoods(state: EMState, problem: Problem, margins: Callable, after_each: Callable) -> torch.Tensor:
     """sum_i log sigma(h_ik) over the E-step's pairs of each visit, up to a constant per row: (E,K), on the CPU."""
-    def of(micro: Micro) -> torch.Tensor:
-        zero = problem.ref_logp.new_zeros(len(micro.visits), problem.config.experts)                # the prior
-        return posterior(state.experts, micro.context or micro.train, zero, problem, EM(margins=margins)).cpu()
-
-    micros = micro_batches(problem.plan, list(range(problem.plan.inferred)), problem.config)
-    return torch.cat(of_each(micros, of, f"{Path(problem.config.out).name} E-step on all pairs", after_each))
+    plan, config, name = problem.plan, problem.config, f"{Path(problem.config.out).name} E-step on all pairs"
+    batch = gathered(plan.pairs, [visit.context or visit.trained for visit in plan.visits[: plan.inferred]])
+    ref_logp = logp = problem.ref_logp[batch.pair].expand(-1, config.experts, -1)   # (B,K,2), of experts before step 1
+    if state.t or config.init_experts:
+        logp = logp_in_parts(state.experts, [plan.pairs[i] for i in batch.pair], name, after_each)
+    h = margins(logp.to(ref_logp), ref_logp, config.beta, batch.order) + problem.linear[batch.pair]     # (B,K)  M4
+    return e_step(torch.zeros_like(h), h, batch.group.to(h.device))[1].cpu()                        # M7, M11
 
 
 def fit(state: EMState, problem: Problem, variants: Variants, log: Log, saver: Saver, now: Callable) -> None:
@@ -234,7 +235,6 @@ def learn(job: Job) -> None:
     t, log_q = resume(job, made)
     state = EMState(made.experts, made.gate, made.optimizer, log_q, t)
     log, saver = log_of(job, made, t), saver_of(job, made, t)
-
     fit(state, problem, made.variants, log, saver, lambda: snapshot(made, log, state.log_q))
     finish(job, made, lambda: saver.save(state.t, *snapshot(made, log, state.log_q, finished=True)))
     log.close()

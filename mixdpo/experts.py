@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixdpo.fast.casts import cast_once
 from mixdpo.logprob import sum_responses, token_logps
 from mixdpo.models.gpt2 import GPT2
 from mixdpo.models.llama import Llama
@@ -71,7 +72,7 @@ class Heads(nn.Module):
 
     def token_logps(self, rows: torch.Tensor, targets: torch.Tensor, tile: int | None, heads=None) -> torch.Tensor:
         """(M,C), (M,) -> (K,M) float32 nats. heads: those of self.heads() in `dtype`, to avoid a cast at each call."""
-        W, *low_rank = [x.to(self.dtype) for x in self.heads()] if heads is None else heads
+        W, *low_rank = [cast_once(x, self.dtype) for x in self.heads()] if heads is None else heads
         logps = token_logps(rows, W, targets, tuple(low_rank) or None, tile)
         return logps if logps.ndim == 2 else logps[None]                    # (M,) where the one head is W
 
@@ -124,7 +125,7 @@ class Adapters(nn.Module):
 
     def token_logps(self, rows: torch.Tensor, targets: torch.Tensor, tile: int | None, heads=None) -> torch.Tensor:
         """(K,M,C), (M,) -> (K,M) float32 nats. heads: as for Heads."""
-        (W,) = [x.to(self.dtype) for x in self.heads()] if heads is None else heads
+        (W,) = [cast_once(x, self.dtype) for x in self.heads()] if heads is None else heads
         return torch.stack([token_logps(r, W, targets, tile=tile) for r in rows])
 
     def policy(self, k: int) -> tuple[Transformer, torch.Tensor]:
@@ -163,7 +164,7 @@ class Models(nn.Module):
 
     def token_logps(self, rows: torch.Tensor, targets: torch.Tensor, tile: int | None, heads=None) -> torch.Tensor:
         """(K,M,C), (M,) -> (K,M) float32 nats. heads: as for Heads."""
-        heads = [x.to(self.dtype) for x in self.heads()] if heads is None else heads
+        heads = [cast_once(x, self.dtype) for x in self.heads()] if heads is None else heads
         return torch.stack([token_logps(r, W, targets, tile=tile) for r, W in zip(rows, heads)])
 
     def policy(self, k: int) -> tuple[Transformer, torch.Tensor]:

@@ -13,6 +13,7 @@ prompt is that of the expert drawn for it, and the rows mixture and sparse need 
 """
 
 import copy
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,10 @@ from mixdpo.config import write_text
 from mixdpo.evaluation.generate import Sampling, choose_expert, generate_heads
 from mixdpo.evaluation.heldout import expert_logp, weights
 from mixdpo.evaluation.statistics import mean_se
+from mixdpo.evaluation.strength import at_strength
 from mixdpo.experts import Heads, Transformer
+from mixdpo.fast.casts import cast_linears
+from mixdpo.fast.texts import logp_of_texts
 from mixdpo.gates import READS_PROMPT
 from mixdpo.mixture import mixture_logp
 from mixdpo.preferences import Pair
@@ -43,37 +47,59 @@ class CompletionTask:
     sampling: Sampling
 
 
+@dataclass(frozen=True)
+class Policy:
+    """A run's experts at a strength (strength.py), and the reference, or that of each expert."""
+
+    run: Run
+    strength: float = 1.0
+    references: tuple = ()          # not needed at strength 1
+
+    @property
+    def name(self) -> str:
+        return self.run.name + f" at {self.strength:.2f}" * (self.strength < 1)
+
+
 def policy_rows(runs: list[Run], task: CompletionTask, done: dict | None = None) -> dict:
     """Completions by the reference and by every policy of the runs: policy -> a row (run_rows). Fills done: run -> what
-    `complete` returns, and "reference" -> its completions."""
+    `complete` returns of it, and "reference" -> its completions."""
     dtype, done = runs[0].experts.dtype, {} if done is None else done
     states = prompt_features(task.reference, [p.prompt for p in task.prompts], dtype)       # (N,2,C)
     rows = {"reference": reference_row(task, dtype)}
     done["reference"] = rows["reference"]["ids"]
-    for run in runs:
-        done[run.name] = complete(run, task, run.name)
-        rows |= run_rows(run, task, states, *done[run.name])
+    for run, found in zip(runs, complete([Policy(run) for run in runs], task)):
+        done[run.name] = found
+        rows |= run_rows(run, task, states, *found)
     return rows
 
 
 def reference_row(task: CompletionTask, dtype: torch.dtype) -> dict:
     """Completions by the reference, as a row of `run_rows`."""
-    reference = task.reference
-    texts, own = sample([(reference, reference.unembedding)], task, dtype, "reference")
+    texts, own = sample([(task.reference, task.reference.unembedding)], task, dtype, "reference")
     kl = torch.zeros(len(own[0]))                                           # exactly, at temperature 1
     if task.sampling.temperature != 1:
-        kl = log_ratios(task, Heads(reference, 1, dtype=dtype), True, texts, own, "reference")[0, :, 0]
+        kl = (policy_logp(task, None, texts, own)[..., 0] - reference_logp(task, dtype, texts))[0]
     return {"ids": texts[0], "kl": kl, "z": None}
 
 
-def complete(run: Run, task: CompletionTask, name: str) -> tuple[list[list[list[int]]], torch.Tensor]:
-    """Completions by each expert of a run, K lists of N, and log pi_j - log pi_ref of each under every expert j,
-    (K,N,K) nats."""
-    K, experts = run.config.experts, run.experts
-    found = [sample([experts.policy(k) for k in some], task, experts.dtype, f"{name} expert {'+'.join(map(str, some))}")
-             for some in ([range(K)] if run.config.sharing == "heads" else [[k] for k in range(K)])]
-    texts, own = [ids for some, _ in found for ids in some], torch.cat([logp for _, logp in found])
-    return texts, log_ratios(task, experts, not run.config.train_trunk, texts, own, name)
+def complete(policies: list[Policy], task: CompletionTask) -> list[tuple[list[list[list[int]]], torch.Tensor]]:
+    """For each policy: completions by each of its experts, K lists of N, and log pi_j - log pi_ref of each under every
+    expert j, (K,N,K) nats. The reference's log-probs are computed of all policies together, each prompt once for
+    several completions."""
+    found = []
+    for policy in policies:
+        K, experts, name = policy.run.config.experts, policy.run.experts, policy.name
+        with at_strength(experts, list(policy.references), policy.strength):
+            parts = [sample([experts.policy(k) for k in some], task, experts.dtype,
+                            f"{name} expert {'+'.join(map(str, some))}")
+                     for some in ([range(K)] if policy.run.config.sharing == "heads" else [[k] for k in range(K)])]
+            texts, own = [ids for some, _ in parts for ids in some], torch.cat([logp for _, logp in parts])
+            found.append((texts, policy_logp(task, policy, texts, own)))
+    if not found:
+        return []
+    dtype, counts = policies[0].run.experts.dtype, [len(texts) for texts, _ in found]
+    base = reference_logp(task, dtype, [ids for texts, _ in found for ids in texts]).split(counts)
+    return [(texts, logp - ref[..., None]) for (texts, logp), ref in zip(found, base)]
 
 
 def run_rows(run: Run, task: CompletionTask, states: torch.Tensor, ids: list, kl: torch.Tensor) -> dict:
@@ -100,32 +126,47 @@ def sample(policies: list[tuple], task: CompletionTask, dtype, name: str) -> tup
     return generate_heads(model, heads, [p.prompt for p in task.prompts], task.sampling, Progress(name))
 
 
-def log_ratios(task: CompletionTask, experts, frozen: bool, texts: list[list], own: torch.Tensor, name: str
-               ) -> torch.Tensor:
-    """log pi_j - log pi_ref of every expert's completions under every expert j: (K,N,K) nats.
+def policy_logp(task: CompletionTask, policy: Policy | None, texts: list[list[list[int]]], own: torch.Tensor
+                ) -> torch.Tensor:
+    """log pi_j of every expert's completions under every expert j of a policy: (K,N,K) nats. None: the reference.
 
     pi_j is the policy as it was sampled: at the sampling temperature, token by token. At temperature 0 it has
     probability 1 for its own completion and 0 for others. texts: K lists of N completions; own (K,N): the log-prob with
-    which each was sampled, all that a lone expert needs; frozen: whether the experts' trunk is the reference's.
-    Completions of two experts go through the model together, behind a shared prompt; if K is odd, the last one goes
-    with an empty text, whose result is dropped.
+    which each was sampled. Experts without a common trunk pass over the others' completions only.
     """
-    policy, base, K, temperature = [], [], len(texts), task.sampling.temperature
-    prompts, empty = [p.prompt for p in task.prompts], [[task.sampling.eos]] * len(task.prompts)
-    for k in range(0, K, 2):
-        two = [*texts[k : k + 2], empty][:2]
-        pairs = [Pair(prompt, *both) for prompt, *both in zip(prompts, *two)]
-        ref = compute_reference(task.reference, pairs, experts.dtype)
-        base.append(ref.logp.permute(2, 0, 1))                              # (2,N,1)
-        if temperature and K > 1:
-            pairs = ref.with_states(pairs) if frozen else pairs
-            policy.append(expert_logp(experts, pairs, f"{name} KL {k}", temperature=temperature).permute(2, 0, 1))
-    if temperature:
-        logp = torch.cat(policy)[:K] if K > 1 else own[..., None]           # (K,N,K)
-    else:
+    K, temperature, prompts = len(texts), task.sampling.temperature, [p.prompt for p in task.prompts]
+    if not temperature:
         equal = [[[text[n] == other[n] for other in texts] for n in range(len(prompts))] for text in texts]
-        logp = torch.tensor(equal).float().log()                            # (K,N,K) log 1 or log 0
-    return logp - torch.cat(base)[:K]
+        return torch.tensor(equal).float().log()                            # (K,N,K) log 1 or log 0
+    if K == 1 or policy is None:
+        return own[..., None]
+    experts, name = policy.run.experts, f"{policy.name} KL"
+    if isinstance(experts, Heads):
+        pairs = [Pair(prompt, first, second, more=tuple(more), sides=K)
+                 for prompt, first, second, *more in zip(prompts, *texts)]
+        if not policy.run.config.train_trunk:                               # the trunk is the reference's
+            pairs = compute_reference(task.reference, pairs, experts.dtype).with_states(pairs)
+        return expert_logp(experts, pairs, name, temperature).permute(2, 0, 1)
+    out = own[..., None].repeat(1, 1, K)
+    for j in range(K):
+        alone = Heads(cast_linears(experts.policy(j)[0], experts.dtype), 1, dtype=experts.dtype)
+        others = [k for k in range(K) if k != j]
+        out[others, :, j] = completion_logp(alone, prompts, [texts[k] for k in others], f"{name} {j}", temperature)
+    return out
+
+
+def reference_logp(task: CompletionTask, dtype: torch.dtype, texts: list[list[list[int]]]) -> torch.Tensor:
+    """log pi_ref of L lists of N completions: (L,N) nats."""
+    alone = Heads(cast_linears(task.reference, dtype), 1, dtype=dtype)
+    return completion_logp(alone, [p.prompt for p in task.prompts], texts, "reference, completions")
+
+
+def completion_logp(expert: Heads, prompts: list[list[int]], texts: list[list[list[int]]], name: str,
+                    temperature: float = 1.0) -> torch.Tensor:
+    """Log-probs of L lists of N completions under a lone expert: (L,N) nats."""
+    of_prompt = [[(tuple(prompt), tuple(ids)) for ids in column] for prompt, *column in zip(prompts, *texts)]
+    known = logp_of_texts(expert, itertools.chain(*of_prompt), {}, Progress(name), temperature=temperature)
+    return torch.stack([torch.stack([known[text][0] for text in row]) for row in of_prompt], dim=1)
 
 
 def plain_texts(task: CompletionTask, completions: list[list[int]], tokenizer) -> list[str]:

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from mixdpo.evaluation.completions import CompletionTask, complete, plain_texts
+from mixdpo.evaluation.completions import CompletionTask, Policy, complete, plain_texts
 from mixdpo.evaluation.heldout import weights
 from mixdpo.evaluation.in_context import served_in_context
 from mixdpo.evaluation.inputs import EvalInputs
 from mixdpo.evaluation.own_reward import Served, serve
-from mixdpo.evaluation.strength import at_strength, strength_for
+from mixdpo.evaluation.strength import strength_for
 from mixdpo.experts import Adapters, Heads, Models
 from mixdpo.preferences import Pair
 from mixdpo.runs.load_run import Run
@@ -69,22 +69,8 @@ def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, config
         return []
     states = prompt_features(task.reference, [p.prompt for p in task.prompts], inputs.runs[0].experts.dtype)
     served = types if "domains" not in inputs.dataset else ["everybody"]
-    users, rows = Users(served, task.prompts, states, known, values(plain)), []
-    for run in [*inputs.runs, *soups(inputs.runs)]:
-        reached: dict[float, float] = {}                                    # strength -> KL
-        for target in (None, *sorted(config.kl, reverse=True)) if run.name in done else (None,):  # one point of a soup
-            strength = 1.0 if target is None else strength_for(target, reached)
-            if strength is None:
-                continue
-            with at_strength(run.experts, inputs.references, strength):
-                ids, log_ratio = done[run.name] if target is None and run.name in done else complete(
-                    run, task, f"{run.name} at {strength:.2f}")
-            length = torch.tensor([[len(y) for y in texts] for texts in ids])
-            completed = Completed(torch.stack([values(texts) for texts in ids]), log_ratio, length)
-            found = served_rows(run, completed, users)
-            reached[strength] = found.get("known users", next(iter(found.values())))["kl"]
-            rows += [{"run": run.name, "users": kind, "target": target, "strength": strength,
-                      "config": asdict(run.config)} | figures for kind, figures in found.items()]
+    users = Users(served, task.prompts, states, known, values(plain))
+    rows = rows_of_runs(inputs, task, done, sorted(config.kl, reverse=True), values, users)
     first = inputs.runs[0]
     in_context = served_in_context(first.plan.pairs, served, config.examples, task, inputs.tokenizer, values,
                                    users.base, first.experts.dtype)
@@ -94,9 +80,35 @@ def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, config
     return rows
 
 
+def rows_of_runs(inputs: EvalInputs, task: CompletionTask, done: dict, targets: list[float], values: Callable,
+                 users: Users) -> list[dict]:
+    """The rows of the runs and their soups, run by run: at strength 1, then at those that have about the KL of
+    `targets`, descending. The policies of one target are completed together."""
+    runs = [*inputs.runs, *soups(inputs.runs)]
+    reached: dict[str, dict[float, float]] = {run.name: {} for run in runs}         # strength -> KL
+    rows: dict[str, list[dict]] = {run.name: [] for run in runs}
+    for target in (None, *targets):
+        strengths = {run.name: 1.0 if target is None else strength_for(target, reached[run.name]) for run in runs
+                     if target is None or run.name in done}                 # a soup has one point
+        policies = [Policy(run, strength, tuple(inputs.references)) for run in runs
+                    if (strength := strengths.get(run.name)) is not None]
+        new = [policy for policy in policies if target is not None or policy.run.name not in done]
+        found = dict(zip((policy.run.name for policy in new), complete(new, task)))
+        for policy in policies:
+            run, (ids, log_ratio) = policy.run, found.get(policy.run.name) or done[policy.run.name]
+            length = torch.tensor([[len(y) for y in texts] for texts in ids])
+            completed = Completed(torch.stack([values(texts) for texts in ids]), log_ratio, length)
+            of_users = served_rows(run, completed, users)
+            reached[run.name][policy.strength] = of_users.get("known users", next(iter(of_users.values())))["kl"]
+            rows[run.name] += [{"run": run.name, "users": kind, "target": target, "strength": policy.strength,
+                                "config": asdict(run.config)} | figures for kind, figures in of_users.items()]
+    return [row for run in runs for row in rows[run.name]]
+
+
 def soups(runs: list[Run]) -> list[Run]:
     """One policy from each mixture of adapters or models: the mean of its experts' parameters, as a run with K = 1."""
-    return [replace(run, name=f"{run.name}-soup", config=replace(run.config, experts=1), experts=soup(run.experts))
+    return [replace(run, name=f"{run.name}-soup", config=replace(run.config, experts=1), experts=soup(run.experts),
+                    known={})
             for run in runs if run.config.experts > 1 and not isinstance(run.experts, Heads)]
 
 

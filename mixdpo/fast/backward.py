@@ -12,6 +12,7 @@ Left out: losses of a micro-batch that are not a sum over its pairs or groups.
 import torch
 
 from mixdpo.experts import predicting_states
+from mixdpo.fast.casts import cast_once
 from mixdpo.fast.optimizer import clip_and_step, is_sharded
 from mixdpo.fast.packing import compact_rows
 from mixdpo.logprob import sum_responses
@@ -35,7 +36,7 @@ def backward(experts, batch: Batch, loss_of, rows_of=compact_rows, head_rows: in
     head_rows = head_rows if head_rows >= 0 else fitting_rows(rows, made[1], experts.dtype)
     split = head_rows > 0
     cut = [x.detach().requires_grad_() if split and x.grad_fn else x for x in made]         # those with a history
-    states, heads, sides = cut[0], [x.to(experts.dtype) for x in cut[1:]], batch.ids.shape[1]
+    states, heads, sides = cut[0], [cast_once(x, experts.dtype) for x in cut[1:]], batch.ids.shape[1]
     for p, p_end, m, m_end in chunks(batch, head_rows, whole_groups):
         tile = None if split else 0                                         # few rows: logits are kept for backward
         logps = experts.token_logps(states[..., m:m_end, :], text.targets[m:m_end], tile, heads)    # (K,m)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from mixdpo.config import InputError
+from mixdpo.fast.lowrank import low_rank_linear
 
 # alpha / rank. Fixed, because with Adam it acts like the learning rate (Hu et al., section 4.1).
 SCALE = 2.0
@@ -46,11 +47,11 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(K*N,T,in) -> (K*N,T,out): the first N rows belong to expert 0. One product with W serves all experts."""
-        y, rows = self.linear(x), x.reshape(len(self.A), -1, x.shape[-1])   # (K,N*T,in)
+        frozen = self.linear.weight, self.linear.bias
         if not self.shared:
-            return y + (SCALE * (rows @ self.A.mT) @ self.B.mT).view(y.shape)
+            return low_rank_linear(x, *frozen, self.A, self.B, SCALE)
         A, B, weight = self.joined()
-        return y + (SCALE * (rows @ A.T * weight[:, None]) @ B.T).view(y.shape)
+        return low_rank_linear(x, *frozen, A[None], B[None], SCALE * weight)            # one adapter for all experts
 
     def joined(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """All adapters as one, A (S+K*R,in) and B (out,S+K*R), and the weight of each of its ranks in expert k,

@@ -1,7 +1,7 @@
 """Loads finished runs: their experts, their gates, and their training units."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,6 +37,11 @@ class Run:
     plan: Plan                      # of its training pairs
     table: torch.Tensor             # (G,K) log q
     path: Path
+    known: dict = field(default_factory=dict)       # of these experts: log-probs of texts so far (known_logp)
+
+    def known_logp(self) -> dict:
+        """Log-probs (K,) of texts under the experts as they are now, for fast/texts.py, which fills it."""
+        return self.known.setdefault(tuple(p._version for p in self.experts.parameters()), {})
 
 
 def load_experts(path: Path, device, data_folder: str

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,12 +40,13 @@ def environment() -> dict:
 
 class Progress:
     """A progress line on stderr: steps, rate, time left. On a terminal the line is rewritten; in a file there is a line
-    every 20 seconds."""
+    every 20 seconds. first: steps that were done before. after: called at each call, line or not."""
 
-    def __init__(self, name: str, first: int = 0):                          # first: steps that were done before
-        self.name, self.began, self.first, self.last = name, time.monotonic(), first, 0.0
+    def __init__(self, name: str, first: int = 0, after: Callable = lambda: None):
+        self.name, self.began, self.first, self.last, self.after = name, time.monotonic(), first, 0.0, after
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
+        self.after()
         now, live = time.monotonic(), sys.stderr.isatty()
         if done < total and now - self.last < (0.5 if live else 20):
             return

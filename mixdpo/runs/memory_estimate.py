@@ -4,8 +4,8 @@
     gradients     4 bytes for each trained parameter; twice with epsilon: one example's gradient, and their sum; and
                   twice in a run of several processes: this one's, and the sum
     moments       AdamW's two, of 4 or 2 bytes for each trained parameter
-    activations   what the forward pass of a micro-batch keeps for backward: measured on the CPU for one and for two
-                  blocks of this width with random weights; further blocks are like the second
+    activations   what the forward pass of a micro-batch keeps for backward: measured on the CPU for one and two
+                  blocks of this width with random weights and two and three rows; further ones are like the last
     logits        those of one head micro-batch (backward.KEPT), and their gradient
 
 With --shard each process has its part of the first three, for trunk and models. Parameters are counted on a model on
@@ -61,18 +61,23 @@ def estimate(config, dtype: torch.dtype) -> dict[str, float]:
     return {
         "weights": 4.0 * count(experts.parameters()), "gradients": 4.0 * gradients,
         "moments": (4.0 if config.moments == "bfloat16" else 8.0) * count(learns),
-        "activations": 0.0 if frozen_trunk else activations(shapes[0], config, dtype, T) * rows,
+        "activations": 0.0 if frozen_trunk else activations(shapes[0], config, dtype, T, rows),
         "logits": 2.0 * chunk}
 
 
-def activations(shape, config, dtype: torch.dtype, T: int) -> float:
-    """Bytes that the forward pass of one row of T tokens through the trunks keeps for backward."""
-    one, two = (kept(dataclasses.replace(shape, layers=layers, vocab=8), config, dtype, T) for layers in (1, 2))
-    return one + (two - one) * (shape.layers - 1)
+def activations(shape, config, dtype: torch.dtype, T: int, rows: int) -> float:
+    """Bytes that the forward pass of two or more rows of T tokens keeps for backward. What it keeps once,
+    the weights in `dtype`, is among them."""
+    def of_rows(n: int) -> int:
+        one, two = (kept(dataclasses.replace(shape, layers=layers, vocab=8), config, dtype, T, n) for layers in (1, 2))
+        return one + (two - one) * (shape.layers - 1)
+
+    two, three = of_rows(2), of_rows(3)                                     # of a single row some tensors are views
+    return two + (three - two) * (rows - 2)
 
 
-def kept(shape, config, dtype: torch.dtype, T: int) -> int:
-    """The same, measured: the storages that autograd keeps, without those of parameters."""
+def kept(shape, config, dtype: torch.dtype, T: int, rows: int) -> int:
+    """The same, measured: the storages that autograd keeps of some rows, without those of parameters."""
     model = MODELS[type(shape)](shape)
     model.checkpointing = config.checkpointing
     experts = make_experts([copy.deepcopy(model) for _ in config.models], config, dtype)
@@ -84,7 +89,7 @@ def kept(shape, config, dtype: torch.dtype, T: int) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        experts.hidden(torch.zeros(1, min(T, shape.context), dtype=torch.int64))
+        experts.hidden(torch.zeros(rows, min(T, shape.context), dtype=torch.int64))
     return sum(size for size, _ in held.values())
 
 

@@ -17,7 +17,9 @@ import torch
 
 from mixdpo.config import InputError, to_json
 from mixdpo.fast.optimizer import is_sharded
+from mixdpo.fast.texts import logp_of_pairs
 from mixdpo.plan import Micro, Plan
+from mixdpo.preferences import Pair
 from mixdpo.runs.distributed import everyone, gathered, rank, summed, world
 from mixdpo.runs.log import Progress
 
@@ -47,32 +49,21 @@ def first_alone(make: Callable):
 # --- passes -----------------------------------------------------------------------------------------------------------
 
 
-def in_parts(items: Sequence, size: int, of_part: Callable) -> list:
-    """of_part(some items) of each process that has any, in the order of items. Each process has a slice of the items
-    that begins at a multiple of `size`."""
-    pieces = -(-len(items) // size)
-    first, last = (size * (pieces * r // world()) for r in (rank(), rank() + 1))
+def in_parts(items: Sequence, of_part: Callable) -> list:
+    """of_part(some items) of each process that has any, in the order of items."""
+    first, last = (len(items) * r // world() for r in (rank(), rank() + 1))
     mine = of_part(items[first:last]) if first < last else None
     return [found for found in everyone(mine) if found is not None]
 
 
-def of_each(items: Sequence, function: Callable, name: str, check: Callable = lambda: None) -> list:
-    """function(item) for all items, in their order; each process computes those of a contiguous part. name: for the
-    progress line. check(): called after each in a run of one process; several would not stop together.
-
-    All processes call `function` equally often, because sharded parameters are exchanged in every call: one that has
-    fewer items repeats the first."""
-    owner, progress = [n * world() // len(items) for n in range(len(items))], Progress(name)
-    own, found = [item for item, r in zip(items, owner) if r == rank()], []
-    for n in range(-(-len(items) // world())):
-        if n >= len(own):
-            function(items[0])
-            continue
-        found.append(function(own[n]))
-        progress(n + 1, len(own))
-        if world() == 1:
-            check()
-    return [*itertools.chain(*everyone(found))]
+def logp_in_parts(experts, pairs: list[Pair], name: str, check: Callable = lambda: None) -> torch.Tensor:
+    """texts.logp_of_pairs of all pairs, of which each process computes a part; with sharded parameters, which are
+    exchanged in every pass, each computes all. name: for the progress line. check(): called after each batch in a run
+    of one process; several would not stop together."""
+    progress = Progress(name, after=check if world() == 1 else lambda: None)
+    if any(is_sharded(p) for p in experts.parameters()):
+        return logp_of_pairs(experts, pairs, progress)
+    return torch.cat(in_parts(pairs, lambda part: logp_of_pairs(experts, part, progress)))
 
 
 # --- a step -----------------------------------------------------------------------------------------------------------

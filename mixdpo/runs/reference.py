@@ -5,12 +5,15 @@ mean hidden state over each response, for the linear start (start.py), and the l
 prompt, for a gate (gates.py). If they fit into STATES bytes, the states that predict the response tokens are kept too:
 then a frozen trunk need not run again, in training or in evaluation.
 The cache key is a hash of the weights, the data, the tokenizer, the lengths, the dtype and the device, so the numbers
-of another model or file are never used.
+of another model or file are never used. Each different text is computed once, and not again if a file in the cache has
+it with the same weights, tokenizer, lengths, dtype and device.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +21,14 @@ import torch
 
 from mixdpo.config import InputError
 from mixdpo.experts import Heads, Transformer
+from mixdpo.fast.casts import cast_linears
 from mixdpo.fast.packing import compact_rows
+from mixdpo.fast.texts import Text, batches_of_texts, texts_of
 from mixdpo.files.atomic import Damaged, read_tensors, write_tensors
 from mixdpo.files.sources import short_name
 from mixdpo.logprob import sum_responses
 from mixdpo.models.weights import content_key, load_model
-from mixdpo.preferences import Pair, collate
+from mixdpo.preferences import Batch, Pair
 from mixdpo.runs.distributed import any_process, rank
 from mixdpo.runs.log import Progress
 from mixdpo.runs.options import TrainConfig
@@ -32,7 +37,7 @@ from mixdpo.text.records import data_key
 from mixdpo.text.tokenizer import Tokenizer, load_tokenizer
 
 STATES = 2**29  # largest size in bytes of the kept states of response tokens
-VERSION = 4     # part of every cache key; increase it if the kept values change
+VERSION = 5     # part of every cache key; increase it if the kept values change
 
 
 @dataclass(frozen=True)
@@ -66,32 +71,34 @@ def load_references(config, device) -> tuple[list[Transformer], Tokenizer]:
     return models, tokenizer
 
 
+@dataclass(frozen=True)
+class OfText:
+    """Numbers of one text, a prompt and a response, under the reference; as in Reference."""
+
+    logp: torch.Tensor      # ()
+    feature: torch.Tensor   # (C,)
+    prompt: torch.Tensor    # (2,C)
+    states: torch.Tensor    # (m,C) of its m response tokens; (0,C) if they are too large
+
+
 @torch.no_grad()
 def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 16, progress=None,
-                      most: int | None = None) -> Reference:
-    """One pass over the pairs in file order, `size` pairs per batch, on the model's device; results on the CPU. States
-    of response tokens are kept if they take at most `most` bytes; default: STATES."""
-    policy, device = Heads(model, 1, dtype=dtype), model.unembedding.device
-    logps, features, prompts, states = [], [], [], []
+                      most: int | None = None, known: dict[str, OfText] | None = None) -> Reference:
+    """One pass over the different texts of the pairs (fast/texts.py), about `size` pairs per batch, on the model's
+    device; results on the CPU. known: text_key -> numbers of texts that need no pass; those that are computed are
+    added. States of response tokens are kept if they take at most `most` bytes; default: STATES."""
     tokens = sum(len(response) for pair in pairs for response in pair.responses)
     keep = tokens * model.config.width * dtype.itemsize <= (STATES if most is None else most)
-    for start in range(0, len(pairs), size):
-        batch = collate(pairs, range(start, min(start + size, len(pairs))))
-        text, (B, R, _) = compact_rows(batch).to(device), batch.ids.shape
-        hidden = policy.hidden(text.ids, text.window)                       # (R*B,T,C), or (B,T,C): shared prompts
-        predicting = policy.rows(hidden, text.where)                        # (M,C)
-        states.append(predicting[: len(predicting) * keep].cpu())
-        of_tokens = policy.token_logps(predicting, text.targets, 0)                        # (1,M)
-        logps.append(sum_responses(of_tokens, text.sequence, B, R))         # (B,1,R)
-        read = policy.rows(hidden, text.token).float()          # (M,C) states that have read each response token
-        count = torch.bincount(text.sequence, minlength=R * B).clamp_min(1)
-        mean = read.new_zeros(R * B, read.shape[1]).index_add(0, text.sequence, read) / count[:, None]
-        features.append(mean.view(B, R, -1))
-        of_pairs = hidden[:: len(hidden) // B]                              # (B,T,C): a pair's rows begin the same
-        prompts.append(states_of_prompts(of_pairs, batch.start.to(device)))
+    known = {} if known is None else known
+    texts = {text_key(text): text for pair in pairs for text in texts_of(pair)}
+    new = [text for key, text in texts.items() if key not in known or keep and not len(known[key].states)]
+    policy, done = Heads(cast_linears(model, dtype), 1, dtype=dtype), 0
+    for batch, of_batch in batches_of_texts(new, size):
+        known |= numbers_of(policy, batch, of_batch, keep)
+        done += len(of_batch)
         if progress:
-            progress(min(start + size, len(pairs)), len(pairs))
-    made = Reference(*(torch.cat(column).cpu() for column in (logps, features, prompts, states)))
+            progress(round(len(pairs) * done / len(new)), len(pairs))
+    made = gathered(pairs, known, keep)
     broken = [pair for pair, row in zip(pairs, made.logp) if not row.isfinite().all()]
     if broken:
         where = f"{broken[0].line}" + f" of {broken[0].file}" * (broken[0].file is not None)
@@ -101,15 +108,47 @@ def compute_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int = 
     return made
 
 
-def divided_reference(model, pairs: list[Pair], dtype: torch.dtype, size: int, progress, most: int) -> Reference:
-    """Equals compute_reference; each process of the run passes over a part of the pairs."""
-    tokens = sum(len(response) for pair in pairs for response in pair.responses)
-    fits = tokens * model.config.width * dtype.itemsize <= most
-    made = in_parts(pairs, size, lambda part: compute_reference(model, part, dtype, size, progress,
-                                                                most if fits else -1))
+def divided(pairs: list[Pair], compute) -> Reference:
+    """compute(pairs), of which each process of the run computes a part."""
+    made = in_parts(pairs, compute)
     if len(made) == 1:
         return made[0]
     return Reference(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in made))))
+
+
+def numbers_of(policy: Heads, batch: Batch, texts: list, keep: bool) -> dict[str, OfText]:
+    """The numbers of the texts of a batch of batches_of_texts, by text_key. keep: the states too."""
+    text, (B, R, _) = compact_rows(batch).to(policy.trunk.unembedding.device), batch.ids.shape
+    hidden = policy.hidden(text.ids, text.window)                           # (R*B,T,C), or (B,T,C): shared prompts
+    predicting = policy.rows(hidden, text.where)                            # (M,C)
+    logp = sum_responses(policy.token_logps(predicting, text.targets, 0), text.sequence, B, R)      # (B,1,R)
+    read = policy.rows(hidden, text.token).float()              # (M,C) states that have read each response token
+    count = torch.bincount(text.sequence, minlength=R * B)
+    mean = read.new_zeros(R * B, read.shape[1]).index_add(0, text.sequence, read) / count.clamp_min(1)[:, None]
+    of_rows = hidden[:: len(hidden) // B]                                   # (B,T,C): a prompt's rows begin the same
+    prompt = states_of_prompts(of_rows, batch.start.to(hidden.device)).cpu()
+    states = predicting.cpu().split(count.tolist())                         # of each response
+    logp, mean = logp.cpu(), mean.cpu()
+    kept = [(own if keep else own[:0]).clone() for own in states]
+    return {text_key(of): OfText(logp[b, 0, r], mean[R * b + r], prompt[b], kept[R * b + r]) for of, b, r in texts}
+
+
+def gathered(pairs: list[Pair], known: dict[str, OfText], keep: bool) -> Reference:
+    """The numbers of pairs from those of their texts. A shorter ranking's missing responses have zeros."""
+    found = [[known[text_key(text)] for text in texts_of(pair)] for pair in pairs]
+    none, R = OfText(*(torch.zeros_like(x) for x in dataclasses.astuple(found[0][0]))), pairs[0].sides
+    rows = [[*row, *[none] * (R - len(row))] for row in found]
+    states = [text.states for row in found for text in row] if keep else [found[0][0].states[:0]]
+    return Reference(torch.stack([torch.stack([text.logp for text in row]) for row in rows])[:, None],
+                     torch.stack([torch.stack([text.feature for text in row]) for row in rows]),
+                     torch.stack([row[0].prompt for row in rows]), torch.cat(states))
+
+
+def text_key(text: Text) -> str:
+    """A hash of a text's ids."""
+    return hashlib.sha256(repr(text).encode()).hexdigest()[:32]
+
+
 
 
 def states_of_prompts(hidden: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
@@ -122,7 +161,7 @@ def states_of_prompts(hidden: torch.Tensor, start: torch.Tensor) -> torch.Tensor
 @torch.no_grad()
 def prompt_features(model, prompts: list[list[int]], dtype: torch.dtype, size: int = 64) -> torch.Tensor:
     """The last and the mean hidden state of prompts without responses: (N,2,C) float32, on the CPU."""
-    policy, device, out = Heads(model, 1, dtype=dtype), model.unembedding.device, []
+    policy, device, out = Heads(cast_linears(model, dtype), 1, dtype=dtype), model.unembedding.device, []
     for first in range(0, len(prompts), size):
         part = prompts[first : first + size]
         ids = torch.zeros(len(part), max(map(len, part)), dtype=torch.int64)
@@ -133,9 +172,18 @@ def prompt_features(model, prompts: list[list[int]], dtype: torch.dtype, size: i
     return torch.cat(out)
 
 
-def cached_reference(folder: Path, key: tuple, compute) -> Reference:
+def compute_alone(model, pairs: list[Pair], dtype: torch.dtype, progress) -> Reference:
+    """Equals compute_reference without states, up to rounding. Every pair passes through the model alone."""
+    twin, found = cast_linears(model, dtype), []
+    for n, pair in enumerate(pairs, 1):
+        found.append(dataclasses.astuple(compute_reference(twin, [pair], dtype, most=0)))
+        progress(n, len(pairs))
+    return Reference(*map(torch.cat, zip(*found)))
+
+
+def cached_reference(folder: Path, key: tuple, compute, pairs: Sequence[Pair] = (), context: str = "") -> Reference:
     """The reference for `key`, a tuple of strings and numbers that identifies its content: from `folder`, or from
-    compute()."""
+    compute(). pairs, context: for known_texts, which finds the numbers of these pairs' texts in the file."""
     name = hashlib.sha256(repr(key).encode()).hexdigest()
     path, found = Path(folder) / f"{name}.safetensors", None
     if path.exists():
@@ -149,8 +197,25 @@ def cached_reference(folder: Path, key: tuple, compute) -> Reference:
     made = compute()
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, dataclasses.asdict(made), {})
+        texts = [[(text_key(text), len(text[1])) for text in texts_of(pair)] for pair in pairs]
+        write_tensors(path, dataclasses.asdict(made), {"context": context, "texts": texts})
     return made
+
+
+def known_texts(folder: Path, context: str) -> dict[str, OfText]:
+    """text_key -> numbers of all texts in the files of `folder` that were computed in this context: with the same
+    weights, tokenizer, lengths, dtype and device. The files of a type, or of new users, repeat texts of others."""
+    known: dict[str, OfText] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with contextlib.suppress(Damaged):
+            tensors, facts = read_tensors(path)
+            if facts.get("context") == context:
+                made, texts = Reference(**tensors), facts["texts"]
+                counts = [count for row in texts for _, count in row]
+                states = iter(made.states.split(counts if len(made.states) else [0] * len(counts)))
+                known |= {key: OfText(made.logp[n, 0, r], made.features[n, r], made.prompt[n], next(states))
+                          for n, row in enumerate(texts) for r, (key, _) in enumerate(row)}
+    return known
 
 
 @dataclass(frozen=True)
@@ -171,18 +236,21 @@ def reference_of(source: Source, models: list, tokenizer, dtype: torch.dtype, ca
                  after_batch=lambda: None) -> Reference:
     """The reference of the source's pairs, with the log-probs of each model and the features of the first; from the
     folder `cache`, or computed. after_batch(): called after each batch."""
-    found, bar, config = [], Progress(f"reference, {short_name(source.path)}"), source.config
-    size, most = (1, 0) if source.one_by_one else (16, STATES)
-
-    def progress(done: int, total: int) -> None:
-        bar(done, total)
-        after_batch()
-
+    found, config = [], source.config
+    tokens = sum(len(response) for pair in source.pairs for response in pair.responses)
+    most = STATES if tokens * models[0].config.width * dtype.itemsize <= STATES else -1     # of all processes together
+    progress = Progress(f"reference, {short_name(source.path)}", after=after_batch)
     for model in models:
-        key: tuple = (VERSION, content_key(model), data_key(source.path, config.columns), tokenizer.key,
-               config.max_prompt, config.max_response, config.drop, str(dtype), model.unembedding.device.type)
+        context: tuple = (VERSION, content_key(model), tokenizer.key, config.max_prompt, config.max_response,
+                          str(dtype), model.unembedding.device.type)
+        key = *context, data_key(source.path, config.columns), config.drop
         key += ("alone",) if source.one_by_one else ()
         key += ("rankings",) if source.pairs[0].sides > 2 else ()           # not as_pairs of the same file
-        made = functools.partial(divided_reference, model, source.pairs, dtype, size, progress, most)
-        found.append(cached_reference(cache, key, made))
+        if source.one_by_one:
+            compute = functools.partial(compute_alone, model, dtype=dtype, progress=progress)
+            found.append(cached_reference(cache, key, lambda: divided(source.pairs, compute)))
+        else:
+            found.append(cached_reference(cache, key, lambda: divided(source.pairs, functools.partial(
+                compute_reference, model, dtype=dtype, progress=progress, most=most,
+                known=known_texts(cache, repr(context)))), source.pairs, repr(context)))
     return dataclasses.replace(found[0], logp=torch.cat([each.logp for each in found], dim=1))

@@ -18,18 +18,14 @@ from pathlib import Path
 import torch
 
 from mixdpo.config import to_json, write_text
-from mixdpo.experts import pair_logp
-from mixdpo.fast.packing import compact_rows
 from mixdpo.files.atomic import read_tensors, write_tensors
 from mixdpo.gates import Gate, Inputs
 from mixdpo.mixture import e_step
 from mixdpo.plan import Plan
-from mixdpo.preferences import Pair, collate, groups, order_of
+from mixdpo.preferences import Pair, groups, order_of
 from mixdpo.runs.checkpoint import gate_state, load_gate, load_state, trained_state
 from mixdpo.runs.distributed import rank
-from mixdpo.runs.parallel import of_each
-
-ROWS = 16       # pairs in one pass
+from mixdpo.runs.parallel import logp_in_parts
 
 
 @dataclass
@@ -80,9 +76,7 @@ class Validation:
 
     def log_probs(self, experts) -> torch.Tensor:
         """Summed response log-probs of all pairs under every expert: (P,K,2) float32 nats, on the CPU."""
-        batches = [range(first, min(first + ROWS, len(self.pairs))) for first in range(0, len(self.pairs), ROWS)]
-        return torch.cat(of_each(batches, lambda index: pair_logp(experts, collate(self.pairs, index),
-                                                                  compact_rows).cpu(), f"{self.out.name} validation"))
+        return logp_in_parts(experts, self.pairs, f"{self.out.name} validation")
 
     def best(self) -> dict | None:
         """The best evaluation so far; the first of equal ones."""

@@ -2,6 +2,7 @@
 What each test catches stands in its docstring."""
 
 import copy
+import dataclasses
 
 import pytest
 import small
@@ -9,6 +10,7 @@ import torch
 
 from mixdpo.evaluation.strength import at_strength, strength_for
 from mixdpo.runs.checkpoint import untie
+from mixdpo.runs.load_run import Run
 
 SHARINGS = {
     "full heads": dict(rank=0),
@@ -136,3 +138,16 @@ def test_a_noisy_kl_gives_a_strength_between_the_reference_and_the_expert():
     for reached in ({1.0: 0.5, 0.4: -0.01}, {1.0: 0.5, 0.4: 0.6}, {1.0: 0.5, 0.9: 0.5}):
         assert 0 < strength_for(0.3, reached) < 1
     assert strength_for(0.38, {1.0: 0.5, 0.95: 0.3}) == 0.99
+
+
+def test_log_probs_are_kept_for_these_weights_only():
+    """Caught: log-probs of the expert taken for those of a strength, or those of one strength for another's."""
+    others = {f.name: None for f in dataclasses.fields(Run) if f.name not in ("experts", "known")}
+    run = Run(experts=small.experts(), **others)
+    full = run.known_logp()
+    assert run.known_logp() is full
+    seen = [full]
+    for strength in (0.5, 0.2):
+        with at_strength(run.experts, [small.model()], strength):
+            assert all(run.known_logp() is not other for other in seen)
+            seen.append(run.known_logp())

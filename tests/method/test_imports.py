@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = ("config", "files", "dpo", "mixture fast", "linear logprob", "models", "text", "preferences",
-          "experts plan packing", "backward", "gates private", "start variants metrics", "runs",
+          "experts plan packing", "backward texts", "gates private", "start variants metrics", "runs",
           "evaluation tabular", "serving", "train", "data", "eval serve")
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
 PACKAGES = {"torch", "tiktoken", "numpy", "safetensors", *sys.stdlib_module_names}
@@ -25,8 +25,8 @@ FILES = [path.relative_to(ROOT) for part in ("train.py", "eval.py", "mixdpo", "d
 
 def room_of(parts: tuple[str, ...]) -> str | None:
     """The room of a module, given as the parts of its name; None: another package."""
-    if parts[:3] in (("mixdpo", "fast", "backward"), ("mixdpo", "fast", "packing")):        # they know batches and
-        return parts[2]                                                     # experts: each is on a floor of its own
+    if parts[:2] == ("mixdpo", "fast") and parts[2:3] in (("backward",), ("texts",), ("packing",)):     # they know
+        return parts[2]                                         # batches and experts: they are on floors of their own
     if parts[:3] == ("mixdpo", "serving", "__main__"):                      # a command, as eval.py is: it asks data for
         return "serve"                                                      # its rewards
     if parts[0] == "mixdpo":

@@ -193,3 +193,24 @@ def test_models_of_different_tokenizers_are_refused(tmp_path, model_dir):
     file.write_text(json.dumps(document))
     with raises_at(other, model_dir, option="model"):
         tinyjob.run(tmp_path, f"{model_dir},{other}", tinyjob.make_records(), sharing="models")
+
+
+def test_the_first_e_step_reads_the_experts_that_a_run_begins_with(sources, tmp_path, model_dir, monkeypatch):
+    """Faults: margins of the reference, all 0, in the place of theirs."""
+    seen, e_step_of_all = [], train.visit_log_likelihoods
+
+    def checked(state, problem, *rest):
+        found = e_step_of_all(state, problem, *rest)
+        if state.t == 0:
+            pairs = problem.plan.pairs
+            h = margins(expert_logp(state.experts, pairs, ""), problem.ref_logp, problem.config.beta)
+            want = torch.stack([torch.nn.functional.logsigmoid(h[visit.context or visit.trained]).sum(0)
+                                for visit in problem.plan.visits[: problem.plan.inferred]])
+            seen.append((found, torch.log_softmax(want, -1)))
+        return found
+
+    monkeypatch.setattr(train, "visit_log_likelihoods", checked)
+    source = sources["adapters"]
+    begin(tmp_path, model_dir, (f"{source}:1", f"{source}:0"), latent="user", em="incremental", **KINDS["adapters"])
+    (found, want), = seen
+    assert torch.allclose(torch.log_softmax(found, -1), want, atol=1e-4) and want.std() > 0.05

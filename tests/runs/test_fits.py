@@ -39,17 +39,19 @@ def test_weights_gradients_and_moments_are_those_of_the_run(case, model_dir):
     assert found["gradients"] == sum(p.grad.nbytes for p in experts.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"sharing": "lora"}, {"sharing": "models"}, {"checkpointing": True}],
                          ids=["heads", "lora", "models", "checkpointing"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_activations_are_those_that_autograd_keeps(family, options):
-    """One and two blocks tell of four. Catches: parameters counted, a storage counted twice, the last block's or the
-    embedding's share taken for a block's, experts that pass their rows on their own."""
+def test_activations_are_those_that_autograd_keeps(family, options, dtype):
+    """Two blocks and three rows tell of four. Catches: parameters counted, a storage counted twice, the last block's
+    or the embedding's share taken for a block's, experts that pass their rows on their own, weights in bfloat16, which
+    are kept once, counted for each row."""
     shape = dataclasses.replace(small.model(family).config, layers=4)
     config = small.config(**options)
-    whole = fits.kept(shape, config, torch.float32, 16)
-    assert fits.activations(shape, config, torch.float32, 16) == pytest.approx(whole, rel=0.002)
-    assert fits.kept(shape, config, torch.float32, 32) > 1.5 * whole
+    whole = fits.kept(shape, config, dtype, 16, 4)
+    assert fits.activations(shape, config, dtype, 16, 4) == pytest.approx(whole, rel=0.002)
+    assert fits.kept(shape, config, dtype, 64, 4) > 1.5 * whole
 
 
 def test_what_does_not_fit_is_told_with_what_would(model_dir):

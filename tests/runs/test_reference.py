@@ -13,6 +13,7 @@ from mixdpo.dpo import margins
 from mixdpo.experts import pair_logp
 from mixdpo.fast.packing import compact_rows
 from mixdpo.preferences import collate
+from mixdpo.runs import reference
 from mixdpo.runs.reference import Reference, cached_reference, compute_reference
 
 COUNT = 7
@@ -175,3 +176,70 @@ def test_states_of_a_frozen_trunk_stand_for_a_pass_through_it(monkeypatch):
     monkeypatch.setattr("mixdpo.runs.reference.STATES", 0)
     few = compute_reference(model, pairs, torch.float32)
     assert few.states.shape == (0, 12) and few.with_states(pairs) is pairs and torch.allclose(few.logp, found.logp)
+
+
+# --- texts of earlier files -------------------------------------------------------------------------------------------
+
+
+def counted_texts(monkeypatch):
+    """A list to which each pass adds the number of its texts."""
+    passes, real = [], reference.numbers_of
+
+    def counted(policy, batch, texts, keep):
+        passes.append(len(texts))
+        return real(policy, batch, texts, keep)
+
+    monkeypatch.setattr(reference, "numbers_of", counted)
+    return passes
+
+
+def test_texts_of_earlier_files_are_not_computed_again(tmp_path, model_dir, monkeypatch):
+    """A file that repeats most texts of another: only the new ones pass, and the numbers equal those of a fresh pass.
+    Catches: a text looked up by its place or without its prompt; states of another text; the earlier file's own entry
+    replaced."""
+    passes, records = counted_texts(monkeypatch), tinyjob.make_records()
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    tinyjob.write(first, records)
+    swapped = [record | {"chosen": record["rejected"], "rejected": record["chosen"]} for record in records[::-2]]
+    new = [record | {"prompt": "new" + record["prompt"]} for record in records[:1]]
+    tinyjob.write(second, swapped + new)
+    prepared(tmp_path, model_dir, first)
+    assert sum(passes) == len({(r["prompt"], r[side]) for r in records for side in ("chosen", "rejected")})
+    passes.clear()
+    found, count = prepared(tmp_path, model_dir, second)
+    assert passes == [2] and count == 2
+    alone, _ = prepared(tmp_path / "alone", model_dir, second)
+    for name, x in vars(found).items():
+        assert x.shape == vars(alone)[name].shape and torch.allclose(x, vars(alone)[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("options", [dict(dtype="bfloat16"), dict(max_response=4), dict(max_prompt=2)], ids=str)
+def test_texts_of_another_context_are(options, tmp_path, model_dir, monkeypatch):
+    """Catches: log-probs in another dtype, or of texts that were truncated to another length, taken for these."""
+    passes, records = counted_texts(monkeypatch), tinyjob.make_records()
+    data = tmp_path / "prefs.jsonl"
+    tinyjob.write(data, records)
+    prepared(tmp_path, model_dir, data)
+    before = sum(passes)
+    prepared(tmp_path, model_dir, data, **options)
+    assert sum(passes) - before > 0.5 * before
+
+
+def test_texts_of_other_weights_are(tmp_path, model_dir, monkeypatch):
+    """Catches: log-probs of another model."""
+    passes, data = counted_texts(monkeypatch), tmp_path / "prefs.jsonl"
+    tinyjob.write(data, tinyjob.make_records())
+    first, _ = prepared(tmp_path, model_dir, data)
+    before = sum(passes)
+    other, _ = prepared(tmp_path, tinyjob.make_model(tmp_path / "other", seed=1), data)
+    assert sum(passes) == 2 * before and not torch.allclose(first.logp, other.logp, atol=0.1)
+
+
+def test_a_damaged_file_of_texts_is_passed_over(tmp_path, model_dir, monkeypatch):
+    """Catches: a run that ends at another run's damaged file, which it does not need."""
+    passes, data = counted_texts(monkeypatch), tmp_path / "prefs.jsonl"
+    tinyjob.write(data, tinyjob.make_records())
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / f"{'0' * 64}.safetensors").write_bytes(b"half a file")
+    assert prepared(tmp_path, model_dir, data)[1] == 2 and passes
