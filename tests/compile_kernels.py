@@ -1,5 +1,5 @@
 """Compiles every kernel for sm_90 without a GPU: `python tests/compile_kernels.py`. A line each: dtype, width,
-experts, registers, bytes spilled and of stack (ptxas -v), bytes of shared memory."""
+experts, registers, bytes spilled and of stack (ptxas -v), bytes of shared memory, atomic instructions."""
 
 import re
 import subprocess
@@ -72,7 +72,8 @@ def report(kernel, dtype: str, C: int, K: int, backward: bool = False, skip: boo
     compiled = triton.compile(sources(kernel, dtype, C, K, backward, skip), target=TARGET, options=how)
     registers, spilled, stack = resources(compiled)
     print(f"{kernel.__name__:<16}{dtype} C {C:<5} K {K}  registers {registers:<4} spilled {spilled:<4} "
-          f"stack {stack:<4} shared {compiled.metadata.shared}", flush=True)
+          f"stack {stack:<4} shared {compiled.metadata.shared:<6} "
+          f"atomics {len(re.findall(r'^.*[^a-z](?:atom|red)[.]', compiled.asm['ptx'], re.M))}", flush=True)
 
 
 if __name__ == "__main__":

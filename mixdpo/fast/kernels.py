@@ -3,8 +3,8 @@
     forward_kernel    l = W h (+ A_k (B_k h)), tile by tile. For each row it stores only the largest logit, the sum of
                       exponentials and the target's logit: the logits (N,V) never exist
     backward_kernel   computes each tile again, and its gradient d l_k[v] = grad_k (1[v=y] - p_k[v]). The sum over the
-                      experts goes to `d`, from which matrix products give the gradients of rows and weight. The
-                      gradients of the low-rank factors are added up in the kernel
+                      experts goes to `d`, from which matrix products give the gradients of rows and weight. Each
+                      tile's part of the low-rank factors' gradients is stored. Their sum has a fixed order
     rows_kernel       replaces stored logits by their gradient, in place: one read, one write
 
 K low-rank experts share one vocabulary product. The programs split the rows and the vocabulary, so few rows fill a GPU
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-CHUNK = 64 * 2**20                  # bytes for gradients of logits at any time in backward
+CHUNK = 64 * 2**20                  # bytes for d, d_u and d_A of backward_kernel at any time
 SPLITS = 264                        # programs that fill an H100: two for each of its 132 multiprocessors
 
 
@@ -92,8 +92,9 @@ def backward_kernel(rows, weight, u, A, targets, top, total, grad, d, d_u, d_A, 
                     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr,
                     BV: tl.constexpr, BC: tl.constexpr, SKIP: tl.constexpr):
     """Program (i, j): BN rows and BV of the tokens begin .. begin + width - 1. Writes to d (N,width) the gradients of
-    the logits, summed over the experts. Adds the tile's part of the factors' gradients to d_u (K,N,R) and d_A (K,V,R),
-    float32. SKIP: a tile with wanted (I,J) = 0 is skipped; the caller has filled d with zeros."""
+    the logits, summed over the experts, and the tile's part of the factors' gradients to d_u[j] and d_A[i], float32:
+    d_u (J,K,N,R) and d_A (I,K,width,R), whose sums over the first axis are the gradients. SKIP: a tile with
+    wanted (I,J) = 0 is skipped; the caller has filled d, d_u and d_A with zeros."""
     needed = True
     if SKIP:
         needed = tl.load(wanted + tl.program_id(0) * tl.cdiv(V, BV) + begin // BV + tl.program_id(1)) != 0
@@ -127,8 +128,10 @@ def backward_tile(rows, weight, u, A, targets, top, total, grad, d, d_u, d_A, N,
             low_in, a_in = (n < N)[:, None] & (r < R), (v < V)[:, None] & (r < R)
             low, a = tl.load(u + low_at, mask=low_in, other=0.0), tl.load(A + a_at, mask=a_in, other=0.0)
             d_k = d_k.to(low.dtype)
-            tl.atomic_add(d_u + low_at, tl.dot(d_k, a, input_precision="ieee"), mask=low_in)
-            tl.atomic_add(d_A + a_at, tl.dot(tl.trans(d_k), low, input_precision="ieee"), mask=a_in)
+            first_u, first_A = tl.program_id(1).to(tl.int64) * K * N * R, tl.program_id(0).to(tl.int64) * K * width * R
+            tl.store(d_u + first_u + low_at, tl.dot(d_k, a, input_precision="ieee"), mask=low_in)
+            tl.store(d_A + first_A + (k * width + at)[:, None] * R + r,
+                     tl.dot(tl.trans(d_k), low, input_precision="ieee"), mask=(at < width)[:, None] & (r < R))
     tl.store(d + n[:, None].to(tl.int64) * width + at, d_product.to(d.dtype.element_ty),
              mask=(n < N)[:, None] & (at < width))
 
@@ -220,21 +223,26 @@ class FusedLogps(torch.autograd.Function):
         (N, C), V = rows.shape, len(W)
         K, R = (1, 0) if A is None else (len(A), A.shape[-1])
         sizes, grad = {"C": C, "K": K, "R": R, "RP": padded(R)} | tiling(W.dtype, K), grad.contiguous()
-        BN, BV = sizes["BN"], sizes["BV"]
-        width = min(V, max(BV, CHUNK // max(1, N * W.element_size()) // BV * BV))
+        BV, I = sizes["BV"], triton.cdiv(N, sizes["BN"])
+        of_token = N * W.element_size() + 4 * K * R * (N / BV + I)          # bytes for each token of a chunk
+        width = min(V, max(BV, int(CHUNK / max(1, of_token)) // BV * BV))
         d_rows = torch.zeros(N, C, dtype=torch.float32, device=rows.device)
         d_W = torch.empty_like(W) if need_W else None
-        d_u = None if A is None else torch.zeros_like(u, dtype=torch.float32)
-        d_A = None if A is None else torch.zeros_like(A, dtype=torch.float32)
-        buffer = torch.empty(N * width, dtype=W.dtype, device=W.device)     # one allocation for all chunks
+        d_u = torch.zeros(K, N, R, dtype=torch.float32, device=rows.device)
+        d_A = torch.zeros(K, V, R, dtype=torch.float32, device=rows.device)
         for begin in range(0, V, width):
             here = min(width, V - begin)
-            d = buffer[: N * here].view(N, here)
-            d = d if wanted is None else d.zero_()
+            make = torch.empty if wanted is None else torch.zeros
+            d = make(N, here, dtype=W.dtype, device=W.device)
+            parts = [None if A is None else make(shape, dtype=torch.float32, device=W.device)
+                     for shape in ((triton.cdiv(here, BV), K, N, R), (I, K, here, R))]
             if N:
-                backward_kernel[(triton.cdiv(N, BN), triton.cdiv(here, BV))](
-                    rows, W, u, A, targets, top, total, grad, d, d_u, d_A, wanted, N, V, begin, here,
+                backward_kernel[(I, triton.cdiv(here, BV))](
+                    rows, W, u, A, targets, top, total, grad, d, *parts, wanted, N, V, begin, here,
                     SKIP=wanted is not None, **sizes)
+            if A is not None:
+                d_u += parts[0].sum(0)
+                d_A[:, begin : begin + here] = parts[1].sum(0)
             if need_rows:
                 d_rows += d @ W[begin : begin + here]
             if need_W:
