@@ -19,6 +19,7 @@ from raising import raises_at
 import train
 from mixdpo import config as configs
 from mixdpo.config import Stopped
+from mixdpo.fast import texts
 from mixdpo.runs import memory_estimate as fits
 from mixdpo.runs.checkpoint import Stop, checkpoints, load_checkpoint
 from mixdpo.text import records
@@ -86,7 +87,7 @@ def test_the_second_signal_stops_at_once(tmp_path, model_dir, monkeypatch):
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
-def asks_at(monkeypatch, count, name="posterior", owner=train):
+def asks_at(monkeypatch, count, name, owner):
     """Asks the Stop in use to stop within call number `count` of owner.NAME; returns the calls so far."""
     calls, stops, real, begin = [], [], getattr(owner, name), Stop.__enter__
 
@@ -105,25 +106,24 @@ def asks_at(monkeypatch, count, name="posterior", owner=train):
     return calls
 
 
-E_STEPS = {                                                                 # options; calls before the stop, steps done
-    "last": (dict(epochs=1), 2, 3),
-    "last of context": (dict(latent="user", estep="context", context=1, epochs=1, start_steps=9), 2, 2),
-    "first of incremental": (dict(latent="user", em="incremental", epochs=2, start_steps=2), 2, 2),
-    "first of all": (dict(latent="user", em="incremental", epochs=1, start="none"), 2, 0),
+E_STEPS = {                                                                 # options; steps done
+    "last": (dict(epochs=1), 9),
+    "last of context": (dict(latent="user", estep="context", context=6, epochs=1, start_steps=9), 6),
+    "first of incremental": (dict(latent="user", em="incremental", epochs=2, start_steps=2), 2),
 }
 
 
 @pytest.mark.parametrize("case", E_STEPS)
 def test_a_stop_within_an_e_step_is_heeded(case, tmp_path, model_dir, monkeypatch):
-    """A stop is asked for in the middle of an E-step over all pairs. Catches: the whole pass waited for, the steps
-    before it lost or done again, another result."""
-    options, count, steps = E_STEPS[case]
-    data = tinyjob.write(tmp_path / "d.jsonl", tinyjob.make_records())
+    """A stop is asked for in the second of several batches of an E-step over all pairs. Catches: the whole pass waited
+    for, the steps before it lost or done again, another result."""
+    options, steps = E_STEPS[case]
+    data = tinyjob.write(tmp_path / "d.jsonl", tinyjob.make_records(each=12))       # 72 pairs; batches of 32 texts
     whole = tinyjob.run(tmp_path, model_dir, None, name="whole", data=data, **options)
     with monkeypatch.context() as patch, pytest.raises(Stopped) as caught:
-        calls = asks_at(patch, count)
+        calls = asks_at(patch, 2, "pair_logp", texts)
         tinyjob.run(tmp_path, model_dir, None, name="run", data=data, **options)
-    assert len(calls) == count and str(tmp_path / "run") in str(caught.value)
+    assert len(calls) == 2 and str(tmp_path / "run") in str(caught.value)
     assert [path.stem for path in checkpoints(tmp_path / "run")] == [f"{steps:08d}"] * (steps > 0)
     taken, real = [], train.step
     monkeypatch.setattr(train, "step", lambda *a: taken.append(None) or real(*a))
