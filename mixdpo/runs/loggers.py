@@ -5,7 +5,7 @@
     trackio         project mixdpo, in TRACKIO_DIR on this machine; shown by `trackio show --project mixdpo`
 
 Figures have the names that trainers of DPO give them (NAMES), and the values of metrics.jsonl. A resumed run continues
-its curves: a step that it repeats is not shown twice. The packages are the extra `log`; only the one in use is imported.
+its curves: a step that it repeats is not shown twice. The packages are the extra `log`; the one in use is imported.
 
 A private run sends only the figures that its budget covers (COVERED), and not before it ends: the times at which its
 steps end are not covered (private/dp_sgd.py). Left out: figures of single experts, and those of --validation.

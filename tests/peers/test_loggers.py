@@ -39,8 +39,8 @@ tinyjob.run(Path(folder), Path(model), tinyjob.make_records(each=6), **eval(opti
 def trained(tmp_path, model_dir, log, stop=0, **options):
     """Runs a job of 5 steps in a process of its own, which saves after each second step, and stops after step `stop`;
     nothing leaves this machine. -> the run's lines of metrics.jsonl."""
-    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(tmp_path / "trackio"),
-                                "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1",
+                                "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     words = [sys.executable, "-c", PROGRAM, str(stop), str(tmp_path), str(model_dir), repr({"log": log, **options})]
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode == 0) == (stop == 0), done.stdout + done.stderr
