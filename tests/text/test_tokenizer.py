@@ -223,7 +223,7 @@ def test_the_key_changes_with_everything_that_changes_ids(load, tmp_path):
     assert load("composed", order).key == keys[0]
 
 
-# --- each file is read once --------------------------------------------------------------------------------------------
+# --- each file is read once -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changed", ["tokenizer.json", "tokenizer_config.json", "generation_config.json",
