@@ -33,8 +33,8 @@ def measure(directory: Path, sizes, rounds: int) -> dict[str, list[dict]]:
 
 def table(found: dict[str, list[dict]]) -> str:
     """All figures as printed text."""
-    lines = [f"{'exchange of processes (gloo), of a step':42}{'processes':>10}{'CPU s':>9}{'wall s':>9}{'exchange, CPU':>15}"
-             f"{'wall':>7}{'MB':>10}{'floor':>10}"]
+    lines = [f"{'exchange of processes (gloo), of a step':42}{'processes':>10}{'CPU s':>9}{'wall s':>9}"
+             f"{'exchange, CPU':>15}{'wall':>7}{'MB':>10}{'floor':>10}"]
     for row in (row | {"title": TITLES[name]} for name, rows in found.items() for row in rows):
         lines.append(f"{row['title']:42}{row['processes']:10}{row['cpu']:9.3f}{row['wall']:9.3f}{row['cpu_share']:15.1%}"
                      f"{row['wall_share']:7.1%}{row['bytes'] / 1e6:10.4f}{row['floor'] / 1e6:10.4f}")

@@ -40,8 +40,8 @@ def test_a_quick_run_prints_a_table_and_writes_every_sample(tmp_path, monkeypatc
     lacking = dataclasses.replace(variants.VARIANTS["trl"], needs=("no_such_package",))
     monkeypatch.setitem(parts.ROWS, "trl", lacking)
     out = tmp_path / "runs" / "bench.json"
-    words = "--sizes quick --rounds 2 --variants k1,k4-full,plain,em,head-kept,trl --memory false --exchange false --out"
-    step.main([*words.split(), str(out)])
+    words = "--sizes quick --rounds 2 --variants k1,k4-full,plain,em,head-kept,trl --memory false --exchange false"
+    step.main([*words.split(), "--out", str(out)])
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert list(result["rows"]) == ["k1", "k4-full", "plain", "em", "head-kept"]
     assert result["skipped"] == {"trl": ["no_such_package"]}
