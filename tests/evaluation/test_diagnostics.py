@@ -87,7 +87,7 @@ def test_effective_experts_and_entropy():
 def test_a_steps_figures_against_plain_python():
     """Faults: loss with live weights w for q; the mean over experts in accuracy; the bound at the posterior and not at
     the q in use; rewards without the reference, weighted by w, or of the rejected text where the chosen one's is meant;
-    NaN of an expert without weight; a reward that is equal for both texts counted as right or as wrong."""
+    equal rewards of both texts counted as right or as wrong."""
     rng = np.random.default_rng(0)
     h, q, w = rng.normal(size=(5, 2)), rng.dirichlet([1, 1], 5), [0.3, 0.7]
     h[2, 1] = 0.0                                                           # a tie counts one half
