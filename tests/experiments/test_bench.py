@@ -74,8 +74,7 @@ def test_memory_of_a_variant_is_measured_in_its_own_process(tmp_path):
 
 
 def test_exchanges_are_counted_and_timed_in_processes_of_their_own(tmp_path):
-    """Seen to fail with: the bytes of all steps, or of those before; a step of one process that exchanges; waiting that
-    counts as exchange."""
+    """Seen to fail with: the bytes of all steps."""
     variants.make_setting(variants.QUICK, tmp_path)
     found = exchange.measure(tmp_path, variants.QUICK, 2)
     trained = {"k1": sum(p.numel() for p in variants.load_model(tmp_path).parameters()),
@@ -89,7 +88,7 @@ def test_exchanges_are_counted_and_timed_in_processes_of_their_own(tmp_path):
 
 
 def test_waiting_is_no_exchange(monkeypatch):
-    """Seen to fail with: the two clocks exchanged; the second's begin for the first's."""
+    """Seen to fail with: waiting that counts as exchange."""
     import torch.distributed as dist
 
     now = iter([(0.0, 0.0), (1.0, 10.0), (3.0, 15.0)])

@@ -45,7 +45,7 @@ def test_a_missing_package_is_an_error_before_anything_is_read(log, tmp_path, mo
 
 def test_every_step_is_sent_with_the_values_of_its_line(told, tmp_path, model_dir):
     """Catches: a figure under the name of another; a step that is not sent; a checkpoint before the flush."""
-    out = tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), log="tensorboard", gate="linear")
+    out = tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), log="tensorboard", latent="user", gate="user")
     lines = tinyjob.lines(out / "metrics.jsonl")
     assert told[0] == ("open", 0) and told[-2:] == [("flush",), ("close",)]
     assert told[1:-2] == [(line["step"], {name: line[SAME.get(name, name)] for name in SENT}) for line in lines]
