@@ -112,7 +112,7 @@ def wanted(lines, names=tuple(NAMES)):
 
 
 def test_each_figure_is_that_of_the_line(log, tmp_path, model_dir):
-    """Catches: a name that has another's figure; a step counted from 0; the last steps lost in a queue; output of the
+    """Catches: a step counted from 0; not seen to fail on: the last steps lost in a queue; output of the
     console that is sent, too."""
     lines = trained(tmp_path, model_dir, log)
     got = READERS[log](tmp_path)
@@ -132,14 +132,14 @@ def test_a_resumed_run_continues_its_curves(log, tmp_path, model_dir):
 
 
 def test_a_private_run_shows_only_what_is_covered(log, tmp_path, model_dir):
-    """Catches: the loss, or anything else that is computed from the data without noise."""
+    """What it is for: the loss, or anything else that is computed from the data without noise, is not there."""
     lines = trained(tmp_path, model_dir, log, epsilon=8.0, batch=6)
     got = READERS[log](tmp_path)
     assert {key: float(np.float32(value)) for key, value in got.items()} == wanted(lines, COVERED) and len(lines) == 6
 
 
 def test_a_new_run_in_an_old_folder_is_another(tmp_path, model_dir):
-    """Catches: a new run that continues the old one's curves in trackio."""
+    """What it is for: a new run does not continue the old one's curves in trackio."""
     pytest.importorskip("trackio", reason="trackio is not installed (extra `log`)")
     first = trained(tmp_path, model_dir, "trackio")
     shutil.rmtree(tmp_path / "run" / "checkpoint")
