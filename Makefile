@@ -50,7 +50,7 @@ synth: .venv/ready        ## a private synthetic table, what it cost and how clo
 chaos: .venv/chaos        ## runs that are killed, disks that fail, files that are damaged: a table of what survived
 	$(PY) -m tests.chaos
 
-peers: .venv/peers        ## the same numbers as transformers, tokenizers, PEFT, TRL and biogeme give
+peers: .venv/peers        ## the same numbers as transformers, tokenizers, PEFT, TRL, biogeme and loggers give
 	$(PY) -m pytest tests/peers
 
 .venv/ready: requirements.txt

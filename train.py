@@ -28,7 +28,7 @@ from mixdpo.fast.backward import backward
 from mixdpo.fast.memory import tune_process
 from mixdpo.fast.optimizer import clip_and_step, set_rate
 from mixdpo.gates import TRAINED, Gate, Inputs, gate_objective
-from mixdpo.metrics import step_summary
+from mixdpo.metrics import bound_summary, chosen_and_rejected, step_summary
 from mixdpo.mixture import e_step, elbo, expert_loss, update_weights
 from mixdpo.plan import Micro, Plan, gathered, micro_batches
 from mixdpo.preferences import Batch
@@ -92,7 +92,7 @@ def em_loss(micro: Micro, log_w: torch.Tensor, known: torch.Tensor | None, probl
 
     log_w (G,K): prior of the G units of the micro-batch. known (G,K): log q, if it is known. Returns a function that
     fast/backward.py calls for b pairs at a time, sorted by unit: loss_of(logp (b,K,2), part: their slice) -> the sum of
-    M8 / count, and their log_q and h (b,K). Unless log q is known, they are all pairs of g complete units.
+    M8 / count, and log_q, h (b,K), logp. Unless log q is known, they are all pairs of g complete units.
     """
     pair, order, device = micro.train.pair.to(log_w.device), micro.train.order, log_w.device       # (B,), (B,2)
 
@@ -106,7 +106,7 @@ def em_loss(micro: Micro, log_w: torch.Tensor, known: torch.Tensor | None, probl
         else:
             log_q = known[rows]                                             # (g,K)
         loss = em.weigh(expert_loss(log_q[row], h), micro.visits[unit])                             # (b,)  M8
-        return loss.sum() / count, (log_q[row], h.detach())
+        return loss.sum() / count, (log_q[row], h.detach(), logp.detach())
 
     return loss_of
 
@@ -135,7 +135,7 @@ def step(state: EMState, problem: Problem, em: EM) -> tuple[dict, list[int]]:
 
     def gradient(micros: list[Micro], count: int):
         """E-step and M-step of some micro-batches: adds the gradient of sum (M8 + M9) / count to .grad. Returns, for
-        each of their pairs, the place of its visit in the step, log_q and h."""
+        each of their pairs, the place of its visit in the step, log_q, h, and what is reported of its texts."""
         seen = []
         for micro in micros:
             here, given = micro.places, None if known is None else known[micro.places]              # (G,K)
@@ -145,22 +145,23 @@ def step(state: EMState, problem: Problem, em: EM) -> tuple[dict, list[int]]:
             loss_of = em_loss(micro, prior[here], given, problem, em, count)
             parts = backward(state.experts, micro.train, loss_of, problem.rows_of, config.head_rows,
                              whole_groups=given is None)
-            log_q, h = (torch.cat(column) for column in zip(*parts))                                # (B,K) each
-            seen.append((micro.first + micro.train.group.to(device), log_q, h))
-        place, log_q, h = (torch.cat(column) for column in zip(*seen))
+            log_q, h, logp = (torch.cat(column) for column in zip(*parts))                          # (B,K) two, (B,K,2)
+            texts = chosen_and_rejected(log_q, logp, problem.ref_logp[micro.train.pair.to(device)], config.beta)
+            seen.append((micro.first + micro.train.group.to(device), log_q, h, texts))
+        place, log_q, h, texts = (torch.cat(column) for column in zip(*seen))
         if gate.kind in TRAINED:
             rows = slice(micros[0].first, micros[-1].places.stop)
             per_visit = log_w.index_copy(0, place, log_q)[rows]             # one row a visit; its pairs write the same
             (gate_objective(gate, inputs[rows], per_visit, config, share[rows], inputs) / count).backward()     # M9
-        return place, log_q, h
+        return place, log_q, h, texts
 
     set_rate(state.optimizer, state.t, len(plan.steps), config.warmup)
     seen = em.accumulate(gradient, micros)                                     # E-step and M-step
-    place, of_pair, h = (torch.cat(column) for column in zip(*seen))        # (B,), (B,K), (B,K)
+    place, of_pair, h, texts = (torch.cat(column) for column in zip(*seen))     # (B,), (B,K) two, (B,4)
     log_q = log_w.index_copy(0, place, of_pair)                             # (G,K)
     bound = elbo(log_q, log_w, h, place)                                    # (G,)  M6, M11, under the gate's weights
     figures = {"step": state.t + 1, "epoch": epoch, "rate": state.optimizer.param_groups[0]["lr"], "pairs": len(h)}
-    figures |= step_summary(of_pair, log_w[place], h) | {"bound": bound.mean().item()}
+    figures |= step_summary(of_pair, log_w[place], h, texts) | bound_summary(bound, log_w, h, place)
     figures["grad_norm"] = clip_and_step(state.optimizer, figures["loss"] if micros else 0.0, em.clip)
     row_of = {unit: n for n, unit in enumerate(units.tolist())}             # of a user's slices in one step: the last
     state.log_q[list(row_of)] = log_q[list(row_of.values())].cpu()
@@ -210,9 +211,8 @@ def fit(state: EMState, problem: Problem, variants: Variants, log: Log, saver: S
             return log.responsibilities(total, list(range(len(state.log_q))), state.log_q) if infers else None
         try:
             figures, units = step(state, problem, EM(**variants.functions(state.t, all_pairs)))
-        except FloatingPointError as error:
-            message = nonfinite_message(error, problem.plan, state.t, config)
-            raise InputError(message, config.data, option="lr") from None
+        except FloatingPointError as why:
+            raise InputError(nonfinite_message(why, problem.plan, state.t, config), config.data, option="lr") from None
         log.step(figures | variants.end_step(), units, state.log_q[units])
         saver.after(state.t, total, now)
 

@@ -91,7 +91,7 @@ def state(experts, problem, log_w=None, optimizer=None):
 
 def accumulate(experts, problem, log_w, em=None, log_q=None, pairs=None):
     """Adds the gradient of M8 over all visits of a problem's plan, in one micro-batch; returns what em_loss shows of
-    each part: log_q and h of its pairs. log_w (K,) of all units."""
+    each part: log_q, h and logp of its pairs. log_w (K,) of all units."""
     ids, config = list(range(problem.plan.inferred)), problem.config
     micro, = micro_batches(problem.plan, ids, dataclasses.replace(config, micro=10_000))
     log_w = log_w.expand(len(ids), -1)

@@ -19,8 +19,8 @@ def clip_examples(clipped: ClippedSum, experts: int):
     device = clipped.parameters[0].device if clipped.parameters else None
 
     def accumulate(gradient, micros: list) -> list:
-        nothing = torch.empty(0, experts, device=device)
-        seen, example = [(torch.empty(0, dtype=torch.int64, device=device), nothing, nothing)], []
+        none = [torch.empty(0, width, device=device) for width in (experts, experts, 4)]
+        seen, example = [(torch.empty(0, dtype=torch.int64, device=device), *none)], []
         for micro in micros:
             example.append(micro)
             if micro.ends_example:

@@ -1,4 +1,5 @@
-"""What a run reports: metrics.jsonl, responsibilities.jsonl, the progress line, and the environment."""
+"""What a run reports: metrics.jsonl, responsibilities.jsonl, the progress line, and the environment; and to a logger
+(loggers.py)."""
 
 import hashlib
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from mixdpo.config import InputError, to_json, write_text
+from mixdpo.runs.loggers import NONE, Logger
 
 
 def revision() -> str:
@@ -58,13 +60,13 @@ class Progress:
 
 
 class Log:
-    """metrics.jsonl and responsibilities.jsonl, a line a step each, and the progress line."""
+    """metrics.jsonl and responsibilities.jsonl, a line a step each, the progress line, and the logger of --log."""
 
-    def __init__(self, run: Path, t: int, total: int, config, writes: bool = True):
+    def __init__(self, run: Path, t: int, total: int, config, writes: bool = True, logger: Logger = NONE):
         """t: steps done before; later lines are removed. writes: False in the processes of a run that do not write."""
         self.metrics, self.q = (keep_lines(run / name, t) if writes else open(os.devnull, "a")
                                 for name in ("metrics.jsonl", "responsibilities.jsonl"))
-        self.writes = writes
+        self.writes, self.logger = writes, logger
         self.total, self.config, self.progress = total, config, Progress(run.name, t)
 
     def step(self, figures: dict, groups: list[int], log_q: torch.Tensor) -> None:
@@ -72,6 +74,7 @@ class Log:
         t = figures["step"]
         self.write(self.metrics, to_json(figures))
         self.responsibilities(t, groups, log_q)
+        self.logger.send(t, figures)
         accuracy = " ".join(f"{a:.2f}" for a in figures["accuracy"])
         used = f"  effective experts {figures['effective_experts']:.2f}" if self.config.experts > 1 else ""
         self.progress(t, self.total,
@@ -90,7 +93,8 @@ class Log:
             raise OSError(error.errno, error.strerror, file.name) from None
 
     def sync(self) -> None:
-        """Syncs both files; a checkpoint is written after the lines that it needs."""
+        """Syncs both files, and flushes the logger; a checkpoint is written after the lines that it needs."""
+        self.logger.flush()
         if self.writes:
             os.fsync(self.metrics.fileno())
             os.fsync(self.q.fileno())
@@ -98,6 +102,7 @@ class Log:
     def close(self) -> None:
         self.metrics.close()
         self.q.close()
+        self.logger.close()
 
 
 def keep_lines(path: Path, steps: int):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from mixdpo.config import SEEDS, InputError, check_choices, check_ranges, compute_dtype, convert
 from mixdpo.gates import KINDS, READS_PROMPT, TRAINED, first_weights
 from mixdpo.runs.distributed import world
+from mixdpo.runs.loggers import MODULES
 from mixdpo.text.shapes import parse_columns
 from mixdpo.variants.e_steps import SAMPLED, VARIANTS
 
@@ -123,6 +124,11 @@ class TrainConfig:
                                     # or is stopped
     keep: int = 2                   # number of newest checkpoints that an unfinished run keeps
 
+    # --- log
+    log: str = ""                   # where curves are shown, beside metrics.jsonl: tensorboard (files in the run's
+                                    # directory), wandb or trackio; needs the extra `log`. With --epsilon only what the
+                                    # budget covers, when the run ends. Empty: nowhere
+
     @property
     def known_steps(self) -> int:
         """The number of first steps whose responsibilities are those of the start. With --start linear and context
@@ -166,7 +172,7 @@ def refuse(rules: list[tuple[str, bool, str]]) -> None:
 CHOICES = {
     "sharing": ("heads", "lora", "models"), "latent": ("pair", "user"), "estep": ("all", "context", "first"),
     "start": ("dirichlet", "linear", "none"), "em": ("minibatch", "incremental"), "gate": KINDS,
-    "gate_features": ("last", "mean"), "variant": VARIANTS,
+    "gate_features": ("last", "mean"), "variant": VARIANTS, "log": ("", *MODULES),
     "moments": ("float32", "bfloat16"), "privacy_unit": ("pair", "user")}
 RANGES = {
     **dict.fromkeys(("experts", "epochs", "batch", "micro", "restarts", "draws", "keep", "max_prompt", "max_response",
@@ -194,7 +200,7 @@ def compared(config: TrainConfig) -> dict:
     --dtype auto is left out: the dtype that it stands for is compared once the device is known. So is --columns, which
     is a part of the key of the data."""
     free = ["out", "data_folder", "columns", "save_minutes", "keep", "micro", "head_rows", "checkpointing",
-            "shard"]
+            "shard", "log"]
     free += ["dtype"] * (config.dtype == "auto")
     return {name: value for name, value in asdict(config).items() if name not in free}
 

@@ -1,8 +1,8 @@
 """What each of several processes does (distributed.py has their exchange):
 
     step       the examples of a step are divided into contiguous parts of about equal cost, one for each process. Then
-               gradients are summed once, before clipping, and log q and h of every pair are gathered. So all processes
-               have equal figures, tables and weights, and make equal optimizer steps
+               gradients are summed once, before clipping, and log q, h and texts (metrics.chosen_and_rejected) of
+               every pair are gathered. So all processes have equal figures, tables and weights, and make equal steps
     passes     reference, E-step on all pairs, validation: each process its part; the results are gathered
 
 The core does not know it: `divider` is plan.Plan.parts, `accumulate` is train.EM.accumulate.
@@ -91,7 +91,7 @@ def accumulate(variants, inner: Callable | None) -> Callable:
     """train.EM.accumulate of several processes: each calls gradient on its own micro-batches, with the number of all
     pairs of the step. inner: a private run's own, which sums gradients itself (private/step.py). variants: those of the
     run (variants/choose.py), which note what the processes have seen."""
-    parameters, K = variants.parameters, variants.config.experts
+    parameters, widths = variants.parameters, [variants.config.experts] * 2 + [4]                   # of log q, h, texts
     copied = [p for p in parameters if not is_sharded(p)]                   # FSDP2 sums the gradients of the others
 
     def of_step(gradient: Callable, micros: list[Micro]) -> list:
@@ -114,9 +114,10 @@ def accumulate(variants, inner: Callable | None) -> Callable:
         visits = torch.cat([place[:0], *(micro.visits for micro in micros)])[place]                     # (B,)
         device, first = parameters[0].device, sum(counts[: rank()])
         noted = variants.noted(visits[first : first + counts[rank()]]).to(device)                       # (b,D)
-        own = torch.cat([torch.empty(0, 2 * K, device=device), *(torch.cat(s[1:], dim=1) for s in seen)])      # (b,2K)
-        log_q, h, noted = gathered(torch.cat([own, noted], dim=1), counts).split([K, K, noted.shape[1]], dim=1)
+        own = torch.cat([torch.empty(0, sum(widths), device=device), *(torch.cat(s[1:], dim=1) for s in seen)])
+        rows = gathered(torch.cat([own, noted], dim=1), counts)
+        log_q, h, texts, noted = rows.split([*widths, noted.shape[1]], dim=1)
         variants.note(visits, log_q, h, noted)
-        return [(place.to(device), log_q, h)]
+        return [(place.to(device), log_q, h, texts)]
 
     return of_step

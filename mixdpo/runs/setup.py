@@ -24,7 +24,7 @@ from mixdpo.plan import Plan, make_plan, micro_batches
 from mixdpo.preferences import check_lengths, read_preferences
 from mixdpo.private.budget import Private, budgets_of_sources, delete_key, load_or_create_key, write_guarantee
 from mixdpo.private.keys import Key
-from mixdpo.runs import memory_estimate, parallel
+from mixdpo.runs import loggers, memory_estimate, parallel
 from mixdpo.runs.checkpoint import Saver, Stop, gate_state, load_checkpoint, load_gate, load_state, trained_state
 from mixdpo.runs.distributed import complete, placed, rank, shard, world
 from mixdpo.runs.gate_inputs import gate_inputs, known_pairs, make_gate
@@ -60,6 +60,7 @@ def opened(config: TrainConfig, key: Key | None) -> Iterator[Job | None]:
     """Within it this process holds the run's directory. Yields the job, or None if the run is finished.
     Raises: InputError on bad options, a directory that is not this run's, and memory that is too small."""
     validate(config)
+    loggers.must_be_installed(config.log)
     first, out = rank() == 0, Path(config.out)
     if first:
         must_be_run(config)
@@ -256,7 +257,8 @@ def resume(job: Job, made: Prepared) -> tuple[int, torch.Tensor]:
 
 def log_of(job: Job, made: Prepared, t: int) -> Log:
     """The log of a run that has made t steps."""
-    return Log(job.out, t, len(made.plan.steps), job.config, writes=rank() == 0)
+    logger = loggers.logger_of(job.config, job.out, t) if rank() == 0 else loggers.NONE
+    return Log(job.out, t, len(made.plan.steps), job.config, rank() == 0, logger)
 
 
 def saver_of(job: Job, made: Prepared, t: int) -> Saver:

@@ -181,17 +181,37 @@ def load_tokenizer(name_or_directory, data=None):
     """-> Tokenizer of "gpt2", "smollm2", "llama-3.2-1b", a directory with tokenizer.json, or a .gguf file.
 
     Instead of tokenizer.json a directory may have GPT-2's older files, vocab.json and merges.txt. data: a local folder
-    that is searched before anything is fetched; it may hold a model directory of that name. Raises: InputError.
+    that is searched before anything is fetched; it may hold a model directory of that name. Files that have not
+    changed are not read again: the caller shares the tokenizer with earlier ones. Raises: InputError.
     """
     if data is not None and (Path(data) / name_or_directory / "tokenizer.json").is_file():
         name_or_directory = Path(data) / name_or_directory
     if name_or_directory in NAMES:
-        return NAMES[name_or_directory](data)
+        file, read = NAMES[name_or_directory]
+        path = asset(file, data)
+        return _read_once(read, path, (_stamp(path),))
     path = resolve(name_or_directory, data)             # a name on the hub: its local folder
     if path.suffix == ".gguf" and path.is_file():
-        return _from_gguf(path, str(path))
+        return _read_once(_from_gguf, path, (_stamp(path),))
     if not path.is_dir():
         raise InputError(f"no such tokenizer; wanted a directory, a .gguf file or one of {', '.join(NAMES)}", file=path)
+    texts = [file for file in path.iterdir() if file.suffix in (".json", ".txt", ".jinja")]
+    return _read_once(_from_directory, path, tuple(sorted(map(_stamp, texts))))
+
+
+def _stamp(file):
+    """What changes if the file does."""
+    facts = file.stat()
+    return file.name, facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=4)
+def _read_once(read, path, stamps):
+    """read(path), or what it returned for files with these stamps."""
+    return read(path)
+
+
+def _from_directory(path):
     with reading(path, "its tokenizer files do not have transformers' format: save them again"):
         doc = _document_of(path)
         return Tokenizer(doc, _config_of(path, doc), str(path))
@@ -262,17 +282,17 @@ def _from_ranks(ranks, special, steps):
     return document(vocab, special, steps, merges, ignore_merges=len(merges) + single < len(ranks))
 
 
-def _gpt2(data):
-    doc = _from_ranks(_read_ranks(asset("gpt2.tiktoken", data)), {"<|endoftext|>": 50256}, BYTE_LEVEL)
+def _gpt2(path):
+    doc = _from_ranks(_read_ranks(path), {"<|endoftext|>": 50256}, BYTE_LEVEL)
     return Tokenizer(doc, CONFIG | {"eos_token": "<|endoftext|>"}, "gpt2")
 
 
-def _smollm2(data):
-    return _from_gguf(asset("smollm2", data), "smollm2")
+def _smollm2(path):
+    return _from_gguf(path, "smollm2")
 
 
-def _from_gguf(path, place):
-    return from_metadata(read_gguf(path)[0], path, place)
+def _from_gguf(path, place=None):
+    return from_metadata(read_gguf(path)[0], path, place or str(path))
 
 
 def from_metadata(metadata, path, place):
@@ -306,17 +326,19 @@ def _starting_with(bos, number):
             "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}}}
 
 
-def _llama3(data):
+def _llama3(path):
     """Llama 3.2's tokenizer. Of its 256 special tokens eight have names; the others are reserved and numbered."""
     named = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id", 7: "end_header_id",
              8: "eom_id", 9: "eot_id", 10: "python_tag"}
     reserved = [n for n in range(256) if n not in named]
     special = {f"<|{name}|>": 128000 + n for n, name in named.items()}
     special |= {f"<|reserved_special_token_{k}|>": 128000 + n for k, n in enumerate(reserved)}
-    doc = _from_ranks(_read_ranks(asset("llama3.tokenizer", data)), special, LLAMA3_STEPS)
+    doc = _from_ranks(_read_ranks(path), special, LLAMA3_STEPS)
     bos = "<|begin_of_text|>"
     doc["post_processor"] = _starting_with(bos, special[bos])
     return Tokenizer(doc, CONFIG | {"eos_token": "<|end_of_text|>", "bos_token": bos}, "llama-3.2-1b")
 
 
-NAMES = {"gpt2": _gpt2, "smollm2": _smollm2, "llama-3.2-1b": _llama3}
+# name: its asset (files/fetch.py), and what reads it
+NAMES = {"gpt2": ("gpt2.tiktoken", _gpt2), "smollm2": ("smollm2", _smollm2),
+         "llama-3.2-1b": ("llama3.tokenizer", _llama3)}

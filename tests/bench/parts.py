@@ -8,8 +8,8 @@ from mixdpo.evaluation.generate import Sampling, generate
 from mixdpo.experts import Heads, pair_logp
 from mixdpo.fast.packing import compact_rows
 from mixdpo.logprob import token_logps, token_logps_reference
-from mixdpo.metrics import step_summary
-from mixdpo.mixture import e_step, expert_loss
+from mixdpo.metrics import bound_summary, chosen_and_rejected, step_summary
+from mixdpo.mixture import e_step, elbo, expert_loss
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import Pair, collate
 from tests.bench.variants import VARIANTS, Setting, Stepper, Variant, products_in
@@ -104,12 +104,15 @@ def bookkeeping(setting: Setting) -> Stepper:
     """The additional work of a mixture: all of EM over K, from margins to the logged figures."""
     B, K = setting.sizes.pairs, setting.sizes.experts
     h, log_w = drawn(setting, B, K), torch.full((B, K), 1 / K, device=setting.device).log()
+    logp, each = drawn(setting, B, K, 2), torch.arange(B, device=setting.device)
 
     def step():
         margins = h.detach().requires_grad_()
         log_q = e_step(log_w, margins.detach())[1]
         expert_loss(log_q, margins).sum().backward()
-        return step_summary(log_q, log_w, margins.detach())["loss"]
+        texts = chosen_and_rejected(log_q, logp, logp[:, :1], 0.1)
+        bound_summary(elbo(log_q, log_w, margins.detach(), each), log_w, margins.detach(), each)
+        return step_summary(log_q, log_w, margins.detach(), texts)["loss"]
 
     return Stepper(step, [])
 

@@ -3,8 +3,9 @@
 Time: all variants are in one process. In every round each makes one step, in a newly shuffled order, so that a
 disturbance of the machine affects all of them. Results are medians over rounds of CPU-seconds (all threads; idle
 workers sleep) and of wall time; on a GPU, of the device's event clock and of wall time. Memory: each variant has its
-own process, see memory.py. Each ratio is printed with its target, reached or missed; nothing is asserted. Absolute
-times depend on the machine; ratios are the result. All rows together need about 20 GB and an otherwise idle machine.
+own process, see memory.py. What several processes exchange: see exchange.py. Each ratio is printed with its target,
+reached or missed; nothing is asserted. Absolute times depend on the machine; ratios are the result. All rows together
+need about 20 GB and an otherwise idle machine.
 """
 
 import os
@@ -27,7 +28,7 @@ import torch  # noqa: E402
 
 from mixdpo.config import InputError, command, parse, write_text  # noqa: E402
 from mixdpo.runs.log import environment  # noqa: E402
-from tests.bench import memory  # noqa: E402
+from tests.bench import exchange, memory  # noqa: E402
 from tests.bench.parts import ROWS  # noqa: E402
 from tests.bench.variants import SIZES, VARIANTS, Setting, Stepper, make_setting  # noqa: E402
 
@@ -41,6 +42,7 @@ class BenchConfig:
     rounds: int = 7                         # timed steps of each variant; at least 5 for a result
     variants: tuple[str, ...] = ()          # rows to measure, by key, comma-separated; empty: all
     memory: bool = True                     # true: measure peak memory too, in one process for each variant
+    exchange: bool = True                   # true: measure what 1 and 2 processes exchange too (on a CPU)
     device: str = "cpu"                     # cpu or cuda
     seed: int = 0                           # seed of the weights, the pairs and the order within rounds
     out: str = "runs/bench.json"            # file for the results
@@ -215,14 +217,16 @@ def main(argv: list[str]) -> dict:
         setting = make_setting(sizes, Path(folder) / "model", config.device, config.seed)
         measure = config.memory and memory.measurable(config.device)
         used = {n: memory.measure(n, setting.directory, sizes, config.device) if measure else None for n in names}
+        shared = exchange.measure(setting.directory, sizes, config.rounds) if config.exchange else {}
         samples, steppers = time_all(names, setting, config.rounds, config.seed)
         rows = {name: summary(samples[name], used[name]) for name in names}
         found, roof = ratios(rows), roofline(rows, steppers, config.device)
     if config.sizes == "quick":
         print("tiny sizes: these ratios mean nothing; they only show that everything runs")
-    print(table(rows, found, skipped, "CPU" if config.device == "cpu" else "GPU"), roofline_table(roof), sep="\n\n")
+    clock = "CPU" if config.device == "cpu" else "GPU"
+    print(table(rows, found, skipped, clock), roofline_table(roof), exchange.table(shared), sep="\n\n")
     result = {"config": asdict(config), "sizes": asdict(sizes), "rows": rows, "targets": found, "roofline": roof,
-              "skipped": skipped,
+              "exchange": shared, "skipped": skipped,
               "environment": environment() | {"cpu": processor(), "versions": versions()}}
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     write_text(Path(config.out), json.dumps(result, indent=1) + "\n")

@@ -26,7 +26,10 @@ from mixdpo.models.llama import Llama, LlamaConfig
 from mixdpo.models.weights import load_model, save_model
 from mixdpo.plan import make_plan, micro_batches
 from mixdpo.preferences import Batch, Pair, collate
+from mixdpo.runs import parallel
+from mixdpo.runs.distributed import world
 from mixdpo.runs.reference import compute_reference
+from mixdpo.variants.choose import Variants
 
 BETA, LR, CLIP = 0.1, 1e-6, 1.0
 
@@ -122,21 +125,22 @@ def ours(setting: Setting, experts: int, rank: int = 0, dtype: torch.dtype | Non
     policies = make_experts([model], config, dtype)
     optimizer, _ = make_optimizer(policies, config.lr, config.head_lr, moments=config.moments)
     plan, G = make_plan(setting.pairs, config), len(setting.pairs)
-    plan = replace(plan, steps=[(0, list(range(G)))])                       # the same step, again and again
+    plan = replace(plan, steps=[(0, list(range(G)))], parts=parallel.divider(plan))  # the same step, again and again
     inputs = Inputs(torch.zeros(G, 0), torch.zeros(G, dtype=torch.int64)).to(setting.device)
     gate = Gate("fixed", experts, inputs, first_weights(config)).to(setting.device)
     rows_of = partial(compact_rows, packed=config.packing)
     problem = train.Problem(config, plan, ref_logp, inputs, None, *torch.zeros(2, G, experts), rows_of)
     state = train.EMState(policies, gate, optimizer, torch.zeros(G, experts))
-    em = train.EM(clip=config.clip)
+    learning = [p for p in policies.parameters() if p.requires_grad]
+    variants = Variants(config, plan, inputs.user, None, learning, parallel if world() > 1 else None)
+    em = train.EM(**variants.functions(0, None))
 
     def step():
         state.t = 0
         return train.step(state, problem, em)[0]["loss"]
 
-    micro, = micro_batches(plan, list(range(G)), config)
-    return Stepper(step, [p for p in policies.parameters() if p.requires_grad],
-                   **counted(policies, rows_of(micro.train)))
+    micro, = micro_batches(replace(plan, parts=lambda ids: [0] * len(ids)), list(range(G)), config)
+    return Stepper(step, learning, **counted(policies, rows_of(micro.train)))
 
 
 def products_in(setting: Setting) -> torch.dtype:

@@ -17,8 +17,8 @@ from mixdpo.evaluation.statistics import (
     matched_accuracy,
     mean_se,
 )
-from mixdpo.metrics import effective_experts, step_summary
-from mixdpo.mixture import entropy
+from mixdpo.metrics import bound_summary, chosen_and_rejected, effective_experts, step_summary
+from mixdpo.mixture import e_step, elbo, entropy
 
 
 def labels(seed, n=30, a=3, b=4):
@@ -85,19 +85,32 @@ def test_effective_experts_and_entropy():
 
 
 def test_a_steps_figures_against_plain_python():
-    """Faults: loss with live weights w for q; the mean over experts in accuracy;
-    the bound at the posterior and not at the q in use."""
+    """Faults: loss with live weights w for q; the mean over experts in accuracy; the bound at the posterior and not at
+    the q in use; rewards without the reference, weighted by w, or of the rejected text where the chosen one's is meant;
+    equal rewards of both texts counted as right or as wrong."""
     rng = np.random.default_rng(0)
     h, q, w = rng.normal(size=(5, 2)), rng.dirichlet([1, 1], 5), [0.3, 0.7]
     h[2, 1] = 0.0                                                           # a tie counts one half
-    got = step_summary(torch.tensor(q).log(), torch.tensor([w] * 5, dtype=torch.float64).log(), torch.tensor(h))
+    logp, ref = rng.normal(-30, 5, size=(5, 2, 2)), rng.normal(-30, 5, size=(5, 1, 2))
+    q[3], logp[4] = [1.0, 0.0], logp[4, :, :1]                              # one expert has no weight; a tie
+    ref[4] = ref[4, :, :1]
+    r = 0.3 * (logp - ref)
+    log_q, log_w = torch.tensor(q).log(), torch.tensor([w] * 5, dtype=torch.float64).log()
+    texts = chosen_and_rejected(log_q, torch.tensor(logp), torch.tensor(ref), 0.3)
+    got = step_summary(log_q, log_w, torch.tensor(h), texts)
+    chosen, rejected, logps, worse = ([sum(q[b][k] * x[b, k, side] for k in range(2)) for b in range(5)]
+                                      for x in (r, logp) for side in range(2))
+    right = [(a > b) + 0.5 * (abs(a - b) < 1e-12) for a, b in zip(chosen, rejected)]
     p = brute.marginal(w, h)
     want = {
+        "rewards/chosen": np.mean(chosen), "rewards/rejected": np.mean(rejected), "logps/chosen": np.mean(logps),
+        "logps/rejected": np.mean(worse), "rewards/margins": np.mean(chosen) - np.mean(rejected),
+        "rewards/accuracies": np.mean(right),
         "loss": np.mean([-sum(q[b][k] * math.log(brute.sigma(h[b][k])) for k in range(2)) for b in range(5)]),
         "log_marginal": np.mean(np.log(p)), "elbo": np.mean(brute.elbo(q, w, h)),
         "accuracy": [np.mean([(h[b, k] > 0) + 0.5 * (h[b, k] == 0) for b in range(5)]) for k in range(2)],
         "accuracy_mbt": np.mean([a > 0.5 for a in p]), "margin": h.mean(0), "q": q.mean(0),
-        "q_entropy": np.mean([-sum(x * math.log(x) for x in row) for row in q]),
+        "q_entropy": np.mean([-sum(x * math.log(x) for x in row if x) for row in q]),
         "effective_experts": math.exp(-sum(x * math.log(x) for x in q.mean(0))),
         "q_gain": np.mean([brute.kl(row, w) for row in q]), "w": w,
         "gate_entropy": -sum(x * math.log(x) for x in w), "gate_information": 0.0,
@@ -105,6 +118,19 @@ def test_a_steps_figures_against_plain_python():
     assert got.keys() == want.keys()
     for name, value in want.items():
         assert got[name] == pytest.approx(value, rel=1e-6, abs=1e-12), name
+
+
+def test_the_gap_is_what_the_bound_lacks_of_each_visits_log_marginal():
+    """Against KL(q || posterior) by hand: visits of 1, 3 and 2 pairs. Faults: a gap per pair; the prior counted for
+    each pair; q that is compared with the weights."""
+    rng, group = np.random.default_rng(1), [0, 1, 1, 1, 2, 2]
+    h, q, w = rng.normal(size=(6, 2)), rng.dirichlet([1, 1], 3), rng.dirichlet([1, 1], 3)
+    apart = [brute.kl(q[g], own) for g, own in enumerate(brute.user_posterior(w[group], h, group)[1])]
+    log_q, log_w, h, group = torch.tensor(q).log(), torch.tensor(w).log(), torch.tensor(h), torch.tensor(group)
+    got = bound_summary(elbo(log_q, log_w, h, group), log_w, h, group)
+    assert got["gap"] == pytest.approx(np.mean(apart), abs=1e-12) and min(apart) > 0.01
+    exact = e_step(log_w[group], h, group)[1]
+    assert bound_summary(elbo(exact, log_w, h, group), log_w, h, group)["gap"] == pytest.approx(0, abs=1e-12)
 
 
 def test_standard_errors_count_clusters():
@@ -230,7 +256,7 @@ def test_a_mixture_of_opposed_experts_is_a_tie():
         h = torch.stack([a, -a, a / 3, -a / 3], 1)
         even = torch.full((4,), -math.log(4), dtype=dtype)
         assert (mixture_accuracy(log_marginal(even, h)) == 0.5).all()
-        assert step_summary(even.expand_as(h), even.expand_as(h), h)["accuracy_mbt"] == 0.5
+        assert step_summary(even.expand_as(h), even.expand_as(h), h, h)["accuracy_mbt"] == 0.5
         above = log_marginal(even, h + torch.tensor([1e-4 if dtype == torch.float32 else 1e-12, 0, 0, 0], dtype=dtype))
         assert (mixture_accuracy(above)[a.abs() < 1] == 1).all()
     lost = torch.tensor([math.nan, 1.0, -1.0, 0.0])

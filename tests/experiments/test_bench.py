@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixdpo.config import InputError
 from mixdpo.text.tokenizer import load_tokenizer
-from tests.bench import gpu, llama, memory, parts, step, variants
+from tests.bench import exchange, gpu, llama, memory, parts, step, variants
 
 
 def row(cpu, wall, used=None):
@@ -40,8 +40,8 @@ def test_a_quick_run_prints_a_table_and_writes_every_sample(tmp_path, monkeypatc
     lacking = dataclasses.replace(variants.VARIANTS["trl"], needs=("no_such_package",))
     monkeypatch.setitem(parts.ROWS, "trl", lacking)
     out = tmp_path / "runs" / "bench.json"
-    words = "--sizes quick --rounds 2 --variants k1,k4-full,plain,em,head-kept,trl --memory false --out".split()
-    step.main([*words, str(out)])
+    words = "--sizes quick --rounds 2 --variants k1,k4-full,plain,em,head-kept,trl --memory false --exchange false"
+    step.main([*words.split(), "--out", str(out)])
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert list(result["rows"]) == ["k1", "k4-full", "plain", "em", "head-kept"]
     assert result["skipped"] == {"trl": ["no_such_package"]}
@@ -71,6 +71,34 @@ def test_memory_of_a_variant_is_measured_in_its_own_process(tmp_path):
     used = memory.measure("k1", tmp_path, variants.QUICK, "cpu")
     model = variants.load_model(setting.directory)
     assert used["state"] * 1e6 == 16 * sum(p.numel() for p in model.parameters()) and 0 < used["step"] < used["level"]
+
+
+def test_exchanges_are_counted_and_timed_in_processes_of_their_own(tmp_path):
+    """Seen to fail with: the bytes of all steps."""
+    variants.make_setting(variants.QUICK, tmp_path)
+    found = exchange.measure(tmp_path, variants.QUICK, 2)
+    trained = {"k1": sum(p.numel() for p in variants.load_model(tmp_path).parameters()),
+               "k4-adapters": 2 * 4 * 2 * (32 + 96)}                        # layers, K, rank, the sides of c_attn
+    for (name, (alone, two)), K in zip(found.items(), (1, 4)):
+        assert (alone["bytes"], alone["floor"], alone["cpu_share"], alone["wall_share"]) == (0, 0, 0.0, 0.0)
+        assert two["floor"] == 4 * trained[name] + 8 * K * 1.5              # 3 pairs: one process has 2, the other 1
+        assert two["bytes"] == 4 * trained[name] + (8 * K + 16) * 2         # each sends the rows of 2
+        assert 0 < two["cpu_share"] < 1 and 0 < two["wall_share"] < 1 and two["processes"] == 2
+    assert "K=4, adapters" in (text := exchange.table(found)) and len(text.splitlines()) == 5
+
+
+def test_waiting_is_no_exchange(monkeypatch):
+    """Seen to fail with: waiting that counts as exchange."""
+    import torch.distributed as dist
+
+    now = iter([(0.0, 0.0), (1.0, 10.0), (3.0, 15.0)])
+    for operation in ("all_reduce", "all_gather"):
+        monkeypatch.setattr(dist, operation, lambda *_: None)
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(exchange, "clocks", lambda: next(now))
+    found = exchange.Exchanges()
+    dist.all_gather([], torch.zeros(3, 2))
+    assert (found.bytes, found.waited, found.taken) == (24, [1.0, 10.0], [2.0, 5.0])
 
 
 def test_everything_for_a_gpu_runs_on_a_cpu_in_tiny_sizes(tmp_path, monkeypatch):

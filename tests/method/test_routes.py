@@ -78,7 +78,7 @@ def test_head_micro_batches_equal_the_composable_route(family, sharing, dtype):
         config = small.config(beta=0.5, head_rows=head_rows)
         seen = small.accumulate(experts, small.problem(config, pairs, ref), LOG_W[experts.K])
         assert_equal(gradient(experts), want, head_rows)
-        assert torch.cat([h for _, h in seen]).shape == (COUNT, experts.K)
+        assert torch.cat([h for _, h, _ in seen]).shape == (COUNT, experts.K)
         assert len(seen) == {0: 1, 1: COUNT, 10_000: 1}.get(head_rows, len(seen)), head_rows
 
 
@@ -124,8 +124,8 @@ def test_one_expert_is_dpo_bit_for_bit(family, head_rows):
     config = small.config(beta=0.5, head_rows=head_rows)
     batch = collate(pairs, list(range(COUNT)))
     seen = small.accumulate(experts, small.problem(config, pairs, ref, rows_of=rows_of), LOG_W[1])
-    got, h = gradient(experts), torch.cat([h for _, h in seen])
-    assert not any(q.any() for q, _ in seen)                                # log q is 0, not nearly 0
+    got, h = gradient(experts), torch.cat([h for _, h, _ in seen])
+    assert not any(q.any() for q, *_ in seen)                               # log q is 0, not nearly 0
     if head_rows == 0:
         margin = margins(pair_logp(experts, batch), ref, config.beta)[:, 0]
         assert torch.equal(margin, h[:, 0])

@@ -63,7 +63,7 @@ def ours(folders, pairs, head_rows=1024, **options):
     experts = make_experts([load_model(folders / "policy")], config, torch.float32)
     problem = small.problem(config, pairs, reference)
     seen = small.accumulate(experts, problem, first_weights(config))
-    h = torch.cat([h for _, h in seen])                             # (B,K)
+    h = torch.cat([h for _, h, _ in seen])                          # (B,K)
     return -F.logsigmoid(h).mean().item(), h[:, 0], {name: p.grad for name, p in experts.trunk.named_parameters()}
 
 

@@ -243,11 +243,12 @@ def test_a_run_of_two_processes_is_resumed_by_others(folder, name):
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_step_exchanges_little_more_than_it_must(folder, count):
     """The floor: the gradient of each trained parameter once, and log q and h of each pair, 4 bytes each. On top: two
-    flags, whether to save and to stop, and the rows that fill the parts of a step up to equal numbers of pairs."""
+    flags, whether to save and to stop, four numbers that are reported of each pair, and the rows that fill the parts of
+    a step up to equal numbers of pairs."""
     seen = json.loads((folder / f"{count}.json").read_text())
     trained = sum(x.numel() for name, x in tinyjob.tensors(folder / f"{count}/0").items()
                   if name.startswith(("experts.", "gate.")) and name not in ("gate.mean", "gate.scale"))
-    rows = 8 * 2 * 2 * 4                                                    # 8 pairs, log q and h, K = 2
+    rows = 8 * (2 * 2 + 4) * 4                                              # 8 pairs, log q and h, K = 2, four numbers
     for step in range(10):
         calls = [call[1:] for call in seen if call[0] == step]
         assert [call for call in calls if call[0] == "all_reduce"] == [["all_reduce", "torch.float32", 4 * trained]]

@@ -3,6 +3,7 @@ refused. Each docstring names the faults that the test was seen to fail on.
 """
 
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -220,6 +221,30 @@ def test_the_key_changes_with_everything_that_changes_ids(load, tmp_path):
     keys += [other_end.key, load("gpt2").key, load("prefix").key, load("digits").key, load("numbers").key]
     assert len(set(keys)) == len(keys)
     assert load("composed", order).key == keys[0]
+
+
+# --- each file is read once -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changed", ["tokenizer.json", "tokenizer_config.json", "generation_config.json",
+                                     "chat_template.jinja", "vocab.json", "merges.txt"])
+def test_files_are_read_again_only_if_one_has_changed(changed, tmp_path):
+    """Faults: a tokenizer read for each caller; a changed or new file that is not noticed: of the same size, or put in
+    the place of the old one with its time."""
+    folder = write(tmp_path / "t", GOLDEN["gpt2"]["tokenizer"], GOLDEN["gpt2"]["config"])
+    (other := write(tmp_path / "u", GOLDEN["gpt2"]["tokenizer"], GOLDEN["gpt2"]["config"])).joinpath("a.bin").touch()
+    first = load_tokenizer(folder)
+    (folder / "a.bin").touch()
+    assert load_tokenizer(str(folder)) is first is not load_tokenizer(other)
+    (folder / changed).write_text((folder / changed).read_text() if (folder / changed).exists() else "{}")
+    second = load_tokenizer(folder)
+    assert first is not second is load_tokenizer(folder)
+    assert (second.key == first.key) == (changed != "chat_template.jinja")
+    time, copied = (folder / changed).stat(), tmp_path / "copied"
+    copied.write_bytes((folder / changed).read_bytes())
+    os.utime(copied, ns=(time.st_atime_ns, time.st_mtime_ns))
+    copied.replace(folder / changed)
+    assert load_tokenizer(folder) is not second
 
 
 # --- the end token ----------------------------------------------------------------------------------------------------
