@@ -88,8 +88,8 @@ def scores(chance: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def detector(real: np.ndarray, synthetic: np.ndarray, kinds: list[str], rows: int = 10_000, folds: int = 3) -> float:
-    """AUROC of boosting that tells synthetic (M,d) from real rows (N,d): each row's score is from a model that was fitted
-    without it (cross-validation). rows: the most of a kind. Both kinds have equally many rows, drawn at random.
+    """AUROC of boosting that tells synthetic (M,d) from real rows (N,d): each row's score is from a model that was
+    fitted without it (cross-validation). Of each kind the same number of rows is drawn at random, at most `rows`.
 
     1/2 is ideal; copies of real rows may reach less, because a row and its copy can be in different folds."""
     from sklearn.ensemble import HistGradientBoostingClassifier
@@ -152,8 +152,8 @@ def xor_chain(rows: int, links: int, rng: np.random.Generator, flips: float = 0.
 
 
 def product_mixture(rows: int, d: int, rng: np.random.Generator, classes: int = 4, size: int = 4) -> np.ndarray:
-    """Codes (rows,d) below `size`: given a hidden class, one of `classes`, all columns are independent, each with shares
-    of its own, from Dirichlet(1/2). So every pair of columns is dependent, and no tree of pairs suffices."""
+    """Codes (rows,d) below `size`: given a hidden class, one of `classes`, all columns are independent, each with
+    shares of its own, from Dirichlet(1/2). So every pair of columns is dependent, and no tree of pairs suffices."""
     shares = rng.dirichlet(np.full(size, 0.5), size=(classes, d))           # (classes, d, size)
     hidden = rng.integers(classes, size=rows)
     up_to = shares.cumsum(-1)[hidden, :, :-1]                               # (rows, d, size-1)

@@ -1,8 +1,8 @@
-"""The suite: eight tables that packages ship, on which generators of private tables are compared, and three planted ones.
+"""The suite: eight tables that packages ship, on which generators of private tables are compared, and planted ones.
 
     DEVELOPMENT     adult, criminal, credit, fair           settings of methods may be chosen on these
-    KEPT            randhie, diamonds, benefits, chile      for the final comparison only: no generator is run on them, and
-                    nobody looks at their rows, before all settings are fixed
+    KEPT            randhie, diamonds, benefits, chile      for the final comparison only: before all settings are fixed
+                    no generator is run on them, and nobody looks at their rows
     PLANTED         parity, chain, mixture                  their dependence is known (marginals.py)
 
 The two kept tables that the request for the suite did not name, benefits and chile, were chosen by package, licence,
@@ -48,21 +48,38 @@ ROWS = 20_000           # rows of a planted table; a quarter as many are held ou
 
 
 @dataclass(frozen=True)
-class Coded:
-    """Codes of a table's rows for training (N,d) and of held-out rows (M,d); target: the column to predict."""
+class Tables:
+    """Codes of a table's rows for training (N,d), and of held-out rows (M,d) with the column to predict, if there are
+    any."""
 
     columns: list[Column]
     train: np.ndarray
-    test: np.ndarray
-    target: int
+    test: np.ndarray | None
+    target: int | None
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of codes of each column."""
+        return [column.size for column in self.columns]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Whether each column is a "category" or a "number"."""
+        return ["category" if column.values else "number" for column in self.columns]
 
 
-def coded(name: str, data=None, columns: list[Column] | None = None) -> Coded:
+def coded(name: str, data=None, columns: list[Column] | None = None) -> Tables:
     """A table of NAMES. data: a folder of local files, searched first; columns: use these instead of the schema's.
     Raises: InputError if no source has the file, or naming a row that the schema does not allow."""
-    columns = columns or columns_of(DESCRIBED[name]["schema"], name)
-    parts = [encode(part, columns, name) for part in rows(name, data)]
-    return Coded(columns, *parts, [column.name for column in columns].index(DESCRIBED[name]["target"]))
+    public, target = described(name)
+    parts = [encode(part, columns or public, name) for part in rows(name, data)]
+    return Tables(columns or public, *parts, target)
+
+
+def described(name: str) -> tuple[list[Column], int]:
+    """The columns of a table of NAMES, and the place of its target among them."""
+    columns = columns_of(DESCRIBED[name]["schema"], name)
+    return columns, [column.name for column in columns].index(DESCRIBED[name]["target"])
 
 
 def rows(name: str, data=None) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -117,11 +134,11 @@ def member(raw: bytes, name: str, path) -> bytes:
     return text
 
 
-def planted(name: str) -> Coded:
+def planted(name: str) -> Tables:
     """A table of PLANTED; the same rows at every call. The target is the last column."""
     rng = np.random.default_rng([11, PLANTED.index(name)])
     make = {"parity": lambda n: parity_table(n, 5, rng), "chain": lambda n: xor_chain(n, 5, rng),
             "mixture": lambda n: product_mixture(n, 10, rng)}[name]
     codes = make(ROWS + ROWS // 4)
     columns = [Column(f"column {j}", tuple(map(str, range(size)))) for j, size in enumerate(codes.max(0) + 1)]
-    return Coded(columns, codes[:ROWS], codes[ROWS:], len(columns) - 1)
+    return Tables(columns, codes[:ROWS], codes[ROWS:], len(columns) - 1)

