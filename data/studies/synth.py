@@ -151,10 +151,11 @@ def answer(found: dict, tables: list[str]) -> str:
         kind = next(name for name, of in (("development", suite.DEVELOPMENT), ("kept", suite.KEPT),
                                           ("planted", suite.PLANTED)) if table in of)
         cells_of = [(figure(at_one(table, method), *path), digits, at_one(table, method))
-                    for path, digits, methods in ((TWO, 4, ANSWER), (AUROC, 3, (*ANSWER[:-1], REAL)))
-                    for method in methods]
+                    for path, digits, last in ((TWO, 4, HELD), (AUROC, 3, REAL))
+                    for method in (*ANSWER[:-1], last)]
         body.append([table, kind, *(pm(of, digits) if at else NOT_RUN for of, digits, at in cells_of)])
-    head = ["table", "", *(f"2-way, {name}" for name in ANSWER), *(f"AUROC, {name}" for name in (*ANSWER[:-1], REAL))]
+    head = ["table", "", *(f"{what}: {name}" for what, last in (("2-way", HELD), ("AUROC", REAL))
+                           for name in (*ANSWER[:-1], last))]
     sentences = []
     for rival in ANSWER[1:-1]:
         both = [(at_one(table, OURS), at_one(table, rival)) for table in tables]
