@@ -100,7 +100,7 @@ def generate(tables: suite.Tables, method: str, rho: float) -> np.ndarray:
     # ("insufficient budget" with more than about four columns).
     with patch.object(_mst, "prior", lambda share: share * (1 - 1e-12)):
         table = budget.query(rho=rho).select(*names).contingency_table(cuts=cuts, algorithm=algorithm).release()
-    drawn = table.model.synthetic_data(len(tables.train), "sample").df
+    drawn = table.model.synthetic_data(len(tables.train), "sample").to_dict()
     return np.stack([np.asarray(drawn[name]) for name in names], axis=1).astype(np.int64)
 
 
