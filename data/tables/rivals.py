@@ -105,8 +105,8 @@ def generate(tables: suite.Tables, method: str, rho: float) -> np.ndarray:
 
 
 def with_cost(make) -> tuple[np.ndarray, float, float]:
-    """make() -> its result; core seconds of this process; and the megabytes by which the process's peak memory exceeded the memory at the
-    start (NaN where the kernel does not tell)."""
+    """make() -> its result; core seconds of this process; and the megabytes by which the process's peak memory exceeded
+    the memory at the start (NaN where the kernel does not tell)."""
     def resident(what: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(what))

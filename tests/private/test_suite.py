@@ -164,7 +164,8 @@ def test_planted_tables_are_the_same_at_every_call(name):
     first, second = suite.planted(name), suite.planted(name)
     assert np.array_equal(first.train, second.train) and np.array_equal(first.test, second.test)
     assert (len(first.train), len(first.test)) == (20_000, 5_000) and first.target == len(first.sizes) - 1
-    assert distances(first.train, first.test, first.sizes)[2] < 0.03
+    assert 0 < distances(first.train, first.test, first.sizes)[2] < 0.03
+    assert not np.array_equal(first.train[:5_000], first.test)
     assert (first.train.max(0) + 1).tolist() == first.sizes
 
 
