@@ -115,8 +115,8 @@ READING = (
     "*held out*: to the held-out real rows. A held-out real table is not at 0 either. AUROC: of the target column, by "
     "logistic regression (LR) or gradient boosting (GB) fitted to the synthetic table, on the held-out real rows. "
     "Detector: AUROC of boosting that tells synthetic from real rows, cross-validated; 0.5 is ideal. Seconds are of "
-    "one core, and memory is the peak above that at the start. All private tables have the same epsilon, delta (1e-5) and "
-    "neighbouring relation, one row added or removed; AIM and MST convert them to zCDP in the same way.")
+    "one core, and memory is the peak above that at the start. All private tables have the same epsilon, delta (1e-5) "
+    "and neighbouring relation, one row added or removed; AIM and MST convert them to zCDP in the same way.")
 
 
 def page(rows):
