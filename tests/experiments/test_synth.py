@@ -1,5 +1,5 @@
 """data/studies/synth.py: which cells there are, what a cell measures, and what the page says. Each docstring names the
-faults that the test was seen to catch."""
+faults that the test is there for."""
 
 import math
 

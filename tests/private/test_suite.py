@@ -1,5 +1,5 @@
 """data/tables/suite.py and rivals.py: the suite's tables, their split and schemas, planted tables, samples of rivals.
-Each docstring names the faults that the test was seen to catch."""
+Each docstring names the faults that the test is there for."""
 
 import io
 import json
