@@ -225,6 +225,7 @@ def test_memory_is_that_of_the_call():
     assert megabytes == pytest.approx(100, abs=15) or np.isnan(megabytes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", rivals.METHODS)
 def test_rivals_find_a_dependence_and_stay_legal(method):
     """Faults: codes in another order; a cell for missing values; a legal value that is dropped because no row has it;
