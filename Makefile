@@ -2,7 +2,8 @@
 # Variables: DATASET=imdb|reviews|hh|ultrafeedback  PRESET=smoke|quick|cpu|paper  MODEL=gpt2|smollm2|llama-3.2-1b|DIRECTORY|HUB NAME  DATA=FOLDER of local files, searched first
 
 train: DATASET ?= imdb
-synth: DATASET ?= adult
+synth rivals: DATASET ?= adult
+METHOD ?= aim
 EPSILON ?= 1
 PY := .venv/bin/python
 # As many processes as cores, each with one thread: threads of two processes that share cores wait for each other.
@@ -47,6 +48,9 @@ study: .venv/ready        ## one study, its page in docs/studies: make study NAM
 synth: .venv/ready        ## a private synthetic table, what it cost and how close it is to the real table: make synth DATASET=adult EPSILON=1
 	$(PY) -m data.tables.synth --dataset $(DATASET) --epsilon $(EPSILON) --out runs/$(DATASET)-epsilon-$(EPSILON) $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data-folder $(DATA))
 
+rivals: .venv/rivals      ## a sample of a packaged method, for the study synth: make rivals DATASET=credit METHOD=aim EPSILON=1
+	$(PY) -m data.tables.rivals --dataset $(DATASET) --method $(METHOD) --epsilon $(EPSILON) $(if $(DATA),--data-folder $(DATA))
+
 chaos: .venv/chaos        ## runs that are killed, disks that fail, files that are damaged: a table of what survived
 	$(PY) -m tests.chaos
 
@@ -67,6 +71,10 @@ peers: .venv/peers        ## the same numbers as transformers, tokenizers, PEFT,
 	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/chaos/requirements.txt
 	touch $@
 
+.venv/rivals: .venv/ready data/tables/requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r data/tables/requirements.txt
+	touch $@
+
 .venv/files: .venv/ready tests/text/requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/text/requirements.txt
 	touch $@
@@ -83,4 +91,4 @@ peers: .venv/peers        ## the same numbers as transformers, tokenizers, PEFT,
 	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/lint-requirements.txt
 	touch $@
 
-.PHONY: help train eval show chat test test-all lint bench bench-gpu study synth chaos peers
+.PHONY: help train eval show chat test test-all lint bench bench-gpu study synth rivals chaos peers

@@ -1,10 +1,11 @@
 """Distance between a synthetic and a real table, and the simplest generator as baseline.
 
-A table is codes (N,d), int64; column j holds 0..sizes[j]-1. There are three measures; none of them is private:
+A table is codes (N,d), int64; column j holds 0..sizes[j]-1. There are four measures; none of them is private:
 
     distance    total variation of k-way marginals: half the sum of |real share - synthetic share| over the cells of a
                 contingency table, for every set of k columns; means for k = 1, 2, 3
     utility     train on synthetic, test on real: a classifier of one column, fitted to the synthetic table
+    detector    AUROC of a classifier that tells synthetic from real rows: 1/2 if it cannot
     parity      share of rows with an even number of ones, if all real rows have one: every set of d - 1 columns of such
                 a table is uniform, so a generator that uses fewer than d columns at once reaches 1/2 only
 
@@ -86,6 +87,25 @@ def scores(chance: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     return {"accuracy": float((chance.argmax(1) == truth).mean()), "auroc": float(np.mean(each))}
 
 
+def detector(real: np.ndarray, synthetic: np.ndarray, kinds: list[str], rows: int = 10_000, folds: int = 3) -> float:
+    """AUROC of boosting that tells synthetic (M,d) from real rows (N,d): each row's score is from a model that was
+    fitted without it (cross-validation). Of each kind the same number of rows is drawn at random, at most `rows`.
+
+    1/2 is ideal; copies of real rows may reach less, because a row and its copy can be in different folds."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+    rng, n = np.random.default_rng(0), min(rows, len(real), len(synthetic))
+    both = np.concatenate([table[rng.choice(len(table), n, replace=False)] for table in (real, synthetic)])
+    label = np.repeat([0, 1], n)
+    categories = [kind == "category" and int(x.max()) < 255 for kind, x in zip(kinds, both.T)]
+    model = HistGradientBoostingClassifier(categorical_features=categories, early_stopping=False, random_state=0)
+    split = StratifiedKFold(folds, shuffle=True, random_state=0)
+    scores_of = cross_val_predict(model, both, label, cv=split, method="predict_proba")[:, 1]
+    return float(roc_auc_score(label, scores_of))
+
+
 # ---- independent columns
 
 
@@ -106,7 +126,7 @@ def independent(codes: np.ndarray, sizes: list[int], rows: int, rng: np.random.G
     return np.stack(sampled, axis=1)
 
 
-# ---- parity
+# ---- planted tables
 
 
 def parity_table(rows: int, d: int, rng: np.random.Generator) -> np.ndarray:
@@ -119,3 +139,22 @@ def parity_table(rows: int, d: int, rng: np.random.Generator) -> np.ndarray:
 def satisfied(codes: np.ndarray) -> float:
     """Share of rows (N,d) with an even sum."""
     return float((codes.sum(1) % 2 == 0).mean())
+
+
+def xor_chain(rows: int, links: int, rng: np.random.Generator, flips: float = 0.05) -> np.ndarray:
+    """Bits (rows, 2 links + 1): a coin, and then for each link a coin b and the bit a' = a xor b, flipped with
+    probability `flips`. Every pair of columns is uniform; each a, b, a' in sequence is not."""
+    columns = [rng.integers(2, size=rows)]
+    for _ in range(links):
+        coin = rng.integers(2, size=rows)
+        columns += [coin, columns[-1] ^ coin ^ (rng.random(rows) < flips)]
+    return np.stack(columns, axis=1)
+
+
+def product_mixture(rows: int, d: int, rng: np.random.Generator, classes: int = 4, size: int = 4) -> np.ndarray:
+    """Codes (rows,d) below `size`: given a hidden class, one of `classes`, all columns are independent, each with
+    shares of its own, from Dirichlet(1/2). So every pair of columns is dependent, and no tree of pairs suffices."""
+    shares = rng.dirichlet(np.full(size, 0.5), size=(classes, d))           # (classes, d, size)
+    hidden = rng.integers(classes, size=rows)
+    up_to = shares.cumsum(-1)[hidden, :, :-1]                               # (rows, d, size-1)
+    return (rng.random((rows, d, 1)) >= up_to).sum(-1)

@@ -18,7 +18,7 @@ sums of its pairs' tables, weighted by precision, projected to non-negative cell
 table is projected to the closest non-negative table whose sums are the marginals of its two columns, so that all tables
 agree. The paper's merging of rare values is left out; the projections remove small cells instead.
 
-packaged() runs smartnoise-synth's implementation for comparison (requirements.txt in this folder).
+rivals.py runs a package's implementation for comparison.
 """
 
 import math
@@ -40,23 +40,6 @@ def marginal_method(codes: np.ndarray, sizes: list[int], epsilon: float, delta: 
     tree = spanning_tree(codes, sizes, [simplex(one, total) for one in ones], third, rng)
     pairs = {edge: counted(codes, sizes, edge, third / (d - 1), rng) for edge in tree}
     return sample(*estimate(ones, pairs, total), rows, rng)
-
-
-def packaged(codes: np.ndarray, sizes: list[int], epsilon: float, delta: float, rows: int) -> np.ndarray:
-    """MST of smartnoise-synth, for comparison. Its noise has no seed, and its epsilon must be finite.
-
-    Its preprocessing is not used: it would take the legal values from the data. Rows are sampled independently: the
-    rounding of mbi 1.1.0 gives all children of a column their values in one order, which makes columns dependent that
-    are independent in the model (mean 2-way distance on Adult 0.126, drawn rows 0.050, independent columns 0.083).
-    """
-    from mbi import Dataset, Domain
-    from snsynth.mst import MSTSynthesizer
-
-    names = [f"column{j}" for j in range(len(sizes))]
-    fitted = MSTSynthesizer(epsilon=epsilon, delta=delta)
-    fitted.MST(Dataset(codes, Domain(names, sizes)), epsilon, delta)
-    drawn = fitted.synthesizer.synthetic_data(rows=rows, method="sample")
-    return fitted.undo_compress_fn(drawn).df[names].to_numpy(np.int64)
 
 
 def zcdp(epsilon: float, delta: float) -> float:

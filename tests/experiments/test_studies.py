@@ -183,7 +183,7 @@ def test_what_studies_take_from_modules_exists():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in studies.NAMES if n not in ("synth", "conflict")])       # downloads
+@pytest.mark.parametrize("name", [n for n in studies.NAMES if n != "conflict"])       # which downloads
 def test_cells_of_every_study_can_be_measured(name, tmp_path, monkeypatch):
     """The last cell on planted worlds and the last on sentences, which are made up here. Catches: a study that calls
     what has changed."""

