@@ -7,14 +7,16 @@ A row is a sequence of d tokens after a start token. Each column has its own tok
 tokens of column j, so every sampled row is legal under the schema. Training is DP-SGD with Adam. The result is the
 moving average of the parameters, which costs no privacy.
 
-    look      (first_look > 0) noisy counts of every column's values: one Gaussian mechanism, which gets the fraction
-              first_look of epsilon. They determine bins by quantiles and the order by entropy. The biases of the logits
-              start at their logarithms: the model starts as independent columns, and learns the dependence between
-              columns. After training the biases are adjusted until samples have these marginals (calibrate). This step
-              is our addition to the paper
-    fit       the rest of epsilon, over all steps
+    look      noisy counts of every column, and noisy tables of selected pairs where plan.py says so. They determine bins
+              by quantiles, the order by entropy, and a log-linear estimate of the table (marginals.py)
+    fit       the biases of the logits start at the logarithms of the counts; the model is trained on rows of the
+              estimate, which costs no privacy; then DP-SGD has the rest of the budget, if plan.py says so. At the end the
+              biases are adjusted until samples have the 1-way marginals (calibrate)
     sample    column by column, with a cache of keys and values; the first columns of the order may be given
+    draw      the table: rows of the model, or of the estimate if there was no DP-SGD, weighted to have the measured
+              marginals, from which an even sample is taken
 
+All but DP-SGD is our addition to the paper. --first-look 0 leaves it out.
 epsilon = inf trains without noise and clipping, on the same batches.
 """
 
@@ -27,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mixdpo.config import SEEDS, InputError, check_choices, check_ranges
+from mixdpo.config import InputError
 from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.models.attention import KVCache
 from mixdpo.models.gpt2 import Block, GPT2Config
@@ -37,44 +39,15 @@ from mixdpo.private.keys import Key, identities
 from mixdpo.runs.checkpoint import Saver, Stop, load_checkpoint
 from mixdpo.runs.log import Progress
 from mixdpo.tabular.columns import Column, joined
+from mixdpo.tabular.marginals import POOL, Marginals, even, measure, noisy, simplex
+from mixdpo.tabular.plan import Plan, TableConfig, plan_of, validate
 
-ORDERS = ("given", "entropy", "random")
+__all__ = ["TBART", "Fitted", "Table", "TableConfig", "account", "calibrate", "draw", "fit", "look", "pretrain",
+           "row_losses", "sample", "simplex", "validate"]
+
 DECAY = 0.99            # decay per step of the moving average of the parameters
-
-
-@dataclass(frozen=True)
-class TableConfig:
-    """Options for training on a table."""
-
-    epsilon: float = 1.0            # privacy budget epsilon; inf: no noise and no privacy
-    delta: float = 1e-5             # privacy budget delta; below 1 / number of rows
-    first_look: float = 0.4         # fraction of epsilon for noisy counts of each column; 0: no counts
-    order: str = "given"            # order of the columns: given, entropy (highest first), random
-    width: int = 64                 # width of the hidden states
-    layers: int = 1                 # transformer blocks
-    heads: int = 4                  # attention heads
-    batch: int = 4096               # expected number of rows in a step
-    steps: int = 200                # Adam steps
-    lr: float = 2e-2                # peak learning rate
-    clip: float = 1.0               # largest norm of a row's gradient
-    micro: int = 2048               # rows in a forward pass
-    seed: int = 0                   # seed of initial weights and of a random order
-    examples: int = 0               # number of rows, declared public; 0: the table's own number, which is then public
-    save_minutes: float = 5.0       # minutes between checkpoints
-
-
-def validate(config: TableConfig) -> None:
-    """Raises: InputError on values out of range."""
-    check_choices(config, {"order": ORDERS})
-    sizes = dict.fromkeys(("width", "layers", "heads", "batch", "steps", "micro"), "[1, inf)")
-    check_ranges(config, sizes | {
-        "epsilon": "(0, inf]", "delta": "[1e-11, 1)", "first_look": "[0, 1)", "lr": "(0, inf)", "clip": "(0, inf)",
-        "seed": SEEDS, "examples": "[0, inf)", "save_minutes": "[0, inf]"})
-    if config.order == "entropy" and not config.first_look:
-        raise InputError("entropy is computed from noisy counts, which need --first-look above 0; set it, or choose "
-                         "another order", option="order")
-    if config.width % config.heads:
-        raise InputError(f"got {config.width}, wanted a multiple of --heads {config.heads}", option="width")
+PRETRAIN = 256          # rows in a step on the estimate
+PART = 32_768           # rows of a table that are chosen together
 
 
 # ---- the model
@@ -188,7 +161,9 @@ class Table:
     columns: list[Column]
     codes: np.ndarray               # (N,d)
     order: list[int]                # the model's j-th column is columns[order[j]]
-    prior: torch.Tensor | None      # (V,) log-probabilities of all values, in the model's order
+    plan: Plan
+    prior: torch.Tensor | None = None       # (V,) log-probabilities of all values, in the model's order
+    marginals: Marginals | None = None
     spent: list[Mechanism] = field(default_factory=list)
     fine: list[np.ndarray | None] = field(default_factory=list)     # new code of each fine bin; None: bins unchanged
 
@@ -211,28 +186,24 @@ class Table:
 
 
 def look(columns: list[Column], codes: np.ndarray, config: TableConfig, key: Key) -> Table:
-    """The table with quantile bins, column order and prior from noisy counts; without counts if first_look is 0.
+    """The table with quantile bins, column order, prior and marginals from noisy counts; without if first_look is 0.
 
     A row adds 1 to one count in each of d columns, so all counts together have sensitivity sqrt(d). Noise of standard
     deviation sigma sqrt(d) on every count is then one Gaussian mechanism with noise multiplier sigma.
     Raises: InputError."""
-    N, d = codes.shape
+    d, rows = codes.shape[1], config.examples or len(codes)
     if [c for c in columns if c.quantiles] and not config.first_look:
         raise InputError("bins by quantiles are computed from noisy counts, which need a value above 0; set it, or "
                          "give the column edges or bins", option="first_look")
-    order = [*range(d)]
+    legal = [min(c.quantiles, c.known) + c.size - c.known if c.quantiles else c.size for c in columns]
+    plan, order = plan_of(rows, legal, config), [*range(d)]
+    print(plan.why)
     if config.order == "random":
         order = np.random.default_rng([config.seed, 23]).permutation(d).tolist()
     if not config.first_look:
-        return Table(columns, codes, order, None, fine=[None] * d)
-    private, spent, rng = config.epsilon < math.inf, [], key.generator("look")
-    if private:
-        sigma = noise_multiplier(config.first_look * config.epsilon, config.delta / 10, 1.0, 1)
-        spent = [Mechanism(sigma)]
-    counts: list[np.ndarray] = []
-    for j, column in enumerate(columns):
-        exact = np.bincount(codes[:, j], minlength=column.size).astype(float)
-        counts.append(exact + (sigma * math.sqrt(d) * rng.normal(size=column.size) if private else 0.0))
+        return Table(columns, codes, order, plan, fine=[None] * d)
+    rng, s = key.generator("look"), plan.deviation(plan.ones, d)
+    counts = [noisy(codes, (j,), [c.size for c in columns], s, rng) for j in range(d)]
     columns = [*columns]
     fine: list[np.ndarray | None] = [None] * d
     for j, column in enumerate(columns):
@@ -240,20 +211,16 @@ def look(columns: list[Column], codes: np.ndarray, config: TableConfig, key: Key
             columns[j], merged = joined(column, counts[j])
             fine[j] = merged
             counts[j] = np.bincount(merged[: column.size], weights=counts[j], minlength=columns[j].size)
-    counts = [simplex(c, max(c.sum(), 1.0)) + 0.5 for c in counts]          # + 0.5: no value has probability 0
-    shares = [c / c.sum() for c in counts]
+    shares = [(simplex(c, rows) + 0.5) / (rows + 0.5 * len(c)) for c in counts]            # + 0.5: none has probability 0
     if config.order == "entropy":
         order = np.argsort([(p * np.log(p)).sum() for p in shares], kind="stable").tolist()
-    prior = torch.from_numpy(np.log(np.concatenate([shares[j] for j in order]))).float()
-    table = Table(columns, codes, order, prior, spent, fine)
-    return replace(table, codes=table.coded(codes))
-
-
-def simplex(x: np.ndarray, total: float) -> np.ndarray:
-    """The non-negative vector with sum `total` that is closest to x: max(x - t, 0) for the right t."""
-    largest = np.sort(x)[::-1]
-    t = (largest.cumsum() - total) / np.arange(1, len(x) + 1)
-    return np.maximum(x - t[largest > t][-1], 0)
+    log_q = [np.log(p) for p in shares]
+    prior = torch.from_numpy(np.concatenate([log_q[j] for j in order])).float()
+    table = Table(columns, codes, order, plan, prior, fine=fine)
+    codes = table.coded(codes)
+    marginals, others = measure(codes, counts, log_q, plan, rows, rng)
+    sigmas = [plan.deviation(plan.ones, 1), *others] if plan.sigma else []
+    return replace(table, codes=codes, marginals=marginals, spent=[Mechanism(sigma) for sigma in sigmas])
 
 
 # ---- fitting
@@ -264,7 +231,7 @@ class Fitted:
     """A trained model and its privacy cost."""
 
     model: TBART
-    sigma: float                    # noise multiplier of the steps
+    sigma: float                    # noise multiplier of the steps; 0 without steps or without privacy
     spent: list[Mechanism]          # first look and steps; empty without privacy
     losses: list[float]             # mean loss of each step's rows in nats; NaN for an empty step. Not private
 
@@ -274,25 +241,28 @@ def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, sa
 
     key: the secret key for sampling and noise. out: the folder for checkpoints; a stopped run resumes from there. same:
     the configuration that the checkpoint must have been written with; None: any. Raises: Stopped, InputError."""
-    rows = table.ordered()
-    N, private = config.examples or len(rows), config.epsilon < math.inf
-    rate = min(1.0, config.batch / N)
-    sigma = noise_multiplier(config.epsilon, config.delta, rate, config.steps, table.spent) if private else 0.0
+    rows, plan = table.ordered(), table.plan
+    N, steps, private = config.examples or len(rows), plan.steps, config.epsilon < math.inf
+    rate = min(1.0, plan.batch / N)
+    sigma = noise_multiplier(config.epsilon, config.delta, rate, steps, table.spent) if private and steps else 0.0
     clip = config.clip if private else math.inf
     noise = Noise(sigma, config.clip, rate * N, key)
-    drawn = participants(key, identities([row.tobytes() for row in table.codes]), rate, config.steps)
+    drawn = participants(key, identities([row.tobytes() for row in table.codes]), rate, steps)
     torch.manual_seed(config.seed)
     model = TBART(table.sizes, config.width, config.layers, config.heads, table.prior)
+    found = load_checkpoint(out, same or {}) if out else None
+    if table.marginals is not None and not found:
+        pretrain(model, table, config)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer, names = make_optimizer(model, config.lr)
     losses, t = [], 0
-    if out and (found := load_checkpoint(out, same or {})):
+    if found:
         tensors, state = found
         model.load_state_dict({n.removeprefix("model."): x for n, x in tensors.items() if n.startswith("model.")})
         load_optimizer_state(optimizer, names, tensors)
         average = {name: tensors[f"average.{name}"] for name in average}
         losses, t = state["losses"], state["step"]
-        print(f"resumed at step {t} of {config.steps}")
+        print(f"resumed at step {t} of {steps}")
     progress = Progress(out.name if out else "fit", t)
 
     def snapshot() -> tuple[dict[str, torch.Tensor], dict]:
@@ -302,8 +272,8 @@ def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, sa
 
     with Stop(str(out)) as stop:
         saver = Saver(out, stop, config.save_minutes) if out else None
-        while t < config.steps:
-            set_rate(optimizer, t, config.steps, config.steps // 20)
+        while t < steps:
+            set_rate(optimizer, t, steps, steps // 20)
             total, seen = dp_sum(model, rows[drawn[t]], clip, config.micro)
             for p, g in zip(model.parameters(), noise.release(total, t)):
                 p.grad = g
@@ -313,16 +283,44 @@ def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, sa
             for name, p in model.named_parameters():
                 average[name].lerp_(p.detach(), 1 - keep)
             losses.append(float(seen.mean()))
-            progress(t, config.steps, f"loss {losses[-1]:.3f}")
+            progress(t, steps, f"loss {losses[-1]:.3f}")
             if saver:
-                saver.after(t, config.steps, snapshot)
+                saver.after(t, steps, snapshot)
     if not all(x.isfinite().all() for x in average.values()):
         raise InputError(f"got {config.lr}, after which the parameters are not finite; choose a lower one", option="lr")
     model.load_state_dict(average, strict=False)
     if table.prior is not None:
         calibrate(model, table.prior, config.seed)
-    spent = [*table.spent, Mechanism(sigma, rate, config.steps)] if private else []
+    spent = [*table.spent, *([Mechanism(sigma, rate, steps)] if steps else [])] if private else []
     return Fitted(model.eval(), sigma, spent, losses)
+
+
+def pretrain(model: TBART, table: Table, config: TableConfig) -> None:
+    """Trains the model on rows of the estimate, without noise: they come from released numbers only."""
+    rng = np.random.default_rng([config.seed, 41])
+    rows = torch.from_numpy(table.marginals.pool[:, table.order])
+    optimizer, _ = make_optimizer(model, config.lr)
+    for t in range(config.pretrain):
+        set_rate(optimizer, t, config.pretrain, config.pretrain // 20)
+        optimizer.zero_grad()
+        row_losses(model, rows[rng.integers(len(rows), size=min(PRETRAIN, len(rows)))]).mean().backward()
+        optimizer.step()
+
+
+def draw(table: Table, fitted: Fitted, rows: int, rng: np.random.Generator) -> np.ndarray:
+    """-> the codes (rows,d) of a table, columns in the schema's order."""
+    if table.marginals is None:
+        return table.as_given(sample(fitted.model, rows, rng))
+    parts, sizes, pool = [], table.marginals.sizes, table.marginals.pool
+    for n in [min(PART, rows - start) for start in range(0, rows, PART)]:
+        log_w = np.zeros(len(pool))
+        if table.plan.steps:
+            pool = table.as_given(sample(fitted.model, max(2 * n, POOL), rng))
+            log_w = table.marginals.corrected(pool)
+        elif parts:
+            pool = table.marginals.moved(pool, rng)
+        parts.append(even(pool, log_w, n, sizes, rng))
+    return np.concatenate(parts)
 
 
 def dp_sum(model: TBART, rows: torch.Tensor, clip: float, micro: int) -> tuple[list[torch.Tensor], torch.Tensor]:
