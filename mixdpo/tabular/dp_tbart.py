@@ -7,11 +7,11 @@ A row is a sequence of d tokens after a start token. Each column has its own tok
 tokens of column j, so every sampled row is legal under the schema. Training is DP-SGD with Adam. The result is the
 moving average of the parameters, which costs no privacy.
 
-    look      noisy counts of every column, and noisy tables of selected pairs where plan.py says so. They determine bins
-              by quantiles, the order by entropy, and a log-linear estimate of the table (marginals.py)
+    look      noisy counts of every column, and noisy tables of selected pairs where plan.py says so. They determine
+              bins by quantiles, the order by entropy, and a log-linear estimate of the table (marginals.py)
     fit       the biases of the logits start at the logarithms of the counts; the model is trained on rows of the
-              estimate, which costs no privacy; then DP-SGD has the rest of the budget, if plan.py says so. At the end the
-              biases are adjusted until samples have the 1-way marginals (calibrate)
+              estimate, which costs no privacy; then DP-SGD has the rest of the budget, if plan.py says so. At the end
+              the biases are adjusted until samples have the 1-way marginals (calibrate)
     sample    column by column, with a cache of keys and values; the first columns of the order may be given
     draw      the table: rows of the model, or of the estimate if there was no DP-SGD, weighted to have the measured
               marginals, from which an even sample is taken
@@ -21,7 +21,7 @@ epsilon = inf trains without noise and clipping, on the same batches.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -211,16 +211,13 @@ def look(columns: list[Column], codes: np.ndarray, config: TableConfig, key: Key
             columns[j], merged = joined(column, counts[j])
             fine[j] = merged
             counts[j] = np.bincount(merged[: column.size], weights=counts[j], minlength=columns[j].size)
-    shares = [(simplex(c, rows) + 0.5) / (rows + 0.5 * len(c)) for c in counts]            # + 0.5: none has probability 0
+    coded = np.stack([x if code is None else code[x] for x, code in zip(codes.T, fine)], axis=1)
+    marginals, others = measure(coded, counts, plan, rows, rng)
     if config.order == "entropy":
-        order = np.argsort([(p * np.log(p)).sum() for p in shares], kind="stable").tolist()
-    log_q = [np.log(p) for p in shares]
-    prior = torch.from_numpy(np.concatenate([log_q[j] for j in order])).float()
-    table = Table(columns, codes, order, plan, prior, fine=fine)
-    codes = table.coded(codes)
-    marginals, others = measure(codes, counts, log_q, plan, rows, rng)
+        order = np.argsort([(np.exp(q) * q).sum() for q in marginals.log_q], kind="stable").tolist()
+    prior = torch.from_numpy(np.concatenate([marginals.log_q[j] for j in order])).float()
     sigmas = [plan.deviation(plan.ones, 1), *others] if plan.sigma else []
-    return replace(table, codes=codes, marginals=marginals, spent=[Mechanism(sigma) for sigma in sigmas])
+    return Table(columns, coded, order, plan, prior, marginals, [Mechanism(sigma) for sigma in sigmas], fine)
 
 
 # ---- fitting

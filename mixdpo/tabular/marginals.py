@@ -1,13 +1,15 @@
 """Noisy marginals of a table, a distribution that has them, and rows that follow it closely.
 
-    measure     noisy counts of every column; scores of all pairs under noise; noisy tables of the best pairs.
-                plan.py divides the budget. Everything else reads released numbers only and costs no privacy
+    measure     noisy counts of every column; scores of all pairs under noise; noisy tables of the best pairs, and the
+                columns again, all with the same noise. plan.py divides the budget. Everything else reads released
+                numbers only and costs no privacy
     score       of a pair: L1 distance, in rows, between its table and that of independent columns. One row more changes
                 a score by at most 1, so all scores together have sensitivity sqrt(number of pairs), and Gaussian noise
-                makes them one Gaussian mechanism. (The exponential mechanism of AIM, McKenna et al. 2022, arXiv
-                2201.12677, would score again after each measurement; here all pairs are chosen at once.)
-    choose      the m pairs with the largest scores, net of the noise that measuring m pairs would bring; m by the
-                largest sum. Noise on a cell counts as at most the rows expected there, as cells cannot be negative
+                makes them one Gaussian mechanism. (AIM's exponential mechanism, McKenna et al. 2022, arXiv 2201.12677,
+                scores again after each measurement; here all pairs are chosen at once.)
+    choose      the m pairs with the largest scores, net of CAUTION deviations of the score's noise and of the noise
+                that the measurement would bring; m by the largest sum. Noise on a cell counts as at most the rows
+                expected there, as no cell is negative
     estimate    the log-linear distribution p(x) ~ q(x) exp(sum over measured c of theta_c[x_c]) that minimises
 
                     lam N KL(p | q) + sum over c, cells (y_c - N p_c)^2 / (2 s_c^2)
@@ -30,8 +32,10 @@ import numpy as np
 
 from mixdpo.tabular.plan import Plan
 
+CAUTION = 1.0       # deviations of a score's noise
 PRIOR = 0.03        # lam: the weight of independent columns, in tables of N rows
 POOL = 20_000       # rows of a pool
+AT_ONCE = 4_000_000 # logits in memory
 ROUNDS = 10         # resampling rounds of an estimate
 EVEN = 0.3          # effective share of a pool's weights below which it is resampled
 
@@ -77,12 +81,12 @@ def scored(codes: np.ndarray, shares: list[np.ndarray], rows: int, s: float,
 
 
 def choose(scores: dict[Columns, float], shares: list[np.ndarray], rows: int, sigma: float) -> list[Columns]:
-    """The pairs to measure. sigma: noise multiplier of all their tables together."""
+    """The pairs to measure. scores: net of CAUTION; sigma: noise multiplier of all measurements together."""
+    d, best, chosen = len(shares), 0.0, []
     pairs = [pair for pair in scores if len(shares[pair[0]]) * len(shares[pair[1]]) <= rows]
     expected = {pair: rows * np.outer(shares[pair[0]], shares[pair[1]]) for pair in pairs}
-    best, chosen = 0.0, []
-    for m in range(1, min(len(pairs), 4 * len(shares)) + 1):
-        noise = 0.8 * sigma * math.sqrt(m)
+    for m in range(1, min(len(pairs), 4 * d) + 1):
+        noise = 0.8 * sigma * math.sqrt(m + d)
         net = {pair: scores[pair] - np.minimum(noise, expected[pair]).sum() for pair in pairs}
         top = sorted(net, key=net.__getitem__, reverse=True)[:m]
         if (value := sum(net[pair] for pair in top)) > best:
@@ -138,21 +142,22 @@ class Marginals:
         """Rows (M,d) after one Gibbs step for each column."""
         codes = codes.copy()
         for j in rng.permutation(len(self.sizes)):
-            logits = np.tile(self.log_q[j] + self.theta[(j,)], (len(codes), 1))
-            for columns, theta in self.theta.items():
-                if len(columns) == 2 and j in columns:
-                    a, b = columns
-                    table = theta.reshape(self.sizes[a], self.sizes[b])
-                    logits += table[codes[:, a]] if j == b else table.T[codes[:, b]]
-            up_to = np.exp(logits - logits.max(1, keepdims=True)).cumsum(1)
-            u = rng.random((len(codes), 1)) * up_to[:, -1:]
-            codes[:, j] = (up_to <= u).sum(1).clip(max=self.sizes[j] - 1)
+            for part in np.array_split(codes, -(-len(codes) * self.sizes[j] // AT_ONCE)):   # views: changed in place
+                logits = np.tile(self.log_q[j] + self.theta[(j,)], (len(part), 1))
+                for columns, theta in self.theta.items():
+                    if len(columns) == 2 and j in columns:
+                        a, b = columns
+                        table = theta.reshape(self.sizes[a], self.sizes[b])
+                        logits += table[part[:, a]] if j == b else table.T[part[:, b]]
+                up_to = np.exp(logits - logits.max(1, keepdims=True)).cumsum(1)
+                u = rng.random((len(part), 1)) * up_to[:, -1:]
+                part[:, j] = (up_to <= u).sum(1).clip(max=self.sizes[j] - 1)
         return codes
 
     def estimate(self, rng: np.random.Generator) -> None:
         """Sets theta and pool."""
         self.theta = {columns: np.zeros(len(y)) for columns, (y, _) in self.measured.items()}
-        codes = np.stack([rng.choice(n, POOL, p=np.exp(q) / np.exp(q).sum()) for n, q in zip(self.sizes, self.log_q)], 1)
+        codes = np.stack([rng.choice(len(q), POOL, p=np.exp(q) / np.exp(q).sum()) for q in self.log_q], axis=1)
         for last in [False] * ROUNDS + [True]:
             log_w = tilt(codes, self.sizes, self.measured, self.theta, self.rows, 8, EVEN)
             codes = codes[resampled(log_w, len(codes), rng)]
@@ -165,24 +170,41 @@ class Marginals:
         return tilt(codes, self.sizes, self.measured, theta, self.rows, 20)
 
 
-def measure(codes: np.ndarray, ones: list[np.ndarray], log_q: list[np.ndarray], plan: Plan, rows: int,
+def log_shares(counts: np.ndarray, rows: int) -> np.ndarray:
+    """Log-probabilities of a column's values from noisy counts. + 0.5: no value has probability 0."""
+    share = simplex(counts, rows) + 0.5
+    return np.log(share / share.sum())
+
+
+def measure(codes: np.ndarray, ones: list[np.ndarray], plan: Plan, rows: int,
             rng: np.random.Generator) -> tuple[Marginals, list[float]]:
-    """-> the marginals, and the noise multipliers of the scores and the pairs. ones: the noisy counts of the columns;
-    log_q: logarithms of their shares."""
-    sizes, d = [len(q) for q in log_q], len(log_q)
+    """-> the marginals, and the noise multipliers of the scores and of the tables. ones: the noisy counts of columns.
+    rows: N."""
+    sizes, d = [len(y) for y in ones], len(ones)
     measured: Measured = {(j,): (y, plan.deviation(plan.ones, d)) for j, y in enumerate(ones)}
     spent = []
     if plan.pairs:
-        shares, number = [np.exp(q) for q in log_q], d * (d - 1) // 2
-        scores = scored(codes, shares, rows, plan.deviation(plan.scores, number), rng)
-        chosen = choose(scores, shares, rows, plan.deviation(plan.pairs, 1))
-        for pair in chosen:
-            s = plan.deviation(plan.pairs, len(chosen))
-            measured[pair] = noisy(codes, pair, sizes, s, rng), s
+        shares = [np.exp(log_shares(y, rows)) for y in ones]
+        s = plan.deviation(plan.scores, d * (d - 1) // 2)
+        scores = scored(codes, shares, rows, s, rng)
+        chosen = choose({pair: score - CAUTION * s for pair, score in scores.items()}, shares, rows,
+                        plan.deviation(plan.pairs, 1))
+        s = plan.deviation(plan.pairs, len(chosen) + d)
+        for columns in [*measured, *chosen]:
+            y = noisy(codes, columns, sizes, s, rng)
+            measured[columns] = mean(measured[columns], (y, s)) if columns in measured else (y, s)
         spent = [plan.deviation(plan.scores, 1), plan.deviation(plan.pairs, 1)]
-    found = Marginals(sizes, rows, log_q, measured)
+    found = Marginals(sizes, rows, [log_shares(measured[(j,)][0], rows) for j in range(d)], measured)
     found.estimate(rng)
     return found, spent
+
+
+def mean(first: tuple[np.ndarray, float], second: tuple[np.ndarray, float]) -> tuple[np.ndarray, float]:
+    """Two measurements as one: the mean weighted by precision, and its deviation."""
+    (x, s), (y, t) = first, second
+    if not s * t:
+        return first if not s else second
+    return (x / s**2 + y / t**2) / (1 / s**2 + 1 / t**2), 1 / math.hypot(1 / s, 1 / t)
 
 
 # ---- rows
@@ -199,7 +221,7 @@ def even(codes: np.ndarray, log_w: np.ndarray, n: int, sizes: list[int], rng: np
     chosen = resampled(log_w, n, rng)
     if pairs:
         start = np.cumsum([0, *(sizes[a] * sizes[b] for a, b in pairs)])
-        place = np.stack([cells(codes, pair, sizes) + first for pair, first in zip(pairs, start)], axis=1)    # (M,pairs)
+        place = np.stack([cells(codes, pair, sizes) + first for pair, first in zip(pairs, start)], axis=1)
         p = np.exp(log_w - log_w.max())
         p /= p.sum()
         expected = np.bincount(place.ravel(), np.repeat(n * p, len(pairs)), start[-1])

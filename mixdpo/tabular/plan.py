@@ -27,8 +27,8 @@ from mixdpo.config import SEEDS, InputError, check_choices, check_ranges
 from mixdpo.private.accountant import noise_multiplier
 
 ORDERS = ("given", "entropy", "random")
-MOST = (0.15, 0.07, 0.78)   # largest shares of columns, scores and pairs
-WORTH = 0.1                 # total variation
+MOST = (0.1, 0.1, 0.8)      # largest shares of columns, scores and pairs
+WORTH = 0.15                # total variation
 NOISE = 0.5                 # norm of a step's noise, in clip norms
 LEAST = 20                  # steps
 WORK = 2e7                  # values of rows that all steps see, at most
@@ -64,7 +64,7 @@ def validate(config: TableConfig) -> None:
         "epsilon": "(0, inf]", "delta": "[1e-11, 1)", "first_look": "[-1, 1]", "lr": "(0, inf)", "clip": "(0, inf)",
         "seed": SEEDS, "save_minutes": "[0, inf]"})
     if -1 < config.first_look < 0:
-        raise InputError(f"got {config.first_look}, wanted a share from 0 to 1, or -1 for the rule", option="first_look")
+        raise InputError(f"got {config.first_look}, wanted 0 to 1, or -1 for the rule", option="first_look")
     if config.first_look == 1 and config.steps:
         raise InputError("got 1, which leaves no budget for --steps; lower it, or leave out --steps",
                          option="first_look")
@@ -101,7 +101,8 @@ def plan_of(rows: int, sizes: list[int], config: TableConfig) -> Plan:
     tree = 0.4 * cells / max(count, 1) * sigma * math.sqrt((d - 1) / MOST[2]) / rows
     measured = d > 1 and tree < WORTH
     need = [4 * sigma**2 * columns / rows, count * (100 * sigma / rows) ** 2, 4 * sigma**2 * cells / rows]
-    shares = [max(min(n, most), 1e-3) for n, most in zip(need, MOST)] if measured else [min(max(need[0], 1e-3), 1), 0, 0]
+    shares = [max(min(n, most), 1e-3) for n, most in zip(need, MOST if measured else (1.0, 0.0, 0.0)) if most]
+    shares += [0.0] * (3 - len(shares))
     if config.first_look >= 0:
         shares = [config.first_look * share / sum(shares) for share in shares]
     parameters = 12 * config.layers * config.width**2 + (2 * columns + d) * config.width
