@@ -286,7 +286,7 @@ def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, sa
     if not all(x.isfinite().all() for x in average.values()):
         raise InputError(f"got {config.lr}, after which the parameters are not finite; choose a lower one", option="lr")
     model.load_state_dict(average, strict=False)
-    if table.prior is not None:
+    if table.prior is not None and steps:
         calibrate(model, table.prior, config.seed)
     spent = [*table.spent, *([Mechanism(sigma, rate, steps)] if steps else [])] if private else []
     return Fitted(model.eval(), sigma, spent, losses)

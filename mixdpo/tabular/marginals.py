@@ -158,7 +158,7 @@ class Marginals:
         """Sets theta and pool."""
         self.theta = {columns: np.zeros(len(y)) for columns, (y, _) in self.measured.items()}
         codes = np.stack([rng.choice(len(q), POOL, p=np.exp(q) / np.exp(q).sum()) for q in self.log_q], axis=1)
-        for last in [False] * ROUNDS + [True]:
+        for last in [False] * ROUNDS * any(len(columns) > 1 for columns in self.measured) + [True]:
             log_w = tilt(codes, self.sizes, self.measured, self.theta, self.rows, 8, EVEN)
             codes = codes[resampled(log_w, len(codes), rng)]
             codes = codes if last else self.moved(codes, rng)
