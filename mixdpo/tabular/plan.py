@@ -97,7 +97,7 @@ def plan_of(rows: int, sizes: list[int], config: TableConfig) -> Plan:
     """The plan for a table with so many rows, and sizes[j] legal values in column j."""
     d, columns = len(sizes), sum(sizes)
     count, cells = d * (d - 1) // 2, (columns**2 - sum(n * n for n in sizes)) // 2          # of all pairs
-    sigma = noise_multiplier(config.epsilon, config.delta, 1.0, 1)
+    sigma = noise_multiplier(config.epsilon, config.delta, 1.0, 1) * (1 + 1e-6)     # more than the rounding of shares
     tree = 0.4 * cells / max(count, 1) * sigma * math.sqrt((d - 1) / MOST[2]) / rows
     measured = d > 1 and tree < WORTH
     need = [4 * sigma**2 * columns / rows, count * (100 * sigma / rows) ** 2, 4 * sigma**2 * cells / rows]
@@ -110,7 +110,7 @@ def plan_of(rows: int, sizes: list[int], config: TableConfig) -> Plan:
     steps = most = int(WORK / (batch * d))
     if sigma:
         steps = min(most, int((1 - sum(shares)) * (NOISE * rows / sigma) ** 2 / parameters))
-    if config.steps or not config.first_look:
+    if config.steps or 0 <= config.first_look < 1:                          # a share that was asked for is kept
         steps = config.steps or max(steps, LEAST)
     elif steps < LEAST:
         steps = 0

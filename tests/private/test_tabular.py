@@ -161,14 +161,14 @@ def test_calibrated_samples_have_the_noisy_marginals(model):
 
 @pytest.mark.parametrize("rows, options, mechanisms", [
     (40, {}, 1), (40, dict(steps=7), 2), (40, dict(first_look=0.0, steps=7), 1), (40, dict(first_look=1.0), 1),
-    (4000, {}, 3), (4000, dict(steps=7), 4), (4000, dict(first_look=0.3, steps=7), 4), (4000, dict(epsilon=10.0), 4)])
+    (4000, dict(first_look=1.0), 3), (4000, dict(first_look=0.3, steps=7), 4), (4000, dict(epsilon=3.0), 4)])
 def test_what_is_spent_is_the_budget(rows, options, mechanisms):
     """All mechanisms together spend epsilon and no more, for every plan. Faults: counts, scores or pairs that are not
     reported; a share spent twice; a second count of the columns without its share."""
-    config = TableConfig(**TINY | {"steps": 0, "batch": rows // 10} | options)
+    config = TableConfig(**TINY | {"steps": 0, "batch": 6} | options)
     table = look(columns(), codes_of(rows), config, KEY)
-    if options.get("epsilon"):
-        object.__setattr__(table.plan, "steps", 9)                          # as many as the rule says take long
+    if table.plan.steps > 20:                                               # as many as the rule says take long
+        object.__setattr__(table.plan, "steps", 7)
     fitted = fit(table, config, KEY)
     facts = account(fitted, config, rows)
     assert 0.999 < facts["epsilon"] / config.epsilon <= 1 and facts["not_covered"]
