@@ -36,7 +36,8 @@ CAUTION = 1.0       # deviations of a score's noise
 PRIOR = 0.03        # lam: the weight of independent columns, in tables of N rows
 POOL = 20_000       # rows of a pool
 AT_ONCE = 4_000_000 # logits in memory
-ROUNDS = 10         # resampling rounds of an estimate
+ROUNDS = 8          # resampling rounds of an estimate
+SWEEPS = 4          # changes of each theta in a round
 EVEN = 0.3          # effective share of a pool's weights below which it is resampled
 
 Columns = tuple[int, ...]
@@ -159,7 +160,7 @@ class Marginals:
         self.theta = {columns: np.zeros(len(y)) for columns, (y, _) in self.measured.items()}
         codes = np.stack([rng.choice(len(q), POOL, p=np.exp(q) / np.exp(q).sum()) for q in self.log_q], axis=1)
         for last in [False] * ROUNDS * any(len(columns) > 1 for columns in self.measured) + [True]:
-            log_w = tilt(codes, self.sizes, self.measured, self.theta, self.rows, 8, EVEN)
+            log_w = tilt(codes, self.sizes, self.measured, self.theta, self.rows, SWEEPS, EVEN)
             codes = codes[resampled(log_w, len(codes), rng)]
             codes = codes if last else self.moved(codes, rng)
         self.pool = codes

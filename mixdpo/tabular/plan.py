@@ -16,7 +16,7 @@ between two samples of N rows 0.4 sqrt(k / N) or so. Three rules follow.
     pairs       They are measured only if a tree of d - 1 pairs has noise below WORTH in total variation. (A pair on
                 real tables is 0.05 to 0.15 from independence, so more noise says less than independence does.)
     steps       DP-SGD gets what the marginals do not need. T steps with share f have, in full batches, a noise of norm
-                sigma sqrt(T P / f) / N in clip norms, for P parameters. T is the largest number, up to the given work,
+                sigma sqrt(T P / f) / N in clip norms, for P parameters. T is the largest number, up to LONGEST and WORK,
                 that keeps this below NOISE. Fewer than LEAST steps are none: the marginals then get everything
 """
 
@@ -32,6 +32,7 @@ WORTH = 0.15                # total variation
 NOISE = 0.5                 # norm of a step's noise, in clip norms
 LEAST = 20                  # steps
 WORK = 2e7                  # values of rows that all steps see, at most
+LONGEST = 3000              # steps, at most
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def plan_of(rows: int, sizes: list[int], config: TableConfig) -> Plan:
         shares = [config.first_look * share / sum(shares) for share in shares]
     parameters = 12 * config.layers * config.width**2 + (2 * columns + d) * config.width
     batch = min(config.batch, rows)
-    steps = most = int(WORK / (batch * d))
+    steps = most = min(LONGEST, max(LEAST, int(WORK / (batch * d))))
     if sigma:
         steps = min(most, int((1 - sum(shares)) * (NOISE * rows / sigma) ** 2 / parameters))
     if config.steps or 0 <= config.first_look < 1:                          # a share that was asked for is kept

@@ -177,10 +177,10 @@ def test_what_is_spent_is_the_budget(rows, options, mechanisms):
 
 
 def test_without_privacy_nothing_is_spent():
-    table = look(columns(), codes_of(), TableConfig(epsilon=math.inf), KEY)
-    free = fit(table, TableConfig(**TINY, epsilon=math.inf), KEY)
-    assert not table.spent and free.sigma == 0
-    assert account(free, TableConfig(epsilon=math.inf), 40)["epsilon"] == math.inf
+    config = TableConfig(**TINY, epsilon=math.inf)
+    table = look(columns(), codes_of(), config, KEY)
+    free = fit(table, config, KEY)
+    assert not table.spent and free.sigma == 0 and account(free, config, 40)["epsilon"] == math.inf
 
 
 def test_the_look_is_noisy_counts():
