@@ -16,8 +16,8 @@ between two samples of N rows 0.4 sqrt(k / N) or so. Three rules follow.
     pairs       They are measured only if a tree of d - 1 pairs has noise below WORTH in total variation. (A pair on
                 real tables is 0.05 to 0.15 from independence, so more noise says less than independence does.)
     steps       DP-SGD gets what the marginals do not need. T steps with share f have, in full batches, a noise of norm
-                sigma sqrt(T P / f) / N in clip norms, for P parameters. T is the largest number, up to LONGEST and WORK,
-                that keeps this below NOISE. Fewer than LEAST steps are none: the marginals then get everything
+                sigma sqrt(T P / f) / N in clip norms, for P parameters. T is the largest number that keeps this below
+                NOISE, up to LONGEST and WORK. Fewer than LEAST steps are none: the marginals then get everything
 """
 
 import math
