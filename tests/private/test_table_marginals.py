@@ -120,8 +120,8 @@ def test_pairs_are_chosen_net_of_noise():
 def test_two_measurements_are_one():
     """Fault: weights by deviation instead of precision."""
     rng = np.random.default_rng(0)
-    y, s = mean((3 * rng.normal(size=100_000), 3.0), (4 * rng.normal(size=100_000), 4.0))
-    assert s == pytest.approx(2.4) and y.std() == pytest.approx(2.4, rel=0.02)
+    y, s = mean((rng.normal(size=100_000), 1.0), (4 * rng.normal(size=100_000), 4.0))
+    assert s == pytest.approx(4 / math.sqrt(17)) and y.std() == pytest.approx(s, rel=0.02)
     assert mean((np.ones(2), 0.0), (np.zeros(2), 0.0))[1] == 0
 
 
@@ -180,8 +180,8 @@ def test_rows_of_a_model_are_weighted_to_the_measurements():
 
 
 def test_an_even_sample_is_closer_to_its_pool_than_independent_rows():
-    """By a factor of 3 in each pair of columns, with the weights of the pool. Faults: weights ignored; an exchange
-    that is accepted if it makes things worse; rows that are not of the pool; rows in the order of the pool."""
+    """By a factor of 3 in each pair of columns, with the weights of the pool. Faults: expected counts without weights;
+    an exchange that makes things worse is accepted; rows that are not of the pool; rows in the order of the pool."""
     rng, sizes = np.random.default_rng(2), [3, 4, 5, 6]
     pool = np.sort(chain(8000, rng, sizes), axis=0)
     rng.shuffle(pool[:, 1])
