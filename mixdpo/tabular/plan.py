@@ -12,7 +12,8 @@ between two samples of N rows 0.4 sqrt(k / N) or so. Three rules follow.
 
     need        A marginal needs no more precision than half of the sampling error: s <= sqrt(N / k) / 2. All columns,
                 and all pairs, then need the share 4 sigma^2 K / N, where K is the sum of their cells. The scores that
-                select pairs need a deviation of N / 100: 1 % of the rows. Each share is also bounded, by MOST
+                select pairs need a deviation of N / 100: 1 % of the rows. Where the budget is too small for all of
+                these, it is divided as MOST says
     pairs       They are measured only if a tree of d - 1 pairs has noise below WORTH in total variation. (A pair on
                 real tables is 0.05 to 0.15 from independence, so more noise says less than independence does.)
     steps       DP-SGD gets what the marginals do not need. T steps with share f have, in full batches, a noise of norm
@@ -27,7 +28,7 @@ from mixdpo.config import SEEDS, InputError, check_choices, check_ranges
 from mixdpo.private.accountant import noise_multiplier
 
 ORDERS = ("given", "entropy", "random")
-MOST = (0.1, 0.1, 0.8)      # largest shares of columns, scores and pairs
+MOST = (0.1, 0.1, 0.8)      # largest shares of columns, scores and pairs, where they need more than there is
 WORTH = 0.15                # total variation
 NOISE = 0.5                 # norm of a step's noise, in clip norms
 LEAST = 20                  # steps
@@ -102,15 +103,18 @@ def plan_of(rows: int, sizes: list[int], config: TableConfig) -> Plan:
     tree = 0.4 * cells / max(count, 1) * sigma * math.sqrt((d - 1) / MOST[2]) / rows
     measured = d > 1 and tree < WORTH
     need = [4 * sigma**2 * columns / rows, count * (100 * sigma / rows) ** 2, 4 * sigma**2 * cells / rows]
-    shares = [max(min(n, most), 1e-3) for n, most in zip(need, MOST if measured else (1.0, 0.0, 0.0)) if most]
-    shares += [0.0] * (3 - len(shares))
+    need = [max(n, 1e-3) for n in need] if measured else [max(need[0], 1e-3), 0.0, 0.0]
+    shares = need
+    if sum(need) >= 1:                                                      # nothing is left for DP-SGD
+        most = [min(n, part) for n, part in zip(need, MOST if measured else (1.0, 0.0, 0.0))]
+        shares = [share / sum(most) for share in most]
     if config.first_look >= 0:
         shares = [config.first_look * share / sum(shares) for share in shares]
     parameters = 12 * config.layers * config.width**2 + (2 * columns + d) * config.width
     batch = min(config.batch, rows)
-    steps = most = min(LONGEST, max(LEAST, int(WORK / (batch * d))))
+    steps = longest = min(LONGEST, max(LEAST, int(WORK / (batch * d))))
     if sigma:
-        steps = min(most, int((1 - sum(shares)) * (NOISE * rows / sigma) ** 2 / parameters))
+        steps = min(longest, int(max(1 - sum(shares), 0) * (NOISE * rows / sigma) ** 2 / parameters))
     if config.steps or 0 <= config.first_look < 1:                          # a share that was asked for is kept
         steps = config.steps or max(steps, LEAST)
     elif steps < LEAST:
