@@ -14,7 +14,7 @@ from mixdpo.tabular.columns import columns_of
 from mixdpo.tabular.dp_tbart import TableConfig, draw, fit, look
 
 ROWS, DIMENSIONS = 20_000, range(3, 9)
-STEPS = {"smoke": 3, "quick": 1200, "full": 4000}
+STEPS = {"smoke": 3, "quick": 3000, "full": 8000}
 SEEDS = {"smoke": 1, "quick": 1, "full": 5}
 METHODS = {"DP-TBART": math.inf, "DP-TBART, epsilon 10": 10.0, "MST": math.inf, "MST, epsilon 10": 10.0}
 

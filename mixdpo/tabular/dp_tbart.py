@@ -140,7 +140,7 @@ def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, sa
     model = TBART(table.sizes, config.width, config.layers, config.heads, table.prior)
     found = load_checkpoint(out, same or {}) if out else None
     if table.marginals is not None and not found:
-        pretrain(model, table, config)
+        pretrain(model, torch.from_numpy(table.marginals.pool[:, table.order]), config)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer, names = make_optimizer(model, config.lr)
     losses, t = [], 0
@@ -183,15 +183,14 @@ def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, sa
     return Fitted(model.eval(), sigma, spent, losses)
 
 
-def pretrain(model: TBART, table: Table, config: TableConfig) -> None:
-    """Trains the model on rows of the estimate, without noise: they come from released numbers only."""
+def pretrain(model: TBART, rows: torch.Tensor, config: TableConfig) -> None:
+    """Trains the model on rows (M,d) of the estimate, without noise: they come from released numbers only."""
     rng = np.random.default_rng([config.seed, 41])
-    rows = torch.from_numpy(table.marginals.pool[:, table.order])
     optimizer, _ = make_optimizer(model, config.lr)
     for t in range(config.pretrain):
         set_rate(optimizer, t, config.pretrain, config.pretrain // 20)
         optimizer.zero_grad()
-        row_losses(model, rows[rng.integers(len(rows), size=min(PRETRAIN, len(rows)))]).mean().backward()
+        row_losses(model, rows[rng.integers(len(rows), size=PRETRAIN)]).mean().backward()
         optimizer.step()
 
 

@@ -83,7 +83,8 @@ def scored(codes: np.ndarray, shares: list[np.ndarray], rows: int, s: float,
 
 def choose(scores: dict[Columns, float], shares: list[np.ndarray], rows: int, sigma: float) -> list[Columns]:
     """The pairs to measure. scores: net of CAUTION; sigma: noise multiplier of all measurements together."""
-    d, best, chosen = len(shares), 0.0, []
+    d, best = len(shares), 0.0
+    chosen: list[Columns] = []
     pairs = [pair for pair in scores if len(shares[pair[0]]) * len(shares[pair[1]]) <= rows]
     expected = {pair: rows * np.outer(shares[pair[0]], shares[pair[1]]) for pair in pairs}
     for m in range(1, min(len(pairs), 4 * d) + 1):
@@ -137,7 +138,7 @@ class Marginals:
     log_q: list[np.ndarray]                 # log-probabilities of each column's values
     measured: Measured
     theta: dict[Columns, np.ndarray] = field(default_factory=dict)
-    pool: np.ndarray | None = None          # (M,d) rows of the distribution
+    pool: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int64))    # (M,d) rows of the distribution
 
     def moved(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Rows (M,d) after one Gibbs step for each column."""
@@ -183,7 +184,7 @@ def measure(codes: np.ndarray, ones: list[np.ndarray], plan: Plan, rows: int,
     rows: N."""
     sizes, d = [len(y) for y in ones], len(ones)
     measured: Measured = {(j,): (y, plan.deviation(plan.ones, d)) for j, y in enumerate(ones)}
-    spent = []
+    spent: list[float] = []
     if plan.pairs:
         shares = [np.exp(log_shares(y, rows)) for y in ones]
         s = plan.deviation(plan.scores, d * (d - 1) // 2)

@@ -198,7 +198,7 @@ def test_an_even_sample_is_closer_to_its_pool_than_independent_rows():
 
 @pytest.mark.parametrize("options", [dict(), dict(steps=12, batch=500), dict(first_look=0.0, steps=12, batch=500)])
 def test_a_table_has_the_dependence_that_was_measured(options):
-    """Faults: rows in the model's order of columns; the pool used although there was DP-SGD; weights ignored."""
+    """Faults: rows in the model's order of columns; rows of a model that are not weighted."""
     codes = chain(20_000, np.random.default_rng(0))
     config = TableConfig(width=16, heads=2, pretrain=30, order="random", seed=1, **options)
     table = look(columns(SIZES), codes, config, KEY)
