@@ -198,7 +198,8 @@ def draw(table: Table, fitted: Fitted, rows: int, rng: np.random.Generator) -> n
     """-> the codes (rows,d) of a table, columns in the schema's order."""
     if table.marginals is None:
         return table.as_given(sample(fitted.model, rows, rng))
-    parts, sizes, pool = [], table.marginals.sizes, table.marginals.pool
+    sizes, pool = table.marginals.sizes, table.marginals.pool
+    parts: list[np.ndarray] = []
     for n in [min(PART, rows - start) for start in range(0, rows, PART)]:
         log_w = np.zeros(len(pool))
         if table.plan.steps:

@@ -74,7 +74,8 @@ def scored(codes: np.ndarray, shares: list[np.ndarray], rows: int, s: float,
            rng: np.random.Generator) -> dict[Columns, float]:
     """Noisy scores of all pairs. shares: probabilities of each column's values, from released counts; rows: N as
     declared, because the expected table must be the same for neighbours."""
-    sizes, found = [len(p) for p in shares], {}
+    sizes = [len(p) for p in shares]
+    found: dict[Columns, float] = {}
     for pair in combinations(range(len(sizes)), 2):
         expected = rows * np.outer(shares[pair[0]], shares[pair[1]]).ravel()
         found[pair] = float(np.abs(count(codes, pair, sizes) - expected).sum() + s * rng.normal())

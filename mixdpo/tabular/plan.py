@@ -122,7 +122,8 @@ def plan_of(rows: int, sizes: list[int], config: TableConfig) -> Plan:
     if not steps or config.steps and sum(shares) >= 0.6 and config.first_look < 0:
         total = 0.6 if steps else 1.0                                       # steps that were asked for get 0.4
         shares = [total * share / sum(shares) for share in shares]
-    return Plan(sigma, *shares, steps, batch, reasons(rows, sizes, shares, steps, tree, config))
+    ones, scores, pairs = shares
+    return Plan(sigma, ones, scores, pairs, steps, batch, reasons(rows, sizes, shares, steps, tree, config))
 
 
 def reasons(rows: int, sizes: list[int], shares: list[float], steps: int, tree: float, config: TableConfig) -> str:
