@@ -117,7 +117,7 @@ def plan_of(rows: int, sizes: list[int], config: TableConfig) -> Plan:
         steps = min(longest, int(max(1 - sum(shares), 0) * (NOISE * rows / sigma) ** 2 / parameters))
     if config.steps or 0 <= config.first_look < 1:                          # a share that was asked for is kept
         steps = config.steps or max(steps, LEAST)
-    elif steps < LEAST:
+    elif steps < LEAST or config.first_look == 1:
         steps = 0
     if not steps or config.steps and sum(shares) >= 0.6 and config.first_look < 0:
         total = 0.6 if steps else 1.0                                       # steps that were asked for get 0.4
