@@ -40,10 +40,10 @@ from mixdpo.private.keys import Key
 from mixdpo.runs.checkpoint import load_checkpoint
 from mixdpo.runs.log import environment
 from mixdpo.tabular.columns import Column, read_schema, read_table, schema_of, write_table
-from mixdpo.tabular.dp_tbart import TableConfig, account, fit, look, sample, validate
+from mixdpo.tabular.dp_tbart import TableConfig, account, draw, fit, look, validate
 
-PRESETS = {"smoke": dict(steps=4, batch=256, width=16, layers=1, heads=2), "quick": {},
-           "full": dict(steps=1000, lr=1e-2)}
+PRESETS = {"smoke": dict(steps=4, pretrain=4, batch=256, width=16, layers=1, heads=2), "quick": {},
+           "full": dict(pretrain=2000)}
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def synthesize(tables: Tables, config: TableConfig, rows: int, key: Key, out: Pa
     """Fits and samples. Returns codes (rows,d), the Table whose columns they use, and the Fitted model."""
     table = look(tables.columns, tables.train, config, key)
     fitted = fit(table, config, key, out, same)
-    return table.as_given(sample(fitted.model, rows, key.generator("rows"))), table, fitted
+    return draw(table, fitted, rows, key.generator("rows")), table, fitted
 
 
 def run(config: SynthConfig) -> Path:

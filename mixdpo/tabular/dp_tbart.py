@@ -1,181 +1,45 @@
 """DP-TBART: private synthetic tables from an autoregressive transformer (Castellon, Gopal, Bloniarz, Rosenberg 2023,
-arXiv 2307.10430).
+arXiv 2307.10430; the model is in model.py). Training is DP-SGD with Adam. The result is the moving average of the
+parameters, which costs no privacy.
 
-    log p(row) = sum_j log p(x_j | x_1 ... x_j-1)              columns in the model's order
-
-A row is a sequence of d tokens after a start token. Each column has its own tokens, and position j can only take the
-tokens of column j, so every sampled row is legal under the schema. Training is DP-SGD with Adam. The result is the
-moving average of the parameters, which costs no privacy.
-
-    look      (first_look > 0) noisy counts of every column's values: one Gaussian mechanism, which gets the fraction
-              first_look of epsilon. They determine bins by quantiles and the order by entropy. The biases of the logits
-              start at their logarithms: the model starts as independent columns, and learns the dependence between
-              columns. After training the biases are adjusted until samples have these marginals (calibrate). This step
-              is our addition to the paper
-    fit       the rest of epsilon, over all steps
+    look      noisy counts of every column, and noisy tables of selected pairs where plan.py says so. They determine
+              bins by quantiles, the order by entropy, and a log-linear estimate of the table (marginals.py)
+    fit       the biases of the logits start at the logarithms of the counts; the model is trained on rows of the
+              estimate, which costs no privacy; then DP-SGD has the rest of the budget, if plan.py says so. At the end
+              the biases are adjusted until samples have the 1-way marginals (calibrate)
     sample    column by column, with a cache of keys and values; the first columns of the order may be given
+    draw      the table: rows of the model, or of the estimate if there was no DP-SGD, weighted to have the measured
+              marginals, from which an even sample is taken
 
+All but DP-SGD is our addition to the paper. --first-look 0 leaves it out.
 epsilon = inf trains without noise and clipping, on the same batches.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from mixdpo.config import SEEDS, InputError, check_choices, check_ranges
+from mixdpo.config import InputError
 from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
-from mixdpo.models.attention import KVCache
-from mixdpo.models.gpt2 import Block, GPT2Config
 from mixdpo.private.accountant import Mechanism, epsilon_of, noise_multiplier
 from mixdpo.private.dp_sgd import NOT_COVERED, Noise, ghost_clipped_sum, participants
 from mixdpo.private.keys import Key, identities
 from mixdpo.runs.checkpoint import Saver, Stop, load_checkpoint
 from mixdpo.runs.log import Progress
 from mixdpo.tabular.columns import Column, joined
+from mixdpo.tabular.marginals import POOL, Marginals, even, measure, noisy, simplex
+from mixdpo.tabular.model import TBART, calibrate, row_losses, sample
+from mixdpo.tabular.plan import Plan, TableConfig, plan_of, validate
 
-ORDERS = ("given", "entropy", "random")
+__all__ = ["TBART", "Fitted", "Table", "TableConfig", "account", "calibrate", "draw", "fit", "look", "pretrain",
+           "row_losses", "sample", "simplex", "validate"]
+
 DECAY = 0.99            # decay per step of the moving average of the parameters
-
-
-@dataclass(frozen=True)
-class TableConfig:
-    """Options for training on a table."""
-
-    epsilon: float = 1.0            # privacy budget epsilon; inf: no noise and no privacy
-    delta: float = 1e-5             # privacy budget delta; below 1 / number of rows
-    first_look: float = 0.4         # fraction of epsilon for noisy counts of each column; 0: no counts
-    order: str = "given"            # order of the columns: given, entropy (highest first), random
-    width: int = 64                 # width of the hidden states
-    layers: int = 1                 # transformer blocks
-    heads: int = 4                  # attention heads
-    batch: int = 4096               # expected number of rows in a step
-    steps: int = 200                # Adam steps
-    lr: float = 2e-2                # peak learning rate
-    clip: float = 1.0               # largest norm of a row's gradient
-    micro: int = 2048               # rows in a forward pass
-    seed: int = 0                   # seed of initial weights and of a random order
-    examples: int = 0               # number of rows, declared public; 0: the table's own number, which is then public
-    save_minutes: float = 5.0       # minutes between checkpoints
-
-
-def validate(config: TableConfig) -> None:
-    """Raises: InputError on values out of range."""
-    check_choices(config, {"order": ORDERS})
-    sizes = dict.fromkeys(("width", "layers", "heads", "batch", "steps", "micro"), "[1, inf)")
-    check_ranges(config, sizes | {
-        "epsilon": "(0, inf]", "delta": "[1e-11, 1)", "first_look": "[0, 1)", "lr": "(0, inf)", "clip": "(0, inf)",
-        "seed": SEEDS, "examples": "[0, inf)", "save_minutes": "[0, inf]"})
-    if config.order == "entropy" and not config.first_look:
-        raise InputError("entropy is computed from noisy counts, which need --first-look above 0; set it, or choose "
-                         "another order", option="order")
-    if config.width % config.heads:
-        raise InputError(f"got {config.width}, wanted a multiple of --heads {config.heads}", option="width")
-
-
-# ---- the model
-
-
-class TBART(nn.Module):
-    """model(codes), codes (N,j) of the first j columns -> states (N,j+1,C); logits(j, states[:, j]) -> (N,sizes[j]).
-
-    sizes: the number of values of each column, in the model's order. The token ids of column j follow those of column
-    j-1. The logits of column j are over its own tokens only, which equals a mask over the tokens of all columns.
-    prior: log-probabilities of all tokens (V,), the initial biases of the logits; None: 0."""
-
-    first: torch.Tensor             # (d,) first token of each column
-
-    def __init__(self, sizes: list[int], width: int, layers: int, heads: int, prior: torch.Tensor | None = None):
-        super().__init__()
-        V, d = sum(sizes), len(sizes)
-        config = GPT2Config(vocab=V + 1, context=d, width=width, layers=layers, heads=heads)
-        self.sizes, self.config = list(sizes), config
-        self.wte, self.wpe = nn.Embedding(V + 1, width), nn.Embedding(d, width)     # token V starts a row
-        self.h = nn.ModuleList(Block(config) for _ in range(layers))
-        self.ln_f = nn.LayerNorm(width, eps=config.eps)
-        outputs = [nn.Linear(width, size) for size in sizes]
-        self.heads = nn.ModuleList(outputs)
-        # Clipping bounds one norm over all parameters, so their gradients should have similar sizes. With GPT-2's small
-        # initial embeddings (0.02), the first layer norm makes the gradients of the embeddings by far the largest. With
-        # its small initial projections, a position hardly depends on the others at first.
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif p.dim() == 2:
-                is_embedding, is_head = name in ("wte.weight", "wpe.weight"), name.startswith("heads")
-                nn.init.normal_(p, std=1.0 if is_embedding else 0.02 if is_head else p.shape[1] ** -0.5)
-        nn.init.constant_(self.ln_f.weight, width**-0.5)
-        if prior is not None:
-            for head, log_p in zip(outputs, prior.split(self.sizes)):
-                head.bias.data.copy_(log_p)
-        self.register_buffer("first", torch.tensor([0, *sizes[:-1]]).cumsum(0))     # (d,) column j's first token
-
-    def forward(self, codes: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """States (N,j+1,C) of all positions; with a cache, only of the positions that it does not hold yet."""
-        N, j = codes.shape
-        ids = F.pad(codes + self.first[:j], (1, 0), value=self.wte.num_embeddings - 1)      # (N,j+1)
-        place = torch.arange(j + 1, device=ids.device).expand(N, -1)
-        window = None
-        if cache is not None:
-            ids, place = ids[:, cache.used :], place[:, cache.used :]
-            window = cache.window(*ids.shape)
-        x = self.wte(ids) + self.wpe(place)                                 # (N,T,C)
-        for layer, block in enumerate(self.h):
-            x = block(x, layer, window, keep=True)
-        if cache is not None:
-            cache.advance(ids.shape[1])
-        return self.ln_f(x)
-
-    def logits(self, j: int, states: torch.Tensor) -> torch.Tensor:
-        """Logits of column j's values: states (N,C) -> (N,sizes[j])."""
-        return self.heads[j](states)
-
-
-def row_losses(model: TBART, codes: torch.Tensor) -> torch.Tensor:
-    """-log p of each row in nats: codes (N,d) -> (N,)."""
-    states = model(codes[:, :-1])                                           # (N,d,C)
-    return sum((F.cross_entropy(model.logits(j, states[:, j]), codes[:, j], reduction="none")
-                for j in range(codes.shape[1])), start=torch.zeros(()))
-
-
-@torch.no_grad()
-def sample(model: TBART, rows: int, rng: np.random.Generator, given: torch.Tensor | None = None,
-           most: int = 4096) -> torch.Tensor:
-    """-> codes of sampled rows (N,d), columns in the model's order. given (N,p): codes of the first p columns, p < d;
-    None: sample all columns. most: rows in one batch."""
-    d, C, c = len(model.sizes), model.config.width, model.config
-    given = torch.empty(rows, 0, dtype=torch.int64) if given is None else given
-    assert len(given) == rows and given.shape[1] < d, f"got given {tuple(given.shape)}, want ({rows}, less than {d})"
-    made = []
-    for codes in given.split(most):
-        cache = KVCache((c.layers, len(codes), c.heads, d, C // c.heads), torch.float32, codes.device)
-        for j in range(given.shape[1], d):
-            up_to = torch.softmax(model.logits(j, model(codes, cache)[:, -1]), dim=-1).double().cumsum(-1)  # (N,size)
-            u = torch.from_numpy(rng.random((len(codes), 1))) * up_to[:, -1:]
-            drawn = (up_to <= u).sum(1, keepdim=True).clamp_max(up_to.shape[1] - 1)
-            codes = torch.cat([codes, drawn], dim=1)
-        made.append(codes)
-    return torch.cat(made)
-
-
-@torch.no_grad()
-def calibrate(model: TBART, prior: torch.Tensor, seed: int, rows: int = 20_000) -> None:
-    """Changes the model's biases until sampled rows have the 1-way marginals `prior` (V,), log-probabilities.
-
-    It goes column by column; the columns before are sampled from the calibrated model. It uses only released values, so
-    it costs no privacy."""
-    generator, codes = torch.Generator().manual_seed(seed), torch.empty(rows, 0, dtype=torch.int64)
-    for j, wanted in enumerate(prior.split(model.sizes)):
-        states = torch.cat([model(part)[:, -1] for part in codes.split(4096)])              # (rows,C)
-        for _ in range(20):
-            log_share = torch.log_softmax(model.logits(j, states), dim=-1).logsumexp(0) - math.log(rows)
-            model.heads[j].bias += (wanted - log_share).clamp(-1, 1)
-        p = torch.softmax(model.logits(j, states), dim=-1)
-        codes = torch.cat([codes, torch.multinomial(p, 1, generator=generator)], dim=1)
+PRETRAIN = 256          # rows in a step on the estimate
+PART = 32_768           # rows of a table that are chosen together
 
 
 # ---- the first look
@@ -188,7 +52,9 @@ class Table:
     columns: list[Column]
     codes: np.ndarray               # (N,d)
     order: list[int]                # the model's j-th column is columns[order[j]]
-    prior: torch.Tensor | None      # (V,) log-probabilities of all values, in the model's order
+    plan: Plan
+    prior: torch.Tensor | None = None       # (V,) log-probabilities of all values, in the model's order
+    marginals: Marginals | None = None
     spent: list[Mechanism] = field(default_factory=list)
     fine: list[np.ndarray | None] = field(default_factory=list)     # new code of each fine bin; None: bins unchanged
 
@@ -211,28 +77,24 @@ class Table:
 
 
 def look(columns: list[Column], codes: np.ndarray, config: TableConfig, key: Key) -> Table:
-    """The table with quantile bins, column order and prior from noisy counts; without counts if first_look is 0.
+    """The table with quantile bins, column order, prior and marginals from noisy counts; without if first_look is 0.
 
     A row adds 1 to one count in each of d columns, so all counts together have sensitivity sqrt(d). Noise of standard
     deviation sigma sqrt(d) on every count is then one Gaussian mechanism with noise multiplier sigma.
     Raises: InputError."""
-    N, d = codes.shape
+    d, rows = codes.shape[1], config.examples or len(codes)
     if [c for c in columns if c.quantiles] and not config.first_look:
         raise InputError("bins by quantiles are computed from noisy counts, which need a value above 0; set it, or "
                          "give the column edges or bins", option="first_look")
-    order = [*range(d)]
+    legal = [min(c.quantiles, c.known) + c.size - c.known if c.quantiles else c.size for c in columns]
+    plan, order = plan_of(rows, legal, config), [*range(d)]
+    print(plan.why)
     if config.order == "random":
         order = np.random.default_rng([config.seed, 23]).permutation(d).tolist()
     if not config.first_look:
-        return Table(columns, codes, order, None, fine=[None] * d)
-    private, spent, rng = config.epsilon < math.inf, [], key.generator("look")
-    if private:
-        sigma = noise_multiplier(config.first_look * config.epsilon, config.delta / 10, 1.0, 1)
-        spent = [Mechanism(sigma)]
-    counts: list[np.ndarray] = []
-    for j, column in enumerate(columns):
-        exact = np.bincount(codes[:, j], minlength=column.size).astype(float)
-        counts.append(exact + (sigma * math.sqrt(d) * rng.normal(size=column.size) if private else 0.0))
+        return Table(columns, codes, order, plan, fine=[None] * d)
+    rng, s = key.generator("look"), plan.deviation(plan.ones, d)
+    counts = [noisy(codes, (j,), [c.size for c in columns], s, rng) for j in range(d)]
     columns = [*columns]
     fine: list[np.ndarray | None] = [None] * d
     for j, column in enumerate(columns):
@@ -240,20 +102,13 @@ def look(columns: list[Column], codes: np.ndarray, config: TableConfig, key: Key
             columns[j], merged = joined(column, counts[j])
             fine[j] = merged
             counts[j] = np.bincount(merged[: column.size], weights=counts[j], minlength=columns[j].size)
-    counts = [simplex(c, max(c.sum(), 1.0)) + 0.5 for c in counts]          # + 0.5: no value has probability 0
-    shares = [c / c.sum() for c in counts]
+    coded = np.stack([x if code is None else code[x] for x, code in zip(codes.T, fine)], axis=1)
+    marginals, others = measure(coded, counts, plan, rows, rng)
     if config.order == "entropy":
-        order = np.argsort([(p * np.log(p)).sum() for p in shares], kind="stable").tolist()
-    prior = torch.from_numpy(np.log(np.concatenate([shares[j] for j in order]))).float()
-    table = Table(columns, codes, order, prior, spent, fine)
-    return replace(table, codes=table.coded(codes))
-
-
-def simplex(x: np.ndarray, total: float) -> np.ndarray:
-    """The non-negative vector with sum `total` that is closest to x: max(x - t, 0) for the right t."""
-    largest = np.sort(x)[::-1]
-    t = (largest.cumsum() - total) / np.arange(1, len(x) + 1)
-    return np.maximum(x - t[largest > t][-1], 0)
+        order = np.argsort([(np.exp(q) * q).sum() for q in marginals.log_q], kind="stable").tolist()
+    prior = torch.from_numpy(np.concatenate([marginals.log_q[j] for j in order])).float()
+    sigmas = [plan.deviation(plan.ones, 1), *others] if plan.sigma else []
+    return Table(columns, coded, order, plan, prior, marginals, [Mechanism(sigma) for sigma in sigmas], fine)
 
 
 # ---- fitting
@@ -264,7 +119,7 @@ class Fitted:
     """A trained model and its privacy cost."""
 
     model: TBART
-    sigma: float                    # noise multiplier of the steps
+    sigma: float                    # noise multiplier of the steps; 0 without steps or without privacy
     spent: list[Mechanism]          # first look and steps; empty without privacy
     losses: list[float]             # mean loss of each step's rows in nats; NaN for an empty step. Not private
 
@@ -274,25 +129,28 @@ def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, sa
 
     key: the secret key for sampling and noise. out: the folder for checkpoints; a stopped run resumes from there. same:
     the configuration that the checkpoint must have been written with; None: any. Raises: Stopped, InputError."""
-    rows = table.ordered()
-    N, private = config.examples or len(rows), config.epsilon < math.inf
-    rate = min(1.0, config.batch / N)
-    sigma = noise_multiplier(config.epsilon, config.delta, rate, config.steps, table.spent) if private else 0.0
+    rows, plan = table.ordered(), table.plan
+    N, steps, private = config.examples or len(rows), plan.steps, config.epsilon < math.inf
+    rate = min(1.0, plan.batch / N)
+    sigma = noise_multiplier(config.epsilon, config.delta, rate, steps, table.spent) if private and steps else 0.0
     clip = config.clip if private else math.inf
     noise = Noise(sigma, config.clip, rate * N, key)
-    drawn = participants(key, identities([row.tobytes() for row in table.codes]), rate, config.steps)
+    drawn = participants(key, identities([row.tobytes() for row in table.codes]), rate, steps)
     torch.manual_seed(config.seed)
     model = TBART(table.sizes, config.width, config.layers, config.heads, table.prior)
+    found = load_checkpoint(out, same or {}) if out else None
+    if table.marginals is not None and not found:
+        pretrain(model, torch.from_numpy(table.marginals.pool[:, table.order]), config)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer, names = make_optimizer(model, config.lr)
     losses, t = [], 0
-    if out and (found := load_checkpoint(out, same or {})):
+    if found:
         tensors, state = found
         model.load_state_dict({n.removeprefix("model."): x for n, x in tensors.items() if n.startswith("model.")})
         load_optimizer_state(optimizer, names, tensors)
         average = {name: tensors[f"average.{name}"] for name in average}
         losses, t = state["losses"], state["step"]
-        print(f"resumed at step {t} of {config.steps}")
+        print(f"resumed at step {t} of {steps}")
     progress = Progress(out.name if out else "fit", t)
 
     def snapshot() -> tuple[dict[str, torch.Tensor], dict]:
@@ -302,8 +160,8 @@ def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, sa
 
     with Stop(str(out)) as stop:
         saver = Saver(out, stop, config.save_minutes) if out else None
-        while t < config.steps:
-            set_rate(optimizer, t, config.steps, config.steps // 20)
+        while t < steps:
+            set_rate(optimizer, t, steps, steps // 20)
             total, seen = dp_sum(model, rows[drawn[t]], clip, config.micro)
             for p, g in zip(model.parameters(), noise.release(total, t)):
                 p.grad = g
@@ -313,16 +171,44 @@ def fit(table: Table, config: TableConfig, key: Key, out: Path | None = None, sa
             for name, p in model.named_parameters():
                 average[name].lerp_(p.detach(), 1 - keep)
             losses.append(float(seen.mean()))
-            progress(t, config.steps, f"loss {losses[-1]:.3f}")
+            progress(t, steps, f"loss {losses[-1]:.3f}")
             if saver:
-                saver.after(t, config.steps, snapshot)
+                saver.after(t, steps, snapshot)
     if not all(x.isfinite().all() for x in average.values()):
         raise InputError(f"got {config.lr}, after which the parameters are not finite; choose a lower one", option="lr")
     model.load_state_dict(average, strict=False)
-    if table.prior is not None:
+    if table.prior is not None and steps:
         calibrate(model, table.prior, config.seed)
-    spent = [*table.spent, Mechanism(sigma, rate, config.steps)] if private else []
+    spent = [*table.spent, *([Mechanism(sigma, rate, steps)] if steps else [])] if private else []
     return Fitted(model.eval(), sigma, spent, losses)
+
+
+def pretrain(model: TBART, rows: torch.Tensor, config: TableConfig) -> None:
+    """Trains the model on rows (M,d) of the estimate, without noise: they come from released numbers only."""
+    rng = np.random.default_rng([config.seed, 41])
+    optimizer, _ = make_optimizer(model, config.lr)
+    for t in range(config.pretrain):
+        set_rate(optimizer, t, config.pretrain, config.pretrain // 20)
+        optimizer.zero_grad()
+        row_losses(model, rows[rng.integers(len(rows), size=PRETRAIN)]).mean().backward()
+        optimizer.step()
+
+
+def draw(table: Table, fitted: Fitted, rows: int, rng: np.random.Generator) -> np.ndarray:
+    """-> the codes (rows,d) of a table, columns in the schema's order."""
+    if table.marginals is None:
+        return table.as_given(sample(fitted.model, rows, rng))
+    sizes, pool = table.marginals.sizes, table.marginals.pool
+    parts: list[np.ndarray] = []
+    for n in [min(PART, rows - start) for start in range(0, rows, PART)]:
+        log_w = np.zeros(len(pool))
+        if table.plan.steps:
+            pool = table.as_given(sample(fitted.model, max(2 * n, POOL), rng))
+            log_w = table.marginals.corrected(pool)
+        elif parts:
+            pool = table.marginals.moved(pool, rng)
+        parts.append(even(pool, log_w, n, sizes, rng))
+    return np.concatenate(parts)
 
 
 def dp_sum(model: TBART, rows: torch.Tensor, clip: float, micro: int) -> tuple[list[torch.Tensor], torch.Tensor]:

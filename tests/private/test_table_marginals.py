@@ -1,0 +1,209 @@
+"""The plan of a table's budget, noisy marginals, the estimate from them, and even samples. Docstrings name the faults
+that each test is there for."""
+
+import inspect
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from data.tables.marginals import distances, total_variation
+from mixdpo.private.accountant import noise_multiplier
+from mixdpo.private.keys import Key
+from mixdpo.tabular import marginals
+from mixdpo.tabular.columns import columns_of
+from mixdpo.tabular.dp_tbart import TableConfig, draw, fit, look
+from mixdpo.tabular.marginals import Marginals, choose, count, even, mean, scored
+from mixdpo.tabular.plan import LEAST, NOISE, WORTH, plan_of
+
+SIZES = [3, 2, 4]
+KEY = Key.public(7)
+
+
+def columns(sizes):
+    return columns_of([{"name": f"c{j}", "type": "category", "values": [*map(str, range(n))]}
+                       for j, n in enumerate(sizes)])
+
+
+def chain(rows, rng, sizes=SIZES):
+    """Codes (rows,d); each column depends on the one before."""
+    codes = np.stack([rng.integers(0, n, rows) for n in sizes], axis=1)
+    for j in range(1, len(sizes)):
+        copied = rng.random(rows) < 0.6
+        codes[copied, j] = codes[copied, j - 1] % sizes[j]
+    return codes
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_depends_on_public_facts_only():
+    """The rule gets numbers and options. A table with other rows of the same number has the same plan. Fault: a rule
+    that looks at rows."""
+    assert [*inspect.signature(plan_of).parameters] == ["rows", "sizes", "config"]
+    rng, config = np.random.default_rng(0), TableConfig(epsilon=3.0)
+    plans = {look(columns(SIZES), codes, config, Key.public(seed)).plan for seed, codes in enumerate(
+        (chain(500, rng), rng.integers(0, SIZES, (500, 3)), np.zeros((500, 3), dtype=np.int64)))}
+    assert len(plans) == 1
+    fewer = replace(config, examples=500)
+    assert look(columns(SIZES), chain(499, rng), fewer, KEY).plan in plans
+
+
+@pytest.mark.parametrize("rows, sizes, epsilon, pairs, steps", [
+    (700, [5] * 21, 1.0, False, False), (700, [5] * 21, 10.0, True, False), (5000, [5] * 12, 1.0, True, False),
+    (30_000, [15] * 15, 1.0, True, False), (20_000, [2] * 8, 10.0, True, True), (20_000, [2] * 8, 1.0, True, True),
+    (20_000, [2] * 8, math.inf, True, True), (50, [2], 1.0, False, False)])
+def test_few_rows_get_marginals_and_many_get_steps(rows, sizes, epsilon, pairs, steps):
+    """Faults: pairs measured whose noise exceeds all that they could say; steps of noise; shares that sum to more than
+    the budget, or to less without any step."""
+    plan = plan_of(rows, sizes, TableConfig(epsilon=epsilon))
+    spent = plan.ones + plan.scores + plan.pairs
+    assert (plan.pairs > 0) == (plan.scores > 0) == pairs and (plan.steps > 0) == steps
+    assert spent < 1 if steps else spent == pytest.approx(1)
+    if steps and plan.sigma:
+        parameters = 12 * 64**2 + (2 * sum(sizes) + len(sizes)) * 64
+        noise = plan.sigma * math.sqrt(plan.steps * parameters / (1 - spent)) / rows
+        assert plan.steps >= LEAST and noise <= NOISE
+
+
+def test_shares_are_of_the_budget():
+    """A share of 1 has the noise of one release. Faults: shares of epsilon; sqrt(f) for f; sqrt(d) left out."""
+    plan = plan_of(700, [5] * 21, TableConfig())
+    assert plan.ones == 1 and plan.deviation(1, 1) == pytest.approx(noise_multiplier(1.0, 1e-5, 1.0, 1), rel=1e-5)
+    assert plan.deviation(0.25, 9) == pytest.approx(6 * plan.sigma)
+    tree = 0.4 * 25 * plan.sigma * math.sqrt(20 / 0.8) / 700
+    assert tree > WORTH and f"{tree:.3f}" in plan.why
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def test_one_row_moves_each_marginal_by_one_and_each_score_by_at_most_one(monkeypatch):
+    """That is the sensitivity for which the noise is scaled. Faults: expected tables with the actual number of rows,
+    which move scores by 2; a table counted twice; noise that depends on the number of rows."""
+    rng = np.random.default_rng(1)
+    codes, config = chain(3000, rng), TableConfig(epsilon=1.0, examples=3000)
+    monkeypatch.setattr(marginals, "choose", lambda *_: [(0, 1), (1, 2)])
+    monkeypatch.setattr(Marginals, "estimate", lambda *_: None)
+    noisy, released = marginals.noisy, []
+    for rows in (codes, codes[1:], np.delete(codes, 700, 0)):
+        seen = []
+        monkeypatch.setattr(marginals, "noisy", lambda *about, seen=seen: seen.append(noisy(*about)) or seen[-1])
+        found = look(columns(SIZES), rows, config, KEY)
+        released.append([*(y for y, _ in found.marginals.measured.values()), *seen])
+    for other in released[1:]:
+        assert len(other) == len(released[0]) == 5 + 5                      # 3 columns and 2 pairs
+        for a, b in zip(released[0], other):
+            assert np.allclose(np.sort(np.abs(a - b)), [0] * (len(a) - 1) + [1], atol=1e-9)
+    shares, rows = [np.full(n, 1 / n) for n in SIZES], 3000
+    before = scored(codes, shares, rows, 2.0, np.random.default_rng(4))
+    moves = []
+    for row in range(0, 3000, 300):
+        after = scored(np.delete(codes, row, 0), shares, rows, 2.0, np.random.default_rng(4))
+        moves += [abs(after[pair] - score) for pair, score in before.items()]
+    assert 0.5 < max(moves) <= 1 + 1e-9
+
+
+def test_pairs_are_chosen_net_of_noise():
+    """Faults: a pair of many cells, whose noise exceeds its score; pairs without dependence; more pairs than pay."""
+    shares = [np.full(n, 1 / n) for n in (2, 2, 40, 40)]
+    scores = {(0, 1): 500.0, (0, 2): 600.0, (0, 3): 20.0, (1, 2): 30.0, (1, 3): 30.0, (2, 3): 900.0}
+    assert choose(scores, shares, 10_000, 3.0) == [(0, 1)] or choose(scores, shares, 10_000, 3.0) == [(0, 1), (0, 2)]
+    assert choose(scores, shares, 10_000, 0.01)[:2] == [(2, 3), (0, 2)]
+    assert choose(scores, shares, 10_000, 300.0) == []
+    assert (2, 3) not in choose(scores, shares, 1000, 0.0)                  # more cells than rows
+
+
+def test_two_measurements_are_one():
+    """Fault: weights by deviation instead of precision."""
+    rng = np.random.default_rng(0)
+    y, s = mean((rng.normal(size=100_000), 1.0), (4 * rng.normal(size=100_000), 4.0))
+    assert s == pytest.approx(4 / math.sqrt(17)) and y.std() == pytest.approx(s, rel=0.02)
+    assert mean((np.ones(2), 0.0), (np.zeros(2), 0.0))[1] == 0
+
+
+# --- the estimate -----------------------------------------------------------------------------------------------------
+
+
+def best(found):
+    """The minimum of the objective over all tables of all 24 rows, by a general optimiser."""
+    rows = np.array([*itertools.product(*map(range, SIZES))])
+    log_q = sum(found.log_q[j][rows[:, j]] for j in range(3))
+    log_q = log_q - np.log(np.exp(log_q).sum())
+
+    def objective(logits):
+        log_p = logits - np.logaddexp.reduce(logits)
+        p, value = np.exp(log_p), marginals.PRIOR * found.rows * (np.exp(log_p) * (log_p - log_q)).sum()
+        for pair, (y, s) in found.measured.items():
+            now = np.bincount(marginals.cells(rows, pair, SIZES), found.rows * p, len(y))
+            value += ((y - now) ** 2).sum() / (2 * s * s)
+        return value
+
+    logits = minimize(objective, log_q, method="BFGS", options={"maxiter": 5000}).x
+    return rows, np.exp(logits - np.logaddexp.reduce(logits))
+
+
+@pytest.mark.parametrize("s", [15.0, 60.0])
+def test_the_estimate_minimises_its_objective(s, monkeypatch):
+    """Each of 24 rows has the probability of the optimum, up to the pool's sampling error. Faults: no prior; a prior
+    without its square of s; Gibbs steps with the wrong axis of a table; weights that are not reset."""
+    rng, N = np.random.default_rng(3), 1000
+    codes = chain(N, rng)
+    monkeypatch.setattr(marginals, "PRIOR", 0.3)
+    sets = [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)]
+    measured = {c: (count(codes, c, SIZES) + s * rng.normal(size=math.prod(SIZES[j] for j in c)), s) for c in sets}
+    found = Marginals(SIZES, N, [marginals.log_shares(measured[(j,)][0], N) for j in range(3)], measured)
+    found.estimate(rng)
+    rows, p = best(found)
+    share = count(found.pool, (0, 1, 2), SIZES) / len(found.pool)
+    assert len(found.pool) == marginals.POOL and np.abs(share - p).max() < 5 * math.sqrt(0.1 / marginals.POOL)
+    q = np.exp(sum(found.log_q[j][rows[:, j]] for j in range(3)))
+    assert np.abs(q - p).sum() > 20 * np.abs(share - p).mean()              # far from independent columns
+
+
+def test_rows_of_a_model_are_weighted_to_the_measurements():
+    """Uniform rows get the exact marginals of a table. Fault: weights of unmeasured columns."""
+    rng = np.random.default_rng(5)
+    codes, pool = chain(5000, rng), rng.integers(0, SIZES, (20_000, 3))
+    measured = {c: (count(codes, c, SIZES), 0.0) for c in [(0,), (1,), (2,), (0, 1), (1, 2)]}
+    found = Marginals(SIZES, 5000, [marginals.log_shares(measured[(j,)][0], 5000) for j in range(3)], measured)
+    w = np.exp(found.corrected(pool))
+    for c, (y, _) in measured.items():
+        now = np.bincount(marginals.cells(pool, c, SIZES), w / w.sum(), len(y))
+        assert np.abs(now - y / 5000).max() < 2e-3, c
+
+
+# --- even rows --------------------------------------------------------------------------------------------------------
+
+
+def test_an_even_sample_is_closer_to_its_pool_than_independent_rows():
+    """By a factor of 3 in each pair of columns, with the weights of the pool. Faults: expected counts without weights;
+    an exchange that makes things worse is accepted; rows that are not of the pool; rows in the order of the pool."""
+    rng, sizes = np.random.default_rng(2), [3, 4, 5, 6]
+    pool = np.sort(chain(8000, rng, sizes), axis=0)
+    rng.shuffle(pool[:, 1])
+    log_w = np.where(pool[:, 0] == 2, 1.0, 0.0)
+    many = pool[marginals.resampled(log_w, 200_000, rng)]
+    p = np.exp(log_w) / np.exp(log_w).sum()
+    made, plain = even(pool, log_w, 500, sizes, rng), pool[rng.choice(len(pool), 500, p=p)]
+    assert set(map(tuple, made)) <= set(map(tuple, pool)) and made.shape == (500, 4)
+    a, b = (total_variation(many, x, sizes, 2) for x in (made, plain))
+    assert (a < b / 3).all()
+    assert abs(np.corrcoef(made[:, 0], np.arange(500))[0, 1]) < 0.2
+    assert even(pool[:, :1], log_w, 5, sizes[:1], rng).shape == (5, 1)      # one column has no pair
+
+
+@pytest.mark.parametrize("options", [dict(), dict(steps=12, batch=500), dict(first_look=0.0, steps=12, batch=500)])
+def test_a_table_has_the_dependence_that_was_measured(options):
+    """Faults: rows in the model's order of columns; rows of a model that are not weighted."""
+    codes = chain(20_000, np.random.default_rng(0))
+    config = TableConfig(width=16, heads=2, pretrain=30, order="random", seed=1, **options)
+    table = look(columns(SIZES), codes, config, KEY)
+    if not options:
+        table = replace(table, plan=replace(table.plan, steps=0))
+    made = draw(table, fit(table, config, KEY), 3000, np.random.default_rng(1))
+    found = distances(codes, made, SIZES)
+    assert found[2] < (0.02 if config.first_look else 0.4)
