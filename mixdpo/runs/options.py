@@ -119,12 +119,10 @@ class TrainConfig:
     dtype: str = "auto"             # dtype of matrix products: auto (bfloat16 on hardware that is built for it),
                                     # float32 or bfloat16; parameters stay float32
 
-    # --- checkpoints
+    # --- checkpoints and curves
     save_minutes: float = 10.0      # minutes between checkpoints; 0: one after each step; inf: only when the run ends
                                     # or is stopped
     keep: int = 2                   # number of newest checkpoints that an unfinished run keeps
-
-    # --- log
     log: str = ""                   # where curves are shown, beside metrics.jsonl: tensorboard (files in the run's
                                     # directory), wandb or trackio; needs the extra `log`. With --epsilon only what the
                                     # budget covers, when the run ends. Empty: nowhere

@@ -16,7 +16,7 @@ FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.s
 PACKAGES = {"torch", "tiktoken", "numpy", "safetensors", *sys.stdlib_module_names}
 OPTIONAL = {"mixdpo/fast/kernels.py": {"triton"}, "mixdpo/text/chat.py": {"jinja2"},      # used where they are there
             "mixdpo/text/containers.py": {"pyarrow"}, "mixdpo/files/sources.py": {"huggingface_hub"},
-            "mixdpo/files/unpack.py": {"zstandard", "compression"}}
+            "mixdpo/files/unpack.py": {"zstandard", "compression"}, "mixdpo/runs/loggers.py": {"wandb", "trackio"}}
 SERVER = {"mixdpo/serving/app.py": {"starlette"}, "mixdpo/serving/responses.py": {"starlette"},
           "mixdpo/serving/connection.py": {"uvicorn", "h11"}}               # the extra `serve`
 FILES = [path.relative_to(ROOT) for part in ("train.py", "eval.py", "mixdpo", "data")

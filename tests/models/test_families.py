@@ -274,8 +274,8 @@ def test_memory_counts_the_new_parts(family, tmp_path):
     found = memory_estimate.estimate(config, torch.float32)
     experts = make_experts([load_model(tmp_path)], config, torch.float32)
     assert found["weights"] == sum(p.nbytes for p in experts.parameters())
-    whole = memory_estimate.kept(model.config, config, torch.float32, 16)
-    assert memory_estimate.activations(model.config, config, torch.float32, 16) == pytest.approx(whole, rel=0.03)
+    whole = memory_estimate.kept(model.config, config, torch.float32, 16, 3)
+    assert memory_estimate.activations(model.config, config, torch.float32, 16, 3) == pytest.approx(whole, rel=0.03)
 
 
 @families
