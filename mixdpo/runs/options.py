@@ -123,9 +123,9 @@ class TrainConfig:
     save_minutes: float = 10.0      # minutes between checkpoints; 0: one after each step; inf: only when the run ends
                                     # or is stopped
     keep: int = 2                   # number of newest checkpoints that an unfinished run keeps
-    log: str = ""                   # where curves are shown, beside metrics.jsonl: tensorboard (files in the run's
-                                    # directory), wandb or trackio; needs the extra `log`. With --epsilon only what the
-                                    # budget covers, when the run ends. Empty: nowhere
+    log: str = ""                   # where curves are shown: tensorboard (files in the run's directory), wandb or
+                                    # trackio; needs the extra `log`. With --epsilon only what the budget covers, at
+                                    # the end. Empty: nowhere
 
     @property
     def known_steps(self) -> int:
