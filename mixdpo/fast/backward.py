@@ -74,7 +74,7 @@ def chunks(batch: Batch, head_rows: int, whole_groups: bool):
 
 
 def minimise(loss: torch.Tensor, optimizer, clip: float) -> float:
-    """One step on a scalar loss, for supervised fine-tuning (data/experiment/finetune.py); returns the loss."""
+    """One step on a scalar loss, for training on texts (data/experiment/finetune.py) or rows; returns the loss."""
     loss.backward()
     clip_and_step(optimizer, loss.item(), clip)
     return loss.item()

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from mixdpo.config import InputError
+from mixdpo.fast.backward import minimise
 from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from mixdpo.private.accountant import Mechanism, epsilon_of, noise_multiplier
 from mixdpo.private.dp_sgd import NOT_COVERED, Noise, ghost_clipped_sum, participants
@@ -189,9 +190,11 @@ def pretrain(model: TBART, rows: torch.Tensor, config: TableConfig) -> None:
     optimizer, _ = make_optimizer(model, config.lr)
     for t in range(config.pretrain):
         set_rate(optimizer, t, config.pretrain, config.pretrain // 20)
-        optimizer.zero_grad()
-        row_losses(model, rows[rng.integers(len(rows), size=PRETRAIN)]).mean().backward()
-        optimizer.step()
+        loss = row_losses(model, rows[rng.integers(len(rows), size=PRETRAIN)]).mean()
+        try:
+            minimise(loss, optimizer, clip=math.inf)
+        except FloatingPointError as error:
+            raise InputError(f"step {t} on rows of the estimate: {error}; choose a lower one", option="lr") from None
 
 
 def draw(table: Table, fitted: Fitted, rows: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""--log without any of its packages: what is sent, and when (runs/loggers.py); tests/peers/test_loggers.py reads what
+"""--log without any of its packages: what is sent, and when (runs/loggers.py); tests/peers/test_curves.py reads what
 the packages have written. Each docstring names the faults that its test was seen to fail on."""
 
 import sys
