@@ -40,7 +40,7 @@ __all__ = ["TBART", "Fitted", "Table", "TableConfig", "account", "calibrate", "d
 
 DECAY = 0.99            # decay per step of the moving average of the parameters
 PRETRAIN = 256          # rows in a step on the estimate
-PART = 32_768           # rows of a table that are chosen together
+PART = 8_192            # rows of a table that are chosen together
 
 
 # ---- the first look
@@ -208,8 +208,9 @@ def draw(table: Table, fitted: Fitted, rows: int, rng: np.random.Generator) -> n
         if table.plan.steps:
             pool = table.as_given(sample(fitted.model, max(2 * n, POOL), rng))
             log_w = table.marginals.corrected(pool)
-        elif parts:
+        elif parts:                                                         # other rows; Gibbs steps alone would drift
             pool = table.marginals.moved(pool, rng)
+            log_w = table.marginals.corrected(pool)
         parts.append(even(pool, log_w, n, sizes, rng))
     return np.concatenate(parts)
 

@@ -34,7 +34,8 @@ from mixdpo.tabular.plan import Plan
 
 CAUTION = 1.0       # deviations of a score's noise
 PRIOR = 0.03        # lam: the weight of independent columns, in tables of N rows
-POOL = 20_000       # rows of a pool
+POOL = 20_000       # rows of a pool, at least; at most LARGEST; 2 N in between, so that few rows of a table are alike
+LARGEST = 200_000
 AT_ONCE = 4_000_000 # logits in memory
 ROUNDS = 8          # resampling rounds of an estimate
 SWEEPS = 4          # changes of each theta in a round
@@ -160,7 +161,8 @@ class Marginals:
     def estimate(self, rng: np.random.Generator) -> None:
         """Sets theta and pool."""
         self.theta = {columns: np.zeros(len(y)) for columns, (y, _) in self.measured.items()}
-        codes = np.stack([rng.choice(len(q), POOL, p=np.exp(q) / np.exp(q).sum()) for q in self.log_q], axis=1)
+        size = min(max(POOL, 2 * self.rows), LARGEST)
+        codes = np.stack([rng.choice(len(q), size, p=np.exp(q) / np.exp(q).sum()) for q in self.log_q], axis=1)
         for last in [False] * ROUNDS * any(len(columns) > 1 for columns in self.measured) + [True]:
             log_w = tilt(codes, self.sizes, self.measured, self.theta, self.rows, SWEEPS, EVEN)
             codes = codes[resampled(log_w, len(codes), rng)]
