@@ -30,7 +30,7 @@ from mixdpo.private.accountant import noise_multiplier
 ORDERS = ("given", "entropy", "random")
 MOST = (0.1, 0.1, 0.8)      # largest shares of columns, scores and pairs, where they need more than there is
 WORTH = 0.15                # total variation
-NOISE = 0.5                 # norm of a step's noise, in clip norms
+NOISE = 0.1                 # norm of a step's noise, in clip norms
 LEAST = 20                  # steps
 WORK = 2e7                  # values of rows that all steps see, at most
 LONGEST = 3000              # steps, at most
