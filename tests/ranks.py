@@ -53,7 +53,7 @@ class Group:
             time.sleep(0.01)
         return [self.ended[rank] for rank in sorted(self.ended)]
 
-    def said(self) -> list[str]:
+    def printed(self) -> list[str]:
         """The lines that they have printed."""
         return self.output.read_text().splitlines()
 

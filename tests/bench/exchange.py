@@ -104,7 +104,7 @@ def main(directory: str, sizes: str, rounds: str) -> None:
         for n, (name, count) in enumerate((name, count) for name in TITLES for count in COUNTS):
             out = Path(folder) / f"{n}.json"
             group = Group(count, lambda _: work(name, setting, count, int(rounds), out), Path(folder) / "said")
-            assert group.wait(LIMIT) == [0] * count, "\n".join(group.said()[-20:])
+            assert group.wait(LIMIT) == [0] * count, "\n".join(group.printed()[-20:])
             found[name].append(json.loads(out.read_text()))
     print(json.dumps(found))
 

@@ -62,7 +62,7 @@ def killed(group: Group, victim: int, moment: float) -> tuple[bool, str | None]:
     if group.left:
         group.wait(0)
         return True, f"processes were still there {LIMIT:.0f} s after process {victim} was killed"
-    said = [line for line in group.said() if "error: " in line or "Traceback" in line]
+    said = [line for line in group.printed() if "error: " in line or "Traceback" in line]
     return True, f"printed {said}" if len(said) > 1 or any("Traceback" in line for line in said) else None
 
 
@@ -75,7 +75,7 @@ def kills(count: int, number: int, report) -> None:
         tinyjob.write(folder / "pairs.jsonl", tinyjob.make_records())
         for n, (name, (processes, options)) in enumerate(CASES.items()):
             began, group = time.monotonic(), Group(processes, job(folder, f"whole{n}", options), folder / f"{n}.txt")
-            assert group.wait(300) == [0] * processes, f"{name}: failed: {group.said()[-5:]}"
+            assert group.wait(300) == [0] * processes, f"{name}: failed: {group.printed()[-5:]}"
             wanted[name] = state_of(folder / f"whole{n}"), time.monotonic() - began
             assert any("optimizer." in key for key in wanted[name][0]), "no optimizer's state to compare"
         while done < count:

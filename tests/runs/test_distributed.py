@@ -176,7 +176,7 @@ def folder(files):
     run(folder, "stopped-1", STOPPED)
     for count in (2, 4):
         group = Group(count, all_cases(folder, count), folder / f"{count}.txt")
-        assert group.wait(240) == [0] * count, "\n".join(group.said()[-60:])
+        assert group.wait(240) == [0] * count, "\n".join(group.printed()[-60:])
     return folder
 
 
@@ -300,7 +300,8 @@ def test_parts_of_a_pass(monkeypatch, count, rank, wanted):
 
 
 def errors(group):
-    return [line for line in group.said() if "error: " in line or "Traceback" in line or "run the same command" in line]
+    wanted = ("error: ", "Traceback", "run the same command")
+    return [line for line in group.printed() if any(text in line for text in wanted)]
 
 
 def other_data(folder):
@@ -370,7 +371,7 @@ def test_a_killed_process_ends_the_others(files, tmp_path):
     for name, out in (("again", tmp_path / "run"), ("whole", tmp_path / "whole")):
         own = dataclasses.replace(config(files, "", STOPPED), out=str(out))
         group = Group(3, program(lambda: train.run(own)), tmp_path / f"{name}.txt")
-        assert group.wait(60) == [0, 0, 0], group.said()[-20:]
+        assert group.wait(60) == [0, 0, 0], group.printed()[-20:]
         runs.append(out)
     assert tinyjob.equal(*runs) and (runs[0] / "metrics.jsonl").read_bytes() == (runs[1] / "metrics.jsonl").read_bytes()
 

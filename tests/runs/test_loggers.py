@@ -20,7 +20,7 @@ SAME = {"lr": "rate", "mixture/bound": "bound", "mixture/gap": "gap",
 
 
 @pytest.fixture
-def told(monkeypatch):
+def sent(monkeypatch):
     """Stands in for TensorBoard; the list of what it is told."""
     found = []
 
@@ -43,17 +43,17 @@ def test_a_missing_package_is_an_error_before_anything_is_read(log, tmp_path, mo
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
-def test_every_step_is_sent_with_the_values_of_its_line(told, tmp_path, model_dir):
+def test_every_step_is_sent_with_the_values_of_its_line(sent, tmp_path, model_dir):
     """Catches: a figure under the name of another; a step that is not sent; a checkpoint before the flush."""
     out = tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), log="tensorboard", latent="user", gate="user")
     lines = tinyjob.lines(out / "metrics.jsonl")
-    assert told[0] == ("open", 0) and told[-2:] == [("flush",), ("close",)]
-    assert told[1:-2] == [(line["step"], {name: line[SAME.get(name, name)] for name in SENT}) for line in lines]
+    assert sent[0] == ("open", 0) and sent[-2:] == [("flush",), ("close",)]
+    assert sent[1:-2] == [(line["step"], {name: line[SAME.get(name, name)] for name in SENT}) for line in lines]
     assert len(lines) == 3 and all(line["gap"] > 0.01 for line in lines[:2]) and abs(lines[2]["gap"]) < 1e-6
     assert lines[0]["rewards/chosen"] == pytest.approx(0, abs=1e-6) and abs(lines[2]["rewards/chosen"]) > 1e-4
 
 
-def test_of_one_expert_the_margins_are_dpos(told, tmp_path, model_dir):
+def test_of_one_expert_the_margins_are_dpos(sent, tmp_path, model_dir):
     """Catches: rewards of another beta; chosen and rejected exchanged."""
     out = tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), log="tensorboard", experts=1, beta=0.7)
     for line in tinyjob.lines(out / "metrics.jsonl"):
@@ -62,15 +62,15 @@ def test_of_one_expert_the_margins_are_dpos(told, tmp_path, model_dir):
         assert line["gap"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_private_run_sends_what_is_covered_and_nothing_before_it_ends(told, tmp_path, model_dir):
+def test_a_private_run_sends_what_is_covered_and_nothing_before_it_ends(sent, tmp_path, model_dir):
     """Catches: a figure without noise; steps that are sent as they end, whose times tell how many examples they had."""
     out = tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), log="tensorboard", epsilon=8.0, batch=4)
     lines = tinyjob.lines(out / "metrics.jsonl")
-    assert told == [("open", 0), *((line["step"], {"lr": line["rate"], "grad_norm": line["grad_norm"]})
+    assert sent == [("open", 0), *((line["step"], {"lr": line["rate"], "grad_norm": line["grad_norm"]})
                                    for line in lines), ("close",)]
 
 
-def test_the_log_may_differ_when_a_run_resumes(told, tmp_path, model_dir, monkeypatch):
+def test_the_log_may_differ_when_a_run_resumes(sent, tmp_path, model_dir, monkeypatch):
     """Catches: a run that is refused for its --log; a logger that begins at step 1 again."""
     save = checkpoint.Saver.after
 
@@ -82,12 +82,12 @@ def test_the_log_may_differ_when_a_run_resumes(told, tmp_path, model_dir, monkey
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoint.Saver, "after", stop)
         tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), save_minutes=0.0)
-    assert told == []
+    assert sent == []
     tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), log="tensorboard")
-    assert [entry[0] for entry in told] == ["open", 3, "flush", "close"] and told[0] == ("open", 2)
+    assert [entry[0] for entry in sent] == ["open", 3, "flush", "close"] and sent[0] == ("open", 2)
 
 
-def test_of_several_processes_the_first_logs(told, tmp_path, model_dir):
+def test_of_several_processes_the_first_logs(sent, tmp_path, model_dir):
     """Catches: every process logs; the texts' figures of one process's pairs only."""
     alone = tinyjob.run(tmp_path, model_dir, tinyjob.make_records(), name="alone")
     tinyjob.write(tmp_path / "run.jsonl", tinyjob.make_records())
@@ -95,11 +95,11 @@ def test_of_several_processes_the_first_logs(told, tmp_path, model_dir):
     def work(words):
         with distributed.joined():
             tinyjob.run(tmp_path, model_dir, None, log="tensorboard")
-            (tmp_path / f"told-{distributed.rank()}").write_text(str(len(told)))
+            (tmp_path / f"sent-{distributed.rank()}").write_text(str(len(sent)))
 
     group = Group(2, lambda rank: command(work), tmp_path / "said")
-    assert group.wait(120) == [0, 0], "\n".join(group.said()[-20:])
-    assert [(tmp_path / f"told-{rank}").read_text() for rank in range(2)] == ["6", "0"]
+    assert group.wait(120) == [0, 0], "\n".join(group.printed()[-20:])
+    assert [(tmp_path / f"sent-{rank}").read_text() for rank in range(2)] == ["6", "0"]
     for one, two in zip(*(tinyjob.lines(run / "metrics.jsonl") for run in (alone, tmp_path / "run")), strict=True):
         for name in SENT:
             assert one[SAME.get(name, name)] == pytest.approx(two[SAME.get(name, name)], abs=1e-4), name
