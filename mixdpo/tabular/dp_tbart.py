@@ -207,7 +207,7 @@ def draw(table: Table, fitted: Fitted, rows: int, rng: np.random.Generator) -> n
         log_w = np.zeros(len(pool))
         if table.plan.steps:
             pool = table.as_given(sample(fitted.model, max(2 * n, POOL), rng))
-            log_w = table.marginals.corrected(pool)
+            log_w = table.marginals.corrected(pool, own=False)
         elif parts:                                                         # other rows; Gibbs steps alone would drift
             pool = table.marginals.moved(pool, rng)
             log_w = table.marginals.corrected(pool)

@@ -1,13 +1,15 @@
 """Noisy marginals of a table, a distribution that has them, and rows that follow it closely.
 
     measure     noisy counts of every column; scores of all pairs under noise; noisy tables of the best pairs, and the
-                columns again, all with the same noise. plan.py divides the budget. Everything else reads released
-                numbers only and costs no privacy
-    score       of a pair: L1 distance, in rows, between its table and that of independent columns. One row more changes
-                a score by at most 1, so all scores together have sensitivity sqrt(number of pairs), and Gaussian noise
-                makes them one Gaussian mechanism. (AIM's exponential mechanism, McKenna et al. 2022, arXiv 2201.12677,
-                scores again after each measurement; here all pairs are chosen at once.)
-    choose      the m pairs with the largest scores, net of CAUTION deviations of the score's noise and of the noise
+                columns again, all with the same noise; then an estimate. If plan.py says so, a second round scores
+                larger sets of columns, and the other pairs, against this estimate, and measures the best. plan.py
+                divides the budget. Everything else reads released numbers only and costs no privacy
+    score       of a set of columns: L1 distance, in rows, between its table and the expected one, which has independent
+                columns in the first round and is the estimate's in the second. One row more changes a score by at most
+                1, so m scores together have sensitivity sqrt(m), and Gaussian noise makes them one Gaussian mechanism.
+                (AIM's exponential mechanism, McKenna et al. 2022, arXiv 2201.12677, scores again after each
+                measurement; here all sets of a round are chosen at once.)
+    choose      the m sets with the largest scores, net of CAUTION deviations of the score's noise and of the noise
                 that the measurement would bring; m by the largest sum. Noise on a cell counts as at most the rows
                 expected there, as no cell is negative
     estimate    the log-linear distribution p(x) ~ q(x) exp(sum over measured c of theta_c[x_c]) that minimises
@@ -16,8 +18,8 @@
 
                 for the measurements y_c with noise of deviation s_c, where q has independent columns. The first term
                 is a prior of lam N rows: it moves noisy cells towards independence. p is represented by a pool of rows:
-                `tilt` changes theta and the rows' weights, one marginal at a time; when the weights become uneven the
-                rows are resampled, and Gibbs steps move them. This needs no junction tree, so any set of pairs will do
+                `tilt` changes theta and the rows' weights by a part of the step to the optimum, one marginal at a time;
+                the rows are resampled, and Gibbs steps move them. This needs no junction tree, so any sets will do
     even        n rows from a weighted pool whose 2-way marginals are as close as possible to the pool's. Independent
                 rows would add a sampling error to the noise
 
@@ -26,20 +28,22 @@ A table is codes (N,d), int64; column j holds 0..sizes[j]-1. Marginals are flat:
 
 import math
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import combinations
 
 import numpy as np
 
-from mixdpo.tabular.plan import Plan
+from mixdpo.tabular.plan import Plan, sets_of
 
 CAUTION = 1.0       # deviations of a score's noise
-PRIOR = 0.03        # lam: the weight of independent columns, in tables of N rows
+MOST = 4            # sets for each column that are chosen in a round, at most
+PRIOR = 0.05        # lam: the weight of independent columns, in tables of N rows
 POOL = 20_000       # rows of a pool, at least; at most LARGEST; 2 N in between, so that few rows of a table are alike
 LARGEST = 200_000
 AT_ONCE = 4_000_000 # logits in memory
-ROUNDS = 8          # resampling rounds of an estimate
-SWEEPS = 4          # changes of each theta in a round
-EVEN = 0.3          # effective share of a pool's weights below which it is resampled
+ROUNDS = 20         # of an estimate: a part of each change of theta, resampling, Gibbs steps
+STEP = 0.3          # that part, in the first round; with larger ones theta diverges where columns determine each other
+SWEEPS = 20         # whole changes of each theta, at the end
 
 Columns = tuple[int, ...]
 Measured = dict[Columns, tuple[np.ndarray, float]]      # columns -> noisy counts of the cells, deviation of the noise
@@ -68,32 +72,27 @@ def noisy(codes: np.ndarray, columns: Columns, sizes: list[int], s: float, rng: 
     return exact + s * rng.normal(size=len(exact)) if s else exact
 
 
-# ---- which pairs
+# ---- which sets of columns
 
 
-def scored(codes: np.ndarray, shares: list[np.ndarray], rows: int, s: float,
+def scored(codes: np.ndarray, expected: dict[Columns, np.ndarray], sizes: list[int], s: float,
            rng: np.random.Generator) -> dict[Columns, float]:
-    """Noisy scores of all pairs. shares: probabilities of each column's values, from released counts; rows: N as
-    declared, because the expected table must be the same for neighbours."""
-    sizes = [len(p) for p in shares]
-    found: dict[Columns, float] = {}
-    for pair in combinations(range(len(sizes)), 2):
-        expected = rows * np.outer(shares[pair[0]], shares[pair[1]]).ravel()
-        found[pair] = float(np.abs(count(codes, pair, sizes) - expected).sum() + s * rng.normal())
-    return found
+    """Noisy scores of sets of columns. expected: rows in each of their cells, from released numbers, in all N as
+    declared, because it must be the same for neighbours."""
+    return {columns: float(np.abs(count(codes, columns, sizes) - rows).sum() + s * rng.normal())
+            for columns, rows in expected.items()}
 
 
-def choose(scores: dict[Columns, float], shares: list[np.ndarray], rows: int, sigma: float) -> list[Columns]:
-    """The pairs to measure. scores: net of CAUTION; sigma: noise multiplier of all measurements together."""
-    d, best = len(shares), 0.0
-    chosen: list[Columns] = []
-    pairs = [pair for pair in scores if len(shares[pair[0]]) * len(shares[pair[1]]) <= rows]
-    expected = {pair: rows * np.outer(shares[pair[0]], shares[pair[1]]) for pair in pairs}
-    for m in range(1, min(len(pairs), 4 * d) + 1):
-        noise = 0.8 * sigma * math.sqrt(m + d)
-        net = {pair: scores[pair] - np.minimum(noise, expected[pair]).sum() for pair in pairs}
+def choose(scores: dict[Columns, float], expected: dict[Columns, np.ndarray], sigma: float,
+           others: int) -> list[Columns]:
+    """The sets to measure. scores: net of CAUTION; sigma: noise multiplier of all measurements together, of which
+    `others` are chosen already."""
+    best, chosen = 0.0, []
+    for m in range(1, min(len(scores), MOST * len({j for columns in scores for j in columns})) + 1):
+        noise = 0.8 * sigma * math.sqrt(m + others)
+        net = {columns: score - np.minimum(noise, expected[columns]).sum() for columns, score in scores.items()}
         top = sorted(net, key=net.__getitem__, reverse=True)[:m]
-        if (value := sum(net[pair] for pair in top)) > best:
+        if (value := sum(net[columns] for columns in top)) > best:
             best, chosen = value, top
     return chosen
 
@@ -102,10 +101,10 @@ def choose(scores: dict[Columns, float], shares: list[np.ndarray], rows: int, si
 
 
 def tilt(codes: np.ndarray, sizes: list[int], measured: Measured, theta: dict, rows: int, sweeps: int,
-         least: float = 0.0) -> np.ndarray:
+         step: float = 1.0) -> np.ndarray:
     """Changes theta until the weighted pool has the measured marginals, up to their noise; -> log-weights (M,).
 
-    It stops when the effective share of the weights is below `least`. rows: N."""
+    step: the part of each change that is made. rows: N."""
     log_w = np.zeros(len(codes))
     place = {columns: cells(codes, columns, sizes) for columns in measured}
     for _ in range(sweeps):
@@ -115,13 +114,10 @@ def tilt(codes: np.ndarray, sizes: list[int], measured: Measured, theta: dict, r
             move = np.zeros(len(y))                                         # Newton's method, every cell separately
             for _ in range(3):
                 new = now * np.exp(move)
-                move += np.clip((y - new - stiff * (theta[columns] + move)) / (new + stiff + 1e-9), -1, 1)
-            move = np.where(now > 0, move.clip(-2, 2), 0)                   # the pool says nothing about empty cells
+                move += np.clip((y - new - stiff * (theta[columns] + move)) / (new + stiff + rows / len(codes)), -1, 1)
+            move = step * np.where(now > 0, move.clip(-2, 2), 0)            # the pool says nothing about empty cells
             theta[columns] = theta[columns] + move
             log_w += move[place[columns]]
-        w = np.exp(log_w - log_w.max())
-        if w.sum() ** 2 / (w @ w) < least * len(w):
-            break
     return log_w
 
 
@@ -142,17 +138,27 @@ class Marginals:
     theta: dict[Columns, np.ndarray] = field(default_factory=dict)
     pool: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int64))    # (M,d) rows of the distribution
 
+    def expected(self, sets: list[Columns]) -> dict[Columns, np.ndarray]:
+        """Rows in each cell of sets of columns: of the pool, or of independent columns if there is no pool yet."""
+        if len(self.pool):
+            return {columns: count(self.pool, columns, self.sizes) * (self.rows / len(self.pool)) for columns in sets}
+        shares = [np.exp(q) for q in self.log_q]
+        return {columns: self.rows * reduce(np.multiply.outer, [shares[j] for j in columns]).ravel()
+                for columns in sets}
+
     def moved(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Rows (M,d) after one Gibbs step for each column."""
         codes = codes.copy()
         for j in rng.permutation(len(self.sizes)):
+            tables = []                                                     # of each set with j, which is its last axis
+            for columns, theta in self.theta.items():
+                if len(columns) > 1 and j in columns:
+                    table = np.moveaxis(theta.reshape([self.sizes[i] for i in columns]), columns.index(j), -1)
+                    tables.append((tuple(i for i in columns if i != j), table.reshape(-1, self.sizes[j])))
             for part in np.array_split(codes, -(-len(codes) * self.sizes[j] // AT_ONCE)):   # views: changed in place
                 logits = np.tile(self.log_q[j] + self.theta[(j,)], (len(part), 1))
-                for columns, theta in self.theta.items():
-                    if len(columns) == 2 and j in columns:
-                        a, b = columns
-                        table = theta.reshape(self.sizes[a], self.sizes[b])
-                        logits += table[part[:, a]] if j == b else table.T[part[:, b]]
+                for rest, table in tables:
+                    logits += table[cells(part, rest, self.sizes)]
                 up_to = np.exp(logits - logits.max(1, keepdims=True)).cumsum(1)
                 u = rng.random((len(part), 1)) * up_to[:, -1:]
                 part[:, j] = (up_to <= u).sum(1).clip(max=self.sizes[j] - 1)
@@ -163,16 +169,16 @@ class Marginals:
         self.theta = {columns: np.zeros(len(y)) for columns, (y, _) in self.measured.items()}
         size = min(max(POOL, 2 * self.rows), LARGEST)
         codes = np.stack([rng.choice(len(q), size, p=np.exp(q) / np.exp(q).sum()) for q in self.log_q], axis=1)
-        for last in [False] * ROUNDS * any(len(columns) > 1 for columns in self.measured) + [True]:
-            log_w = tilt(codes, self.sizes, self.measured, self.theta, self.rows, SWEEPS, EVEN)
-            codes = codes[resampled(log_w, len(codes), rng)]
-            codes = codes if last else self.moved(codes, rng)
-        self.pool = codes
+        for r in range(ROUNDS * any(len(columns) > 1 for columns in self.measured)):
+            log_w = tilt(codes, self.sizes, self.measured, self.theta, self.rows, 1, STEP / (1 + r / 10))
+            codes = self.moved(codes[resampled(log_w, size, rng)], rng)
+        self.pool = codes[resampled(self.corrected(codes), size, rng)]
 
-    def corrected(self, codes: np.ndarray) -> np.ndarray:
-        """Log-weights (M,) with which rows of a model have the measured marginals, up to their noise."""
-        theta = {columns: np.zeros(len(y)) for columns, (y, _) in self.measured.items()}
-        return tilt(codes, self.sizes, self.measured, theta, self.rows, 20)
+    def corrected(self, codes: np.ndarray, own: bool = True) -> np.ndarray:
+        """Log-weights (M,) with which rows have the measured marginals, up to their noise. own: they are rows of the
+        estimate, and not of a model."""
+        theta = dict(self.theta) if own else {columns: np.zeros(len(y)) for columns, (y, _) in self.measured.items()}
+        return tilt(codes, self.sizes, self.measured, theta, self.rows, SWEEPS)
 
 
 def log_shares(counts: np.ndarray, rows: int) -> np.ndarray:
@@ -186,22 +192,26 @@ def measure(codes: np.ndarray, ones: list[np.ndarray], plan: Plan, rows: int,
     """-> the marginals, and the noise multipliers of the scores and of the tables. ones: the noisy counts of columns.
     rows: N."""
     sizes, d = [len(y) for y in ones], len(ones)
-    measured: Measured = {(j,): (y, plan.deviation(plan.ones, d)) for j, y in enumerate(ones)}
-    spent: list[float] = []
-    if plan.pairs:
-        shares = [np.exp(log_shares(y, rows)) for y in ones]
-        s = plan.deviation(plan.scores, d * (d - 1) // 2)
-        scores = scored(codes, shares, rows, s, rng)
-        chosen = choose({pair: score - CAUTION * s for pair, score in scores.items()}, shares, rows,
-                        plan.deviation(plan.pairs, 1))
-        s = plan.deviation(plan.pairs, len(chosen) + d)
-        for columns in [*measured, *chosen]:
-            y = noisy(codes, columns, sizes, s, rng)
-            measured[columns] = mean(measured[columns], (y, s)) if columns in measured else (y, s)
-        spent = [plan.deviation(plan.scores, 1), plan.deviation(plan.pairs, 1)]
-    found = Marginals(sizes, rows, [log_shares(measured[(j,)][0], rows) for j in range(d)], measured)
-    found.estimate(rng)
-    return found, spent
+    found = Marginals(sizes, rows, [log_shares(y, rows) for y in ones],
+                      {(j,): (y, plan.deviation(plan.ones, d)) for j, y in enumerate(ones)})
+    rounds = [(sets_of(rows, sizes, way), share) for way, share in plan.rounds]
+    s = plan.deviation(plan.scores, sum(len(sets) for sets, _ in rounds)) if rounds else 0.0
+    for sets, share in rounds:
+        expected = found.expected([columns for columns in sets if columns not in found.measured])
+        again = [(j,) for j in range(d) if not len(found.pool)]             # columns, once more
+        scores = scored(codes, expected, sizes, s, rng)
+        chosen = choose({columns: score - CAUTION * s for columns, score in scores.items()}, expected,
+                        plan.deviation(share, 1), len(again))
+        measured = again + chosen or [*found.measured]                      # a share is never left over
+        deviation = plan.deviation(share, len(measured))
+        for columns in measured:
+            y = (noisy(codes, columns, sizes, deviation, rng), deviation)
+            found.measured[columns] = mean(found.measured[columns], y) if columns in found.measured else y
+        found.log_q = [log_shares(found.measured[(j,)][0], rows) for j in range(d)]
+        found.estimate(rng)
+    if not rounds:
+        found.estimate(rng)
+    return found, [plan.deviation(plan.scores, 1), plan.deviation(plan.pairs, 1)] if rounds else []
 
 
 def mean(first: tuple[np.ndarray, float], second: tuple[np.ndarray, float]) -> tuple[np.ndarray, float]:

@@ -12,10 +12,13 @@ between two samples of N rows 0.4 sqrt(k / N) or so. Three rules follow.
 
     need        A marginal needs no more precision than half of the sampling error: s <= sqrt(N / k) / 2. All columns,
                 and all pairs, then need the share 4 sigma^2 K / N, where K is the sum of their cells. The scores that
-                select pairs need a deviation of N / 100: 1 % of the rows. Where the budget is too small for all of
-                these, it is divided as MOST says
+                select sets of columns need a deviation of N / 100: 1 % of the rows. Where the budget is too small for
+                all of these, it is divided as MOST says
     pairs       They are measured only if a tree of d - 1 pairs has noise below WORTH in total variation. (A pair on
                 real tables is 0.05 to 0.15 from independence, so more noise says less than independence does.)
+    larger      Sets of 3 columns and more are scored in a second round, which then has the share LATER of the tables'
+                budget: all sets of up to w columns, for the largest w for which the scores need at most MOST[1] and are
+                at most SETS. Without such a w there is one round
     steps       DP-SGD gets what the marginals do not need. T steps with share f have, in full batches, a noise of norm
                 sigma sqrt(T P / f) / N in clip norms, for P parameters. T is the largest number that keeps this below
                 NOISE, up to LONGEST and WORK. Fewer than LEAST steps are none: the marginals then get everything
@@ -23,6 +26,7 @@ between two samples of N rows 0.4 sqrt(k / N) or so. Three rules follow.
 
 import math
 from dataclasses import dataclass
+from itertools import combinations
 
 from mixdpo.config import SEEDS, InputError, check_choices, check_ranges
 from mixdpo.private.accountant import noise_multiplier
@@ -34,6 +38,9 @@ NOISE = 0.1                 # norm of a step's noise, in clip norms
 LEAST = 20                  # steps
 WORK = 2e7                  # values of rows that all steps see, at most
 LONGEST = 3000              # steps, at most
+SETS = 1000                 # sets of columns that are scored, at most
+LATER = 0.25                # share of the tables' budget for the second round
+THIN = 100                  # rows in a cell of sets of 4 columns or more, at least, on average; 1 for smaller ones
 
 
 @dataclass(frozen=True)
@@ -86,9 +93,16 @@ class Plan:
     ones: float
     scores: float           # 0: no pairs
     pairs: float
+    way: int                # columns in the largest sets that are scored
     steps: int
     batch: int              # expected number of rows in a step
     why: str                # in words
+
+    @property
+    def rounds(self) -> list[tuple[int, float]]:
+        """For each round of tables: the number of columns in the largest sets, and the share of the budget."""
+        parts = [(2, 1 - LATER), (self.way, LATER)] if self.way > 2 else [(2, 1.0)]
+        return [(way, part * self.pairs) for way, part in parts if self.pairs]
 
     def deviation(self, share: float, count: int) -> float:
         """Standard deviation of the noise on the cells of `count` marginals that have a share of the budget."""
@@ -98,11 +112,13 @@ class Plan:
 def plan_of(rows: int, sizes: list[int], config: TableConfig) -> Plan:
     """The plan for a table with so many rows, and sizes[j] legal values in column j."""
     d, columns = len(sizes), sum(sizes)
-    count, cells = d * (d - 1) // 2, (columns**2 - sum(n * n for n in sizes)) // 2          # of all pairs
+    cells = (columns**2 - sum(n * n for n in sizes)) // 2                   # of all pairs
     sigma = noise_multiplier(config.epsilon, config.delta, 1.0, 1) * (1 + 1e-6)     # more than the rounding of shares
-    tree = 0.4 * cells / max(count, 1) * sigma * math.sqrt((d - 1) / MOST[2]) / rows
+    tree = 0.4 * cells / max(math.comb(d, 2), 1) * sigma * math.sqrt((d - 1) / MOST[2]) / rows
     measured = d > 1 and tree < WORTH
-    need = [4 * sigma**2 * columns / rows, count * (100 * sigma / rows) ** 2, 4 * sigma**2 * cells / rows]
+    score = (100 * sigma / rows) ** 2                                       # what one score needs
+    way, count = largest(rows, sizes, MOST[1] / score if sigma else math.inf)
+    need = [4 * sigma**2 * columns / rows, count * score, 4 * sigma**2 * cells / rows]
     need = [max(n, 1e-3) for n in need] if measured else [max(need[0], 1e-3), 0.0, 0.0]
     shares = need
     if sum(need) >= 1:                                                      # nothing is left for DP-SGD
@@ -123,7 +139,26 @@ def plan_of(rows: int, sizes: list[int], config: TableConfig) -> Plan:
         total = 0.6 if steps else 1.0                                       # steps that were asked for get 0.4
         shares = [total * share / sum(shares) for share in shares]
     ones, scores, pairs = shares
-    return Plan(sigma, ones, scores, pairs, steps, batch, reasons(rows, sizes, shares, steps, tree, config))
+    return Plan(sigma, ones, scores, pairs, way, steps, batch, reasons(rows, sizes, shares, steps, tree, config))
+
+
+def sets_of(rows: int, sizes: list[int], way: int) -> list[tuple[int, ...]]:
+    """All sets of 2 to `way` columns that have enough rows in a cell, on average (THIN)."""
+    return [columns for k in range(2, way + 1) for columns in combinations(range(len(sizes)), k)
+            if math.prod(sizes[j] for j in columns) * (THIN if k > 3 else 1) <= rows]
+
+
+def largest(rows: int, sizes: list[int], most: float) -> tuple[int, int]:
+    """-> the way of the last round, and the number of scores of all rounds, which is at most `most` and SETS if way is
+    above 2."""
+    pairs = len(sets_of(rows, sizes, 2))
+    way, count = 2, pairs
+    for k in range(3, len(sizes) + 1):
+        if math.comb(len(sizes), k) > 10 * SETS or (more := len(sets_of(rows, sizes, k))) + pairs > min(most, SETS):
+            break
+        if more + pairs > count and more > pairs:
+            way, count = k, more + pairs
+    return way, count
 
 
 def reasons(rows: int, sizes: list[int], shares: list[float], steps: int, tree: float, config: TableConfig) -> str:
