@@ -206,7 +206,7 @@ def draw(table: Table, fitted: Fitted, rows: int, rng: np.random.Generator) -> n
     for n in [min(PART, rows - start) for start in range(0, rows, PART)]:
         log_w = np.zeros(len(pool))
         if table.plan.steps:
-            pool = table.as_given(sample(fitted.model, max(2 * n, POOL), rng))
+            pool = table.as_given(sample(fitted.model, max(8 * n, POOL), rng))
             log_w = table.marginals.corrected(pool, own=False)
         elif parts:                                                         # other rows; Gibbs steps alone would drift
             pool = table.marginals.moved(pool, rng)

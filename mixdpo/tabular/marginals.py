@@ -44,6 +44,7 @@ AT_ONCE = 4_000_000 # logits in memory
 ROUNDS = 20         # of an estimate: a part of each change of theta, resampling, Gibbs steps
 STEP = 0.3          # that part, in the first round; with larger ones theta diverges where columns determine each other
 SWEEPS = 20         # whole changes of each theta, at the end
+FINE = 4.0          # rows, for a model's rows: smaller deviations count as this, or few rows would get all the weight
 
 Columns = tuple[int, ...]
 Measured = dict[Columns, tuple[np.ndarray, float]]      # columns -> noisy counts of the cells, deviation of the noise
@@ -176,9 +177,12 @@ class Marginals:
 
     def corrected(self, codes: np.ndarray, own: bool = True) -> np.ndarray:
         """Log-weights (M,) with which rows have the measured marginals, up to their noise. own: they are rows of the
-        estimate, and not of a model."""
-        theta = dict(self.theta) if own else {columns: np.zeros(len(y)) for columns, (y, _) in self.measured.items()}
-        return tilt(codes, self.sizes, self.measured, theta, self.rows, SWEEPS)
+        estimate, and not of a model, which are weighted less exactly (FINE)."""
+        theta, measured = dict(self.theta), self.measured
+        if not own:
+            theta = {columns: np.zeros(len(y)) for columns, (y, _) in measured.items()}
+            measured = {columns: (y, max(s, FINE)) for columns, (y, s) in measured.items()}
+        return tilt(codes, self.sizes, measured, theta, self.rows, SWEEPS)
 
 
 def log_shares(counts: np.ndarray, rows: int) -> np.ndarray:
