@@ -113,8 +113,8 @@ def figure(found: list[dict], *path: str) -> dict:
 TWO, AUROC = ("distance", "2"), ("utility", "boosting", "auroc")
 COLUMNS = {"1-way": (("distance", "1"), 4), "2-way": (TWO, 4), "3-way": (("distance", "3"), 4),
            "all columns": (("whole",), 4), "2-way, held out": (("held", "2"), 4),
-           "AUROC (LR)": (("utility", "logistic", "auroc"), 3), "AUROC (GB)": (AUROC, 3), "detector": (("detector",), 3), "seconds": (("seconds",), 0),
-           "MB": (("megabytes",), 0)}
+           "AUROC (LR)": (("utility", "logistic", "auroc"), 3), "AUROC (GB)": (AUROC, 3),
+           "detector": (("detector",), 3), "seconds": (("seconds",), 0), "MB": (("megabytes",), 0)}
 READING = (
     "1-, 2- and 3-way: mean total variation of all such marginals to the real table, of one sample with as many rows; "
     "*all columns*: of the marginal of all columns, for planted tables; *held out*: to the held-out real rows. A "
