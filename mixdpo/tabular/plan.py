@@ -139,7 +139,8 @@ def plan_of(rows: int, sizes: list[int], config: TableConfig) -> Plan:
         total = 0.6 if steps else 1.0                                       # steps that were asked for get 0.4
         shares = [total * share / sum(shares) for share in shares]
     ones, scores, pairs = shares
-    return Plan(sigma, ones, scores, pairs, way, steps, batch, reasons(rows, sizes, shares, steps, tree, config))
+    why = reasons(rows, sizes, shares, way, steps, tree, config)
+    return Plan(sigma, ones, scores, pairs, way, steps, batch, why)
 
 
 def sets_of(rows: int, sizes: list[int], way: int) -> list[tuple[int, ...]]:
@@ -161,12 +162,15 @@ def largest(rows: int, sizes: list[int], most: float) -> tuple[int, int]:
     return way, count
 
 
-def reasons(rows: int, sizes: list[int], shares: list[float], steps: int, tree: float, config: TableConfig) -> str:
+def reasons(rows: int, sizes: list[int], shares: list[float], way: int, steps: int, tree: float,
+            config: TableConfig) -> str:
     """The plan in words."""
     ones, scores, pairs = shares
+    larger = f"; then sets of up to {way} columns too" if pairs and way > 2 else ""
     return "\n".join([
         f"plan for {rows} rows and {len(sizes)} columns at epsilon {config.epsilon:g}: noisy counts of columns get "
         f"{ones:.0%} of the budget, of pairs {scores + pairs:.0%}, DP-SGD {max(1 - sum(shares), 0):.0%}",
-        f"  pairs: noise would move a tree of pairs by {tree:.3f} in total variation; they are measured below {WORTH}",
+        f"  pairs: noise would move a tree of pairs by {tree:.3f} in total variation; they are measured below {WORTH}"
+        f"{larger}",
         f"  DP-SGD: {steps} steps" + ("" if steps else "; the budget that is left is too small for "
                                       f"{LEAST} steps with a noise below {NOISE} clip norms")])
