@@ -1,11 +1,13 @@
 """A private synthetic table: `python -m data.tables.synth --dataset adult --epsilon 1`, or of your own table: `--data
 table.csv --schema schema.json` (mixdpo/tabular/columns.py), optionally with `--test held-out.csv --target column`.
+`--plan true` only prints how the budget would be divided. It spends nothing and writes nothing.
 
     OUT/synthetic.csv       as many rows as the table has; may be published, together with model.safetensors and
     OUT/schema.json         its columns, with the bins that were found under noise
     OUT/privacy.json        the privacy that was spent, on which table, and what it does not cover. It completes the
                             release: the secret key is deleted, and a run with other options is refused
     OUT/report.md           distances to the real table; computed without noise, so do not publish it
+    OUT/figures.json        the figures of the report; do not publish them either
     OUT/config.json         the options, and sha256 of table, schema and test table; do not publish it either
 
 If the report fails or is stopped, the same command makes only the report again, from these files. The report compares
@@ -41,6 +43,7 @@ from mixdpo.runs.checkpoint import load_checkpoint
 from mixdpo.runs.log import environment
 from mixdpo.tabular.columns import Column, read_schema, read_table, schema_of, write_table
 from mixdpo.tabular.dp_tbart import TableConfig, account, draw, fit, look, validate
+from mixdpo.tabular.plan import Plan, plan_of
 
 PRESETS = {"smoke": dict(steps=4, pretrain=4, batch=256, width=16, layers=1, heads=2), "quick": {},
            "full": dict(pretrain=2000)}
@@ -48,16 +51,18 @@ PRESETS = {"smoke": dict(steps=4, pretrain=4, batch=256, width=16, layers=1, hea
 
 @dataclass(frozen=True)
 class SynthConfig(TableConfig):
-    """A private synthetic table, and a report of its distance to the real table."""
+    """A private synthetic table, and a report of its distance to the real table. For your own table give --data,
+    --schema and --out: docs/privacy.md has an example."""
 
     dataset: str = ""                           # a table of data/tables/suite.py: adult, criminal, credit, fair, ...
     data: str = ""                              # the table, .csv or .csv.gz
-    schema: str = ""                            # columns of the table, .json
+    schema: str = ""                            # columns of the table, .json: mixdpo/tabular/columns.py describes it
     test: str = ""                              # held-out table, to test classifiers fitted to the synthetic table
-    target: str = ""                            # column that the classifiers predict
-    rows: int = 0                               # rows to write; 0: as many as the table has
+    target: str = ""                            # column that the classifiers predict; needs --test
+    plan: bool = False                          # print how the budget would be divided, and stop
+    rows: int = 0                               # rows to write; 0: as many as the table has, or --examples if given
     preset: str = "quick"                       # smoke, quick (under half an hour on two cores) or full
-    out: str = "runs/synth"                     # folder for all results
+    out: str = "runs/synth"                     # folder for all results; another one for each table
     data_folder: str = ""                       # folder of local files, used before anything is fetched
 
 
@@ -110,7 +115,7 @@ def identity(config: SynthConfig, tables: Tables) -> dict:
     def key(content) -> str:
         return hashlib.sha256(content if isinstance(content, bytes) else repr(content).encode()).hexdigest()
 
-    not_part = ("out", "save_minutes", "micro", "data_folder", "data", "schema", "test")
+    not_part = ("out", "save_minutes", "micro", "data_folder", "data", "schema", "test", "plan")
     test = None if tables.test is None else tables.test.tobytes()
     return {k: v for k, v in asdict(config).items() if k not in not_part} | {
         "data_key": key(tables.train.tobytes()), "schema_key": key(tables.columns), "test_key": test and key(test)}
@@ -151,15 +156,42 @@ def rows_of(figures: dict[str, dict]) -> list[list]:
 
 HEAD = ["table", "1-way", "2-way", "3-way", "accuracy (LR)", "AUROC (LR)", "accuracy (GB)", "AUROC (GB)"]
 READING = (
-    "Compare each distance with that of a second real table, which is not 0 either. Distance is the mean total "
-    "variation of all 1-, 2- and 3-way marginals; LR and GB are logistic regression and gradient boosting of the "
-    "target column, fitted to each table and tested on real rows.")
+    "Distance is the mean total variation of all 1-, 2- and 3-way marginals to the real table, in the bins of "
+    "schema.json: lower is better. DP-TBART is synthetic.csv; independent columns and MST are simpler methods with the "
+    "same budget. ")
+COMPARE = (
+    "A second real table is that of --test: its distance is not 0 either, so compare with it. LR and GB are logistic "
+    "regression and gradient boosting of the target column, fitted to each table and tested on the rows of --test.")
+WITHOUT_TEST = (
+    "Another sample of real rows is not at 0 either: --test with held-out rows and --target show its distance, and how "
+    "well classifiers fitted to the synthetic table do.")
+PUBLISH = (
+    "May be published: synthetic.csv, schema.json, model.safetensors, privacy.json. Computed from the real rows "
+    "without noise, so not private: the figures here, report.md, figures.json, config.json.")
+NOT_PRIVATE = "No privacy: epsilon is inf. Nothing here may be published."
+
+
+def plan_for(tables: Tables, config: TableConfig) -> Plan:
+    """How the budget will be divided: `look` computes the same plan. It depends on the schema and the number of rows
+    only."""
+    sizes = [min(c.quantiles or c.known, c.known) + c.size - c.known for c in tables.columns]
+    return plan_of(config.examples or len(tables.train), sizes, config)
+
+
+def advice(plan: Plan, columns: int) -> str:
+    """What to do if the plan leaves all dependence between columns out; "" if it does not."""
+    if plan.pairs or plan.steps or columns < 2:
+        return ""
+    return ("  No pair of columns is measured and there are no steps, so the columns will be independent of each "
+            "other.\n  Give columns fewer values or bins, or raise --epsilon. To see the plan first, add --plan true.")
 
 
 def synthesize(tables: Tables, config: TableConfig, rows: int, key: Key, out: Path | None = None,
                same: dict | None = None) -> tuple:
     """Fits and samples. Returns codes (rows,d), the Table whose columns they use, and the Fitted model."""
     table = look(tables.columns, tables.train, config, key)
+    if warning := advice(table.plan, len(tables.columns)):
+        print(warning)
     fitted = fit(table, config, key, out, same)
     return draw(table, fitted, rows, key.generator("rows")), table, fitted
 
@@ -172,6 +204,10 @@ def run(config: SynthConfig) -> Path:
     must_be_own(out, [(name, getattr(config, name)) for name in ("data", "schema", "test")], "config.json", {"synth"})
     tables = read_tables(config)
     check_tables(tables, config)
+    if config.plan:
+        plan = plan_for(tables, config)
+        print("\n".join(filter(None, [plan.why, advice(plan, len(tables.columns)), "No budget was spent."])))
+        return out
     with lock_folder(out):
         must_be_writable(out)
         same = identity(config, tables)
@@ -185,7 +221,8 @@ def run(config: SynthConfig) -> Path:
         else:
             report(config, out, began)
     figures = json.loads((out / "figures.json").read_text())["figures"]
-    print(f"report: {out / 'report.md'}\n\n{aligned(HEAD, rows_of(numbers(figures)))}\n\n{sentence(figures, config)}")
+    print(f"report: {out / 'report.md'}\n\n{aligned(HEAD, rows_of(numbers(figures)))}\n\n"
+          f"{PUBLISH if config.epsilon < math.inf else NOT_PRIVATE}\n\n{sentence(figures, config)}")
     return out
 
 
@@ -198,15 +235,23 @@ def sentence(figures: dict[str, dict], config: SynthConfig) -> str:
             f"{figures['DP-TBART']['distance'][way]:.4f} to the real table ({others}).")
 
 
+FILES = {"data_key": "table (--data)", "schema_key": "schema (--schema)", "test_key": "test table (--test)"}
+
+
 def released(out: Path, same: dict) -> bool:
     """Whether the folder has a release of the same options. Raises: InputError if it has a release of other options."""
     if not (out / "privacy.json").exists():
         return False
     stored, now = read_json_or_empty(out / "config.json")["synth"], json.loads(to_json(same))
     if differ := [name for name in now if stored.get(name) != now[name]]:
-        what = "; ".join(f"{name}: stored {stored.get(name)!r}, now {now[name]!r}" for name in differ)
+        if "schema_key" in differ:                                          # the codes of both tables depend on it
+            differ = [name for name in differ if name not in ("data_key", "test_key")]
+        what = "; ".join(f"another {FILES[name]}" if name in FILES else
+                         f"--{name.replace('_', '-')}: stored {stored.get(name)!r}, now {now[name]!r}"
+                         for name in differ)
         raise InputError(f"{out} holds a finished table of other options ({what}), which may have been published; use "
-                         "another folder for this one", option="out")
+                         "another folder for this one. The budgets of all tables from the same rows add up",
+                         option="out")
     return True
 
 
@@ -231,15 +276,16 @@ def report(config: SynthConfig, out: Path, began: float) -> None:
     real = {"the real table": tables.train} | ({} if tables.test is None else {"a second real table": tables.test})
     simpler = baselines(tables, config.epsilon, config.delta, len(codes), Key.fresh())
     figures = compared(tables, {"DP-TBART": codes} | simpler | real)
-    spent = "No privacy: epsilon is inf."
+    spent = NOT_PRIVATE
     if spending["spent"]:
-        spent = (f"Each of {spending['rows']} rows is protected with epsilon {spending['epsilon']:.4g} at delta "
-                 f"{spending['delta']:g}. Not covered: {'; '.join(spending['not_covered'])}.")
+        spent = (f"{PUBLISH}\n\nEach of {spending['rows']} rows is protected with epsilon {spending['epsilon']:.4g} at "
+                 f"delta {spending['delta']:g}. Not covered: {'; '.join(spending['not_covered'])}.")
     where = environment()
     how = (f"{(time.monotonic() - began) / 60:.1f} minutes; revision {where['revision']}, torch {where['torch']}, "
            f"`python -m data.tables.synth {words(config)}`")
     write_text(out / "figures.json", to_json({"config": asdict(config), "figures": figures}, indent=1) + "\n")
-    write_text(out / "report.md", "\n\n".join(["# A synthetic table", table_of(HEAD, rows_of(figures)), READING,
+    reading = READING + (WITHOUT_TEST if tables.test is None else COMPARE)
+    write_text(out / "report.md", "\n\n".join(["# A synthetic table", table_of(HEAD, rows_of(figures)), reading,
                                                 spent, how + "."]) + "\n")
 
 

@@ -1,17 +1,27 @@
 """Columns: converts a table's rows to integer codes, and back. The schema, which is public, lists the legal values.
 
-A schema is a JSON list with an object for each column:
+A schema is a JSON list with an object for each column, in one of these four forms:
 
-    {"name": "sex", "type": "category", "values": ["Male", "Female"]}
-    {"name": "age", "type": "number", "low": 17, "high": 90, "bins": 20, "integer": true}    bins of equal width
-    {"name": "gain", "type": "number", "edges": [0, 1, 1000, 99999]}                         [0,1) [1,1000) [1000,99999]
-    {"name": "wage", "type": "number", "low": 0, "high": 500, "quantiles": 20}               bins of about equal counts
+    [{"name": "sex", "type": "category", "values": ["Male", "Female"], "missing": "?"},
+     {"name": "age", "type": "number", "low": 17, "high": 90, "bins": 20, "integer": true},
+     {"name": "gain", "type": "number", "edges": [0, 1, 1000, 99999]},
+     {"name": "wage", "type": "number", "low": 0, "high": 500, "quantiles": 20}]
 
-Each column may also have {"missing": "?"}, the text of a missing value. Its code is the last one of the column.
-Columns with "integer" have integer edges, exact up to 64 bits. Other numbers are written with enough digits for a
-thousand different values in the narrowest bin, and each stays within its bin. Bins by quantiles depend on the data:
-they start as FINE bins of equal width, which dp_tbart.py merges by noisy counts, at a cost that it accounts for.
-A table is a CSV file. Its first line has the column names in any order: exactly those of the schema.
+    values      all legal values, as strings
+    bins        so many bins of equal width from low to high; both bounds are legal values
+    edges       bins of your choice: here [0,1) [1,1000) [1000,99999]
+    quantiles   so many bins of about equal counts from low to high. They depend on the data: they start as FINE bins of
+                equal width, which dp_tbart.py merges by noisy counts, at a cost that it accounts for
+    integer     true: all numbers, edges and bounds are integers, exact up to 64 bits
+    missing     the text of a missing value, for example "NA" or "". Without it every value must be legal. It is the
+                last code of the column
+
+A value that the schema does not allow is an error. It is not clipped to the bounds: choose bounds that every possible
+row satisfies, or clip the column in the file first. The model sees the bin of a number only, and the synthetic number
+is drawn uniformly within its bin: use narrow bins where the number matters, and a wide one for a rare tail. Other
+numbers than integers have enough digits for a thousand different values in the narrowest bin.
+A table is a CSV file with commas. Its first line has the column names in any order: exactly those of the schema.
+Remove other columns from the file, also one of row numbers.
 """
 
 import bisect
@@ -37,6 +47,7 @@ from mixdpo.config import InputError, reading, write_text
 FINE = 256              # bins of equal width from which quantiles are computed
 EXACT = 2**53           # a float represents every integer up to this
 LARGEST = 2**63 - 1     # largest int64
+ABSENT = {"", "na", "n/a", "nan", "none", "null", "?", "."}     # usual texts of missing values, in lower case
 
 FIELDS = {"category": {"name", "type", "values", "missing"},
           "number": {"name", "type", "low", "high", "bins", "edges", "quantiles", "integer", "missing"}}
@@ -133,7 +144,11 @@ def joined(column: Column, counts: np.ndarray) -> tuple[Column, np.ndarray]:
 def read_schema(path) -> list[Column]:
     """The columns of a schema file. Raises: InputError that names the file and the column."""
     with reading(path, "wanted a schema: a JSON list of columns"):
-        described = json.loads(Path(path).read_text(encoding="utf-8"))
+        try:
+            described = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise InputError(f"not JSON ({error.msg} at column {error.colno}); look for a missing or extra comma, "
+                             "quote or bracket", file=path, line=error.lineno) from None
         if not isinstance(described, list) or not described:
             raise InputError(f"wanted a list of columns, got {str(described)[:60]!r}", file=path)
     return columns_of(described, path)
@@ -145,7 +160,7 @@ def columns_of(described: list[dict], path="schema") -> list[Column]:
     for number, entry in enumerate(described, 1):
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or entry.get("type") not in FIELDS:
             raise InputError(f'column {number}: wanted {{"name": ..., "type": "category" or "number", ...}}, '
-                             f"got {entry!r:.80}", file=path)
+                             f'got {entry!r:.80}; for integers add "integer": true to a number', file=path)
         where = f"column {entry['name']!r}"
         if unknown := sorted(set(entry) - FIELDS[entry["type"]]):
             known = ", ".join(sorted(FIELDS[entry["type"]]))
@@ -177,7 +192,8 @@ def category(entry: dict) -> Column:
     """The column of a schema entry of type category. Raises: ValueError."""
     values = entry.get("values")
     if not isinstance(values, list) or not values or not all(isinstance(v, str) for v in values):
-        raise ValueError("a category needs `values`, a list of strings: all legal values, from public knowledge")
+        raise ValueError(f"values: got {values!r:.60}, wanted a list of strings, each in quotes: all legal values, "
+                         "from public knowledge")
     if len(set(values)) < len(values) or entry.get("missing") in values:
         raise ValueError("a value, or `missing`, occurs twice; list each once")
     return Column(entry["name"], tuple(values), missing=missing_of(entry))
@@ -194,7 +210,8 @@ def number_of(entry: dict) -> Column:
     """The column of a schema entry of type number. Raises: ValueError, TypeError."""
     integer, ways = entry.get("integer", False), [w for w in ("edges", "bins", "quantiles") if w in entry]
     if len(ways) != 1:
-        raise ValueError(f"got {ways or 'none'} of edges, bins and quantiles; a number needs exactly one of them")
+        raise ValueError(f"got {', '.join(ways) or 'none'} of edges, bins and quantiles; a number needs exactly one of "
+                         'them, for example "low": 0, "high": 100, "bins": 10')
     if not isinstance(integer, bool):
         raise ValueError(f"integer: got {integer!r}, wanted true or false")
     count = 0
@@ -266,10 +283,20 @@ def encode(rows: list[dict], columns: list[Column], file=None, numbers: list[int
                     known[text] = column.encode(text)
                 except ValueError as error:
                     row_of = "" if numbers else f"row {n + 1}, "
-                    raise InputError(f"{row_of}column {column.name!r}: got {text!r:.80}, {error}; correct the row, or "
-                                     "extend the schema", file=file, line=numbers[n] if numbers else None) from None
+                    raise InputError(f"{row_of}column {column.name!r}: got {text!r:.80}, {error}; "
+                                     f"{remedy(column, text)}", file=file,
+                                     line=numbers[n] if numbers else None) from None
             codes[n, j] = known[text]
     return codes
+
+
+def remedy(column: Column, text: str) -> str:
+    """What to do about a value that the column does not allow."""
+    if column.missing is None and text.strip().lower() in ABSENT:
+        return f'if it is a missing value, add "missing": {json.dumps(text)} to the column in the schema'
+    if column.values:
+        return "correct the row, or add the value to the schema if it is publicly known to be legal"
+    return "correct the row, clip the column to the bounds, or choose wider bounds from public knowledge"
 
 
 def csv_rows(text, path, **options) -> Iterator[tuple[int, list[str]]]:
@@ -280,8 +307,8 @@ def csv_rows(text, path, **options) -> Iterator[tuple[int, list[str]]]:
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise InputError(f"not CSV ({error}); a field with quotes must have one at each end, and quotes inside it must "
-                         "be doubled", file=path, line=reader.line_num) from None
+        raise InputError(f"not CSV ({error}); separate fields by commas; a field with quotes must have one at each "
+                         "end, and quotes inside it must be doubled", file=path, line=reader.line_num) from None
 
 
 def read_table(path, columns: list[Column]) -> np.ndarray:
@@ -297,8 +324,12 @@ def read_table(path, columns: list[Column]) -> np.ndarray:
         reader = csv_rows(io.StringIO(raw.decode("utf-8-sig"), newline=""), path, strict=True)
         header = next(reader, (1, []))[1]
         names = [column.name for column in columns]
-        for wrong, what in ((sorted(set(names) - set(header)), "is in the schema but not in the file: add it to the "
-                                                               "file"),
+        if "" in header and "" not in names:
+            raise InputError(f"column {header.index('') + 1} has no name; remove it from the file if it has row "
+                             "numbers, or name it and describe it in the schema", file=path, line=1)
+        for wrong, what in ((sorted(set(names) - set(header)), "is in the schema but not in the file, which has "
+                                                               f"{', '.join(map(repr, header)):.300}: correct one of "
+                                                               "them"),
                             (sorted(set(header) - set(names)), "is in the file but not in the schema: describe it, or "
                                                                "remove it from the file"),
                             ([n for n, c in Counter(header).items() if c > 1], "occurs twice: remove one")):

@@ -114,7 +114,8 @@ def test_a_stopped_run_goes_on_with_the_same_contents_elsewhere(own, monkeypatch
 def test_a_release_is_finished_before_its_report(own, monkeypatch, dies, capsys):
     """However the report ends: the secret is deleted, other options are an error, and the same command makes the report
     of the same release. Faults: the secret deleted only after the report, so that another release has the same noise;
-    a finished release overwritten, so that privacy.json describes one release although there were two."""
+    a finished release overwritten, so that privacy.json describes one release although there were two; another schema
+    reported as checksums, or as another table."""
     with monkeypatch.context() as within:
         within.setattr(synth, "baselines", lambda *_: (_ for _ in ()).throw(dies()))
         with pytest.raises(dies):
@@ -127,6 +128,12 @@ def test_a_release_is_finished_before_its_report(own, monkeypatch, dies, capsys)
     own["data"].write_text(table.replace("F,", "M,", 1))
     refused(own, "out")
     own["data"].write_text(table)
+    schema = own["schema"].read_text()
+    own["schema"].write_text(schema.replace('"F", "M"', '"M", "F"'))         # all codes differ; the tables do not
+    with raises_at("(--schema)", option="out") as error:
+        call(own)
+    assert not any(name in error.value.message for name in ("--data", "--test", "_key"))
+    own["schema"].write_text(schema)
     assert bytes_of(out) == made
     for _ in range(2):
         call(own)

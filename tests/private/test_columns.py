@@ -11,6 +11,7 @@ import pytest
 from raising import raises_at
 
 from data.tables import adult
+from mixdpo.tabular import columns as columns_module
 from mixdpo.tabular.columns import FINE, columns_of, encode, joined, read_schema, read_table, schema_of, write_table
 
 SCHEMA = [
@@ -88,12 +89,29 @@ def test_a_value_that_the_schema_does_not_allow_names_row_and_column(table, row,
         read_table(path, columns_of(SCHEMA))
 
 
+@pytest.mark.parametrize("row, missing, wanted, other", [
+    (["NA", "1", "2"], None, '"missing": "NA"', "legal"), (["red", "", "2"], None, '"missing": ""', "bounds"),
+    (["red", "10", "2"], None, "wider bounds", "missing"), (["purple", "1", "2"], None, "legal", "missing"),
+    (["red", "NA", "2"], "?", "wider bounds", '"missing"'),
+])
+def test_the_remedy_depends_on_the_value(table, row, missing, wanted, other):
+    """Faults: bounds to be widened for the text of a missing value; a second text proposed for missing values."""
+    schema = [{key: value for key, value in entry.items() if key != "missing"} for entry in SCHEMA]
+    schema = [entry | ({} if missing is None else {"missing": missing}) for entry in schema]
+    with raises_at(wanted, file=table([*ROWS[:2], row]), line=4) as error:
+        read_table(table([*ROWS[:2], row]), columns_of(schema))
+    assert other not in error.value.message
+
+
 def test_a_table_with_other_columns_or_fields_is_an_error(table, tmp_path):
-    """Fault: a column that the schema lacks dropped without an error."""
+    """Faults: a column that the schema lacks dropped without an error; a column without a name shown as ''; semicolons
+    between the names, and a message that does not show them."""
     columns = columns_of(SCHEMA)
     for rows, header, line, named in (([[*r, "1"] for r in ROWS], (*NAMES, "id"), 1, ["'id'"]),
                                       ([r[:2] for r in ROWS], NAMES[:2], 1, ["'gain'"]),
                                       ([[*r, "1"] for r in ROWS], (*NAMES, "age"), 1, ["'age'"]),
+                                      ([["1", *r] for r in ROWS], ("", *NAMES), 1, ["column 1", "row numbers"]),
+                                      ([], (";".join(NAMES),), 1, ["'age'", repr(";".join(NAMES))]),
                                       ([*ROWS, ["red", "1"]], NAMES, 6, [2, 3]), ([], NAMES, None, [])):
         path = table(rows, header)
         with raises_at(*named, file=path, line=line):
@@ -129,10 +147,17 @@ def test_bounds_must_be_public(tmp_path):
                   {"name": "x", "type": "category"}):
         with raises_at("'x'", "public knowledge", file="schema"):
             columns_of([entry])
-    for text in ("{", "[]", '{"a": 1}', '[3]'):
+    for text, line in (("{", 1), ('[{"name": "x"},\n]', 2), ("[]", None), ('{"a": 1}', None), ("[3]", None)):
         (tmp_path / "s.json").write_text(text)
-        with raises_at(file=tmp_path / "s.json"):
+        with raises_at(file=tmp_path / "s.json", line=line):
             read_schema(tmp_path / "s.json")
+
+
+def test_the_schema_in_the_docstring_is_one():
+    """Fault: a field that was renamed, and the docstring as before."""
+    text = columns_module.__doc__
+    example = json.loads(text[text.index("["): text.index("}]") + 2])
+    assert [c.size for c in columns_of(example)] == [3, 20, 3, FINE]
 
 
 # --- numbers in full --------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ import csv
 import itertools
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from mixdpo.runs.checkpoint import checkpoints
 from mixdpo.tabular import dp_tbart as tabular
 from mixdpo.tabular.columns import columns_of
 from mixdpo.tabular.dp_tbart import TBART, TableConfig, account, draw, fit, look, row_losses, sample, validate
+from mixdpo.tabular.plan import plan_of
 
 SIZES = [3, 2, 4]
 KEY = Key.public(5)
@@ -331,6 +334,39 @@ def test_a_table_of_ones_own(own, monkeypatch):
     report = (own["out"] / "report.md").read_text()
     assert "DP-TBART" in report and "Not covered" in report and "--rows 50" in report
     assert not (own["out"] / "noise-key").exists()
+
+
+def test_what_may_be_published_is_said(own, capsys):
+    """On screen and in the report. Faults: a report of exact figures that does not say so; the same sentence for a
+    table that has no privacy."""
+    for epsilon, out, wanted in ((1, "a", "May be published: synthetic.csv"), ("inf", "b", "Nothing here may be")):
+        call(own | {"epsilon": epsilon, "out": own["out"] / out})
+        for text in (capsys.readouterr().out, (own["out"] / out / "report.md").read_text()):
+            assert wanted in text and ("May be published" in text) == (epsilon == 1)
+
+
+def test_a_plan_is_printed_before_it_is_paid_for(own, capsys):
+    """--plan prints what the run prints, and writes nothing. Faults: quantiles planned with their fine bins; missing
+    values left out; a table of independent columns without a warning."""
+    options = {name: own[name] for name in ("data", "schema", "out")} | {"epsilon": 0.1, "preset": "quick"}
+    call(options | {"plan": "true"})
+    plan = capsys.readouterr().out.replace("No budget was spent.\n", "")
+    assert "independent" in plan and len(plan.splitlines()) == 5 and not own["out"].exists()
+    call(options | {"pretrain": 4})
+    assert capsys.readouterr().out.startswith(plan)
+    call(options | {"plan": "true", "epsilon": 100})
+    assert "independent" not in capsys.readouterr().out
+
+
+def test_the_docs_give_the_number_of_values_for_which_pairs_are_measured():
+    """Fault: a rule that has changed, and docs/privacy.md as before."""
+    text = (Path(__file__).parents[2] / "docs/privacy.md").read_text()
+    rows, values = (re.findall(r"[\d,]+", re.search(rf"^ +\| {name} \|(.*)", text, re.MULTILINE)[1])
+                    for name in ("rows", "values"))
+    assert len(rows) == len(values) == 6
+    cases = [(int(n.replace(",", "")), 8, int(k)) for n, k in zip(rows, values)] + [(500, 30, 2), (50_000, 30, 28)]
+    for n, d, k in cases:
+        assert plan_of(n, [k] * d, TableConfig()).pairs and not plan_of(n, [k + 1] * d, TableConfig()).pairs, (n, d, k)
 
 
 def test_one_key_gives_one_table_and_no_key_is_used_twice(own, tmp_path, monkeypatch):
