@@ -42,8 +42,8 @@ from mixdpo.private.keys import Key
 from mixdpo.runs.checkpoint import load_checkpoint
 from mixdpo.runs.log import environment
 from mixdpo.tabular.columns import Column, read_schema, read_table, schema_of, write_table
-from mixdpo.tabular.dp_tbart import TableConfig, account, draw, fit, look, validate
-from mixdpo.tabular.plan import Plan, plan_of
+from mixdpo.tabular.dp_tbart import TableConfig, account, draw, fit, look, plan_for, validate
+from mixdpo.tabular.plan import Plan
 
 PRESETS = {"smoke": dict(steps=4, pretrain=4, batch=256, width=16, layers=1, heads=2), "quick": {},
            "full": dict(pretrain=2000)}
@@ -171,13 +171,6 @@ PUBLISH = (
 NOT_PRIVATE = "No privacy: epsilon is inf. Nothing here may be published."
 
 
-def plan_for(tables: Tables, config: TableConfig) -> Plan:
-    """How the budget will be divided: `look` computes the same plan. It depends on the schema and the number of rows
-    only."""
-    sizes = [min(c.quantiles or c.known, c.known) + c.size - c.known for c in tables.columns]
-    return plan_of(config.examples or len(tables.train), sizes, config)
-
-
 def advice(plan: Plan, columns: int) -> str:
     """What to do if the plan leaves all dependence between columns out; "" if it does not."""
     if plan.pairs or plan.steps or columns < 2:
@@ -205,7 +198,7 @@ def run(config: SynthConfig) -> Path:
     tables = read_tables(config)
     check_tables(tables, config)
     if config.plan:
-        plan = plan_for(tables, config)
+        plan = plan_for(tables.columns, config.examples or len(tables.train), config)
         print("\n".join(filter(None, [plan.why, advice(plan, len(tables.columns)), "No budget was spent."])))
         return out
     with lock_folder(out):

@@ -35,8 +35,8 @@ from mixdpo.tabular.marginals import POOL, Marginals, even, measure, noisy, simp
 from mixdpo.tabular.model import TBART, calibrate, row_losses, sample
 from mixdpo.tabular.plan import Plan, TableConfig, plan_of, validate
 
-__all__ = ["TBART", "Fitted", "Table", "TableConfig", "account", "calibrate", "draw", "fit", "look", "pretrain",
-           "row_losses", "sample", "simplex", "validate"]
+__all__ = ["TBART", "Fitted", "Table", "TableConfig", "account", "calibrate", "draw", "fit", "look", "plan_for",
+           "pretrain", "row_losses", "sample", "simplex", "validate"]
 
 DECAY = 0.99            # decay per step of the moving average of the parameters
 PRETRAIN = 256          # rows in a step on the estimate
@@ -77,6 +77,12 @@ class Table:
         return codes.numpy()[:, np.argsort(self.order)]
 
 
+def plan_for(columns: list[Column], rows: int, config: TableConfig) -> Plan:
+    """The plan for a table with these columns and so many rows, from public facts only. Bins by quantiles count as many
+    as they can become."""
+    return plan_of(rows, [min(c.quantiles or c.known, c.known) + c.size - c.known for c in columns], config)
+
+
 def look(columns: list[Column], codes: np.ndarray, config: TableConfig, key: Key) -> Table:
     """The table with quantile bins, column order, prior and marginals from noisy counts; without if first_look is 0.
 
@@ -87,8 +93,7 @@ def look(columns: list[Column], codes: np.ndarray, config: TableConfig, key: Key
     if [c for c in columns if c.quantiles] and not config.first_look:
         raise InputError("bins by quantiles are computed from noisy counts, which need a value above 0; set it, or "
                          "give the column edges or bins", option="first_look")
-    legal = [min(c.quantiles, c.known) + c.size - c.known if c.quantiles else c.size for c in columns]
-    plan, order = plan_of(rows, legal, config), [*range(d)]
+    plan, order = plan_for(columns, rows, config), [*range(d)]
     print(plan.why)
     if config.order == "random":
         order = np.random.default_rng([config.seed, 23]).permutation(d).tolist()

@@ -166,11 +166,12 @@ def reasons(rows: int, sizes: list[int], shares: list[float], way: int, steps: i
             config: TableConfig) -> str:
     """The plan in words."""
     ones, scores, pairs = shares
-    larger = f"; then sets of up to {way} columns too" if pairs and way > 2 else ""
+    left = max(1 - sum(shares), 0)
+    found = (f"{scores + pairs:.0%} for noisy tables of the pairs that depend most" +
+             (f", then of sets of up to {way} columns" if way > 2 else "") if pairs else "not measured")
     return "\n".join([
-        f"plan for {rows} rows and {len(sizes)} columns at epsilon {config.epsilon:g}: noisy counts of columns get "
-        f"{ones:.0%} of the budget, of pairs {scores + pairs:.0%}, DP-SGD {max(1 - sum(shares), 0):.0%}",
-        f"  pairs: noise would move a tree of pairs by {tree:.3f} in total variation; they are measured below {WORTH}"
-        f"{larger}",
-        f"  DP-SGD: {steps} steps" + ("" if steps else "; the budget that is left is too small for "
-                                      f"{LEAST} steps with a noise below {NOISE} clip norms")])
+        f"plan for {rows:,} rows and {len(sizes)} columns at epsilon {config.epsilon:g}, in shares of the budget:",
+        f"  columns: {ones:.0%} for noisy counts of their values",
+        f"  pairs of columns: {found}; their noise would be {tree:.3f} in total variation, of at most {WORTH}",
+        f"  DP-SGD: {left:.0%} for {steps} steps" if steps else
+        f"  DP-SGD: no steps; what is left is too little for {LEAST} steps with a noise below {NOISE} clip norms"])

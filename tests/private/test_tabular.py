@@ -351,7 +351,7 @@ def test_a_plan_is_printed_before_it_is_paid_for(own, capsys):
     options = {name: own[name] for name in ("data", "schema", "out")} | {"epsilon": 0.1, "preset": "quick"}
     call(options | {"plan": "true"})
     plan = capsys.readouterr().out.replace("No budget was spent.\n", "")
-    assert "independent" in plan and len(plan.splitlines()) == 5 and not own["out"].exists()
+    assert "independent" in plan and len(plan.splitlines()) == 6 and not own["out"].exists()
     call(options | {"pretrain": 4})
     assert capsys.readouterr().out.startswith(plan)
     call(options | {"plan": "true", "epsilon": 100})
