@@ -36,6 +36,7 @@ MOST = (0.1, 0.1, 0.8)      # largest shares of columns, scores and pairs, where
 WORTH = 0.15                # total variation
 NOISE = 0.1                 # norm of a step's noise, in clip norms
 LEAST = 20                  # steps
+ALONE = 200                 # steps, at least, of DP-SGD without marginals
 WORK = 1e7                  # values of rows that all steps see, at most
 LONGEST = 3000              # steps, at most
 SETS = 1000                 # sets of columns that are scored, at most
@@ -132,7 +133,7 @@ def plan_of(rows: int, sizes: list[int], config: TableConfig) -> Plan:
     if sigma:
         steps = min(longest, int(max(1 - sum(shares), 0) * (NOISE * rows / sigma) ** 2 / parameters))
     if config.steps or 0 <= config.first_look < 1:                          # a share that was asked for is kept
-        steps = config.steps or max(steps, LEAST)
+        steps = config.steps or max(steps, LEAST if config.first_look else ALONE)
     elif steps < LEAST or config.first_look == 1:
         steps = 0
     if not steps or config.steps and sum(shares) >= 0.6 and config.first_look < 0:

@@ -17,7 +17,7 @@ from mixdpo.tabular import dp_tbart, marginals
 from mixdpo.tabular.columns import columns_of
 from mixdpo.tabular.dp_tbart import TableConfig, draw, fit, look
 from mixdpo.tabular.marginals import Marginals, choose, count, even, mean, scored
-from mixdpo.tabular.plan import LEAST, MOST, NOISE, SETS, THIN, WORTH, plan_of, sets_of
+from mixdpo.tabular.plan import ALONE, LEAST, MOST, NOISE, SETS, THIN, WORTH, plan_of, sets_of
 
 SIZES = [3, 2, 4]
 KEY = Key.public(7)
@@ -68,6 +68,14 @@ def test_few_rows_get_marginals_and_many_get_steps(rows, sizes, epsilon, pairs, 
         parameters = 12 * 64**2 + (2 * sum(sizes) + len(sizes)) * 64
         noise = plan.sigma * math.sqrt(plan.steps * parameters / (1 - spent)) / rows
         assert plan.steps >= LEAST and noise <= NOISE
+
+
+def test_dp_sgd_alone_has_steps():
+    """As in the paper: nothing else learns the table. Fault: the least number of steps, which are too few."""
+    alone = plan_of(5000, [5] * 12, TableConfig(first_look=0.0))
+    assert alone.steps == ALONE and not alone.rounds and alone.ones == 0
+    assert plan_of(5000, [5] * 12, TableConfig(first_look=0.0, steps=7)).steps == 7
+    assert plan_of(5000, [5] * 12, TableConfig(first_look=0.5)).steps == LEAST
 
 
 def test_shares_are_of_the_budget():
