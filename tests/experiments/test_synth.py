@@ -107,7 +107,13 @@ def test_the_page_answers_first():
     rows.append((cell("AIM (OpenDP)", table="adult"), figures(0.02, 0.95)))
     text, shown = synth.page(rows)
     first, _, head, _, adult, diamonds = text.splitlines()[:6]
-    assert "AIM (OpenDP) on 0 and 0 of 1; MST on 1 and 2 of 2; independent columns was not run" in first
+    assert ("is 1.55 to 2.43 of theirs and smaller on 0 of 2 tables, of kept ones on 0 of 1; the AUROC of boosting is "
+            "at least theirs on 1 of 2.") in first and "in 0 of 0 pairs" in first
+    rows += [(cell(synth.EVEN, table="adult"), figures(0.08, 0.5)), (cell(synth.OURS, table="parity"), figures(0, 0.9)),
+             (cell(synth.EVEN, "3.0", "adult"), figures(0.01, 0.5)), (cell("MST", table="parity"), figures(1, 0.5))]
+    rows = [(of, found) for of, found in rows if of["method"] != "AIM (OpenDP)"]
+    second = synth.page(rows)[0].splitlines()[0]
+    assert "is 0.76 to 2.43 of theirs and smaller on 1 of 2" in second and "in 1 of 2 pairs" in second
     assert adult.startswith("| adult | development | 0.0310 ± 0.0010 | 0.0200 | 0.0410 ± 0.0010 | not run | 0.0100 |")
     assert diamonds.startswith("| diamonds | kept | 0.0510 ± 0.0010 | not run |") and "0.900 ± 0.000" in diamonds
     assert head.count("|") == adult.count("|") and list(shown) == ["distance"]
