@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mixdpo.config import InputError, reading
 from mixdpo.files import fetch
-from mixdpo.tabular.columns import csv_rows
+from mixdpo.tabular.rows import csv_rows
 
 OWN = "adult.csv.gz"
 COLUMNS = ("age", "workclass", "fnlwgt", "education", "education-num", "marital-status", "occupation", "relationship",

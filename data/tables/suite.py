@@ -33,7 +33,8 @@ from data.tables import adult
 from data.tables.marginals import parity_table, product_mixture, xor_chain
 from mixdpo.config import InputError, reading
 from mixdpo.files import fetch
-from mixdpo.tabular.columns import Column, columns_of, csv_rows, encode
+from mixdpo.tabular.columns import Column, columns_of
+from mixdpo.tabular.rows import csv_rows, encode
 
 DEVELOPMENT = ("adult", "criminal", "credit", "fair")
 KEPT = ("randhie", "diamonds", "benefits", "chile")

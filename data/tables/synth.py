@@ -41,9 +41,10 @@ from mixdpo.private.budget import delete_key, load_or_create_key
 from mixdpo.private.keys import Key
 from mixdpo.runs.checkpoint import load_checkpoint
 from mixdpo.runs.log import environment
-from mixdpo.tabular.columns import Column, read_schema, read_table, schema_of, write_table
+from mixdpo.tabular.columns import Column, read_schema, schema_of
 from mixdpo.tabular.dp_tbart import TableConfig, account, draw, fit, look, plan_for, validate
 from mixdpo.tabular.plan import Plan
+from mixdpo.tabular.rows import read_table, write_table
 
 PRESETS = {"smoke": dict(steps=4, pretrain=4, batch=256, width=16, layers=1, heads=2), "quick": {},
            "full": dict(pretrain=2000)}

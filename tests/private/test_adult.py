@@ -10,7 +10,8 @@ from raising import raises_at
 from data.tables import adult
 from data.tables.adult import COLUMNS, SCHEMA, read_uci, table
 from mixdpo.files.fetch import ASSETS
-from mixdpo.tabular.columns import columns_of, encode
+from mixdpo.tabular.columns import columns_of
+from mixdpo.tabular.rows import encode
 
 LINES = [
     "39, State-gov, 77516, Bachelors, 13, Never-married, Adm-clerical, Not-in-family, White, Male, 2174, 0, 40, "

@@ -24,7 +24,8 @@ from data.tables import synth
 from mixdpo.config import InputError, to_json
 from mixdpo.runs.checkpoint import checkpoints
 from mixdpo.tabular import dp_tbart as tabular
-from mixdpo.tabular.columns import read_schema, read_table
+from mixdpo.tabular.columns import read_schema
+from mixdpo.tabular.rows import read_table
 
 SCHEMA = [{"name": "sex", "type": "category", "values": ["F", "M"]},
           {"name": "age", "type": "number", "low": 0, "high": 99, "quantiles": 5, "integer": True}]

@@ -12,7 +12,8 @@ from raising import raises_at
 
 from data.tables import adult
 from mixdpo.tabular import columns as columns_module
-from mixdpo.tabular.columns import FINE, columns_of, encode, joined, read_schema, read_table, schema_of, write_table
+from mixdpo.tabular.columns import FINE, columns_of, joined, read_schema, schema_of
+from mixdpo.tabular.rows import encode, read_table, write_table
 
 SCHEMA = [
     {"name": "colour", "type": "category", "values": ["red", "green, dark", "blue"], "missing": "?"},
