@@ -10,7 +10,7 @@ from data.experiment.finetune import FinetuneConfig
 from data.experiment.finetune import validate as validate_finetune
 from eval import EvalConfig, evaluate
 from mixdpo.config import SEEDS, InputError, check_ranges, to_json, write_text
-from mixdpo.runs.options import validate
+from mixdpo.runs.rules import validate
 from train import TrainConfig, run
 
 

@@ -29,9 +29,10 @@ from mixdpo.evaluation.statistics import mean_se
 from mixdpo.linear import DEVIATIONS, LinearOptions, linear_mixture
 from mixdpo.mixture import e_step
 from mixdpo.preferences import Pair, groups, order_of, read_preferences
-from mixdpo.runs.options import TrainConfig, validate
+from mixdpo.runs.options import TrainConfig
 from mixdpo.runs.parallel import first_alone
 from mixdpo.runs.reference import Source, load_references, reference_of
+from mixdpo.runs.rules import validate
 from mixdpo.runs.setup import input_keys
 from mixdpo.start import pair_features
 

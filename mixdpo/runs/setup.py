@@ -30,9 +30,10 @@ from mixdpo.runs.distributed import complete, placed, rank, shard, world
 from mixdpo.runs.gate_inputs import gate_inputs, known_pairs, make_gate
 from mixdpo.runs.init_experts import init_experts
 from mixdpo.runs.log import Log, environment, program_key
-from mixdpo.runs.options import TrainConfig, compared, short_run, validate
+from mixdpo.runs.options import TrainConfig, compared, short_run
 from mixdpo.runs.parallel import first_alone, from_first, must_agree
 from mixdpo.runs.reference import Reference, Source, load_references, reference_of
+from mixdpo.runs.rules import validate
 from mixdpo.runs.validation import Validation
 from mixdpo.start import check_start, make_start
 from mixdpo.text.containers import rows

@@ -29,7 +29,7 @@ from mixdpo.models.llama import Llama, LlamaConfig
 from mixdpo.models.lora import projections
 from mixdpo.models.weights import save_model
 from mixdpo.preferences import read_preferences
-from mixdpo.runs.options import validate
+from mixdpo.runs.rules import validate
 from mixdpo.text.tokenizer import load_tokenizer
 
 LETTERS = [chr(c) for c in range(33, 127)]

@@ -26,8 +26,8 @@ from mixdpo.models.weights import load_model
 from mixdpo.plan import batches, mark_context
 from mixdpo.preferences import groups, read_preferences
 from mixdpo.runs import reference as reference_module
-from mixdpo.runs.options import validate_values
 from mixdpo.runs.reference import compute_reference
+from mixdpo.runs.rules import validate_values
 from mixdpo.text.tokenizer import load_tokenizer
 
 USER, CONTEXT = {"latent": "user"}, {"latent": "user", "estep": "context", "context": 2}

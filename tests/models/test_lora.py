@@ -33,7 +33,7 @@ from mixdpo.models.weights import load_model
 from mixdpo.preferences import Pair, collate
 from mixdpo.runs.checkpoint import load_state, trained_state
 from mixdpo.runs.load_run import load_run
-from mixdpo.runs.options import validate
+from mixdpo.runs.rules import validate
 from mixdpo.text.tokenizer import load_tokenizer
 
 COUNT = 8       # 16 rows: no remainder behind the vector units' lanes, where silu rounds otherwise

@@ -34,7 +34,8 @@ from mixdpo.private import keys
 from mixdpo.runs import checkpoint, log, reference, setup
 from mixdpo.runs import load_run as finished
 from mixdpo.runs import memory_estimate as fits
-from mixdpo.runs.options import TrainConfig, validate
+from mixdpo.runs.options import TrainConfig
+from mixdpo.runs.rules import validate
 
 SETTINGS = {
     "one expert": {"experts": 1},

@@ -21,7 +21,8 @@ from mixdpo.private.keys import Key
 from mixdpo.runs import setup
 from mixdpo.runs.checkpoint import gate_state
 from mixdpo.runs.gate_inputs import make_gate
-from mixdpo.runs.options import TrainConfig, validate
+from mixdpo.runs.options import TrainConfig
+from mixdpo.runs.rules import validate
 
 PRIVATE = dict(epsilon=8.0, clip=17.0, batch=6, micro=3, beta=1.0)           # a user of four pairs is cut by micro
 USERS = dict(latent="user", privacy_unit="user", batch=2, clip=55.0)
