@@ -53,7 +53,7 @@ def test_the_plan_depends_on_public_facts_only():
 
 
 @pytest.mark.parametrize("rows, sizes, epsilon, pairs, steps", [
-    (700, [5] * 21, 1.0, False, False), (700, [5] * 21, 10.0, True, False), (5000, [5] * 12, 1.0, True, False),
+    (700, [6] * 21, 1.0, False, False), (700, [6] * 21, 10.0, True, False), (5000, [5] * 12, 1.0, True, False),
     (30_000, [15] * 15, 1.0, True, False), (20_000, [2] * 8, 10.0, True, True), (20_000, [2] * 8, 1.0, True, False),
     (20_000, [2] * 8, math.inf, True, True), (50, [2], 1.0, False, False)])
 def test_few_rows_get_marginals_and_many_get_steps(rows, sizes, epsilon, pairs, steps):
@@ -80,10 +80,10 @@ def test_dp_sgd_alone_has_steps():
 
 def test_shares_are_of_the_budget():
     """A share of 1 has the noise of one release. Faults: shares of epsilon; sqrt(f) for f; sqrt(d) left out."""
-    plan = plan_of(700, [5] * 21, TableConfig())
+    plan = plan_of(700, [6] * 21, TableConfig())
     assert plan.ones == 1 and plan.deviation(1, 1) == pytest.approx(noise_multiplier(1.0, 1e-5, 1.0, 1), rel=1e-5)
     assert plan.deviation(0.25, 9) == pytest.approx(6 * plan.sigma)
-    tree = 0.4 * 25 * plan.sigma * math.sqrt(20 / 0.8) / 700
+    tree = 0.4 * 36 * plan.sigma * math.sqrt(20 / 0.8) / 700
     assert tree > WORTH and f"{tree:.3f}" in plan.why
 
 
