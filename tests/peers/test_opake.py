@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 for package in ("opake.alignment", "opake.dpsgd", "optree"):
-    pytest.importorskip(package, reason=f"{package} is not installed (tests/peers/requirements.txt)")
+    pytest.importorskip(package, reason=f"{package} is not installed (extra `peers`)")
 
 from mixdpo.private.accountant import Mechanism, epsilon_of, noise_multiplier
 from mixdpo.private.dp_sgd import Noise, clipped_sum, ghost_clipped_sum
@@ -28,7 +28,7 @@ def assert_same(got, want, share):
 @pytest.mark.parametrize("sigma, rate, steps, delta", EPSILONS)
 def test_epsilon(sigma, rate, steps, delta):
     """Theirs is above ours by the rounding of their grid, 1e-3 at most. Faults: one step fewer; addition only; noise in
-    units of twice the sensitivity; losses moved to the lower end of their cell, or to the upper; no sampling."""
+    units of twice the sensitivity; losses moved to the lower end of their cell, or to the upper; half the rate."""
     ours, theirs = epsilon_of([Mechanism(sigma, rate, steps)], delta), peer.their_process(sigma, rate, steps)
     assert ours * (1 - 1e-6) <= theirs.epsilon_at(delta) <= ours * 1.001
 
