@@ -3,7 +3,7 @@
     python -m tests.bench.opake_peer        epsilon and noise, both accountants; DPO trained by both; float32 clipping
 
 Their loss is per-example: sequence_logp of whole logits, minus the reference, then sigmoid_loss; clipped_grad makes the
-sum of clipped gradients by vmap. Importing their accountant fails on Python 3.11 ("__weakref__ slot disallowed"), also
+sum of clipped gradients by vmap. Importing their accountant fails on Python 3.11.7 ("__weakref__ slot disallowed") and
 on 3.12.1, because dataclass(weakref_slot=True) adds a slot that the base class has. `accounting` imports it without
 that argument; the class can be weakly referenced anyway.
 """
