@@ -54,7 +54,7 @@ rivals: .venv/rivals      ## a sample of a packaged method, for the study synth:
 chaos: .venv/chaos        ## runs that are killed, disks that fail, files that are damaged: a table of what survived
 	$(PY) -m tests.chaos
 
-peers: .venv/peers        ## the same numbers as transformers, tokenizers, PEFT, TRL, biogeme and loggers give
+peers: .venv/peers        ## the same numbers as transformers, tokenizers, PEFT, TRL, opake, biogeme and loggers give
 	$(PY) -m pytest tests/peers
 
 .venv/ready: requirements.txt
