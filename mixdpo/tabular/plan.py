@@ -8,7 +8,7 @@ with L2 sensitivity sqrt(m) gives each cell the deviation
     s = sigma sqrt(m / f)
 
 Total variation between a table and its noisy version is about 0.4 k s / N for k cells (a half of E|normal| = 0.8), and
-between two samples of N rows 0.4 sqrt(k / N) or so. Three rules follow.
+between two samples of N rows 0.4 sqrt(k / N) or so. Four rules follow.
 
     need        A marginal needs no more precision than half of the sampling error: s <= sqrt(N / k) / 2. All columns,
                 and all pairs, then need the share 4 sigma^2 K / N, where K is the sum of their cells. The scores that
