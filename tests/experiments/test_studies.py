@@ -206,7 +206,7 @@ def test_membership_is_told_by_ranks():
     assert privacy.auc(np.array([3.0, 1.0]), np.array([2.0, 1.0])) == (1 + 1 + 0 + 0.5) / 4
 
 
-@pytest.mark.parametrize("method", ["DP-TBART", "DP-TBART, epsilon 10", "MST"])
+@pytest.mark.parametrize("method", ["transformer", "transformer, epsilon 10", "MST"])
 def test_a_cell_of_parity(method, tmp_path):
     """Catches: a table that is not of bits; satisfied by what was trained on instead of what was sampled."""
     found = parity.measure({"method": method, "d": 3, "seed": 0, "steps": 2}, tmp_path)
