@@ -33,12 +33,11 @@ def measure(cell: dict, folder) -> dict:
         made = marginal_method(codes, sizes, epsilon, 1e-5, ROWS, key.generator("MST"))
     else:
         columns = columns_of([{"name": f"bit {j}", "type": "category", "values": ["0", "1"]} for j in range(d)])
-        plain, noisy = dict(batch=256, lr=3e-3, steps=cell["steps"]), dict(
-            batch=2048, lr=2e-2, steps=min(cell["steps"], 200))
-        alone = dict(first_look=0.0, width=32, layers=2, heads=4, micro=2048)
-        config = TableConfig(epsilon=epsilon, seed=seed)                        # the defaults are what a user gets
+        config = TableConfig(epsilon=epsilon, seed=seed)                    # the defaults are what a user gets
         if cell["method"].startswith("transformer"):
-            config = replace(config, **alone, **(plain if epsilon == math.inf else noisy))
+            size = dict(batch=256, lr=3e-3, steps=cell["steps"]) if epsilon == math.inf else dict(
+                batch=2048, lr=2e-2, steps=min(cell["steps"], 200))
+            config = replace(config, first_look=0.0, width=32, layers=2, heads=4, micro=2048, **size)
         table = look(columns, codes, config, key)
         made = draw(table, fit(table, config, key), ROWS, key.generator("rows"))
     return {"satisfied": satisfied(made), "two": distances(codes, made, sizes)[2]}
