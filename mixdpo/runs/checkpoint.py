@@ -37,7 +37,12 @@ def save_checkpoint(run: Path, tensors: dict[str, torch.Tensor], state: dict, ke
     for left in [*(run / "checkpoint").glob("*.part"), *(run / "checkpoint").glob(".tmp*")]:      # of a killed process;
         left.unlink()                                                       # .tmp*: made by safetensors
     write_tensors(run / "checkpoint" / f"{state['step']:08d}.safetensors", tensors, state)
-    for old in checkpoints(run)[keep:]:
+    keep_newest(run, keep)
+
+
+def keep_newest(run: Path, count: int) -> None:
+    """Removes all checkpoints but the newest `count`."""
+    for old in checkpoints(run)[count:]:
         old.unlink()
 
 

@@ -24,7 +24,7 @@ from mixdpo.plan import Plan, make_plan, micro_batches
 from mixdpo.preferences import check_lengths, read_preferences
 from mixdpo.private.budget import Private, budgets_of_sources, delete_key, load_or_create_key, write_guarantee
 from mixdpo.private.keys import Key
-from mixdpo.runs import loggers, memory_estimate, parallel
+from mixdpo.runs import checkpoint, loggers, memory_estimate, parallel
 from mixdpo.runs.checkpoint import Saver, Stop, gate_state, load_checkpoint, load_gate, load_state, trained_state
 from mixdpo.runs.distributed import complete, placed, rank, shard, world
 from mixdpo.runs.gate_inputs import gate_inputs, known_pairs, make_gate
@@ -73,7 +73,8 @@ def opened(config: TrainConfig, key: Key | None) -> Iterator[Job | None]:
             if found and found[1]["finished"]:
                 print(f"{config.out}: finished before")
                 if first:
-                    delete_key(out)                                           # if it was killed before it could
+                    checkpoint.keep_newest(out, 1)                          # if it was killed before it could
+                    delete_key(out)
                 yield None
                 return
             if first:

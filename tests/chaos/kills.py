@@ -59,8 +59,8 @@ def forked(work) -> int:
 def job(folder: Path, model: Path, name: str, options: dict):
     """The run as a function. It also keeps the last checkpoint before the finished one, with the optimizer's state."""
     def work():
-        real = checkpoint.save_checkpoint
-        checkpoint.save_checkpoint = lambda run, tensors, state, keep: real(run, tensors, state, 2)
+        real = checkpoint.keep_newest
+        checkpoint.keep_newest = lambda run, count: real(run, 2)
         train.run(train.TrainConfig(str(folder / "pairs.jsonl"), str(model), str(folder / name),
                                     **tinyjob.small(save_minutes=0.0, **options)))
 

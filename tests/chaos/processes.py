@@ -33,8 +33,8 @@ CASES = {
 def job(folder: Path, name: str, options: dict):
     """The run as train.py's own command. It also keeps the last checkpoint before the finished one."""
     def joined(words) -> None:
-        real = checkpoint.save_checkpoint
-        checkpoint.save_checkpoint = lambda run, tensors, state, keep: real(run, tensors, state, 2)
+        real = checkpoint.keep_newest
+        checkpoint.keep_newest = lambda run, count: real(run, 2)
         with distributed.joined():
             train.run(train.TrainConfig(str(folder / "pairs.jsonl"), str(folder / "model"), str(folder / name),
                                         **tinyjob.small(save_minutes=0.0, **options)))

@@ -151,6 +151,23 @@ def test_a_finished_run_returns_at_once(tmp_path, model_dir, monkeypatch, capsys
     assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file()}
 
 
+def test_a_run_that_is_killed_behind_its_last_checkpoint_leaves_no_other(tmp_path, model_dir, monkeypatch):
+    """Fault: killed between the last checkpoint and the removal of the one before, it leaves both."""
+    records, real = tinyjob.make_records(), checkpoint.keep_newest
+
+    def killed(run, count):
+        if len(checkpoint.checkpoints(run)) > 1 and checkpoint.load_checkpoint(run, {})[1]["finished"]:
+            raise KeyboardInterrupt
+        real(run, count)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "keep_newest", killed)
+        tinyjob.run(tmp_path, model_dir, records, save_minutes=0.0)
+    out = tinyjob.run(tmp_path, model_dir, records, save_minutes=0.0)
+    path, = checkpoint.checkpoints(out)
+    assert checkpoint.load_checkpoint(out, {})[1]["finished"]
+
+
 @pytest.mark.parametrize("options,says", [
     (dict(beta=0.2), "beta: there 0.1, now 0.2"),
     (dict(experts=3, seed=5), "experts: there 2, now 3; seed: there 0, now 5"),
