@@ -7,6 +7,7 @@
 These files are looked for in the folder of the runs. results.json, samples.jsonl and, if matplotlib is installed,
 report.md with its pictures are written into DIR. No run is changed.
 
+    torchrun --standalone --nproc-per-node N eval.py DIR        the same, divided among N processes
     python eval.py RUN --export OUT     only writes the run's experts to OUT/expert-k; for other servers: --format vllm
     python eval.py DIR --judge JUDGE    only compares the completions of an earlier evaluation
 """
@@ -37,7 +38,9 @@ from mixdpo.evaluation.tables import all_tables, conclusions, win_rate_tables
 from mixdpo.fast.memory import tune_process
 from mixdpo.files.atomic import read_json_or_empty
 from mixdpo.files.sources import short_name
+from mixdpo.runs.distributed import joined, rank
 from mixdpo.runs.log import environment
+from mixdpo.runs.parallel import from_first
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,22 @@ def evaluate(config: EvalConfig) -> dict:
         "trained_rewards": inputs.dataset.get("annotators", []),
         "asked": inputs.prompts.labels if inputs.prompts else [],
     }
-    lost = [what for what in ("preferences", "adapt", "policies")
-            if read_json_or_empty(inputs.folder / "results.json").get(what) and not results[what]]
-    if lost:
-        print(f"warning: this replaces the earlier evaluation in {inputs.folder}, which had {', '.join(lost)} too; to "
-              "have all of them, give --heldout, --adapt and --prompts together")
-    write_text(inputs.folder / "results.json", to_json(results) + "\n")
-    print(all_tables(results))
-    write_report(inputs.folder)
-    print(conclusions(results))
+    if rank() == 0:
+        write_results(inputs.folder, results)
     return results
+
+
+def write_results(folder: Path, results: dict) -> None:
+    """Writes results.json and the report, and prints the tables."""
+    lost = [what for what in ("preferences", "adapt", "policies")
+            if read_json_or_empty(folder / "results.json").get(what) and not results[what]]
+    if lost:
+        print(f"warning: this replaces the earlier evaluation in {folder}, which had {', '.join(lost)} too; to "
+              "have all of them, give --heldout, --adapt and --prompts together")
+    write_text(folder / "results.json", to_json(results) + "\n")
+    print(all_tables(results))
+    write_report(folder)
+    print(conclusions(results))
 
 
 def heldout_preferences(inputs: EvalInputs) -> dict:
@@ -137,11 +146,12 @@ def completions(inputs: EvalInputs, config: EvalConfig, known: dict) -> tuple[di
     if "rewards" in dataset:
         from data.annotators.rewards import score  # here, because only this needs its packages
 
-        scores = all_scores(score, dataset, inputs.home)
+        scores = all_scores(lambda *texts: from_first(lambda: score(*texts)), dataset, inputs.home)
         rewards = reward_table(rows, texts, dataset, scores)
         served = own_reward_rows(inputs, task, done, config, known, scores)
-    write_prompt_states(inputs.folder, inputs.runs, task)
-    write_samples(inputs.folder, plain_texts(task, [[]] * len(task.prompts), tokenizer), texts)
+    if rank() == 0:
+        write_prompt_states(inputs.folder, inputs.runs, task)
+        write_samples(inputs.folder, plain_texts(task, [[]] * len(task.prompts), tokenizer), texts)
     return rewards, served
 
 
@@ -173,12 +183,11 @@ def main(argv: list[str]) -> None:
     tune_process()
     flags = argv if argv and argv[0].startswith("-") else ["--dir", *argv]
     config = configs.parse(EvalConfig, flags, "python eval.py DIR")
-    if config.judge or config.against:
-        compare(config)
-    elif config.export:
-        export(config)
-    else:
-        evaluate(config)
+    with joined():
+        if not (config.judge or config.against or config.export):
+            evaluate(config)
+        elif rank() == 0:                                                   # these divide no work
+            compare(config) if config.judge or config.against else export(config)
 
 
 if __name__ == "__main__":

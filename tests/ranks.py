@@ -1,5 +1,6 @@
 """Several processes as torchrun starts them, but forked, so torch is imported once. As with torchrun their store
-belongs to the process that starts them and outlives each of them."""
+belongs to the process that starts them and outlives each of them. The store has a thread, and a process that is forked
+while a thread holds a lock waits for it for ever: so the store begins after all processes."""
 
 import os
 import signal
@@ -14,20 +15,26 @@ import torch.distributed as dist
 import torch.distributed.fsdp  # noqa: F401
 
 
+DIGITS = 5      # of a port
+
+
 class Group:
     """`count` processes that call work(rank); what they print is in the file `output`."""
 
     def __init__(self, count: int, work, output: Path):
-        self.store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
         self.output, self.left, self.ended = output, {}, {}                 # rank by process; exit status by rank
+        told, tell = os.pipe()
         for rank in range(count):
             child = os.fork()
             if not child:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port),
+                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.read(told, DIGITS).decode(),
                                "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
                 only(work, rank, output)
             self.left[child] = rank
+        self.store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        os.write(tell, f"{self.store.port:0{DIGITS}}".encode() * count)
+        os.close(told), os.close(tell)
 
     def poll(self) -> None:
         """Notes which processes have ended; a signal's number is negative."""

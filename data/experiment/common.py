@@ -10,6 +10,8 @@ from data.experiment.finetune import FinetuneConfig
 from data.experiment.finetune import validate as validate_finetune
 from eval import EvalConfig, evaluate
 from mixdpo.config import SEEDS, InputError, check_ranges, to_json, write_text
+from mixdpo.runs.distributed import rank
+from mixdpo.runs.parallel import from_first
 from mixdpo.runs.rules import validate
 from train import TrainConfig, run
 
@@ -44,12 +46,12 @@ def recorded_facts(job: Path) -> dict:
 
 def begin(job: Path, facts: dict) -> None:
     """Makes the job's folder and records the facts in job.json. Raises: InputError if it holds a job of other facts."""
-    recorded = recorded_facts(job)
+    recorded = from_first(lambda: recorded_facts(job))
     if differ := [name for name in recorded if recorded[name] != facts[name]]:
         raise InputError(f"holds a job with another {', '.join(differ)}; a job is resumed only with the settings that "
                          "it began with. Remove the folder, or choose another with --out", file=job)
     job.mkdir(parents=True, exist_ok=True)
-    if not recorded:
+    if not recorded and rank() == 0:
         write_text(job / "job.json", to_json(facts, indent=1) + "\n")
 
 

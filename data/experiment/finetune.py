@@ -23,7 +23,9 @@ from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimize
 from mixdpo.files.atomic import must_be_own
 from mixdpo.models.weights import content_key, load_model, save_model
 from mixdpo.runs.checkpoint import Saver, Stop, load_checkpoint, load_state, trained_state
+from mixdpo.runs.distributed import everyone, joined, rank, world
 from mixdpo.runs.log import Progress
+from mixdpo.runs.parallel import first_alone, sum_gradients
 from mixdpo.text.records import data_key, lines
 from mixdpo.text.tokenizer import load_tokenizer
 
@@ -60,7 +62,7 @@ def finetune(config: FinetuneConfig) -> Path:
     report, begun = out / "finetune.json", out / "unfinished.json"
     mark = report if report.exists() else begun
     must_be_own(out, [("data", config.data), ("model", config.model)], mark.name, {"settings"})
-    model = load_model(config.model, device=device, data=config.data_folder or None)
+    model = first_alone(lambda: load_model(config.model, device=device, data=config.data_folder or None))
     places = ("out", "data", "data_folder", "save_minutes")                 # options that do not change the result
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in places}
     settings |= {"data_key": data_key(config.data), "model_key": content_key(model)}    # contents as well as names
@@ -81,18 +83,26 @@ def finetune(config: FinetuneConfig) -> Path:
     before, unfinished = perplexity(policy, held), out.with_name(f"{out.name}-unfinished")
     tune(policy, blocks, config, unfinished, settings | {"dtype": str(dtype)})              # what auto resolves to
     after = perplexity(policy, held)
-    out.mkdir(parents=True, exist_ok=True)
-    configs.write_text(begun, configs.to_json({"settings": settings}) + "\n")               # marks the folder as ours
-    report.unlink(missing_ok=True)                            # written last: a report means that all files are complete
-    save_model(policy.trunk, out)
-    tokenizer.save(out)
     facts = {"perplexity_before": before, "perplexity_after": after, "settings": settings}
-    configs.write_text(report, configs.to_json(facts) + "\n")
-    begun.unlink()
-    shutil.rmtree(unfinished, ignore_errors=True)
+    if rank() == 0:
+        write(out, policy.trunk, tokenizer, facts)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    everyone(None)
     print(f"[finetune] {time.monotonic() - began:.0f} s: perplexity {before:.2f} before, {after:.2f} after; "
           f"{len(blocks)} blocks of {config.tokens} tokens, dtype {str(dtype).removeprefix('torch.')} ({why})")
     return out
+
+
+def write(out: Path, model, tokenizer, facts: dict) -> None:
+    """Writes the tuned model. finetune.json is written last: with it all files are complete."""
+    report, begun = out / "finetune.json", out / "unfinished.json"
+    out.mkdir(parents=True, exist_ok=True)
+    configs.write_text(begun, configs.to_json({"settings": facts["settings"]}) + "\n")      # marks the folder as ours
+    report.unlink(missing_ok=True)
+    save_model(model, out)
+    tokenizer.save(out)
+    configs.write_text(report, configs.to_json(facts) + "\n")
+    begun.unlink()
 
 
 def tune(policy, blocks: torch.Tensor, config: FinetuneConfig, unfinished: Path, settings: dict) -> None:
@@ -119,13 +129,14 @@ def tune(policy, blocks: torch.Tensor, config: FinetuneConfig, unfinished: Path,
         saver = Saver(unfinished, stop, config.save_minutes)
         while t < config.steps:
             set_rate(optimizer, t, config.steps, config.steps // 10)
-            loss = -block_logps(policy, blocks[plan[t]].to(policy.trunk.unembedding.device)).mean()
+            mine = plan[t].tensor_split(world())[rank()]                    # the blocks of this process
+            logps = block_logps(policy, blocks[mine].to(policy.trunk.unembedding.device))
             try:
-                minimise(loss, optimizer, clip=1.0)
+                own = minimise(-logps.sum() / (len(plan[t]) * (config.tokens - 1)), optimizer, 1.0, sum_gradients)
             except FloatingPointError as error:
                 raise InputError(f"step {t}: {error}; nothing was saved. Lower --lr", file=config.data) from None
             t += 1
-            progress(t, config.steps, f"loss {loss.item():.4f}")
+            progress(t, config.steps, f"loss {sum(everyone(own)):.4f}")
             saver.after(t, config.steps, snapshot)
 
 
@@ -156,7 +167,8 @@ def perplexity(policy, blocks: torch.Tensor) -> float:
 
 
 def main(argv: list[str]) -> None:
-    finetune(configs.parse(FinetuneConfig, argv, "python -m data.experiment.finetune"))
+    with joined():
+        finetune(configs.parse(FinetuneConfig, argv, "python -m data.experiment.finetune"))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,10 @@ from data.experiment.stages import key_of, stage, write_lines
 from mixdpo.config import InputError, check_ranges, parse, to_json, write_text
 from mixdpo.fast.memory import tune_process
 from mixdpo.files import fetch
-from mixdpo.files.atomic import lock_folder, must_be_own
+from mixdpo.files.atomic import must_be_own
 from mixdpo.preferences import encode_prompt, encode_response
+from mixdpo.runs.distributed import joined
+from mixdpo.runs.parallel import first_alone, locked
 from mixdpo.text.tokenizer import load_tokenizer
 
 FILES = ["train.jsonl", "heldout.jsonl", "adapt-new-user.jsonl", "adapt-new-user-new-prompt.jsonl", "prompts.jsonl",
@@ -207,11 +209,11 @@ def main(dataset: Judged, argv: list[str]) -> None:
     preset = preset_with(config, preset)
     check_preset(preset)
     must_be_own(job, [], "job.json", {"preset"})
-    with lock_folder(job):
+    with joined(), locked(job):
         model = config.model or "smollm2"
         begin(job, {"preset": name, "model": model, "settings": json.loads(to_json(preset))})
         print(f"job: {job}, preset {name}\nmodel: {model}")
-        tokenizer = load_tokenizer(model, config.data_folder or None)
+        tokenizer = first_alone(lambda: load_tokenizer(model, config.data_folder or None))
         own = [Path(config.data_folder) / source for source in dataset.sources] if config.data_folder else []
         source = [fetch.sha256_of(file) for file in own if file.is_file()] or "fetched"
         sizes = {key: value for key, value in preset.items() if key not in ("runs", "train")}

@@ -33,9 +33,11 @@ from mixdpo.evaluation.completions import with_utilities
 from mixdpo.evaluation.generate import Sampling, generate
 from mixdpo.fast.memory import tune_process
 from mixdpo.files import fetch
-from mixdpo.files.atomic import lock_folder, must_be_own
+from mixdpo.files.atomic import must_be_own
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import encode_prompt
+from mixdpo.runs.distributed import joined
+from mixdpo.runs.parallel import first_alone, from_first, locked
 from mixdpo.text.tokenizer import load_tokenizer
 
 MAX_PROMPT = 16     # a prompt is the first MAX_PROMPT tokens of a review
@@ -234,7 +236,8 @@ def choose_judge(config: ExperimentConfig) -> tuple[str | None, str]:
 
 def data_of_prompts(job: Path, dataset: DataSet, preset: dict, model: str, distilbert: str | None, data: str) -> None:
     """Runs the stages up to the scored continuations of all prompts."""
-    tokenizer, own = load_tokenizer(model, data or None), [Path(data) / name for name in dataset.sources]
+    tokenizer = first_alone(lambda: load_tokenizer(model, data or None))
+    own = [Path(data) / name for name in dataset.sources]
     source = [fetch.sha256_of(file) for file in own if data and file.is_file()] or "fetched"
     sizes = {name: preset[name] for name in dataset.sizes}
     job.mkdir(parents=True, exist_ok=True)
@@ -245,9 +248,10 @@ def data_of_prompts(job: Path, dataset: DataSet, preset: dict, model: str, disti
     finetune(FinetuneConfig(str(job / "reviews.jsonl"), model, str(tuned), data_folder=data, **preset["finetune"]))
     for seed, (name, file) in enumerate(FILES.items(), start=preset["seed"]):
         key = key_of(preset["max_response"], preset["continuations"], seed, job / file, tuned / "model.safetensors")
-        stage(job, f"sample-{name}", key, [f"sampled-{file}"], lambda: sample(job, preset, tokenizer, file, seed, key))
+        stage(job, f"sample-{name}", key, [f"sampled-{file}"], lambda: sample(job, preset, tokenizer, file, seed, key),
+              together=True)
         key = key_of(job / f"sampled-{file}", job / "judge.json")
-        stage(job, f"annotate-{name}", key, [f"scored-{file}"], lambda: annotate(job, file, key))
+        stage(job, f"annotate-{name}", key, [f"scored-{file}"], lambda: annotate(job, file, key), together=True)
 
 
 def prepare(job: Path, dataset: DataSet, preset: dict, model: str, distilbert: str | None, data: str) -> None:
@@ -271,16 +275,17 @@ def main(dataset: DataSet, argv: list[str]) -> None:
     name, preset, job = choose_preset(dataset, config)
     check_preset(preset, "finetune")
     must_be_own(job, [], "job.json", {"preset"})
-    with lock_folder(job):
+    with joined(), locked(job):
         run_job(dataset, config, name, preset, job)
 
 
 def run_job(dataset: DataSet, config, name: str, preset: dict, job: Path) -> None:
     """Runs the job, or resumes it."""
-    recorded, resumed = recorded_facts(job), "as the job began"
-    model, why = (recorded["model"], resumed) if recorded and not config.model else choose_model(config)
+    recorded, resumed = from_first(lambda: recorded_facts(job)), "as the job began"
+    model, why = (recorded["model"], resumed) if recorded and not config.model else first_alone(
+        lambda: choose_model(config))
     same_judge = recorded and not config.sentiment
-    distilbert, why_judge = (recorded["judge"], resumed) if same_judge else choose_judge(config)
+    distilbert, why_judge = (recorded["judge"], resumed) if same_judge else first_alone(lambda: choose_judge(config))
     begin(job, {"preset": name, "model": model, "judge": distilbert, "settings": json.loads(to_json(preset))})
     print(f"job: {job}, preset {name}")
     print(f"model: {model} ({why})")

@@ -1,4 +1,7 @@
-"""Stages of a job: files are written atomically, and again only if their inputs have changed."""
+"""Stages of a job: files are written atomically, and again only if their inputs have changed.
+
+Of several processes (`torchrun`, mixdpo/runs/distributed.py) the first one writes; the others wait for it.
+"""
 
 import hashlib
 import json
@@ -8,7 +11,9 @@ from pathlib import Path
 
 from mixdpo.config import to_json
 from mixdpo.files import fetch
+from mixdpo.runs.distributed import everyone, rank, world
 from mixdpo.runs.log import Progress
+from mixdpo.runs.parallel import from_first
 
 VERSION = 1     # part of every key; raise it when the result of a stage changes
 
@@ -39,19 +44,27 @@ def numbers(value):
 def line_by_line(path: Path, key: str, items: list, size: int, work, name: str) -> None:
     """Writes one line for each item. work(n, part) -> one object for each item of part, at most `size` items from item
     n on. An interrupted file is resumed in the same parts, so the bytes do not change. key: lines written under another
-    key are not used."""
-    unfinished = path.with_name(f"{path.name}.{key[:12]}")
-    done = read_lines(unfinished, complete=True) if unfinished.is_file() else []
-    done = done[: len(done) // size * size]                                 # complete parts
-    write_lines(unfinished, done)
+    key are not used. Each process of several writes a file of its own part of the items; the first one joins them."""
+    shares = [path.with_name(f"{path.name}.{key[:12]}" + f".{r}-of-{world()}" * (world() > 1)) for r in range(world())]
+    first, last = (len(items) * r // world() for r in (rank(), rank() + 1))
+    done = read_lines(shares[rank()], complete=True) if shares[rank()].is_file() else []
+    done = done[: len(done) // size * size] if first + len(done) < last else done           # complete parts
+    write_lines(shares[rank()], done)
     progress = Progress(name, len(done))
-    with unfinished.open("a", encoding="utf-8") as out:
-        for start in range(len(done), len(items), size):
-            part = items[start : start + size]
+    with shares[rank()].open("a", encoding="utf-8") as out:
+        for start in range(first + len(done), last, size):
+            part = items[start : min(start + size, last)]
             out.writelines(to_json(row) + "\n" for row in work(start, part))
             out.flush()
-            progress(start + len(part), len(items))
-    os.replace(unfinished, path)
+            progress(start + len(part) - first, last - first)
+    everyone(None)
+    if rank() == 0:
+        joined = shares[0].with_name(path.name + ".part")
+        joined.write_bytes(b"".join(share.read_bytes() for share in shares))
+        os.replace(joined, path)
+        for share in shares:
+            share.unlink()
+    everyone(None)
 
 
 def key_of(*inputs) -> str:
@@ -60,16 +73,19 @@ def key_of(*inputs) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def stage(job: Path, name: str, key: str, files: list[str], make) -> None:
+def stage(job: Path, name: str, key: str, files: list[str], make, together: bool = False) -> None:
     """Runs make(), which writes `files` into the job's folder and returns a summary or None; prints one line. make() is
-    skipped if the files exist and were written under the same key."""
+    skipped if the files exist and were written under the same key. together: every process calls make(), not only the
+    first."""
     mark, began = job / "stages" / name, time.monotonic()
-    if mark.is_file() and mark.read_text() == key and all((job / file).is_file() for file in files):
+    if from_first(lambda: mark.is_file() and mark.read_text() == key and all((job / file).is_file() for file in files)):
         print(f"[{name}] finished before")
         return
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.unlink(missing_ok=True)        # before its files change: a mark must never stand for files of another key
-    summary = make()
-    mark.with_suffix(".part").write_text(key)
-    os.replace(mark.with_suffix(".part"), mark)
+    if rank() == 0:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.unlink(missing_ok=True)    # before its files change: a mark must never stand for files of another key
+    summary = make() if together else from_first(make)
+    if rank() == 0:
+        mark.with_suffix(".part").write_text(key)
+        os.replace(mark.with_suffix(".part"), mark)
     print(f"[{name}] {time.monotonic() - began:.0f} s" + (f": {summary}" if summary else ""))

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from mixdpo.config import InputError, command
-from mixdpo.evaluation.heldout import expert_logp
 from mixdpo.evaluation.statistics import mean_se
 from mixdpo.experts import Adapters, Heads
 from mixdpo.mixture import mixture_logp
 from mixdpo.models.lora import frozen_twin
 from mixdpo.preferences import read_preferences
 from mixdpo.runs.load_run import load_run
+from mixdpo.runs.parallel import logp_in_parts
 from mixdpo.text.tokenizer import load_tokenizer
 from mixdpo.variants.rankings import as_pairs
 
@@ -45,9 +45,9 @@ def compare(path: Path, file: str) -> dict:
     log_w = run.gate.log_w if run.gate.kind == "fixed" else torch.full((K,), -math.log(K))
     pairs = as_pairs(read_preferences(file, load_tokenizer(config.models[0]), config.max_prompt, config.max_response,
                                       config.drop, columns=config.columns))
-    logp = expert_logp(run.experts, pairs, "experts")                       # (P,K,2)
+    logp = logp_in_parts(run.experts, pairs, "experts")                       # (P,K,2)
     mixture = mixture_logp(log_w, logp.mT.flatten(0, 1))                    # (2P,)  M14
-    alone = expert_logp(summed(run.experts, log_w.exp()), pairs, "sum of adapters")[:, 0].flatten()
+    alone = logp_in_parts(summed(run.experts, log_w.exp()), pairs, "sum of adapters")[:, 0].flatten()
     prompt = [tuple(pair.prompt) for pair in pairs for _ in range(2)]
     gap = alone - mixture
     return {"responses": len(gap), "weights": log_w.exp().tolist(), "mixture": float(mixture.mean()),

@@ -13,6 +13,7 @@ prompt is that of the expert drawn for it, and the rows mixture and sparse need 
 """
 
 import copy
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 
 from mixdpo.config import write_text
 from mixdpo.evaluation.generate import Sampling, choose_expert, generate_heads
-from mixdpo.evaluation.heldout import expert_logp, weights
+from mixdpo.evaluation.heldout import weights
 from mixdpo.evaluation.statistics import mean_se
 from mixdpo.evaluation.strength import at_strength
 from mixdpo.experts import Heads, Transformer
@@ -35,7 +36,8 @@ from mixdpo.mixture import mixture_logp
 from mixdpo.preferences import Pair
 from mixdpo.runs.load_run import Run
 from mixdpo.runs.log import Progress
-from mixdpo.runs.reference import compute_reference, prompt_features
+from mixdpo.runs.parallel import in_parts, logp_in_parts
+from mixdpo.runs.reference import compute_reference, divided, prompt_features
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,15 @@ def run_rows(run: Run, task: CompletionTask, states: torch.Tensor, ids: list, kl
 
 def sample(policies: list[tuple], task: CompletionTask, dtype, name: str) -> tuple[list[list[list[int]]], torch.Tensor]:
     """Completions of all prompts by each of some experts, (model, unembedding), that share a trunk, and the log-prob of
-    each (K,N). All experts use the same random numbers."""
+    each (K,N). All experts use the same random numbers. Each process of several completes a part of the prompts."""
     model = copy.deepcopy(policies[0][0]).to(dtype)                         # one cast here, not one a token
-    heads = [head.to(model.unembedding) for _, head in policies]
-    return generate_heads(model, heads, [p.prompt for p in task.prompts], task.sampling, Progress(name))
+    heads, progress = [head.to(model.unembedding) for _, head in policies], Progress(name)
+
+    def of_part(part) -> tuple[list[list[list[int]]], torch.Tensor]:
+        return generate_heads(model, heads, [task.prompts[n].prompt for n in part], task.sampling, part, progress)
+
+    ids, logp = zip(*in_parts(range(len(task.prompts)), of_part))
+    return [list(itertools.chain(*of_head)) for of_head in zip(*ids)], torch.cat(logp, dim=1)
 
 
 def policy_logp(task: CompletionTask, policy: Policy | None, texts: list[list[list[int]]], own: torch.Tensor
@@ -145,8 +152,9 @@ def policy_logp(task: CompletionTask, policy: Policy | None, texts: list[list[li
         pairs = [Pair(prompt, first, second, more=tuple(more), sides=K)
                  for prompt, first, second, *more in zip(prompts, *texts)]
         if not policy.run.config.train_trunk:                               # the trunk is the reference's
-            pairs = compute_reference(task.reference, pairs, experts.dtype).with_states(pairs)
-        return expert_logp(experts, pairs, name, temperature).permute(2, 0, 1)
+            of_part = functools.partial(compute_reference, task.reference, dtype=experts.dtype)
+            pairs = divided(pairs, of_part).with_states(pairs)
+        return logp_in_parts(experts, pairs, name, temperature=temperature).permute(2, 0, 1)
     out = own[..., None].repeat(1, 1, K)
     for j in range(K):
         alone = Heads(cast_linears(experts.policy(j)[0], experts.dtype), 1, dtype=experts.dtype)
@@ -165,8 +173,13 @@ def completion_logp(expert: Heads, prompts: list[list[int]], texts: list[list[li
                     temperature: float = 1.0) -> torch.Tensor:
     """Log-probs of L lists of N completions under a lone expert: (L,N) nats."""
     of_prompt = [[(tuple(prompt), tuple(ids)) for ids in column] for prompt, *column in zip(prompts, *texts)]
-    known = logp_of_texts(expert, itertools.chain(*of_prompt), {}, Progress(name), temperature=temperature)
-    return torch.stack([torch.stack([known[text][0] for text in row]) for row in of_prompt], dim=1)
+    progress = Progress(name)
+
+    def of_part(rows) -> torch.Tensor:
+        known = logp_of_texts(expert, itertools.chain(*rows), {}, progress, temperature=temperature)
+        return torch.stack([torch.stack([known[text][0] for text in row]) for row in rows], dim=1)
+
+    return torch.cat(in_parts(of_prompt, of_part), dim=1)
 
 
 def plain_texts(task: CompletionTask, completions: list[list[int]], tokenizer) -> list[str]:

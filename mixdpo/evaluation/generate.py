@@ -19,6 +19,7 @@ Left out: top-k, top-p and beam search, which change the policy that is evaluate
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,10 +64,10 @@ def generate(model, prompts: list[list[int]], sampling: Sampling, unembedding: t
 
 
 @torch.no_grad()
-def generate_heads(model, heads: list[torch.Tensor], prompts: list[list[int]], sampling: Sampling, progress=None
-                   ) -> tuple[list[list[list[int]]], torch.Tensor]:
+def generate_heads(model, heads: list[torch.Tensor], prompts: list[list[int]], sampling: Sampling,
+                   rows: Sequence[int] | None = None, progress=None) -> tuple[list[list[list[int]]], torch.Tensor]:
     """Completions of all N prompts by each of K heads (V,C) on one trunk: K lists of N lists of token ids, and the
-    log-prob with which each was sampled, (K,N) float32 nats.
+    log-prob with which each was sampled, (K,N) float32 nats. rows, progress: as in `generate_tokenwise`.
 
     The texts equal [generate(model, prompts, sampling, head) for head in heads]. All heads are decoded in one pass of
     the trunk. At temperature 0 the log-probs are those of temperature 1.
@@ -77,20 +78,20 @@ def generate_heads(model, heads: list[torch.Tensor], prompts: list[list[int]], s
 
     def chooser(part):
         step = itertools.count()
-        rows_of_head = [(expert[part] == k).nonzero().squeeze(1).to(head.device) for k, head in enumerate(heads)]
+        places = [(expert[part] == k).nonzero().squeeze(1).to(head.device) for k, head in enumerate(heads)]
 
         def choose(last, u):
             states = last[model]                                            # (rows,C)
             logits = states.new_empty(len(part), len(heads[0]), dtype=torch.float32)
-            for rows, head in zip(rows_of_head, heads):
-                logits[rows] = (states[rows].to(head.dtype) @ head.T).float() / (sampling.temperature or 1.0)
+            for own, head in zip(places, heads):
+                logits[own] = (states[own].to(head.dtype) @ head.T).float() / (sampling.temperature or 1.0)
             token = draw(logits, 1.0 if sampling.temperature else 0.0, u)
             logp[part, next(step)] = (logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)).cpu()
             return token
 
         return choose
 
-    ids = in_batches([model], prompts * K, chooser, sampling, list(range(N)) * K, progress)
+    ids = in_batches([model], prompts * K, chooser, sampling, [*(range(N) if rows is None else rows)] * K, progress)
     inside = torch.arange(sampling.max_new) < torch.tensor([[len(row)] for row in ids])     # not after its end
     return [ids[k * N : (k + 1) * N] for k in range(K)], (logp * inside).sum(1).view(K, N)
 

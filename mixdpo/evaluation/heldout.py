@@ -28,14 +28,13 @@ from mixdpo.evaluation.statistics import (
     matched_accuracy,
     mean_se,
 )
-from mixdpo.fast.texts import logp_of_pairs
 from mixdpo.files.sources import short_name
 from mixdpo.metrics import effective_experts
 from mixdpo.mixture import e_step, elbo, log_marginal
 from mixdpo.preferences import Pair, check_lengths, read_preferences
 from mixdpo.runs.gate_inputs import gate_inputs, known_pairs
 from mixdpo.runs.load_run import Run
-from mixdpo.runs.log import Progress
+from mixdpo.runs.parallel import logp_in_parts
 from mixdpo.runs.reference import Source, reference_of
 from mixdpo.variants.label_noise import flipped_margins
 from mixdpo.variants.rankings import as_pairs
@@ -53,17 +52,10 @@ def margins_of(runs: list[Run], references: list, tokenizer, path, cache: Path, 
     for run in runs:
         run_pairs = pairs if run.config.train_trunk else ref.with_states(pairs)
         name = f"{run.name} {short_name(path)}"
-        logp = expert_logp(run.experts, run_pairs, name, known=run.known_logp())            # (P,K,2)
+        logp = logp_in_parts(run.experts, run_pairs, name, known=run.known_logp())          # (P,K,2)
         h = margins(logp, ref.logp, run.config.beta)                        # (P,K)  M4
         h = flipped_margins(h, run.config.label_noise)
         yield run, pairs, h, weights(run, pairs, ref.prompt)
-
-
-def expert_logp(experts, pairs: list[Pair], name: str, temperature: float = 1.0, known: dict | None = None
-                ) -> torch.Tensor:
-    """Summed response log-probs of every pair under every expert at this temperature: (P,K,2) float32 nats, on the CPU.
-    name: the label of the progress line; known: texts.logp_of_pairs."""
-    return logp_of_pairs(experts, pairs, Progress(name), temperature=temperature, known=known)
 
 
 @torch.no_grad()

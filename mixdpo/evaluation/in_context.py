@@ -5,6 +5,7 @@ each is shown as its prompt with the chosen response. KL is from this policy to 
 log pi_ref(y | examples, x) - log pi_ref(y | x).
 """
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from mixdpo.evaluation.completions import CompletionTask, sample
 from mixdpo.evaluation.own_reward import Served
 from mixdpo.evaluation.statistics import mean_se
 from mixdpo.preferences import Pair, groups
-from mixdpo.runs.reference import compute_reference
+from mixdpo.runs.reference import compute_reference, divided
 
 
 def served_in_context(pairs: list[Pair], types: list[str], examples: int, task: CompletionTask, tokenizer, values,
@@ -30,6 +31,7 @@ def served_in_context(pairs: list[Pair], types: list[str], examples: int, task: 
     if not all(of_type):
         return None
     gains, kls, lengths = [], [], []
+    alone = functools.partial(compute_reference, task.reference, dtype=dtype)
     for t, users in enumerate(of_type):
         prompts = [with_examples(prompt, pairs, users, examples, tokenizer, [task.sampling.seed, 41, t, n])
                    for n, prompt in enumerate(task.prompts)]
@@ -38,7 +40,7 @@ def served_in_context(pairs: list[Pair], types: list[str], examples: int, task: 
         policy = task.reference, task.reference.unembedding
         (ids,), with_them = sample([policy], replace(task, prompts=prompts), dtype, f"in context, {types[t]}")
         asked = [Pair(p.prompt, y, [task.sampling.eos]) for p, y in zip(task.prompts, ids)]
-        without = compute_reference(task.reference, asked, dtype).logp[:, 0, 0]
+        without = divided(asked, alone).logp[:, 0, 0]
         gains.append(values(ids)[:, t] - base[:, t])
         kls.append(with_them[0] - without)
         lengths += [len(y) for y in ids]

@@ -9,6 +9,8 @@ their loss and anything that the caller wants to keep.
 Left out: losses of a micro-batch that are not a sum over its pairs or groups.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from mixdpo.experts import predicting_states
@@ -73,8 +75,10 @@ def chunks(batch: Batch, head_rows: int, whole_groups: bool):
             first, begin = b + 1, end
 
 
-def minimise(loss: torch.Tensor, optimizer, clip: float) -> float:
-    """One step on a scalar loss, for training on texts (data/experiment/finetune.py) or rows; returns the loss."""
+def minimise(loss: torch.Tensor, optimizer, clip: float, exchange: Callable = lambda parameters: None) -> float:
+    """One step on a scalar loss, for training on texts (data/experiment/finetune.py) or rows; returns the loss.
+    exchange: parallel.sum_gradients, if each process has a part of the loss."""
     loss.backward()
+    exchange([p for group in optimizer.param_groups for p in group["params"]])
     clip_and_step(optimizer, loss.item(), clip)
     return loss.item()

@@ -3,21 +3,25 @@
     step       the examples of a step are divided into contiguous parts of about equal cost, one for each process. Then
                gradients are summed once, before clipping, and log q, h and texts (metrics.chosen_and_rejected) of
                every pair are gathered. So all processes have equal figures, tables and weights, and make equal steps
-    passes     reference, E-step on all pairs, validation: each process its part; the results are gathered
+    passes     reference, E-step on all pairs, validation, evaluation, sampling: each process its part; the results are
+               gathered
 
 The core does not know it: `divider` is plan.Plan.parts, `accumulate` is train.EM.accumulate.
 """
 
+import contextlib
 import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from mixdpo.config import InputError, to_json
 from mixdpo.fast.optimizer import is_sharded
 from mixdpo.fast.texts import logp_of_pairs
+from mixdpo.files.atomic import lock_folder
 from mixdpo.plan import Micro, Plan
 from mixdpo.preferences import Pair
 from mixdpo.runs.distributed import everyone, gathered, rank, summed, world
@@ -46,6 +50,11 @@ def first_alone(make: Callable):
     return made if rank() == 0 else make()
 
 
+def locked(folder: Path):
+    """atomic.lock_folder, in process 0."""
+    return lock_folder(folder) if rank() == 0 else contextlib.nullcontext()
+
+
 # --- passes -----------------------------------------------------------------------------------------------------------
 
 
@@ -56,14 +65,25 @@ def in_parts(items: Sequence, of_part: Callable) -> list:
     return [found for found in everyone(mine) if found is not None]
 
 
-def logp_in_parts(experts, pairs: list[Pair], name: str, check: Callable = lambda: None) -> torch.Tensor:
+def logp_in_parts(experts, pairs: list[Pair], name: str, check: Callable = lambda: None, temperature: float = 1.0,
+                  known: dict | None = None) -> torch.Tensor:
     """texts.logp_of_pairs of all pairs, of which each process computes a part; with sharded parameters, which are
     exchanged in every pass, each computes all. name: for the progress line. check(): called after each batch in a run
     of one process; several would not stop together."""
     progress = Progress(name, after=check if world() == 1 else lambda: None)
-    if any(is_sharded(p) for p in experts.parameters()):
-        return logp_of_pairs(experts, pairs, progress)
-    return torch.cat(in_parts(pairs, lambda part: logp_of_pairs(experts, part, progress)))
+
+    def of_part(part: Sequence[Pair]) -> torch.Tensor:
+        return logp_of_pairs(experts, list(part), progress, temperature=temperature, known=known)
+
+    return of_part(pairs) if any(is_sharded(p) for p in experts.parameters()) else torch.cat(in_parts(pairs, of_part))
+
+
+def sum_gradients(parameters: list) -> None:
+    """Each gradient becomes the sum of those of all processes; None counts as 0."""
+    if world() > 1:
+        sums = summed([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+        for p, total in zip(parameters, sums):
+            p.grad = total
 
 
 # --- a step -----------------------------------------------------------------------------------------------------------
@@ -105,9 +125,7 @@ def accumulate(variants, inner: Callable | None) -> Callable:
                 passes = Counter(micro.part for micro in micros)            # often; a loss divided by infinity is 0
                 for _ in range(max(passes.values()) - passes[rank()]):
                     gradient(micros[:1], math.inf)
-            sums = summed([torch.zeros_like(p) if p.grad is None else p.grad for p in copied])
-            for p, total in zip(copied, sums):
-                p.grad = total
+            sum_gradients(copied)
         else:
             seen = inner(gradient, mine)
         place = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64))      # (B,)

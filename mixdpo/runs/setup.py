@@ -15,7 +15,7 @@ from mixdpo.config import InputError, compute_dtype
 from mixdpo.experts import Adapters, Heads, Models, make_experts, trunks
 from mixdpo.fast.optimizer import load_optimizer_state, make_optimizer, optimizer_state
 from mixdpo.fast.packing import compact_rows
-from mixdpo.files.atomic import lock_folder, must_be_own, must_be_writable
+from mixdpo.files.atomic import must_be_own, must_be_writable
 from mixdpo.files.sources import data_files, parts_of
 from mixdpo.gates import Gate, Inputs
 from mixdpo.models.lora import projections
@@ -67,7 +67,7 @@ def opened(config: TrainConfig, key: Key | None) -> Iterator[Job | None]:
         must_be_run(config)
     facts = compared(config) | input_keys(config)
     try:
-        with lock_folder(out) if first else contextlib.nullcontext(), Stop(config.out) as stop:
+        with parallel.locked(out), Stop(config.out) as stop:
             found = load_checkpoint(out, facts)
             must_agree({"step of the newest checkpoint": found and found[1]["step"]})
             if found and found[1]["finished"]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import eval as evaluation
-from mixdpo.evaluation.heldout import expert_logp, weights
+from mixdpo.evaluation.heldout import weights
 from mixdpo.models.gguf import GGUFTensor, read_gguf
 from mixdpo.models.gguf_llama import gguf_of
 from mixdpo.models.gguf_write import q8_0, write_gguf
@@ -20,6 +20,7 @@ from mixdpo.models.llama import Llama, LlamaConfig, RopeScaling
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import read_preferences
 from mixdpo.runs.load_run import load_run
+from mixdpo.runs.parallel import logp_in_parts
 from mixdpo.runs.reference import prompt_features
 from mixdpo.text.gguf_tokenizer import to_metadata
 from mixdpo.text.tokenizer import load_tokenizer
@@ -80,7 +81,7 @@ def test_adapters_in_peft_are_the_experts(home, name, tmp_path):
     """Log-probs of every response under every expert within 1e-4, on OUT/base, switched by name as a server does.
     Faults: expert 0 for all; the shared part left out; lora_alpha = r; the base merged with an expert."""
     run, pairs = export(home, name, tmp_path / "out")
-    want = expert_logp(run.experts, pairs, "ours")                          # (P,2,2)
+    want = logp_in_parts(run.experts, pairs, "ours")                          # (P,2,2)
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base", dtype=torch.float32).eval()
     away = (theirs(base, pairs) - want[:, 0]).abs().max()
     model = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "expert-0", adapter_name="expert-0").eval()
@@ -96,7 +97,7 @@ def test_adapters_in_peft_are_the_experts(home, name, tmp_path):
 def test_merged_models_in_transformers_are_the_experts(home, name, tmp_path):
     """The same for heads and whole models. Faults: the trunk's unembedding; every expert the first."""
     run, pairs = export(home, name, tmp_path / "out")
-    want = expert_logp(run.experts, pairs, "ours")
+    want = logp_in_parts(run.experts, pairs, "ours")
     for k in range(2):
         place = tmp_path / "out" / f"expert-{k}"
         model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()

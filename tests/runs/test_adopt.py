@@ -11,13 +11,13 @@ from raising import raises_at
 import train
 from eval import EvalConfig, evaluate
 from mixdpo.dpo import margins
-from mixdpo.evaluation.heldout import expert_logp
 from mixdpo.gates import Inputs
 from mixdpo.mixture import log_marginal
 from mixdpo.models.weights import load_model
 from mixdpo.preferences import read_preferences
 from mixdpo.runs.checkpoint import trained_state
 from mixdpo.runs.load_run import load_experts, load_run
+from mixdpo.runs.parallel import logp_in_parts
 from mixdpo.runs.reference import compute_reference
 from mixdpo.text.tokenizer import load_tokenizer
 
@@ -175,7 +175,7 @@ def test_models_with_references_of_their_own(tmp_path, model_dir):
     (tmp_path / "heldout.jsonl").write_text((tmp_path / "train.jsonl").read_text())
     got = evaluate(EvalConfig(dir=str(out)))["preferences"]["train"]
     pairs = read_preferences(tmp_path / "heldout.jsonl", tokenizer, 256, 256, False)
-    logp = expert_logp(run.experts, pairs, "again")
+    logp = logp_in_parts(run.experts, pairs, "again")
     h = [margins(logp[:, k], compute_reference(load_model(place), pairs, torch.float32).logp[:, 0], 0.5)
          for k, place in enumerate((model_dir, other))]
     want = log_marginal(torch.full((len(pairs), 2), 0.5).log(), torch.stack(h, 1)).mean()
@@ -203,7 +203,7 @@ def test_the_first_e_step_reads_the_experts_that_a_run_begins_with(sources, tmp_
         found = e_step_of_all(state, problem, *rest)
         if state.t == 0:
             pairs = problem.plan.pairs
-            h = margins(expert_logp(state.experts, pairs, ""), problem.ref_logp, problem.config.beta)
+            h = margins(logp_in_parts(state.experts, pairs, ""), problem.ref_logp, problem.config.beta)
             want = torch.stack([torch.nn.functional.logsigmoid(h[visit.context or visit.trained]).sum(0)
                                 for visit in problem.plan.visits[: problem.plan.inferred]])
             seen.append((found, torch.log_softmax(want, -1)))
