@@ -1,5 +1,5 @@
 # make help lists the targets. Each one that runs Python makes .venv from the pinned requirements first.
-# Variables: DATASET=imdb|reviews|hh|ultrafeedback  PRESET=smoke|quick|cpu|paper  MODEL=gpt2|smollm2|llama-3.2-1b|DIRECTORY|HUB NAME  DATA=FOLDER of local files, searched first
+# Variables: DATASET=imdb|reviews|hh|ultrafeedback  PRESET=smoke|quick|cpu|paper  MODEL=gpt2|smollm2|llama-3.2-1b|DIRECTORY|HUB NAME  DATA=FOLDER of local files, searched first  PROCESSES=N for train and eval, one for each GPU
 
 train: DATASET ?= imdb
 synth rivals: DATASET ?= adult
@@ -8,6 +8,7 @@ EPSILON ?= 1
 PY := .venv/bin/python
 # As many processes as cores, each with one thread: threads of two processes that share cores wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+RUN_ALL := $(if $(PROCESSES),.venv/bin/torchrun --standalone --nproc-per-node $(PROCESSES),$(PY))
 OPTIONS := $(if $(PRESET),--preset $(PRESET)) $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data-folder $(DATA))
 
 help:                     ## this list
@@ -15,10 +16,10 @@ help:                     ## this list
 	@sed -n '2p' Makefile
 
 train: .venv/ready        ## the whole experiment: data, reference, DPO and mixtures, table and pictures
-	$(PY) -m data.$(DATASET) $(OPTIONS)
+	$(RUN_ALL) -m data.$(DATASET) $(OPTIONS)
 
 eval: .venv/ready         ## evaluate again and rewrite the report: make eval RUN=runs/imdb-quick
-	$(PY) eval.py $(RUN)
+	$(RUN_ALL) eval.py $(RUN)
 
 show: .venv/ready         ## one batch, its prompt, response, end token and padding in different colours: make show RUN=runs/imdb-quick
 	$(PY) -m mixdpo.evaluation.show $(RUN)/train.jsonl

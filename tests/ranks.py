@@ -14,7 +14,6 @@ import torch._dynamo  # noqa: F401  the first optimizer step imports it: here on
 import torch.distributed as dist
 import torch.distributed.fsdp  # noqa: F401
 
-
 DIGITS = 5      # of a port
 
 

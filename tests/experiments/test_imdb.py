@@ -14,6 +14,7 @@ import pytest
 import small
 import torch
 from raising import raises_at
+from ranks import Group
 
 from data import imdb
 from data.experiment import common, simulated
@@ -24,7 +25,7 @@ from data.experiment.simulated import prompt_of, response_of, sample
 from data.experiment.stages import key_of, read_lines, stage, write_lines
 from data.imdb import divide
 from data.texts.movies import Review, clean, load_reviews, read_archive, read_csv
-from mixdpo.config import InputError
+from mixdpo.config import InputError, Stopped, command
 from mixdpo.models.llama import Llama, LlamaConfig
 from mixdpo.models.lora import projections
 from mixdpo.models.weights import save_model
@@ -477,6 +478,51 @@ def test_a_whole_tiny_job(tiny, tmp_path, monkeypatch, capsys):
     assert not re.search(r'[{}]|":', printed), "a dictionary on the console"
     stages = ("split", "sample-train", "annotate-heldout", "judge")
     assert all(f"[{name}] finished before" in printed for name in stages)
+
+
+def test_a_job_of_two_processes_is_that_of_one(tiny, tmp_path, monkeypatch):
+    """From reviews to results.json, with the real judges and runs; two processes go on where two others were stopped.
+    Caught: a lock, a stage or a file of every process; a continuation, a pair or a result that depends on the number
+    of processes."""
+    pytest.importorskip("spacy", reason="spaCy is not installed (the `data` extra)")
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed (the `data` extra)")
+    rng, data = np.random.default_rng(0), tmp_path / "data"
+    texts = [" ".join([*rng.choice(list("abcdefgh"), 60), ("awful", "superb")[n % 2], str(n)]) for n in range(400)]
+    data.mkdir()
+    write_reviews(data, [ROW | {"label": ("neg", "pos")[n % 2], "text": text} for n, text in enumerate(texts)])
+    smoke = IMDB["smoke"]
+    preset = smoke | {"prompts": 20, "heldout": 10, "evaluate": 5, "margin": 0.0, "users": 2,
+                      "finetune": {"steps": 2, "batch": 3, "tokens": 32, "held": 4}, "evaluation": {"examples": 0},
+                      "train": smoke["train"] | {"dtype": "float32"},
+                      "runs": {name: smoke["runs"][name] for name in ("dpo", "mixture")}}
+    monkeypatch.setitem(IMDB, "tiny", preset)
+    flags = ["--preset", "tiny", "--model", str(tiny), "--data-folder", str(data), "--out"]
+
+    def by(count, name, stop=None):
+        """The job `name` by so many processes, which stop before their runs are trained, if `stop`."""
+        def work(rank):
+            if stop:
+                common.run = stop
+            command(lambda words: simulated.main(imdb.DATASET, [*flags, str(tmp_path / name / "job")]))
+
+        group = Group(count, work, tmp_path / f"{name}-{count}.txt")
+        return group.wait(300), "\n".join(group.printed()[-40:])
+
+    def stopped(config):
+        raise Stopped("here")
+
+    for status, printed in (by(1, "one"), by(2, "two", stopped), by(2, "two")):
+        assert set(status) in ({0}, {130}), printed
+    files = ["reviews.jsonl", "sampled-prompts.jsonl", "scored-prompts-train.jsonl", "train.jsonl", "heldout.jsonl",
+             "dataset.json", "samples.jsonl"]
+    for name in files:
+        assert (tmp_path / "one" / "job" / name).read_bytes() == (tmp_path / "two" / "job" / name).read_bytes(), name
+    one, two = (json.loads((tmp_path / name / "job" / "results.json").read_text()) for name in ("one", "two"))
+    for name in ("dpo", "mixture"):
+        assert one["preferences"][name]["by_pair"] == pytest.approx(two["preferences"][name]["by_pair"], abs=1e-5)
+    assert [row["gain"] for row in one["own_reward"]] == [
+        {key: pytest.approx(x, abs=1e-5, nan_ok=True) for key, x in row["gain"].items()} for row in two["own_reward"]]
+    assert "[sample-train] finished before" in (tmp_path / "two-2.txt").read_text()
 
 
 def test_the_estimate_counts_what_a_preset_asks_for():
