@@ -298,8 +298,8 @@ def snapshot(made: Prepared, log: Log, log_q: torch.Tensor, finished: bool = Fal
     log.sync()
     moments = {} if finished else optimizer_state(made.optimizer, made.names, complete)
     tensors = trained_state(made.experts) | gate_state(made.gate) | moments | made.variants.tensors()
-    return collected(made.experts, tensors) | {"table": log_q}, {"finished": finished, "config": made.facts,
-                                        "device": made.ref_logp.device.type}
+    facts = {"finished": finished, "config": made.facts, "device": made.ref_logp.device.type}
+    return collected(made.experts, tensors) | {"table": log_q}, facts
 
 
 def finish(job: Job, made: Prepared, save: Callable) -> None:

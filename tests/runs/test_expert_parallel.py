@@ -4,14 +4,16 @@ names the faults that its test was seen to fail on."""
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import test_distributed
 import tinyjob
 import torch
 from ranks import Group
-from test_distributed import SLICES, USER, errors, gap, program, same_figures, spied, until
+from test_distributed import SLICES, USER, errors, faulty, gap, program, same_figures, spied, until
 
 import train
 from mixdpo.runs import distributed, memory_estimate, parallel, rules, setup
@@ -187,3 +189,12 @@ def test_the_estimate_of_memory_counts_one_expert(folder, monkeypatch):
     one, several = estimate(1, experts=1, latent="pair"), {"sharing": "models", "expert_parallel": True}
     assert estimate(2, **several) == one
     assert estimate(4, **several) == one | {"gradients": 2 * one["gradients"]}
+
+
+def test_a_killed_process_ends_the_others(folder, tmp_path):
+    """Catches: an exchange in a team that waits for ever; an error that is not the sentence of other exchanges."""
+    group = faulty(folder, tmp_path, lambda: os.kill(os.getpid(), signal.SIGKILL), count=4, expert_parallel=True)
+    while 1 not in group.ended:
+        group.poll()
+    assert group.wait(30) == [1, -signal.SIGKILL, 1, 1]
+    assert [line.removeprefix("error: ") for line in errors(group)] == [distributed.MISSING]
