@@ -7,6 +7,7 @@ moments in bfloat16 with stochastic rounding (RoundedAdamW).
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,17 +16,21 @@ BETAS, EPS = (0.9, 0.99), 1e-8
 
 
 def make_optimizer(module: torch.nn.Module, lr: float, head_lr: float = 0.0,
-                   gate: tuple[torch.nn.Module, float] | None = None, moments: str = "float32", seed: int = 0):
+                   gate: tuple[torch.nn.Module, float] | None = None, moments: str = "float32", seed: int = 0,
+                   norm: Callable | None = None):
     """AdamW, and the names of its parameters in its order. Low-rank factors, which are the parameters named A, B, A_0
-    and B_0, learn at head_lr, the others at lr. gate: a module and its learning rate."""
+    and B_0, learn at head_lr, the others at lr. gate: a module and its learning rate. norm(gradient norm of the
+    parameters that learn at lr) -> that of all processes, of which each has others of them, or none."""
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     factors = {n for n, _ in named if n.rpartition(".")[2] in ("A", "B", "A_0", "B_0")}
     low, rest = [(n, p) for n, p in named if n in factors], [(n, p) for n, p in named if n not in factors]
     of_gate = [(f"gate.{n}", p) for n, p in gate[0].named_parameters() if p.requires_grad] if gate else []
     plain, sharded = [(n, p) for n, p in rest if not is_sharded(p)], [(n, p) for n, p in rest if is_sharded(p)]
-    sets = [(plain, lr), (sharded, lr), (low, head_lr), (of_gate, gate[1] if gate else 0.0)]
-    groups = [{"params": [p for _, p in part], "lr": peak, "peak": peak} for part, peak in sets if part]
-    names = [n for part, _ in sets for n, _ in part]
+    sets = [(plain, lr, norm or float), (sharded, lr, norm_of_shards), (low, head_lr, float),
+            (of_gate, gate[1] if gate else 0.0, float)]
+    groups = [{"params": [p for _, p in part], "lr": peak, "peak": peak, "norm": whole}
+              for part, peak, whole in sets if part or whole is norm]       # norm is called in every process
+    names = [n for part, _, _ in sets for n, _ in part]
     if moments == "bfloat16":
         return RoundedAdamW(groups, seed), names
     return torch.optim.AdamW(groups, weight_decay=0.0, betas=BETAS, eps=EPS, fused=True), names
@@ -90,14 +95,15 @@ def clip_and_step(optimizer, loss: float, clip: float) -> float:
 
     Raises: FloatingPointError, and changes no parameter, if the loss or the norm is NaN or infinite.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    kinds = [[p for p in parameters if p.grad is not None and is_sharded(p) == kind] for kind in (False, True)]
-    norms: list = [torch.nn.utils.get_total_norm([p.grad for p in some]) for some in kinds if some]
-    norm = math.hypot(*(float(x.full_tensor() if is_sharded(x) else x) for x in norms))
+    kinds: dict[Callable, list] = {}                                        # by what makes the norm of all processes
+    for group in optimizer.param_groups:
+        kinds.setdefault(group.get("norm", float), []).extend(p for p in group["params"] if p.grad is not None)
+    norm = math.hypot(*(of_all(torch.nn.utils.get_total_norm([p.grad for p in some]))
+                        for of_all, some in kinds.items()))
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
     if norm > clip:
-        for some in kinds:                                                  # no operation takes both kinds
+        for some in kinds.values():                                         # no operation takes plain and sharded ones
             torch.nn.utils.clip_grads_with_norm_(some, clip, torch.tensor(norm))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -114,6 +120,11 @@ def set_rate(optimizer, t: int, total: int, warmup: int) -> None:
 def is_sharded(x: torch.Tensor) -> bool:
     """Whether each of several processes has a part of it (a DTensor, runs/distributed.py)."""
     return hasattr(x, "full_tensor")
+
+
+def norm_of_shards(x) -> float:
+    """A norm whose square is the sum over several processes (or 0, which is not sharded)."""
+    return float(x.full_tensor() if is_sharded(x) else x)
 
 
 def optimizer_state(optimizer, names: list[str], complete=lambda x: x) -> dict[str, torch.Tensor]:

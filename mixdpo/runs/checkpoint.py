@@ -158,11 +158,12 @@ def own_parameters(experts: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def load_state(experts: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Copies a saved state back. Raises: InputError naming every tensor that is missing, extra or of another shape."""
     if isinstance(experts, Models):
-        for k, model in enumerate(experts.models):
+        for k, model in [*experts.models.named_children()]:
             if model.config.tied and f"experts.models.{k}.lm_head.weight" in tensors:      # from --init-experts
-                untie(experts, k)
+                untie(experts, int(k))
     own = {f"experts.{name}": p for name, p in own_parameters(experts)}
-    state = {name: value for name, value in tensors.items() if name.startswith("experts.")}
+    others = tuple(f"experts.models.{k}." for k in getattr(experts, "elsewhere", []))      # expert parallelism
+    state = {name: x for name, x in tensors.items() if name.startswith("experts.") and not name.startswith(others)}
     wrong = sorted(set(own) ^ set(state)) + [n for n in set(own) & set(state) if own[n].shape != state[n].shape]
     if wrong:
         raise InputError(f"has tensors that do not fit this configuration: {', '.join(wrong[:8])}; resume with the "
@@ -174,10 +175,10 @@ def load_state(experts: nn.Module, tensors: dict[str, torch.Tensor], path: Path)
 @torch.no_grad()
 def untie(experts: Models, k: int) -> nn.Module:
     """Gives model k a separate unembedding that starts as a copy of its embedding; returns the model."""
-    old = experts.models[k]
+    old = experts.models.get_submodule(str(k))
     new = type(old)(dataclasses.replace(old.config, tied=False)).to(old.unembedding.device)
     new.load_state_dict(old.state_dict() | {"lm_head.weight": old.unembedding})
-    experts.models[k] = new
+    experts.models.add_module(str(k), new)
     return new
 
 

@@ -89,13 +89,13 @@ def any_process(*flags: bool) -> list[bool]:
     return found.bool().tolist()
 
 
-def summed(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The sums of the processes' tensors, by one all-reduce for each dtype."""
+def summed(tensors: list[torch.Tensor], group=None) -> list[torch.Tensor]:
+    """The sums of the tensors of all processes, or of a group, by one all-reduce for each dtype."""
     out: list = [None] * len(tensors)
     for dtype in dict.fromkeys(x.dtype for x in tensors):
         places = [n for n, x in enumerate(tensors) if x.dtype == dtype]
         flat = torch.cat([tensors[n].reshape(-1) for n in places])
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, dist.ReduceOp.SUM, group)
         for n, part in zip(places, flat.split([tensors[n].numel() for n in places])):
             out[n] = part.view_as(tensors[n])
     return out

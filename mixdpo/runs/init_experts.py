@@ -39,7 +39,8 @@ def init_experts(experts: Heads | Adapters | Models, config, keys: list[str]) ->
             raise InputError(f"got {entry!r}, which was trained against another reference, {its.model}, than expert "
                              f"{k} has here, {config.models[k % len(keys)]}; name its model in --model",
                              option="init_experts")
-        take_over(experts, k, source, int(number), entry)
+        if k not in getattr(experts, "elsewhere", []):                      # expert parallelism: in other processes
+            take_over(experts, k, source, int(number), entry)
     if config.frozen:
         freeze(experts, config.frozen)
 
@@ -49,7 +50,7 @@ def take_over(experts, k: int, source, j: int, entry: str) -> None:
     """Copies the source's expert j into expert k."""
     if isinstance(experts, Models):
         model, head = source.policy(j)
-        own = experts.models[k]
+        own = experts.models.get_submodule(str(k))
         if head is not model.unembedding and own.config.tied:
             own = untie(experts, k)
         given = model.state_dict() | ({"lm_head.weight": head} if not own.config.tied else {})

@@ -8,8 +8,9 @@
                   blocks of this width with random weights and two and three rows; further ones are like the last
     logits        those of one head micro-batch (backward.KEPT), and their gradient
 
-With --shard each process has its part of the first three, for trunk and models. Parameters are counted on a model on
-the meta device. Left out: the pass for the reference's log-probs (one micro-batch without gradient, less than a step),
+With --shard each process has its part of the first three, for trunk and models; with --expert-parallel each has one
+expert, whose gradients count once if no other process has it. Parameters are counted on a model on the meta device.
+Left out: the pass for the reference's log-probs (one micro-batch without gradient, less than a step),
 the pages of the weight file while it is read (2 bytes for each parameter of a bfloat16 model), fragmentation, and the
 memory of libraries.
 """
@@ -30,25 +31,30 @@ from mixdpo.runs.distributed import world
 
 TIGHT = 0.9             # largest share of the free memory that is safe, because of fragmentation and libraries
 
+TOGETHER = {"expert_parallel": False}   # of remedies that it cannot be combined with
+
 # Remedies, the cheapest first: their names and options.
 REMEDIES: list[tuple[str, dict[str, Any]]] = [
     ("--checkpointing true", {"checkpointing": True}),
     ("--micro 4 --checkpointing true", {"checkpointing": True, "micro": 4}),
-    ("--moments bfloat16 --checkpointing true", {"checkpointing": True, "moments": "bfloat16"}),
-    ("--sharing lora --checkpointing true", {"checkpointing": True, "sharing": "lora"}),
-    ("--train-trunk false (low-rank heads)", {"sharing": "heads", "rank": 16, "train_trunk": False}),
+    ("--moments bfloat16 --checkpointing true", {"checkpointing": True, "moments": "bfloat16"} | TOGETHER),
+    ("--sharing lora --checkpointing true", {"checkpointing": True, "sharing": "lora"} | TOGETHER),
+    ("--train-trunk false (low-rank heads)", {"sharing": "heads", "rank": 16, "train_trunk": False} | TOGETHER),
 ]
 
 
 def estimate(config, dtype: torch.dtype) -> dict[str, float]:
     """Bytes of each part, as above, for a TrainConfig whose products are in `dtype`."""
     shapes = [config_of(name, config.data_folder or None) for name in config.models]
+    team = config.experts if config.expert_parallel else 1
+    if config.expert_parallel:                                              # one expert: the largest
+        config, shapes = dataclasses.replace(config, experts=1), [max(shapes, key=lambda shape: shape.layers)]
     with torch.device("meta"):                                              # shapes only
         models = [MODELS[type(shape)](shape) for shape in shapes]
     experts = make_experts(models, config, dtype)
     learns = [p for p in experts.parameters() if p.requires_grad]
     divided = {p for model in trunks(experts) for p in model.parameters()} if config.shard else set()
-    twice = config.epsilon < math.inf or world() > 1                        # of one part, and the sum
+    twice = config.epsilon < math.inf or world() > team                     # of one part, and the sum
 
     def count(parameters) -> float:
         return sum(p.numel() / (world() if p in divided else 1) for p in parameters)

@@ -108,6 +108,8 @@ class TrainConfig:
     packing: bool = False           # true: texts share a row without padding; needs a GPU
     shard: bool = False             # true: divide parameters, gradients and moments of trunk or models among the
                                     # processes that torchrun starts (FSDP2); each then needs less memory
+    expert_parallel: bool = False   # true: with --sharing models, each process that torchrun starts has one of the K
+                                    # experts; K must divide the number of processes
     compile: bool = False           # true: torch.compile for the trunks; the first steps wait for the compiler
     dtype: str = "auto"             # dtype of matrix products: auto (bfloat16 on hardware that is built for it),
                                     # float32 or bfloat16; parameters stay float32
@@ -145,7 +147,7 @@ def compared(config: TrainConfig) -> dict:
     --dtype auto is left out: the dtype that it stands for is compared once the device is known. So is --columns, which
     is a part of the key of the data."""
     free = ["out", "data_folder", "columns", "save_minutes", "keep", "micro", "head_rows", "checkpointing",
-            "shard", "log"]
+            "shard", "expert_parallel", "log"]
     free += ["dtype"] * (config.dtype == "auto")
     return {name: value for name, value in asdict(config).items() if name not in free}
 

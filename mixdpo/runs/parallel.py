@@ -6,7 +6,8 @@
     passes     reference, E-step on all pairs, validation, evaluation, sampling: each process its part; the results are
                gathered
 
-The core does not know it: `divider` is plan.Plan.parts, `accumulate` is train.EM.accumulate.
+The core does not know it: `divider` is plan.Plan.parts, `accumulate` is train.EM.accumulate. With expert parallelism
+(expert_parallel.py) the parts are those of teams of K processes, whose members compute the same; else team = 1.
 """
 
 import contextlib
@@ -58,11 +59,11 @@ def locked(folder: Path):
 # --- passes -----------------------------------------------------------------------------------------------------------
 
 
-def in_parts(items: Sequence, of_part: Callable) -> list:
-    """of_part(some items) of each process that has any, in the order of items."""
-    first, last = (len(items) * r // world() for r in (rank(), rank() + 1))
+def in_parts(items: Sequence, of_part: Callable, team: int = 1) -> list:
+    """of_part(some items) of each team that has any, in the order of items."""
+    first, last = (len(items) * r // (world() // team) for r in (rank() // team, rank() // team + 1))
     mine = of_part(items[first:last]) if first < last else None
-    return [found for found in everyone(mine) if found is not None]
+    return [found for found in everyone(None if rank() % team else mine) if found is not None]
 
 
 def logp_in_parts(experts, pairs: list[Pair], name: str, check: Callable = lambda: None, temperature: float = 1.0,
@@ -75,23 +76,30 @@ def logp_in_parts(experts, pairs: list[Pair], name: str, check: Callable = lambd
     def of_part(part: Sequence[Pair]) -> torch.Tensor:
         return logp_of_pairs(experts, list(part), progress, temperature=temperature, known=known)
 
-    return of_part(pairs) if any(is_sharded(p) for p in experts.parameters()) else torch.cat(in_parts(pairs, of_part))
+    if any(is_sharded(p) for p in experts.parameters()):
+        return of_part(pairs)
+    return torch.cat(in_parts(pairs, of_part, team_of(experts)))
 
 
-def sum_gradients(parameters: list) -> None:
-    """Each gradient becomes the sum of those of all processes; None counts as 0."""
+def team_of(experts) -> int:
+    """The number of processes that have the experts together: 1, or K with expert parallelism."""
+    return len(getattr(experts, "elsewhere", [])) + 1
+
+
+def sum_gradients(parameters: list, total: Callable = summed) -> None:
+    """Each gradient becomes the sum of those of all processes; None counts as 0. total(gradients): their sums."""
     if world() > 1:
-        sums = summed([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-        for p, total in zip(parameters, sums):
-            p.grad = total
+        sums = total([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+        for p, of_all in zip(parameters, sums):
+            p.grad = of_all
 
 
 # --- a step -----------------------------------------------------------------------------------------------------------
 
 
-def divider(plan: Plan) -> Callable:
-    """plan.Plan.parts: the process of each visit of a step. Parts are contiguous, about equal in cost, and divide no
-    example of DP-SGD. A token that is trained on costs three times one that is only read."""
+def divider(plan: Plan, team: int = 1) -> Callable:
+    """plan.Plan.parts: the process, or the team, of each visit of a step. Parts are contiguous, about equal in cost,
+    and divide no example of DP-SGD. A token that is trained on costs three times one that is only read."""
     size = [len(pair.prompt) + sum(map(len, pair.responses)) for pair in plan.pairs]
     cost = [3 * sum(size[i] for i in visit.trained) + sum(size[i] for i in visit.context) for visit in plan.visits]
     example = range(len(cost)) if plan.owner is None else plan.owner.tolist()
@@ -100,40 +108,41 @@ def divider(plan: Plan) -> Callable:
         total, before, found = sum(cost[v] for v in ids), 0, []
         for _, group in itertools.groupby(ids, example.__getitem__):
             own = [cost[v] for v in group]
-            found += [int((before + sum(own) / 2) / total * world())] * len(own)
+            found += [int((before + sum(own) / 2) / total * (world() // team))] * len(own)
             before += sum(own)
         return found
 
     return parts
 
 
-def accumulate(variants, inner: Callable | None) -> Callable:
+def accumulate(variants, inner: Callable | None, team: int = 1, total: Callable = summed) -> Callable:
     """train.EM.accumulate of several processes: each calls gradient on its own micro-batches, with the number of all
     pairs of the step. inner: a private run's own, which sums gradients itself (private/step.py). variants: those of the
-    run (variants/choose.py), which note what the processes have seen."""
+    run (variants/choose.py), which note what the processes have seen. total(gradients): their sums. Of a team, the
+    first member's figures are gathered."""
     parameters, widths = variants.parameters, [variants.config.experts] * 2 + [4]                   # of log q, h, texts
     copied = [p for p in parameters if not is_sharded(p)]                   # FSDP2 sums the gradients of the others
 
     def of_step(gradient: Callable, micros: list[Micro]) -> list:
         sizes, counts = [len(visit.trained) for micro in micros for visit in micro.own], [0] * world()
         for micro in micros:
-            counts[micro.part] += sum(len(visit.trained) for visit in micro.own)            # pairs of each process
-        mine = [micro for micro in micros if micro.part == rank()]
+            counts[micro.part * team] += sum(len(visit.trained) for visit in micro.own)     # pairs of each process
+        mine = [micro for micro in micros if micro.part == rank() // team]
         if inner is None:
             seen = [gradient(mine, sum(counts))] if mine else []
             if len(copied) < len(parameters):                               # all pass through the sharded trunk equally
                 passes = Counter(micro.part for micro in micros)            # often; a loss divided by infinity is 0
                 for _ in range(max(passes.values()) - passes[rank()]):
                     gradient(micros[:1], math.inf)
-            sum_gradients(copied)
+            sum_gradients(copied, total)
         else:
             seen = inner(gradient, mine)
         place = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64))      # (B,)
         visits = torch.cat([place[:0], *(micro.visits for micro in micros)])[place]                     # (B,)
-        device, first = parameters[0].device, sum(counts[: rank()])
+        device, first = "cuda" if torch.cuda.is_available() else "cpu", sum(counts[: rank()])
         noted = variants.noted(visits[first : first + counts[rank()]]).to(device)                       # (b,D)
         own = torch.cat([torch.empty(0, sum(widths), device=device), *(torch.cat(s[1:], dim=1) for s in seen)])
-        rows = gathered(torch.cat([own, noted], dim=1), counts)
+        rows = gathered(torch.cat([own[: counts[rank()]], noted], dim=1), counts)
         log_q, h, texts, noted = rows.split([*widths, noted.shape[1]], dim=1)
         variants.note(visits, log_q, h, noted)
         return [(place.to(device), log_q, h, texts)]

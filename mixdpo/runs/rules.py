@@ -37,6 +37,7 @@ def validate(config: TrainConfig) -> None:
     refuse(unfit_experts(config))
     refuse(unfit_e_step(config))
     refuse(unfit_shard(config))
+    refuse(unfit_expert_parallel(config))
     if config.epsilon < math.inf:
         refuse(unfit_privacy(config))
 
@@ -139,6 +140,18 @@ def unfit_shard(config: TrainConfig) -> list[tuple[str, bool, str]]:
              (not config.freeze, "no --freeze"), (config.epsilon == math.inf, "no --epsilon: an example's gradient is "
                                                                              "clipped before gradients are summed")]
     return [("shard", config.shard and not fine, f"needs {need}") for fine, need in needs]
+
+
+def unfit_expert_parallel(config: TrainConfig) -> list[tuple[str, bool, str]]:
+    """Rules for experts in different processes."""
+    K, private = config.experts, config.epsilon < math.inf
+    needs = [(K > 1 and config.sharing == "models", "--sharing models and --experts 2 or more"),
+             (world() % K == 0, f"a number of processes that is a multiple of --experts {K}, not {world()}: start it "
+                                f"with torchrun --standalone --nproc-per-node {K} train.py ..."),
+             (not config.shard, "--shard false, because each model is in one process"),
+             (config.moments == "float32", "--moments float32"),
+             (not private, "no --epsilon: an example's gradient is clipped over all experts together")]
+    return [("expert_parallel", config.expert_parallel and not fine, f"needs {need}") for fine, need in needs]
 
 
 def unfit_e_step(config: TrainConfig) -> list[tuple[str, bool, str]]:

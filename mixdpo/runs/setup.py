@@ -27,6 +27,7 @@ from mixdpo.private.keys import Key
 from mixdpo.runs import checkpoint, loggers, memory_estimate, parallel
 from mixdpo.runs.checkpoint import Saver, Stop, gate_state, load_checkpoint, load_gate, load_state, trained_state
 from mixdpo.runs.distributed import complete, placed, rank, shard, world
+from mixdpo.runs.expert_parallel import collected, make_one
 from mixdpo.runs.gate_inputs import gate_inputs, known_pairs, make_gate
 from mixdpo.runs.init_experts import init_experts
 from mixdpo.runs.log import Log, environment, program_key
@@ -151,10 +152,11 @@ def prepare(job: Job) -> Prepared:
     print(end="".join(f"{line}\n" for line in short_run(config, len(plan.steps))))
     gate, inputs = make_gate(plan, reference, config, device)
     optimizer, names = make_optimizer(experts, config.lr, config.head_lr, (gate, config.gate_lr), config.moments,
-                                      config.seed)
+                                      config.seed, getattr(experts, "norm", None))
     learning = [p for group in optimizer.param_groups for p in group["params"]]
-    plan = dataclasses.replace(plan, parts=parallel.divider(plan))
-    variants = Variants(config, plan, inputs.user, noise, learning, parallel if world() > 1 else None)
+    plan = dataclasses.replace(plan, parts=parallel.divider(plan, parallel.team_of(experts)))
+    processes = None if world() == 1 else experts if config.expert_parallel else parallel
+    variants = Variants(config, plan, inputs.user, noise, learning, processes)
     drawn = private.start(plan, config.experts, config.latent) if private else None
     start, evidence, linear = make_start(gate, inputs, plan, reference.features, config, drawn)
     never = 0.0 if config.experts == 1 else torch.nan                       # one expert: log q = 0 without any E-step
@@ -185,7 +187,8 @@ def read(job: Job, dtype: torch.dtype, device: str
     if not config.train_trunk:
         plan = dataclasses.replace(plan, pairs=reference.with_states(plan.pairs))
     validation = validation_of(job, models, tokenizer, plan, dtype)
-    keys, experts = [content_key(model) for model in models], make_experts(models, config, dtype)
+    make = make_one if config.expert_parallel else make_experts
+    keys, experts = [content_key(model) for model in models], make(models, config, dtype)
     init_experts(experts, config, keys)
     if config.compile:
         for model in trunks(experts):
@@ -295,8 +298,8 @@ def snapshot(made: Prepared, log: Log, log_q: torch.Tensor, finished: bool = Fal
     log.sync()
     moments = {} if finished else optimizer_state(made.optimizer, made.names, complete)
     tensors = trained_state(made.experts) | gate_state(made.gate) | moments | made.variants.tensors()
-    return tensors | {"table": log_q}, {"finished": finished, "config": made.facts,
-                                        "device": made.ref_logp.device.type}
+    facts = {"finished": finished, "config": made.facts, "device": made.ref_logp.device.type}
+    return collected(made.experts, tensors) | {"table": log_q}, facts
 
 
 def finish(job: Job, made: Prepared, save: Callable) -> None:

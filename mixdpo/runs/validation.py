@@ -25,6 +25,7 @@ from mixdpo.plan import Plan
 from mixdpo.preferences import Pair, groups, order_of
 from mixdpo.runs.checkpoint import gate_state, load_gate, load_state, trained_state
 from mixdpo.runs.distributed import rank
+from mixdpo.runs.expert_parallel import collected
 from mixdpo.runs.parallel import logp_in_parts
 
 
@@ -68,7 +69,7 @@ class Validation:
         first = log_w[torch.searchsorted(group, group)]                     # one prior for each unit
         figure = float(e_step(first, h, group)[0].sum()) / len(index)       # M5, M11
         self.history.append({"step": t, "log_likelihood": figure})
-        tensors = trained_state(experts) | gate_state(gate)
+        tensors = collected(experts, trained_state(experts) | gate_state(gate))
         if rank() == 0 and (best is None or figure > best["log_likelihood"]):
             write_tensors(self.out / "best.safetensors", tensors, {"step": t})
         if rank() == 0:

@@ -49,8 +49,8 @@ KEY = Key.public(3)
 
 
 def config(folder, out, case, **more):
-    """The options of a case; its run is folder/out."""
-    options = CASES[case] | more
+    """The options of a case, or without one those that are given; its run is folder/out."""
+    options = CASES.get(case, {}) | more
     if "validation" in options:
         options["validation"] = str(folder / options["validation"])
     known = tinyjob.small(**options)
