@@ -74,8 +74,9 @@ def read_inputs(config) -> EvalInputs:
     been computed then."""
     folder, device = Path(config.dir).resolve(), "cuda" if torch.cuda.is_available() else "cpu"
     home = folder.parent if (folder / "checkpoint").exists() else folder
-    runs = load_runs(folder, device, config.data_folder)
-    references, tokenizer = load_references(runs[0].config, device)
+    loaded: dict = {}
+    runs = load_runs(folder, device, config.data_folder, loaded)
+    references, tokenizer = loaded.get(runs[0].config.model) or load_references(runs[0].config, device)
     heldout, prompts, dataset = find_files(config, home)
     completed = None
     if prompts.exists() and dataset:
@@ -98,12 +99,13 @@ def columns_of(config, runs: list[Run]) -> str:
     return "" if config.columns == "none" else config.columns or found[0]
 
 
-def load_runs(folder: Path, device: str, data_folder: str) -> list[Run]:
-    """The finished runs in `folder`. Raises: InputError if they cannot be evaluated together."""
+def load_runs(folder: Path, device: str, data_folder: str, loaded: dict) -> list[Run]:
+    """The finished runs in `folder`; loaded: of load_experts. Raises: InputError if they cannot be evaluated together.
+    """
     runs = []
     for path in find_runs(folder):
         try:
-            runs.append(load_run(path, device, data_folder))
+            runs.append(load_run(path, device, data_folder, loaded))
         except Unfinished as error:
             if path == folder:
                 raise

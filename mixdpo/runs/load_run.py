@@ -44,9 +44,10 @@ class Run:
         return self.known.setdefault(tuple(p._version for p in self.experts.parameters()), {})
 
 
-def load_experts(path: Path, device, data_folder: str
+def load_experts(path: Path, device, data_folder: str, loaded: dict | None = None
                  ) -> tuple[TrainConfig, Heads | Adapters | Models, dict[str, torch.Tensor], dict]:
-    """A finished run's options, experts, and the tensors and the state of its checkpoint."""
+    """A finished run's options, experts, and the tensors and the state of its checkpoint. loaded: name -> what
+    load_references returned; runs that keep a model frozen share it. It is filled."""
     if (found := load_checkpoint(path, {})) is None:
         raise InputError("has no checkpoint; wanted a directory that train.py wrote", file=path)
     config = dataclasses.replace(configs.load(TrainConfig, path / "config.json"), data_folder=data_folder)
@@ -56,7 +57,11 @@ def load_experts(path: Path, device, data_folder: str
     if not state["finished"]:
         raise Unfinished(f"is unfinished (step {state['step']}); finish it with the options in its config.json",
                          file=path)
-    models, _ = load_references(config, device)
+    if loaded is None or config.sharing != "lora" and config.train_trunk:
+        loaded = {}
+    if config.model not in loaded:
+        loaded[config.model] = load_references(config, device)
+    models, _ = loaded[config.model]
     unchanged(path, "model", state, "+".join(map(content_key, models)), config)
     experts = make_experts(models, config, compute_dtype(config.dtype, str(device))[0]).eval()
     load_state(experts, tensors, path)
@@ -70,10 +75,10 @@ def unchanged(path: Path, what: str, state: dict, now: str, config) -> None:
                          "restore it, or train again with another --out", file=path)
 
 
-def load_run(path: Path, device: str, data_folder: str) -> Run:
+def load_run(path: Path, device: str, data_folder: str, loaded: dict | None = None) -> Run:
     """A finished run with its units, which are read from its data again. For a private run with --context it is not
-    known which pairs were context: they were drawn under a key that no longer exists."""
-    config, experts, tensors, state = load_experts(path, device, data_folder)
+    known which pairs were context: they were drawn under a key that no longer exists. loaded: of load_experts."""
+    config, experts, tensors, state = load_experts(path, device, data_folder, loaded)
     unchanged(path, "data", state, data_key(config.data, config.columns), config)
     pairs = read_preferences(config.data, load_tokenizer(config.models[0], data_folder or None), config.max_prompt,
                              config.max_response, config.drop, report=lambda line: None, columns=config.columns)

@@ -637,3 +637,25 @@ def test_what_an_evaluation_leaves_out_is_said(tmp_path, model_dir, monkeypatch,
     with pytest.raises(InputError) as error:
         evaluate(EvalConfig(dir=str(tmp_path), heldout=heldout))
     assert error.value.file == tmp_path / "dataset.json"
+
+
+def test_runs_that_keep_their_model_frozen_share_it(tmp_path):
+    """Faults: a copy of the model in memory for each run; a run that trained its trunk is given another's, or changes
+    the reference."""
+    model, records = tinyjob.make_model(tmp_path / "model"), tinyjob.make_records()
+    runs = {"adapters": {"sharing": "lora"}, "dpo": {"sharing": "lora", "experts": 1}, "heads": {"train_trunk": False},
+            "trained": {"experts": 1}, "models": {"sharing": "models"}}
+    for name, options in runs.items():
+        (tmp_path / "job").mkdir(exist_ok=True)
+        tinyjob.run(tmp_path, model, records, name=f"job/{name}", **options)
+    tinyjob.write(tmp_path / "job" / "heldout.jsonl", records)
+    found = inputs.read_inputs(EvalConfig(dir=str(tmp_path / "job")))
+    reference, = found.references
+    places = {p.data_ptr() for p in reference.parameters()}
+    shared = {run.name: sum(p.data_ptr() in places for p in run.experts.parameters()) for run in found.runs}
+    count = len(places)
+    assert shared == {"adapters": count, "dpo": count, "heads": count, "trained": 0, "models": 0}
+    for p, q in zip(reference.parameters(), load_model(model).parameters()):
+        assert torch.equal(p, q)
+    alone = load_run(tmp_path / "job" / "adapters", "cpu", "").experts.state_dict()
+    assert all(torch.equal(x, alone[name]) for name, x in found.runs[0].experts.state_dict().items())
