@@ -16,6 +16,7 @@ from mixdpo.runs.log import Progress
 from mixdpo.runs.parallel import from_first
 
 VERSION = 1     # part of every key; raise it when the result of a stage changes
+MISSING = "(none)"
 
 
 def write_lines(path: Path, rows) -> None:
@@ -32,12 +33,23 @@ def read_lines(path: Path, complete: bool = False) -> list[dict]:
     return [json.loads(line) for line in (lines[:-1] if complete else lines) if line]
 
 
+def marked(value):
+    """The value with MISSING for each None, which to_json would not tell from NaN."""
+    if isinstance(value, dict):
+        return {key: marked(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [marked(part) for part in value]
+    return MISSING if value is None else value
+
+
 def numbers(value):
-    """Restores the floats that to_json cannot write: null is NaN, and "inf" and "-inf" are infinities."""
+    """Restores what to_json cannot write: null is NaN, "inf" and "-inf" are infinities, and MISSING is None."""
     if isinstance(value, dict):
         return {key: numbers(part) for key, part in value.items()}
     if isinstance(value, list):
         return [numbers(part) for part in value]
+    if value == MISSING:
+        return None
     return float("nan" if value is None else value) if value in (None, "inf", "-inf") else value
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from data.experiment.stages import key_of, numbers
+from data.experiment.stages import key_of, marked, numbers
 from data.studies import study_of
 from mixdpo.config import InputError, to_json, write_text
 from mixdpo.files.atomic import lock_folder
@@ -61,7 +61,7 @@ def measured(name: str, cell: dict, home: Path) -> dict:
             message = f"{error.message} (study {name}, {cell})"
             raise InputError(message, error.file, error.line, error.option) from None
     facts = {"cell": cell, "figures": found, "seconds": time.monotonic() - began, "environment": environment()}
-    write_text(path, to_json(facts) + "\n")
+    write_text(path, to_json(marked(facts)) + "\n")
     shutil.rmtree(folder)
     return facts_of(path)
 

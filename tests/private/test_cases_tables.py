@@ -323,16 +323,18 @@ def test_lines_and_figures_without_a_value_come_back(tmp_path):
 
 
 def test_a_cells_figures_are_the_same_now_and_later(tmp_path, monkeypatch):
-    """Faults: a study's file with NaN; a page made of None."""
+    """Faults: a study's file with NaN; a page made of None; None that comes back as NaN."""
     class Fake:
         version = 1
-        measure = staticmethod(lambda cell, folder: {"mean": math.nan, "most": math.inf, "of": [1.0, math.nan]})
+        measure = staticmethod(lambda cell, folder: {"mean": math.nan, "most": math.inf, "of": [1.0, math.nan],
+                                                              "no": [None, {"such": None}]})
 
     monkeypatch.setattr(study, "study_of", lambda name: Fake)
     (tmp_path / "fake").mkdir()
     first, again = (study.measured("fake", {"n": 1}, tmp_path)["figures"] for _ in range(2))
     for found in (first, again):
         assert math.isnan(found["mean"]) and found["most"] == math.inf and math.isnan(found["of"][1])
+        assert found["no"] == [None, {"such": None}]
     path, = (tmp_path / "fake").glob("*.json")
     json.loads(path.read_text(), parse_constant=pytest.fail)
 
