@@ -74,7 +74,7 @@ def line_by_line(path: Path, key: str, items: list, size: int, work, name: str) 
         joined = shares[0].with_name(path.name + ".part")
         joined.write_bytes(b"".join(share.read_bytes() for share in shares))
         os.replace(joined, path)
-        for share in shares:
+        for share in path.parent.glob(f"{path.name}.{key[:12]}*"):          # those of another number of processes, too
             share.unlink()
     everyone(None)
 

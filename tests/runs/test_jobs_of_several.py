@@ -125,8 +125,8 @@ def test_an_evaluation_by_several_processes_is_that_of_one(job, tmp_path, count,
 
 
 def test_lines_of_several_processes_are_those_of_one(tmp_path):
-    """The second of three processes is interrupted; the three then go on. Catches: numbers of a part and not of all
-    items, lines in another order, a torn line, parts that are done again."""
+    """Two processes are interrupted; then the second of three is, and the three go on. Catches: numbers of a part and
+    not of all items, lines in another order, parts that are done again, or are left behind."""
     items = list(range(17))
 
     def lines(name, stops=None):
@@ -141,6 +141,8 @@ def test_lines_of_several_processes_are_those_of_one(tmp_path):
         stages.line_by_line(tmp_path / name, "k" * 64, items, 2, work, name)
 
     lines("one")
+    assert by(2, lambda: lines("three", stops=1), tmp_path / "a.txt")[0] != [0, 0]
+    (tmp_path / "three-calls").unlink()
     assert by(3, lambda: lines("three", stops=1), tmp_path / "a.txt")[0] != [0, 0, 0]
     assert not (tmp_path / "three").exists()
     status, printed = by(3, lambda: lines("three"), tmp_path / "b.txt")
