@@ -16,7 +16,7 @@ from mixdpo.runs.log import Progress
 from mixdpo.runs.parallel import from_first
 
 VERSION = 1     # part of every key; raise it when the result of a stage changes
-MISSING = "(none)"
+MISSING = "(none)"      # stands for None in the file of a cell
 
 
 def write_lines(path: Path, rows) -> None:

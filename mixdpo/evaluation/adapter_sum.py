@@ -45,7 +45,7 @@ def compare(path: Path, file: str) -> dict:
     log_w = run.gate.log_w if run.gate.kind == "fixed" else torch.full((K,), -math.log(K))
     pairs = as_pairs(read_preferences(file, load_tokenizer(config.models[0]), config.max_prompt, config.max_response,
                                       config.drop, columns=config.columns))
-    logp = logp_in_parts(run.experts, pairs, "experts")                       # (P,K,2)
+    logp = logp_in_parts(run.experts, pairs, "experts")                     # (P,K,2)
     mixture = mixture_logp(log_w, logp.mT.flatten(0, 1))                    # (2P,)  M14
     alone = logp_in_parts(summed(run.experts, log_w.exp()), pairs, "sum of adapters")[:, 0].flatten()
     prompt = [tuple(pair.prompt) for pair in pairs for _ in range(2)]
