@@ -73,7 +73,8 @@ def measure(cell: dict, folder: Path) -> dict:
     preset, shared = settings(cell["preset"]), folder.parent.parent / f"conflict-{cell['preset']}"
     for name in (*FILES.values(), *(f"{stage}-{file}" for stage in ("sampled", "scored") for file in FILES.values()),
                  "judge.json", "sentiment.safetensors", "split.json"):
-        (folder / name).symlink_to((shared / name).resolve())
+        if not (folder / name).exists():                                    # an interrupted call left it
+            (folder / name).symlink_to((shared / name).resolve())
     conflict = None if cell["world"] in OTHERS else float(cell["world"].split()[-1])
     world = OTHERS[cell["world"]] if conflict is None else tastes(conflict, PRAISE, "informativeness", "sentiment")
     types = len(world["annotators"])
@@ -86,7 +87,7 @@ def measure(cell: dict, folder: Path) -> dict:
     for name, options in made.items():
         options = {"data": "train.jsonl", "seed": cell["seed"]} | options
         run(TrainConfig(model=str(shared / "reference"), out=str(folder / name), max_prompt=max_prompt,
-                        max_response=preset["max_response"], save_minutes=1e9,
+                        max_response=preset["max_response"],
                         **options | {"data": str(folder / options["data"])}))
     results = evaluate(EvalConfig(str(folder), limit=preset["evaluate"], kl=KL, examples=0))
     of = results["preferences"]
@@ -143,4 +144,4 @@ STUDY = Study(
     "Conflict: what a mixture is worth",
     "Users share a sense of quality and differ in taste by a dial c. At equal KL, when is a mixture worth more to each "
     "user than one policy for all, and does EM keep the users that the start has assigned?",
-    cells, measure, page, prepare)
+    cells, measure, page, prepare, resumes=True)

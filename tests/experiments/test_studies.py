@@ -155,6 +155,34 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert calls[-1] == 0 and not list(home.glob("fake/*.work"))
 
 
+@pytest.mark.parametrize("resumes, second, kept", [
+    (True, "abc", True), (True, "def", False), (True, "abc+", False), (False, "abc", False)])
+def test_a_long_cell_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, resumes, second, kept):
+    """Catches: hours of a cell lost, a cell made by two revisions, or by a tree that has changed since."""
+    def measure(cell, folder):
+        found = (folder / "half").exists()
+        (folder / "half").write_text("x")
+        if len(calls) < 2:
+            calls.append(found)
+            raise InterruptedError
+        return {"found": found}
+
+    calls, home = [], tmp_path / "studies"
+    (home / "fake").mkdir(parents=True)
+    one = study.Study("Fake", "Why?", lambda preset: [{"n": 0}], measure, None, resumes=resumes)
+    monkeypatch.setattr(study, "study_of", lambda name: one)
+    for code in ("abc+" if second == "abc+" else "abc", "other"):
+        monkeypatch.setattr(study, "revision", lambda code=code: code)
+        with pytest.raises(InterruptedError):
+            study.measured("fake", {"n": 0}, home)
+    monkeypatch.setattr(study, "revision", lambda: second)
+    facts = study.measured("fake", {"n": 0}, home)
+    assert facts["figures"] == {"found": kept} and facts["resumed"] == kept and calls == [False, False]
+    assert not list(home.glob("fake/*.work"))
+    text = study.describe_study([facts], "fake", "quick", 60.0)
+    assert ("interrupted calls" in text) == kept
+
+
 @pytest.mark.parametrize("name", studies.NAMES)
 def test_every_study_has_cells_and_a_page_to_come(name):
     """Catches: a study that cannot be opened, two cells that are one, a smoke preset that is not the smallest."""
