@@ -13,7 +13,8 @@ At c = 0 all users are alike; the larger c, the more they are opposed. Four more
 
 In every world all methods see the same pairs, as often, with adapters of the same rank on the same projections
 (data/experiment/presets.py): one policy for all (DPO), the mixture, one policy per known type (the ceiling), and, for
-the first seed, the mixture on the linear start's assignment, without EM.
+the first seed, the mixture on the linear start's assignment, without EM. And, in more files: how many types train.py
+chooses.
 
 Own reward is compared at equal KL (mixdpo/evaluation/frontier.py). A method's frontier comes from one run: policies
 between the reference and the run (mixdpo/evaluation/strength.py).
@@ -28,7 +29,8 @@ from data.report.pictures import curves
 from data.studies.aggregate import by, mean_over, pm_of, table_of
 from data.studies.study import Study
 from eval import EvalConfig, evaluate
-from mixdpo.evaluation import frontier
+from mixdpo.config import as_flag
+from mixdpo.evaluation import auto, frontier
 from mixdpo.evaluation.statistics import NONE, mean_se
 from mixdpo.text.tokenizer import load_tokenizer
 from train import TrainConfig, run
@@ -36,17 +38,18 @@ from train import TrainConfig, run
 SIZES = {
     "smoke": {"prompts": 24, "heldout": 12, "users": 4, "pairs": 8, "context": 3, "heldout_pairs": 2, "evaluate": 8,
               "continuations": 4, "max_response": 16, "margin": 0.1, "reviews": 60, "batch": 16, "seeds": 1,
-              "conflicts": (1.0,), "finetune": {"steps": 2, "batch": 4, "tokens": 64, "held": 8}},
+              "counts": 1, "conflicts": (1.0,), "finetune": {"steps": 2, "batch": 4, "tokens": 64, "held": 8}},
     "quick": {"prompts": 300, "heldout": 300, "users": 40, "pairs": 12, "context": 5, "heldout_pairs": 4,
               "evaluate": 300, "continuations": 6, "max_response": 32, "margin": 1.0, "reviews": 1500, "batch": 12,
-              "seeds": 3, "conflicts": (0.0, 1.0, 3.0),
+              "seeds": 3, "counts": 5, "conflicts": (0.0, 1.0, 3.0),
               "finetune": {"steps": 40, "batch": 8, "tokens": 128, "lr": 1e-4}},
     "full": {"prompts": 800, "heldout": 600, "users": 120, "pairs": 20, "context": 8, "heldout_pairs": 8,
              "evaluate": 600, "continuations": 6, "max_response": 32, "margin": 1.0, "reviews": 3000, "batch": 24,
-             "seeds": 3, "conflicts": (0.0, 0.5, 1.0, 2.0, 3.0),
+             "seeds": 3, "counts": 5, "conflicts": (0.0, 0.5, 1.0, 2.0, 3.0),
              "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4}},
 }
 KL = (0.5, 2.0, 4.0)            # nats
+ALIKE = ("c = 0", "c = 0.5", "c = 1")       # worlds in which one policy can go far from the reference
 FOUR = {f"{text}-{tone}": {"informativeness": a, "sentiment": b}
         for text, a in (("full", 1.0), ("bare", -1.0)) for tone, b in (("praise", 1.0), ("criticism", -1.0))}
 OTHERS = {"detail, c = 1": HEADLINE, "paper's annotators": {"annotators": TWO},
@@ -59,9 +62,12 @@ def settings(preset: str) -> dict:
 
 
 def cells(preset: str) -> list[dict]:
-    worlds = [(f"c = {c:g}", seed) for seed in range(SIZES[preset]["seeds"]) for c in SIZES[preset]["conflicts"]]
-    worlds += [(world, 0) for world in OTHERS if preset != "smoke"]
-    return [{"world": world, "seed": seed, "preset": preset} for world, seed in worlds]
+    of, dials = SIZES[preset], [f"c = {c:g}" for c in SIZES[preset]["conflicts"]]
+    others = [(world, 0) for world in OTHERS if preset != "smoke"]
+    policies = [(world, seed) for seed in range(of["seeds"]) for world in dials] + others
+    counts = [(world, seed) for seed in range(of["counts"]) for world in dials] + others
+    return [{"world": world, "seed": seed, "preset": preset} for world, seed in policies] + [
+        {"world": world, "seed": seed, "preset": preset, "counts": True} for world, seed in counts]
 
 
 def prepare(home: Path, preset: str, data: str | None) -> None:
@@ -69,26 +75,35 @@ def prepare(home: Path, preset: str, data: str | None) -> None:
     data_of_prompts(home / f"conflict-{preset}", DATASET, settings(preset), "smollm2", None, data or "")
 
 
-def measure(cell: dict, folder: Path) -> dict:
-    preset, shared = settings(cell["preset"]), folder.parent.parent / f"conflict-{cell['preset']}"
+def write_world(cell: dict, folder: Path, shared: Path) -> tuple[dict, dict]:
+    """Writes the preference files of a cell. Returns its sizes, and the options of TrainConfig that all runs have."""
     for name in (*FILES.values(), *(f"{stage}-{file}" for stage in ("sampled", "scored") for file in FILES.values()),
                  "judge.json", "sentiment.safetensors", "split.json"):
         if not (folder / name).exists():                                    # an interrupted call left it
             (folder / name).symlink_to((shared / name).resolve())
-    conflict = None if cell["world"] in OTHERS else float(cell["world"].split()[-1])
-    world = OTHERS[cell["world"]] if conflict is None else tastes(conflict, PRAISE, "informativeness", "sentiment")
-    types = len(world["annotators"])
-    preset |= world | {"seed": cell["seed"], "users": preset["users"] // types * types}
-    alike = conflict is not None and conflict <= 1
-    betas = {} if alike else {"dpo": (0.02,)}                       # opposed pairs hold it at the reference
+    preset = settings(cell["preset"]) | {"seed": cell["seed"]}
+    dial = 0.0 if cell["world"] in OTHERS else float(cell["world"].split()[-1])
+    preset |= OTHERS.get(cell["world"]) or tastes(dial, PRAISE, "informativeness", "sentiment")
+    types = len(preset["annotators"])
+    preset["users"] = preset["users"] // types * types
     max_prompt = longest_prompt(load_tokenizer(str(shared / "reference")))
     judge(folder, preset, max_prompt)
+    return preset, {"model": str(shared / "reference"), "max_prompt": max_prompt,
+                    "max_response": preset["max_response"]}
+
+
+def measure(cell: dict, folder: Path) -> dict:
+    shared = folder.parent.parent / f"conflict-{cell['preset']}"
+    preset, common = write_world(cell, folder, shared)
+    if "counts" in cell:                                                    # how many types does the program choose?
+        words = {"data": folder / "train.jsonl", "out": shared / "chosen"} | common
+        argv = [str(word) for name, value in words.items() for word in (as_flag(name), value)]
+        return {"types": auto.parse(argv, "train.py").experts}
+    betas = {} if cell["world"] in ALIKE else {"dpo": (0.02,)}              # opposed pairs hold it at the reference
     made = runs(preset["annotators"], betas=betas, start=cell["seed"] == 0, batch=preset["batch"], warmup=4)
     for name, options in made.items():
-        options = {"data": "train.jsonl", "seed": cell["seed"]} | options
-        run(TrainConfig(model=str(shared / "reference"), out=str(folder / name), max_prompt=max_prompt,
-                        max_response=preset["max_response"],
-                        **options | {"data": str(folder / options["data"])}))
+        options = {"data": "train.jsonl", "seed": cell["seed"]} | common | options
+        run(TrainConfig(out=str(folder / name), **options | {"data": str(folder / options["data"])}))
     results = evaluate(EvalConfig(str(folder), limit=preset["evaluate"], kl=KL, examples=0))
     of = results["preferences"]
     users = {name: of[name]["alignment_train"].get("matched", 1.0) for name in ("mixture", "start") if name in of}
@@ -104,8 +119,15 @@ def pooled(found: list[dict]) -> list[frontier.Method]:
     return frontier.methods({"own_reward": [row for f in found for row in f["own_reward"]]})
 
 
+def counts_of(values: list[int]) -> str:
+    """[1, 2, 1] -> "1 in 2, 2 in 1"."""
+    return ", ".join(f"{value} in {values.count(value)}" for value in sorted({*values})) or NONE
+
+
 def page(rows):
     body, at_kl, lines, reading = [], [], {}, []
+    chosen = by([(cell, figures) for cell, figures in rows if "counts" in cell], "world")
+    rows = [(cell, figures) for cell, figures in rows if "counts" not in cell]
     for world, found in by(rows, "world").items():
         methods = pooled(found)
         mixture, dpo, ceiling = frontier.main_methods(methods)
@@ -115,7 +137,8 @@ def page(rows):
         d, first = gap["difference"], [f for f in found if f["users_start"] is not None]
         body.append([world, f"{kl:.1f}", *(f"{gain:+.3f}" for gain in (gap["ours"], gap["theirs"], best["theirs"])),
                      pm_of(d, "+"), f"{d['mean'] / d['se']:+.1f}", pm_of(em["difference"], "+"),
-                     mean_over(first, "users_start"), mean_over(first, "users"), mean_over(found, "users")])
+                     mean_over(first, "users_start"), mean_over(first, "users"), mean_over(found, "users"),
+                     counts_of([f["types"] for f in chosen.get(world, [])])])
         both = frontier.common_kl(mixture, dpo)
         at_kl.append([world, *(pm_of(frontier.compare(mixture, dpo, nats)["difference"], "+") if nats <= both else NONE
                                for nats in KL)])
@@ -129,11 +152,13 @@ def page(rows):
             f"users that are assigned to their type by {mean_se(change)['mean']:+.3f} on average over worlds, and by "
             f"{min(change):+.3f} at worst.")
     head = ["world", "KL", "mixture", "one policy (DPO)", "known types", "mixture minus DPO", "in SEs",
-            "mixture minus start alone", "users right, start", "users right, EM", "users right, EM, all seeds"]
+            "mixture minus start alone", "users right, start", "users right, EM", "users right, EM, all seeds",
+            "types chosen"]
     note = ("Gain in own reward at the largest KL (nats) that the mixture, DPO and known types reach, in spreads (the "
             "paper's annotators: on their scale from 0 to 1); errors by a bootstrap over prompts and seeds. Start "
             "alone: first seed, at the largest KL that it reaches. Users right: share of users assigned to their type; "
-            "the first two columns are of the first seed.")
+            "the first two columns are of the first seed. Types chosen: how many `train.py` without options takes (1: "
+            "DPO), and in how many files.")
     same = ("Mixture minus DPO at other KL (nats), where both reach it:",
             table_of(["world", *(f"{nats:g}" for nats in KL)], at_kl))
     return "\n\n".join([text, table_of(head, body), note, *same]), {

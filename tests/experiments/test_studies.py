@@ -247,6 +247,8 @@ def test_the_page_of_conflict(tmp_path, monkeypatch):
 
     def measured(cell, folder):
         seed, ahead, rows = cell["seed"], 0.3 * (cell["world"] == "c = 3"), []
+        if "counts" in cell:
+            return {"types": 1 + (ahead > 0) * (1 + seed)}
         rows += frontier_rows("dpo", "all users", 0.2, seed, sharing="lora", experts=1)
         rows += frontier_rows("mixture", "known users", 0.2 + ahead, seed, start="linear", **mixture)
         for kind in ("praise", "criticism"):
@@ -258,7 +260,8 @@ def test_the_page_of_conflict(tmp_path, monkeypatch):
     of = studies.study_of("conflict")
     monkeypatch.setattr(study, "study_of", lambda name: replace(of, measure=measured))
     (tmp_path / "conflict").mkdir()
-    cells = [{"world": world, "seed": seed} for seed in (0, 1) for world in ("c = 0", "c = 3")]
+    cells = [{"world": world, "seed": seed} | counts for seed in (0, 1) for world in ("c = 0", "c = 3")
+             for counts in ({}, {"counts": True})]
     for _ in range(2):                                                      # measured, and read again
         text, figures = of.page([(cell, study.measured("conflict", cell, tmp_path)["figures"]) for cell in cells])
         level, ahead = (next(line for line in text.splitlines() if line.startswith(f"| {world} ")).split("|")[2:-1]
@@ -266,7 +269,8 @@ def test_the_page_of_conflict(tmp_path, monkeypatch):
         assert [cell.strip() for cell in ahead[:4]] == ["5.0", "+2.500", "+1.000", "+3.000"]
         assert ahead[4].strip().startswith("+1.500 ±") and ahead[6].strip().startswith("+2.000 ±")
         assert level[4].strip().startswith("+0.000 ±")
-        assert [float(cell) for cell in ahead[7:]] == [0.8, 0.9, 0.91]
+        assert [float(cell) for cell in ahead[7:10]] == [0.8, 0.9, 0.91]
+        assert (ahead[10].strip(), level[10].strip()) == ("2 in 1, 3 in 1", "1 in 2")
         assert "more than two standard errors at c = 3, and behind at none" in text and "+0.100 on average" in text
         assert [*figures] == ["frontier"]
 
