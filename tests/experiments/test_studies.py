@@ -230,29 +230,33 @@ def test_cells_of_every_study_can_be_measured(name, tmp_path, monkeypatch):
         assert of.measure(cell, folder)
 
 
-def frontier_rows(run, users, gain, seed, **options):
-    """Rows of own reward of a run: as it was trained, and at two smaller KL; 40 prompts."""
+def frontier_rows(run, users, gain, seed, far=5.0, **options):
+    """Rows of own reward of a run: as it was trained, at the KL `far`, and at two smaller KL; 40 prompts."""
     config = asdict(TrainConfig(**{"data": "d", "model": "m", "out": run, "seed": seed} | options))
     noise = np.random.default_rng([seed, 3]).normal(0, 0.1, 40)
     return [{"run": run, "users": users, "target": target, "strength": 1.0, "config": config, "length": 9.0,
              "types": {"praise": {"mean": gain * kl}, "criticism": {"mean": gain * kl}}, "gain": {"mean": gain * kl},
              "kl": kl, "kl_by_prompt": [kl] * 40, "gain_by_prompt": (gain * kl + noise - noise.mean()).tolist()}
-            for target, kl in ((None, 5.0), (2.0, 2.0), (0.5, 0.5))]
+            for target, kl in ((None, far), (2.0, 2.0), (0.5, 0.5))]
 
 
 def test_the_page_of_conflict(tmp_path, monkeypatch):
-    """Two worlds of two seeds, stored and read back; the start ran with the first seed only. Catches: points as trained
-    that are lost in storage; a seed without the start that is counted; another sign or another row."""
+    """Three worlds of two seeds, stored and read back; the start ran with the first seed only. Catches: points as
+    trained that are lost in storage; a seed without the start that is counted; another sign or another row; a mixture
+    that is behind only where known types do not go."""
     mixture = {"experts": 2, "sharing": "lora", "latent": "user"}
 
     def measured(cell, folder):
         seed, ahead, rows = cell["seed"], 0.3 * (cell["world"] == "c = 3"), []
         if "counts" in cell:
-            return {"types": 1 + (ahead > 0) * (1 + seed)}
+            return {"types": 1 + (1 + seed) * (ahead > 0)}
         rows += frontier_rows("dpo", "all users", 0.2, seed, sharing="lora", experts=1)
-        rows += frontier_rows("mixture", "known users", 0.2 + ahead, seed, start="linear", **mixture)
+        gain = 0.2 + ahead + 0.1 * seed * (ahead > 0)
+        rows += frontier_rows("mixture", "known users", gain, seed, start="linear", **mixture)
+        near = 2.5 if cell["world"] == "c = 1" else 5.0
+        rows[3]["gain_by_prompt"] = [gain - 0.5 * (near < 5) for gain in rows[3]["gain_by_prompt"]]
         for kind in ("praise", "criticism"):
-            rows += frontier_rows(f"dpo-{kind}", f"type {kind}", 0.6, seed, sharing="lora", experts=1, data=kind)
+            rows += frontier_rows(f"dpo-{kind}", f"type {kind}", 0.6, seed, near, sharing="lora", experts=1, data=kind)
         if seed == 0:
             rows += frontier_rows("start", "known users", 0.1, seed, start="linear", estep="first", **mixture)
         return {"own_reward": rows, "users": 0.9 + 0.02 * seed, "users_start": None if seed else 0.8, "accuracy": {}}
@@ -260,18 +264,20 @@ def test_the_page_of_conflict(tmp_path, monkeypatch):
     of = studies.study_of("conflict")
     monkeypatch.setattr(study, "study_of", lambda name: replace(of, measure=measured))
     (tmp_path / "conflict").mkdir()
-    cells = [{"world": world, "seed": seed} | counts for seed in (0, 1) for world in ("c = 0", "c = 3")
+    cells = [{"world": world, "seed": seed} | counts for seed in (0, 1) for world in ("c = 0", "c = 1", "c = 3")
              for counts in ({}, {"counts": True})]
     for _ in range(2):                                                      # measured, and read again
         text, figures = of.page([(cell, study.measured("conflict", cell, tmp_path)["figures"]) for cell in cells])
         level, ahead = (next(line for line in text.splitlines() if line.startswith(f"| {world} ")).split("|")[2:-1]
                         for world in ("c = 0", "c = 3"))
-        assert [cell.strip() for cell in ahead[:4]] == ["5.0", "+2.500", "+1.000", "+3.000"]
-        assert ahead[4].strip().startswith("+1.500 ±") and ahead[6].strip().startswith("+2.000 ±")
+        assert [cell.strip() for cell in ahead[:4]] == ["5.0", "+2.750", "+1.000", "+3.000"]
+        assert ahead[4].strip().startswith("+1.750 ±") and ahead[6].strip().startswith("+2.000 ±")
         assert level[4].strip().startswith("+0.000 ±")
         assert [float(cell) for cell in ahead[7:10]] == [0.8, 0.9, 0.91]
         assert (ahead[10].strip(), level[10].strip()) == ("2 in 1, 3 in 1", "1 in 2")
-        assert "more than two standard errors at c = 3, and behind at none" in text and "+0.100 on average" in text
+        at_kl = next(line for line in reversed(text.splitlines()) if line.startswith("| c = 3 ")).split("|")[2:-1]
+        assert [cell.split(" ±")[0].strip() for cell in at_kl] == ["+0.175", "+0.700", "+1.400", "+1.750", "5.0"]
+        assert "more than two standard errors at c = 3, and behind at c = 1" in text and "+0.100 on average" in text
         assert [*figures] == ["frontier"]
 
 
