@@ -253,7 +253,7 @@ def test_the_page_of_conflict(tmp_path, monkeypatch):
         rows += frontier_rows("dpo", "all users", 0.2, seed, sharing="lora", experts=1)
         gain = 0.2 + ahead + 0.1 * seed * (ahead > 0)
         rows += frontier_rows("mixture", "known users", gain, seed, start="linear", **mixture)
-        near = 2.5 if cell["world"] == "c = 1" else 5.0
+        near = 2.0 if cell["world"] == "c = 1" else 5.0
         rows[3]["gain_by_prompt"] = [gain - 0.5 * (near < 5) for gain in rows[3]["gain_by_prompt"]]
         for kind in ("praise", "criticism"):
             rows += frontier_rows(f"dpo-{kind}", f"type {kind}", 0.6, seed, near, sharing="lora", experts=1, data=kind)
