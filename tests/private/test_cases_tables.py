@@ -325,7 +325,7 @@ def test_lines_and_figures_without_a_value_come_back(tmp_path):
 def test_a_cells_figures_are_the_same_now_and_later(tmp_path, monkeypatch):
     """Faults: a study's file with NaN; a page made of None; None that comes back as NaN."""
     class Fake:
-        version = 1
+        version, resumes = 1, False
         measure = staticmethod(lambda cell, folder: {"mean": math.nan, "most": math.inf, "of": [1.0, math.nan],
                                                               "no": [None, {"such": None}]})
 
