@@ -147,7 +147,7 @@ def page(rows):
     clear, behind = ([world for world, d in reading if sign * d["mean"] > 2 * d["se"]] for sign in (1, -1))
     change = [f["users"] - f["users_start"] for _, f in rows if f["users_start"] is not None]
     text = (f"At the largest KL that both reach the mixture is ahead of one policy for all by more than two standard "
-            f"errors at {', '.join(clear) or 'no world'}, and behind at {', '.join(behind) or 'none'}. EM changes the "
+            f"errors at {'; '.join(clear) or 'no world'}; and behind at {'; '.join(behind) or 'none'}. EM changes the "
             f"share of users that are assigned to their type by {mean_se(change)['mean']:+.3f} on average over worlds, "
             f"and by {min(change):+.3f} at worst.")
     head = ["world", "KL", "mixture", "one policy (DPO)", "known types", "mixture minus DPO", "in SEs",
@@ -161,7 +161,8 @@ def page(rows):
     same = ("Mixture minus DPO at other KL (nats), where both reach it:",
             table_of(["world", *(f"{nats:g}" for nats in KL), "at the largest", "largest"], at_kl))
     return "\n\n".join([text, table_of(head, body), note, *same]), {
-        "frontier": curves(lines, ("KL to the reference (nats)", "gain in own reward"), columns=4)}
+        "frontier": curves(lines, ("KL to the reference (nats)", "gain in own reward"), columns=4,
+                           one_scale=False)}
 
 
 STUDY = Study(

@@ -105,5 +105,5 @@ def describe_study(facts: list[dict], name: str, preset: str, seconds: float) ->
     where = facts[0]["environment"]
     less = " and those of interrupted calls" if any(row.get("resumed") for row in facts) else ""
     return (f"`make study NAME={name} PRESET={preset}`: {len(facts)} cells, {sum(r['seconds'] for r in facts):.0f} "
-            f"core seconds{less}, {seconds / 60:.1f} minutes on {os.cpu_count()} cores; measured at revision "
-            f"{', '.join(revisions)}, torch {where['torch']}, Python {where['python']}.")
+            f"core seconds{less}; the last call took {seconds / 60:.1f} minutes on {os.cpu_count()} cores; measured at "
+            f"revision {', '.join(revisions)}, torch {where['torch']}, Python {where['python']}.")

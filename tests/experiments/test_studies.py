@@ -277,7 +277,7 @@ def test_the_page_of_conflict(tmp_path, monkeypatch):
         assert (ahead[10].strip(), level[10].strip()) == ("2 in 1, 3 in 1", "1 in 2")
         at_kl = next(line for line in reversed(text.splitlines()) if line.startswith("| c = 3 ")).split("|")[2:-1]
         assert [cell.split(" ±")[0].strip() for cell in at_kl] == ["+0.175", "+0.700", "+1.400", "+1.750", "5.0"]
-        assert "more than two standard errors at c = 3, and behind at c = 1" in text and "+0.100 on average" in text
+        assert "more than two standard errors at c = 3; and behind at c = 1" in text and "+0.100 on average" in text
         assert [*figures] == ["frontier"]
 
 
