@@ -35,6 +35,8 @@ from mixdpo.evaluation.statistics import NONE, mean_se
 from mixdpo.text.tokenizer import load_tokenizer
 from train import TrainConfig, run
 
+# As a preset of data/experiment/presets.py, and: seeds and conflicts: of the worlds with a dial; counts: files of each
+# of them in which train.py chooses the number of types; batch: pairs in a step.
 SIZES = {
     "smoke": {"prompts": 24, "heldout": 12, "users": 4, "pairs": 8, "context": 3, "heldout_pairs": 2, "evaluate": 8,
               "continuations": 4, "max_response": 16, "margin": 0.1, "reviews": 60, "batch": 16, "seeds": 1,
