@@ -27,6 +27,7 @@ from pathlib import Path  # noqa: E402
 import torch  # noqa: E402
 
 from mixdpo.config import InputError, command, parse, write_text  # noqa: E402
+from mixdpo.fast.memory import tune_process  # noqa: E402
 from mixdpo.runs.log import environment  # noqa: E402
 from tests.bench import exchange, memory  # noqa: E402
 from tests.bench.parts import ROWS  # noqa: E402
@@ -42,6 +43,8 @@ class BenchConfig:
     rounds: int = 7                         # timed steps of each variant; at least 5 for a result
     variants: tuple[str, ...] = ()          # rows to measure, by key, comma-separated; empty: all
     memory: bool = True                     # true: measure peak memory too, in one process for each variant
+    keep_pages: bool = False                # true: the process keeps freed pages, as train.py's does (fast/memory.py);
+                                            # that makes the steps of all rows faster, also those of other libraries
     exchange: bool = True                   # true: measure what 1 and 2 processes exchange too (on a CPU)
     device: str = "cpu"                     # cpu or cuda
     seed: int = 0                           # seed of the weights, the pairs and the order within rounds
@@ -212,6 +215,8 @@ def main(argv: list[str]) -> dict:
     names = [name for name in names if name not in skipped]
     if config.sizes not in SIZES:
         raise InputError(f"got {config.sizes}, wanted one of {', '.join(SIZES)}", option="sizes")
+    if config.keep_pages:
+        tune_process()
     sizes = SIZES[config.sizes]
     with tempfile.TemporaryDirectory() as folder:
         setting = make_setting(sizes, Path(folder) / "model", config.device, config.seed)
