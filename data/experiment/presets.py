@@ -60,10 +60,10 @@ def runs(types: list[str], seeds: int = 1, betas: dict | None = None, start: boo
     return out
 
 
-def of_pairs(steps: int) -> dict:
+def of_pairs(steps: int, **shared) -> dict:
     """The paper's own setting: one latent type for each pair, adapters (Case 1) and models (Case 2), for two and three
-    experts. steps: with responsibilities from the linear start."""
-    both = {"start": "linear", "start_steps": steps, "latent": "pair"}
+    experts. steps: with responsibilities from the linear start; shared: options of all runs."""
+    both = {"start": "linear", "start_steps": steps, "latent": "pair"} | shared
     case_1, case_2 = both | ADAPTERS | {"shared_rank": 16}, both | {"sharing": "models"}
     return {f"pairs-{name}-K{K}": options | {"experts": K} for name, options in (("case-1", case_1), ("case-2", case_2))
             for K in (2, 3)}

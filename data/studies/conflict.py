@@ -13,8 +13,8 @@ At c = 0 all users are alike; the larger c, the more they are opposed. Four more
 
 In every world all methods see the same pairs, as often, with adapters of the same rank on the same projections
 (data/experiment/presets.py): one policy for all (DPO), the mixture, one policy per known type (the ceiling), and, for
-the first seed, the mixture on the linear start's assignment, without EM. And, in more files: how many types train.py
-chooses.
+the first seed, the mixture on the linear start's assignment, without EM. With three annotators also the paper's own
+setting: one latent type for each pair (presets.of_pairs). And, in more files: how many types train.py chooses.
 
 Own reward is compared at equal KL (mixdpo/evaluation/frontier.py). A method's frontier comes from one run: policies
 between the reference and the run (mixdpo/evaluation/strength.py).
@@ -22,7 +22,7 @@ between the reference and the run (mixdpo/evaluation/strength.py).
 
 from pathlib import Path
 
-from data.experiment.presets import HEADLINE, PRAISE, THREE, TWO, runs, tastes
+from data.experiment.presets import HEADLINE, PRAISE, THREE, TWO, of_pairs, runs, tastes
 from data.experiment.simulated import FILES, data_of_prompts, judge, longest_prompt
 from data.imdb import DATASET
 from data.report.pictures import curves
@@ -56,6 +56,7 @@ FOUR = {f"{text}-{tone}": {"informativeness": a, "sentiment": b}
         for text, a in (("full", 1.0), ("bare", -1.0)) for tone, b in (("praise", 1.0), ("criticism", -1.0))}
 OTHERS = {"detail, c = 1": HEADLINE, "paper's annotators": {"annotators": TWO},
           "three annotators": {"annotators": THREE}, "four tastes": {"annotators": list(FOUR), "tastes": FOUR}}
+PAPER = {"world": "three annotators", "seed": 0, "latent": "pair"}
 
 
 def settings(preset: str) -> dict:
@@ -69,7 +70,8 @@ def cells(preset: str) -> list[dict]:
     policies = [(world, seed) for seed in range(of["seeds"]) for world in dials] + others
     counts = [(world, seed) for seed in range(of["counts"]) for world in dials] + others
     return [{"world": world, "seed": seed, "preset": preset} for world, seed in policies] + [
-        {"world": world, "seed": seed, "preset": preset, "counts": True} for world, seed in counts]
+        {"world": world, "seed": seed, "preset": preset, "counts": True} for world, seed in counts] + [
+        PAPER | {"preset": preset}]
 
 
 def prepare(home: Path, preset: str, data: str | None) -> None:
@@ -101,12 +103,18 @@ def measure(cell: dict, folder: Path) -> dict:
         words = {"data": folder / "train.jsonl", "out": shared / "chosen"} | common
         argv = [str(word) for name, value in words.items() for word in (as_flag(name), value)]
         return {"types": auto.parse(argv, "train.py").experts}
+    steps = preset["users"] * preset["pairs"] // preset["batch"]
     betas = {} if cell["world"] in ALIKE else {"dpo": (0.02,)}              # opposed pairs hold it at the reference
-    made = runs(preset["annotators"], betas=betas, start=cell["seed"] == 0, batch=preset["batch"], warmup=4)
+    made = of_pairs(max(1, steps // 2), batch=preset["batch"], warmup=4) if "latent" in cell else runs(
+        preset["annotators"], betas=betas, start=cell["seed"] == 0, batch=preset["batch"], warmup=4)
     for name, options in made.items():
         options = {"data": "train.jsonl", "seed": cell["seed"]} | common | options
         run(TrainConfig(out=str(folder / name), **options | {"data": str(folder / options["data"])}))
     results = evaluate(EvalConfig(str(folder), limit=preset["evaluate"], kl=KL, examples=0))
+    if "latent" in cell:
+        return {"own_reward": results["own_reward"], "policies": {
+            name: {what: row[what] for what in (*preset["annotators"], "kl")}
+            for name, row in results["policies"].items() if "sparse" not in name}}
     of = results["preferences"]
     users = {name: of[name]["alignment_train"].get("matched", 1.0) for name in ("mixture", "start") if name in of}
     return {"own_reward": results["own_reward"], "users": users["mixture"], "users_start": users.get("start"),
@@ -129,7 +137,8 @@ def counts_of(values: list[int]) -> str:
 def page(rows):
     body, at_kl, lines, reading = [], [], {}, []
     chosen = by([(cell, figures) for cell, figures in rows if "counts" in cell], "world")
-    rows = [(cell, figures) for cell, figures in rows if "counts" not in cell]
+    paper = [figures for cell, figures in rows if "latent" in cell]
+    rows = [(cell, figures) for cell, figures in rows if "counts" not in cell and "latent" not in cell]
     for world, found in by(rows, "world").items():
         mixture, dpo, ceiling = frontier.main_methods(pooled(found))
         kl = frontier.common_kl(mixture, dpo, ceiling)
@@ -162,9 +171,26 @@ def page(rows):
             "options takes (1: DPO), and in how many files.")
     same = ("Mixture minus DPO at other KL (nats), where both reach it:",
             table_of(["world", *(f"{nats:g}" for nats in KL), "at the largest", "largest"], at_kl))
-    return "\n\n".join([text, table_of(head, body), note, *same]), {
+    users = [figures for cell, figures in rows if cell["world"] == PAPER["world"]]
+    return "\n\n".join([text, table_of(head, body), note, *same, *(as_in_the_paper(users, paper) if paper else [])]), {
         "frontier": curves(lines, ("KL to the reference (nats)", "gain in own reward"), columns=4,
                            one_scale=False)}
+
+
+def as_in_the_paper(users: list[dict], pairs: list[dict]) -> list[str]:
+    """The methods with one latent type per pair beside those of the same world, and the rewards of their experts."""
+    head, body = frontier.own_reward_table({"own_reward": [
+        row for f in users + pairs for row in f["own_reward"] if not row["run"].endswith("-soup")]})
+    policies = pairs[0]["policies"]
+    rewards = [name for name in next(iter(policies.values())) if name != "kl"]
+    experts = [[name, *(pm_of(row[reward]) for reward in rewards), f"{row['kl']['mean']:.1f}"]
+               for name, row in policies.items()]
+    return ["**One latent type per pair, as in the paper**: three annotators, two or three experts, adapters (case 1) "
+            "and whole models (case 2). Nothing is known of a user, so everybody is served by the mixture under its "
+            "weights. Beside them, methods with one latent type per user:",
+            table_of([name.replace("\n", " ") for name in head], body),
+            "Rewards of each expert's completions, on the scale from 0 to 1, and KL (nats):",
+            table_of(["policy", *rewards, "KL"], experts)]
 
 
 STUDY = Study(

@@ -19,11 +19,12 @@ import torch
 from raising import raises_at
 
 from data import studies
-from data.studies import collapse, parity, privacy, study, texts, worlds
+from data.studies import collapse, conflict, parity, privacy, study, texts, worlds
 from data.studies.texts import Judges
 from data.studies.worlds import ITEMS, World, fit, item_probabilities, judged, look, oracle, prompt, write
 from data.texts import sentences
 from mixdpo.config import InputError
+from mixdpo.evaluation.statistics import mean_se
 from mixdpo.files import fetch
 from train import TrainConfig
 
@@ -241,17 +242,24 @@ def frontier_rows(run, users, gain, seed, far=5.0, **options):
 
 
 def test_the_page_of_conflict(tmp_path, monkeypatch):
-    """Three worlds of two seeds, stored and read back; the start ran with the first seed only. Catches: points as
-    trained that are lost in storage; a seed without the start that is counted; another sign or another row; a mixture
-    that is behind only where known types do not go."""
+    """Worlds of two seeds, stored and read back; the start ran with the first seed only, one world has types of pairs
+    too. Catches: points as trained that are lost in storage; a seed without the start that is counted; another sign or
+    another row; a mixture that is behind only where known types do not go; types of pairs that are compared with DPO in
+    another world, or count as a world's mixture."""
     mixture = {"experts": 2, "sharing": "lora", "latent": "user"}
 
     def measured(cell, folder):
         seed, ahead, rows = cell["seed"], 0.3 * (cell["world"] == "c = 3"), []
+        level = 0.1 if cell["world"] == conflict.PAPER["world"] else 0.2
         if "counts" in cell:
             return {"types": 1 + (1 + seed) * (ahead > 0)}
-        rows += frontier_rows("dpo", "all users", 0.2, seed, sharing="lora", experts=1)
-        gain = 0.2 + ahead + 0.1 * seed * (ahead > 0)
+        if "latent" in cell:
+            rows = frontier_rows("pairs-K2", "unknown users", 0.3, seed, sharing="lora", experts=2, latent="pair")
+            soup = frontier_rows("pairs-K2-soup", "all users", 0.3, seed, sharing="lora", experts=1, latent="pair")
+            return {"own_reward": rows + soup, "policies": {
+                "reference": {"praise": mean_se([0.5, 0.7]), "criticism": mean_se([0.2, 0.4]), "kl": mean_se([0.0])}}}
+        rows += frontier_rows("dpo", "all users", level, seed, sharing="lora", experts=1)
+        gain = level + ahead + 0.1 * seed * (ahead > 0)
         rows += frontier_rows("mixture", "known users", gain, seed, start="linear", **mixture)
         near = 2.0 if cell["world"] == "c = 1" else 5.0
         rows[3]["gain_by_prompt"] = [gain - 0.5 * (near < 5) for gain in rows[3]["gain_by_prompt"]]
@@ -266,6 +274,7 @@ def test_the_page_of_conflict(tmp_path, monkeypatch):
     (tmp_path / "conflict").mkdir()
     cells = [{"world": world, "seed": seed} | counts for seed in (0, 1) for world in ("c = 0", "c = 1", "c = 3")
              for counts in ({}, {"counts": True})]
+    cells += [{"world": "three annotators", "seed": 0}, {"world": "three annotators", "seed": 1}, conflict.PAPER]
     for _ in range(2):                                                      # measured, and read again
         text, figures = of.page([(cell, study.measured("conflict", cell, tmp_path)["figures"]) for cell in cells])
         level, ahead = (next(line for line in text.splitlines() if line.startswith(f"| {world} ")).split("|")[2:-1]
@@ -279,6 +288,12 @@ def test_the_page_of_conflict(tmp_path, monkeypatch):
         assert [cell.split(" ±")[0].strip() for cell in at_kl] == ["+0.175", "+0.700", "+1.400", "+1.750", "5.0"]
         assert "more than two standard errors at c = 3; and behind at c = 1" in text and "+0.100 on average" in text
         assert [*figures] == ["frontier"]
+        lines = text.splitlines()
+        same = [line for line in lines if line.startswith("| three annotators ")]
+        assert len(same) == 2 and "| +0.500 | +0.500 |" in same[0]
+        pairs, = (line for line in lines if line.startswith("| pairs-K2"))
+        assert "| +1.500 ±" in pairs and "| +1.000 ±" in pairs
+        assert "| reference | 0.600 ± 0.100 | 0.300 ± 0.100 | 0.0 |" in lines
 
 
 def test_membership_is_told_by_ranks():
