@@ -345,7 +345,8 @@ def test_a_field_of_another_type_is_named(tmp_path):
             ("multipref", {"text": 3}, "3"), ("tldr", tldr(worker=1.5), "1.5"), ("tldr", tldr(worker=True), "True"),
             ("tldr", tldr("best"), "'best'"), ("coval", coval() | {"responses": "[]"}, "'[]'"),
             ("coval", coval() | {"responses": 5}, "5"), ("coval", coval() | {"prompt": []}, "[]"),
-            ("coval", coval() | {"responses": ["A"]}, "'A'"), ("prism", utterance("c", "one", "p", "A", 5), "'one'")):
+            ("coval", coval() | {"responses": ["A"]}, "'A'"), ("prism", utterance("c", "one", "p", "A", 5), "'one'"),
+            ("prism", utterance("c", 10**400, "p", "A", 5), "10000")):                      # no float can hold it
         path.write_text("\n" + json.dumps(row) + "\n")
         with raises_at(value, file=path, line=2):
             program.main([name, str(path), "--out", str(tmp_path / "out.jsonl")])
