@@ -148,6 +148,15 @@ def test_coval(convert):
         convert("coval", source, "--block", "moon")
 
 
+def test_coval_with_two_answers_of_one_letter(convert):
+    """Nobody knows which of them was ranked. Catches: the second in place of the first, without a word."""
+    twice = coval(assessment("r", "A>B>C"))
+    twice["responses"].append({"response_index": "A", "messages": [a("other")]})
+    records, left = convert("coval", [twice])
+    assert records == [pair("p", "B", "C", user="r")]
+    assert left == {"answers with the letter of another one, and that one": (1, 1), "answers that are empty": (1, 1)}
+
+
 def test_multipref(convert):
     """Catches: the sides swapped, a tie as a choice, experts left out, an unknown value as a choice."""
     def note(user, choice):
