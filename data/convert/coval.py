@@ -33,14 +33,17 @@ def parse_ranking(text: str) -> list[list[str]]:
 
 
 def answers_of(source: Source, row: Row) -> dict[str, str]:
-    """Letter -> text; "" for an answer that is not one assistant's message."""
+    """Letter -> text; "" for an answer that is not one assistant's message, or if two answers have the letter."""
     found = {}
     for response in row.each("responses"):
         messages = messages_of(response, "messages")
         if [message["role"] for message in messages] != ["assistant"]:
             source.skip("answers that are not one assistant's message", row)
             messages = [{"content": ""}]
-        found[response.text("response_index")] = messages[0]["content"]
+        if (letter := response.text("response_index")) in found:
+            source.skip("answers with the letter of another one, and that one", row)
+            messages = [{"content": ""}]
+        found[letter] = messages[0]["content"]
     return found
 
 

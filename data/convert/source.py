@@ -58,7 +58,7 @@ class Row:
         value = self.get(name)
         try:
             number = None if value is None or value == "" else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise self.error(f"{self.where}{name} is {value!r:.80}; wanted a number") from None
         return None if number != number else number
 

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from data.experiment.stages import numbers
 from data.report.tables import aligned
@@ -33,9 +32,9 @@ from data.tables import suite
 from data.tables.marginals import distances, independent, utility
 from data.tables.mst import marginal_method
 from data.tables.suite import Tables
-from mixdpo.config import InputError, check_choices, check_ranges, command, parse, to_json, write_text
+from mixdpo.config import InputError, check_choices, check_ranges, command, parse, replacing, to_json, write_text
 from mixdpo.fast.memory import tune_process
-from mixdpo.files.atomic import lock_folder, must_be_own, must_be_writable, read_json_or_empty
+from mixdpo.files.atomic import lock_folder, must_be_own, must_be_writable, read_json_or_empty, save_tensors
 from mixdpo.private.accountant import noise_multiplier
 from mixdpo.private.budget import delete_key, load_or_create_key
 from mixdpo.private.keys import Key
@@ -258,7 +257,8 @@ def release(tables: Tables, config: SynthConfig, out: Path, same: dict) -> None:
     codes, table, fitted = synthesize(tables, config, config.rows or N, key, out, same)
     write_table(out / "synthetic.csv", codes, table.columns, key.generator("numbers"))
     write_text(out / "schema.json", to_json(schema_of(table.columns), indent=1) + "\n")
-    save_file({n: x.contiguous() for n, x in fitted.model.state_dict().items()}, out / "model.safetensors")
+    with replacing(out / "model.safetensors") as part:
+        save_tensors(part, {n: x.contiguous() for n, x in fitted.model.state_dict().items()}, {"format": "pt"})
     write_text(out / "privacy.json", to_json(account(fitted, config, N), indent=1) + "\n")
 
 

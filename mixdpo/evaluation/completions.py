@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from mixdpo.config import write_text
+from mixdpo.config import replacing, write_text
 from mixdpo.evaluation.generate import Sampling, choose_expert, generate_heads
 from mixdpo.evaluation.heldout import weights
 from mixdpo.evaluation.statistics import mean_se
@@ -31,6 +30,7 @@ from mixdpo.evaluation.strength import at_strength
 from mixdpo.experts import Heads, Transformer
 from mixdpo.fast.casts import cast_linears
 from mixdpo.fast.texts import logp_of_texts
+from mixdpo.files.atomic import save_tensors
 from mixdpo.gates import READS_PROMPT
 from mixdpo.mixture import mixture_logp
 from mixdpo.preferences import Pair
@@ -249,4 +249,5 @@ def write_prompt_states(folder: Path, runs: list[Run], task: CompletionTask) -> 
     Nothing is written if no run has such a gate."""
     if any(run.config.gate in READS_PROMPT for run in runs):
         states = prompt_features(task.reference, [p.prompt for p in task.prompts], runs[0].experts.dtype)
-        save_file({"states": states}, folder / "prompt-states.safetensors")
+        with replacing(folder / "prompt-states.safetensors") as part:
+            save_tensors(part, {"states": states}, {"format": "pt"})

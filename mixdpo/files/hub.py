@@ -19,7 +19,7 @@ import os
 import re
 from pathlib import Path
 
-from mixdpo.config import InputError, write_text
+from mixdpo.config import InputError, reading, write_text
 from mixdpo.files import fetch
 from mixdpo.files.atomic import read_json_or_empty
 from mixdpo.files.download import Unavailable, read_url
@@ -36,8 +36,13 @@ def resolve(name, data=None):
     """-> Path of the local folder of a model or tokenizer; the module's docstring has the rules.
 
     data: a folder of local files, which may hold a hub's model as OWNER/NAME or as models--OWNER--NAME.
-    Raises: InputError if a hub's model is nowhere complete and cannot be fetched."""
-    path, name = Path(name), str(name)
+    Raises: InputError if a hub's model is nowhere complete and cannot be fetched, or if a cache is damaged.
+    """
+    with reading(name, "a file of the cache is damaged: remove the model there, and get it again"):
+        return _resolve(Path(name), str(name), data)
+
+
+def _resolve(path, name, data):
     is_hub_name = NAME.fullmatch(name) and not name.endswith(FILES)
     cached = f"models--{name.replace('/', '--')}"
     if data is not None and is_hub_name:

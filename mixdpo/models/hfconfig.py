@@ -97,6 +97,8 @@ def checked(config, path):
         if value is not None and type(value) is not int:
             raise InputError(f"bos_token_id or eos_token_id is {value!r:.80}, wanted an integer; fetch it again",
                              file=path)
+    if config.tied is not None and type(config.tied) is not bool:           # "false" would count as true
+        raise InputError(f"tie_word_embeddings is {config.tied!r:.80}, wanted true or false; fetch it again", file=path)
     return config
 
 

@@ -187,10 +187,11 @@ def without_other_mixtures(results: dict, name: str) -> dict:
 
 
 def expert_labels(run: Run, figures: dict) -> list[str]:
-    """A label of each expert: its number, and the annotator of most of its training units, if an evaluation knows."""
+    """A label of each expert: its number, and the annotator of most of its training units, if an evaluation knows. A
+    private run has no annotators: they are counted without noise."""
     if run.config.experts == 1:
         return ["DPO"]
-    own = figures.get("own") or [None] * run.config.experts
+    own = run.config.epsilon == math.inf and figures.get("own") or [None] * run.config.experts
     return [f"Expert {k}" + (f" ({own[k]})" if own[k] else "") for k in range(run.config.experts)]
 
 

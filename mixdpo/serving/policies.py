@@ -11,6 +11,7 @@ and the fields can be used anywhere. `margins` takes the prompt as `encode` does
 """
 
 import codecs
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,8 +99,10 @@ class ServedRun:
         return weights(self.run, [Pair(prompt, [], [])], states)[0].float()
 
     def known_user(self, name: str) -> torch.Tensor | None:
-        """log q (K,) of a user that the run was trained on, if types belong to users; else None."""
-        if self.run.config.latent != "user" or name not in self.users:
+        """log q (K,) of a user that the run was trained on, if types belong to users; else None. A private run knows
+        none: responsibilities are computed without noise, and would disclose who was trained on."""
+        config = self.run.config
+        if config.latent != "user" or config.epsilon < math.inf or name not in self.users:
             return None
         log_q = self.run.table[self.users[name]].cpu()
         return None if log_q.isnan().any() else log_q                       # NaN: no training step drew this user

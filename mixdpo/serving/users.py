@@ -172,12 +172,15 @@ def history(log_w: torch.Tensor, log_likelihood: torch.Tensor) -> torch.Tensor:
 def mean_weights(run) -> torch.Tensor:
     """log w (K,) float64 of a run (load_run.Run) for a new user whose prompt is not known: fixed weights, or those of a
     user gate's generic user, or else the mean responsibilities of the training units, which a trained gate's mean
-    weights equal at its optimum (M9)."""
+    weights equal at its optimum (M9). A private run has uniform weights in place of the last, which are computed from
+    the data without noise."""
     gate = run.gate
     if gate.kind == "fixed":
         return torch.log_softmax(gate.log_w.detach().double().cpu(), dim=-1)
     if gate.kind == "user":
         return torch.log_softmax(gate.E[0].detach().double().cpu() / gate.temperature, dim=-1)
+    if run.config.epsilon < math.inf:
+        return torch.full((gate.K,), -math.log(gate.K), dtype=torch.float64)
     log_q = run.table[~run.table.isnan().any(1)].double().cpu()             # (G,K)
     return torch.log_softmax(log_q.logsumexp(0), dim=-1)
 

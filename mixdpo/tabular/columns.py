@@ -153,7 +153,7 @@ def columns_of(described: list[dict], path="schema") -> list[Column]:
     """The columns of a schema. path: its file, for errors. Raises: InputError that names the column."""
     columns = []
     for number, entry in enumerate(described, 1):
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or entry.get("type") not in FIELDS:
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or entry.get("type") not in [*FIELDS]:
             raise InputError(f'column {number}: wanted {{"name": ..., "type": "category" or "number", ...}}, '
                              f'got {entry!r:.80}; for integers add "integer": true to a number', file=path)
         where = f"column {entry['name']!r}"

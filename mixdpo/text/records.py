@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from typing import Any
 
 from mixdpo.config import InputError
@@ -98,11 +99,14 @@ def parse_object(raw: bytes) -> dict:
 
 
 def is_finite(value) -> bool:
-    """False if a parsed JSON value holds NaN or an infinity at any depth."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return all(map(is_finite, parts))
+    """False if a parsed JSON value holds NaN or an infinity at any depth. No recursion: JSON's reader goes deeper."""
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, float) and not math.isfinite(part):
+            return False
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return True
 
 
 def read_record(raw: bytes) -> dict:
@@ -212,11 +216,11 @@ def check_messages(field: str, messages: list) -> None:
 
 
 def is_score(value) -> bool:
-    """True if `value` is [chosen, rejected], two finite numbers; true and false are not numbers here."""
+    """True if `value` is [chosen, rejected], two numbers that a float can hold; true and false are not numbers here."""
     return (
         isinstance(value, list)
         and len(value) == 2
-        and all(type(number) in (int, float) and math.isfinite(number) for number in value)
+        and all(type(number) in (int, float) and abs(number) <= sys.float_info.max for number in value)
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mixdpo.config import InputError
+from mixdpo.config import InputError, as_flag
 from mixdpo.dpo import margins
 from mixdpo.mixture import expert_loss
 from mixdpo.plan import Plan
@@ -110,6 +110,6 @@ def choose_margins(config, pairs: list[Pair]):
         return lambda logp, ref_logp, beta, order: margins(logp, ref_logp, beta)
     for option, given in (("label_noise", config.label_noise > 0), ("epsilon", config.epsilon < math.inf)):
         if given:
-            raise InputError("is a ranking or a tie, which this option does not support: wanted chosen and rejected in "
-                             "every line", file=config.data, line=first.line, option=option)
+            raise InputError(f"is a ranking or a tie, which {as_flag(option)} does not support: wanted chosen and "
+                             "rejected in every line", file=first.file or config.data, line=first.line, option=option)
     return ranking_margins

@@ -148,6 +148,15 @@ def test_coval(convert):
         convert("coval", source, "--block", "moon")
 
 
+def test_coval_with_two_answers_of_one_letter(convert):
+    """Nobody knows which of them was ranked. Catches: the second in place of the first, without a word."""
+    twice = coval(assessment("r", "A>B>C"))
+    twice["responses"].append({"response_index": "A", "messages": [a("other")]})
+    records, left = convert("coval", [twice])
+    assert records == [pair("p", "B", "C", user="r")]
+    assert left == {"answers with the letter of another one, and that one": (1, 1), "answers that are empty": (1, 1)}
+
+
 def test_multipref(convert):
     """Catches: the sides swapped, a tie as a choice, experts left out, an unknown value as a choice."""
     def note(user, choice):
@@ -345,7 +354,8 @@ def test_a_field_of_another_type_is_named(tmp_path):
             ("multipref", {"text": 3}, "3"), ("tldr", tldr(worker=1.5), "1.5"), ("tldr", tldr(worker=True), "True"),
             ("tldr", tldr("best"), "'best'"), ("coval", coval() | {"responses": "[]"}, "'[]'"),
             ("coval", coval() | {"responses": 5}, "5"), ("coval", coval() | {"prompt": []}, "[]"),
-            ("coval", coval() | {"responses": ["A"]}, "'A'"), ("prism", utterance("c", "one", "p", "A", 5), "'one'")):
+            ("coval", coval() | {"responses": ["A"]}, "'A'"), ("prism", utterance("c", "one", "p", "A", 5), "'one'"),
+            ("prism", utterance("c", 10**400, "p", "A", 5), "10000")):                      # no float can hold it
         path.write_text("\n" + json.dumps(row) + "\n")
         with raises_at(value, file=path, line=2):
             program.main([name, str(path), "--out", str(tmp_path / "out.jsonl")])

@@ -248,9 +248,12 @@ def test_faulty_rankings(tmp_path, fields, kind):
 
 
 def test_options_that_rankings_do_not_support():
-    """Caught: a ranking whose noise or privacy is that of a pair."""
-    for options in (dict(label_noise=0.1), dict(epsilon=8.0)):
-        with pytest.raises(ValueError, match="is a ranking or a tie, which this option does not support"):
-            choose_margins(small.config(**options), rankings())
+    """Caught: a ranking whose noise or privacy is that of a pair; an error that does not name the option, or that names
+    all of several files."""
+    pairs = [replace(pair, file="b.jsonl", line=7) for pair in rankings()]
+    for option, value in (("label_noise", 0.1), ("epsilon", 8.0)):
+        with raises_at(f"is a ranking or a tie, which --{option.replace('_', '-')} does not support", file="b.jsonl",
+                       line=7, option=option):
+            choose_margins(replace(small.config(**{option: value}), data="a.jsonl,b.jsonl"), pairs)
     assert F.logsigmoid(choose_margins(small.config(), small.pairs())(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), 1.0,
                                                                       None)).item() == pytest.approx(-math.log(2))

@@ -196,6 +196,18 @@ def test_an_incomplete_copy_in_hugging_faces_cache_is_not_used(lost, server, fol
     assert resolve(NAME) == tmp_path / "cache" / "hub" / "Some-One--Tiny-1.5B" and lost in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("place, content", [
+    ("model.safetensors.index.json", b'{"weight_map": ["a"]}'),
+    ("model.safetensors.index.json", b'{"weight_map": {"a": 1}}'), ("../../refs/main", b"\xff")])
+def test_a_damaged_cache_is_an_error_that_names_the_model(place, content, server, folder, tmp_path):
+    """Fault: a traceback."""
+    made = in_cache(tmp_path / "huggingface" / "hub", folder)
+    (made / place).write_bytes(content)
+    (made / "model.safetensors").unlink(missing_ok=True)
+    with raises_at("damaged", file=NAME):
+        resolve(NAME)
+
+
 def test_a_cache_folder_and_a_snapshot_are_models(folder, tmp_path):
     """The snapshot of refs/main, or the only one. Faults: the newest, or the first by name; no word where it is
     open which."""

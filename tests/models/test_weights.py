@@ -307,9 +307,10 @@ def test_config_json_missing_broken_or_incomplete(copy):
     ("gpt2", "n_head", 3, ["width 20", "heads 3"]),
     ("llama-tied", "num_key_value_heads", 5, ["kv_heads 5"]),
     ("llama-tied", "head_dim", 3, ["head_dim 3"]),
+    ("llama-tied", "tie_word_embeddings", "false", ["tie_word_embeddings", "'false'"]),
 ])
-def test_sizes_that_do_not_go_together(case, setting, value, values, copy):
-    """Fault: an AssertionError that names no file."""
+def test_values_that_cannot_be(case, setting, value, values, copy):
+    """Faults: an AssertionError that names no file; the text "false" taken for true."""
     folder = copy(case, **{setting: value})
     assert_not_loaded(folder, *values, file=folder / "config.json")
 

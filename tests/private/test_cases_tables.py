@@ -4,6 +4,7 @@ two commands. Docstrings name the faults that each test is there for."""
 import csv
 import json
 import math
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -156,6 +157,22 @@ def test_a_command_that_died_before_it_could_drop_the_secret(own, monkeypatch):
     refused(own | {"epsilon": 2}, "out")
     call(own)
     assert bytes_of(own["out"]) == made and not (own["out"] / "noise-key").exists()
+
+
+def test_the_released_model_is_whole_and_may_be_read_by_others(own):
+    """Faults: a full disk ends in a traceback, and leaves the part that fitted under the model's name; a file for
+    publication that its owner alone can read."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))                 # the model alone has more bytes
+    try:
+        with pytest.raises(OSError, match="model.safetensors"):
+            call(own | {"save_minutes": math.inf})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (own["out"] / "synthetic.csv").exists() and not (own["out"] / "model.safetensors").exists()
+    call(own | {"save_minutes": math.inf})
+    modes = {(own["out"] / name).stat().st_mode & 0o777 for name in RELEASE}
+    assert len(modes) == 1, f"got modes {sorted(map(oct, modes))}"
 
 
 def test_a_release_reads_back(own):

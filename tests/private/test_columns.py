@@ -129,7 +129,8 @@ def test_a_table_with_other_columns_or_fields_is_an_error(table, tmp_path):
 
 
 @pytest.mark.parametrize("change, wanted", [
-    ({"type": "colour"}, "column 2"), ({"bin": 3}, "'bin'"), ({"bins": 0}, "bins: got 0"),
+    ({"type": "colour"}, "column 2"), ({"type": ["number"]}, "column 2"), ({"bin": 3}, "'bin'"),
+    ({"bins": 0}, "bins: got 0"),
     ({"bins": None}, "bins: got None"), ({"edges": [1, 2]}, "edges"), ({"low": 9}, "9"),
     ({"high": float("inf")}, "inf"), ({"integer": 1}, "integer: got 1"), ({"low": 0.5}, "integers"),
     ({"missing": 3}, "missing: got 3"), ({"name": "colour"}, "'colour'"), ({"low": None}, "None"),

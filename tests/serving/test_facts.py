@@ -201,11 +201,12 @@ def test_a_chat_is_a_run_that_was_trained_on_messages(alone, tmp_path):
 
 
 def test_a_private_run_shows_no_counts(job):
-    """Faults: the number of pairs; the number of users; no epsilon."""
+    """Faults: the number of pairs; the number of users; no epsilon; experts named after the annotators of the training
+    data, who are counted without noise."""
     found = facts(with_config(served(job / "mine"), epsilon=8.0))
     assert "trained by Mix-DPO on comparisons, with differential privacy (epsilon 8)" in found["summary"]
     assert "24" not in found["summary"] and "users" not in found["summary"]
-    assert "Numbers of comparisons and users" in reasons(found)
+    assert "Numbers of comparisons and users" in reasons(found) and found["labels"] == ["Expert 0", "Expert 1"]
 
 
 def test_names_of_models_and_data(tmp_path):

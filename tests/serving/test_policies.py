@@ -197,6 +197,15 @@ def test_known_users(made, tmp_path, model_dir):
     assert of_pairs.known_user("u0") is None
 
 
+def test_a_private_run_knows_no_user(tmp_path, model_dir):
+    """A user of its data gets the answers of a stranger. Fault: the responsibilities of training users, which are
+    computed without noise; GET /v1/users/NAME then tells who was trained on."""
+    served = ServedRun.load(tinyjob.run(tmp_path, model_dir, tinyjob.make_records(users=8, each=2), latent="user",
+                                        epsilon=8.0, privacy_unit="user", delta=0.01))
+    assert "u0" in served.users and not served.run.table[served.users["u0"]].isnan().any()
+    assert all(served.known_user(name) is None for name in served.users)
+
+
 def test_prompts_are_encoded_as_in_evaluation(made, tmp_path):
     """Texts and conversations, long ones too, and what ends their answers. Faults: a prompt not truncated, or from the
     wrong end; the end of a text for a conversation."""

@@ -1,6 +1,7 @@
 """Comparisons of users: what was acknowledged is there, whole, under its own run; posteriors are M11's."""
 
 import json
+import math
 import sqlite3
 import threading
 import time
@@ -181,9 +182,11 @@ def test_the_history_is_the_posterior_after_each_comparison():
 
 
 def test_weights_without_a_prompt():
+    """Fault: the mean responsibilities of a private run, which are computed from its data without noise."""
     table = torch.tensor([[0.9, 0.1], [0.5, 0.5], [float("nan")] * 2]).log()
-    def gate(kind, **fields):
-        return SimpleNamespace(gate=SimpleNamespace(kind=kind, temperature=1.0, **fields), table=table)
+    def gate(kind, epsilon=math.inf, **fields):
+        return SimpleNamespace(gate=SimpleNamespace(kind=kind, K=2, temperature=1.0, **fields), table=table,
+                               config=SimpleNamespace(epsilon=epsilon))
 
     def weights(run):
         return mean_weights(run).exp().tolist()
@@ -193,6 +196,8 @@ def test_weights_without_a_prompt():
         torch.softmax(torch.tensor([1.0, 0.0]), 0).tolist())
     for kind in ("linear", "mlp", "prompt-user", "random", "domain"):
         assert weights(gate(kind)) == pytest.approx([0.7, 0.3])
+    for kind in ("linear", "mlp", "random"):
+        assert weights(gate(kind, epsilon=8.0)) == pytest.approx([0.5, 0.5])
 
 
 def test_the_fingerprint_is_of_the_weights_and_the_options(tmp_path):

@@ -42,6 +42,8 @@ FAULTS = {
     "wrong type: user is 17": {**GOOD, "user": 17},
     "wrong type: context is 1": {**GOOD, "context": 1},
     "wrong type: scores is ": {**GOOD, "scores": {"length": [1, float("nan")]}},
+    "wrong type: scores is {'n'": {**GOOD, "scores": {"n": [10**400, 0]}},  # no float can hold it
+    "wrong type: split is [": '{"split": ' + "[" * 900 + "NaN" + "]" * 900 + "}",  # deeper than Python's own recursion
     "empty user": {**GOOD, "user": ""},
     "empty prompt": {**GOOD, "prompt": ""},
     "empty chosen": {**GOOD, "chosen": ""},
