@@ -50,7 +50,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if status == 206:
             self.send_header("Content-Range", f"bytes {start}-{len(BODY) - 1}/{len(BODY)}")
         if kind not in ("unmeasured", "endless"):
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", "many" if kind == "wordy" else str(len(body)))
         self.end_headers()
         if kind == "endless":
             body = BODY + b"x" * 10_000_000

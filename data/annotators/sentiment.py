@@ -16,8 +16,10 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from mixdpo.config import InputError, to_json
+from mixdpo.config import InputError, replacing, to_json
+from mixdpo.files.atomic import save_tensors
 
 DISTILBERT = "distilbert/distilbert-base-uncased-finetuned-sst-2-english"
 FEATURES = 2**20  # number of hashed features
@@ -115,7 +117,6 @@ def fit_sentiment(reviews: list[tuple[str, int]], folder, seed: int = 0, needed:
                          "hundreds, positive and negative", file=folder)
     both = fitting + [(piece(text, rng.choice([25, 50, 75]), rng), label) for text, label in fitting]
     x, y = vectors([text for text, _ in both]), np.array([label for _, label in both])
-    from safetensors.numpy import save_file
     from sklearn.linear_model import LogisticRegression
 
     ratio = log_ratio(x, y)
@@ -140,8 +141,8 @@ def fit_sentiment(reviews: list[tuple[str, int]], folder, seed: int = 0, needed:
         raise InputError(f"{got}, wanted {needed}; it was fitted on {len(fitting)}: {remedy}", option="sentiment")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "judge.json").unlink(missing_ok=True)
-    save_file({"weight": weight}, folder / "sentiment.safetensors.part")
-    os.replace(folder / "sentiment.safetensors.part", folder / "sentiment.safetensors")
+    with replacing(folder / "sentiment.safetensors") as part:
+        save_tensors(part, {"weight": torch.from_numpy(weight)}, {})
     write_judge(folder, report)  # last: judge.json means that the weights are complete
     return report
 

@@ -93,9 +93,9 @@ def _receive(url, part, have, size, label):
             part.unlink(missing_ok=True)
             return "the server sent another range than requested"
         have = have if resumed else 0       # a server without ranges sends the file from its start
-        announced = response.headers.get("Content-Length")
-        if announced is not None and have + int(announced) != size:
-            raise Unavailable(f"another file: the server announces {have + int(announced)} bytes, wanted {size}")
+        announced = response.length         # None: the server announces none, or no number
+        if announced is not None and have + announced != size:
+            raise Unavailable(f"another file: the server announces {have + announced} bytes, wanted {size}")
         progress = Progress(label, have, size)
         with open(part, "ab" if resumed else "wb") as file:
             while have < size:

@@ -12,9 +12,10 @@ from mixdpo.files import download
 from mixdpo.files.fetch import asset
 
 
-@pytest.mark.parametrize("kind", ["whole", "unmeasured"])
+@pytest.mark.parametrize("kind", ["whole", "unmeasured", "wordy"])
 def test_a_file_is_complete_and_fetched_once(kind, server, place):
-    """With and without an announced length. Faults: the cache not looked into; the transfer's own name left behind."""
+    """With and without an announced length, and with one that is no number. Faults: the cache not looked into; the
+    transfer's own name left behind; a traceback for a length that is no number."""
     at = place(server.url + kind)
     assert asset("thing") == at.target and at.target.read_bytes() == BODY and not at.part.exists()
     assert asset("thing") == at.target and server.seen == [(kind, None)]
