@@ -13,6 +13,7 @@ import train
 from mixdpo.evaluation import auto
 from mixdpo.evaluation.auto import Tried, fewest, try_experts, unit_options, units_of
 from mixdpo.runs.options import TrainConfig
+from mixdpo.runs.rules import validate
 
 
 def people(users=24, each=10, **more):
@@ -130,6 +131,24 @@ def test_options_on_the_command_line_are_kept(words, capsys):
         auto.parse([*words, "--experts", "many"], "train.py")
     with raises_at(option="beta"):
         auto.parse([*words, "--beta", "-1"], "train.py")
+
+
+@pytest.mark.parametrize("given, want", [
+    (["--latent", "pair"], {"latent": "pair", "em": "minibatch", "estep": "all", "context": 0}),
+    (["--sharing", "heads"], {"sharing": "heads", "targets": "", "shared_rank": 0, "latent": "user", "experts": 2}),
+    (["--estep", "all"], {"estep": "all", "context": 0, "latent": "user", "experts": 2})])
+def test_what_is_chosen_fits_the_options_that_are_given(words, given, want):
+    """Caught: options chosen for users beside --latent pair, adapters' options beside heads, and context pairs beside
+    --estep all: the run was refused, with an error about an option that nobody had given."""
+    config = auto.parse([*words, *given], "train.py")
+    validate(config)
+    assert {name: getattr(config, name) for name in want} == want
+
+
+def test_users_are_pooled_if_asked():
+    """Caught: too few users to choose --latent user, and the number of types chosen by pairs although it is given."""
+    assert unit_options(people(users=9), "user")[0]["latent"] == "user"
+    assert unit_options(people(), "pair")[0] == {"latent": "pair"}
 
 
 def test_a_private_run_chooses_nothing_from_its_data(words, tmp_path, capsys, monkeypatch):
