@@ -37,7 +37,7 @@ from mixdpo.runs.load_run import Run
 from mixdpo.runs.parallel import logp_in_parts
 from mixdpo.runs.reference import Source, reference_of
 from mixdpo.variants.label_noise import flipped_margins
-from mixdpo.variants.rankings import as_pairs
+from mixdpo.variants.rankings import as_pairs, records_of
 
 
 def margins_of(runs: list[Run], references: list, tokenizer, path, cache: Path, columns: str = ""):
@@ -84,7 +84,7 @@ def collapse_of(run: Run, h: torch.Tensor, log_w: torch.Tensor, pairs: list[Pair
     trained on have their responsibilities from training instead: those are what training is judged by.
     """
     of_users = run.config.latent == "user" or run.config.gate == "fixed"
-    log_v = user_weights(run, pairs, half_split_weights(log_w, h, user) if of_users else log_w)
+    log_v = user_weights(run, pairs, half_split_weights(log_w, h, user, records_of(pairs)) if of_users else log_w)
     by_user = of_users or run.config.gate in ("user", "prompt-user")
     return collapse_figures(log_v, h, *([prompt, user] if by_user else [prompt]))
 
