@@ -91,7 +91,10 @@ def collapse_of(run: Run, h: torch.Tensor, log_w: torch.Tensor, pairs: list[Pair
 
 def alignment(log_q: torch.Tensor, units: list[list[int]], pairs: list[Pair]) -> dict:
     """How well responsibilities (G,K) identify the annotators of the units: ARI and matched accuracy, and, if the pairs
-    have all annotators' scores, the same for the Bayes-optimal assignment. {} with fewer than two known annotators."""
+    have all annotators' scores, the same for the Bayes-optimal assignment. {} with fewer than two known annotators.
+    Units that no training step drew have no responsibilities (NaN) and are left out."""
+    drawn = ~log_q.isnan().any(1)
+    log_q, units = log_q[drawn], [unit for unit, known in zip(units, drawn.tolist()) if known]
     truth = [name for unit in units if (name := pairs[unit[0]].annotator) is not None]
     if len(truth) < len(units) or len(set(truth)) < 2:
         return {}
