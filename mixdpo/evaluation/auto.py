@@ -126,11 +126,19 @@ def unit_options(pairs: list[Pair], latent: str = "") -> tuple[dict, dict[str, s
     size = f"{few}" if few == many else f"{few} to {many}"
     reasons = {"latent": f"user: {len(each)} users with {size} choices each",
                "gate": "fixed: a user's choices tell the user's type, so weights need not depend on the prompt"}
-    marked = any(pair.context for pair in pairs)
-    if marked or few >= 4:
-        context = 0 if marked else min(8, round(CONTEXT * few))
+    fields: dict[str | None, list] = {}                                     # user -> the field `context` of its lines
+    for pair in pairs:
+        fields.setdefault(pair.user, []).append(pair.context)
+    marked = [own for own in fields.values() if {*own} != {None}]           # plan.mark_context does not change these
+    least = min((len(own) for own in fields.values() if {*own} == {None}), default=math.inf)
+    if not all(any(own) and not all(own) for own in marked):
+        reasons["estep"] = "all: by the file's field context, a user has no context pair, or no other"
+    elif least >= 4:
+        context = 0 if least == math.inf else min(8, round(CONTEXT * least))
         options |= {"estep": "context", "context": context}
-        reasons["estep"] = (f"context: {'those that the file marks' if marked else f'{context} choices of each user'} "
+        which = ["those that the file marks"] * bool(marked) + [
+            f"{context} choices of each{' other' * bool(marked)} user"] * (context > 0)
+        reasons["estep"] = (f"context: {' and '.join(which)} "
                             "tell types and are trained on last, because experts memorise what they are trained on")
     else:
         reasons["estep"] = f"all: a user with {few} choices has none to spare for the E-step alone"

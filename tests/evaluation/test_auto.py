@@ -12,6 +12,7 @@ from raising import raises_at
 import train
 from mixdpo.evaluation import auto
 from mixdpo.evaluation.auto import Tried, fewest, try_experts, unit_options, units_of
+from mixdpo.plan import mark_context
 from mixdpo.runs.options import TrainConfig
 from mixdpo.runs.rules import validate
 
@@ -34,6 +35,20 @@ def test_units_by_what_the_file_has(pairs, want):
     user; the file's own context pairs replaced; domains beside users."""
     options, reasons = unit_options(pairs)
     assert options == want and reasons["latent"].startswith(want["latent"])
+
+
+@pytest.mark.parametrize("marks, want", [
+    (lambda u, n: n < 2 if u < 12 else None, {"estep": "context", "context": 2}),
+    (lambda u, n: False, {}), (lambda u, n: u == 3 or n == 0, {})])
+def test_context_pairs_that_the_file_marks_in_part(marks, want):
+    """Caught: marks of some users taken for marks of all, and marks that leave a user without context pairs or without
+    others: the run ended with an error about --context, which nobody had given."""
+    pairs = [pair([n + 1], [u + 1], [u + 2], user=f"u{u}", context=marks(u, n)) for u in range(24) for n in range(10)]
+    options, reasons = unit_options(pairs)
+    assert options == {"latent": "user", "em": "incremental"} | want and "estep" in reasons
+    if want:
+        marked = mark_context(pairs, options["context"], 0)
+        assert sum(bool(pair.context) for pair in marked) == 2 * 24
 
 
 def planted(types, users=40, each=10, seed=0):
