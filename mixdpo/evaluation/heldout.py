@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from mixdpo.config import InputError
 from mixdpo.dpo import accuracy, margins, mixture_accuracy
 from mixdpo.evaluation.calibration import calibrated
 from mixdpo.evaluation.collapse import collapse_figures, half_split_weights
@@ -47,6 +48,9 @@ def margins_of(runs: list[Run], references: list, tokenizer, path, cache: Path, 
     config, dtype = dataclasses.replace(runs[0].config, columns=columns), runs[0].experts.dtype
     pairs = as_pairs(read_preferences(path, tokenizer, config.max_prompt, config.max_response, config.drop,
                                       columns=columns))
+    if not pairs:
+        raise InputError("has ties only, and a tie is no choice to predict; wanted a chosen and a rejected response on "
+                         "some lines", file=path)
     check_lengths(pairs, min(model.config.context for model in references), path)
     ref = reference_of(Source(path, pairs, config), references, tokenizer, dtype, cache)
     for run in runs:
