@@ -57,7 +57,8 @@ def bayes_flips(pairs: list[Pair], known: list[int], predicted: list[int], kinds
 def halves(pairs: list[Pair], seed: int) -> list[tuple[list[int], list[int]]]:
     """The records of each user, shuffled and divided: of the pairs of the first half some are known, those of the
     second half are predicted. A pair is a record, or one of those of a ranking."""
-    order, record, divided = np.random.default_rng([seed, 31]), records_of(pairs), []
+    order, record = np.random.default_rng([seed, 31]), records_of(pairs)
+    divided: list[tuple[list[int], list[int]]] = []
     for unit in groups(pairs, "user"):
         of_record: dict = {}
         for i in unit:

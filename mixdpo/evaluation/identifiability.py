@@ -64,7 +64,7 @@ def counts_of(pairs: list[Pair]) -> Counts:
     edges: dict[tuple[Response, ...], int] = {}
     parent: dict[Response, Response] = {}
     judged: defaultdict[str | None, list[int]] = defaultdict(list)
-    edge_of, chosen, free = [], defaultdict(set), Counter()
+    edge_of, chosen, free = [], defaultdict(set), Counter[int]()
 
     def root(node):
         while parent.setdefault(node, node) != node:
