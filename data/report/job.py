@@ -21,6 +21,7 @@ from mixdpo import config as configs
 from mixdpo.evaluation.statistics import mean_se
 from mixdpo.runs.options import TrainConfig
 from mixdpo.text.records import lines
+from mixdpo.text.shapes import read_records
 
 SAMPLES = 6  # number of prompts whose completions are shown
 FIGURES = {"mean", "se", "values", "conflicts_by_pair", "effective_experts", "ari", "matched", "bayes_ari",
@@ -97,7 +98,9 @@ def read_run(path: Path) -> Run:
     local = path.parent / Path(config["data"]).name
     data = local if local.exists() else Path(config["data"])                # the job's folder may have moved
     units = {}
-    for n, pair in enumerate(records(data) if not config["drop"] else []):  # dropped lines would shift the numbers
+    readable = data.is_file() and not config["drop"]                        # dropped lines would shift the numbers
+    found = read_records(data, config["columns"], lambda line: None) if readable else ()
+    for n, (_, pair, _) in enumerate(found):
         units.setdefault(pair["user"] if config["latent"] == "user" else n, pair.get("annotator") or "all")
     seconds = (path / "metrics.jsonl").stat().st_mtime - (path / "config.json").stat().st_mtime
     return Run(path.name, config, numbers(records(path / "metrics.jsonl")), records(path / "responsibilities.jsonl"),

@@ -5,8 +5,9 @@ Nothing is trained. The user's mixture weights are a posterior given those pairs
 
 The user's other pairs are predicted by the mixture under w_u (M5). With no known pair the weights are the gate's; if
 the gate uses user identities, they are those of an unknown user. The result is a curve over the number of known pairs.
-Each user's pairs are shuffled once. The second half is predicted; of the first half 0, 1, 2, 4, 8 and 16 pairs are
-known. So the points of a curve differ in nothing else. A user with too few pairs for a point is left out of it.
+Each user's pairs are shuffled once, those of a ranking together. The second half is predicted; of the first half 0, 1,
+2, 4, 8 and 16 pairs are known. So the points of a curve differ in nothing else. A user with too few pairs for a point
+is left out of it.
 
 Flip rate: how many predictions change if the labels of the known pairs are reversed? None, if the mixture does not use
 them. Beside it: the same if each of these labels is drawn by a coin (chance), and if the user's type is inferred, and
@@ -21,6 +22,7 @@ from mixdpo.dpo import mixture_accuracy
 from mixdpo.evaluation.statistics import bayes_posterior, mean_se
 from mixdpo.mixture import log_marginal
 from mixdpo.preferences import Pair, groups
+from mixdpo.variants.rankings import records_of
 
 SHOWN = (0, 1, 2, 4, 8, 16)                                                 # known pairs of each point
 
@@ -53,10 +55,17 @@ def bayes_flips(pairs: list[Pair], known: list[int], predicted: list[int], kinds
 
 
 def halves(pairs: list[Pair], seed: int) -> list[tuple[list[int], list[int]]]:
-    """The pairs of each user, shuffled and divided: of the first half some are known, the second half is predicted."""
-    order = np.random.default_rng([seed, 31])
-    return [(unit[: len(unit) // 2], unit[len(unit) // 2 :])
-            for unit in (order.permutation(unit).tolist() for unit in groups(pairs, "user"))]
+    """The records of each user, shuffled and divided: of the pairs of the first half some are known, those of the
+    second half are predicted. A pair is a record, or one of those of a ranking."""
+    order, record = np.random.default_rng([seed, 31]), records_of(pairs)
+    divided: list[tuple[list[int], list[int]]] = []
+    for unit in groups(pairs, "user"):
+        of_record: dict = {}
+        for i in unit:
+            of_record.setdefault(record[i], []).append(i)
+        parts = [[*of_record.values()][n] for n in order.permutation(len(of_record))]
+        divided.append((sum(parts[: len(parts) // 2], []), sum(parts[len(parts) // 2 :], [])))
+    return divided
 
 
 def posteriors_after(pairs: list[Pair], h: torch.Tensor, log_w: torch.Tensor, seed: int = 0

@@ -83,7 +83,7 @@ def choose(config: TrainConfig, given: set[str]) -> TrainConfig:
     dtype = compute_dtype(config.dtype, device)[0]
     reference = reference_of(Source(config.data, pairs, config), models, tokenizer, dtype,
                              Path(config.out).parent / "cache")
-    options, reasons = unit_options(pairs)
+    options, reasons = unit_options(pairs, config.latent if "latent" in given else "")
     most = MOST if options["latent"] == "user" or "gate" in options else min(MOST, counts_of(pairs).supports(False))
     units, priors = units_of(pairs, options)
     tried = try_experts(units, priors, reference.features, order_of(pairs), most, config.seed)
@@ -92,15 +92,28 @@ def choose(config: TrainConfig, given: set[str]) -> TrainConfig:
     chosen: dict[str, Any] = {"experts": K, "sharing": "lora", "targets": "all"}
     if K > 1:
         chosen |= {"shared_rank": 16, "start": "linear"} | options
-    chosen = {name: value for name, value in chosen.items() if name not in given}
+    chosen = beside_given(config, {name: value for name, value in chosen.items() if name not in given})
     print_plan(chosen, reasons, K, given)
     return dataclasses.replace(config, **chosen)
 
 
-def unit_options(pairs: list[Pair]) -> tuple[dict, dict[str, str]]:
-    """What shares one latent type, and which pairs the E-step reads: options of TrainConfig, and reasons by option."""
+def beside_given(config: TrainConfig, chosen: dict[str, Any]) -> dict[str, Any]:
+    """The chosen options without those that do not go with the options of `config`, such as --targets with heads."""
+    while True:
+        try:
+            validate(dataclasses.replace(config, **chosen))
+        except InputError as error:
+            if error.option in chosen and error.option != "experts":
+                chosen = {name: value for name, value in chosen.items() if name != error.option}
+                continue                                                    # other errors are the run's to report
+        return chosen
+
+
+def unit_options(pairs: list[Pair], latent: str = "") -> tuple[dict, dict[str, str]]:
+    """What shares one latent type, and which pairs the E-step reads: options of TrainConfig, and reasons by option.
+    latent: of the command line; "": it is chosen."""
     each = Counter(pair.user for pair in pairs)
-    if None in each or len(each) < FEWEST or len(pairs) < 2 * len(each):
+    if latent != "user" and (latent or None in each or len(each) < FEWEST or len(pairs) < 2 * len(each)):
         domains = Counter(pair.domain for pair in pairs)
         why = (f"{each[None]} of {len(pairs)} choices have no user" if None in each else
                f"{len(each)} users with {len(pairs) / len(each):.1f} choices each are too few to pool them")
@@ -113,11 +126,19 @@ def unit_options(pairs: list[Pair]) -> tuple[dict, dict[str, str]]:
     size = f"{few}" if few == many else f"{few} to {many}"
     reasons = {"latent": f"user: {len(each)} users with {size} choices each",
                "gate": "fixed: a user's choices tell the user's type, so weights need not depend on the prompt"}
-    marked = any(pair.context for pair in pairs)
-    if marked or few >= 4:
-        context = 0 if marked else min(8, round(CONTEXT * few))
+    fields: dict[str | None, list] = {}                                     # user -> the field `context` of its lines
+    for pair in pairs:
+        fields.setdefault(pair.user, []).append(pair.context)
+    marked = [own for own in fields.values() if {*own} != {None}]           # plan.mark_context does not change these
+    least = min((len(own) for own in fields.values() if {*own} == {None}), default=math.inf)
+    if not all(any(own) and not all(own) for own in marked):
+        reasons["estep"] = "all: by the file's field context, a user has no context pair, or no other"
+    elif least >= 4:
+        context = 0 if least == math.inf else min(8, round(CONTEXT * least))
         options |= {"estep": "context", "context": context}
-        reasons["estep"] = (f"context: {'those that the file marks' if marked else f'{context} choices of each user'} "
+        which = ["those that the file marks"] * bool(marked) + [
+            f"{context} choices of each{' other' * bool(marked)} user"] * (context > 0)
+        reasons["estep"] = (f"context: {' and '.join(which)} "
                             "tell types and are trained on last, because experts memorise what they are trained on")
     else:
         reasons["estep"] = f"all: a user with {few} choices has none to spare for the E-step alone"

@@ -42,15 +42,17 @@ def detectable(figure: dict) -> float:
     return FLOOR + (Z + 0.842) * figure["se"]
 
 
-def half_split_weights(log_w: torch.Tensor, h: torch.Tensor, user: list) -> torch.Tensor:
+def half_split_weights(log_w: torch.Tensor, h: torch.Tensor, user: list, record: list | None = None) -> torch.Tensor:
     """log v (P,K) of each pair: its weights log_w (P,K) times the likelihood of the other half of its user's pairs
-    (M11). A user's pairs are halved alternately. A user's only pair keeps log_w."""
+    (M11). A user's records are halved alternately. A user's only record keeps log_w. record (P): rankings.records_of,
+    so that the pairs of a ranking are in one half; None: each pair is one."""
     number = {name: n for n, name in enumerate(dict.fromkeys(user))}
-    seen, cell = dict.fromkeys(user, 0), []
-    for name in user:
-        cell.append(2 * number[name] + seen[name] % 2)                      # (user, half)
+    seen, cell = dict.fromkeys(user, 0), dict[tuple, int]()
+    units = [*zip(user, range(len(user)) if record is None else record)]
+    for name, of in dict.fromkeys(units):
+        cell[name, of] = 2 * number[name] + seen[name] % 2                  # (user, half)
         seen[name] += 1
-    half = torch.tensor(cell)
+    half = torch.tensor([cell[unit] for unit in units])
     log_lik = log_likelihood(h)                                             # (P,K)
     sums = log_lik.new_zeros(2 * len(number), h.shape[1]).index_add(0, half, log_lik)       # (2U,K)
     return torch.log_softmax(log_w.to(h.dtype) + sums[half ^ 1], dim=-1)

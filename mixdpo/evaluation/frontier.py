@@ -1,13 +1,15 @@
 """Own reward of methods at equal KL: from the rows of own reward (served.py) to a table and a sentence.
 
-A method is a set of runs that differ in seed and beta only. Its points are its runs at each beta, as they were
-trained and at smaller KL (strength.py), means over seeds. Methods serve users in one of these ways:
+A method is a set of runs that differ in seed and beta only; their training files may be in different folders, but have
+one name. Its points are its runs at each beta, as they were trained and at smaller KL (strength.py), means over seeds.
+Methods serve users in one of these ways:
 
     one policy     K = 1: everybody gets the same policy                        (users: "all users")
     mixture        every user is served under the user's weights ("known users") or, without users, under those of a
                    trained gate ("unknown users")
     fixed weights  without users: the weights are constant, or given by the domain or at random
-    known types    one policy for each type, told which user is of which type   ("type X"): the ceiling
+    known types    one policy for each type, told which user is of which type   ("type X"): the ceiling, if no type
+                   lacks one
     in context     the reference, with a few of the user's choices in the prompt
     soup           the mean of a mixture's experts, for everybody
 
@@ -18,6 +20,7 @@ mixture, and has a row of its own. Methods are compared at the largest KL that t
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -78,27 +81,36 @@ def methods(results: dict) -> list[Method]:
             serves = "mixture" if config["gate"] in TRAINED else "fixed weights"
         if serves:
             options = tuple((name, str(value)) for name, value in sorted(config.items()) if name not in FREE)
-            groups.setdefault((serves, options), []).append(row)
-    found = [Method(name_of(rows, serves), serves, points_of(rows)) for (serves, _), rows in groups.items()]
-    return sorted(found, key=lambda method: SERVES.index(method.serves))
+            data = "" if serves == "known types" else unnumbered(Path(config["data"]).name)
+            groups.setdefault((serves, options, data), []).append(row)
+    found = [Method(name_of(rows, serves), serves, points_of(rows)) for (serves, *_), rows in groups.items()]
+    return sorted(filter(lambda method: method.points, found), key=lambda method: SERVES.index(method.serves))
+
+
+def unnumbered(name: str) -> str:
+    """A name without seed and beta."""
+    return re.sub(r"-(seed|beta)[0-9.e-]+", "", name)
 
 
 def name_of(rows: list[dict], serves: str) -> str:
     """The name of the method's first run, without seed and beta."""
-    name = re.sub(r"-(seed|beta)[0-9.e-]+", "", rows[0]["run"])
-    return name if serves != "known types" else KNOWN
+    return unnumbered(rows[0]["run"]) if serves != "known types" else KNOWN
 
 
 def points_of(rows: list[dict]) -> list[Point]:
     """A point for each beta and target. Several types of one seed, each from its own run, are averaged. A target that
-    one of these runs does not reach is no point: the mean of the others would be that of other seeds or types."""
+    one of these runs does not reach is no point: the mean of the others would be that of other seeds or types. For the
+    same reason a seed that lacks a type is left out of a point."""
+    kinds = {kind for row in rows for kind in row["types"]}
     found: dict[tuple, dict[int, list[dict]]] = {}
     for row in rows:
         config = row["config"]
         found.setdefault((config["beta"], row["target"]), {}).setdefault(config["seed"], []).append(row)
+    for key, of in found.items():
+        found[key] = {seed: own for seed, own in of.items() if {kind for row in own for kind in row["types"]} == kinds}
     points = []
     for (beta, target), of in found.items():
-        if sum(map(len, of.values())) < sum(map(len, found[beta, None].values())):
+        if not of or sum(map(len, of.values())) < sum(map(len, found[beta, None].values())):
             continue
         kl, gain = (np.array([np.mean([row[what] for row in rows], axis=0) for rows in of.values()])
                     for what in ("kl_by_prompt", "gain_by_prompt"))
@@ -111,13 +123,16 @@ def points_of(rows: list[dict]) -> list[Point]:
 
 def main_methods(found: list[Method]) -> tuple[Method | None, Method | None, Method | None]:
     """The mixture that the result is about, the baseline, and the ceiling; None where there is none. The mixture is
-    the first one in the order of SERVES and of the runs; the baseline has the points of all methods of one policy."""
+    the first one in the order of SERVES and of the runs; the baseline has the points of all methods of one policy; the
+    ceiling has a policy for each type of the others."""
     def first(serves: str) -> Method | None:
         return next((m for m in found if m.serves == serves), None)
 
     single = [m for m in found if m.serves == "one policy"]
     baseline = Method(single[0].name, "one policy", [p for m in single for p in m.points]) if single else None
-    return first("mixture") or first("fixed weights"), baseline, first("known types")
+    mixture, ceiling = first("mixture") or first("fixed weights"), first("known types")
+    of_all = ceiling and all(m.full.types.keys() == ceiling.full.types.keys() for m in (mixture, baseline) if m)
+    return mixture, baseline, ceiling if of_all else None
 
 
 def common_kl(*found: Method) -> float:
@@ -163,7 +178,7 @@ def own_reward_table(results: dict) -> tuple[list[str], list[list[str]]]:
     rows = []
     for m in found:
         p, cells = m.full, [NONE, NONE]
-        if baseline is not None and m.serves != "one policy":
+        if baseline is not None and m.serves != "one policy" and p.types.keys() == baseline.points[0].types.keys():
             c = compare(m, baseline)
             cells = [pm(c["difference"], sign="+"), f"{c['kl']:.1f}"]
         rows.append([m.name, pm(mean_se(p.gain.mean(0)), sign="+"),

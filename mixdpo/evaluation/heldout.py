@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from mixdpo.config import InputError
 from mixdpo.dpo import accuracy, margins, mixture_accuracy
 from mixdpo.evaluation.calibration import calibrated
 from mixdpo.evaluation.collapse import collapse_figures, half_split_weights
@@ -37,7 +38,7 @@ from mixdpo.runs.load_run import Run
 from mixdpo.runs.parallel import logp_in_parts
 from mixdpo.runs.reference import Source, reference_of
 from mixdpo.variants.label_noise import flipped_margins
-from mixdpo.variants.rankings import as_pairs
+from mixdpo.variants.rankings import as_pairs, records_of
 
 
 def margins_of(runs: list[Run], references: list, tokenizer, path, cache: Path, columns: str = ""):
@@ -47,6 +48,9 @@ def margins_of(runs: list[Run], references: list, tokenizer, path, cache: Path, 
     config, dtype = dataclasses.replace(runs[0].config, columns=columns), runs[0].experts.dtype
     pairs = as_pairs(read_preferences(path, tokenizer, config.max_prompt, config.max_response, config.drop,
                                       columns=columns))
+    if not pairs:
+        raise InputError("has ties only, and a tie is no choice to predict; wanted a chosen and a rejected response on "
+                         "some lines", file=path)
     check_lengths(pairs, min(model.config.context for model in references), path)
     ref = reference_of(Source(path, pairs, config), references, tokenizer, dtype, cache)
     for run in runs:
@@ -84,14 +88,17 @@ def collapse_of(run: Run, h: torch.Tensor, log_w: torch.Tensor, pairs: list[Pair
     trained on have their responsibilities from training instead: those are what training is judged by.
     """
     of_users = run.config.latent == "user" or run.config.gate == "fixed"
-    log_v = user_weights(run, pairs, half_split_weights(log_w, h, user) if of_users else log_w)
+    log_v = user_weights(run, pairs, half_split_weights(log_w, h, user, records_of(pairs)) if of_users else log_w)
     by_user = of_users or run.config.gate in ("user", "prompt-user")
     return collapse_figures(log_v, h, *([prompt, user] if by_user else [prompt]))
 
 
 def alignment(log_q: torch.Tensor, units: list[list[int]], pairs: list[Pair]) -> dict:
     """How well responsibilities (G,K) identify the annotators of the units: ARI and matched accuracy, and, if the pairs
-    have all annotators' scores, the same for the Bayes-optimal assignment. {} with fewer than two known annotators."""
+    have all annotators' scores, the same for the Bayes-optimal assignment. {} with fewer than two known annotators.
+    Units that no training step drew have no responsibilities (NaN) and are left out."""
+    drawn = ~log_q.isnan().any(1)
+    log_q, units = log_q[drawn], [unit for unit, known in zip(units, drawn.tolist()) if known]
     truth = [name for unit in units if (name := pairs[unit[0]].annotator) is not None]
     if len(truth) < len(units) or len(set(truth)) < 2:
         return {}

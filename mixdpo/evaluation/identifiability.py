@@ -7,12 +7,13 @@ pair of responses that were compared. Comparisons determine these probabilities:
     one comparison           p_e = sum_k w_k sigma(h_ke)                   for each edge e
     two of the same user     p_ef = sum_k w_k sigma(h_ke) sigma(h_kf)      for each two edges e, f that one user judged
 
-    a ranking of m responses                the probabilities of its m! orders, m! - 1 of which are free
+    a ranking of m responses                the probabilities of its m! orders, m! - 1 of which are free; if the order
+                                            within a group is not known (the rest, or equal ones), of fewer outcomes
 
 If the edges connect n responses into c components, the unknowns are K (n - c) rewards, since rewards are determined up
 to a constant in each component, and K - 1 weights. K types are identifiable only if
 
-    K (n - c) + K - 1 <= edges + pairs of edges with a common user          (a ranking is m! - 1 edges)
+    K (n - c) + K - 1 <= edges + pairs of edges with a common user          (a full ranking is m! - 1 edges)
 
 If each user judges once, K = 2 needs 5 responses to a prompt, all compared, and K = 3 needs 7. With two comparisons per
 user, 3 responses are enough. The condition is necessary, and sufficient at random rewards: test_identifiability.py
@@ -42,7 +43,7 @@ class Counts:
 
     comparisons: int
     edges: int                  # different pairs, or ranked sets, of responses
-    frequencies: int            # that one comparison of each edge has: 1 of a pair, m! - 1 of a ranking of m
+    frequencies: int            # that one comparison of each edge has: 1 of a pair, m! - 1 of a full ranking of m
     prompts: int
     shared: int                 # responses that are in several edges
     both_ways: int              # edges that were judged in more than one order
@@ -63,7 +64,7 @@ def counts_of(pairs: list[Pair]) -> Counts:
     edges: dict[tuple[Response, ...], int] = {}
     parent: dict[Response, Response] = {}
     judged: defaultdict[str | None, list[int]] = defaultdict(list)
-    edge_of, chosen = [], defaultdict(set)
+    edge_of, chosen, free = [], defaultdict(set), Counter[int]()
 
     def root(node):
         while parent.setdefault(node, node) != node:
@@ -76,20 +77,27 @@ def counts_of(pairs: list[Pair]) -> Counts:
         for end in ends[1:]:
             parent[root(ends[0])] = root(end)
         edge_of.append(edge)
+        free[edge] = max(free[edge], free_outcomes(pair.order))
         chosen[edge].add((tuple(map(tuple, pair.responses)), pair.order))
         if pair.user is not None:
             judged[pair.user].append(edge)
     of_response = Counter(end for ends in edges for end in ends)            # edges of each
     linked = {edge for ends, edge in edges.items() if max(of_response[end] for end in ends) > 1}
     return Counts(
-        comparisons=len(pairs), edges=len(edges), frequencies=sum(math.factorial(len(ends)) - 1 for ends in edges),
+        comparisons=len(pairs), edges=len(edges), frequencies=sum(free.values()),
         prompts=len({ends[0][0] for ends in edges}),
         shared=sum(n > 1 for n in of_response.values()), both_ways=sum(len(sides) > 1 for sides in chosen.values()),
         unknowns=len(of_response) - len({root(end) for end in of_response}),
-        judged_together=len({two for own in judged.values() for two in twos(own)}),
+        judged_together=len({two for own in judged.values() for two in twos([e for e in own if free[e]])}),
         users=sorted(map(len, judged.values())),
-        informative=sum(len(judged.get(p.user, ())) > 1 or edge in linked or len(p.responses) > 2
+        informative=sum(len(judged.get(p.user, ())) > 1 or edge in linked or free_outcomes(p.order) >= len(p.order)
                         for p, edge in zip(pairs, edge_of)))
+
+
+def free_outcomes(order: tuple[int, ...]) -> int:
+    """The probabilities that choices of this form determine: m! orders, in which groups with one place are not ordered;
+    one probability follows from the others. order: place of each response."""
+    return math.factorial(len(order)) // math.prod(map(math.factorial, Counter(order).values())) - 1
 
 
 def twos(own: list[int]):

@@ -71,7 +71,7 @@ def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, config
     served = types if "domains" not in inputs.dataset else ["everybody"]
     users = Users(served, task.prompts, states, known, values(plain))
     rows = rows_of_runs(inputs, task, done, sorted(config.kl, reverse=True), values, users)
-    first = inputs.runs[0]
+    first = max(inputs.runs, key=lambda run: len({*types} & {pair.annotator for pair in run.plan.pairs}))
     in_context = served_in_context(first.plan.pairs, served, config.examples, task, inputs.tokenizer, values,
                                    users.base, first.experts.dtype)
     if in_context:

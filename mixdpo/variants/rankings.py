@@ -62,6 +62,12 @@ def ranking_log_likelihood(rewards: torch.Tensor, places: list[int]) -> torch.Te
     return found
 
 
+def records_of(pairs: Sequence[Pair]) -> list:
+    """The record of each pair. The pairs that as_pairs makes of one ranking have the same one: they are one judgement,
+    so some of them must not be known when others are predicted."""
+    return [(pair.file, pair.line) if pair.line else n for n, pair in enumerate(pairs)]
+
+
 def as_pairs(pairs: Sequence[Pair], report=print) -> list[Pair]:
     """Each ranking as the pairs that it contains; equally good responses make none. `report` receives one line."""
     made = []

@@ -91,6 +91,21 @@ def test_standard_errors_count_users_and_prompts():
     assert want["se"] != pytest.approx(mean_se(right, [i % 12 for i in asked])["se"], rel=1e-3)
 
 
+def test_a_ranking_is_not_divided():
+    """Three rankings of three texts by one user, as nine pairs: the known ones are of other rankings than those that
+    are predicted. Caught: a ranking that predicts itself, so that users without types seemed to have them. Pairs that
+    are records of their own are divided as before rankings were kept together."""
+    pairs = [Pair([r], [a], [b], user="u", line=r) for r in (1, 2, 3) for a, b in ((1, 2), (1, 3), (2, 3))]
+    for seed in range(5):
+        (known, predicted), = halves(pairs, seed)
+        assert sorted(known + predicted) == list(range(9)) and len(known) == 3
+        assert not {pairs[i].line for i in known} & {pairs[i].line for i in predicted}
+    alone = [dataclasses.replace(pair, line=n + 1) for n, pair in enumerate(pairs)]
+    assert halves(alone, 0) == halves([dataclasses.replace(pair, line=0) for pair in pairs], 0)
+    shuffled = np.random.default_rng([0, 31]).permutation(range(9)).tolist()
+    assert halves(alone, 0) == [(shuffled[:4], shuffled[4:])]
+
+
 def test_posteriors_after_some_pairs_by_hand():
     """Only numbers of pairs that every user has; users in the order of the file, with their types. Caught: pairs of the
     half that is predicted; evidence without the weights; another order of pairs than the curve's; a number that one

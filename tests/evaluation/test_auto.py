@@ -12,7 +12,9 @@ from raising import raises_at
 import train
 from mixdpo.evaluation import auto
 from mixdpo.evaluation.auto import Tried, fewest, try_experts, unit_options, units_of
+from mixdpo.plan import mark_context
 from mixdpo.runs.options import TrainConfig
+from mixdpo.runs.rules import validate
 
 
 def people(users=24, each=10, **more):
@@ -33,6 +35,20 @@ def test_units_by_what_the_file_has(pairs, want):
     user; the file's own context pairs replaced; domains beside users."""
     options, reasons = unit_options(pairs)
     assert options == want and reasons["latent"].startswith(want["latent"])
+
+
+@pytest.mark.parametrize("marks, want", [
+    (lambda u, n: n < 2 if u < 12 else None, {"estep": "context", "context": 2}),
+    (lambda u, n: False, {}), (lambda u, n: u == 3 or n == 0, {})])
+def test_context_pairs_that_the_file_marks_in_part(marks, want):
+    """Caught: marks of some users taken for marks of all, and marks that leave a user without context pairs or without
+    others: the run ended with an error about --context, which nobody had given."""
+    pairs = [pair([n + 1], [u + 1], [u + 2], user=f"u{u}", context=marks(u, n)) for u in range(24) for n in range(10)]
+    options, reasons = unit_options(pairs)
+    assert options == {"latent": "user", "em": "incremental"} | want and "estep" in reasons
+    if want:
+        marked = mark_context(pairs, options["context"], 0)
+        assert sum(bool(pair.context) for pair in marked) == 2 * 24
 
 
 def planted(types, users=40, each=10, seed=0):
@@ -130,6 +146,24 @@ def test_options_on_the_command_line_are_kept(words, capsys):
         auto.parse([*words, "--experts", "many"], "train.py")
     with raises_at(option="beta"):
         auto.parse([*words, "--beta", "-1"], "train.py")
+
+
+@pytest.mark.parametrize("given, want", [
+    (["--latent", "pair"], {"latent": "pair", "em": "minibatch", "estep": "all", "context": 0}),
+    (["--sharing", "heads"], {"sharing": "heads", "targets": "", "shared_rank": 0, "latent": "user", "experts": 2}),
+    (["--estep", "all"], {"estep": "all", "context": 0, "latent": "user", "experts": 2})])
+def test_what_is_chosen_fits_the_options_that_are_given(words, given, want):
+    """Caught: options chosen for users beside --latent pair, adapters' options beside heads, and context pairs beside
+    --estep all: the run was refused, with an error about an option that nobody had given."""
+    config = auto.parse([*words, *given], "train.py")
+    validate(config)
+    assert {name: getattr(config, name) for name in want} == want
+
+
+def test_users_are_pooled_if_asked():
+    """Caught: too few users to choose --latent user, and the number of types chosen by pairs although it is given."""
+    assert unit_options(people(users=9), "user")[0]["latent"] == "user"
+    assert unit_options(people(), "pair")[0] == {"latent": "pair"}
 
 
 def test_a_private_run_chooses_nothing_from_its_data(words, tmp_path, capsys, monkeypatch):

@@ -25,6 +25,7 @@ from mixdpo.evaluation.collapse import (
 )
 from mixdpo.evaluation.heldout import collapse_of
 from mixdpo.preferences import Pair
+from mixdpo.variants.rankings import records_of
 
 
 def two_domains(weight, share, times=40, margin=math.log(3)):
@@ -120,6 +121,22 @@ def test_weights_of_new_users_come_from_their_other_half():
     for n, others in other.items():
         joint = [w[n][k] * math.prod(brute.sigma(float(h[i, k])) for i in others) for k in range(3)]
         assert got[n] == pytest.approx([x / sum(joint) for x in joint])
+
+
+def test_a_ranking_is_in_one_half():
+    """Two rankings of three texts and one pair of one user, by brute force. Fault: a pair's weights from another pair
+    of its own ranking, from which it follows: experts of random rewards then looked like types."""
+    rng = np.random.default_rng(3)
+    pairs = [Pair([1], [a], [b], user="u", line=line) for line in (4, 9) for a, b in ((1, 2), (1, 3), (2, 3))]
+    pairs.append(Pair([1], [1], [2], user="u", line=12))
+    h, even = torch.tensor(rng.normal(size=(7, 2))), torch.full((7, 2), 0.5).log()
+    got = half_split_weights(even, h, ["u"] * 7, records_of(pairs)).exp()
+    for n, others in {**dict.fromkeys((0, 1, 2, 6), [3, 4, 5]), **dict.fromkeys((3, 4, 5), [0, 1, 2, 6])}.items():
+        joint = [math.prod(brute.sigma(float(h[i, k])) for i in others) for k in range(2)]
+        assert got[n].tolist() == pytest.approx([x / sum(joint) for x in joint])
+    config = SimpleNamespace(latent="pair", gate="fixed")
+    found = collapse_of(SimpleNamespace(config=config), h, even, pairs, list(range(7)), ["u"] * 7)
+    assert found["slope"]["mean"] == pytest.approx(collapse_figures(got.log(), h, list(range(7)))["slope"]["mean"])
 
 
 def simulated(rng, N, tilt=0.3, types=True, margin=1.5, repeat=1):

@@ -426,6 +426,33 @@ def test_types_disagree_where_their_scores_order_responses_differently():
     assert not disagree(Pair([1], [2], [3]), {"a", "b"})
 
 
+def test_a_file_of_ties_has_nothing_to_predict(tmp_path):
+    """Catches: a traceback of max() for a held-out file whose lines are all ties, which train.py accepts."""
+    from types import SimpleNamespace
+
+    from letters import Letters
+
+    from mixdpo.evaluation.heldout import margins_of
+
+    path = tmp_path / "ties.jsonl"
+    tinyjob.write(path, [{"prompt": "m", "ranking": [["aa", "bb"]]}, {"prompt": "n", "ranking": [["aa", "cb"]]}])
+    run = SimpleNamespace(config=train.TrainConfig("", "", ""), experts=SimpleNamespace(dtype=torch.float32))
+    with pytest.raises(InputError) as caught:
+        next(margins_of([run], [], Letters(), str(path), tmp_path))
+    assert caught.value.file == str(path)
+
+
+def test_units_that_were_never_drawn_have_no_expert():
+    """In a private run a user may be drawn by no step; its responsibilities are then NaN. Catches: such users counted
+    as expert 0's, which made a perfect assignment one by chance."""
+    from mixdpo.evaluation.heldout import alignment
+
+    pairs = [Pair([n], [2], [3], user=str(n), annotator=kind) for n, kind in enumerate("aabbaaa")]
+    log_q = torch.tensor([[0.1, 0.9]] * 2 + [[0.9, 0.1]] * 2 + [[math.nan] * 2] * 3).log()
+    found = alignment(log_q, [[n] for n in range(7)], pairs)
+    assert found == {"ari": 1.0, "matched": 1.0, "naming": {"0": "b", "1": "a"}, "units": 4}
+
+
 def test_each_type_is_answered_by_its_own_expert(monkeypatch):
     """Three types, two experts: experts are named by training groups, a type without one has NaN, DPO answers all.
     Catches: expert 0 for every type, a type's pairs answered by the expert that does best on them."""

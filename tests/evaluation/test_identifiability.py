@@ -2,6 +2,7 @@
 What each test catches stands in its docstring."""
 
 import json
+from dataclasses import replace
 from itertools import combinations, permutations
 
 import pytest
@@ -12,6 +13,7 @@ from raising import raises_at
 from mixdpo.evaluation import identifiability
 from mixdpo.evaluation.identifiability import counts_of, describe_counts
 from mixdpo.preferences import Pair
+from mixdpo.text.records import REST
 
 
 def pair(a, b, user=None, prompt=1):
@@ -69,6 +71,19 @@ def test_rankings_count_as_their_orders(m, most):
         free = torch.randn(K * m - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(m))
         jacobian = torch.autograd.functional.jacobian(lambda x: probabilities(x, K), free)
         assert (int(torch.linalg.matrix_rank(jacobian, rtol=1e-12)) == len(free)) == (K == most)
+
+
+@pytest.mark.parametrize("order, free", [((0, REST, REST, REST), 3), ((0, 0, 1), 2), ((0, 0), 0), ((0, 1, REST), 5)])
+def test_orders_that_a_choice_does_not_show_are_not_counted(order, free):
+    """The best of four has the four probabilities of a softmax, so it identifies one type (the derivative's rank is 3
+    of 7 for two), and a tie shows nothing. Catches: m! - 1 frequencies for every choice of m, so that --experts 6 got
+    no warning on a file of the best of four."""
+    one = Pair([1], [2], [3], more=tuple([n] for n in range(4, len(order) + 2)), order=order, sides=len(order))
+    c = counts_of([replace(one, user="u"), replace(one, user="v")])
+    assert c.frequencies == free and c.supports(users=False) == max(1, (free + 1) // len(order))
+    assert c.informative == 2 * (free >= len(order)) and c.judged_together == 0
+    again = counts_of([replace(one, user="u")] * 2)
+    assert again.judged_together == (free > 0)
 
 
 def test_just_as_many_frequencies_as_unknowns():

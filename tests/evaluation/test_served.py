@@ -272,6 +272,24 @@ def test_in_context_needs_users_of_each_type_and_room():
     assert in_context(pairs, temperature=0.5) is None                       # the log-probs are at temperature 1
 
 
+def test_examples_in_context_are_of_a_run_with_all_types(monkeypatch):
+    """Caught: examples from the first run by name; if it is a policy for one known type, the baseline in context was
+    missing without a word."""
+    shown = []
+    plans = [types.SimpleNamespace(pairs=[Pair([1], [2], [3], annotator=kind) for kind in of])
+             for of in (TYPES[:1], TYPES)]
+    runs = [types.SimpleNamespace(plan=plan, experts=types.SimpleNamespace(dtype=torch.float32)) for plan in plans]
+    monkeypatch.setattr(served, "prompt_features", lambda *_: None)
+    monkeypatch.setattr(served, "rows_of_runs", lambda *_: [])
+    monkeypatch.setattr(served, "served_in_context", lambda pairs, *_: shown.extend(pair.annotator for pair in pairs))
+    task = CompletionTask(None, [Pair([9], [], [])], Sampling(3, 0))
+    tokenizer = types.SimpleNamespace(bos=None, decode=str)
+    inputs = types.SimpleNamespace(runs=runs, dataset={"annotators": TYPES, "rewards": TYPES}, tokenizer=tokenizer)
+    scores = lambda texts: dict.fromkeys(TYPES, [0.0] * len(texts))  # noqa: E731
+    assert served.own_reward_rows(inputs, task, {"reference": [[1]]}, EvalConfig(""), {}, scores) == []
+    assert shown == TYPES
+
+
 def test_pairs_without_users_have_no_row_in_context():
     """Caught: an evaluation that ends with an error, once everything is computed, because some pairs name no user."""
     pairs = [Pair([7, 2], [3, 0], [5, 0], annotator=TYPES[n % 2]) for n in range(8)]

@@ -24,6 +24,24 @@ def home(tmp_path):
     return make_job(tmp_path / "imdb-quick")
 
 
+@pytest.mark.parametrize("name, columns", [("train.csv", ""), ("train.json", ""), ("other.jsonl", "user=worker")])
+def test_training_files_of_any_container_are_read(home, name, columns):
+    """Caught: every line of the training file parsed as a record of the project's own format, so that eval.py on a run
+    from a CSV or JSON file, or with --columns, ended with a traceback in front of its result."""
+    own, path = read_job(home).runs[-1], home / "mix-user/config.json"
+    pairs = [json.loads(line) for line in (home / "train.jsonl").read_text().splitlines()]
+    if name.endswith("csv"):
+        rows = [",".join(pairs[0]), *(",".join(pair.values()) for pair in pairs)]
+    elif columns:
+        rows = [json.dumps(pair).replace('"user"', '"worker"') for pair in pairs]
+    else:
+        rows = [json.dumps(pairs)]
+    (home / name).write_text("\n".join(rows) + "\n")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": f"elsewhere/{name}", "columns": columns}))
+    again = read_job(home).runs[-1]
+    assert again.name == "mix-user" and again.units == own.units and len(set(own.units)) == 2
+
+
 # ---- pictures
 
 

@@ -48,6 +48,47 @@ def test_a_method_is_its_runs_of_any_seed_and_beta(job):
     assert found["mix-user"].full.gain[0].tolist() == known["gain_by_prompt"]
 
 
+def test_runs_on_other_data_are_another_method(job):
+    """Caught: two policies with equal options, trained on other files, averaged under the name of the first; seeds in
+    other folders, or whose files have the seed in their names, as methods of their own."""
+    rows = [row for row in job.results["own_reward"] if row["run"] == "dpo"]
+
+    def again(name, data, seed=0):
+        return [row | {"run": name, "config": row["config"] | {"data": data, "seed": seed},
+                       "gain_by_prompt": [value + 1 for value in row["gain_by_prompt"]]} for row in rows]
+
+    noisy = frontier.methods({"own_reward": [*rows, *again("dpo-noisy", "elsewhere/noisy.jsonl")]})
+    assert [m.name for m in noisy] == ["dpo", "dpo-noisy"]
+    assert [m.full.gain.mean() - np.mean(rows[0]["gain_by_prompt"]) for m in noisy] == pytest.approx([0, 1])
+    seeds = again("dpo-seed1", "other/train.jsonl", 1), again("dpo-seed2", "other/train-seed2.jsonl", 2)
+    assert len(frontier.methods({"own_reward": [*rows, *seeds[0]]})) == 1
+    both = frontier.methods({"own_reward": [*again("dpo-seed1", "a/train-seed1.jsonl", 1), *seeds[1]]})
+    assert len(both) == 1 and both[0].full.gain.shape == (2, 40)
+
+
+def test_a_ceiling_has_all_types(job):
+    """Caught: a beta, or a seed, of one type alone as a point of the ceiling, whose gain was then that type's; a
+    policy for one of two types as the ceiling, and its gain compared with the mean of both."""
+    rows = [copy.deepcopy(row) for row in job.results["own_reward"] if row["run"] == "dpo" and row["target"] is None]
+
+    def of_type(n, **config):
+        kind = TYPES[n]
+        return [row | {"run": f"dpo-{kind}", "users": f"type {kind}", "types": {kind: row["types"][kind]},
+                       "config": row["config"] | config, "kl_by_prompt": [n + 1.0] * 40} for row in rows]
+
+    both = of_type(0) + of_type(1)
+    more = both + of_type(0, beta=0.01) + of_type(0, seed=1)
+    ceiling = frontier.main_methods(frontier.methods({"own_reward": job.results["own_reward"] + more}))[2]
+    assert [p.beta for p in ceiling.points] == [0.1] and ceiling.full.kl.shape == (1, 40)
+    assert ceiling.full.kl.mean() == 1.5 and list(ceiling.full.types) == TYPES
+    alone = {"own_reward": job.results["own_reward"] + of_type(0)}
+    assert frontier.main_methods(frontier.methods(alone))[2] is None
+    head, table = frontier.own_reward_table(alone)
+    assert table[-1][0] == "one policy per known type" and table[-1][-2:] == ["–", "–"]
+    apart = {"own_reward": of_type(0, beta=0.01) + of_type(1)}
+    assert frontier.methods(apart) == []
+
+
 @pytest.mark.parametrize("gate, serves", [("linear", "mixture"), ("mlp", "mixture"), ("random", "fixed weights"),
                                           ("domain", "fixed weights"), ("fixed", "fixed weights")])
 def test_without_users_a_trained_gate_is_the_result(job, gate, serves):
