@@ -14,6 +14,7 @@ Then common.py trains the runs of the preset and evaluates them.
 """
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -145,7 +146,8 @@ def write_preferences(job: Path, types: list[str], training: list[Item], heldout
     rows = [line(user, users[user], item) for user, item in deal(training, users, preset["pairs"], seed)]
     of_kind = {kind: [user for user in users if users[user] == kind] for kind in types}
     judged = [(item, kind) for item in heldout for kind in item.prefers][: preset["heldout_pairs"] or None]
-    heldout_rows = [line(of_kind[kind][n % len(of_kind[kind])], kind, item) for n, (item, kind) in enumerate(judged)]
+    turn = {kind: itertools.cycle(of_kind[kind]) for kind in types}
+    heldout_rows = [line(next(turn[kind]), kind, item) for item, kind in judged]
     names = name_users(len(types) * preset["new_users"], types, seed + 1)
     new = {f"new-{user}": kind for user, kind in names.items()}
     for name, part in (("adapt-new-user", training), ("adapt-new-user-new-prompt", heldout)):

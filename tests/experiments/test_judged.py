@@ -124,6 +124,17 @@ def test_a_line_says_who_chose_what():
     assert line("u1", "helpful", item(0, helpful=0))["scores"] == {"helpful": [1, 0]}
 
 
+def test_held_out_items_go_to_all_users_of_their_type(tmp_path):
+    """Both types judge every item. Catches: turns that count the other type's judgements too, so that every
+    second user had no held-out pair where all types judge every item."""
+    items = [item(n, helpful=0, harmless=1) for n in range(10)]
+    preset = {"seed": 0, "users": 4, "pairs": 2, "new_users": 1, "new_pairs": 2, "heldout_pairs": 0, "evaluate": 2}
+    judged.write_preferences(tmp_path, [*hh.TYPES], items, items, preset)
+    rows = [json.loads(row) for row in (tmp_path / "heldout.jsonl").read_text().splitlines()]
+    count = Counter((row["annotator"], row["user"]) for row in rows)
+    assert sorted(count.values()) == [2] * 4 + [3] * 4 and len({user for _, user in count}) == 8
+
+
 # ---- the whole
 
 
