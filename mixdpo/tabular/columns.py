@@ -41,6 +41,7 @@ import numpy as np
 from mixdpo.config import InputError, reading
 
 FINE = 256              # bins of equal width from which quantiles are computed
+MOST = 10_000           # legal values of a column: with more, noise covers every count and memory ends
 EXACT = 2**53           # a float represents every integer up to this
 LARGEST = 2**63 - 1     # largest int64
 
@@ -162,6 +163,9 @@ def columns_of(described: list[dict], path="schema") -> list[Column]:
             raise InputError(f"in {where}: unknown field {unknown[0]!r}, wanted some of {known}; remove it", file=path)
         try:
             column = category(entry) if entry["type"] == "category" else number_of(entry)
+            if column.size > MOST:
+                raise ValueError(f"got {column.size:,} legal values, wanted at most {MOST:,}: put rare values into "
+                                 "one, or several numbers into one bin")
             "".join([column.name, *column.values, column.missing or ""]).encode()           # UTF-8 must encode these
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"in {where}: {error}", file=path) from None
@@ -219,8 +223,8 @@ def number_of(entry: dict) -> Column:
             raise ValueError(f"{ways[0]} need low and high, bounds from public knowledge: bounds found in the data "
                              "would disclose its extreme rows")
         given, count = [entry["low"], entry["high"]], entry[ways[0]]
-        if type(count) is not int or count < 1:
-            raise ValueError(f"{ways[0]}: got {count!r}, wanted an integer of at least 1")
+        if type(count) is not int or not 1 <= count <= MOST:
+            raise ValueError(f"{ways[0]}: got {count!r}, wanted an integer from 1 to {MOST:,}")
     edges = edges_of(given, integer)
     if count:
         edges = equal_bins(edges, FINE if ways == ["quantiles"] else count)

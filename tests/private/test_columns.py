@@ -12,7 +12,7 @@ from raising import raises_at
 
 from data.tables import adult
 from mixdpo.tabular import columns as columns_module
-from mixdpo.tabular.columns import FINE, columns_of, joined, read_schema, schema_of
+from mixdpo.tabular.columns import FINE, MOST, columns_of, joined, read_schema, schema_of
 from mixdpo.tabular.rows import encode, read_table, write_table
 
 SCHEMA = [
@@ -130,7 +130,7 @@ def test_a_table_with_other_columns_or_fields_is_an_error(table, tmp_path):
 
 @pytest.mark.parametrize("change, wanted", [
     ({"type": "colour"}, "column 2"), ({"type": ["number"]}, "column 2"), ({"bin": 3}, "'bin'"),
-    ({"bins": 0}, "bins: got 0"),
+    ({"bins": 0}, "bins: got 0"), ({"bins": 10**9}, "from 1 to 10,000"),
     ({"bins": None}, "bins: got None"), ({"edges": [1, 2]}, "edges"), ({"low": 9}, "9"),
     ({"high": float("inf")}, "inf"), ({"integer": 1}, "integer: got 1"), ({"low": 0.5}, "integers"),
     ({"missing": 3}, "missing: got 3"), ({"name": "colour"}, "'colour'"), ({"low": None}, "None"),
@@ -141,6 +141,17 @@ def test_a_faulty_schema_names_the_column(tmp_path, change, wanted):
     column = "" if "type" in change else repr(change.get("name", "age"))
     with raises_at(column, wanted, file=path):
         read_schema(path)
+
+
+def test_a_column_has_not_too_many_values():
+    """Fault: a table that ends for want of memory, without a word, after its first step."""
+    values = [str(n) for n in range(MOST)]
+    for more in ({"values": values}, {"values": values[1:], "missing": ""}):
+        assert columns_of([{"name": "zip", "type": "category"} | more])[0].size == MOST
+    for more in ({"values": [*values, "more"]}, {"values": values, "missing": ""},
+                 {"type": "number", "edges": [*range(MOST + 3)]}):
+        with raises_at("'zip'", "at most 10,000", file="schema"):
+            columns_of([{"name": "zip", "type": "category"} | more])
 
 
 def test_bounds_must_be_public(tmp_path):
