@@ -100,14 +100,15 @@ def look(columns: list[Column], codes: np.ndarray, config: TableConfig, key: Key
     if not config.first_look:
         return Table(columns, codes, order, plan, fine=[None] * d)
     rng, s = key.generator("look"), plan.deviation(plan.ones, d)
-    counts = [noisy(codes, (j,), [c.size for c in columns], s, rng) for j in range(d)]
+    counts = [(noisy(codes, (j,), [c.size for c in columns], s, rng), s) for j in range(d)]
     columns = [*columns]
     fine: list[np.ndarray | None] = [None] * d
     for j, column in enumerate(columns):
         if column.quantiles:
-            columns[j], merged = joined(column, counts[j])
-            fine[j] = merged
-            counts[j] = np.bincount(merged[: column.size], weights=counts[j], minlength=columns[j].size)
+            columns[j], merged = joined(column, counts[j][0])
+            fine[j], size = merged, columns[j].size                         # a bin has the noise of all its fine bins
+            counts[j] = (np.bincount(merged[: column.size], weights=counts[j][0], minlength=size),
+                         s * math.sqrt(column.size / size))
     coded = np.stack([x if code is None else code[x] for x, code in zip(codes.T, fine)], axis=1)
     marginals, others = measure(coded, counts, plan, rows, rng)
     if config.order == "entropy":

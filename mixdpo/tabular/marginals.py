@@ -191,13 +191,12 @@ def log_shares(counts: np.ndarray, rows: int) -> np.ndarray:
     return np.log(share / share.sum())
 
 
-def measure(codes: np.ndarray, ones: list[np.ndarray], plan: Plan, rows: int,
+def measure(codes: np.ndarray, ones: list[tuple[np.ndarray, float]], plan: Plan, rows: int,
             rng: np.random.Generator) -> tuple[Marginals, list[float]]:
-    """-> the marginals, and the noise multipliers of the scores and of the tables. ones: the noisy counts of columns.
-    rows: N."""
-    sizes, d = [len(y) for y in ones], len(ones)
-    found = Marginals(sizes, rows, [log_shares(y, rows) for y in ones],
-                      {(j,): (y, plan.deviation(plan.ones, d)) for j, y in enumerate(ones)})
+    """-> the marginals, and the noise multipliers of the scores and of the tables. ones: the noisy counts of columns,
+    and the deviation of the noise. rows: N."""
+    sizes, d = [len(y) for y, _ in ones], len(ones)
+    found = Marginals(sizes, rows, [log_shares(y, rows) for y, _ in ones], {(j,): of for j, of in enumerate(ones)})
     rounds = [(sets_of(rows, sizes, way), share) for way, share in plan.rounds]
     s = plan.deviation(plan.scores, sum(len(sets) for sets, _ in rounds)) if rounds else 0.0
     for sets, share in rounds:

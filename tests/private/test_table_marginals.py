@@ -261,6 +261,19 @@ def test_rows_of_a_model_are_weighted_to_the_measurements():
         assert np.abs(now - y / 5000).max() < 2e-3, c
 
 
+def test_a_bin_of_quantiles_has_the_noise_of_all_its_fine_bins():
+    """64 fine bins each, of one column, which is measured once; against the true counts of the bins, for 30 keys.
+    Fault: the deviation of one fine bin, so that a noisy column passed for an exact one."""
+    column, = columns_of([{"name": "x", "type": "number", "low": 0, "high": 1, "quantiles": 4}])
+    codes, errors = np.random.default_rng(0).integers(0, column.size, (3000, 1)), []
+    for seed in range(30):
+        table = look([column], codes, TableConfig(), Key.public(seed))
+        (y, s), = table.marginals.measured.values()
+        assert s == pytest.approx(table.plan.deviation(table.plan.ones, 1) * math.sqrt(column.size / len(y)))
+        errors += ((y - np.bincount(table.codes[:, 0], minlength=len(y))) / s).tolist()
+    assert np.std(errors) == pytest.approx(1, abs=0.2)
+
+
 # --- even rows --------------------------------------------------------------------------------------------------------
 
 
