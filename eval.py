@@ -60,7 +60,7 @@ class EvalConfig:
                                     # on a GPU into 4 GiB
     seed: int = 1                   # of sampling; the same for every policy
     kl: tuple[float, ...] = ()      # also evaluate policies between the reference and each run, with about these KL
-                                    # in nats, as in 1,2,4: own reward by KL. Empty: none
+                                    # in nats, as in 1,2,4, and that of the baseline: own reward by KL. Empty: none
     examples: int = 4               # of a user's choices in front of the prompt: the baseline without training; 0: none
     data_folder: str = ""           # folder of local files that is searched before anything is downloaded
     judge: str = ""                 # only compare the completions of an earlier evaluation, by annotator:NAME,

@@ -15,6 +15,7 @@ Methods serve users in one of these ways:
 
 The baseline is one policy: the frontier of all such methods together. A soup is none of them: it is made from a
 mixture, and has a row of its own. Methods are compared at the largest KL that the mixture and the baseline both reach.
+That is mostly where the baseline ends, and methods that go farther have a point there.
 """
 
 import math
@@ -38,7 +39,7 @@ class Point:
     """One policy of a method, or one for each type: by prompt, means over seeds and types."""
 
     beta: float
-    target: float | None        # nats that the strengths were chosen for; None: as it was trained
+    target: float | str | None  # nats that the strengths were chosen for, or served.BASELINE; None: as it was trained
     kl: np.ndarray              # (S,N) nats, of each seed
     gain: np.ndarray            # (S,N) own reward minus the reference's
     types: dict                 # type -> mean gain

@@ -7,10 +7,13 @@
     unknown users   under the gate's weights
 
 A run of one type is part of the ceiling: one model per type is what a mixture could reach if types were known.
-Rows at a smaller KL, of policies between the reference and the run (strength.py), give the frontier of a run.
+Rows at a smaller KL, of policies between the reference and the run (strength.py), give the frontier of a run. One of
+them has about the KL at which the baseline ends, where methods are compared: between two points that are far apart, the
+straight line of a frontier lies well below what policies there would gain.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
@@ -26,6 +29,9 @@ from mixdpo.experts import Adapters, Heads, Models
 from mixdpo.preferences import Pair
 from mixdpo.runs.load_run import Run
 from mixdpo.runs.reference import prompt_features
+
+BASELINE = "baseline"   # the target of the rows with the KL at which the baseline, one policy for all, ends
+NEAR = 0.1              # of a KL in logarithms: then a row more says nothing
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,10 @@ class Completed:
 def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, config, known: dict, scores: Callable
                     ) -> list[dict]:
     """All rows: {"run", "users", "target", "strength", "config"} and the figures of `row`; [] unless each type has a
-    reward. config (EvalConfig): a run that goes farther than one of `kl` is also evaluated at the strength that has
-    about this KL, and `examples` of a user's choices are shown to the reference. done: run -> what `complete` returned
-    at strength 1, and "reference" -> its completions; known: posteriors of new users; scores(texts) ->
-    {reward: the score of each}."""
+    reward. config (EvalConfig): a run that goes farther than one of `kl`, or than the baseline, is also evaluated at
+    the strength that has about this KL, and `examples` of a user's choices are shown to the reference. done: run ->
+    what `complete` returned at strength 1, and "reference" -> its completions; known: posteriors of new users;
+    scores(texts) -> {reward: the score of each}."""
     if "domains" in inputs.dataset:
         task, done = judged_prompts(task, done, inputs.dataset["domains"])
     types, plain = inputs.dataset.get("annotators", []), done["reference"]
@@ -83,13 +89,16 @@ def own_reward_rows(inputs: EvalInputs, task: CompletionTask, done: dict, config
 def rows_of_runs(inputs: EvalInputs, task: CompletionTask, done: dict, targets: list[float], values: Callable,
                  users: Users) -> list[dict]:
     """The rows of the runs and their soups, run by run: at strength 1, then at those that have about the KL of
-    `targets`, descending. The policies of one target are completed together."""
+    `targets`, descending, and of the baseline's end. The policies of one target are completed together."""
     runs = [*inputs.runs, *soups(inputs.runs)]
     reached: dict[str, dict[float, float]] = {run.name: {} for run in runs}         # strength -> KL
     rows: dict[str, list[dict]] = {run.name: [] for run in runs}
-    for target in (None, *targets):
-        strengths = {run.name: 1.0 if target is None else strength_for(target, reached[run.name]) for run in runs
-                     if target is None or run.name in done}                 # a soup has one point
+    for target in (None, *targets, *[BASELINE] * bool(targets)):
+        kl = end_of_baseline(rows, inputs.runs, targets) if isinstance(target, str) else target
+        if target is not None and kl is None:
+            continue
+        strengths = {run.name: 1.0 if kl is None else strength_for(kl, reached[run.name]) for run in runs
+                     if kl is None or run.name in done}                     # a soup has one point
         policies = [Policy(run, strength, tuple(inputs.references)) for run in runs
                     if (strength := strengths.get(run.name)) is not None]
         new = [policy for policy in policies if target is not None or policy.run.name not in done]
@@ -103,6 +112,13 @@ def rows_of_runs(inputs: EvalInputs, task: CompletionTask, done: dict, targets: 
             rows[run.name] += [{"run": run.name, "users": kind, "target": target, "strength": policy.strength,
                                 "config": asdict(run.config)} | figures for kind, figures in of_users.items()]
     return [row for run in runs for row in rows[run.name]]
+
+
+def end_of_baseline(rows: dict[str, list[dict]], runs: list[Run], targets: list[float]) -> float | None:
+    """The largest KL of a run that serves everybody the same policy, in nats; None if there is none, or if one of the
+    targets is as far. rows: of each run."""
+    end = max((row["kl"] for run in runs for row in rows[run.name] if row["users"] == "all users"), default=0.0)
+    return end if end > 0 and all(abs(math.log(end / kl)) > NEAR for kl in targets) else None
 
 
 def soups(runs: list[Run]) -> list[Run]:

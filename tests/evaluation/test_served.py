@@ -19,8 +19,8 @@ import train
 from eval import EvalConfig, evaluate
 from mixdpo import config as configs
 from mixdpo.config import InputError
+from mixdpo.evaluation import frontier, served
 from mixdpo.evaluation import in_context as in_context_module
-from mixdpo.evaluation import served
 from mixdpo.evaluation.completions import CompletionTask, all_scores, with_utilities
 from mixdpo.evaluation.generate import Sampling, generate
 from mixdpo.evaluation.heldout import margins_of
@@ -74,7 +74,7 @@ def job(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "data.annotators.rewards", types.SimpleNamespace(score=score))
         patch.setattr(evaluation, "write_report", lambda home: None)
-        patch.setattr(served, "strength_for", lambda kl, reached: kl)
+        patch.setattr(served, "strength_for", lambda kl, reached: kl if kl == 0.5 else None)
         results = evaluate(EvalConfig(dir=str(folder), batch=3, kl=(0.5,)))
     return folder, results, model
 
@@ -382,6 +382,37 @@ def test_policies_with_the_kl_that_was_asked_for(job):
     assert rows[asked[1]]["kl"] == pytest.approx(asked[1], rel=0.5)
     assert rows[asked[0]]["strength"] < rows[asked[1]]["strength"] < 1 and rows[asked[0]]["kl"] < rows[asked[1]]["kl"]
     assert [row["target"] for row in found if row["run"] == "adapters-soup"] == [None]
+
+
+def test_policies_with_the_kl_of_the_baseline(job):
+    """A mixture that goes farther than DPO has a point where DPO ends. Caught: the comparison there made on a straight
+    line between two points that are far apart, below what the mixture gains; a point for the baseline itself."""
+    folder, results, _ = job
+    whole, ended = row_of(job, "adapters", "known users", 1.0)["kl"], []
+    end = served.end_of_baseline
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "data.annotators.rewards", types.SimpleNamespace(score=score))
+        patch.setattr(evaluation, "write_report", lambda home: None)
+        patch.setattr(served, "end_of_baseline", lambda *given: ended.append(end(*given)) or 0.4 * whole)
+        found = evaluate(EvalConfig(dir=str(folder), kl=(0.1 * whole,)))["own_reward"]
+    assert ended == [pytest.approx(row_of(job, "dpo", "all users", 1.0)["kl"], abs=1e-4)]
+    rows = {row["target"]: row for row in found if (row["run"], row["users"]) == ("adapters", "known users")}
+    assert list(rows) == [None, 0.1 * whole, "baseline"]
+    assert 0 < rows["baseline"]["strength"] < 1 and rows["baseline"]["kl"] != whole     # KL of five prompts is noisy
+    frontiers = {m.name: m for m in frontier.methods({"own_reward": found})}
+    assert [p.target for p in frontiers["adapters"].points] == [None, 0.1 * whole, "baseline"]
+
+
+def test_where_the_baseline_ends():
+    """Caught: a soup, or a policy for one type, for the baseline; a row more at a KL that was asked for; none."""
+    runs = [types.SimpleNamespace(name=name) for name in ("dpo", "dpo-first", "far")]
+    rows = {name: [{"users": users, "kl": kl}] for name, users, kl in (
+        ("dpo", "all users", 2.0), ("dpo-first", "type first", 9.0), ("soup", "all users", 8.0),
+        ("far", "all users", 3.0))}
+    assert served.end_of_baseline(rows, runs, [1.0, 4.0]) == 3.0
+    assert served.end_of_baseline(rows, runs, [1.0, 3.2]) is None is served.end_of_baseline(rows, runs[1:2], [1.0])
+    rows["dpo"][0]["kl"] = -0.01
+    assert served.end_of_baseline(rows, runs[:1], [1.0]) is None
 
 
 @pytest.mark.parametrize("kl", [(0.0,), (1.0, 1.0), (0.5, -1.5), (math.inf,), (math.nan,)])
