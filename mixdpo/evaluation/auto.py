@@ -92,12 +92,12 @@ def choose(config: TrainConfig, given: set[str]) -> TrainConfig:
     chosen: dict[str, Any] = {"experts": K, "sharing": "lora", "targets": "all"}
     if K > 1:
         chosen |= {"shared_rank": 16, "start": "linear"} | options
-    chosen = beside_given(config, {name: value for name, value in chosen.items() if name not in given})
+    chosen = compatible(config, {name: value for name, value in chosen.items() if name not in given})
     print_plan(chosen, reasons, K, given)
     return dataclasses.replace(config, **chosen)
 
 
-def beside_given(config: TrainConfig, chosen: dict[str, Any]) -> dict[str, Any]:
+def compatible(config: TrainConfig, chosen: dict[str, Any]) -> dict[str, Any]:
     """The chosen options without those that do not go with the options of `config`, such as --targets with heads."""
     while True:
         try:
