@@ -8,7 +8,7 @@ from test_resume import Stopped, stop_at
 
 import train
 from mixdpo.evaluation.heldout import margins_of
-from mixdpo.files.atomic import read_tensors
+from mixdpo.files.atomic import read_tensors, write_tensors
 from mixdpo.preferences import groups
 from mixdpo.runs.checkpoint import trained_state
 from mixdpo.runs.load_run import load_run
@@ -93,6 +93,22 @@ def test_a_resumed_run_evaluates_and_ends_as_an_uninterrupted_one(tmp_path, mode
     part = tinyjob.run(tmp_path, model_dir, records, name="part", **options)
     assert tinyjob.equal(whole, part)
     assert (whole / "validation.jsonl").read_bytes() == (part / "validation.jsonl").read_bytes()
+
+
+def test_what_the_file_of_the_best_holds_is_what_is_put_back(tmp_path, model_dir, monkeypatch):
+    """A run that is killed after its last checkpoint leaves the best of a later step. Caught: the parameters of that
+    step put back under the name of an earlier one, which other processes, with other rounding, may find better."""
+    records, heldout = files(tmp_path)
+    options = OPTIONS | {"validation": heldout, "data": tinyjob.write(tmp_path / "d.jsonl", records)}
+    whole = tinyjob.run(tmp_path, model_dir, records, name="whole", **options)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "step", 3)
+        tinyjob.run(tmp_path, model_dir, records, name="run", save_minutes=0.0, **options)
+    later = {name: x * 1.5 for name, x in read_tensors(whole / "best.safetensors")[0].items()}
+    write_tensors(tmp_path / "run" / "best.safetensors", later, {"step": 20, "log_likelihood": -0.5})
+    run = load_run(tinyjob.run(tmp_path, model_dir, records, name="run", **options), "cpu", "")
+    state = trained_state(run.experts)
+    assert all(torch.equal(state[name], later[name]) for name in state)
 
 
 def test_faults_of_the_file_are_named(tmp_path, model_dir):
