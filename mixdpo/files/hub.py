@@ -39,10 +39,11 @@ def resolve(name, data=None):
     Raises: InputError if a hub's model is nowhere complete and cannot be fetched, or if a cache is damaged.
     """
     with reading(name, "a file of the cache is damaged: remove the model there, and get it again"):
-        return _resolve(Path(name), str(name), data)
+        return folder_of(Path(name), str(name), data)
 
 
-def _resolve(path, name, data):
+def folder_of(path, name, data):
+    """`resolve`, for files that can be read."""
     is_hub_name = NAME.fullmatch(name) and not name.endswith(FILES)
     cached = f"models--{name.replace('/', '--')}"
     if data is not None and is_hub_name:
