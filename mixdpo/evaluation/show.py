@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixdpo.config import InputError, command, parse
+from mixdpo.config import InputError, command, parse, reading
 from mixdpo.preferences import Batch, collate, read_preferences
 from mixdpo.text.chat import ends
 from mixdpo.text.records import REST
@@ -73,6 +73,12 @@ class ShowConfig:
     data_folder: str = ""       # folder of local files that is searched before anything is downloaded
 
 
+def facts_of(path: Path) -> dict:
+    """The object in a JSON file of a job; {} if there is no such file. Raises: InputError."""
+    with reading(path, "it is not of this program; move the preferences to a folder without it"):
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
 def main(argv: list[str]) -> None:
     """The command: prints the first pairs of a file."""
     flags = argv if argv and argv[0].startswith("-") else ["--data", *argv]
@@ -80,8 +86,7 @@ def main(argv: list[str]) -> None:
     if config.pairs < 1:
         raise InputError(f"got {config.pairs}, wanted at least 1", option="pairs")
     home = Path(config.data).parent
-    files = (home / "dataset.json", home / "job.json")
-    facts, job = (json.loads(file.read_text()) if file.exists() else {} for file in files)
+    facts, job = facts_of(home / "dataset.json"), facts_of(home / "job.json")
     tuned = str(home / "reference") if (home / "reference").is_dir() else job.get("model", "smollm2")
     tokenizer = load_tokenizer(config.model or tuned, config.data_folder or None)
     max_prompt = config.max_prompt or facts.get("max_prompt", 64)

@@ -100,3 +100,12 @@ def test_a_jobs_own_model_and_lengths_are_taken(tmp_path, capsys):
     tinyjob.make_model(tmp_path / "reference", context=256, special=special)
     main([str(path)])
     assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "job.json"])
+@pytest.mark.parametrize("text", ["[1, 2]", "{", "3"])
+def test_a_foreign_file_beside_the_preferences_is_named(tmp_path, name, text):
+    """Caught: a traceback where another program's dataset.json lies in the folder."""
+    (tmp_path / name).write_text(text)
+    with raises_at(file=tmp_path / name):
+        main([str(write(tmp_path, GOOD))])
