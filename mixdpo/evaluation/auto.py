@@ -13,7 +13,9 @@ the run. What a linear reward cannot see, this choice cannot see; --experts 2 ov
 the command line are kept. A private run (--epsilon) has the defaults: a choice from its data would not be private.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -83,7 +85,10 @@ def choose(config: TrainConfig, given: set[str]) -> TrainConfig:
     dtype = compute_dtype(config.dtype, device)[0]
     reference = reference_of(Source(config.data, pairs, config), models, tokenizer, dtype,
                              Path(config.out).parent / "cache")
-    options, reasons = unit_options(pairs, config.latent if "latent" in given else "")
+    latent = config.latent if "latent" in given or config.gate != TrainConfig.gate else ""
+    options, reasons = unit_options(pairs, latent)
+    if latent:
+        reasons["latent"] = f"{latent}: as --gate {config.gate} needs it"       # not shown if --latent is given
     most = MOST if options["latent"] == "user" or "gate" in options else min(MOST, counts_of(pairs).supports(False))
     units, priors = units_of(pairs, options)
     tried = try_experts(units, priors, reference.features, order_of(pairs), most, config.seed)
@@ -98,15 +103,15 @@ def choose(config: TrainConfig, given: set[str]) -> TrainConfig:
 
 
 def compatible(config: TrainConfig, chosen: dict[str, Any]) -> dict[str, Any]:
-    """The chosen options without those that do not go with the options of `config`, such as --targets with heads."""
-    while True:
-        try:
-            validate(dataclasses.replace(config, **chosen))
-        except InputError as error:
-            if error.option in chosen and error.option != "experts":
-                chosen = {name: value for name, value in chosen.items() if name != error.option}
-                continue                                                    # other errors are the run's to report
-        return chosen
+    """As many of the chosen options as go with the options of `config`; all, if none of them is to blame."""
+    names = [name for name in chosen if name != "experts"]
+    for count in range(len(names) + 1):
+        for left_out in itertools.combinations(names, count):
+            kept = {name: value for name, value in chosen.items() if name not in left_out}
+            with contextlib.suppress(InputError):
+                validate(dataclasses.replace(config, **kept))
+                return kept
+    return chosen                                                           # the error is the run's to report
 
 
 def unit_options(pairs: list[Pair], latent: str = "") -> tuple[dict, dict[str, str]]:

@@ -151,13 +151,24 @@ def test_options_on_the_command_line_are_kept(words, capsys):
 @pytest.mark.parametrize("given, want", [
     (["--latent", "pair"], {"latent": "pair", "em": "minibatch", "estep": "all", "context": 0}),
     (["--sharing", "heads"], {"sharing": "heads", "targets": "", "shared_rank": 0, "latent": "user", "experts": 2}),
-    (["--estep", "all"], {"estep": "all", "context": 0, "latent": "user", "experts": 2})])
+    (["--estep", "all"], {"estep": "all", "context": 0, "latent": "user", "experts": 2}),
+    (["--start", "none"], {"start": "none", "shared_rank": 0, "sharing": "lora", "latent": "user"}),
+    (["--train-trunk", "false"], {"train_trunk": False, "sharing": "heads", "latent": "user", "experts": 2})])
 def test_what_is_chosen_fits_the_options_that_are_given(words, given, want):
-    """Caught: options chosen for users beside --latent pair, adapters' options beside heads, and context pairs beside
-    --estep all: the run was refused, with an error about an option that nobody had given."""
+    """Caught: options chosen for users beside --latent pair, adapters' options beside heads, context pairs beside
+    --estep all, a shared adapter beside --start none: the run was refused, with an error about an option that nobody
+    had given. More left out than has to be."""
     config = auto.parse([*words, *given], "train.py")
     validate(config)
     assert {name: getattr(config, name) for name in want} == want
+
+
+def test_a_gate_that_reads_prompts_has_types_of_single_choices(words, capsys):
+    """Caught: the number of types chosen by users, and an error about --latent, which nobody had given."""
+    config = auto.parse([*words, "--gate", "linear"], "train.py")
+    assert (config.experts, config.latent) == (1, "pair") and "--experts  1, which is DPO" in capsys.readouterr().out
+    with raises_at("--experts 2", option="gate"):
+        validate(config)
 
 
 def test_users_are_pooled_if_asked():
