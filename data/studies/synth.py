@@ -1,9 +1,9 @@
 """Private synthetic tables of the suite (data/tables/suite.py): DP-TBART beside AIM, trees of pairs (MST) and
 independent columns with the same budget.
 
-A cell is a sample of one generator, for one table, epsilon and seed. There are several seeds at epsilon 1. The paper's
-own form runs once, at epsilon 1, on the development tables. Cells of AIM and of OpenDP's MST exist where their samples
-are stored (`make rivals`, data/tables/rivals.py); elsewhere the page says "not run".
+A cell is a sample of one generator, for one table, epsilon and seed. The paper's own form runs once, at epsilon 1, on
+the development tables. Cells of AIM and of OpenDP's MST exist where their samples are stored (`make rivals`,
+data/tables/rivals.py); elsewhere the page says "not run".
 """
 
 import math
@@ -44,7 +44,7 @@ def cells(preset: str) -> list[dict]:
                   for method in (HELD, REAL)]
         for epsilon in EPSILONS[preset]:
             for method in METHODS[:-2]:
-                for seed in range(SEEDS[preset] if epsilon == 1 else 1):
+                for seed in range(SEEDS[preset]):
                     if method in PACKAGED:
                         path = rivals.sample_path(rivals.HOME, table, PACKAGED[method], epsilon, seed)
                         runs = preset != "smoke" and path.exists()
