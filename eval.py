@@ -119,7 +119,8 @@ def margins(inputs: EvalInputs, path: str):
 
 
 def new_users(inputs: EvalInputs, seed: int, known: dict) -> dict:
-    """File of new users -> run -> accuracy by the number of known pairs. Fills known: run -> their posteriors."""
+    """File of new users -> run -> accuracy by the number of known pairs. Fills known: run -> their posteriors, of the
+    last file."""
     curves = {}
     for path in inputs.adapt:
         with configs.lines_of(path):
