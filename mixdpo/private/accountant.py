@@ -202,7 +202,9 @@ def farthest(losses: list[Losses], counts: list[int], sign: int) -> int:
     ends = [x.max() for x in points]
     variance = sum(n * (l.p @ (x - l.p @ x) ** 2) for l, n, x in zip(losses, counts, points))
     best = sum(n * end for n, end in zip(counts, ends))
-    for t in math.sqrt(2 * math.log(1e15) / variance) * 4.0 ** np.arange(-4, 2):
+    by_variance = math.sqrt(2 * math.log(1e15) / variance) * 4.0 ** np.arange(-4, 2)
+    by_largest = 2.0 ** np.arange(8) / max(ends)                            # where losses are rare and large
+    for t in (*by_variance, *by_largest):
         moments = sum(n * (t * end + math.log(l.p @ np.exp(t * (x - end)) + 1e-300))
                       for l, n, x, end in zip(losses, counts, points, ends))
         best = min(best, (math.log(1e15) + moments) / t)
