@@ -18,7 +18,8 @@ There are two accountants; both give upper bounds.
                             conversion is from Balle et al. 2020, arXiv 1905.09982, and Canonne, Kamath & Steinke
                             2020, arXiv 2004.00010.
     delta_of, epsilon_of    the distribution of L on a grid, composed by FFT. Relative error of epsilon about 1e-7
-                            (larger for sigma below 0.04 or for more than 10^5 steps).
+                            (larger for sigma below 0.04, for more than 10^5 steps, or for delta below 1e-7: 4e-6 at
+                            1e-9 and 3e-4 at 1e-11, because of CHARGE).
                             The mass of a grid cell moves to the two ends of the cell, so that its probabilities under P
                             and under Q stay the same. For one step, delta is exact at grid points and too large
                             between them ("connect the dots").

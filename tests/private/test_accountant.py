@@ -2,6 +2,7 @@
 arXiv 2208.09595), and figures published by others. What each test catches stands in its docstring."""
 
 import math
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -150,6 +151,19 @@ def test_gaussians(mechanisms, epsilons):
         want = gaussian_delta(mu, epsilon)
         assert want <= delta_of(mechanisms, epsilon) <= want * (1 + 1e-6) + 2e-13, epsilon
     assert delta_of([Mechanism(1.0)], 1.0) == pytest.approx(0.1269367, abs=5e-8)
+
+
+@pytest.mark.parametrize("delta, least, most", [(1e-5, 0.0, 2e-7), (1e-7, 0.0, 2e-7), (1e-9, 1e-6, 6e-6),
+                                                (1e-11, 1e-4, 5e-4)])
+def test_the_error_of_epsilon_is_the_stated_one(delta, least, most):
+    """The module says 1e-7, and how much more for a small delta. Catches: a statement that leaves out what CHARGE costs
+    there; another charge."""
+    exact = brentq(lambda epsilon: gaussian_delta(1.0, epsilon) - delta, 0.0, 50.0, xtol=1e-13, rtol=1e-14)
+    error = epsilon_of([Mechanism(1.0)], delta) / exact - 1
+    assert least <= error <= most
+    stated = [float(word) for word in re.findall(r"(\d+e-\d+) at\s+%s\b" % f"{delta:g}".replace("e-0", "e-"),
+                                                 accountant.__doc__)]
+    assert len(stated) == (delta < 1e-7) and all(error == pytest.approx(value, rel=0.5) for value in stated)
 
 
 WAYS = {"removed": 0, "added": 1}
