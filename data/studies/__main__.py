@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     check_choices(config, {"name": NAMES, "preset": PRESETS})
     study, out = study_of(config.name), Path(config.out)
     facts = run(config.name, config.preset, Path(config.home), config.data_folder)
-    spent = Path(config.home) / config.name / f"{config.preset}.seconds"    # seconds of all calls
+    spent = Path(config.home) / config.name / f"{config.preset}.seconds"    # of all calls that ended
     seconds = time.monotonic() - began + (float(spent.read_text()) if spent.exists() else 0.0)
     write_text(spent, f"{seconds:.1f}")
     out.mkdir(parents=True, exist_ok=True)

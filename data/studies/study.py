@@ -100,10 +100,10 @@ def run(name: str, preset: str, home: Path, data_folder: str) -> list[dict]:
 
 
 def describe_study(facts: list[dict], name: str, preset: str, seconds: float) -> str:
-    """The command, time and revision of a page."""
+    """The command, time and revision of a page. seconds: of all calls that ended."""
     revisions = sorted({row["environment"]["revision"] for row in facts})
     where = facts[0]["environment"]
     less = " and those of interrupted calls" if any(row.get("resumed") for row in facts) else ""
     return (f"`make study NAME={name} PRESET={preset}`: {len(facts)} cells, {sum(r['seconds'] for r in facts):.0f} "
-            f"core seconds{less}; the last call took {seconds / 60:.1f} minutes on {os.cpu_count()} cores; measured at "
-            f"revision {', '.join(revisions)}, torch {where['torch']}, Python {where['python']}.")
+            f"core seconds{less}; calls that ended took {seconds / 60:.1f} minutes on {os.cpu_count()} cores; measured "
+            f"at revision {', '.join(revisions)}, torch {where['torch']}, Python {where['python']}.")

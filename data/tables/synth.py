@@ -4,8 +4,8 @@ table.csv --schema schema.json` (mixdpo/tabular/columns.py), optionally with `--
 
     OUT/synthetic.csv       as many rows as the table has; may be published, together with model.safetensors and
     OUT/schema.json         its columns, with the bins that were found under noise
-    OUT/privacy.json        the privacy that was spent, on which table, and what it does not cover. It completes the
-                            release: the secret key is deleted, and a run with other options is refused
+    OUT/privacy.json        the privacy that was spent, and what it does not cover. It completes the release: the secret
+                            key is deleted, and a run with other options is refused
     OUT/report.md           distances to the real table; computed without noise, so do not publish it
     OUT/figures.json        the figures of the report; do not publish them either
     OUT/config.json         the options, and sha256 of table, schema and test table; do not publish it either
@@ -209,7 +209,7 @@ def run(config: SynthConfig) -> Path:
             print(f"[table] {time.monotonic() - began:.0f} s: {out / 'synthetic.csv'}")
         delete_key(out)                                                     # before anything that may fail or take long
         shutil.rmtree(out / "checkpoint", ignore_errors=True)           # a run with other noise must not resume from it
-        if (out / "report.md").exists():
+        if (out / "report.md").exists() and "figures" in read_json_or_empty(out / "figures.json"):
             print("[report] finished before")
         else:
             report(config, out, began)

@@ -44,6 +44,7 @@ class Point:
     gain: np.ndarray            # (S,N) own reward minus the reference's
     types: dict                 # type -> mean gain
     length: float
+    seeds: tuple[int, ...]      # (S,)
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,14 @@ class Method:
     points: list[Point]
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """KL and gain of all points by seed and prompt: (P,S,N) each; seeds that a point lacks are left out of all."""
-        seeds = min(len(p.kl) for p in self.points)
-        return np.stack([p.kl[:seeds] for p in self.points]), np.stack([p.gain[:seeds] for p in self.points])
+        """KL and gain of all points by seed and prompt: (P,S,N) each; seeds that a point lacks are left out of all. If
+        none is left, each point has its first ones."""
+        first, *others = [p.seeds for p in self.points]
+        common = [seed for seed in first if all(seed in seeds for seeds in others)]
+        fewest = min(map(len, (first, *others)))
+        rows = [[p.seeds.index(seed) for seed in common] or [*range(fewest)] for p in self.points]
+        kl, gain = ([getattr(p, what)[own] for p, own in zip(self.points, rows)] for what in ("kl", "gain"))
+        return np.stack(kl), np.stack(gain)
 
     def line(self) -> tuple[np.ndarray, np.ndarray]:
         """The corners of the frontier: KL and gain."""
@@ -118,7 +124,7 @@ def points_of(rows: list[dict]) -> list[Point]:
         each = [row for rows in of.values() for row in rows]
         types = {kind: float(np.mean([row["types"][kind]["mean"] for row in each if kind in row["types"]]))
                  for kind in dict.fromkeys(kind for row in each for kind in row["types"])}
-        points.append(Point(beta, target, kl, gain, types, float(np.mean([row["length"] for row in each]))))
+        points.append(Point(beta, target, kl, gain, types, float(np.mean([row["length"] for row in each])), (*of,)))
     return points
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mixdpo.evaluation.statistics import clustered_se, grid_se, mean_se
+from mixdpo.evaluation.statistics import clustered_se, grid_se
 
 RESAMPLES = 1000
 AT_ONCE = 64        # users whose numbers are in memory together
@@ -67,15 +67,17 @@ def serve(values: torch.Tensor, log_ratio: torch.Tensor, log_q: torch.Tensor, ki
         mean_q += torch.einsum("u,unk->nk", weight[u], q)
     all_own = torch.cat(own)                                                # (U,N)
     reward = torch.stack([all_own[kind == t].mean(0) for t in range(T)])    # (T,N)
-    return Served(reward, kl, mean_q, se_of_mean(all_own - reward.mean(1)[kind, None], weight, T),
-                  [mean_se(row) for row in reward])
+    residual = all_own - reward.mean(1)[kind, None]                         # (U,N)
+    by_type = [{"mean": float(row.mean()), "se": se_of_mean(residual[kind == t], T * weight[kind == t], 1), "n": N}
+               for t, row in enumerate(reward)]
+    return Served(reward, kl, mean_q, se_of_mean(residual, weight, T), by_type)
 
 
 def se_of_mean(residual: torch.Tensor, weight: torch.Tensor, types: int) -> float:
     """Standard error of the weighted mean over users and prompts, clustered by both: residuals (U,N) from the mean of
     the user's type, weights of users (U,). One user of each type stands for all of them, and is no cluster."""
     influence = weight[:, None] / residual.shape[1] * residual
-    return grid_se(influence) if len(weight) > types else clustered_se(influence.sum(0))
+    return grid_se(influence, types) if len(weight) > types else clustered_se(influence.sum(0))
 
 
 # --- comparisons at equal KL ------------------------------------------------------------------------------------------

@@ -28,10 +28,11 @@ def one_way_variance(influence: torch.Tensor, cluster: list | None) -> float:
     return variance_of_sum(influence.new_zeros(len(place)).index_add(0, index, influence))
 
 
-def variance_of_sum(sums: torch.Tensor) -> float:
-    """Variance of the sum of C independent terms (C,), each the centred sum of a cluster; NaN for a single one."""
+def variance_of_sum(sums: torch.Tensor, means: int = 1) -> float:
+    """Variance of the sum of C independent terms (C,), each the centred sum of a cluster; NaN for a single one. means:
+    how many means were subtracted, one from each group of clusters."""
     C = len(sums)
-    return C / (C - 1) * float(sums.square().sum()) if C > 1 else math.nan
+    return C / (C - means) * float(sums.square().sum()) if C > means else math.nan
 
 
 def clustered_se(influence: torch.Tensor, *clusters: list) -> float:
@@ -53,10 +54,11 @@ def two_way_se(first: float, second: float, both: float) -> float:
     return math.sqrt(max(first + second - both, first, second))             # NaN in front of max stays NaN
 
 
-def grid_se(influence: torch.Tensor) -> float:
-    """`clustered_se` by row and by column of a table of centred terms (A,B), with one term in each cell."""
-    ways = (influence.sum(1), influence.sum(0), influence.flatten())
-    return two_way_se(*map(variance_of_sum, ways))
+def grid_se(influence: torch.Tensor, groups: int = 1) -> float:
+    """`clustered_se` by row and by column of a table of centred terms (A,B), with one term in each cell. groups: of
+    rows, each centred on its own mean."""
+    of_rows = variance_of_sum(influence.sum(1), groups)
+    return two_way_se(of_rows, *map(variance_of_sum, (influence.sum(0), influence.flatten())))
 
 
 def mean_se(values, *clusters: list) -> dict:

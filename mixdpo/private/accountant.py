@@ -18,7 +18,8 @@ There are two accountants; both give upper bounds.
                             conversion is from Balle et al. 2020, arXiv 1905.09982, and Canonne, Kamath & Steinke
                             2020, arXiv 2004.00010.
     delta_of, epsilon_of    the distribution of L on a grid, composed by FFT. Relative error of epsilon about 1e-7
-                            (larger for sigma below 0.04 or for more than 10^5 steps).
+                            (larger for sigma below 0.04, for more than 10^5 steps, or for delta below 1e-7: 4e-6 at
+                            1e-9 and 3e-4 at 1e-11, because of CHARGE).
                             The mass of a grid cell moves to the two ends of the cell, so that its probabilities under P
                             and under Q stay the same. For one step, delta is exact at grid points and too large
                             between them ("connect the dots").
@@ -202,7 +203,9 @@ def farthest(losses: list[Losses], counts: list[int], sign: int) -> int:
     ends = [x.max() for x in points]
     variance = sum(n * (l.p @ (x - l.p @ x) ** 2) for l, n, x in zip(losses, counts, points))
     best = sum(n * end for n, end in zip(counts, ends))
-    for t in math.sqrt(2 * math.log(1e15) / variance) * 4.0 ** np.arange(-4, 2):
+    by_variance = math.sqrt(2 * math.log(1e15) / variance) * 4.0 ** np.arange(-4, 2)
+    by_largest = 2.0 ** np.arange(8) / max(ends)                            # where losses are rare and large
+    for t in (*by_variance, *by_largest):
         moments = sum(n * (t * end + math.log(l.p @ np.exp(t * (x - end)) + 1e-300))
                       for l, n, x, end in zip(losses, counts, points, ends))
         best = min(best, (math.log(1e15) + moments) / t)

@@ -54,7 +54,7 @@ def simplex(x: np.ndarray, total: float) -> np.ndarray:
     """The non-negative vector with sum `total` that is closest to x: max(x - t, 0) for the right t."""
     largest = np.sort(x)[::-1]
     t = (largest.cumsum() - total) / np.arange(1, len(x) + 1)
-    return np.maximum(x - t[largest > t][-1], 0)
+    return np.maximum(x - t[max((largest > t).sum(), 1) - 1], 0)
 
 
 def cells(codes: np.ndarray, columns: Columns, sizes: list[int]) -> np.ndarray:

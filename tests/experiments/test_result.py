@@ -48,6 +48,21 @@ def test_a_method_is_its_runs_of_any_seed_and_beta(job):
     assert found["mix-user"].full.gain[0].tolist() == known["gain_by_prompt"]
 
 
+@pytest.mark.parametrize("there, used", [((0, 1), (0, 1)), ((1,), (1,)), ((1, 0), (0, 1)), ((5,), (0,))], ids=str)
+def test_points_are_compared_on_the_same_seeds(job, there, used):
+    """Beta 0.1 has the seeds 0 and 1. Caught: seed 0 of it beside seed 1 of a beta that has no seed 0, or has it later;
+    a crash where no seed is common."""
+    one = next(row for row in job.results["own_reward"] if row["run"] == "dpo" and row["target"] is None)
+
+    def run(seed, beta):
+        return one | {"config": one["config"] | {"seed": seed, "beta": beta}, "gain_by_prompt": [seed + beta] * 40}
+
+    found = frontier.methods({"own_reward": [run(seed, 0.1) for seed in (0, 1)] + [run(seed, 0.01) for seed in there]})
+    gain = found[0].arrays()[1].mean(2)                                     # (P,S)
+    assert gain[0].tolist() == pytest.approx([seed + 0.1 for seed in used])
+    assert gain[1].tolist() == pytest.approx([seed + 0.01 for seed in (used if used[0] in there else there)])
+
+
 def test_runs_on_other_data_are_another_method(job):
     """Caught: two policies with equal options, trained on other files, averaged under the name of the first; seeds in
     other folders, or whose files have the seed in their names, as methods of their own."""

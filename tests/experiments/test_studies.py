@@ -19,6 +19,7 @@ import torch
 from raising import raises_at
 
 from data import studies
+from data.studies import __main__ as command
 from data.studies import collapse, conflict, parity, privacy, study, texts, worlds
 from data.studies.texts import Judges
 from data.studies.worlds import ITEMS, World, fit, item_probabilities, judged, look, oracle, prompt, write
@@ -182,6 +183,18 @@ def test_a_long_cell_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, res
     assert not list(home.glob("fake/*.work"))
     text = study.describe_study([facts], "fake", "quick", 60.0)
     assert ("interrupted calls" in text) == kept
+
+
+def test_a_page_says_whose_minutes_it_gives(tmp_path, monkeypatch):
+    """Two calls, of which an earlier one took an hour. Catches: the minutes of all calls as those of the last one."""
+    facts = [{"cell": {}, "figures": {}, "seconds": 1.0, "environment": study.environment()}]
+    one = study.Study("Fake", "Why?", None, None, lambda rows: ("text", {}))
+    for name, replaced in (("study_of", lambda name: one), ("run", lambda *_: facts), ("NAMES", ("fake",))):
+        monkeypatch.setattr(command, name, replaced)
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake/quick.seconds").write_text("3600.0")
+    command.main(["--name", "fake", "--out", str(tmp_path / "docs"), "--home", str(tmp_path)])
+    assert "calls that ended took 60.0 minutes" in (tmp_path / "docs/fake.md").read_text()
 
 
 @pytest.mark.parametrize("name", studies.NAMES)

@@ -112,6 +112,17 @@ def test_a_stopped_run_goes_on_with_the_same_contents_elsewhere(own, monkeypatch
 # --- one secret, one release ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("gone", ["report.md", "figures.json"])
+def test_a_report_is_made_again(own, gone):
+    """Someone removes a file that may not be published. Fault: a missing figures.json, without which every later call
+    ended with "run the same command again"."""
+    call(own)
+    made = bytes_of(own["out"])
+    (own["out"] / gone).unlink()
+    call(own)
+    assert bytes_of(own["out"]) == made and "DP-TBART" in (own["out"] / gone).read_text()
+
+
 @pytest.mark.parametrize("dies", [RuntimeError, KeyboardInterrupt, OSError])
 def test_a_release_is_finished_before_its_report(own, monkeypatch, dies, capsys):
     """However the report ends: the secret is deleted, other options are an error, and the same command makes the report

@@ -238,6 +238,7 @@ def test_the_closest_vector_and_table():
     projections without Dykstra's correction, which end at some table and not the closest."""
     assert simplex(np.array([5.0, 2.0, -4.0]), 5.0).tolist() == [4, 1, 0]
     assert simplex(np.array([1.0, 1.0]), 4.0).tolist() == [2, 2]
+    assert simplex(np.array([1e20, -3e19]), 300.0).tolist() == [0, 0]       # 300 is lost in 1e20: once an IndexError
     assert closest(np.ones((2, 2)), np.array([4.0, 4.0]), np.array([4.0, 4.0])).tolist() == [[2, 2], [2, 2]]
     rng = np.random.default_rng(1)
     x, first, second = rng.normal(size=(3, 4)) * 3, np.array([6.0, 1.0, 3.0]), np.array([1.0, 4.0, 2.0, 3.0])
