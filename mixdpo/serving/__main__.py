@@ -101,7 +101,7 @@ def users_of(config: ServeConfig, run: str, K: int) -> Users:
 
 def rewards_beside(run: Path) -> Callable[[str], dict[str, float]] | None:
     """A text -> its rewards, those that dataset.json in the run's folder or the one above names; None if there is no
-    such file, or if a package for them is missing, which is printed."""
+    such file, or if they cannot be computed, for example without a package, which is printed."""
     found = next((path for path in (run / "dataset.json", run.parent / "dataset.json") if path.exists()), None)
     if found is None:
         return None
@@ -109,18 +109,19 @@ def rewards_beside(run: Path) -> Callable[[str], dict[str, float]] | None:
         dataset = dict(json.loads(found.read_text(encoding="utf-8")))
     if "rewards" not in dataset:
         return None
-    try:
-        from data.annotators.rewards import score  # here, because only this needs its packages
-
-        score(["A text."], dataset["rewards"], found.parent)
-    except (ImportError, InputError) as error:
-        print(f"warning: answers are shown without rewards: {error}")
-        return None
 
     def rewards(text: str) -> dict[str, float]:
+        from data.annotators.rewards import score  # here, because only this needs its packages
+
         scores = with_utilities(score([text], dataset["rewards"], found.parent), dataset.get("utilities", {}))
         return {name: values[0] for name, values in scores.items()}
 
+    try:
+        with reading(found):
+            rewards("A text.")
+    except (ImportError, InputError) as error:
+        print(f"warning: answers are shown without rewards: {error}")
+        return None
     return rewards
 
 

@@ -204,7 +204,8 @@ def test_a_prompt_that_fills_the_context_is_refused(serving):
 
 
 def test_rewards_come_from_the_annotators_beside_the_run(tmp_path, monkeypatch):
-    """Catches: rewards of another folder; a utility that is left out; a missing package that stops the server."""
+    """Catches: rewards of another folder; a utility that is left out; a missing package that stops the server; a
+    traceback for a damaged file, at the start or for each answer."""
     from data.annotators import rewards
 
     asked = []
@@ -224,6 +225,11 @@ def test_rewards_come_from_the_annotators_beside_the_run(tmp_path, monkeypatch):
     assert rewards_beside(run)("text") == pytest.approx({"ab": 0.2, "abc": 0.3, "both": 0.8})
     assert asked[-1] == (["text"], ["ab", "abc"], tmp_path / "job")
     assert {folder for _, _, folder in asked} == {tmp_path / "job"}
+    for damaged in ('{"rewards": 3}', '{"rewards": null}', '{"rewards": ["ab"], "utilities": 3}',
+                    '{"rewards": ["ab"], "utilities": {"both": {"abc": 1}}}'):
+        dataset.write_text(damaged)
+        assert rewards_beside(run) is None
+    dataset.write_text('{"rewards": ["ab"]}')
     monkeypatch.setattr(rewards, "score", lambda *_: (_ for _ in ()).throw(InputError("no judge")))
     assert rewards_beside(run) is None
 
