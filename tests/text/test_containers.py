@@ -162,6 +162,27 @@ def test_a_parquet_file_with_a_repeated_column(tmp_path):
         read(tmp_path / "a.parquet")
 
 
+@pytest.mark.parametrize("kind, value", [
+    ("timestamp('ns')", 1_700_000_000_123_456_789), ("duration('ns')", 1), ("timestamp('us')", 2**62),
+    ("date32()", 2**31 - 1), ("timestamp('ms', tz='No/Where')", 0), ("binary()", b"caf\xe9")])
+def test_parquet_values_that_python_cannot_hold(tmp_path, kind, value):
+    """Times in nanoseconds, years above 9999, an unknown time zone, a text that is not UTF-8. Catches: a file that is
+    refused because of a column that nobody uses; such a value used as a text or an id; a row that --drop cannot skip,
+    or that a failed step cannot keep."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    odd = pa.array([None, value, None], eval(kind, vars(pa)))
+    odd = odd.view(pa.string()) if pa.types.is_binary(odd.type) else odd
+    texts = {name: pa.array([GOOD[name]] * 3) for name in ("prompt", "chosen", "rejected")}
+    parquet.write_table(pa.table(texts | {"odd": odd}), tmp_path / "a.parquet")
+    assert len(read(tmp_path / "a.parquet")) == 3
+    with raises_at("user", file=tmp_path / "a.parquet", line=2, kind=Fault):
+        read(tmp_path / "a.parquet", columns="user=odd")
+    assert [pair.line for pair in read(tmp_path / "a.parquet", columns="user=odd", drop=True)] == [1, 3]
+    source, = data_files(tmp_path / "a.parquet")
+    kept = [json.loads(row.line())["odd"] for row in rows(source)]
+    assert kept[0] is kept[2] is None and str(odd.type) in kept[1]
+
+
 def test_a_damaged_parquet_file(tmp_path):
     """One byte wrong, at many places: in pages, texts and the footer. Catches: an error of pyarrow, which has several
     types, that is no InputError; one without the file's name."""
