@@ -103,12 +103,25 @@ SPLITS = {      # files of a data set, the split -> the files that are read; Non
     "one split only": (["all.jsonl", ".gitattributes", "dataset_infos.txt"], {"": [0], "all": [0]}),
     "two kinds": (["train.csv", "train.jsonl", "train.parquet"], {"": [2]}),
     "nothing": (["README.md"], {"": None}),
+    "folders with a point": (["v1.0/train.jsonl", "v1.1/train.jsonl"], {"": None, "v1.0/train": [0], "v1.1": [1]}),
+    "a folder of splits": (["hh/test_prefs.jsonl", "hh/train_prefs.jsonl", "en/a.csv", "en/b.csv"],
+                           {"hh": None, "hh/train_prefs": [1], "test_prefs": [0], "en": [2, 3]}),
+    "numbers and hashes": (["data/train-00000-of-00002-1f.parquet", "data/train-00001-of-00002-e7.parquet",
+                            "test-00001-of-00002.csv", "test-00002-of-00002.csv"], {"": [0, 1], "test": [2, 3]}),
+    "a number is missing": (["train-00000-of-00003.parquet", "train-00002-of-00003.parquet", "test-00000-of-00001.csv"],
+                            {"": None, "test": [2]}),
+    "files of two uploads": (["train-00000-of-00001.csv", "train-00000-of-00002.csv", "train-00001-of-00002.csv",
+                              "test-00000-of-00002.csv", "test-00001-of-00002.csv", "test-00002-of-00003.csv"],
+                             {"": None, "test": None}),
+    "a number twice": (["train-00000-of-00001-1f.csv", "train-00000-of-00001-e7.csv"], {"": None}),
+    "two forms of a file": (["train.jsonl", "train.jsonl.gz", "test.json", "test.jsonl"], {"": None, "test": None}),
 }
 
 
 @pytest.mark.parametrize("case", SPLITS)
 def test_the_files_of_a_split(case):
-    """Catches: a split that is a part of another's name; folders mixed; all splits read as one."""
+    """Catches: a split that is a part of another's name; folders mixed, those whose names differ behind a point too;
+    all splits of a folder read as one; a part of a split taken for all of it; rows read twice."""
     names, splits = SPLITS[case]
     for split, wanted in splits.items():
         if wanted is None:
