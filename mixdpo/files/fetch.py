@@ -169,8 +169,11 @@ def hub(repository, name, revision="main"):
             return target
         try:
             headers = head(url)
-            entry = Asset(name, int(headers["X-Linked-Size"]), headers["X-Linked-Etag"].strip('"'), (url,))
-        except (Unavailable, OSError, http.client.HTTPException, KeyError, ValueError) as error:
+            size, etag = headers.get("X-Linked-Size"), headers.get("X-Linked-Etag")
+            if size is None or etag is None:
+                raise Unavailable("the answer has no X-Linked-Size or no X-Linked-Etag")
+            entry = Asset(name, int(size), etag.strip('"'), (url,))
+        except (Unavailable, OSError, http.client.HTTPException, ValueError) as error:
             raise InputError(f"the hub does not state the file's size and sha256 ({error!r}).\n"
                              f"  By hand: download the file, put it into a folder as {name}, and give DATA=FOLDER",
                              file=url) from None
