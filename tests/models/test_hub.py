@@ -172,6 +172,18 @@ def test_pickled_weights_are_refused_before_anything_is_fetched(server, folder):
     assert len(server.seen) == 1
 
 
+@pytest.mark.parametrize("lost", ["config.json", "tokenizer.json"])
+def test_a_model_that_is_incomplete_on_the_hub_is_refused_before_anything_is_fetched(lost, server, folder):
+    """Later it is complete, and found. Faults: gigabytes of weights fetched first; a listing kept that lacks a file."""
+    kept = (folder / lost).read_bytes()
+    (folder / lost).unlink()
+    with raises_at(lost, file=NAME):
+        resolve(NAME)
+    assert len(server.seen) == 1
+    (folder / lost).write_bytes(kept)
+    assert not hub.missing(resolve(NAME))
+
+
 def test_places_come_in_order(server, folder, tmp_path):
     """Data folder, a local path, Hugging Face's cache, ours. Faults: another order; the hub asked although there is a
     copy."""
