@@ -1,7 +1,9 @@
 """The server's own endpoints: users, weights, scores, facts."""
 
+import contextlib
 import json
 import math
+import sqlite3
 import threading
 import time
 
@@ -12,6 +14,7 @@ from fakerun import FakeRun, make_tokenizer
 
 from mixdpo.config import InputError
 from mixdpo.preferences import read_preferences
+from mixdpo.serving import users
 from mixdpo.serving.__main__ import ServeConfig, access_of, rewards_beside
 from mixdpo.serving.service import Limits
 
@@ -91,6 +94,24 @@ def test_users_and_comparisons_are_limited(serving):
         assert other.json()["error"]["code"] == "limit_reached" and "1 users" in other.json()["error"]["message"]
         client.delete("/v1/users/anna")
         assert client.post("/v1/users/bert/preferences", json=choice).status_code == 200
+
+
+def test_a_file_that_another_process_holds_is_no_error_of_the_server(serving, tmp_path, monkeypatch):
+    """Each request that reads or writes users' comparisons. Catches: status 500 where a later request would succeed."""
+    monkeypatch.setattr(users, "WAIT", 0.05)
+    choice, path = {"prompt": "p", "chosen": "aaaa", "rejected": "b"}, "/v1/users/anna/preferences"
+    asks = [("POST", path, choice), ("GET", path, None), ("GET", "/v1/users/anna", None),
+            ("POST", "/api/weights", {"prompt": "p", "user": "anna"}), ("DELETE", "/v1/users/anna", None),
+            ("POST", "/v1/completions", {"model": "mixture", "prompt": "p", "user": "anna"})]
+    with serving() as server, httpx.Client(base_url=server.url) as client:
+        with contextlib.closing(sqlite3.connect(tmp_path / "users.sqlite", isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            for method, place, body in asks:
+                answer = client.request(method, place, json=body)
+                assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0, (method, place)
+            other.execute("ROLLBACK")
+        assert [client.request(method, place, json=body).status_code for method, place, body in asks] == [200] * 6
+        assert not any(line.startswith("error") for line in server.log)
 
 
 def test_what_the_run_cannot_compare_is_refused_and_not_stored(client):
