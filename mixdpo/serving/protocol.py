@@ -50,6 +50,11 @@ class Ask:
     stream: bool
     usage: bool                     # whether a stream ends with the numbers of tokens
 
+    @property
+    def prompt_field(self) -> str:
+        """The field of the body that holds the prompt."""
+        return "messages" if self.chat else "prompt"
+
 
 @dataclass(frozen=True)
 class Choice:

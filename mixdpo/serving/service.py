@@ -81,12 +81,12 @@ class Service:
         finally:
             self.calls -= 1
 
-    async def encode(self, prompt: str | list[dict]) -> tuple[list[int], int]:
-        """The ids of a prompt, and the id that ends its answer. Raises: Refused."""
+    async def encode(self, prompt: str | list[dict], param: str = "prompt") -> tuple[list[int], int]:
+        """The ids of a prompt, and the id that ends its answer. param: its field. Raises: Refused."""
         try:
             return await asyncio.to_thread(self.served.encode, prompt)
         except InputError as error:
-            raise Refused(400, f"prompt: {as_sentence(error)}", "prompt") from None
+            raise Refused(400, f"{param}: {as_sentence(error)}", param) from None
 
     # --- completions
 
@@ -95,7 +95,7 @@ class Service:
         if ask.model not in self.models:
             raise Refused(404, f"there is no model {ascii(ask.model)[:60]}; this server has {', '.join(self.models)}",
                           "model", "model_not_found")
-        prompt, end = await self.encode(ask.prompt)
+        prompt, end = await self.encode(ask.prompt, ask.prompt_field)
         max_new = self.room(ask, len(prompt))
         weights = (await self.weights(prompt, ask.user))[1]
         seed = secrets.randbits(32) if ask.seed is None else ask.seed
@@ -115,7 +115,7 @@ class Service:
         room = self.served.context - prompt
         if room < 1:
             raise Refused(400, f"the prompt has {prompt} tokens, which fill the context of {self.served.context}; send "
-                          "a shorter one", "prompt", "context_length_exceeded")
+                          "a shorter one", ask.prompt_field, "context_length_exceeded")
         most = min(room, self.limits.tokens or room)
         if ask.max_tokens is not None and ask.max_tokens > most:
             why = f"the prompt has {prompt} tokens of a context of {self.served.context}" if most == room else (

@@ -245,12 +245,20 @@ def test_every_field_of_the_client_may_be_null(client, call, fields):
     call(client, extra_body=dict.fromkeys(names))
 
 
-def test_an_error_names_the_field_that_was_sent(client):
-    """Catches: max_tokens named to a client that sent max_completion_tokens."""
+def test_an_error_names_the_field_that_was_sent(client, live):
+    """Catches: max_tokens named to a client that sent max_completion_tokens; prompt to one that sent messages."""
     for name in ("max_tokens", "max_completion_tokens"):
         with pytest.raises(openai.BadRequestError) as caught:
             chat(client, **{name: 0})
         assert caught.value.param == name and caught.value.body["message"].startswith(f"{name}: got 0")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="mixture", messages=[{"role": "assistant", "content": "x"}])
+    assert caught.value.param == "messages"
+    live.service.served.context = 5
+    for call, name in ((ask, "prompt"), (chat, "messages")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            call(client, "too long")
+        assert caught.value.param == name and caught.value.code == "context_length_exceeded"
 
 
 def test_the_asynchronous_client_streams_too(live):
