@@ -90,7 +90,10 @@ def access_of(config: ServeConfig) -> Access:
 
 
 def limits_of(config: ServeConfig) -> Limits:
-    return Limits(config.max_body * 1024, config.body_seconds, config.seconds, config.max_choices, config.max_tokens)
+    """Requests and calls are limited so that --rows and --waiting answers fit, which may come at once."""
+    answers = config.rows + config.waiting
+    return Limits(config.max_body * 1024, config.body_seconds, config.seconds, config.max_choices, config.max_tokens,
+                  max(Limits.requests, 2 * answers), max(Limits.calls, answers))
 
 
 def users_of(config: ServeConfig, run: str, K: int) -> Users:
@@ -134,9 +137,10 @@ def serve(config: ServeConfig, served, engine, users: Users, prior, about: dict,
     from mixdpo.serving.connection import Times, listen, make_server
 
     state = State()
-    service = Service(served, engine, users, prior, score, limits_of(config))
+    limits = limits_of(config)
+    service = Service(served, engine, users, prior, score, limits)
     app = make_app(service, read_page(), about, state, access_of(config), config.log_prompts)
-    server = make_server(app, state, Times(body=config.body_seconds + 2))
+    server = make_server(app, state, Times(body=config.body_seconds + 2, most=max(Times.most, 2 * limits.requests)))
     try:
         with listen(config.host, config.port) as socket:
             host = f"[{config.host}]" if ":" in config.host else config.host

@@ -10,12 +10,12 @@ import time
 import httpx
 import pytest
 from conftest import wait
-from fakerun import FakeRun, make_tokenizer
+from fakerun import FakeEngine, FakeRun, make_tokenizer
 
 from mixdpo.config import InputError
 from mixdpo.preferences import read_preferences
-from mixdpo.serving import users
-from mixdpo.serving.__main__ import ServeConfig, access_of, rewards_beside
+from mixdpo.serving import connection, users
+from mixdpo.serving.__main__ import ServeConfig, access_of, rewards_beside, serve, users_of
 from mixdpo.serving.service import Limits
 
 
@@ -253,6 +253,18 @@ def test_rewards_come_from_the_annotators_beside_the_run(tmp_path, monkeypatch):
     dataset.write_text('{"rewards": ["ab"]}')
     monkeypatch.setattr(rewards, "score", lambda *_: (_ for _ in ()).throw(InputError("no judge")))
     assert rewards_beside(run) is None
+
+
+@pytest.mark.parametrize("waiting", [64, 2000])
+def test_connections_suffice_for_the_answers_that_may_wait(tmp_path, monkeypatch, waiting):
+    """Catches: a fixed number of connections below --rows and --waiting."""
+    most, config, served = [], ServeConfig(str(tmp_path), waiting=waiting), FakeRun()
+    monkeypatch.setattr(connection, "make_server", lambda app, state, times: most.append(times.most) or 1 / 0)
+    engine, store = FakeEngine(served), users_of(config, "f" * 32, served.K)
+    with contextlib.closing(store), pytest.raises(ZeroDivisionError):
+        serve(config, served, engine, store, served.log_w([]), {})
+    engine.stop(False)
+    assert most[0] > config.rows + waiting
 
 
 def test_the_options_decide_who_may_come_in():
