@@ -209,9 +209,9 @@ def _given(entry, data):
     return None
 
 
-def from_sources(name, entry, data, target):
+def from_sources(name, entry, data, target, given="put it into a folder as {} and give DATA=FOLDER"):
     """The file from the first source that delivers the right bytes. A source that fails is printed at once.
-    Raises: InputError that names all sources, if all fail."""
+    Raises: InputError that names all sources, if all fail, and how the file ({}) can be given instead."""
     reasons = []
     part = target.with_name(target.name + ".part")      # the download, until its sha256 was checked
     for source in entry.sources:
@@ -226,7 +226,7 @@ def from_sources(name, entry, data, target):
         return path.replace(target) if path == part else path
     tried = "".join(f"\n  {reason}" for reason in reasons)
     raise InputError(f"no source delivered {entry.file} ({entry.bytes / 1e6:.1f} MB):{tried}\n"
-                     f"  By hand: put it into a folder as {entry.file} and give DATA=FOLDER, or put it at {target}\n"
+                     f"  By hand: {given.format(entry.file)}, or put it at {target}\n"
                      f"  (sha256 {entry.sha256})", file=name)
 
 

@@ -101,7 +101,8 @@ def fetched(name):
             source = f"{endpoint()}/{name}/resolve/{listing['commit']}/{entry['file']}"
             asset = Asset(f"{name}/{entry['file']}", entry["bytes"], entry["checksum"], (source,))
             if not (folder / entry["file"]).is_file():
-                fetch.from_sources(name, asset, None, folder / entry["file"])
+                fetch.from_sources(name, asset, None, folder / entry["file"],
+                                   f"put all files of the model into FOLDER/{name} and give DATA=FOLDER")
     if lacking := missing(folder):
         raise InputError(f"the hub's model lacks {', '.join(lacking)}; choose another model", file=name)
     return folder
