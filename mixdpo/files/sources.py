@@ -13,6 +13,7 @@ and keeps the files, and reads HF_ENDPOINT and HF_TOKEN.
 """
 
 import functools
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ def parts_of(named) -> list[str]:
     """The single files and hub data sets in the value of an option. A comma separates them, unless a file has the
     complete name. Raises: InputError on an empty part, or a part that occurs twice."""
     named = str(named)
-    parts = [named] if Path(named).exists() else named.split(",")
+    parts = [named] if os.path.exists(named) else named.split(",")          # Path.exists raises for a long list
     if "" in parts or len(set(parts)) < len(parts):
         raise InputError("has an empty or a repeated name between its commas; give each file once", file=named)
     return parts
@@ -56,7 +57,7 @@ def data_files(named) -> list[DataFile]:
 
 def missing_file(named) -> str | None:
     """The first local file in `named` that does not exist, or None."""
-    return next((part for part in parts_of(named) if not part.startswith(HUB) and not Path(part).exists()), None)
+    return next((part for part in parts_of(named) if not part.startswith(HUB) and not os.path.exists(part)), None)
 
 
 def short_name(named) -> str:

@@ -65,6 +65,17 @@ def test_several_files_are_read_as_one(tmp_path):
     assert missing_file(f"{first},hub:a/b") is None and short_name(f"{first},{second}.gz,hub:a/b:c") == "a+b.jsonl+b:c"
 
 
+def test_many_files_are_no_name_that_is_too_long(tmp_path, monkeypatch):
+    """300 files of the working directory, and by their full paths. Catches: "File name too long", of a list that is
+    longer than a name may be."""
+    monkeypatch.chdir(tmp_path)
+    names = [write(tmp_path, GOOD, name=f"train-{n:05}-of-00300.jsonl").name for n in range(300)]
+    for parts in (names, [str(tmp_path / name) for name in names]):
+        named = ",".join(parts)
+        assert parts_of(named) == parts and len(read_preferences(named, Letters(), 16, 16)) == 300
+        assert missing_file(named) is None and missing_file(f"{named},{'x' * 999}") == "x" * 999
+
+
 def test_a_file_whose_name_has_a_comma(tmp_path):
     """Catches: a file that was read before and is now taken for two; an empty or repeated part that is ignored."""
     path = write(tmp_path, GOOD, name="a,b.jsonl")
