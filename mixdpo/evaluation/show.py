@@ -6,12 +6,13 @@ the batch; the text of the file is not used.
 """
 
 import itertools
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from mixdpo.config import InputError, command, parse
+from mixdpo.files.atomic import read_json_or_empty
+from mixdpo.files.sources import parts_of
 from mixdpo.preferences import Batch, collate, read_preferences
 from mixdpo.text.chat import ends
 from mixdpo.text.records import REST
@@ -79,9 +80,8 @@ def main(argv: list[str]) -> None:
     config = parse(ShowConfig, flags, "python -m mixdpo.evaluation.show FILE")
     if config.pairs < 1:
         raise InputError(f"got {config.pairs}, wanted at least 1", option="pairs")
-    home = Path(config.data).parent
-    files = (home / "dataset.json", home / "job.json")
-    facts, job = (json.loads(file.read_text()) if file.exists() else {} for file in files)
+    home = Path(parts_of(config.data)[0]).parent
+    facts, job = (read_json_or_empty(home / name) for name in ("dataset.json", "job.json"))
     tuned = str(home / "reference") if (home / "reference").is_dir() else job.get("model", "smollm2")
     tokenizer = load_tokenizer(config.model or tuned, config.data_folder or None)
     max_prompt = config.max_prompt or facts.get("max_prompt", 64)
