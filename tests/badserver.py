@@ -26,6 +26,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
+    def do_HEAD(self):
+        """What the hub says of a large file: a redirect with the server's `linked`, names and texts."""
+        self.send_response(302)
+        for name, text in ({"Location": "/large", "Content-Length": "0"} | self.server.linked).items():
+            self.send_header(name, text)
+        self.end_headers()
+
     def do_GET(self):
         kind, asked = self.path.strip("/"), self.headers.get("Range")
         self.server.seen.append((kind, asked))
@@ -73,7 +80,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server():
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     running.seen, running.broken, running.closing = [], [], threading.Event()
-    running.daemon_threads = True
+    running.daemon_threads, running.linked = True, {}
     threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
     running.url = f"http://127.0.0.1:{running.server_port}/"
     yield running

@@ -9,6 +9,7 @@ samples.jsonl. Any of these files may be missing.
 """
 
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,6 +20,7 @@ import numpy as np
 from data.experiment.stages import numbers
 from mixdpo import config as configs
 from mixdpo.evaluation.statistics import mean_se
+from mixdpo.files.sources import parts_of
 from mixdpo.runs.options import TrainConfig
 from mixdpo.text.records import lines
 from mixdpo.text.shapes import read_records
@@ -95,16 +97,21 @@ def run_of(row: str) -> str:
 def read_run(path: Path) -> Run:
     """Reads a run directory. Raises: InputError if its config.json is not valid."""
     config = vars(configs.load(TrainConfig, path / "config.json", report=lambda line: None))       # eval.py reported
-    local = path.parent / Path(config["data"]).name
-    data = local if local.exists() else Path(config["data"])                # the job's folder may have moved
+    files = [local(path.parent, name) for name in parts_of(config["data"])]
     units = {}
-    readable = data.is_file() and not config["drop"]                        # dropped lines would shift the numbers
-    found = read_records(data, config["columns"], lambda line: None) if readable else ()
+    readable = all(map(os.path.isfile, files)) and not config["drop"]       # dropped lines would shift the numbers
+    found = read_records(",".join(files), config["columns"], lambda line: None) if readable else ()
     for n, (_, pair, _) in enumerate(found):
         units.setdefault(pair["user"] if config["latent"] == "user" else n, pair.get("annotator") or "all")
     seconds = (path / "metrics.jsonl").stat().st_mtime - (path / "config.json").stat().st_mtime
     return Run(path.name, config, numbers(records(path / "metrics.jsonl")), records(path / "responsibilities.jsonl"),
                list(units.values()), seconds)
+
+
+def local(folder: Path, name: str) -> str:
+    """The file of this name in the job's folder, which may have moved; if there is none, the file itself."""
+    own = folder / Path(name).name
+    return str(own) if os.path.exists(own) else name
 
 
 def annotators_of(job: Job) -> list[str]:

@@ -6,12 +6,13 @@ the batch; the text of the file is not used.
 """
 
 import itertools
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixdpo.config import InputError, command, parse, reading
+from mixdpo.config import InputError, command, parse
+from mixdpo.files.atomic import read_json_or_empty
+from mixdpo.files.sources import parts_of
 from mixdpo.preferences import Batch, collate, read_preferences
 from mixdpo.text.chat import ends
 from mixdpo.text.records import REST
@@ -73,20 +74,14 @@ class ShowConfig:
     data_folder: str = ""       # folder of local files that is searched before anything is downloaded
 
 
-def facts_of(path: Path) -> dict:
-    """The object in a JSON file of a job; {} if there is no such file. Raises: InputError."""
-    with reading(path, "it is not of this program; move the preferences to a folder without it"):
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-
-
 def main(argv: list[str]) -> None:
     """The command: prints the first pairs of a file."""
     flags = argv if argv and argv[0].startswith("-") else ["--data", *argv]
     config = parse(ShowConfig, flags, "python -m mixdpo.evaluation.show FILE")
     if config.pairs < 1:
         raise InputError(f"got {config.pairs}, wanted at least 1", option="pairs")
-    home = Path(config.data).parent
-    facts, job = facts_of(home / "dataset.json"), facts_of(home / "job.json")
+    home = Path(parts_of(config.data)[0]).parent
+    facts, job = (read_json_or_empty(home / name) for name in ("dataset.json", "job.json"))
     tuned = str(home / "reference") if (home / "reference").is_dir() else job.get("model", "smollm2")
     tokenizer = load_tokenizer(config.model or tuned, config.data_folder or None)
     max_prompt = config.max_prompt or facts.get("max_prompt", 64)

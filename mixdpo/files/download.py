@@ -56,15 +56,16 @@ def read_url(url, most=1 << 24):
 
 
 def head(url):
-    """The headers of the first answer to a HEAD request, as a dict. Redirects are not followed: the hub puts the size
-    and sha256 of a large file into the headers of the redirect. Raises: Unavailable, or what urllib raises."""
+    """The headers of the first answer to a HEAD request: a mapping that ignores case, because proxies change it.
+    Redirects are not followed: the hub puts the size and sha256 of a large file into the headers of the redirect.
+    Raises: Unavailable, or what urllib raises."""
     request = urllib.request.Request(url, headers={"User-Agent": "mixdpo"}, method="HEAD")
     try:
         with _open(request, urllib.request.build_opener(_NoRedirect).open) as response:
-            return dict(response.headers)
+            return response.headers
     except urllib.error.HTTPError as error:
         if 300 <= error.code < 400:
-            return dict(error.headers)
+            return error.headers
         raise Unavailable(f"HTTP {error.code} {error.reason}") from None
 
 

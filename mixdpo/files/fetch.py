@@ -169,8 +169,11 @@ def hub(repository, name, revision="main"):
             return target
         try:
             headers = head(url)
-            entry = Asset(name, int(headers["X-Linked-Size"]), headers["X-Linked-Etag"].strip('"'), (url,))
-        except (Unavailable, OSError, http.client.HTTPException, KeyError, ValueError) as error:
+            size, etag = headers.get("X-Linked-Size"), headers.get("X-Linked-Etag")
+            if size is None or etag is None:
+                raise Unavailable("the answer has no X-Linked-Size or no X-Linked-Etag")
+            entry = Asset(name, int(size), etag.strip('"'), (url,))
+        except (Unavailable, OSError, http.client.HTTPException, ValueError) as error:
             raise InputError(f"the hub does not state the file's size and sha256 ({error!r}).\n"
                              f"  By hand: download the file, put it into a folder as {name}, and give DATA=FOLDER",
                              file=url) from None
@@ -206,9 +209,9 @@ def _given(entry, data):
     return None
 
 
-def from_sources(name, entry, data, target):
+def from_sources(name, entry, data, target, given="put it into a folder as {} and give DATA=FOLDER"):
     """The file from the first source that delivers the right bytes. A source that fails is printed at once.
-    Raises: InputError that names all sources, if all fail."""
+    Raises: InputError that names all sources, if all fail, and how the file ({}) can be given instead."""
     reasons = []
     part = target.with_name(target.name + ".part")      # the download, until its sha256 was checked
     for source in entry.sources:
@@ -223,7 +226,7 @@ def from_sources(name, entry, data, target):
         return path.replace(target) if path == part else path
     tried = "".join(f"\n  {reason}" for reason in reasons)
     raise InputError(f"no source delivered {entry.file} ({entry.bytes / 1e6:.1f} MB):{tried}\n"
-                     f"  By hand: put it into a folder as {entry.file} and give DATA=FOLDER, or put it at {target}\n"
+                     f"  By hand: {given.format(entry.file)}, or put it at {target}\n"
                      f"  (sha256 {entry.sha256})", file=name)
 
 

@@ -101,7 +101,8 @@ def fetched(name):
             source = f"{endpoint()}/{name}/resolve/{listing['commit']}/{entry['file']}"
             asset = Asset(f"{name}/{entry['file']}", entry["bytes"], entry["checksum"], (source,))
             if not (folder / entry["file"]).is_file():
-                fetch.from_sources(name, asset, None, folder / entry["file"])
+                fetch.from_sources(name, asset, None, folder / entry["file"],
+                                   f"put all files of the model into FOLDER/{name} and give DATA=FOLDER")
     if lacking := missing(folder):
         raise InputError(f"the hub's model lacks {', '.join(lacking)}; choose another model", file=name)
     return folder
@@ -139,5 +140,8 @@ def listing_of(name, path):
         raise InputError("has no model.safetensors on the hub, and pickled weights are not read, because opening them "
                          "can run any code; choose another model, or convert it with transformers: "
                          "AutoModelForCausalLM.from_pretrained(A).save_pretrained(B)", file=name)
+    if lacking := [file for file in ("config.json", "tokenizer.json") if file not in sizes
+                   and not (file == "tokenizer.json" and {"vocab.json", "merges.txt"} <= sizes.keys())]:
+        raise InputError(f"the hub's model lacks {', '.join(lacking)}; choose another model", file=name)
     write_text(path, json.dumps(listing, indent=1))
     return listing

@@ -7,11 +7,13 @@
 
 The container follows from the end of the name, before .gz or .zst: .parquet, .csv, .tsv, .json; every other name is
 JSON Lines. A split's files are found by their names: SPLIT-00000-of-00002.parquet, SPLIT.jsonl, SPLIT/anything.json. If
-a split has files of several kinds, Parquet is taken before JSON, and JSON before CSV. The hub's newest revision is
-read; huggingface_hub downloads and keeps the files, and reads HF_ENDPOINT and HF_TOKEN.
+a split has files of several kinds, Parquet is taken before JSON, and JSON before CSV. A split of which a numbered file
+is missing, or one file is there in two forms, is an error. The hub's newest revision is read; huggingface_hub downloads
+and keeps the files, and reads HF_ENDPOINT and HF_TOKEN.
 """
 
 import functools
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from mixdpo.config import InputError
 HUB, PACKED = "hub:", (".gz", ".zst")
 KINDS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "lines", ".ndjson": "lines"}
 PREFERRED = (("parquet",), ("lines", "json"), ("csv", "tsv"))  # of the files of one split on the hub
+SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
+NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})")
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ def parts_of(named) -> list[str]:
     """The single files and hub data sets in the value of an option. A comma separates them, unless a file has the
     complete name. Raises: InputError on an empty part, or a part that occurs twice."""
     named = str(named)
-    parts = [named] if Path(named).exists() else named.split(",")
+    parts = [named] if os.path.exists(named) else named.split(",")          # Path.exists raises for a long list
     if "" in parts or len(set(parts)) < len(parts):
         raise InputError("has an empty or a repeated name between its commas; give each file once", file=named)
     return parts
@@ -53,7 +57,7 @@ def data_files(named) -> list[DataFile]:
 
 def missing_file(named) -> str | None:
     """The first local file in `named` that does not exist, or None."""
-    return next((part for part in parts_of(named) if not part.startswith(HUB) and not Path(part).exists()), None)
+    return next((part for part in parts_of(named) if not part.startswith(HUB) and not os.path.exists(part)), None)
 
 
 def short_name(named) -> str:
@@ -98,8 +102,8 @@ def hub_files(named: str) -> list[DataFile]:
 
 
 def files_of_split(names: list[str], split: str, named: str) -> list[str]:
-    """The data files of a split, sorted by name. names: all files of the data set. Raises: InputError if no file or
-    files of several folders belong to the split."""
+    """The data files of a split, sorted by name. names: all files of the data set. Raises: InputError if no file, or
+    files of several folders or splits, or an incomplete set of files belong to the split."""
     wanted = set((split or "train").split("/"))
     data = sorted(name for name in names if suffix_of(name) in KINDS and not Path(name).name.startswith("."))
     found = [name for name in data if wanted <= {*label(name).split("/")}]
@@ -115,17 +119,43 @@ def files_of_split(names: list[str], split: str, named: str) -> list[str]:
     if len(labels) > 1:
         raise InputError(f"has this split in several folders; choose one: add a colon and one of {', '.join(labels)}",
                          file=named)
+    ends = {label(name).rpartition("/")[2] for name in found} - wanted
+    if len(words := {re.split(r"[^a-z]", end.lower())[0] for end in ends}) > 1 and words & SPLITS:
+        labels = sorted({label(name) for name in found})
+        raise InputError(f"has several splits of that name; choose one: add a colon and one of {', '.join(labels)}",
+                         file=named)
+    check_complete(found, named)
     return found
 
 
+def check_complete(found: list[str], named: str) -> None:
+    """Raises: InputError unless each file of a split is there once: all numbers of NAME-00000-of-00002 to the last, and
+    not a.jsonl beside a.jsonl.gz or a.json."""
+    numbers: dict[str, list[tuple[int, int]]] = {}                          # NAME -> (number, how many there are)
+    forms: dict[str, str] = {}                                              # a name without its ending -> the name
+    for name in found:
+        if part := NUMBERED.match(name):
+            numbers.setdefault(part[1], []).append((int(part[2]), int(part[3])))
+        stem = name.removesuffix(Path(name).suffix) if Path(name).suffix in PACKED else name
+        if (other := forms.setdefault(stem.removesuffix(suffix_of(name)), name)) != name:
+            raise InputError(f"has {other} and {name}, which may hold the same rows; download one and give its path",
+                             file=named)
+    for stem, given in numbers.items():
+        total = max(given)[1]
+        if sorted(given) not in ([(n + first, total) for n in range(total)] for first in (0, 1)):
+            raise InputError(f"has {len(given)} numbered files of {stem}, which are not one complete set of {total}; "
+                             "download the right ones and give their paths", file=named)
+
+
 def split_of(part: str) -> str:
-    """A folder or a file's name without its ending and its number: "train" for "train-00000-of-00002.parquet"."""
-    return re.sub(r"-\d{5}.*", "", part.split(".")[0])
+    """A folder or a file's name without its number: "train" for "train-00000-of-00002"."""
+    return re.sub(r"-\d{5}.*", "", part)
 
 
 def label(name: str) -> str:
     """The folder and the split of a file: "helpful/train" for "helpful/train.jsonl"; numbered files have their
     folder's."""
-    parts = [split_of(part) for part in name.split("/")]
+    *folders, file = name.split("/")
+    parts = [*map(split_of, folders), split_of(file.split(".")[0])]
     parts = parts[:-1] if parts[-1].isdigit() and len(parts) > 1 else parts
     return "/".join(parts[1:] if parts[0] == "data" and len(parts) > 1 else parts)

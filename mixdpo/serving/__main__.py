@@ -90,7 +90,10 @@ def access_of(config: ServeConfig) -> Access:
 
 
 def limits_of(config: ServeConfig) -> Limits:
-    return Limits(config.max_body * 1024, config.body_seconds, config.seconds, config.max_choices, config.max_tokens)
+    """Requests and calls are limited so that --rows and --waiting answers fit, which may come at once."""
+    answers = config.rows + config.waiting
+    return Limits(config.max_body * 1024, config.body_seconds, config.seconds, config.max_choices, config.max_tokens,
+                  max(Limits.requests, 2 * answers), max(Limits.calls, answers))
 
 
 def users_of(config: ServeConfig, run: str, K: int) -> Users:
@@ -101,7 +104,7 @@ def users_of(config: ServeConfig, run: str, K: int) -> Users:
 
 def rewards_beside(run: Path) -> Callable[[str], dict[str, float]] | None:
     """A text -> its rewards, those that dataset.json in the run's folder or the one above names; None if there is no
-    such file, or if a package for them is missing, which is printed."""
+    such file, or if they cannot be computed, for example without a package, which is printed."""
     found = next((path for path in (run / "dataset.json", run.parent / "dataset.json") if path.exists()), None)
     if found is None:
         return None
@@ -109,18 +112,19 @@ def rewards_beside(run: Path) -> Callable[[str], dict[str, float]] | None:
         dataset = dict(json.loads(found.read_text(encoding="utf-8")))
     if "rewards" not in dataset:
         return None
-    try:
-        from data.annotators.rewards import score  # here, because only this needs its packages
-
-        score(["A text."], dataset["rewards"], found.parent)
-    except (ImportError, InputError) as error:
-        print(f"warning: answers are shown without rewards: {error}")
-        return None
 
     def rewards(text: str) -> dict[str, float]:
+        from data.annotators.rewards import score  # here, because only this needs its packages
+
         scores = with_utilities(score([text], dataset["rewards"], found.parent), dataset.get("utilities", {}))
         return {name: values[0] for name, values in scores.items()}
 
+    try:
+        with reading(found):
+            rewards("A text.")
+    except (ImportError, InputError) as error:
+        print(f"warning: answers are shown without rewards: {error}")
+        return None
     return rewards
 
 
@@ -133,9 +137,10 @@ def serve(config: ServeConfig, served, engine, users: Users, prior, about: dict,
     from mixdpo.serving.connection import Times, listen, make_server
 
     state = State()
-    service = Service(served, engine, users, prior, score, limits_of(config))
+    limits = limits_of(config)
+    service = Service(served, engine, users, prior, score, limits)
     app = make_app(service, read_page(), about, state, access_of(config), config.log_prompts)
-    server = make_server(app, state, Times(body=config.body_seconds + 2))
+    server = make_server(app, state, Times(body=config.body_seconds + 2, most=max(Times.most, 2 * limits.requests)))
     try:
         with listen(config.host, config.port) as socket:
             host = f"[{config.host}]" if ":" in config.host else config.host

@@ -143,7 +143,7 @@ class Routes:
 
     async def forget(self, request: Request) -> Response:
         user = user_of(request)
-        return as_json({"user": user, "forgotten": await asyncio.to_thread(self.service.users.forget, user)})
+        return as_json({"user": user, "forgotten": await self.service.stored(self.service.users.forget, user)})
 
     async def prefer(self, request: Request) -> Response:
         user, choice = user_of(request), read_choice(await self.body(request))
@@ -151,7 +151,7 @@ class Routes:
 
     async def preferences(self, request: Request) -> Response:
         user = user_of(request)
-        found = await asyncio.to_thread(self.service.users.comparisons, user)
+        found = await self.service.stored(self.service.users.comparisons, user)
         return PlainTextResponse(json_lines([as_record(user, comparison) for comparison in found]), headers={
             "Content-Disposition": f'attachment; filename="preferences-{user}.jsonl"'})
 

@@ -43,7 +43,7 @@ class Handle:
 
 
 class Engine:
-    """Completes requests. rows: running at once; waiting: in the queue, at most."""
+    """Completes requests. rows: running at once; waiting: in the queue while all rows run, at most."""
 
     def __init__(self, served: ServedRun, rows: int = 32, waiting: int = 64):
         self.served, self.rows, self.waiting = served, rows, waiting
@@ -52,6 +52,7 @@ class Engine:
         self.queue, self.calls = deque[Row](), deque[tuple[Future, Callable]]()
         self.changed = threading.Condition()                                # guards queue, calls and the two flags
         self.stopping = self.cancelling = False
+        self.joining = 0                                                    # rows between the queue and their decoder
         self.thread = threading.Thread(target=self.work, name="engine", daemon=True)
         self.thread.start()
 
@@ -74,7 +75,8 @@ class Engine:
         with self.changed:
             if self.stopping:
                 raise Full("the engine is stopping")
-            if len(self.queue) >= self.waiting:
+            free = max(self.rows - self.rows_now - self.joining, 0)         # these places are filled from the queue
+            if len(self.queue) >= self.waiting + free:
                 raise Full(f"{self.waiting} requests are waiting; try again later")
             self.queue.append(row)
             self.changed.notify()
@@ -196,6 +198,7 @@ class Engine:
                     joining[self.decoders[row.policy.trunk]].pop()
                     break
                 self.queue.popleft()
+            self.joining = sum(map(len, joining.values()))
         for decoder, new in joining.items():
             try:
                 if new:
@@ -203,6 +206,7 @@ class Engine:
             except Exception as error:
                 for row in new:
                     self.tell(row, error)
+            self.joining -= len(new)
 
     def fail(self, error: Exception, decoder: Decoder | None = None) -> None:
         """Tells the running rows of a decoder, or all rows, of an error; they leave."""

@@ -97,8 +97,9 @@ def summary(run: Run) -> str:
 
 def model_name(named: str) -> str:
     """A model without the folders of its path; a model that a job has fine-tuned is named after the original."""
-    original = read_json_or_empty(Path(named) / "finetune.json").get("settings", {}).get("model")
-    if original:
+    settings = read_json_or_empty(Path(named) / "finetune.json").get("settings")
+    original = settings.get("model") if isinstance(settings, dict) else None    # else the file is of another program
+    if original and isinstance(original, str) and original != named:
         return f"{model_name(original)}, fine-tuned on the job's texts"
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", named) and not Path(named).exists()
     return named if is_hub_name else Path(named).name
@@ -252,11 +253,12 @@ def prompt_of(raw: bytes, chat: bool) -> str | list | None:
     """The prompt of one line of a file; None if the page could not show it in its fields."""
     try:
         prompt = json.loads(raw)["prompt"]
-        turns = [message["role"] for message in prompt] if isinstance(prompt, list) else []
-    except (ValueError, LookupError, TypeError):
+        turns = [message["role"] for message in prompt if isinstance(message["content"], str)] \
+            if isinstance(prompt, list) else []
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
     if chat:
-        return prompt if turns in (["user"], ["system", "user"]) else None
+        return prompt if turns in (["user"], ["system", "user"]) and len(turns) == len(prompt) else None
     return prompt if isinstance(prompt, str) and prompt.strip() else None
 
 

@@ -16,7 +16,7 @@ STOPS, STOP_LENGTH = 4, 256         # stop sequences of a request, and character
 COLDEST = 0.001                     # the lowest temperature above 0
 TOP = 20                            # alternatives of a token
 MESSAGES = 256                      # messages of a conversation
-SEED = 2**63 - 1
+MOST, SEED = 2**31, 2**63 - 1       # tokens of an answer; the largest seed
 NEUTRAL: dict[str, tuple] = {       # of both endpoints: field -> values without an effect, besides null
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},)}
 NEUTRAL_TEXT: dict[str, tuple] = {"echo": (False,), "suffix": ("",)}
@@ -24,7 +24,9 @@ NEUTRAL_CHAT: dict[str, tuple] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
     "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
     "prediction": (), "store": (False,), "metadata": ({},), "service_tier": ("auto", "default"),
-    "reasoning_effort": ("none",), "verbosity": ("medium",), "web_search_options": ()}
+    "reasoning_effort": ("none",), "verbosity": ("medium",), "web_search_options": (), "moderation": (),
+    "safety_identifier": (), "prompt_cache_key": (), "prompt_cache_options": (), "prompt_cache_retention": ()}
+NEUTRAL_MESSAGE = ("name", "refusal", "annotations", "audio", "tool_calls", "function_call", "tool_call_id")
 SHARED = ("model", "max_tokens", "temperature", "top_p", "seed", "stop", "logprobs", "n", "user", "stream",
           "stream_options")
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -47,6 +49,11 @@ class Ask:
     user: str                       # "": nobody
     stream: bool
     usage: bool                     # whether a stream ends with the numbers of tokens
+
+    @property
+    def prompt_field(self) -> str:
+        """The field of the body that holds the prompt."""
+        return "messages" if self.chat else "prompt"
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def read_chat(body: dict, most: int) -> Ask:
     logprobs, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, TOP)
     if top is not None and not logprobs:
         raise Refused(400, "top_logprobs has no effect without logprobs; send logprobs: true", "top_logprobs")
-    other = fields.left.pop("max_completion_tokens", None)                  # the newer name
+    other = fields.integer("max_completion_tokens", 1, MOST)                # the newer name
     if other is not None:
         if fields.left.get("max_tokens") is not None:
             raise Refused(400, "max_tokens and max_completion_tokens are both given; send one of them", "max_tokens")
@@ -97,7 +104,7 @@ def read_shared(fields: Fields, chat: bool, prompt, logprobs: int | None, most: 
                 ) -> Ask:
     """The fields that both endpoints have."""
     n, stream = fields.integer("n", 1, most, 1), fields.flag("stream")
-    ask = Ask(chat, fields.text("model"), prompt, fields.integer("max_tokens", 1, 2**31),
+    ask = Ask(chat, fields.text("model"), prompt, fields.integer("max_tokens", 1, MOST),
               read_temperature(fields), fields.real("top_p", 0, 1, 1.0, above=True),
               fields.integer("seed", 0, SEED), read_stop(fields), logprobs, n, fields.user(), stream,
               read_stream_options(fields, stream))
@@ -177,7 +184,7 @@ def read_message(message, param: str) -> dict:
         content = "".join(read_part(part, f"{param}.content[{n}]") for n, part in enumerate(content))
     if not isinstance(content, str):
         raise wrong(f"{param}.content", content, "send a text")
-    for name in ("name", "refusal", "audio", "tool_calls", "function_call", "tool_call_id"):
+    for name in NEUTRAL_MESSAGE:
         refuse_effect(f"{param}.{name}", fields.left.pop(name, None), ([],))
     fields.finish(("role", "content"))
     return {"role": ROLES[role], "content": content}

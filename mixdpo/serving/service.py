@@ -8,6 +8,7 @@ data begins with the responsibilities of the run.
 import asyncio
 import re
 import secrets
+import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -80,12 +81,12 @@ class Service:
         finally:
             self.calls -= 1
 
-    async def encode(self, prompt: str | list[dict]) -> tuple[list[int], int]:
-        """The ids of a prompt, and the id that ends its answer. Raises: Refused."""
+    async def encode(self, prompt: str | list[dict], param: str = "prompt") -> tuple[list[int], int]:
+        """The ids of a prompt, and the id that ends its answer. param: its field. Raises: Refused."""
         try:
             return await asyncio.to_thread(self.served.encode, prompt)
         except InputError as error:
-            raise Refused(400, f"prompt: {as_sentence(error)}", "prompt") from None
+            raise Refused(400, f"{param}: {as_sentence(error)}", param) from None
 
     # --- completions
 
@@ -94,7 +95,7 @@ class Service:
         if ask.model not in self.models:
             raise Refused(404, f"there is no model {ascii(ask.model)[:60]}; this server has {', '.join(self.models)}",
                           "model", "model_not_found")
-        prompt, end = await self.encode(ask.prompt)
+        prompt, end = await self.encode(ask.prompt, ask.prompt_field)
         max_new = self.room(ask, len(prompt))
         weights = (await self.weights(prompt, ask.user))[1]
         seed = secrets.randbits(32) if ask.seed is None else ask.seed
@@ -114,7 +115,7 @@ class Service:
         room = self.served.context - prompt
         if room < 1:
             raise Refused(400, f"the prompt has {prompt} tokens, which fill the context of {self.served.context}; send "
-                          "a shorter one", "prompt", "context_length_exceeded")
+                          "a shorter one", ask.prompt_field, "context_length_exceeded")
         most = min(room, self.limits.tokens or room)
         if ask.max_tokens is not None and ask.max_tokens > most:
             why = f"the prompt has {prompt} tokens of a context of {self.served.context}" if most == room else (
@@ -135,10 +136,20 @@ class Service:
 
     # --- users
 
+    async def stored(self, function: Callable, *arguments):
+        """function(*arguments), one of `users`, on a thread. Raises: Refused if another process holds the file."""
+        try:
+            return await asyncio.to_thread(function, *arguments)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:        # the low byte is the kind
+                raise
+            raise Refused(503, "another process uses the file of users; send the request again later",
+                          headers={"Retry-After": "10"}) from None
+
     async def history(self, user: str, log_w: torch.Tensor) -> torch.Tensor:
         """log q (n+1,K) of a user with n comparisons (M11). log_w (K,): where a new user starts."""
         known = self.served.known_user(user)
-        evidence = await asyncio.to_thread(self.users.log_likelihood, user)                 # (n,K)
+        evidence = await self.stored(self.users.log_likelihood, user)                       # (n,K)
         return history(log_w if known is None else known, evidence)
 
     async def user(self, name: str) -> dict:
@@ -151,7 +162,7 @@ class Service:
         h = await self.call(lambda: self.served.margins(choice.prompt, choice.chosen, choice.rejected))     # (K,)  M4
         row = Comparison(choice.prompt, choice.chosen, choice.rejected, tuple(log_likelihood(h.double()).tolist()))
         try:
-            await asyncio.to_thread(self.users.add, user, row)
+            await self.stored(self.users.add, user, row)
         except NoRoom as error:
             raise Refused(409, str(error), code="limit_reached") from None
         return await self.user(user)

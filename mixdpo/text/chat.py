@@ -193,8 +193,9 @@ def fill(pieces: list[str], contents: list[str]) -> str:
     return "".join(contents[int(piece)] if n % 2 else piece for n, piece in enumerate(pieces))
 
 
-def encode_pieces(pieces: list[str], contents: list[str], tokenizer) -> list[int]:
-    """The ids of a conversation. Adjacent text of template and contents is tokenised in one piece."""
+def encode_pieces(pieces: list[str], contents: list[str], tokenizer, encode: Callable[[str], list[int]]) -> list[int]:
+    """The ids of a conversation. Adjacent text of template and contents is tokenised in one piece. encode: text ->
+    ids, tokenizer.encode."""
     ids: list[int] = []
     text = ""
     for n, piece in enumerate(pieces):
@@ -204,9 +205,9 @@ def encode_pieces(pieces: list[str], contents: list[str], tokenizer) -> list[int
         first, *others = template_of(tokenizer).names.split(piece)      # text, then names and texts in turn
         text += first
         for name, after in zip(others[::2], others[1::2]):
-            ids += [*tokenizer.encode(text), tokenizer.special[name]]
+            ids += [*encode(text), tokenizer.special[name]]
             text = after
-    return ids + tokenizer.encode(text)
+    return ids + encode(text)
 
 
 def encode_chat(messages: list[dict], tokenizer, max_prompt: int) -> tuple[list[int], int]:
@@ -215,6 +216,7 @@ def encode_chat(messages: list[dict], tokenizer, max_prompt: int) -> tuple[list[
     If it is too long, the oldest turns are omitted, each in full; the system turn stays.
     Raises: Fault if the last turn alone is too long, or if the template refuses or changes the conversation."""
     template, system, ids = template_of(tokenizer), messages[:1] if messages[0]["role"] == "system" else [], []
+    encode = functools.cache(tokenizer.encode)      # else the last turns are tokenised once for each omitted one
     for first in range(len(messages) - len(system)):
         kept = system + messages[len(system) + first:]
         try:
@@ -227,7 +229,7 @@ def encode_chat(messages: list[dict], tokenizer, max_prompt: int) -> tuple[list[
         contents = template.contents(kept)
         if (ours := fill(pieces, contents)) != theirs:
             raise changed(theirs, ours)
-        ids = encode_pieces(pieces, contents, tokenizer)
+        ids = encode_pieces(pieces, contents, tokenizer, encode)
         if len(ids) <= max_prompt:
             return ids, first
     raise Fault("turn too long", f"the last turn with the system turn and the answer's opening has {len(ids)} ids",

@@ -5,7 +5,8 @@
                     is read as JSON Lines
     .csv, .tsv      the first line names the columns; the number is the line on which a row begins. An empty cell is
                     null, all others are text. A field with quotes may contain line breaks; quotes in it are doubled
-    .parquet        the number is the row, from 1; needs pyarrow
+    .parquet        the number is the row, from 1; needs pyarrow. A value that Python has not (a time in nanoseconds, a
+                    text that is not UTF-8) is a Foreign: a fault only in a column that is used
 
 All but Parquet may be packed as .gz or .zst. Texts are UTF-8; a byte-order mark is skipped. A line ends with a newline,
 with or without a carriage return before it; within a JSON string or a quoted field both are kept as they are.
@@ -51,6 +52,17 @@ class Row:
             return configs.to_json(self.value(), default=str).encode() + b"\n"
         except Fault as fault:
             return f"{fault}\n".encode()
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A value of a Parquet file that Python cannot hold."""
+
+    type: str                       # pyarrow's name
+    reason: str
+
+    def __repr__(self) -> str:
+        return f"a {self.type} that cannot be read ({self.reason})"
 
 
 def rows(source: DataFile) -> Iterator[Row]:
@@ -160,7 +172,22 @@ def parquet_rows(source: DataFile) -> Iterator[Row]:
             opened, number = parquet.ParquetFile(file), 0
             unique_names(opened.schema_arrow.names, source)
             for batch in opened.iter_batches(BATCH):
-                for number, values in enumerate(batch.to_pylist(), start=number + 1):
-                    yield Row(source.name, number, values, source.kind)
+                columns = [python_values(column) for column in batch.columns]
+                for number, values in enumerate(zip(*columns), start=number + 1):
+                    yield Row(source.name, number, dict(zip(batch.schema.names, values)), source.kind)
         except OSError as error:                                            # pyarrow's, for damaged pages
             raise InputError(f"cannot be read as Parquet ({str(error):.200}); get it again", file=source.name) from None
+
+
+def python_values(column) -> list:
+    """The values of a column of pyarrow's; one that Python cannot hold is a Foreign."""
+    def value(scalar):
+        try:
+            return scalar.as_py()
+        except (ValueError, ArithmeticError) as error:
+            return Foreign(str(column.type), str(error)[:60])
+
+    try:
+        return column.to_pylist()
+    except (ValueError, ArithmeticError):
+        return list(map(value, column))

@@ -115,12 +115,15 @@ def read_record(raw: bytes) -> dict:
 
 
 def check_record(record: dict) -> dict:
-    """The record, if it has known fields of the right types; an optional field that is null is removed.
-    Raises: Fault."""
+    """The record, if it has known fields of the right types. What is null and not required is removed: in Parquet every
+    row has all names of the file, in "scores" too. Raises: Fault."""
     if unknown := [field for field in record if field not in FIELDS]:
         known = f"wanted some of {', '.join(FIELDS)}: rename or remove the field"
         raise Fault("unknown field", ", ".join(map(repr, unknown)), known)
-    record = {field: value for field, value in record.items() if value is not None or field in TEXTS}
+    required = TEXTS if record.get("ranking") is None else ()
+    record = {field: value for field, value in record.items() if value is not None or field in required}
+    if isinstance(record.get("scores"), dict):
+        record["scores"] = {name: value for name, value in record["scores"].items() if value is not None}
     if missing := [field for field in (TEXTS[:1] if "ranking" in record else TEXTS) if field not in record]:
         raise Fault("missing field", ", ".join(missing), f"wanted {', '.join(TEXTS)} in every line: add it")
     if "ranking" in record:
@@ -138,10 +141,11 @@ def check_record(record: dict) -> dict:
     for field in record.keys() & {"user", "annotator", "domain"}:
         check_string(field, record[field])
     if not isinstance(record.get("context", False), bool):
-        raise Fault("wrong type", f"context is {record['context']!r}", "wanted true or false")
+        raise Fault("wrong type", f"context is {record['context']!r:.80}", "wanted true or false")
     scores = record.get("scores", {})
     if not (isinstance(scores, dict) and all(map(is_score, scores.values()))):
-        raise Fault("wrong type", f"scores is {scores!r}", 'wanted {"name": [chosen, rejected], ...}: finite numbers')
+        raise Fault("wrong type", f"scores is {scores!r:.80}",
+                    'wanted {"name": [chosen, rejected], ...}: finite numbers')
     return record
 
 
@@ -188,7 +192,7 @@ def check_string(field: str, value) -> None:
     """Raises: Fault unless `value` is a string that is not empty and has no lone surrogates (UTF-8 cannot encode
     them)."""
     if not isinstance(value, str):
-        raise Fault("wrong type", f"{field} is {value!r}", "wanted a string")
+        raise Fault("wrong type", f"{field} is {value!r:.80}", "wanted a string")
     if not value:
         raise Fault(f"empty {field}", "it is ''", "wanted at least one character: add text or remove the line")
     for position, character in enumerate(value):

@@ -85,7 +85,8 @@ def test_at_least_one_pair_is_shown(tmp_path, pairs):
 
 def test_a_jobs_own_model_and_lengths_are_taken(tmp_path, capsys):
     """Of a job with a tuned reference, and of one on a model as it is, with conversations. Catches: SmolLM2's tokenizer
-    and 64 ids for every job, which refuse a longer conversation."""
+    and 64 ids for every job, which refuse a longer conversation, or for the first of several files; a traceback for a
+    dataset.json of somebody else."""
     special = ("<|im_end|>", "<|im_start|>")
     model = tinyjob.make_model(tmp_path / "model", context=256, special=special)
     row = {"prompt": [{"role": "user", "content": "x" * 90}]}
@@ -100,12 +101,10 @@ def test_a_jobs_own_model_and_lengths_are_taken(tmp_path, capsys):
     tinyjob.make_model(tmp_path / "reference", context=256, special=special)
     main([str(path)])
     assert capsys.readouterr().out == shown
-
-
-@pytest.mark.parametrize("name", ["dataset.json", "job.json"])
-@pytest.mark.parametrize("text", ["[1, 2]", "{", "3"])
-def test_a_foreign_file_beside_the_preferences_is_named(tmp_path, name, text):
-    """Caught: a traceback where another program's dataset.json lies in the folder."""
-    (tmp_path / name).write_text(text)
-    with raises_at(file=tmp_path / name):
-        main([str(write(tmp_path, GOOD))])
+    more = write(tmp_path, row, name="more.jsonl")
+    main([f"{path},{more}"])
+    assert capsys.readouterr().out.count("response 'chose'") == 2
+    for foreign in ('[{"prompt": "a"}]', "{"):
+        (tmp_path / "dataset.json").write_text(foreign)
+        main([str(path), "--max-prompt", "150", "--max-response", "5"])
+        assert capsys.readouterr().out == shown

@@ -42,6 +42,23 @@ def test_training_files_of_any_container_are_read(home, name, columns):
     assert again.name == "mix-user" and again.units == own.units and len(set(own.units)) == 2
 
 
+def test_training_files_are_read_when_they_are_several(home):
+    """Caught: a list of files taken for one name: the last file was read alone, so groups got others' annotators, and
+    the names of twenty files, which are longer than a name may be, ended eval.py with an error after its tables."""
+    own, path = read_job(home).runs[-1], home / "mix-user/config.json"
+    lines = (home / "train.jsonl").read_text().splitlines(keepends=True)
+    (home / "train.jsonl").unlink()
+    names = [f"train-{n:05}-of-00020.jsonl" for n in range(20)]
+    for n, name in enumerate(names):
+        (home / name).write_text("".join(lines[n * len(lines) // 20 : (n + 1) * len(lines) // 20]))
+    config = json.loads(path.read_text())
+    for folder in ("", "elsewhere/"):                                       # the second job has moved
+        path.write_text(json.dumps(config | {"data": ",".join(folder + name for name in names)}))
+        assert read_job(home).runs[-1].units == own.units
+    path.write_text(json.dumps(config | {"data": "hub:owner/name," + names[0]}))
+    assert read_job(home).runs[-1].units == []                              # the hub is not asked
+
+
 # ---- pictures
 
 

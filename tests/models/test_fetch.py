@@ -68,6 +68,33 @@ def test_an_altered_file_in_the_data_folder_is_an_error(found, server, place, tm
         asset("thing", data=tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("form", [str, str.lower, str.upper])
+def test_the_hub_states_a_large_file(form, server, place, monkeypatch):
+    """Size and sha256 come from the answer's headers, and the file is asked for once. Catches: headers in the case that
+    a proxy gave them, not found; a file of another sha256 taken."""
+    place()
+    monkeypatch.setattr(fetch, "HUB", server.url.rstrip("/"))
+    server.linked = {form("X-Linked-Size"): str(len(BODY)), form("X-Linked-Etag"): f'"{SUM}"'}
+    assert fetch.hub("owner/name", "x.bin").read_bytes() == BODY
+    server.linked = {}
+    asked = len(server.seen)
+    assert fetch.hub("owner/name", "x.bin").read_bytes() == BODY and len(server.seen) == asked
+    server.linked = {form("X-Linked-Size"): str(len(BODY)), form("X-Linked-Etag"): '"' + "0" * 64 + '"'}
+    with raises_at("altered", SUM, file="y.bin"):
+        fetch.hub("owner/name", "y.bin")
+
+
+@pytest.mark.parametrize("lost", ["X-Linked-Size", "X-Linked-Etag"])
+def test_a_file_that_the_hub_does_not_state_is_not_fetched(lost, server, place, monkeypatch):
+    """As after a redirect to a new name. Catches: an error of another type."""
+    place()
+    monkeypatch.setattr(fetch, "HUB", server.url.rstrip("/"))
+    server.linked = {name: "1" for name in ("X-Linked-Size", "X-Linked-Etag") if name != lost}
+    with raises_at(lost, file=f"{server.url}datasets/owner/name/resolve/main/x.bin"):
+        fetch.hub("owner/name", "x.bin")
+    assert not server.seen
+
+
 def test_an_unknown_asset_is_named():
     """Fault: a KeyError."""
     with raises_at("smollm2", file="gpt5"):

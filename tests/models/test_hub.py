@@ -134,6 +134,17 @@ def test_an_interrupted_download_is_resumed_at_its_commit(server, tmp_path):
     assert not any("/api/" in path for path, _ in later) and later[0][1] == "bytes=5000-"
 
 
+def test_a_model_that_cannot_be_fetched_is_given_as_the_error_says(server, folder, tmp_path):
+    """All its files in the data folder, or the missing one in the cache. Faults: advice to put one file into the data
+    folder, which is then taken for the model."""
+    server.altered = True
+    with raises_at(f"FOLDER/{NAME}", tmp_path / "cache" / "hub", file=NAME) as caught:
+        resolve(NAME, tmp_path / "data")
+    assert f"{NAME}/config.json and give" not in caught.value.message
+    shutil.copytree(folder, tmp_path / "data" / NAME)
+    assert resolve(NAME, tmp_path / "data") == tmp_path / "data" / NAME
+
+
 @pytest.mark.parametrize("size", [100, 20_000])
 def test_altered_files_are_refused(size, server, folder):
     """Small ones by git's sha1, large ones by sha256. Fault: the checksum of small files not looked at."""
@@ -170,6 +181,18 @@ def test_pickled_weights_are_refused_before_anything_is_fetched(server, folder):
     with raises_at("save_pretrained", file=NAME):
         load_model(NAME)
     assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("lost", ["config.json", "tokenizer.json"])
+def test_a_model_that_is_incomplete_on_the_hub_is_refused_before_anything_is_fetched(lost, server, folder):
+    """Later it is complete, and found. Faults: gigabytes of weights fetched first; a listing kept that lacks a file."""
+    kept = (folder / lost).read_bytes()
+    (folder / lost).unlink()
+    with raises_at(lost, file=NAME):
+        resolve(NAME)
+    assert len(server.seen) == 1
+    (folder / lost).write_bytes(kept)
+    assert not hub.missing(resolve(NAME))
 
 
 def test_places_come_in_order(server, folder, tmp_path):

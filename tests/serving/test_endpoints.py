@@ -1,18 +1,21 @@
 """The server's own endpoints: users, weights, scores, facts."""
 
+import contextlib
 import json
 import math
+import sqlite3
 import threading
 import time
 
 import httpx
 import pytest
 from conftest import wait
-from fakerun import FakeRun, make_tokenizer
+from fakerun import FakeEngine, FakeRun, make_tokenizer
 
 from mixdpo.config import InputError
 from mixdpo.preferences import read_preferences
-from mixdpo.serving.__main__ import ServeConfig, access_of, rewards_beside
+from mixdpo.serving import connection, users
+from mixdpo.serving.__main__ import ServeConfig, access_of, rewards_beside, serve, users_of
 from mixdpo.serving.service import Limits
 
 
@@ -91,6 +94,24 @@ def test_users_and_comparisons_are_limited(serving):
         assert other.json()["error"]["code"] == "limit_reached" and "1 users" in other.json()["error"]["message"]
         client.delete("/v1/users/anna")
         assert client.post("/v1/users/bert/preferences", json=choice).status_code == 200
+
+
+def test_a_file_that_another_process_holds_is_no_error_of_the_server(serving, tmp_path, monkeypatch):
+    """Each request that reads or writes users' comparisons. Catches: status 500 where a later request would succeed."""
+    monkeypatch.setattr(users, "WAIT", 0.05)
+    choice, path = {"prompt": "p", "chosen": "aaaa", "rejected": "b"}, "/v1/users/anna/preferences"
+    asks = [("POST", path, choice), ("GET", path, None), ("GET", "/v1/users/anna", None),
+            ("POST", "/api/weights", {"prompt": "p", "user": "anna"}), ("DELETE", "/v1/users/anna", None),
+            ("POST", "/v1/completions", {"model": "mixture", "prompt": "p", "user": "anna"})]
+    with serving() as server, httpx.Client(base_url=server.url) as client:
+        with contextlib.closing(sqlite3.connect(tmp_path / "users.sqlite", isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            for method, place, body in asks:
+                answer = client.request(method, place, json=body)
+                assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0, (method, place)
+            other.execute("ROLLBACK")
+        assert [client.request(method, place, json=body).status_code for method, place, body in asks] == [200] * 6
+        assert not any(line.startswith("error") for line in server.log)
 
 
 def test_what_the_run_cannot_compare_is_refused_and_not_stored(client):
@@ -204,7 +225,8 @@ def test_a_prompt_that_fills_the_context_is_refused(serving):
 
 
 def test_rewards_come_from_the_annotators_beside_the_run(tmp_path, monkeypatch):
-    """Catches: rewards of another folder; a utility that is left out; a missing package that stops the server."""
+    """Catches: rewards of another folder; a utility that is left out; a missing package that stops the server; a
+    traceback for a damaged file, at the start or for each answer."""
     from data.annotators import rewards
 
     asked = []
@@ -224,8 +246,25 @@ def test_rewards_come_from_the_annotators_beside_the_run(tmp_path, monkeypatch):
     assert rewards_beside(run)("text") == pytest.approx({"ab": 0.2, "abc": 0.3, "both": 0.8})
     assert asked[-1] == (["text"], ["ab", "abc"], tmp_path / "job")
     assert {folder for _, _, folder in asked} == {tmp_path / "job"}
+    for damaged in ('{"rewards": 3}', '{"rewards": null}', '{"rewards": ["ab"], "utilities": 3}',
+                    '{"rewards": ["ab"], "utilities": {"both": {"abc": 1}}}'):
+        dataset.write_text(damaged)
+        assert rewards_beside(run) is None
+    dataset.write_text('{"rewards": ["ab"]}')
     monkeypatch.setattr(rewards, "score", lambda *_: (_ for _ in ()).throw(InputError("no judge")))
     assert rewards_beside(run) is None
+
+
+@pytest.mark.parametrize("waiting", [64, 2000])
+def test_connections_suffice_for_the_answers_that_may_wait(tmp_path, monkeypatch, waiting):
+    """Catches: a fixed number of connections below --rows and --waiting."""
+    most, config, served = [], ServeConfig(str(tmp_path), waiting=waiting), FakeRun()
+    monkeypatch.setattr(connection, "make_server", lambda app, state, times: most.append(times.most) or 1 / 0)
+    engine, store = FakeEngine(served), users_of(config, "f" * 32, served.K)
+    with contextlib.closing(store), pytest.raises(ZeroDivisionError):
+        serve(config, served, engine, store, served.log_w([]), {})
+    engine.stop(False)
+    assert most[0] > config.rows + waiting
 
 
 def test_the_options_decide_who_may_come_in():

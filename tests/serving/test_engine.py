@@ -355,6 +355,34 @@ def test_requests_wait_in_order_and_no_more_than_allowed(made, engine_of):
     assert answers[3].wait().end == "length"
 
 
+@pytest.mark.parametrize("waiting", [0, 2])
+def test_requests_for_free_rows_do_not_count_as_waiting(made, engine_of, waiting):
+    """They come before the worker's next turn. Faults: an idle engine refuses requests, with waiting=0 all of them;
+    free rows that are counted while a request is on its way to one; the limit counted from another number."""
+    engine, gate, refused = engine_of(made.served("frozen"), rows=3, waiting=waiting), threading.Event(), []
+    engine.call(lambda: gate.wait(60))
+    answers = [Answer() for _ in range(3 + waiting)]
+    for answer in answers:
+        engine.submit(Request([98], "expert-1", 2, -1), answer)
+    with pytest.raises(Full):
+        engine.submit(Request([98], "expert-1", 2, -1), Answer())
+    decoder, = engine.decoders.values()
+    join = decoder.join
+
+    def joins(rows):                                                        # once
+        decoder.join = join
+        try:
+            engine.submit(Request([98], "expert-1", 2, -1), Answer())
+        except Full:
+            refused.append(len(rows))
+        join(rows)
+
+    decoder.join = joins
+    gate.set()
+    assert [answer.wait().end for answer in answers] == ["length"] * len(answers) and refused == [3]
+    assert engine.joining == 0
+
+
 def test_a_cancelled_request_leaves_at_the_next_token(made, engine_of):
     """A running one, a waiting one, and one that has ended. Faults: it goes on; it is told nothing; it is told twice;
     another row leaves in its place."""

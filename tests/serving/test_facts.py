@@ -171,7 +171,8 @@ def test_an_evaluation_of_the_run_alone_comes_first(alone):
 
 def test_example_prompts(alone):
     """Faults: samples.jsonl before prompts.jsonl; a prompt twice; more than PROMPTS; a faulty line is an error; texts
-    for a chat; a conversation that the page cannot show; prompts of a private run's people."""
+    for a chat; a conversation that the page cannot show; prompts of a private run's people; an error for brackets
+    that no reader of JSON can follow; a turn without text."""
     home, run = alone.parent, load_run(alone, "cpu", "")
     private = dataclasses.replace(run, config=dataclasses.replace(run.config, epsilon=8.0))
     assert serving.example_prompts(run, False) == []
@@ -183,8 +184,10 @@ def test_example_prompts(alone):
     one = [{"role": "user", "content": "hi"}]
     two = [{"role": "system", "content": "s"}, *one]
     long = [one[0], {"role": "assistant", "content": "yes"}, one[0]]
-    (home / "prompts.jsonl").write_text("no JSON\n[]\n{}\n" + "".join(
-        json.dumps({"prompt": p}) + "\n" for p in ("first", "first", one, "  ", long, two, *map(str, range(40)))))
+    mute = [{"role": "user", "content": None}]
+    prompts = (mute, [*mute, *one], "first", "first", one, "  ", long, two, *map(str, range(40)))
+    (home / "prompts.jsonl").write_text(f"no JSON\n[]\n{{}}\n{'[' * 100_000}\n" + "".join(
+        json.dumps({"prompt": p}) + "\n" for p in prompts))
     assert serving.example_prompts(run, False) == ["first", *map(str, range(11))]
     assert serving.example_prompts(run, True) == [one, two]
 
@@ -210,12 +213,16 @@ def test_a_private_run_shows_no_counts(job):
 
 
 def test_names_of_models_and_data(tmp_path):
-    """Faults: a hub name without its owner; a folder's parents; the name of the folder of a model that a job tuned."""
+    """Faults: a hub name without its owner; a folder's parents; the name of the folder of a model that a job tuned; an
+    error for another program's finetune.json."""
     (tmp_path / "reference").mkdir()
     assert serving.model_name(str(tmp_path / "reference")) == "reference"
     assert serving.model_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     (tmp_path / "reference" / "finetune.json").write_text(json.dumps({"settings": {"model": "/else/smollm2"}}))
     assert serving.model_name(str(tmp_path / "reference")) == "smollm2, fine-tuned on the job's texts"
+    for other in ({"settings": 3}, {"settings": {"model": 3}}, {"settings": {"model": str(tmp_path / "reference")}}):
+        (tmp_path / "reference" / "finetune.json").write_text(json.dumps(other))
+        assert serving.model_name(str(tmp_path / "reference")) == "reference"
     assert serving.data_names("/a/b/x.jsonl,c/y.csv,hub:OWNER/NAME:test") == ["x.jsonl", "y.csv", "hub:OWNER/NAME:test"]
 
 

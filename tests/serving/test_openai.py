@@ -1,9 +1,12 @@
 """The endpoints as the `openai` client from PyPI uses them: what it sends is understood, what it reads is complete."""
 
 import math
+import typing
 
 import openai
 import pytest
+from openai.types import completion_create_params as texts
+from openai.types.chat import completion_create_params as chats
 
 from mixdpo.evaluation.generate import choose_expert
 
@@ -222,6 +225,40 @@ def test_conversations_that_the_template_cannot_write_are_refused(client):
     parts = [{"type": "text", "text": "say:"}, {"type": "text", "text": "ok"}]
     answer = client.chat.completions.create(model="mixture", messages=[{"role": "user", "content": parts}])
     assert answer.choices[0].message.content == "ok"
+
+
+def test_an_answer_is_a_turn_of_the_next_request(client):
+    """In each form in which the client gives it. Catches: a field of its message, such as annotations, unknown."""
+    said = chat(client, "say:ok").choices[0].message
+    for turn in (said, said.model_dump(), said.to_dict()):
+        messages = [{"role": "user", "content": "a"}, turn, {"role": "user", "content": "say:yes"}]
+        answer = client.chat.completions.create(model="mixture", messages=messages)
+        assert answer.choices[0].message.content == "yes"
+
+
+@pytest.mark.parametrize("call, fields", [(ask, texts.CompletionCreateParamsBase),
+                                          (chat, chats.CompletionCreateParamsBase)])
+def test_every_field_of_the_client_may_be_null(client, call, fields):
+    """Catches: a field of OpenAI's API that is unknown here."""
+    names = typing.get_type_hints(fields).keys() - {"model", "prompt", "messages"}
+    assert {"max_tokens", "user"} < names and len(names) > 10
+    call(client, extra_body=dict.fromkeys(names))
+
+
+def test_an_error_names_the_field_that_was_sent(client, live):
+    """Catches: max_tokens named to a client that sent max_completion_tokens; prompt to one that sent messages."""
+    for name in ("max_tokens", "max_completion_tokens"):
+        with pytest.raises(openai.BadRequestError) as caught:
+            chat(client, **{name: 0})
+        assert caught.value.param == name and caught.value.body["message"].startswith(f"{name}: got 0")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="mixture", messages=[{"role": "assistant", "content": "x"}])
+    assert caught.value.param == "messages"
+    live.service.served.context = 5
+    for call, name in ((ask, "prompt"), (chat, "messages")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            call(client, "too long")
+        assert caught.value.param == name and caught.value.code == "context_length_exceeded"
 
 
 def test_the_asynchronous_client_streams_too(live):

@@ -11,6 +11,7 @@ import pytest
 from conftest import wait
 from rawhttp import connect, exchange, read_answer, request
 
+from mixdpo.serving.__main__ import ServeConfig, limits_of
 from mixdpo.serving.connection import Times
 from mixdpo.serving.engine import Token
 from mixdpo.serving.generation import Choices
@@ -115,6 +116,24 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(serving):
         assert post(server, slow(500, n=4)).status_code == 429                # 2 rows and 1 place: all or nothing
         wait(lambda: server.engine.rows_now == server.engine.waiting_now == 0, 1)
         assert post(server, GOOD).status_code == 200
+
+
+def test_as_many_answers_as_the_options_say_may_be_asked_for_at_once(serving):
+    """All wait for their weights, then for the model. Catches: fixed limits of calls, requests or connections below
+    --rows and --waiting."""
+    config = ServeConfig("x", rows=40, waiting=280)
+    limits = limits_of(config)
+    with serving(limits=limits, rows=40, waiting=280) as server:
+        release, codes = threading.Event(), []
+        server.engine.call(release.wait)
+        threads = [threading.Thread(target=lambda: codes.append(post(server, GOOD).status_code)) for _ in range(320)]
+        for thread in threads:
+            thread.start()
+        wait(lambda: server.service.calls == 320 or codes, 20)
+        release.set()
+        for thread in threads:
+            thread.join()
+        assert codes == [200] * 320
 
 
 def test_too_many_requests_at_once_are_refused(serving):

@@ -72,6 +72,16 @@ def test_long_conversations_lose_their_oldest_turns(smollm2, llama3):
             encode_chat(LONG, tokenizer, len(shortest) - 1)
 
 
+def test_each_turn_is_tokenised_once(smollm2, monkeypatch):
+    """A conversation of 201 turns, of which the last three fit. Catches: all later turns tokenised for each turn that
+    is left out; in the server 256 KiB of messages then held up all other answers for twelve seconds."""
+    turns = [{"role": ("user", "assistant")[n % 2], "content": f"word {n} " * 20} for n in range(201)]
+    wanted, encode, read = encode_chat(turns[-3:], smollm2, 999), smollm2.encode, []
+    monkeypatch.setattr(smollm2, "encode", lambda text: read.append(len(text)) or encode(text))
+    assert encode_chat(turns, smollm2, len(wanted[0])) == (wanted[0], 198)
+    assert sum(read) < 2 * sum(len(turn["content"]) for turn in turns)
+
+
 LOOP, OPEN = "{% for m in messages %}", "{% endfor %}{% if add_generation_prompt %}"
 TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
 OWN = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n' + own + '<|im_end|>\n' }}{% endif %}"

@@ -16,6 +16,7 @@ from mixdpo.preferences import read_preferences
 from mixdpo.text import containers
 from mixdpo.text.containers import rows
 from mixdpo.text.records import Fault, data_key
+from mixdpo.text.shapes import read_records
 
 RECORDS = [{**GOOD, "user": "ann", "context": True},
            {"prompt": 'a "b",\tc', "chosen": "x\r\ny\nz", "rejected": "é\u2028"},
@@ -160,6 +161,51 @@ def test_a_parquet_file_with_a_repeated_column(tmp_path):
     parquet.write_table(pa.Table.from_arrays([pa.array(["a"])] * 4, names), tmp_path / "a.parquet")
     with raises_at("'chosen'", file=tmp_path / "a.parquet"):
         read(tmp_path / "a.parquet")
+
+
+def test_rows_that_differ_in_their_fields(tmp_path):
+    """Parquet gives each row the fields of all rows. Catches: a ranking beside pairs, or scores of other names, that
+    can be read as JSON Lines and not as Parquet."""
+    pytest.importorskip("pyarrow")
+    records = [{**GOOD, "scores": {"a": [1, 2]}}, {**GOOD, "scores": {"b": [2.5, 1]}, "user": "u"}, GOOD,
+               {"prompt": "p", "ranking": [["a"], ["b", "c"]], "rest": ["d"]}]
+    names = dict.fromkeys(name for record in records for name in record)
+    raw = as_parquet([names | record for record in records])
+    wanted, found = ([record for _, record, _ in read_records(put(tmp_path, *file), "", print)]
+                     for file in (("a.jsonl", as_lines(records)), ("a.parquet", raw)))
+    assert found == wanted == records
+
+
+def test_an_error_does_not_repeat_a_long_value(tmp_path):
+    """Catches: megabytes of a column of bytes on the screen."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for name in ("prompt", "user", "scores", "context"):
+        parquet.write_table(pa.table({key: [value] for key, value in {**GOOD, name: b"x" * 10**6}.items()}),
+                            tmp_path / "a.parquet")
+        with raises_at(name, file=tmp_path / "a.parquet", line=1, kind=Fault) as caught:
+            read(tmp_path / "a.parquet")
+        assert len(caught.value.message) < 400
+
+
+@pytest.mark.parametrize("kind, value", [
+    ("timestamp('ns')", 1_700_000_000_123_456_789), ("duration('ns')", 1), ("timestamp('us')", 2**62),
+    ("date32()", 2**31 - 1), ("timestamp('ms', tz='No/Where')", 0), ("binary()", b"caf\xe9")])
+def test_parquet_values_that_python_cannot_hold(tmp_path, kind, value):
+    """Times in nanoseconds, years above 9999, an unknown time zone, a text that is not UTF-8. Catches: a file that is
+    refused because of a column that nobody uses; such a value used as a text or an id; a row that --drop cannot skip,
+    or that a failed step cannot keep."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    odd = pa.array([None, value, None], eval(kind, vars(pa)))
+    odd = odd.view(pa.string()) if pa.types.is_binary(odd.type) else odd
+    texts = {name: pa.array([GOOD[name]] * 3) for name in ("prompt", "chosen", "rejected")}
+    parquet.write_table(pa.table(texts | {"odd": odd}), tmp_path / "a.parquet")
+    assert len(read(tmp_path / "a.parquet")) == 3
+    with raises_at("user", file=tmp_path / "a.parquet", line=2, kind=Fault):
+        read(tmp_path / "a.parquet", columns="user=odd")
+    assert [pair.line for pair in read(tmp_path / "a.parquet", columns="user=odd", drop=True)] == [1, 3]
+    source, = data_files(tmp_path / "a.parquet")
+    kept = [json.loads(row.line())["odd"] for row in rows(source)]
+    assert kept[0] is kept[2] is None and str(odd.type) in kept[1]
 
 
 def test_a_damaged_parquet_file(tmp_path):

@@ -65,6 +65,17 @@ def test_several_files_are_read_as_one(tmp_path):
     assert missing_file(f"{first},hub:a/b") is None and short_name(f"{first},{second}.gz,hub:a/b:c") == "a+b.jsonl+b:c"
 
 
+def test_many_files_are_no_name_that_is_too_long(tmp_path, monkeypatch):
+    """300 files of the working directory, and by their full paths. Catches: "File name too long", of a list that is
+    longer than a name may be."""
+    monkeypatch.chdir(tmp_path)
+    names = [write(tmp_path, GOOD, name=f"train-{n:05}-of-00300.jsonl").name for n in range(300)]
+    for parts in (names, [str(tmp_path / name) for name in names]):
+        named = ",".join(parts)
+        assert parts_of(named) == parts and len(read_preferences(named, Letters(), 16, 16)) == 300
+        assert missing_file(named) is None and missing_file(f"{named},{'x' * 999}") == "x" * 999
+
+
 def test_a_file_whose_name_has_a_comma(tmp_path):
     """Catches: a file that was read before and is now taken for two; an empty or repeated part that is ignored."""
     path = write(tmp_path, GOOD, name="a,b.jsonl")
@@ -103,12 +114,25 @@ SPLITS = {      # files of a data set, the split -> the files that are read; Non
     "one split only": (["all.jsonl", ".gitattributes", "dataset_infos.txt"], {"": [0], "all": [0]}),
     "two kinds": (["train.csv", "train.jsonl", "train.parquet"], {"": [2]}),
     "nothing": (["README.md"], {"": None}),
+    "folders with a point": (["v1.0/train.jsonl", "v1.1/train.jsonl"], {"": None, "v1.0/train": [0], "v1.1": [1]}),
+    "a folder of splits": (["hh/test_prefs.jsonl", "hh/train_prefs.jsonl", "en/a.csv", "en/b.csv"],
+                           {"hh": None, "hh/train_prefs": [1], "test_prefs": [0], "en": [2, 3]}),
+    "numbers and hashes": (["data/train-00000-of-00002-1f.parquet", "data/train-00001-of-00002-e7.parquet",
+                            "test-00001-of-00002.csv", "test-00002-of-00002.csv"], {"": [0, 1], "test": [2, 3]}),
+    "a number is missing": (["train-00000-of-00003.parquet", "train-00002-of-00003.parquet", "test-00000-of-00001.csv"],
+                            {"": None, "test": [2]}),
+    "files of two uploads": (["train-00000-of-00001.csv", "train-00000-of-00002.csv", "train-00001-of-00002.csv",
+                              "test-00000-of-00002.csv", "test-00001-of-00002.csv", "test-00002-of-00003.csv"],
+                             {"": None, "test": None}),
+    "a number twice": (["train-00000-of-00001-1f.csv", "train-00000-of-00001-e7.csv"], {"": None}),
+    "two forms of a file": (["train.jsonl", "train.jsonl.gz", "test.json", "test.jsonl"], {"": None, "test": None}),
 }
 
 
 @pytest.mark.parametrize("case", SPLITS)
 def test_the_files_of_a_split(case):
-    """Catches: a split that is a part of another's name; folders mixed; all splits read as one."""
+    """Catches: a split that is a part of another's name; folders mixed, those whose names differ behind a point too;
+    all splits of a folder read as one; a part of a split taken for all of it; rows read twice."""
     names, splits = SPLITS[case]
     for split, wanted in splits.items():
         if wanted is None:
