@@ -115,7 +115,7 @@ def frontiers(axis, found: list[frontier.Method], names: list[str]) -> None:
         look = {"color": EXPERTS[n % len(EXPERTS)]}
         axis.plot(*method.line(), linestyle=LINES[n % len(LINES)], label=method.name, **look)
         for point in method.points:
-            gain = mean_se(point.gain.mean(0))
+            gain = mean_se(point.gain)
             axis.errorbar(point.kl.mean(), gain["mean"], yerr=gain["se"], capsize=2, markersize=4, linestyle="none",
                           marker=MARKERS[n % len(MARKERS)], **look)
     axis.set(xlabel="KL to the reference (nats)", ylabel="gain in own reward")

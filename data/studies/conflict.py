@@ -108,7 +108,7 @@ def measure(cell: dict, folder: Path) -> dict:
     made = of_pairs(max(1, steps // 2), batch=preset["batch"], warmup=4) if "latent" in cell else runs(
         preset["annotators"], betas=betas, start=cell["seed"] == 0, batch=preset["batch"], warmup=4)
     for name, options in made.items():
-        options = {"data": "train.jsonl", "seed": cell["seed"]} | common | options
+        options = {"data": "train.jsonl"} | common | options | {"seed": cell["seed"]}
         run(TrainConfig(out=str(folder / name), **options | {"data": str(folder / options["data"])}))
     results = evaluate(EvalConfig(str(folder), limit=preset["evaluate"], kl=KL, examples=0))
     if "latent" in cell:
@@ -129,6 +129,12 @@ def pooled(found: list[dict]) -> list[frontier.Method]:
     return frontier.methods({"own_reward": [row for f in found for row in f["own_reward"]]})
 
 
+def of_cell(cell: dict, figures: dict) -> dict:
+    """The figures with the seed of their cell. Cells that were measured before runs had this seed too say seed 0."""
+    return figures | {"own_reward": [row | {"config": row["config"] | {"seed": cell["seed"]}}
+                                     for row in figures.get("own_reward", [])]}
+
+
 def counts_of(values: list[int]) -> str:
     """[1, 2, 1] -> "1 in 2, 2 in 1"."""
     return ", ".join(f"{value} in {values.count(value)}" for value in sorted({*values})) or NONE
@@ -137,8 +143,9 @@ def counts_of(values: list[int]) -> str:
 def page(rows):
     body, at_kl, lines, reading = [], [], {}, []
     chosen = by([(cell, figures) for cell, figures in rows if "counts" in cell], "world")
+    rows = [(cell, of_cell(cell, figures)) for cell, figures in rows if "counts" not in cell]
     paper = [figures for cell, figures in rows if "latent" in cell]
-    rows = [(cell, figures) for cell, figures in rows if "counts" not in cell and "latent" not in cell]
+    rows = [(cell, figures) for cell, figures in rows if "latent" not in cell]
     for world, found in by(rows, "world").items():
         mixture, dpo, ceiling = frontier.main_methods(pooled(found))
         kl = frontier.common_kl(mixture, dpo, ceiling)

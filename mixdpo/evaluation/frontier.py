@@ -1,7 +1,7 @@
 """Own reward of methods at equal KL: from the rows of own reward (served.py) to a table and a sentence.
 
 A method is a set of runs that differ in seed and beta only; their training files may be in different folders, but have
-one name. Its points are its runs at each beta, as they were trained and at smaller KL (strength.py), means over seeds.
+one name. Its points are its runs of each seed at each beta, as they were trained and at smaller KL (strength.py).
 Methods serve users in one of these ways:
 
     one policy     K = 1: everybody gets the same policy                        (users: "all users")
@@ -14,18 +14,18 @@ Methods serve users in one of these ways:
     soup           the mean of a mixture's experts, for everybody
 
 The baseline is one policy: the frontier of all such methods together. A soup is none of them: it is made from a
-mixture, and has a row of its own. Methods are compared at the largest KL that the mixture and the baseline both reach.
-That is mostly where the baseline ends, and methods that go farther have a point there.
+mixture, and has a row of its own. Methods are compared at the largest KL that all seeds of the mixture and of the
+baseline reach. That is mostly where the baseline ends, and methods that go farther have a point there.
 """
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from mixdpo.evaluation.own_reward import compare_frontiers, hull
+from mixdpo.evaluation.own_reward import compare_frontiers, frontier
 from mixdpo.evaluation.statistics import NONE, evidence, mean_se, pm
 from mixdpo.gates import TRAINED
 
@@ -36,15 +36,16 @@ SERVES = ("one policy", "mixture", "fixed weights", "known types", "in context",
 
 @dataclass(frozen=True)
 class Point:
-    """One policy of a method, or one for each type: by prompt, means over seeds and types."""
+    """One policy of a method, or one for each type, of one seed: by prompt, means over types."""
 
+    run: str                    # without seed and beta
     beta: float
     target: float | str | None  # nats that the strengths were chosen for, or served.BASELINE; None: as it was trained
-    kl: np.ndarray              # (S,N) nats, of each seed
-    gain: np.ndarray            # (S,N) own reward minus the reference's
+    seed: int
+    kl: np.ndarray              # (N,) nats
+    gain: np.ndarray            # (N,) own reward minus the reference's
     types: dict                 # type -> mean gain
     length: float
-    seeds: tuple[int, ...]      # (S,)
 
 
 @dataclass(frozen=True)
@@ -55,25 +56,31 @@ class Method:
     serves: str                 # one of SERVES
     points: list[Point]
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """KL and gain of all points by seed and prompt: (P,S,N) each; seeds that a point lacks are left out of all. If
-        none is left, each point has its first ones."""
-        first, *others = [p.seeds for p in self.points]
-        common = [seed for seed in first if all(seed in seeds for seeds in others)]
-        fewest = min(map(len, (first, *others)))
-        rows = [[p.seeds.index(seed) for seed in common] or [*range(fewest)] for p in self.points]
-        kl, gain = ([getattr(p, what)[own] for p, own in zip(self.points, rows)] for what in ("kl", "gain"))
-        return np.stack(kl), np.stack(gain)
+    def seeds(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """KL and gain of the points of each seed, by prompt: (P,N) each. A seed that lacks a beta is left out, unless
+        every seed lacks one."""
+        trained: dict[int, set] = {}
+        for p in self.points:
+            trained.setdefault(p.seed, set()).add((p.run, p.beta))
+        all_of_them = set().union(*trained.values())
+        used = [seed for seed, own in trained.items() if own == all_of_them] or [*trained]
+        own = [[p for p in self.points if p.seed == seed] for seed in used]
+        return [(np.stack([p.kl for p in points]), np.stack([p.gain for p in points])) for points in own]
 
     def line(self) -> tuple[np.ndarray, np.ndarray]:
-        """The corners of the frontier: KL and gain."""
-        kl, gain = (array.mean((1, 2)) for array in self.arrays())
-        return hull(kl, gain)
+        """The corners of the frontier: KL and gain, up to the largest KL that all seeds reach."""
+        kl, gain = frontier([(x.mean(1), y.mean(1)) for x, y in self.seeds()])
+        end = common_kl(self)
+        return np.append(kl[kl < end], end), np.append(gain[kl < end], np.interp(end, kl, gain))
 
     @property
     def full(self) -> Point:
-        """The method as it was trained, with the beta of the first run."""
-        return next(p for p in self.points if p.target is None)
+        """The method as it was trained, with the beta of the first run: means over seeds."""
+        first = next(p for p in self.points if p.target is None)
+        of = [p for p in self.points if (p.run, p.beta, p.target) == (first.run, first.beta, None)]
+        types = {kind: float(np.mean([p.types[kind] for p in of])) for kind in first.types}
+        return replace(first, kl=np.mean([p.kl for p in of], 0), gain=np.mean([p.gain for p in of], 0), types=types,
+                       length=float(np.mean([p.length for p in of])))
 
 
 def methods(results: dict) -> list[Method]:
@@ -105,26 +112,22 @@ def name_of(rows: list[dict], serves: str) -> str:
 
 
 def points_of(rows: list[dict]) -> list[Point]:
-    """A point for each beta and target. Several types of one seed, each from its own run, are averaged. A target that
-    one of these runs does not reach is no point: the mean of the others would be that of other seeds or types. For the
-    same reason a seed that lacks a type is left out of a point."""
+    """A point for each beta, target and seed. Several types of one seed, each from its own run, are averaged. If one of
+    these runs does not reach a target, or if a type has no run, there is no point: the mean of the others would be that
+    of other types."""
     kinds = {kind for row in rows for kind in row["types"]}
-    found: dict[tuple, dict[int, list[dict]]] = {}
+    found: dict[tuple, list[dict]] = {}
     for row in rows:
-        config = row["config"]
-        found.setdefault((config["beta"], row["target"]), {}).setdefault(config["seed"], []).append(row)
-    for key, of in found.items():
-        found[key] = {seed: own for seed, own in of.items() if {kind for row in own for kind in row["types"]} == kinds}
+        found.setdefault((row["config"]["beta"], row["target"], row["config"]["seed"]), []).append(row)
     points = []
-    for (beta, target), of in found.items():
-        if not of or sum(map(len, of.values())) < sum(map(len, found[beta, None].values())):
+    for (beta, target, seed), own in found.items():
+        if {kind for row in own for kind in row["types"]} != kinds or len(own) < len(found[beta, None, seed]):
             continue
-        kl, gain = (np.array([np.mean([row[what] for row in rows], axis=0) for rows in of.values()])
-                    for what in ("kl_by_prompt", "gain_by_prompt"))
-        each = [row for rows in of.values() for row in rows]
-        types = {kind: float(np.mean([row["types"][kind]["mean"] for row in each if kind in row["types"]]))
-                 for kind in dict.fromkeys(kind for row in each for kind in row["types"])}
-        points.append(Point(beta, target, kl, gain, types, float(np.mean([row["length"] for row in each])), (*of,)))
+        kl, gain = (np.mean([row[what] for row in own], axis=0) for what in ("kl_by_prompt", "gain_by_prompt"))
+        types = {kind: float(np.mean([row["types"][kind]["mean"] for row in own if kind in row["types"]]))
+                 for kind in dict.fromkeys(kind for row in own for kind in row["types"])}
+        points.append(Point(unnumbered(rows[0]["run"]), beta, target, seed, kl, gain, types,
+                            float(np.mean([row["length"] for row in own]))))
     return points
 
 
@@ -143,14 +146,15 @@ def main_methods(found: list[Method]) -> tuple[Method | None, Method | None, Met
 
 
 def common_kl(*found: Method) -> float:
-    """The largest KL that all these methods reach. Beyond it nothing is compared: there a frontier is not measured."""
-    return min(float(m.arrays()[0].mean((1, 2)).max()) for m in found)
+    """The largest KL that all seeds of these methods reach. Beyond it nothing is compared: there a frontier is not
+    measured."""
+    return min(float(kl.mean(1).max()) for m in found for kl, _ in m.seeds())
 
 
 def compare(ours: Method, theirs: Method, kl: float | None = None) -> dict:
     """compare_frontiers of two methods, at the largest KL that both reach or at a smaller one."""
     largest = common_kl(ours, theirs)
-    return compare_frontiers(ours.arrays(), theirs.arrays(), largest if kl is None else min(kl, largest))
+    return compare_frontiers(ours.seeds(), theirs.seeds(), largest if kl is None else min(kl, largest))
 
 
 def own_reward_sentence(results: dict) -> str:
@@ -188,7 +192,7 @@ def own_reward_table(results: dict) -> tuple[list[str], list[list[str]]]:
         if baseline is not None and m.serves != "one policy" and p.types.keys() == baseline.points[0].types.keys():
             c = compare(m, baseline)
             cells = [pm(c["difference"], sign="+"), f"{c['kl']:.1f}"]
-        rows.append([m.name, pm(mean_se(p.gain.mean(0)), sign="+"),
+        rows.append([m.name, pm(mean_se(p.gain), sign="+"),
                      *(f"{p.types[kind]:+.3f}" if kind in p.types else NONE for kind in kinds),
                      f"{p.kl.mean():.1f}", f"{p.length:.1f}", *cells])
     return head, rows

@@ -9,11 +9,13 @@ user u of type a with weights q_u over the experts,
 each a mean over users and prompts. One policy for all (DPO) is the case K = 1. Standard errors cluster by prompt, and
 by user too where weights differ between users of a type.
 
-Methods are compared at equal KL, because more KL buys more reward with any method. A method's frontier is the upper
-concave hull of its points (KL, gain in own reward) and of the reference (0, 0): a point between two policies is served
-by choosing one of them at random for each completion, whose KL is at most the mean of the two (KL is convex).
+Methods are compared at equal KL, because more KL buys more reward with any method. The frontier of one seed is the
+upper concave hull of its points (KL, gain in own reward) and of the reference (0, 0): a point between two policies is
+served by choosing one of them at random for each completion, whose KL is at most the mean of the two (KL is convex).
+A method's frontier is the mean of its seeds' at equal KL.
 The standard error of a difference between frontiers is a bootstrap over prompts and seeds: all points are computed
-again on each resample, since their completions share prompts and random numbers.
+again on each resample, since their completions share prompts and random numbers. Of S seeds S - 1 are drawn, because
+the mean of S drawn ones would vary too little, by the factor (S - 1) / S (Rao and Wu 1988, section 2).
 """
 
 from dataclasses import dataclass
@@ -105,31 +107,32 @@ def cross(a: tuple, b: tuple, c: tuple) -> float:
     return (c[1] - a[1]) * (b[0] - a[0]) - (b[1] - a[1]) * (c[0] - a[0])
 
 
-def gain_at(points: tuple[np.ndarray, np.ndarray], kl: float) -> float:
-    """The gain of a frontier at this KL; beyond its last corner it stays level."""
-    return float(np.interp(kl, *hull(*points)))
+def frontier(points: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The corners of a method's frontier, KL and gain, both ascending. points: KL and gain (P,) of each seed. Beyond
+    its last corner a seed's frontier stays level."""
+    lines = [hull(*own) for own in points]
+    kl = np.unique(np.concatenate([x for x, _ in lines]))
+    return kl, np.mean([np.interp(kl, *line) for line in lines], axis=0)
 
 
-def kl_for(points: tuple[np.ndarray, np.ndarray], gain: float) -> float:
-    """The KL at which a frontier reaches this gain; NaN if it does not."""
-    kl, gains = hull(*points)
-    return float(np.interp(gain, gains, kl)) if gain <= gains[-1] else float("nan")
-
-
-def compare_frontiers(ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray], kl: float,
+def compare_frontiers(ours: list[tuple[np.ndarray, np.ndarray]], theirs: list[tuple[np.ndarray, np.ndarray]], kl: float,
                       seed: int = 0) -> dict:
     """Our frontier minus theirs at this KL, with its standard error, and the ratio of the KL at which each reaches
-    their gain. ours, theirs: KL and gain by point, seed and prompt, (P,S,N) each, on the same prompts in the same
-    order. A resample draws prompts, the same for both, and seeds."""
+    their gain; NaN if ours does not, or if theirs gains nothing. ours, theirs: KL and gain by point and prompt, (P,N)
+    each, of each seed, on the same prompts in the same order. A resample draws prompts, the same for both, and seeds.
+    """
     def figures(index, *seeds) -> tuple[float, float, float]:
-        a, b = (tuple(x[:, own][:, :, index].mean((1, 2)) for x in side) for side, own in zip((ours, theirs), seeds))
-        mine, others = gain_at(a, kl), gain_at(b, kl)
-        needed = kl_for(b, others)
-        return mine, others, kl_for(a, others) / needed if needed > 0 else float("nan")
+        a, b = (frontier([tuple(x[:, index].mean(1) for x in side[s]) for s in own])
+                for side, own in zip((ours, theirs), seeds))
+        mine, others = (float(np.interp(kl, *line)) for line in (a, b))
+        reached, needed = (float(np.interp(others, *line[::-1])) for line in (a, b))
+        return mine, others, reached / needed if needed > 0 and others <= a[1][-1] else float("nan")
 
-    (S, N), T, rng = ours[0].shape[1:], theirs[0].shape[1], np.random.default_rng([seed, 17])
-    mine, others, ratio = figures(np.arange(N), np.arange(S), np.arange(T))
-    drawn = np.array([figures(rng.integers(N, size=N), rng.integers(S, size=S), rng.integers(T, size=T))
-                      for _ in range(RESAMPLES)])                           # (RESAMPLES,3)
+    def drawn(S: int) -> np.ndarray:
+        return rng.integers(S, size=max(S - 1, 1))
+
+    N, S, T, rng = ours[0][0].shape[1], len(ours), len(theirs), np.random.default_rng([seed, 17])
+    mine, others, ratio = figures(np.arange(N), range(S), range(T))
+    resampled = np.array([figures(rng.integers(N, size=N), drawn(S), drawn(T)) for _ in range(RESAMPLES)])
     return {"kl": kl, "ours": mine, "theirs": others, "ratio": ratio,
-            "difference": {"mean": mine - others, "se": float((drawn[:, 0] - drawn[:, 1]).std(ddof=1)), "n": N}}
+            "difference": {"mean": mine - others, "se": float((resampled[:, 0] - resampled[:, 1]).std(ddof=1)), "n": N}}

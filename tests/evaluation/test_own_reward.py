@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixdpo.evaluation import own_reward
-from mixdpo.evaluation.own_reward import compare_frontiers, gain_at, hull, kl_for, serve
+from mixdpo.evaluation.own_reward import compare_frontiers, frontier, hull, serve
 from mixdpo.evaluation.statistics import mean_se
 
 # --- serve ------------------------------------------------------------------------------------------------------------
@@ -169,24 +169,23 @@ def test_the_frontier_is_the_best_of_all_mixtures_of_two_points(seed):
     slopes = np.diff(gains) / np.diff(corners)
     assert (np.diff(slopes) < 1e-9).all(), "concave"
     for at in [*np.linspace(0, 5, 23), *kl[kl > 0]]:
-        assert gain_at((kl, gain), at) == pytest.approx(best_at(kl, gain, at), abs=1e-9)
-    for wanted in np.linspace(0.01, 2, 9):
-        found, most = kl_for((kl, gain), wanted), gains[-1]
-        if wanted > most:
-            assert math.isnan(found)
-        else:
-            assert best_at(kl, gain, found + 1e-9) >= wanted - 1e-6
-            assert found < 1e-6 or best_at(kl, gain, found * (1 - 1e-6) - 1e-6) < wanted
+        assert np.interp(at, corners, gains) == pytest.approx(best_at(kl, gain, at), abs=1e-9)
+    other = kl + 0.3, 2 * gain - 0.1
+    both = frontier([(kl, gain), other])
+    assert (np.diff(both[0]) > 0).all() and (np.diff(both[1]) > 0).all(), "it can be inverted"
+    for at in [*np.linspace(0, 5, 23), *kl[kl > 0]]:
+        assert np.interp(at, *both) == pytest.approx((best_at(kl, gain, at) + best_at(*other, at)) / 2, abs=1e-9)
 
 
 def sampled(rng, N, seeds=(1, 1), slope=(1.0, 0.6), noise=0.6, spread=0.0):
-    """Points of two methods on N prompts, whose rewards share a part by prompt: (KL, gain), each (2,S,N), of both. Both
-    points of a seed are off by the same, with the standard deviation `spread`."""
+    """Two points of each seed of two methods on N prompts, whose rewards share a part by prompt: [(KL, gain)], each
+    (2,N), of both methods. Both points of a seed are off by the same, with the standard deviation `spread`."""
     by_prompt, out = rng.normal(0, 1, N), []
     for s, S in zip(slope, seeds):
         kl = np.array([1.0, 3.0])[:, None, None] + 0.3 * rng.normal(size=(2, S, N))
         gain = s * np.array([1.0, 1.5])[:, None, None] + by_prompt + noise * rng.normal(size=(2, S, N))
-        out.append((kl, gain + spread * rng.normal(size=(S, 1))))
+        gain = gain + spread * rng.normal(size=(S, 1))
+        out.append([(kl[:, n], gain[:, n]) for n in range(S)])
     return out
 
 
@@ -201,8 +200,8 @@ def test_the_error_of_a_difference_is_the_spread_over_new_prompts_and_seeds(seed
     rng, found, errors = np.random.default_rng(0), [], []
     for n in range(400):
         ours, theirs = sampled(rng, 60, seeds, spread=spread)
-        found.append(gain_at((ours[0].mean((1, 2)), ours[1].mean((1, 2))), 2.0)
-                     - gain_at((theirs[0].mean((1, 2)), theirs[1].mean((1, 2))), 2.0))
+        of_seeds = ([np.interp(2.0, *hull(kl.mean(1), gain.mean(1))) for kl, gain in side] for side in (ours, theirs))
+        found.append(np.mean(next(of_seeds)) - np.mean(next(of_seeds)))
         if n < 30:
             got = compare_frontiers(ours, theirs, 2.0, seed=n)
             assert got["difference"]["mean"] == pytest.approx(found[-1]) == pytest.approx(got["ours"] - got["theirs"])
@@ -225,9 +224,24 @@ def test_frontiers_that_are_the_same_do_not_differ():
 def test_the_ratio_of_kl_by_hand():
     """Ours reaches at KL 1 what theirs needs KL 2 for. Caught: the inverse ratio; our gain at their KL; the KL that was
     asked for, where theirs needs less; a division by 0 where theirs gains nothing."""
-    flat = np.ones((1, 1, 6))
-    got = compare_frontiers((4 * flat, 4 * flat), (4 * flat, 2 * flat), 2.0)
+    flat = np.ones((1, 6))
+
+    def point(kl, gain):
+        return [(kl * flat, gain * flat)]
+
+    got = compare_frontiers(point(4, 4), point(4, 2), 2.0)
     assert (got["ours"], got["theirs"], got["ratio"]) == pytest.approx((2.0, 1.0, 0.5))
-    assert compare_frontiers((4 * flat, 4 * flat), (4 * flat, 2 * flat), 16.0)["ratio"] == pytest.approx(0.5)
-    assert math.isnan(compare_frontiers((4 * flat, 2 * flat), (4 * flat, 4 * flat), 3.0)["ratio"])
-    assert math.isnan(compare_frontiers((4 * flat, 2 * flat), (4 * flat, -flat), 3.0)["ratio"])
+    assert compare_frontiers(point(4, 4), point(4, 2), 16.0)["ratio"] == pytest.approx(0.5)
+    assert math.isnan(compare_frontiers(point(4, 2), point(4, 4), 3.0)["ratio"])
+    assert math.isnan(compare_frontiers(point(4, 2), point(4, -1), 3.0)["ratio"])
+    got = compare_frontiers(point(2, 2) + point(4, 8), point(4, 2), 2.0)    # two seeds: gains 2 and 4
+    assert (got["ours"], got["theirs"]) == pytest.approx((3.0, 1.0))
+
+
+def test_the_error_of_few_seeds():
+    """Three seeds that differ, on prompts that do not. Caught: as many seeds drawn as there are, so that the variance
+    is too small by a third."""
+    gains = [1.0, 2.0, 4.0]
+    ours = [(np.ones((1, 50)), np.full((1, 50), gain)) for gain in gains]
+    se = compare_frontiers(ours, [(np.ones((1, 50)), np.ones((1, 50)))], 1.0)["difference"]["se"]
+    assert se == pytest.approx(np.std(gains, ddof=1) / math.sqrt(3), rel=0.05)

@@ -31,24 +31,34 @@ def test_a_method_is_its_runs_of_any_seed_and_beta(job):
     for row in again:
         row["run"], row["config"]["seed"] = "dpo-seed1", 1
         row["gain_by_prompt"] = [value + 1 for value in row["gain_by_prompt"]]
+        row["kl_by_prompt"] = [0.8 * value for value in row["kl_by_prompt"]]
     low = [copy.deepcopy(row) for row in rows if row["run"] == "dpo" and row["target"] is None]
     low[0]["run"], low[0]["config"]["beta"] = "dpo-beta0.01", 0.01
     found = {m.name: m for m in frontier.methods({"own_reward": [*rows, *again, *low]})}
     assert list(found) == ["dpo", "mix-user", "mix-pair"]
-    assert [(p.beta, p.target) for p in found["dpo"].points] == [(0.1, None), (0.1, 0.5), (0.01, None)]
-    assert found["dpo"].full.gain.shape == (2, 40) and found["dpo"].arrays()[0].shape == (3, 1, 40)
+    assert [(p.beta, p.target, p.seed) for p in found["dpo"].points] == [
+        (0.1, None, 0), (0.1, 0.5, 0), (0.1, None, 1), (0.1, 0.5, 1), (0.01, None, 0)]
+    assert [kl.shape for kl, _ in found["dpo"].seeds()] == [(3, 40)]        # seed 1 lacks a beta
     assert found["dpo"].full.gain.mean() == pytest.approx(np.mean(rows[0]["gain_by_prompt"]) + 0.5)
     assert [m.serves for m in found.values()] == ["one policy", "mixture", "fixed weights"]
     soup = [row | {"run": "mix-soup", "config": row["config"] | {"rank": 3}} for row in rows if row["run"] == "dpo"]
     mixed = frontier.methods({"own_reward": [*rows, *soup]})
     assert mixed[-1].serves == "soup" and len(frontier.main_methods(mixed)[1].points) == 2
     fewer = frontier.methods({"own_reward": [*rows, *(row for row in again if row["target"] is None)]})[0]
-    assert [p.target for p in fewer.points] == [None] and fewer.arrays()[0].shape == (1, 2, 40)
+    assert [gain.shape for _, gain in fewer.seeds()] == [(2, 40), (1, 40)]
+    assert frontier.common_kl(fewer) == pytest.approx(0.8 * np.mean(rows[0]["kl_by_prompt"]))
+    line = frontier.compare(fewer, fewer, 0.4)["ours"]
+    each = [np.interp(0.4, *frontier.frontier([(kl.mean(1), gain.mean(1))])) for kl, gain in fewer.seeds()]
+    assert line == pytest.approx(np.mean(each)) == pytest.approx(np.interp(0.4, *fewer.line()))
+    whole = [row for row in rows if row["run"] == "dpo" and row["target"] is None]
+    twice = frontier.methods({"own_reward": [*rows, *whole]})
+    assert [p.target for p in twice[0].points] == [None], "one of two runs with equal options does not reach it"
     known = next(row for row in rows if row["run"] == "mix-user" and row["users"] == "known users")
-    assert found["mix-user"].full.gain[0].tolist() == known["gain_by_prompt"]
+    assert found["mix-user"].full.gain.tolist() == known["gain_by_prompt"]
 
 
-@pytest.mark.parametrize("there, used", [((0, 1), (0, 1)), ((1,), (1,)), ((1, 0), (0, 1)), ((5,), (0,))], ids=str)
+@pytest.mark.parametrize("there, used", [((0, 1), ([0.1, 0.01], [1.1, 1.01])), ((1,), ([1.1, 1.01],)),
+                                         ((1, 0), ([0.1, 0.01], [1.1, 1.01])), ((5,), ([0.1], [1.1], [5.01]))], ids=str)
 def test_points_are_compared_on_the_same_seeds(job, there, used):
     """Beta 0.1 has the seeds 0 and 1. Caught: seed 0 of it beside seed 1 of a beta that has no seed 0, or has it later;
     a crash where no seed is common."""
@@ -58,9 +68,8 @@ def test_points_are_compared_on_the_same_seeds(job, there, used):
         return one | {"config": one["config"] | {"seed": seed, "beta": beta}, "gain_by_prompt": [seed + beta] * 40}
 
     found = frontier.methods({"own_reward": [run(seed, 0.1) for seed in (0, 1)] + [run(seed, 0.01) for seed in there]})
-    gain = found[0].arrays()[1].mean(2)                                     # (P,S)
-    assert gain[0].tolist() == pytest.approx([seed + 0.1 for seed in used])
-    assert gain[1].tolist() == pytest.approx([seed + 0.01 for seed in (used if used[0] in there else there)])
+    gains = [gain.mean(1).tolist() for _, gain in found[0].seeds()]         # of the points of each seed
+    assert gains == [pytest.approx(own) for own in used]
 
 
 def test_runs_on_other_data_are_another_method(job):
@@ -78,7 +87,7 @@ def test_runs_on_other_data_are_another_method(job):
     seeds = again("dpo-seed1", "other/train.jsonl", 1), again("dpo-seed2", "other/train-seed2.jsonl", 2)
     assert len(frontier.methods({"own_reward": [*rows, *seeds[0]]})) == 1
     both = frontier.methods({"own_reward": [*again("dpo-seed1", "a/train-seed1.jsonl", 1), *seeds[1]]})
-    assert len(both) == 1 and both[0].full.gain.shape == (2, 40)
+    assert len(both) == 1 and [p.seed for p in both[0].points] == [1, 1, 2, 2]
 
 
 def test_a_ceiling_has_all_types(job):
@@ -94,7 +103,7 @@ def test_a_ceiling_has_all_types(job):
     both = of_type(0) + of_type(1)
     more = both + of_type(0, beta=0.01) + of_type(0, seed=1)
     ceiling = frontier.main_methods(frontier.methods({"own_reward": job.results["own_reward"] + more}))[2]
-    assert [p.beta for p in ceiling.points] == [0.1] and ceiling.full.kl.shape == (1, 40)
+    assert [(p.beta, p.seed) for p in ceiling.points] == [(0.1, 0)]
     assert ceiling.full.kl.mean() == 1.5 and list(ceiling.full.types) == TYPES
     alone = {"own_reward": job.results["own_reward"] + of_type(0)}
     assert frontier.main_methods(frontier.methods(alone))[2] is None

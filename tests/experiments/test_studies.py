@@ -309,6 +309,20 @@ def test_the_page_of_conflict(tmp_path, monkeypatch):
         assert "| reference | 0.600 ± 0.100 | 0.300 ± 0.100 | 0.0 |" in lines
 
 
+def test_a_cell_of_conflict_has_its_own_seed(tmp_path, monkeypatch):
+    """Caught: all cells trained with seed 0, and their rows taken for those of one seed, whose error has no part of the
+    seeds."""
+    made, rows = [], [{"run": "dpo", "config": {"seed": 0}}]
+    preset = {"annotators": ["praise", "criticism"], "users": 4, "pairs": 6, "batch": 12, "evaluate": 5}
+    monkeypatch.setattr(conflict, "write_world", lambda *_: (preset, {"model": "m"}))
+    monkeypatch.setattr(conflict, "run", made.append)
+    monkeypatch.setattr(conflict, "evaluate", lambda config: {"own_reward": rows, "preferences": {
+        name: {"alignment_train": {}, "accuracy_own": {"mean": 0.5}} for name in ("dpo", "mixture")}})
+    found = conflict.measure({"world": "c = 1", "seed": 2, "preset": "quick"}, tmp_path / "conflict" / "cell")
+    assert {config.seed for config in made} == {2} and len(made) > 3
+    assert conflict.of_cell({"seed": 2}, found)["own_reward"] == [{"run": "dpo", "config": {"seed": 2}}]
+
+
 def test_membership_is_told_by_ranks():
     """By hand. Catches: a tie counted as won, the lower score taken for the member's."""
     assert privacy.auc(np.array([3.0, 1.0]), np.array([2.0, 1.0])) == (1 + 1 + 0 + 0.5) / 4
