@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mixdpo.evaluation.own_reward import compare_frontiers, frontier
+from mixdpo.evaluation.own_reward import compare_frontiers, frontier_of
 from mixdpo.evaluation.statistics import NONE, evidence, mean_se, pm
 from mixdpo.gates import TRAINED
 
@@ -69,7 +69,7 @@ class Method:
 
     def line(self) -> tuple[np.ndarray, np.ndarray]:
         """The corners of the frontier: KL and gain, up to the largest KL that all seeds reach."""
-        kl, gain = frontier([(x.mean(1), y.mean(1)) for x, y in self.seeds()])
+        kl, gain = frontier_of([(x.mean(1), y.mean(1)) for x, y in self.seeds()])
         end = common_kl(self)
         return np.append(kl[kl < end], end), np.append(gain[kl < end], np.interp(end, kl, gain))
 

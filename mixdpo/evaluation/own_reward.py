@@ -15,7 +15,7 @@ served by choosing one of them at random for each completion, whose KL is at mos
 A method's frontier is the mean of its seeds' at equal KL.
 The standard error of a difference between frontiers is a bootstrap over prompts and seeds: all points are computed
 again on each resample, since their completions share prompts and random numbers. Of S seeds S - 1 are drawn, because
-the mean of S drawn ones would vary too little, by the factor (S - 1) / S (Rao and Wu 1988, section 2).
+the mean of S drawn ones would vary too little, by the factor (S - 1) / S (Rao and Wu 1988).
 """
 
 from dataclasses import dataclass
@@ -107,7 +107,7 @@ def cross(a: tuple, b: tuple, c: tuple) -> float:
     return (c[1] - a[1]) * (b[0] - a[0]) - (b[1] - a[1]) * (c[0] - a[0])
 
 
-def frontier(points: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def frontier_of(points: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """The corners of a method's frontier, KL and gain, both ascending. points: KL and gain (P,) of each seed. Beyond
     its last corner a seed's frontier stays level."""
     lines = [hull(*own) for own in points]
@@ -122,7 +122,7 @@ def compare_frontiers(ours: list[tuple[np.ndarray, np.ndarray]], theirs: list[tu
     each, of each seed, on the same prompts in the same order. A resample draws prompts, the same for both, and seeds.
     """
     def figures(index, *seeds) -> tuple[float, float, float]:
-        a, b = (frontier([tuple(x[:, index].mean(1) for x in side[s]) for s in own])
+        a, b = (frontier_of([tuple(x[:, index].mean(1) for x in side[s]) for s in own])
                 for side, own in zip((ours, theirs), seeds))
         mine, others = (float(np.interp(kl, *line)) for line in (a, b))
         reached, needed = (float(np.interp(others, *line[::-1])) for line in (a, b))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixdpo.evaluation import own_reward
-from mixdpo.evaluation.own_reward import compare_frontiers, frontier, hull, serve
+from mixdpo.evaluation.own_reward import compare_frontiers, frontier_of, hull, serve
 from mixdpo.evaluation.statistics import mean_se
 
 # --- serve ------------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_the_frontier_is_the_best_of_all_mixtures_of_two_points(seed):
     for at in [*np.linspace(0, 5, 23), *kl[kl > 0]]:
         assert np.interp(at, corners, gains) == pytest.approx(best_at(kl, gain, at), abs=1e-9)
     other = kl + 0.3, 2 * gain - 0.1
-    both = frontier([(kl, gain), other])
+    both = frontier_of([(kl, gain), other])
     assert (np.diff(both[0]) > 0).all() and (np.diff(both[1]) > 0).all(), "it can be inverted"
     for at in [*np.linspace(0, 5, 23), *kl[kl > 0]]:
         assert np.interp(at, *both) == pytest.approx((best_at(kl, gain, at) + best_at(*other, at)) / 2, abs=1e-9)

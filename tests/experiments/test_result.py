@@ -48,7 +48,7 @@ def test_a_method_is_its_runs_of_any_seed_and_beta(job):
     assert [gain.shape for _, gain in fewer.seeds()] == [(2, 40), (1, 40)]
     assert frontier.common_kl(fewer) == pytest.approx(0.8 * np.mean(rows[0]["kl_by_prompt"]))
     line = frontier.compare(fewer, fewer, 0.4)["ours"]
-    each = [np.interp(0.4, *frontier.frontier([(kl.mean(1), gain.mean(1))])) for kl, gain in fewer.seeds()]
+    each = [np.interp(0.4, *frontier.frontier_of([(kl.mean(1), gain.mean(1))])) for kl, gain in fewer.seeds()]
     assert line == pytest.approx(np.mean(each)) == pytest.approx(np.interp(0.4, *fewer.line()))
     whole = [row for row in rows if row["run"] == "dpo" and row["target"] is None]
     twice = frontier.methods({"own_reward": [*rows, *whole]})
