@@ -34,6 +34,7 @@ from data.tables.mst import zcdp
 from mixdpo.config import SEEDS, InputError, check_choices, check_ranges, command, parse
 
 HOME = "runs/rivals"
+XLA = "--xla_disable_hlo_passes=constant_folding"       # which takes minutes for each model of AIM on a large table
 METHODS = ("mst", "aim")
 
 
@@ -83,6 +84,7 @@ def sample_of(path: Path, tables: suite.Tables, method: str, epsilon: float, del
 
 def generate(tables: suite.Tables, method: str, rho: float) -> np.ndarray:
     """A table (N,d), as many rows as the given one, private at rho in zCDP for one added or removed row."""
+    os.environ.setdefault("XLA_FLAGS", XLA)                                 # read when mbi imports JAX
     import opendp.prelude as dp
     import polars
     from opendp.extras.mbi import _mst
