@@ -160,7 +160,11 @@ def read_prompts(path: Path, tokenizer, max_prompt: int, limit: int) -> tuple[li
     if len(kinds) > 1:
         raise InputError("some prompts are texts and some are conversations, which end differently; wanted one kind: "
                          "split the file", file=path)
-    return prompts[: limit or None], template_of(tokenizer).end if kinds == {list} else tokenizer.eos
+    prompts = prompts[: limit or None]
+    if repeated := len(prompts) - len({tuple(pair.prompt) for pair in prompts}):
+        print(f"warning: {repeated} of {len(prompts)} prompts in {path} repeat another one. Standard errors take all "
+              "prompts as independent, so they are too small; give each prompt once")
+    return prompts, template_of(tokenizer).end if kinds == {list} else tokenizer.eos
 
 
 def check_context(prompts: list[Pair], max_new: int, context: int) -> None:

@@ -686,3 +686,14 @@ def test_runs_that_keep_their_model_frozen_share_it(tmp_path):
         assert torch.equal(p, q)
     alone = load_run(tmp_path / "job" / "adapters", "cpu", "").experts.state_dict()
     assert all(torch.equal(x, alone[name]) for name, x in found.runs[0].experts.state_dict().items())
+
+
+def test_prompts_that_repeat_another_one_are_named(tmp_path, model_dir, capsys):
+    """Prompts that are equal after they are shortened repeat each other too."""
+    for texts, limit, words in ((["a", "b", "a", "xxxxa", "a"], 0, "2 of 5"), (["a", "b", "a"], 2, ""),
+                                (["a12345678", "b12345678", "c"], 0, "1 of 3")):
+        tinyjob.write(tmp_path / "prompts.jsonl", [{"prompt": text} for text in texts])
+        assert len(inputs.read_prompts(tmp_path / "prompts.jsonl", load_tokenizer(model_dir), 8, limit)[0]) == (
+            limit or len(texts))
+        printed = capsys.readouterr().out
+        assert (f"{words} prompts" in printed) if words else not printed
