@@ -32,7 +32,17 @@ from data.tables import suite
 from data.tables.marginals import distances, independent, utility
 from data.tables.mst import marginal_method
 from data.tables.suite import Tables
-from mixdpo.config import InputError, check_choices, check_ranges, command, parse, replacing, to_json, write_text
+from mixdpo.config import (
+    InputError,
+    check_choices,
+    check_ranges,
+    command,
+    parse,
+    reading,
+    replacing,
+    to_json,
+    write_text,
+)
 from mixdpo.fast.memory import tune_process
 from mixdpo.files.atomic import lock_folder, must_be_own, must_be_writable, read_json_or_empty, save_tensors
 from mixdpo.private.accountant import noise_multiplier
@@ -265,22 +275,28 @@ def release(tables: Tables, config: SynthConfig, out: Path, same: dict) -> None:
 def report(config: SynthConfig, out: Path, began: float) -> None:
     """Writes figures.json and report.md from the release and the tables. All tables use the bins of the release. began:
     start time of the command."""
-    columns, spending = read_schema(out / "schema.json"), json.loads((out / "privacy.json").read_text())
+    columns = read_schema(out / "schema.json")
+    with reading(out / "privacy.json"):
+        spent = words_of_budget(json.loads((out / "privacy.json").read_text()))
     tables, codes = read_tables(config, columns), read_table(out / "synthetic.csv", columns)
     real = {"the real table": tables.train} | ({} if tables.test is None else {"a second real table": tables.test})
     simpler = baselines(tables, config.epsilon, config.delta, len(codes), Key.fresh())
     figures = compared(tables, {"DP-TBART": codes} | simpler | real)
-    spent = NOT_PRIVATE
-    if spending["spent"]:
-        spent = (f"{PUBLISH}\n\nEach of {spending['rows']} rows is protected with epsilon {spending['epsilon']:.4g} at "
-                 f"delta {spending['delta']:g}. Not covered: {'; '.join(spending['not_covered'])}.")
     where = environment()
     how = (f"{(time.monotonic() - began) / 60:.1f} minutes; revision {where['revision']}, torch {where['torch']}, "
            f"`python -m data.tables.synth {words(config)}`")
     write_text(out / "figures.json", to_json({"config": asdict(config), "figures": figures}, indent=1) + "\n")
-    reading = READING + (WITHOUT_TEST if tables.test is None else COMPARE)
-    write_text(out / "report.md", "\n\n".join(["# A synthetic table", table_of(HEAD, rows_of(figures)), reading,
+    legend = READING + (WITHOUT_TEST if tables.test is None else COMPARE)
+    write_text(out / "report.md", "\n\n".join(["# A synthetic table", table_of(HEAD, rows_of(figures)), legend,
                                                 spent, how + "."]) + "\n")
+
+
+def words_of_budget(facts: dict) -> str:
+    """The content of privacy.json as text."""
+    if not facts["spent"]:
+        return NOT_PRIVATE
+    return (f"{PUBLISH}\n\nEach of {facts['rows']} rows is protected with epsilon {facts['epsilon']:.4g} at delta "
+            f"{facts['delta']:g}. Not covered: {'; '.join(facts['not_covered'])}.")
 
 
 def words(config: SynthConfig) -> str:

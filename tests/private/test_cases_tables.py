@@ -123,6 +123,18 @@ def test_a_report_is_made_again(own, gone):
     assert bytes_of(own["out"]) == made and "DP-TBART" in (own["out"] / gone).read_text()
 
 
+@pytest.mark.parametrize("name", ["privacy.json", "schema.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", "\xff"])
+def test_a_damaged_file_of_a_release_is_named(own, name, text):
+    """Fault: a traceback."""
+    call(own)
+    (own["out"] / "report.md").unlink()                                     # which would not be made again
+    (own["out"] / name).write_text(text, "latin-1")
+    with pytest.raises(InputError) as error:
+        call(own)
+    assert error.value.file == own["out"] / name
+
+
 @pytest.mark.parametrize("dies", [RuntimeError, KeyboardInterrupt, OSError])
 def test_a_release_is_finished_before_its_report(own, monkeypatch, dies, capsys):
     """However the report ends: the secret is deleted, other options are an error, and the same command makes the report
