@@ -50,7 +50,8 @@ SIZES = {
              "seeds": 3, "counts": 5, "conflicts": (0.0, 0.5, 1.0, 2.0, 3.0),
              "finetune": {"steps": 60, "batch": 16, "tokens": 128, "lr": 1e-4}},
 }
-KL = (0.5, 2.0, 4.0)            # nats
+KL = (0.5, 2.0, 4.0)            # nats, of the policies between the reference and a run
+COMPARED = (0.5, 1.0, 2.0, 4.0, 8.0)        # nats, at which the page compares
 ALIKE = ("c = 0", "c = 0.5", "c = 1")       # worlds in which one policy can go far from the reference
 FOUR = {f"{text}-{tone}": {"informativeness": a, "sentiment": b}
         for text, a in (("full", 1.0), ("bare", -1.0)) for tone, b in (("praise", 1.0), ("criticism", -1.0))}
@@ -141,7 +142,7 @@ def counts_of(values: list[int]) -> str:
 
 
 def page(rows):
-    body, at_kl, lines, reading = [], [], {}, []
+    body, at_kl, lines, reading = [], {"mixture": [], "known types": []}, {}, []
     chosen = by([(cell, figures) for cell, figures in rows if "counts" in cell], "world")
     rows = [(cell, of_cell(cell, figures)) for cell, figures in rows if "counts" not in cell]
     paper = [figures for cell, figures in rows if "latent" in cell]
@@ -156,10 +157,9 @@ def page(rows):
                      pm_of(d, "+"), f"{d['mean'] / d['se']:+.1f}", pm_of(em["difference"], "+"),
                      mean_over(first, "users_start"), mean_over(first, "users"), mean_over(found, "users"),
                      counts_of([f["types"] for f in chosen.get(world, [])])])
-        both = frontier.common_kl(mixture, dpo)
-        gaps = [frontier.compare(mixture, dpo, nats)["difference"] if nats <= both else None for nats in (*KL, both)]
-        at_kl.append([world, *(pm_of(gap, "+") if gap else NONE for gap in gaps), f"{both:.1f}"])
-        reading.append((world, gaps[-1]))
+        for name, method in (("mixture", mixture), ("known types", ceiling)):
+            at_kl[name].append([world, *at_each(method, dpo)])
+        reading.append((world, frontier.compare(mixture, dpo)["difference"]))
         for m in (mixture, dpo, ceiling):
             lines.setdefault(world, {})[m.name] = [(x, y, 0.0) for x, y in zip(*m.line())]
     clear, behind = ([world for world, d in reading if sign * d["mean"] > 2 * d["se"]] for sign in (1, -1))
@@ -176,12 +176,21 @@ def page(rows):
             "alone: of the first seed, at the largest KL that both reach. Users right: share of users assigned to "
             "their type; the first two columns are of the first seed. Types chosen: how many `train.py` without "
             "options takes (1: DPO), and in how many files.")
-    same = ("Mixture minus DPO at other KL (nats), where both reach it:",
-            table_of(["world", *(f"{nats:g}" for nats in KL), "at the largest", "largest"], at_kl))
+    columns = ["world", *(f"{nats:g}" for nats in COMPARED), "at the largest", "largest"]
+    same = ("Mixture minus DPO at other KL (nats), where both reach it:", table_of(columns, at_kl["mixture"]),
+            "One policy per known type minus DPO, which is what there is to win without sharing:",
+            table_of(columns, at_kl["known types"]))
     users = [figures for cell, figures in rows if cell["world"] == PAPER["world"]]
     return "\n\n".join([text, table_of(head, body), note, *same, *(as_in_the_paper(users, paper) if paper else [])]), {
         "frontier": curves(lines, ("KL to the reference (nats)", "gain in own reward"), columns=4,
                            one_scale=False)}
+
+
+def at_each(ours: frontier.Method, theirs: frontier.Method) -> list[str]:
+    """Our frontier minus theirs at each KL of COMPARED and at the largest one that both reach, and that KL."""
+    both = frontier.common_kl(ours, theirs)
+    return [*(pm_of(frontier.compare(ours, theirs, nats)["difference"], "+") if nats <= both else NONE
+              for nats in (*COMPARED, both)), f"{both:.1f}"]
 
 
 def as_in_the_paper(users: list[dict], pairs: list[dict]) -> list[str]:

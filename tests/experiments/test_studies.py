@@ -297,13 +297,15 @@ def test_the_page_of_conflict(tmp_path, monkeypatch):
         assert level[4].strip().startswith("+0.000 ±")
         assert [float(cell) for cell in ahead[7:10]] == [0.8, 0.9, 0.91]
         assert (ahead[10].strip(), level[10].strip()) == ("2 in 1, 3 in 1", "1 in 2")
-        at_kl = next(line for line in reversed(text.splitlines()) if line.startswith("| c = 3 ")).split("|")[2:-1]
-        assert [cell.split(" ±")[0].strip() for cell in at_kl] == ["+0.175", "+0.700", "+1.400", "+1.750", "5.0"]
+        _, *at_kl = ([cell.split(" ±")[0].strip() for cell in line.split("|")[2:-1]] for line in text.splitlines()
+                     if line.startswith("| c = 3 "))
+        assert at_kl == [["+0.175", "+0.350", "+0.700", "+1.400", "–", "+1.750", "5.0"],
+                         ["+0.200", "+0.400", "+0.800", "+1.600", "–", "+2.000", "5.0"]]
         assert "more than two standard errors at c = 3; and behind at c = 1" in text and "+0.100 on average" in text
         assert [*figures] == ["frontier"]
         lines = text.splitlines()
         same = [line for line in lines if line.startswith("| three annotators ")]
-        assert len(same) == 2 and "| +0.500 | +0.500 |" in same[0]
+        assert len(same) == 3 and "| +0.500 | +0.500 |" in same[0]
         pairs, = (line for line in lines if line.startswith("| pairs-K2"))
         assert "| +1.500 ±" in pairs and "| +1.000 ±" in pairs
         assert "| reference | 0.600 ± 0.100 | 0.300 ± 0.100 | 0.0 |" in lines
