@@ -50,7 +50,7 @@ synth: .venv/ready        ## a private synthetic table, what it cost and how clo
 	$(PY) -m data.tables.synth --dataset $(DATASET) --epsilon $(EPSILON) --out runs/$(DATASET)-epsilon-$(EPSILON) $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data-folder $(DATA))
 
 rivals: .venv/rivals      ## a sample of a packaged method, for the study synth: make rivals DATASET=credit METHOD=aim EPSILON=1
-	$(PY) -m data.tables.rivals --dataset $(DATASET) --method $(METHOD) --epsilon $(EPSILON) $(if $(DATA),--data-folder $(DATA))
+	$(PY) -m data.tables.rivals --dataset $(DATASET) --method $(METHOD) --epsilon $(EPSILON) $(if $(SEED),--seed $(SEED)) $(if $(DATA),--data-folder $(DATA))
 
 chaos: .venv/chaos        ## runs that are killed, disks that fail, files that are damaged: a table of what survived
 	$(PY) -m tests.chaos
